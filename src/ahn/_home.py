@@ -1,0 +1,101 @@
+"""The folder in which the library keeps what it makes once, and the way to make such a thing safely."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+from safetensors import SafetensorError
+
+from ahn.errors import ModelError
+
+_DONE = ".complete"
+
+
+def home() -> Path:
+    """Folder in which the library keeps what it makes once: `AHN_HOME`, or `ahn` in the user's cache directory.
+
+    Returns:
+        `$AHN_HOME`, else `$XDG_CACHE_HOME/ahn`, else `~/.cache/ahn`. It need not exist yet.
+    """
+    if chosen := os.environ.get("AHN_HOME"):
+        return Path(chosen).expanduser().absolute()
+    cache = os.environ.get("XDG_CACHE_HOME", "")
+    return (Path(cache) if os.path.isabs(cache) else Path.home() / ".cache") / "ahn"
+
+
+def make_once(folder: Path, make: Callable[[Path], None], *, doing: str, needed_bytes: int) -> Path:
+    """Makes a folder unless it is there, so that no process ever sees half of it.
+
+    It is written beside its final place and renamed. Of several processes one makes it and the others wait. A process
+    may be killed at any moment: what it left is removed by the next one.
+
+    Args:
+        folder: The folder to make.
+        make: Fills the empty folder that it is given.
+        doing: What to tell the user on standard error while it is made, such as "Converting X (once, about 10 s)".
+        needed_bytes: Free disk space that it takes.
+
+    Returns:
+        The folder, complete.
+
+    Raises:
+        ModelError: The place is not writable or the disk is full; `make` may raise others.
+    """
+    if (folder / _DONE).is_file():
+        return folder
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with _lock(folder, doing):
+            if not (folder / _DONE).is_file():
+                _make(folder, make, doing, needed_bytes)
+    except (OSError, NotImplementedError, SafetensorError) as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        raise ModelError(
+            f"{folder.parent} cannot be written: {reason}. "
+            f"Set AHN_HOME to a folder that is writable and has {needed_bytes >> 20} MB free."
+        ) from None
+    return folder
+
+
+@contextmanager
+def _lock(folder: Path, doing: str) -> Iterator[None]:
+    """Lets one process in; the operating system frees the lock when a process dies, however it dies."""
+    lock = FileLock(folder.with_name(f"{folder.name}.lock"))
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        _tell(f"Waiting for another process: {doing}")
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _make(folder: Path, make: Callable[[Path], None], doing: str, needed_bytes: int) -> None:
+    for stale in [*folder.parent.glob(f".{folder.name}.*"), folder]:
+        shutil.rmtree(stale, ignore_errors=True)
+    free = shutil.disk_usage(folder.parent).free
+    if free < needed_bytes:
+        raise OSError(f"only {free >> 20} MB are free")
+    _tell(doing)
+    part = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    try:
+        make(part)
+        (part / _DONE).touch()
+        part.chmod(0o755)
+        os.replace(part, folder)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def _tell(text: str) -> None:
+    sys.stderr.write(f"{text} ...\n")
+    sys.stderr.flush()

@@ -1,0 +1,171 @@
+"""What attaching leaves on a model: where the memories sit, and which settings a run has.
+
+The settings of a run live in a context variable, never in the model's config: `mode` may be nested, and threads do not
+see each other's.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator, Mapping
+from contextvars import ContextVar
+from typing import Any
+
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+from ahn.config import AHNConfig, Mode, RunSettings, SinkPositions
+from ahn.errors import ConfigError, ModelError
+from ahn.memories import Memory, MemoryShape
+from ahn.positions import Rotation
+
+_OVERRIDES: ContextVar[Mapping[int, RunSettings]] = ContextVar("ahn_modes", default={})  # noqa: B039 (never mutated)
+_ATTRIBUTE = "_ahn_attachment"
+
+
+@dataclasses.dataclass(eq=False)
+class Site:
+    """One attention layer of the base model.
+
+    Attributes:
+        module: The attention module.
+        index: Its layer index, from 0.
+        shape: Sizes of the layer.
+        sliding_window: Tokens that the base model's layer itself sees, or `None` for full attention.
+        memory: Its memory, or `None` where the layer keeps the base model's own attention.
+        rotation: How to undo its rotary positions; `None` where it has none or nothing asks for it.
+    """
+
+    module: nn.Module
+    index: int
+    shape: MemoryShape
+    sliding_window: int | None
+    memory: Memory | None = None
+    rotation: Rotation | None = None
+
+
+@dataclasses.dataclass(eq=False)
+class Attachment:
+    """Everything that attaching a memory to a model set up.
+
+    Attributes:
+        config: The memory's settings.
+        sites: The model's attention layers, in order.
+        base_implementation: Name of the attention implementation that the model had before.
+        trained_context: Positions that the base model was trained on.
+        position_limit: Tokens that a model with learned positions can read at all, or `None`.
+        handles: The hooks that were registered.
+        implementations: Every config that was changed, with the attention implementation it named before.
+    """
+
+    config: AHNConfig
+    sites: tuple[Site, ...]
+    base_implementation: str
+    trained_context: int
+    position_limit: int | None = None
+    handles: list[RemovableHandle] = dataclasses.field(default_factory=list)
+    implementations: list[tuple[Any, str | None]] = dataclasses.field(default_factory=list)
+
+    @property
+    def settings(self) -> RunSettings:
+        """Settings of a run that starts now: those of the innermost `mode`, or the config's."""
+        default = RunSettings("ahn", self.config.window, self.config.sinks, self.config.sink_positions)
+        return _OVERRIDES.get().get(id(self), default)
+
+    def site(self, index: int) -> Site:
+        """The site of a layer."""
+        return self.sites[index]
+
+    @property
+    def keeps_base_layers(self) -> bool:
+        """Whether some layers have no memory."""
+        return any(site.memory is None for site in self.sites)
+
+    def check(self, settings: RunSettings) -> None:
+        """Checks that this model can be read with these settings.
+
+        Raises:
+            ConfigError: Bounded sinks are asked for and sinks and window exceed the trained context, or the sinks
+                leave no window in a layer that slides by itself.
+        """
+        span = settings.sinks + settings.window
+        if settings.sink_positions == "bounded" and span > self.trained_context:
+            raise ConfigError(
+                f"sinks + window = {span} exceed the {self.trained_context} positions that the base model was trained "
+                'on, so bounded sinks cannot precede the window; use a smaller window or sink_positions="absolute"'
+            )
+        for site in self.sites:
+            if site.memory is not None and site.sliding_window is not None and site.sliding_window <= settings.sinks:
+                raise ConfigError(
+                    f"{settings.sinks} sinks leave no window in layer {site.index}, which slides over "
+                    f"{site.sliding_window} tokens by itself; use fewer sinks or leave it out with layers="
+                )
+
+
+def set_attachment(model: nn.Module, attachment: Attachment | None) -> None:
+    """Notes on a module what was attached to it; `None` removes the note."""
+    if attachment is None:
+        model.__dict__.pop(_ATTRIBUTE, None)
+    else:
+        model.__dict__[_ATTRIBUTE] = attachment
+
+
+def find_attachment(model: nn.Module) -> Attachment | None:
+    """What is attached to a model, or `None`."""
+    found: Attachment | None = getattr(_unwrap(model), _ATTRIBUTE, None)
+    return found
+
+
+def attachment_of(model: nn.Module) -> Attachment:
+    """What is attached to a model.
+
+    Raises:
+        ModelError: Nothing is.
+    """
+    if (found := find_attachment(model)) is None:
+        raise ModelError(f"no memory is attached to this {type(model).__name__}; call ahn.attach(model) first")
+    return found
+
+
+@contextlib.contextmanager
+def mode(
+    model: nn.Module,
+    name: Mode,
+    *,
+    window: int | None = None,
+    sinks: int | None = None,
+    sink_positions: SinkPositions | None = None,
+) -> Iterator[None]:
+    """Reads in another mode, or with another window, inside a `with` block.
+
+    A cache that is already alive keeps the settings it was made with. Blocks may be nested, and a block in one thread
+    or task does not touch the others.
+
+    Args:
+        model: A model with a memory attached.
+        name: "full" is the base model itself, "window" reads sinks and window with the memory silent, "ahn" reads all.
+        window: Tokens of the window; as before if left out.
+        sinks: Number of sinks; as before if left out.
+        sink_positions: "absolute" or "bounded"; as before if left out.
+
+    Raises:
+        ModelError: No memory is attached.
+        ConfigError: A value is out of range, or the model cannot be read with these settings.
+    """
+    attachment = attachment_of(model)
+    changes: dict[str, Any] = {"window": window, "sinks": sinks, "sink_positions": sink_positions}
+    given = {key: value for key, value in changes.items() if value is not None}
+    settings = dataclasses.replace(attachment.settings, mode=name, **given)
+    attachment.check(settings)
+    token = _OVERRIDES.set({**_OVERRIDES.get(), id(attachment): settings})
+    try:
+        yield
+    finally:
+        _OVERRIDES.reset(token)
+
+
+def _unwrap(model: nn.Module) -> nn.Module:
+    """The model inside the wrapper of DistributedDataParallel, or the model itself."""
+    inner = getattr(model, "module", None)
+    return inner if isinstance(inner, nn.Module) and not hasattr(model, _ATTRIBUTE) else model

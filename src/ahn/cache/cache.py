@@ -1,0 +1,201 @@
+"""The cache of a whole model."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
+
+from ahn.attachment import Attachment, Site, attachment_of
+from ahn.cache.exact import Padding
+from ahn.cache.layer import HippocampalLayer
+from ahn.config import RunSettings
+from ahn.errors import CacheError, ConfigError
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+
+class HippocampalCache(Cache):
+    """What a model keeps of the text it has read, in a number of bytes that stops growing once the window is full.
+
+    It is a `transformers.Cache`: pass it as `past_key_values` to keep it over several calls of `model(...)` or
+    `model.generate(...)`. Without one, each call makes its own. Layers that kept the base model's full attention
+    (`AHNConfig(layers=...)`) hold an ordinary cache that grows.
+
+    Args:
+        model: A model with a memory attached.
+        window: Tokens of the window; those of the current mode if left out.
+        sinks: Number of sinks; those of the current mode if left out.
+
+    Raises:
+        ModelError: No memory is attached to the model.
+        ConfigError: A value is out of range, or the current mode is "full".
+
+    Attributes:
+        settings: Mode, window and sinks, fixed for the life of the cache.
+        padding: Padding at the left of the rows, or `None`.
+    """
+
+    def __init__(self, model: nn.Module, *, window: int | None = None, sinks: int | None = None) -> None:
+        attachment = attachment_of(model)
+        now = attachment.settings
+        if now.mode == "full":
+            raise ConfigError('mode "full" reads with the base model\'s own cache: use transformers.DynamicCache there')
+        settings = RunSettings(
+            now.mode,
+            now.window if window is None else window,
+            now.sinks if sinks is None else sinks,
+            now.sink_positions,
+        )
+        attachment.check(settings)
+        self.begin(attachment, settings)
+
+    def begin(self, attachment: Attachment, settings: RunSettings) -> None:
+        """Sets up an empty cache with settings that were checked before."""
+        self.attachment = attachment
+        self.settings = settings
+        self.padding: Padding | None = None
+        super().__init__(layers=[_layer(site, settings) for site in attachment.sites])
+
+    @property
+    def seen_tokens(self) -> int:
+        """Number of tokens read so far, padding included."""
+        return self.get_seq_length()
+
+    @property
+    def rows(self) -> int | None:
+        """Rows of the batch that it holds, or `None` before the first token."""
+        for layer in self.layers:
+            for tensor in layer_tensors(layer).values():
+                return tensor.size(0)
+        return None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of every tensor held: keys, values, gates, states, padding counts."""
+        padding = self.padding.counts.nbytes if self.padding else 0
+        return padding + sum(t.nbytes for layer in self.layers for t in layer_tensors(layer).values())
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes the cache to a file, from which `load` continues bit for bit.
+
+        Args:
+            path: The file to write (safetensors). Written whole or not at all.
+
+        Raises:
+            CacheError: The file cannot be written.
+        """
+        from ahn.cache.storage import save_cache
+
+        save_cache(self, path)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], model: nn.Module) -> Self:
+        """A cache that `save` wrote, for a model with the same kind of memory attached.
+
+        Args:
+            path: The file.
+            model: The model that will go on reading.
+
+        Raises:
+            CacheError: The file is missing, damaged, or of a model with another shape or memory.
+        """
+        from ahn.cache.storage import load_cache
+
+        return load_cache(cls, path, model)
+
+    def fork(self) -> Self:
+        """An independent copy: both continue from here, bit for bit alike."""
+        twin = type(self).__new__(type(self))
+        twin.begin(self.attachment, self.settings)
+        for mine, other in zip(self.layers, twin.layers, strict=True):
+            set_layer_tensors(
+                other, {name: t.clone() for name, t in layer_tensors(mine).items()}, mine.get_seq_length()
+            )
+        if self.padding:
+            twin.padding = Padding(self.padding.counts.clone(), self.padding.most)
+        return twin
+
+    def reset(self) -> None:
+        """Forgets everything; the settings stay."""
+        super().reset()
+        self.padding = None
+
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+        """Follows the rows that a beam search keeps."""
+        super().reorder_cache(beam_idx)
+        self._select_padding(beam_idx)
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """Keeps these rows of the batch."""
+        super().batch_select_indices(indices)
+        self._select_padding(indices)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeats each row of the batch."""
+        super().batch_repeat_interleave(repeats)
+        if self.padding:
+            self.padding = Padding(self.padding.counts.repeat_interleave(repeats), self.padding.most)
+
+    def activate_past_recording(self) -> None:
+        """Asked for by assisted decoding, which takes tokens back.
+
+        Raises:
+            CacheError: Always: what a memory has folded in cannot be taken out again.
+        """
+        raise CacheError(
+            "assisted decoding takes tokens back, which a memory cannot do; generate without an assistant model "
+            'or prompt lookup, or inside ahn.mode(model, "full")'
+        )
+
+    def _select_padding(self, rows: torch.Tensor) -> None:
+        if self.padding:
+            counts = self.padding.counts
+            self.padding = Padding(counts[rows.to(counts.device)], self.padding.most)
+
+
+AnyLayer = HippocampalLayer | DynamicLayer
+
+
+def _layer(site: Site, settings: RunSettings) -> AnyLayer:
+    if site.memory is not None:
+        return HippocampalLayer(settings, site.sliding_window)
+    if site.sliding_window is not None:
+        return DynamicSlidingWindowLayer(site.sliding_window)
+    return DynamicLayer()
+
+
+def layer_tensors(layer: AnyLayer) -> dict[str, torch.Tensor]:
+    """Every tensor that a layer of the cache holds, by name."""
+    if isinstance(layer, HippocampalLayer):
+        return layer.tensors()
+    return {} if layer.keys is None else {"keys": layer.keys, "values": layer.values}
+
+
+def set_layer_tensors(layer: AnyLayer, tensors: dict[str, torch.Tensor], seen: int) -> None:
+    """Puts tensors that `layer_tensors` gave into an empty layer."""
+    if isinstance(layer, HippocampalLayer):
+        layer.set_tensors(tensors, seen)
+    elif tensors:
+        layer.lazy_initialization(tensors["keys"], tensors["values"])
+        layer.keys, layer.values = tensors["keys"], tensors["values"]
+        if isinstance(layer, DynamicSlidingWindowLayer):
+            layer.cumulative_length = seen
+
+
+def check_cache(cache: object) -> HippocampalCache:
+    """The cache, if it is one of ours.
+
+    Raises:
+        CacheError: It is not.
+    """
+    if isinstance(cache, HippocampalCache):
+        return cache
+    raise CacheError(
+        f"{type(cache).__name__} has no place for a memory: pass ahn.HippocampalCache(model), or nothing, or read "
+        'inside ahn.mode(model, "full")'
+    )

@@ -1,0 +1,209 @@
+"""The exact store of one layer: sinks, then a window held as a ring buffer.
+
+Legend of shapes: B batch, T new tokens, G key/value heads, K key size, V value size, F side values per token,
+S sinks, W window.
+
+Layout of a buffer's token axis: slots 0..S-1 hold the sinks, slot S + (j - S) mod W holds token j. Up to S + W tokens
+this is the order of the tokens; after that a new token overwrites the one that leaves the window and moves no other.
+Buffers grow by doubling until they hold S + W tokens and keep that size from then on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+
+class Padding(NamedTuple):
+    """Padding tokens at the left of each row of a batch.
+
+    Attributes:
+        counts: How many each row has, `[B]` int64.
+        most: The largest of them.
+    """
+
+    counts: torch.Tensor
+    most: int
+
+
+class Tokens(NamedTuple):
+    """Keys, values and side values of consecutive tokens.
+
+    Attributes:
+        keys: `[B, G, T, K]`.
+        values: `[B, G, T, V]`.
+        side: What the memory will need of each token when it leaves (gates, where it stood), `[B, 1, T, F]`;
+            `F` is 0 where no memory listens.
+    """
+
+    keys: torch.Tensor
+    values: torch.Tensor
+    side: torch.Tensor
+
+    @property
+    def count(self) -> int:
+        """Number of tokens, T."""
+        return self.keys.size(2)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the three tensors."""
+        return sum(tensor.nbytes for tensor in self)
+
+    def span(self, start: int, stop: int) -> Tokens:
+        """Tokens start..stop-1, as views."""
+        return Tokens(*(tensor[:, :, start:stop] for tensor in self))
+
+    def map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> Tokens:
+        """The function applied to each of the three tensors."""
+        return Tokens(*(function(tensor) for tensor in self))
+
+    def write(self, slot: int, tokens: Tokens) -> None:
+        """Overwrites the slots from `slot` on."""
+        for held, fresh in zip(self.span(slot, slot + tokens.count), tokens, strict=True):
+            held.copy_(fresh)
+
+
+def concatenate(parts: list[Tokens]) -> Tokens:
+    """The tokens of all parts in one; a copy, unless only one part holds any."""
+    filled = [part for part in parts if part.count] or parts[:1]
+    if len(filled) == 1:
+        return filled[0]
+    return Tokens(*(torch.cat(tensors, dim=2) for tensors in zip(*filled, strict=True)))
+
+
+class View(NamedTuple):
+    """What the queries of one call may read, and what left the window because of them.
+
+    Attributes:
+        sinks: The sinks so far, `[B, G, min(S, seen), ...]`; per row from its first real token.
+        local: Tokens of the window in their order, the newest last. Without `ordered`: all slots of the buffer, sinks
+            included, as they lie, for a single query that may read every one of them.
+        first: Index of the first token of an ordered `local`, never below S.
+        ordered: Whether `local` is in the order of the tokens.
+        evicted: Tokens that left the window, oldest first; the last `evicted.count` queries read after one each.
+    """
+
+    sinks: Tokens
+    local: Tokens
+    first: int
+    ordered: bool
+    evicted: Tokens
+
+
+class ExactStore:
+    """Sinks and window of one layer.
+
+    Args:
+        sinks: Tokens at the start of each row that stay for ever, S.
+        window: Tokens of the window, the current one included, W.
+    """
+
+    def __init__(self, sinks: int, window: int) -> None:
+        self.sinks = sinks
+        self.window = window
+        self.seen = 0
+        self.buffer: Tokens | None = None
+
+    def view(self, new: Tokens, padding: Padding | None) -> View:
+        """What the queries of new tokens may read, without storing anything; gradients flow through it.
+
+        Args:
+            new: The new tokens, following the `seen` earlier ones.
+            padding: Padding at the left of the rows, or `None` where there is none.
+        """
+        total = self.seen + new.count
+        # The oldest token of a full window leaves when the first new one comes: it is evicted, never read.
+        leaves = max(self.sinks, self.seen - self.window)
+        first = max(self.sinks, self.seen - self.window + 1)
+        beyond_sinks = new.span(min(max(0, self.sinks - self.seen), new.count), new.count)
+        line = concatenate([*self._past(leaves), beyond_sinks])
+        evicted = line.span(0, max(0, total - self.window - leaves))
+        return View(self._sinks_with(new, padding), line.span(first - leaves, line.count), first, True, evicted)
+
+    def append(self, new: Tokens, padding: Padding | None) -> View:
+        """Stores the new tokens and returns what their queries may read.
+
+        Args:
+            new: The new tokens, following the `seen` earlier ones.
+            padding: Padding at the left of the rows, or `None` where there is none.
+        """
+        settled = self.seen >= self.sinks + (padding.most if padding else 0)
+        if new.count == 1 and settled and not new.keys.requires_grad:
+            return self._append_one(new)
+        view = self.view(new, padding)
+        with torch.no_grad():
+            self._store(new, None if settled else view.sinks)
+        return view
+
+    def _append_one(self, new: Tokens) -> View:
+        """The step of decoding: one slot is read out, overwritten, and the ring is read as it lies."""
+        buffer, slot = self._reserved(self.seen + 1, new), self._slot(self.seen)
+        leaves = self.seen - self.window >= self.sinks
+        evicted = buffer.span(slot, slot + leaves).map(torch.clone)
+        buffer.write(slot, new)
+        self.seen += 1
+        used = buffer.span(0, min(self.seen, self.sinks + self.window))
+        return View(buffer.span(0, self.sinks), used, max(self.sinks, self.seen - self.window), False, evicted)
+
+    def _store(self, new: Tokens, sinks: Tokens | None) -> None:
+        """Writes the sinks, if they changed, and as many new tokens as the window holds."""
+        total = self.seen + new.count
+        buffer = self._reserved(total, new)
+        if sinks is not None:
+            buffer.write(0, sinks)
+        first = max(self.seen, self.sinks, total - self.window)
+        while first < total:
+            slot = self._slot(first)
+            count = min(total - first, self.sinks + self.window - slot)
+            buffer.write(slot, new.span(first - self.seen, first - self.seen + count))
+            first += count
+        self.seen = total
+
+    def _slot(self, position: int) -> int:
+        return position if position < self.sinks else self.sinks + (position - self.sinks) % self.window
+
+    def _past(self, start: int) -> list[Tokens]:
+        """Held tokens of the window from `start` on, oldest first, in one or two views of the ring."""
+        if self.buffer is None or start >= self.seen:
+            return []
+        slot, count = self._slot(start), self.seen - start
+        until_wrap = min(count, self.sinks + self.window - slot)
+        wrapped = self.buffer.span(self.sinks, self.sinks + count - until_wrap)
+        return [self.buffer.span(slot, slot + until_wrap), wrapped]
+
+    def _sinks_with(self, new: Tokens, padding: Padding | None) -> Tokens:
+        held = self.buffer.span(0, min(self.sinks, self.seen)) if self.buffer else new.span(0, 0)
+        if new.keys.requires_grad:  # the graph must not see the buffer, which later calls write to
+            held = held.map(torch.clone)
+        if padding is not None:
+            return self._padded_sinks(held, new, padding) if self.seen < self.sinks + padding.most else held
+        return concatenate([held, new.span(0, min(self.sinks - held.count, new.count))])
+
+    def _padded_sinks(self, held: Tokens, new: Tokens, padding: Padding) -> Tokens:
+        """Sinks of rows that begin at different tokens: slot s of a row holds its s-th real token once it has come."""
+        count = min(self.sinks, self.seen + new.count)
+        source = padding.counts[:, None] + torch.arange(count, device=padding.counts.device) - self.seen
+        fresh = ((source >= 0) & (source < new.count))[:, None, :, None]
+        index = source.clamp(0, new.count - 1)[:, None, :, None]
+
+        def fill(old: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
+            gathered = tensor.gather(2, index.expand(-1, tensor.size(1), -1, tensor.size(3)))
+            return torch.where(fresh, gathered, F.pad(old, (0, 0, 0, count - old.size(2))))
+
+        return Tokens(*(fill(old, tensor) for old, tensor in zip(held, new, strict=True)))
+
+    def _reserved(self, tokens: int, like: Tokens) -> Tokens:
+        """The buffer, with room for `tokens` tokens but never for more than S + W."""
+        most = self.sinks + self.window
+        held = self.buffer.count if self.buffer else 0
+        if self.buffer is None or held < min(tokens, most):
+            room = min(most, max(tokens, 2 * held, 64))
+            grown = like.map(lambda tensor: tensor.new_zeros(*tensor.shape[:2], room, tensor.size(3)))
+            if self.buffer is not None:
+                grown.write(0, self.buffer)
+            self.buffer = grown
+        return self.buffer

@@ -1,0 +1,128 @@
+"""The cascade of one layer: a new token enters the window, what leaves it falls into the memory's state."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from transformers.cache_utils import CacheLayerMixin
+
+from ahn.cache.exact import ExactStore, Padding, Tokens, View
+from ahn.config import RunSettings
+from ahn.errors import CacheError
+
+
+class HippocampalLayer(CacheLayerMixin):
+    """Everything that one layer with a memory keeps of a batch of sequences, in a size that does not grow.
+
+    The model's own `update` call only passes keys and values on; the attention function stores them with `append`,
+    because only it knows the gates.
+
+    Args:
+        settings: Mode, window and sinks of the run; fixed for the life of the cache.
+        sliding_window: The layer's own sliding window in tokens, if the base model has one: the exact tokens never
+            pass it, so that sinks and window together show at most what the base model sees.
+
+    Attributes:
+        exact: Sinks and window.
+        state: State of the memory, `[B, *state_shape]` float32, or `None` before the first eviction.
+    """
+
+    is_sliding = False
+    is_compileable = False
+    is_croppable = False
+    supports_early_init = False
+
+    def __init__(self, settings: RunSettings, sliding_window: int | None = None) -> None:
+        super().__init__()
+        window = settings.window
+        if sliding_window is not None:
+            window = min(window, sliding_window - settings.sinks)
+        if window < 1:
+            raise CacheError(
+                f"{settings.sinks} sinks leave no window in a layer that slides over {sliding_window} tokens; "
+                "use fewer sinks or leave that layer out with `layers=`"
+            )
+        self.settings = settings
+        self.exact = ExactStore(settings.sinks, window)
+        self.state: torch.Tensor | None = None
+
+    def append(self, new: Tokens, padding: Padding | None) -> View:
+        """Stores new tokens; returns what their queries read and what left the window."""
+        self.is_initialized = True
+        return self.exact.append(new, padding)
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Every tensor held, by name."""
+        held = {} if self.exact.buffer is None else self.exact.buffer._asdict()
+        return held if self.state is None else {**held, "state": self.state}
+
+    def set_tensors(self, tensors: dict[str, torch.Tensor], seen: int) -> None:
+        """Takes over tensors that `tensors` gave, after `seen` tokens."""
+        self.state = tensors.get("state")
+        if "keys" in tensors:
+            self.exact.buffer = Tokens(tensors["keys"], tensors["values"], tensors["side"])
+        self.exact.seen = seen
+        self.is_initialized = seen > 0
+
+    def map_tensors(self, function: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        """Replaces every tensor by the function's result on it."""
+        if self.exact.buffer is not None:
+            self.exact.buffer = self.exact.buffer.map(function)
+        if self.state is not None:
+            self.state = function(self.state)
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        """Part of the transformers contract; the first `append` does this."""
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Passes the new keys and values on to the attention function, which stores them."""
+        return key_states, value_states
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Sizes of a mask over all tokens seen, for layers of the model that kept full attention."""
+        return self.exact.seen + query_length, 0
+
+    def get_seq_length(self) -> int:
+        """Number of tokens seen, padding included."""
+        return self.exact.seen
+
+    def get_max_length(self) -> int:
+        """-1: any number of tokens can be read."""
+        return -1
+
+    def reset(self) -> None:
+        """Forgets everything."""
+        self.exact = ExactStore(self.exact.sinks, self.exact.window)
+        self.state = None
+        self.is_initialized = False
+
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+        """Follows the rows that a beam search keeps."""
+        self.batch_select_indices(beam_idx)
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """Keeps these rows of the batch."""
+        self.map_tensors(lambda tensor: tensor.index_select(0, indices.to(tensor.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeats each row of the batch."""
+        self.map_tensors(lambda tensor: tensor.repeat_interleave(repeats, dim=0))
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Takes back the last tokens, which works only while nothing has left the window.
+
+        Raises:
+            CacheError: A token has been folded into the memory, or more tokens than seen are to go.
+        """
+        removed = abs(tokens_to_remove)
+        if removed == 0:
+            return
+        if self.exact.seen > self.exact.sinks + self.exact.window:
+            raise CacheError("cannot take tokens back once one has left the window; keep a `fork()` of the cache")
+        if removed > self.exact.seen:
+            raise CacheError(f"cannot take back {removed} tokens: only {self.exact.seen} were seen")
+        self.exact.seen -= removed

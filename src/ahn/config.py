@@ -1,0 +1,119 @@
+"""What a memory is and how a run reads text with it: frozen settings, checked once, with a JSON round trip."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable
+from typing import Any, Literal, get_args
+
+from ahn.errors import ConfigError
+
+Mode = Literal["full", "window", "ahn"]
+SinkPositions = Literal["absolute", "bounded"]
+MemoryPositions = Literal["rope", "none"]
+
+
+@dataclasses.dataclass(frozen=True)
+class AHNConfig:
+    """Settings of a memory and the defaults of the runs that use it.
+
+    Attributes:
+        memory: Name of the memory, a key of `ahn.memories.MEMORIES`; looked up when it is attached.
+        window: Tokens kept exactly behind the current one, which counts itself; sinks are not part of it.
+            A setting of a run, not of the weights: any run may choose another one.
+        sinks: First tokens of each sequence that stay exact for ever. Also a setting of a run.
+        layers: Indices of the layers that get a memory; the others keep the base model's own attention and its growing
+            cache. `None` takes every layer with full attention or, where all layers slide by themselves, every layer.
+        sink_positions: "absolute" reads sinks at their true distance (as published); "bounded" never lets that distance
+            pass the base model's trained context, so that texts of any length stay in the range it knows.
+        memory_positions: "rope" gives the memory the rotated queries and keys (as published); "none" takes them before
+            the rotation, so that what is stored does not depend on where it stood. A property of the weights.
+
+    Raises:
+        ConfigError: A value is out of range.
+
+    Source: arXiv 2510.07318, sections 3 and 4; bounded sinks follow StreamingLLM (arXiv 2309.17453).
+    """
+
+    memory: str = "gated_delta_net"
+    window: int = 32640
+    sinks: int = 128
+    layers: tuple[int, ...] | None = None
+    sink_positions: SinkPositions = "absolute"
+    memory_positions: MemoryPositions = "rope"
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.memory, str) or not self.memory:
+            raise ConfigError(f"memory must be the name of a memory, not {self.memory!r}")
+        _choice("sink_positions", self.sink_positions, get_args(SinkPositions))
+        _choice("memory_positions", self.memory_positions, get_args(MemoryPositions))
+        check_span(self.window, self.sinks)
+        if self.layers is not None:
+            object.__setattr__(self, "layers", _layer_indices(self.layers))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, ready for JSON."""
+        values = dataclasses.asdict(self)
+        if self.layers is not None:
+            values["layers"] = list(self.layers)
+        return values
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> AHNConfig:
+        """The settings that `to_dict` wrote.
+
+        Raises:
+            ConfigError: A key is unknown or a value is out of range.
+        """
+        known = {field.name for field in dataclasses.fields(cls)}
+        if unknown := sorted(set(values) - known):
+            raise ConfigError(f"unknown settings {', '.join(unknown)}; known are {', '.join(sorted(known))}")
+        return cls(**values)
+
+
+@dataclasses.dataclass(frozen=True)
+class RunSettings:
+    """How one run reads: which of the three modes, and the exact tokens it keeps.
+
+    Attributes:
+        mode: "full" is the base model itself; "window" reads sinks and window only; "ahn" adds the memory.
+        window: Tokens of the window, the current one included.
+        sinks: Tokens at the start of each sequence that stay exact.
+        sink_positions: See `AHNConfig`.
+    """
+
+    mode: Mode
+    window: int
+    sinks: int
+    sink_positions: SinkPositions = "absolute"
+
+    def __post_init__(self) -> None:
+        _choice("mode", self.mode, get_args(Mode))
+        _choice("sink_positions", self.sink_positions, get_args(SinkPositions))
+        check_span(self.window, self.sinks)
+
+
+def check_span(window: int, sinks: int) -> None:
+    """Checks window and sinks.
+
+    Raises:
+        ConfigError: One of them is not a whole number, the window is below 1 or the sinks below 0.
+    """
+    for name, value, least in (("window", window, 1), ("sinks", sinks, 0)):
+        if not isinstance(value, int) or isinstance(value, bool) or value < least:
+            raise ConfigError(f"{name} must be a whole number of at least {least}, not {value!r}")
+
+
+def _choice(name: str, value: object, known: Iterable[str]) -> None:
+    known = tuple(known)
+    if value not in known:
+        raise ConfigError(f"{name} must be one of {', '.join(known)}, not {value!r}")
+
+
+def _layer_indices(layers: Iterable[int]) -> tuple[int, ...]:
+    indices = tuple(layers)
+    if not indices or any(not isinstance(i, int) or isinstance(i, bool) or i < 0 for i in indices):
+        raise ConfigError(f"layers must name at least one layer by its index from 0, not {indices!r}")
+    if len(set(indices)) != len(indices):
+        raise ConfigError(f"layers names a layer twice: {indices!r}")
+    return tuple(sorted(indices))

@@ -1,0 +1,158 @@
+"""The contract of a memory: gates from the hidden state, a scan over evicted tokens, a read-out.
+
+Legend of shapes: B batch, T tokens, D hidden size, H query heads, G key/value heads, K key size, V value size,
+N gates per head.
+"""
+
+from __future__ import annotations
+
+import abc
+from typing import ClassVar, NamedTuple
+
+import torch
+from torch import nn
+
+
+class MemoryShape(NamedTuple):
+    """Sizes of the attention layer that a memory serves.
+
+    Attributes:
+        hidden_size: Width of the layer's input, D.
+        query_heads: Number of query heads, H; the state has one matrix per query head.
+        kv_heads: Number of key/value heads, G; H is a multiple of it.
+        key_size: Size of one key or query head, K.
+        value_size: Size of one value head, V.
+    """
+
+    hidden_size: int
+    query_heads: int
+    kv_heads: int
+    key_size: int
+    value_size: int
+
+
+class Memory(nn.Module, abc.ABC):
+    """A recurrent network that folds evicted tokens into a state of fixed size and answers queries from it.
+
+    It reuses the attention's own queries, keys and values and learns only gates and a read-out. A subclass declares
+    `gate_count` and implements `gates`, `scan`, `normalise` and `state_shape`; gates of zero must leave the state
+    unchanged, which is how padding is kept out of it. The output projection starts at zero, so that an untrained
+    memory changes nothing.
+
+    Args:
+        shape: Sizes of the attention layer.
+
+    Source: arXiv 2510.07318, section 3.2.
+    """
+
+    gate_count: ClassVar[int]
+
+    def __init__(self, shape: MemoryShape) -> None:
+        super().__init__()
+        self.shape = shape
+        self.o_proj = nn.Parameter(torch.zeros(shape.query_heads, shape.value_size, shape.value_size))
+
+    @abc.abstractmethod
+    def state_shape(self) -> tuple[int, int, int]:
+        """Shape of one sequence's state, `[H, K, V]` or as the memory documents."""
+
+    @abc.abstractmethod
+    def gates(self, x_BTD: torch.Tensor) -> torch.Tensor:
+        """Gates of tokens, computed when they are current and applied when they leave the window.
+
+        Args:
+            x_BTD: Input of the attention layer, `[B, T, D]`, after the layer's input norm.
+
+        Returns:
+            Gates, `[B, T, N, H]`, float32 (float64 for a float64 model).
+        """
+
+    @abc.abstractmethod
+    def scan(
+        self,
+        q_BTHK: torch.Tensor,
+        k_BTGK: torch.Tensor,
+        v_BTGV: torch.Tensor,
+        gates_BTNH: torch.Tensor,
+        state: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Folds evicted tokens into the state one after the other, reading it after each.
+
+        Args:
+            q_BTHK: Queries that read, `[B, T, H, K]`: query t reads after evicted token t was folded in.
+            k_BTGK: Keys of the evicted tokens, `[B, T, G, K]`.
+            v_BTGV: Values of the evicted tokens, `[B, T, G, V]`.
+            gates_BTNH: Their gates, `[B, T, N, H]`.
+            state: State before the first of them, `[B, *state_shape()]` float32, or `None` for an empty memory.
+
+        Returns:
+            What each query read, `[B, T, H, V]` float32, and the state after the last token.
+        """
+
+    @abc.abstractmethod
+    def normalise(self, read_BTHV: torch.Tensor, x_BTD: torch.Tensor) -> torch.Tensor:
+        """Gated norm of what was read, `[B, T, H, V]` float32, before the output projection.
+
+        Args:
+            read_BTHV: What the queries read, `[B, T, H, V]` float32.
+            x_BTD: Input of the attention layer at the *querying* tokens, `[B, T, D]`.
+        """
+
+    def read_out(self, read_BTHV: torch.Tensor, x_BTD: torch.Tensor) -> torch.Tensor:
+        """What the memory adds to the attention output before its `o_proj`.
+
+        Args:
+            read_BTHV: What the queries read, `[B, T, H, V]` float32.
+            x_BTD: Input of the attention layer at the querying tokens, `[B, T, D]`.
+
+        Returns:
+            `[B, T, H, V]` in the dtype of the model. Zero wherever the state was still empty.
+        """
+        normed_BTHV = self.normalise(read_BTHV, x_BTD).to(self.o_proj.dtype)
+        return torch.einsum("bthv,hvw->bthw", normed_BTHV, self.o_proj)
+
+    def empty_state(self, batch: int, device: torch.device) -> torch.Tensor:
+        """An empty state, `[B, *state_shape()]` float32."""
+        return torch.zeros(batch, *self.state_shape(), device=device)
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float = 1e-5) -> torch.Tensor:
+    """Root-mean-square norm over the last dimension, in the dtype of `x` (float32 or float64)."""
+    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight.to(x.dtype)
+
+
+def unit(x: torch.Tensor, eps: float = 1e-6) -> torch.Tensor:
+    """`x` scaled to length 1 along the last dimension, at least in float32; zeros stay zeros."""
+    x = at_least_float32(x)
+    return x * torch.rsqrt(x.square().sum(-1, keepdim=True) + eps)
+
+
+def at_least_float32(x: torch.Tensor) -> torch.Tensor:
+    """`x` in float32, or in float64 if it is that already."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def inverse_softplus(y: torch.Tensor) -> torch.Tensor:
+    """The x with softplus(x) = y, for y > 0."""
+    return y + torch.log(-torch.expm1(-y))
+
+
+def draw_decay(heads: int) -> nn.Parameter:
+    """Published start of the decay rate per head, log U(0, 16), `[H]`."""
+    return nn.Parameter(torch.empty(heads).uniform_(0, 16).clamp_(min=1e-4).log())
+
+
+def draw_step(heads: int) -> nn.Parameter:
+    """Published start of the step bias per head, `[H]`: softplus of it is log-uniform in (0.001, 0.1)."""
+    low, high = torch.tensor(0.001).log(), torch.tensor(0.1).log()
+    step = (torch.rand(heads) * (high - low) + low).exp()
+    return nn.Parameter(inverse_softplus(step))
+
+
+def gate_projection(hidden_size: int, heads: int, bias: bool = False) -> nn.Linear:
+    """A linear map from the hidden state to one number per head, started at N(0, 0.02)."""
+    linear = nn.Linear(hidden_size, heads, bias=bias)
+    nn.init.normal_(linear.weight, std=0.02)
+    if bias:
+        nn.init.zeros_(linear.bias)
+    return linear

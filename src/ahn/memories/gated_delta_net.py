@@ -1,0 +1,66 @@
+"""Gated DeltaNet: a delta rule whose state also decays. Shapes as in `ahn.memories.base`."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from ahn.memories.base import (
+    Memory,
+    MemoryShape,
+    at_least_float32,
+    draw_decay,
+    draw_step,
+    gate_projection,
+    rms_norm,
+    unit,
+)
+from ahn.ops import gated_delta_rule
+
+
+class GatedDeltaNet(Memory):
+    """S <- alpha (I - beta k k^T) S + beta k v^T, with beta and alpha from the evicted token's hidden state.
+
+    Source: arXiv 2510.07318, equations 5 to 8; the rule is that of arXiv 2412.06464.
+    """
+
+    gate_count = 2
+
+    def __init__(self, shape: MemoryShape) -> None:
+        super().__init__(shape)
+        heads, hidden = shape.query_heads, shape.hidden_size
+        self.A_log = draw_decay(heads)
+        self.dt_bias = draw_step(heads)
+        self.a_proj = gate_projection(hidden, heads)
+        self.b_proj = gate_projection(hidden, heads)
+        self.g_proj = gate_projection(hidden, heads)
+        self.o_norm = nn.Parameter(torch.ones(shape.value_size))
+
+    def state_shape(self) -> tuple[int, int, int]:
+        """`[H, K, V]`."""
+        return self.shape.query_heads, self.shape.key_size, self.shape.value_size
+
+    def gates(self, x_BTD: torch.Tensor) -> torch.Tensor:
+        """Log decay (natural, <= 0) and write strength beta in (0, 1), `[B, T, 2, H]`."""
+        beta = at_least_float32(torch.sigmoid(self.b_proj(x_BTD)))
+        step = F.softplus(at_least_float32(self.a_proj(x_BTD)) + self.dt_bias)
+        return torch.stack((-at_least_float32(self.A_log).exp() * step, beta), dim=-2)
+
+    def scan(
+        self,
+        q_BTHK: torch.Tensor,
+        k_BTGK: torch.Tensor,
+        v_BTGV: torch.Tensor,
+        gates_BTNH: torch.Tensor,
+        state: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """See `Memory.scan`; keys and queries are l2-normalised, queries also divided by sqrt(K)."""
+        q_BTHK = unit(q_BTHK) * self.shape.key_size**-0.5
+        g_BTH, beta_BTH = gates_BTNH.unbind(-2)
+        return gated_delta_rule(q_BTHK, unit(k_BTGK), at_least_float32(v_BTGV), g_BTH, beta_BTH, state)
+
+    def normalise(self, read_BTHV: torch.Tensor, x_BTD: torch.Tensor) -> torch.Tensor:
+        """RMS norm per head times silu of one gate per head."""
+        gate_BTH = F.silu(at_least_float32(self.g_proj(x_BTD)))
+        return rms_norm(read_BTHV, self.o_norm) * gate_BTH[..., None]

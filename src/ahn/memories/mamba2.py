@@ -1,0 +1,64 @@
+"""Mamba2: a state-space update with one decay per head and token. Shapes as in `ahn.memories.base`."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from ahn.memories.base import (
+    Memory,
+    MemoryShape,
+    at_least_float32,
+    draw_decay,
+    draw_step,
+    gate_projection,
+    rms_norm,
+    unit,
+)
+from ahn.ops import state_space
+
+
+class Mamba2(Memory):
+    """S <- exp(-dt A) S + dt v k^T, with the step dt from the evicted token's hidden state.
+
+    Source: arXiv 2510.07318, table of variants; the update is that of arXiv 2405.21060.
+    """
+
+    gate_count = 1
+
+    def __init__(self, shape: MemoryShape) -> None:
+        super().__init__(shape)
+        heads, hidden = shape.query_heads, shape.hidden_size
+        self.A_log = draw_decay(heads)
+        self.dt_bias = draw_step(heads)
+        self.dt_proj = gate_projection(hidden, heads, bias=True)
+        self.g_proj = gate_projection(hidden, heads, bias=True)
+        self.norm = nn.Parameter(torch.ones(heads * shape.value_size))
+
+    def state_shape(self) -> tuple[int, int, int]:
+        """`[H, V, K]`: transposed against the delta rules, as published."""
+        return self.shape.query_heads, self.shape.value_size, self.shape.key_size
+
+    def gates(self, x_BTD: torch.Tensor) -> torch.Tensor:
+        """Step dt > 0, `[B, T, 1, H]`."""
+        return F.softplus(at_least_float32(self.dt_proj(x_BTD)) + self.dt_bias).unsqueeze(-2)
+
+    def scan(
+        self,
+        q_BTHK: torch.Tensor,
+        k_BTGK: torch.Tensor,
+        v_BTGV: torch.Tensor,
+        gates_BTNH: torch.Tensor,
+        state: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """See `Memory.scan`; keys and queries are l2-normalised, queries are not scaled further."""
+        dt_BTH = gates_BTNH.squeeze(-2)
+        g_BTH = -at_least_float32(self.A_log).exp() * dt_BTH
+        return state_space(unit(q_BTHK), unit(k_BTGK), at_least_float32(v_BTGV), g_BTH, dt_BTH, state)
+
+    def normalise(self, read_BTHV: torch.Tensor, x_BTD: torch.Tensor) -> torch.Tensor:
+        """RMS norm over all heads at once, after multiplying with silu of one gate per head."""
+        gate_BTH = F.silu(at_least_float32(self.g_proj(x_BTD)))
+        gated_BTHV = read_BTHV * gate_BTH[..., None]
+        return rms_norm(gated_BTHV.flatten(-2), self.norm).unflatten(-1, gated_BTHV.shape[-2:])

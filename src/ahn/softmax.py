@@ -1,0 +1,169 @@
+"""Local attention: one softmax over sinks and window, in blocks of queries, so that no tensor has L x L elements.
+
+Legend of shapes: B batch, T queries, H query heads, G key/value heads (H a multiple), K key size, V value size,
+N keys in reach of a block.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+import torch.nn.functional as F
+
+from ahn.cache.exact import View
+from ahn.plan import Plan
+
+
+@dataclasses.dataclass(frozen=True)
+class Softmax:
+    """What a layer's softmax does beside the plain one.
+
+    Attributes:
+        scaling: Factor on the products of queries and keys.
+        dropout: Share of the weights dropped in training.
+        softcap: Bound of the scores, tanh(score / softcap) * softcap (Gemma 2), or `None`.
+        s_aux: One more score per query head that takes weight and gives no value (gpt-oss), `[H]`, or `None`.
+    """
+
+    scaling: float
+    dropout: float = 0.0
+    softcap: float | None = None
+    s_aux: torch.Tensor | None = None
+
+
+def local_attention(
+    q_BHTK: torch.Tensor,
+    sink_q_BHTK: torch.Tensor | None,
+    view: View,
+    plan: Plan,
+    window: int,
+    seen: int,
+    softmax: Softmax,
+) -> torch.Tensor:
+    """Attention of new tokens over sinks and window.
+
+    Args:
+        q_BHTK: Queries of the new tokens, `[B, H, T, K]`.
+        sink_q_BHTK: Queries for the sinks where these differ (bounded positions), or `None`.
+        view: What the queries may read.
+        plan: The call, for its masks.
+        window: Tokens of the layer's window, W.
+        seen: Tokens seen, the new ones included.
+        softmax: The layer's softmax.
+
+    Returns:
+        `[B, T, H, V]` in the dtype of the values.
+    """
+    new = q_BHTK.size(2)
+    if not view.ordered:
+        mask = plan.slot_mask(view, seen, window, q_BHTK)
+        keys, values = view.local.keys, view.local.values
+        return _attend(q_BHTK, sink_q_BHTK, keys, values, mask, slice(0, view.sinks.count), softmax).transpose(1, 2)
+    blocks = []
+    size = _block_size(window, q_BHTK)
+    for start in range(seen - new, seen, size):
+        stop = min(start + size, seen)
+        blocks.append(_attend_block(q_BHTK, sink_q_BHTK, view, plan, window, (start, stop), seen - new, softmax))
+    return (blocks[0] if len(blocks) == 1 else torch.cat(blocks, dim=2)).transpose(1, 2)
+
+
+def _attend_block(
+    q_BHTK: torch.Tensor,
+    sink_q_BHTK: torch.Tensor | None,
+    view: View,
+    plan: Plan,
+    window: int,
+    block: tuple[int, int],
+    offset: int,
+    softmax: Softmax,
+) -> torch.Tensor:
+    """The queries of one block, `[B, H, stop - start, V]`."""
+    start, stop = block
+    rows = slice(start - offset, stop - offset)
+    keys_from = max(view.first, start - window + 1)
+    reach = view.local.span(keys_from - view.first, max(keys_from, stop) - view.first)
+    keys = torch.cat((reach.keys, view.sinks.keys), dim=2)
+    values = torch.cat((reach.values, view.sinks.values), dim=2)
+    repeats = q_BHTK.size(1) // keys.size(1) if _stacks_heads(q_BHTK) else 1
+    mask = plan.block_mask(block, keys_from, view.sinks.count, window, repeats, q_BHTK)
+    sink_q = None if sink_q_BHTK is None else sink_q_BHTK[:, :, rows]
+    return _attend(q_BHTK[:, :, rows], sink_q, keys, values, mask, slice(reach.count, None), softmax)
+
+
+def _attend(
+    q_BHTK: torch.Tensor,
+    sink_q_BHTK: torch.Tensor | None,
+    k_BGNK: torch.Tensor,
+    v_BGNV: torch.Tensor,
+    mask: torch.Tensor | None,
+    sinks: slice,
+    softmax: Softmax,
+) -> torch.Tensor:
+    """One softmax, `[B, H, T, V]`, by the fused kernel where it can express it."""
+    if sink_q_BHTK is not None or softmax.softcap is not None or softmax.s_aux is not None:
+        return _attend_explicitly(q_BHTK, sink_q_BHTK, k_BGNK, v_BGNV, mask, sinks, softmax)
+    groups = k_BGNK.size(1)
+    if q_BHTK.size(2) == 1 or _stacks_heads(q_BHTK):
+        stacked = q_BHTK.reshape(q_BHTK.size(0), groups, -1, q_BHTK.size(3))
+        out = F.scaled_dot_product_attention(
+            stacked, k_BGNK, v_BGNV, attn_mask=mask, dropout_p=softmax.dropout, scale=softmax.scaling
+        )
+        return out.reshape(*q_BHTK.shape[:3], -1)
+    return F.scaled_dot_product_attention(
+        q_BHTK,
+        k_BGNK,
+        v_BGNV,
+        attn_mask=mask,
+        dropout_p=softmax.dropout,
+        scale=softmax.scaling,
+        enable_gqa=groups != q_BHTK.size(1),
+    )
+
+
+def _attend_explicitly(
+    q_BHTK: torch.Tensor,
+    sink_q_BHTK: torch.Tensor | None,
+    k_BGNK: torch.Tensor,
+    v_BGNV: torch.Tensor,
+    mask: torch.Tensor | None,
+    sinks: slice,
+    softmax: Softmax,
+) -> torch.Tensor:
+    """The softmax spelled out, float32 inside, query heads stacked on their kv head."""
+    batch, heads, new, size = q_BHTK.shape
+    groups = k_BGNK.size(1)
+    stacked = (batch, groups, heads // groups * new, size)
+    scores = _scores(q_BHTK.reshape(stacked), k_BGNK, softmax.scaling)
+    if sink_q_BHTK is not None:
+        scores[..., sinks] = _scores(sink_q_BHTK.reshape(stacked), k_BGNK[:, :, sinks], softmax.scaling)
+    if softmax.softcap is not None:
+        scores = torch.tanh(scores / softmax.softcap) * softmax.softcap
+    if mask is not None:
+        per_head = scores.view(batch, groups, -1, new, scores.size(-1))
+        # The mask of one head, should it come stacked; the sum is broadcast over the heads.
+        one = mask[..., :new, :]
+        scores = (per_head + (one if one.dim() == 2 else one[:, :, None])).view_as(scores)
+    if softmax.s_aux is not None:
+        extra = softmax.s_aux.float().view(1, groups, -1, 1).expand(batch, -1, -1, new).reshape(*scores.shape[:3], 1)
+        scores = torch.cat((scores, extra), dim=-1)
+    weights = torch.softmax(scores, dim=-1)[..., : k_BGNK.size(2)].to(v_BGNV.dtype)
+    weights = F.dropout(weights, softmax.dropout) if softmax.dropout else weights
+    return torch.matmul(weights, v_BGNV).view(batch, heads, new, -1)
+
+
+def _scores(q: torch.Tensor, k: torch.Tensor, scaling: float) -> torch.Tensor:
+    """Scaled products, float32."""
+    return torch.matmul(q * scaling, k.transpose(2, 3)).float()
+
+
+def _stacks_heads(q: torch.Tensor) -> bool:
+    """Whether query heads are stacked on their kv head: off the CPU, the fused kernels take no grouped heads with a mask."""
+    return q.device.type != "cpu"
+
+
+def _block_size(window: int, q: torch.Tensor) -> int:
+    """Queries per block: large enough for fast products, small enough that few masked keys are multiplied."""
+    if q.device.type != "cpu":
+        return 1024
+    return 128 if window <= 512 else 256

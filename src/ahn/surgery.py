@@ -1,0 +1,331 @@
+"""Attaching a memory to a model and taking it off again, with no line of modelling code changed."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.masking_utils import AttentionMaskInterface
+from transformers.modeling_utils import AttentionInterface
+
+from ahn import _compat
+from ahn.attachment import Attachment, Site, attachment_of, find_attachment, set_attachment
+from ahn.attention import IMPLEMENTATION, TRACE, LayerCall, attention_function
+from ahn.cache import HippocampalCache, HippocampalLayer
+from ahn.cache.cache import check_cache
+from ahn.config import AHNConfig, RunSettings
+from ahn.errors import AHNError, CacheError, ConfigError, ModelError
+from ahn.memories import MemoryShape, build_memory
+from ahn.plan import CURRENT, Plan, find_padding, mask_function
+from ahn.positions import Rotation, find_rotary
+from ahn.probe import Seen, check_rotations, find_backbone, probe, sample
+
+AttentionInterface.register(IMPLEMENTATION, attention_function)
+AttentionMaskInterface.register(IMPLEMENTATION, mask_function)
+
+MODULE = "memory"
+"""Name of the memory inside its attention module, hence in the model's state dict."""
+
+
+def attach(model: nn.Module, config: AHNConfig | None = None) -> None:
+    """Gives a model a memory: from now on `model(...)` and `model.generate(...)` read with it.
+
+    The memory starts with an output of zero and changes nothing but the cost until it is trained or loaded. The base
+    weights are not touched. A short text is read twice to make sure that every layer takes part.
+
+    Args:
+        model: Any decoder of transformers that routes its attention through transformers' attention interface.
+        config: What to attach; `AHNConfig()` if left out.
+
+    Raises:
+        ModelError: The model has a memory already, or cannot be given one; the message says why.
+        ConfigError: The settings do not fit this model.
+    """
+    config = config or AHNConfig()
+    if find_attachment(model) is not None:
+        raise ModelError("this model has a memory already; call ahn.detach(model) first")
+    backbone = find_backbone(model)
+    layers = probe(model, backbone)
+    attachment = Attachment(config, _sites(backbone, layers, config), _base_name(backbone), _trained_context(backbone))
+    attachment.check(attachment.settings)
+    expected = _read_sample(backbone, attachment)
+    _install(model, backbone, attachment)
+    try:
+        _verify(backbone, attachment, expected)
+    except BaseException:
+        detach(model)
+        raise
+
+
+def detach(model: nn.Module) -> None:
+    """Takes the memory off a model, which is then bit for bit what it was before.
+
+    Args:
+        model: A model with a memory attached. The memory's weights are gone unless they were saved.
+
+    Raises:
+        ModelError: No memory is attached.
+    """
+    attachment = attachment_of(model)
+    for handle in attachment.handles:
+        handle.remove()
+    for site in attachment.sites:
+        if site.memory is not None:
+            delattr(site.module, MODULE)
+        set_attachment(site.module, None)
+    for config, before in attachment.implementations:
+        _compat.set_implementation(config, before)
+    _compat.restore_generate(model)
+    for module in (model, find_backbone(model)):
+        set_attachment(module, None)
+
+
+@contextlib.contextmanager
+def attached(model: nn.Module, config: AHNConfig | None = None) -> Iterator[nn.Module]:
+    """`attach` inside a `with` block, `detach` at its end.
+
+    Args:
+        model: As for `attach`.
+        config: As for `attach`.
+
+    Yields:
+        The model.
+    """
+    attach(model, config)
+    try:
+        yield model
+    finally:
+        detach(model)
+
+
+def _sites(backbone: Any, layers: list[Seen], config: AHNConfig) -> tuple[Site, ...]:
+    """The model's attention layers, with a new memory where one is wanted."""
+    sites = tuple(
+        Site(layer.module, index, _shape(backbone, layer), layer.sliding_window) for index, layer in enumerate(layers)
+    )
+    for index in _chosen(sites, config):
+        site, weight = sites[index], next(sites[index].module.parameters())
+        site.memory = build_memory(config.memory, site.shape).to(device=weight.device, dtype=weight.dtype)
+        site.memory.train(backbone.training)
+        if config.sink_positions == "bounded" or config.memory_positions == "none":
+            site.rotation = _rotation(backbone, site)
+    rotations = {site.module: site.rotation for site in sites if site.rotation is not None}
+    rotates = check_rotations(backbone, rotations) if rotations else {}
+    for site in sites:
+        site.rotation = site.rotation if rotates.get(site.module) else None
+    return sites
+
+
+def _shape(backbone: Any, layer: Seen) -> MemoryShape:
+    return MemoryShape(
+        backbone.config.hidden_size, layer.query.size(1), layer.key.size(1), layer.key.size(3), layer.value_size
+    )
+
+
+def _chosen(sites: tuple[Site, ...], config: AHNConfig) -> list[int]:
+    """Indices of the layers that get a memory: those asked for; or all with full attention; or all."""
+    if config.layers is not None:
+        if max(config.layers) >= len(sites):
+            raise ConfigError(f"layers names layer {max(config.layers)}, but the model's last layer is {len(sites) - 1}")
+        return list(config.layers)
+    full = [site.index for site in sites if site.sliding_window is None]
+    return full or [site.index for site in sites]
+
+
+def _rotation(backbone: Any, site: Site) -> Rotation | None:
+    """How to undo a layer's rotary positions; `None` for a model that has none."""
+    if (rotary := find_rotary(backbone)) is None:
+        return None
+    kinds = getattr(backbone.config, "layer_types", None)
+    try:
+        return Rotation(site.module, rotary, kinds[site.index] if kinds else None, _trained_context(backbone))
+    except LookupError as error:
+        raise ModelError(
+            f"the rotary positions of this model cannot be undone ({error}); use sink_positions="
+            '"absolute" and memory_positions="rope"'
+        ) from None
+
+
+def _trained_context(backbone: Any) -> int:
+    """Positions that the model was trained on, or a number beyond all texts where its config names none."""
+    known = getattr(backbone.config, "max_position_embeddings", None) or getattr(backbone.config, "n_positions", None)
+    return int(known) if known else sys.maxsize
+
+
+def _base_name(backbone: Any) -> str:
+    return str(backbone.config._attn_implementation or "eager")
+
+
+def _install(model: Any, backbone: Any, attachment: Attachment) -> None:
+    """Hooks, memories and names: everything that `detach` takes back."""
+    attachment.position_limit = _learned_positions(backbone)
+    for module in {id(each): each for each in (model, backbone, *(site.module for site in attachment.sites))}.values():
+        set_attachment(module, attachment)
+    handles = attachment.handles
+    handles.append(backbone.register_forward_pre_hook(_before_call(attachment), with_kwargs=True))
+    handles.append(backbone.register_forward_hook(_after_call, always_call=True))
+    for site in attachment.sites:
+        if site.memory is not None:
+            site.module.add_module(MODULE, site.memory)
+            handles.append(site.module.register_forward_pre_hook(_before_layer(site), with_kwargs=True))
+    for config in _compat.attention_configs(backbone):
+        attachment.implementations.append((config, config._attn_implementation))
+        _compat.set_implementation(config, IMPLEMENTATION)
+    _compat.make_generate_use_memory(model)
+
+
+def _before_call(attachment: Attachment) -> Callable[..., Any]:
+    """The hook that starts a call: finds its cache, settings and padding."""
+
+    def hook(backbone: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        if args:
+            kwargs = {**dict(zip(_parameter_names(backbone), args, strict=False)), **kwargs}
+        inputs = kwargs.get("input_ids") if kwargs.get("input_ids") is not None else kwargs.get("inputs_embeds")
+        settings = _settings(attachment, kwargs.get("past_key_values"))
+        if settings.mode == "full" or inputs is None:
+            plan = Plan(attachment, settings, None)
+        else:
+            plan = Plan(attachment, settings, _prepare(attachment, backbone, kwargs, inputs))
+        plan.token = CURRENT.set(plan)
+        return (), kwargs
+
+    return hook
+
+
+def _after_call(backbone: Any, args: Any, output: Any) -> None:
+    """The hook that ends a call, also one that failed."""
+    plan = CURRENT.get()
+    if plan is not None and plan.token is not None:
+        CURRENT.reset(plan.token)
+
+
+def _settings(attachment: Attachment, cache: Any) -> RunSettings:
+    """Settings of a call: those of its cache; one that the base model made was made by full attention."""
+    if isinstance(cache, HippocampalCache):
+        if cache.attachment is not attachment:
+            raise CacheError("this cache was made for another model, or before the memory was attached anew")
+        return cache.settings
+    settings = attachment.settings
+    if cache is None or settings.mode == "full":
+        return settings
+    if cache.get_seq_length() == 0:
+        check_cache(cache)
+    return RunSettings("full", settings.window, settings.sinks)
+
+
+def _prepare(attachment: Attachment, backbone: Any, kwargs: dict[str, Any], inputs: torch.Tensor) -> Any:
+    """Makes the call's cache if one is wanted and finds the padding of its rows."""
+    cache, mask = kwargs.get("past_key_values"), kwargs.get("attention_mask")
+    if cache is None:
+        wanted = kwargs.get("use_cache")
+        wanted = backbone.config.use_cache and not backbone.training if wanted is None else wanted
+        kwargs["use_cache"] = wanted
+        cache = kwargs["past_key_values"] = HippocampalCache(_holder(attachment)) if wanted else None
+    seen = cache.seen_tokens if cache is not None else 0
+    batch, new = inputs.shape[:2]
+    _check_call(attachment, cache, batch, seen + new)
+    if mask is None:
+        return cache.padding if cache is not None else None
+    if not isinstance(mask, torch.Tensor) or mask.dim() != 2:
+        raise CacheError('a memory reads with a 2D attention mask; for a custom mask use ahn.mode(model, "full")')
+    padding = find_padding(mask, new, cache.padding if cache is not None else None, seen, kept=cache is not None)
+    if cache is not None:
+        cache.padding = padding
+    return padding
+
+
+def _check_call(attachment: Attachment, cache: HippocampalCache | None, batch: int, total: int) -> None:
+    if cache is not None and (held := cache.rows) not in (None, batch):
+        raise CacheError(f"the cache holds {held} rows, but the input has {batch}; start a new cache or keep the batch")
+    limit = attachment.position_limit
+    if limit is not None and total > limit:
+        raise CacheError(f"this model has learned positions for {limit} tokens only and cannot read {total}")
+
+
+def _holder(attachment: Attachment) -> nn.Module:
+    """A module that `HippocampalCache` recognises as having this attachment."""
+    return attachment.sites[0].module
+
+
+def _before_layer(site: Site) -> Callable[..., Any]:
+    """The hook that sends along what the attention function needs: gates of the new tokens, the store, positions."""
+
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        plan = kwargs.get("attention_mask")
+        if not isinstance(plan, Plan) or site.memory is None:
+            return None
+        cache = kwargs.get("past_key_values")
+        kept = isinstance(cache, HippocampalCache)
+        store = cache.layers[site.index] if kept else HippocampalLayer(plan.settings, site.sliding_window)
+        hidden = args[0] if args else kwargs["hidden_states"]
+        gates = site.memory.gates(hidden) if plan.settings.mode == "ahn" else None
+        tables, positions = kwargs.get("position_embeddings"), kwargs.get("position_ids")
+        call = LayerCall(site, plan, store, kept, hidden, gates, tables, positions)
+        return args, {**kwargs, "ahn": call}
+
+    return hook
+
+
+def _parameter_names(module: nn.Module) -> list[str]:
+    return list(inspect.signature(module.forward).parameters)
+
+
+def _learned_positions(backbone: Any) -> int | None:
+    """How many positions a model with a table of learned positions has, or `None` for any other model."""
+    if find_rotary(backbone) is not None:
+        return None
+    known = _trained_context(backbone)
+    tables = (m for m in backbone.modules() if isinstance(m, nn.Embedding) and m is not backbone.get_input_embeddings())
+    return known if any(known <= table.num_embeddings <= known + 8 for table in tables) else None
+
+
+def _read_sample(backbone: Any, attachment: Attachment) -> torch.Tensor:
+    """Last hidden state on a text that fits into sinks and window, `[1, T, D]` float32."""
+    tokens = min(4, *(_exact_tokens(attachment, site) for site in attachment.sites))
+    training = backbone.training
+    backbone.eval()
+    try:
+        with torch.no_grad():
+            output = backbone(input_ids=sample(backbone, tokens), use_cache=False)
+    finally:
+        backbone.train(training)
+    hidden: torch.Tensor = output.last_hidden_state
+    return hidden.float()
+
+
+def _exact_tokens(attachment: Attachment, site: Site) -> int:
+    total = attachment.config.sinks + attachment.config.window
+    return min(total, site.sliding_window) if site.sliding_window else total
+
+
+def _verify(backbone: Any, attachment: Attachment, expected: torch.Tensor) -> None:
+    """Reads a short text with the memory: every layer must take part, and nothing may change up to sinks + window.
+
+    Raises:
+        ModelError: A layer was left out, or the outputs differ from the base model's.
+    """
+    name = type(backbone).__name__
+    served: set[int] = set()
+    token = TRACE.set(served)
+    try:
+        actual = _read_sample(backbone, attachment)
+    except AHNError:
+        raise
+    except Exception as error:
+        raise ModelError(f"no memory can be attached to {name}: reading with it failed ({error})") from error
+    finally:
+        TRACE.reset(token)
+    if missing := {site.index for site in attachment.sites if site.memory is not None} - served:
+        raise ModelError(f"no memory can be attached to {name}: layers {sorted(missing)} do not pass its inputs on")
+    scale = expected.abs().mean().clamp(min=1e-6)
+    tolerance = 1e-3 if next(backbone.parameters()).dtype == torch.float32 else 5e-2
+    if bool((actual - expected).abs().mean() > tolerance * scale):
+        raise ModelError(
+            f"no memory can be attached to {name}: its attention does more than a causal softmax over keys "
+            f"(outputs differ by {float((actual - expected).abs().mean() / scale):.1%} on a text inside the window)"
+        )

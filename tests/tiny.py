@@ -1,0 +1,127 @@
+"""Tiny random models of every family in the test matrix, and reference ways of reading a text."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+
+import ahn
+from ahn.attachment import attachment_of
+
+SIZES = {
+    "vocab_size": 128,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 4096,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+EXPERTS = {"num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "qwen2": {"head_dim": None},
+    "qwen3": {},
+    "qwen3_moe": {**EXPERTS, "decoder_sparse_step": 1},
+    "mistral": {"sliding_window": None},
+    "mixtral": {**EXPERTS, "sliding_window": None},
+    "gemma2": {"sliding_window": 12, "query_pre_attn_scalar": 8},
+    "gemma3_text": {
+        "sliding_window": 12,
+        "query_pre_attn_scalar": 8,
+        "layer_types": ["sliding_attention", "full_attention", "full_attention"],
+    },
+    "phi3": {"head_dim": None, "sliding_window": None},
+    "smollm3": {"head_dim": None, "no_rope_layers": [1, 0, 1]},
+    "olmo2": {"head_dim": None},
+    "granite": {"head_dim": None, "attention_multiplier": 0.3, "residual_multiplier": 0.7},
+    "gpt_oss": {**EXPERTS, "sliding_window": 12, "layer_types": ["sliding_attention", "full_attention", "full_attention"]},
+    "glm4": {"partial_rotary_factor": 0.5},
+    "cohere2": {
+        "head_dim": None,
+        "sliding_window": 12,
+        "layer_types": ["sliding_attention", "full_attention", "full_attention"],
+    },
+    "starcoder2": {"head_dim": None, "sliding_window": None},
+    "gpt2": {
+        "n_embd": 32,
+        "n_layer": 3,
+        "n_head": 4,
+        "n_positions": 512,
+        "vocab_size": 128,
+        "pad_token_id": 0,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    },
+}
+MEMORIES = ("gated_delta_net", "delta_net", "mamba2")
+
+
+def tiny(family: str = "llama", **changes: Any) -> Any:
+    """A tiny random causal language model in float32, in evaluation mode."""
+    own = FAMILIES.get(family, {})
+    sizes = own if family == "gpt2" else {**SIZES, **own}
+    settings = {key: value for key, value in {**sizes, **changes}.items() if value is not None}
+    if family in ("mistral", "mixtral", "phi3", "starcoder2") and settings.get("sliding_window") is None:
+        settings["sliding_window"] = None
+    config = transformers.AutoConfig.for_model(family, **settings)
+    torch.manual_seed(7)
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            nn.init.normal_(parameter, std=0.15)
+    return model.requires_grad_(False)
+
+
+def with_memory(family: str = "llama", memory: str = "gated_delta_net", **settings: Any) -> Any:
+    """A tiny model with a memory whose weights are random, so that it changes what the model says."""
+    changes = settings.pop("model", {})
+    model = tiny(family, **changes)
+    ahn.attach(model, ahn.AHNConfig(memory=memory, **{"window": 16, "sinks": 5, **settings}))
+    awaken(model)
+    return model
+
+
+def awaken(model: nn.Module) -> None:
+    """Random weights for the attached memories, drawn from a fixed seed."""
+    generator = torch.Generator().manual_seed(11)
+    for site in attachment_of(model).sites:
+        if site.memory is None:
+            continue
+        for name, parameter in site.memory.named_parameters():
+            if name in ("o_proj", "dt_proj.weight", "a_proj.weight", "b_proj.weight", "g_proj.weight"):
+                parameter.data.normal_(std=0.4, generator=generator)
+            if name == "A_log":
+                parameter.data.uniform_(-3, 0, generator=generator)
+
+
+def text(batch: int = 1, tokens: int = 75, seed: int = 3) -> torch.Tensor:
+    """Random token ids, `[batch, tokens]`, without special tokens."""
+    return torch.randint(3, 128, (batch, tokens), generator=torch.Generator().manual_seed(seed))
+
+
+@torch.no_grad()
+def read(model: Any, ids: torch.Tensor, chunks: list[int] | int | None = None, **kwargs: Any) -> torch.Tensor:
+    """Logits of a text read in chunks on one cache, `[batch, tokens, vocabulary]`; in one go if `chunks` is None."""
+    if chunks is None:
+        return model(ids, **kwargs).logits
+    sizes = chunks if isinstance(chunks, list) else [chunks] * -(-ids.size(1) // chunks)
+    cache, mask = kwargs.pop("past_key_values", None) or ahn.HippocampalCache(model), kwargs.pop("attention_mask", None)
+    logits, start = [], 0
+    for size in sizes:
+        stop = min(start + size, ids.size(1))
+        part = {} if mask is None else {"attention_mask": mask[:, :stop]}
+        if "position_ids" in kwargs:
+            part["position_ids"] = kwargs["position_ids"][:, start:stop]
+        logits.append(model(ids[:, start:stop], past_key_values=cache, **part).logits)
+        start = stop
+    assert start == ids.size(1), "the chunks do not cover the text"
+    return torch.cat(logits, dim=1)
