@@ -43,7 +43,11 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "smollm3": {"head_dim": None, "no_rope_layers": [1, 0, 1]},
     "olmo2": {"head_dim": None},
     "granite": {"head_dim": None, "attention_multiplier": 0.3, "residual_multiplier": 0.7},
-    "gpt_oss": {**EXPERTS, "sliding_window": 12, "layer_types": ["sliding_attention", "full_attention", "full_attention"]},
+    "gpt_oss": {
+        **EXPERTS,
+        "sliding_window": 12,
+        "layer_types": ["sliding_attention", "full_attention", "full_attention"],
+    },
     "glm4": {"partial_rotary_factor": 0.5},
     "cohere2": {
         "head_dim": None,

@@ -10,10 +10,11 @@ from torch import nn
 from transformers.generation.configuration_utils import GenerationMode
 
 from ahn.cache import HippocampalCache
+from ahn.cache.cache import refuse_assisted_decoding
 from ahn.errors import CacheError
 
 
-def set_implementation(config: Any, name: str) -> None:
+def set_implementation(config: Any, name: str | None) -> None:
     """Sets the attention implementation of one config and of no other (5.23: the setter also reaches sub-configs)."""
     config._attn_implementation_internal = name
 
@@ -35,11 +36,11 @@ def make_generate_use_memory(model: Any) -> None:
     def prepare(generation_config: Any, model_kwargs: dict[str, Any], generation_mode: Any, *rest: Any) -> None:
         attachment = model.__dict__["_ahn_attachment"]
         given = model_kwargs.get("past_key_values")
-        if given is None and attachment.settings.mode == "full" or given is not None and not _is_ours(given):
+        if (given is None and attachment.settings.mode == "full") or (given is not None and not _is_ours(given)):
             original(model, generation_config, model_kwargs, generation_mode, *rest)
             return
         if generation_mode == GenerationMode.ASSISTED_GENERATION:
-            HippocampalCache.activate_past_recording(given)
+            refuse_assisted_decoding()
         if generation_config.cache_implementation not in (None, "dynamic"):
             raise CacheError(
                 f"cache_implementation={generation_config.cache_implementation!r} would replace the memory's cache; "

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import sys
 from contextvars import ContextVar
-from typing import Any, cast
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import nn
@@ -18,8 +18,10 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from ahn.attachment import Site, find_attachment
 from ahn.cache.exact import Padding, Tokens, View
 from ahn.cache.layer import HippocampalLayer
+from ahn.errors import ModelError
+from ahn.memories import Memory
 from ahn.plan import Plan
-from ahn.positions import Tables
+from ahn.positions import Rotation, Tables
 from ahn.softmax import Softmax, local_attention
 
 IMPLEMENTATION = "ahn"
@@ -29,70 +31,82 @@ TRACE: ContextVar[set[int] | None] = ContextVar("ahn_trace", default=None)
 """Where the check after attaching collects the layers that a memory serves."""
 
 
+class Rotary(NamedTuple):
+    """The rotation of the new tokens of a call.
+
+    Attributes:
+        rotation: How to undo and redo it.
+        tables: The model's tables for the new tokens.
+        positions: Their positions, `[B or 1, T]`.
+        unrotates: Whether the memory takes queries and keys as they were before their rotation.
+    """
+
+    rotation: Rotation
+    tables: Tables
+    positions: torch.Tensor
+    unrotates: bool
+
+
 @dataclasses.dataclass
 class LayerCall:
     """What the attention function of one layer must know beside queries, keys and values.
 
     Attributes:
         site: The layer.
+        memory: Its memory.
         plan: The call.
         store: The layer's cascade; a fresh one where no cache is kept.
         kept: Whether the store lives on after the call.
         hidden: Input of the attention layer, `[B, T, D]`.
         gates: The new tokens' gates, `[B, T, N, H]`, or `None` where the memory is silent.
-        tables: Rotary tables of the new tokens, or `None`.
-        positions: Their positions, `[B or 1, T]`, or `None`.
+        rotary: Their rotation, where bounded sinks or the memory must undo it.
     """
 
     site: Site
+    memory: Memory
     plan: Plan
     store: HippocampalLayer
     kept: bool
     hidden: torch.Tensor
     gates: torch.Tensor | None
-    tables: Tables | None
-    positions: torch.Tensor | None
-
-    @property
-    def unrotates(self) -> bool:
-        """Whether the memory takes queries and keys as they were before their rotation."""
-        return self.site.rotation is not None and self.plan.attachment.config.memory_positions == "none"
+    rotary: Rotary | None
 
     def side(self, key: torch.Tensor) -> torch.Tensor:
         """What is kept of each new token for the day it leaves, `[B, 1, T, F]`."""
         if self.gates is None:
             return key.new_zeros(key.size(0), 1, key.size(2), 0, dtype=torch.float32)
         side = self.gates.flatten(2)
-        if self.unrotates:
-            rotation, tables, positions = self._rotary()
-            side = torch.cat((side, rotation.record(tables, positions, key.size(0)).to(side.dtype)), dim=-1)
+        if self.rotary and self.rotary.unrotates:
+            record = self.rotary.rotation.record(self.rotary.tables, self.rotary.positions, key.size(0))
+            side = torch.cat((side, record.to(side.dtype)), dim=-1)
         return side[:, None]
 
     def sink_queries(self, query: torch.Tensor, seen: int) -> torch.Tensor | None:
         """Queries that see the sinks within the trained context, or `None` while that is where they are anyway."""
-        bounded = self.plan.settings.sink_positions == "bounded" and self.site.rotation is not None
-        if not bounded or seen <= self.plan.attachment.trained_context or self.store.exact.sinks == 0:
+        near = seen <= self.plan.attachment.trained_context or self.store.exact.sinks == 0
+        if near or self.plan.settings.sink_positions != "bounded" or self.rotary is None:
             return None
-        rotation, tables, positions = self._rotary()
-        return rotation.bounded(query, tables, positions)
+        return self.rotary.rotation.bounded(query, self.rotary.tables, self.rotary.positions)
 
-    def memory_view(self, query: torch.Tensor, evicted: Tokens) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Queries that read, evicted keys, and evicted gates, as the memory takes them: `[B, E, ...]`."""
-        query = query[:, :, query.size(2) - evicted.count :]
-        keys, gates = evicted.keys, evicted.side[:, 0]
-        assert self.gates is not None, "internal: only a listening memory is read"
-        if self.unrotates:
-            rotation, tables, _ = self._rotary()
-            width = self.gates[0, 0].numel()
-            gates, record = gates[..., :width], gates[..., width:]
-            cos, sin = (table[:, table.size(1) - evicted.count :] for table in tables)
-            query, keys = rotation.undo(query, (cos, sin)), rotation.undo_recorded(keys, record)
-        return query.transpose(1, 2), keys.transpose(1, 2), gates.unflatten(-1, self.gates.shape[2:])
-
-    def _rotary(self) -> tuple[Any, Tables, torch.Tensor]:
-        assert self.site.rotation is not None, "internal: a rotation was checked when the memory was attached"
-        assert self.tables is not None and self.positions is not None, "internal: the attach check saw tables"
-        return self.site.rotation, self.tables, self.positions
+    def read_memory(self, query: torch.Tensor, view: View, seen: int) -> torch.Tensor:
+        """Folds what left the window into the state; what the last E queries read from it, `[B, E, H, V]`."""
+        evicted = view.evicted
+        before = query.size(2) - evicted.length
+        query, keys, side = query[:, :, before:], evicted.keys, evicted.side[:, 0]
+        width = self.memory.gate_count * self.site.shape.query_heads
+        if self.rotary and self.rotary.unrotates:
+            cos, sin = (table[:, before:] for table in self.rotary.tables)
+            query = self.rotary.rotation.undo(query, (cos, sin))
+            keys = self.rotary.rotation.undo_recorded(keys, side[..., width:])
+        gates = side[..., :width].unflatten(-1, (self.memory.gate_count, -1))
+        if self.plan.padding is not None:
+            first = seen - self.store.exact.window - evicted.length
+            gates = _without_padding(gates, first, self.store.exact.sinks, self.plan.padding)
+        values = evicted.values.transpose(1, 2)
+        read, state = self.memory.scan(query.transpose(1, 2), keys.transpose(1, 2), values, gates, self.store.state)
+        if self.kept:
+            self.store.state = state.detach()
+        return self.memory.read_out(read, self.hidden[:, before:])
 
 
 def attention_function(
@@ -121,38 +135,22 @@ def attention_function(
     """
     if ahn is None:
         mask = attention_mask.base_mask if isinstance(attention_mask, Plan) else attention_mask
-        implementation = _base_attention(module)
-        return cast(
-            "tuple[torch.Tensor, torch.Tensor | None]",
-            implementation(module, query, key, value, mask, scaling=scaling, dropout=dropout, **kwargs),
-        )
+        base = _base_attention(module)
+        output, weights = base(module, query, key, value, mask, scaling=scaling, dropout=dropout, **kwargs)
+        return output, weights
     if (trace := TRACE.get()) is not None:
         trace.add(ahn.site.index)
     scaling = query.size(-1) ** -0.5 if scaling is None else scaling
     softmax = Softmax(scaling, dropout, kwargs.get("softcap"), kwargs.get("s_aux"))
     store, padding = ahn.store, ahn.plan.padding
     new = Tokens(key, value, ahn.side(key))
-    seen = store.exact.seen + new.count
+    seen = store.exact.seen + new.length
     view = store.append(new, padding) if ahn.kept else store.exact.view(new, padding)
     sink_queries = ahn.sink_queries(query, seen)
     local = local_attention(query, sink_queries, view, ahn.plan, store.exact.window, seen, softmax)
-    if ahn.gates is None or not view.evicted.count:
+    if ahn.gates is None or not view.evicted.length:
         return local, None
-    return _added_to_last(local, _read_memory(ahn, query, view, seen)), None
-
-
-def _read_memory(ahn: LayerCall, query: torch.Tensor, view: View, seen: int) -> torch.Tensor:
-    """Folds what left the window into the state; what the last E queries read from it, `[B, E, H, V]`."""
-    memory, store, evicted = ahn.site.memory, ahn.store, view.evicted
-    assert memory is not None, "internal: a memory has gates"
-    queries, keys, gates = ahn.memory_view(query, evicted)
-    if ahn.plan.padding is not None:
-        first = seen - store.exact.window - evicted.count
-        gates = _without_padding(gates, first, store.exact.sinks, ahn.plan.padding)
-    read, state = memory.scan(queries, keys, evicted.values.transpose(1, 2), gates, store.state)
-    if ahn.kept:
-        store.state = state.detach()
-    return memory.read_out(read, ahn.hidden[:, ahn.hidden.size(1) - evicted.count :])
+    return _added_to_last(local, ahn.read_memory(query, view, seen)), None
 
 
 def _without_padding(gates_BENH: torch.Tensor, first: int, sinks: int, padding: Padding) -> torch.Tensor:
@@ -178,4 +176,8 @@ def _base_attention(module: nn.Module) -> Any:
     attachment = find_attachment(module)
     name = attachment.base_implementation if attachment else "eager"
     family = sys.modules[type(module).__module__]
-    return ALL_ATTENTION_FUNCTIONS.get_interface(name, getattr(family, "eager_attention_forward", None))
+    return ALL_ATTENTION_FUNCTIONS.get_interface(name, getattr(family, "eager_attention_forward", _no_eager_attention))
+
+
+def _no_eager_attention(module: nn.Module, *args: Any, **kwargs: Any) -> NoReturn:
+    raise ModelError(f'{type(module).__name__} has no eager attention; load the model with attn_implementation="sdpa"')

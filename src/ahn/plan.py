@@ -73,7 +73,7 @@ class Plan:
 
     def slot_mask(self, view: View, seen: int, window: int, like: torch.Tensor) -> torch.Tensor | None:
         """Mask of a single query over the raw slots of a ring, `[B, 1, 1, slots]`, or `None` if it may read all."""
-        sinks, slots = view.sinks.count, view.local.count
+        sinks, slots = view.sinks.length, view.local.length
         if self.padding is None or seen >= self.padding.most + sinks + window:
             return None
         slot = torch.arange(slots, device=like.device)

@@ -92,10 +92,7 @@ class Rotation:
 
 def find_rotary(backbone: nn.Module) -> nn.Module | None:
     """The module of a model that turns positions into tables, or `None` for a model without rotary positions."""
-    for name, module in backbone.named_modules():
-        if name.rpartition(".")[2] == "rotary_emb":
-            return module
-    return None
+    return next((m for name, m in backbone.named_modules() if name.rpartition(".")[2] == "rotary_emb"), None)
 
 
 def _changes_with_length(rotary: nn.Module, layer_type: str | None) -> bool:

@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface, eager_mask
-from transformers.modeling_utils import AttentionInterface
 from transformers.integrations.sdpa_attention import repeat_kv
+from transformers.masking_utils import AttentionMaskInterface, eager_mask
+from transformers.modeling_utils import AttentionInterface
 
 from ahn import _compat
 from ahn.errors import ModelError
@@ -79,8 +79,8 @@ def probe(model: nn.Module, backbone: nn.Module) -> list[Seen]:
 
 def sample(backbone: Any, tokens: int) -> torch.Tensor:
     """A few token ids that any model can read, `[1, tokens]`."""
-    ids = torch.arange(1, tokens + 1, device=_compat.input_device(backbone)) % backbone.config.vocab_size
-    return ids[None]
+    vocabulary: int = backbone.config.vocab_size
+    return (torch.arange(1, tokens + 1, device=_compat.input_device(backbone)) % vocabulary)[None]
 
 
 def _run(backbone: nn.Module) -> list[Seen]:

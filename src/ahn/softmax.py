@@ -59,7 +59,7 @@ def local_attention(
     if not view.ordered:
         mask = plan.slot_mask(view, seen, window, q_BHTK)
         keys, values = view.local.keys, view.local.values
-        return _attend(q_BHTK, sink_q_BHTK, keys, values, mask, slice(0, view.sinks.count), softmax).transpose(1, 2)
+        return _attend(q_BHTK, sink_q_BHTK, keys, values, mask, slice(0, view.sinks.length), softmax).transpose(1, 2)
     blocks = []
     size = _block_size(window, q_BHTK)
     for start in range(seen - new, seen, size):
@@ -86,9 +86,9 @@ def _attend_block(
     keys = torch.cat((reach.keys, view.sinks.keys), dim=2)
     values = torch.cat((reach.values, view.sinks.values), dim=2)
     repeats = q_BHTK.size(1) // keys.size(1) if _stacks_heads(q_BHTK) else 1
-    mask = plan.block_mask(block, keys_from, view.sinks.count, window, repeats, q_BHTK)
+    mask = plan.block_mask(block, keys_from, view.sinks.length, window, repeats, q_BHTK)
     sink_q = None if sink_q_BHTK is None else sink_q_BHTK[:, :, rows]
-    return _attend(q_BHTK[:, :, rows], sink_q, keys, values, mask, slice(reach.count, None), softmax)
+    return _attend(q_BHTK[:, :, rows], sink_q, keys, values, mask, slice(reach.length, None), softmax)
 
 
 def _attend(
@@ -158,7 +158,7 @@ def _scores(q: torch.Tensor, k: torch.Tensor, scaling: float) -> torch.Tensor:
 
 
 def _stacks_heads(q: torch.Tensor) -> bool:
-    """Whether query heads are stacked on their kv head: off the CPU, the fused kernels take no grouped heads with a mask."""
+    """Whether to stack query heads on their kv head: off the CPU, fused kernels take no grouped heads with a mask."""
     return q.device.type != "cpu"
 
 

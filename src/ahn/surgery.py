@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import inspect
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -15,13 +14,12 @@ from transformers.modeling_utils import AttentionInterface
 
 from ahn import _compat
 from ahn.attachment import Attachment, Site, attachment_of, find_attachment, set_attachment
-from ahn.attention import IMPLEMENTATION, TRACE, LayerCall, attention_function
-from ahn.cache import HippocampalCache, HippocampalLayer
-from ahn.cache.cache import check_cache
-from ahn.config import AHNConfig, RunSettings
-from ahn.errors import AHNError, CacheError, ConfigError, ModelError
+from ahn.attention import IMPLEMENTATION, TRACE, attention_function
+from ahn.config import AHNConfig
+from ahn.errors import AHNError, ConfigError, ModelError
+from ahn.hooks import after_call, before_call, before_layer
 from ahn.memories import MemoryShape, build_memory
-from ahn.plan import CURRENT, Plan, find_padding, mask_function
+from ahn.plan import mask_function
 from ahn.positions import Rotation, find_rotary
 from ahn.probe import Seen, check_rotations, find_backbone, probe, sample
 
@@ -131,7 +129,9 @@ def _chosen(sites: tuple[Site, ...], config: AHNConfig) -> list[int]:
     """Indices of the layers that get a memory: those asked for; or all with full attention; or all."""
     if config.layers is not None:
         if max(config.layers) >= len(sites):
-            raise ConfigError(f"layers names layer {max(config.layers)}, but the model's last layer is {len(sites) - 1}")
+            raise ConfigError(
+                f"layers names layer {max(config.layers)}, but the model's last layer is {len(sites) - 1}"
+            )
         return list(config.layers)
     full = [site.index for site in sites if site.sliding_window is None]
     return full or [site.index for site in sites]
@@ -167,112 +167,16 @@ def _install(model: Any, backbone: Any, attachment: Attachment) -> None:
     for module in {id(each): each for each in (model, backbone, *(site.module for site in attachment.sites))}.values():
         set_attachment(module, attachment)
     handles = attachment.handles
-    handles.append(backbone.register_forward_pre_hook(_before_call(attachment), with_kwargs=True))
-    handles.append(backbone.register_forward_hook(_after_call, always_call=True))
+    handles.append(backbone.register_forward_pre_hook(before_call(attachment), with_kwargs=True))
+    handles.append(backbone.register_forward_hook(after_call, always_call=True))
     for site in attachment.sites:
         if site.memory is not None:
             site.module.add_module(MODULE, site.memory)
-            handles.append(site.module.register_forward_pre_hook(_before_layer(site), with_kwargs=True))
+            handles.append(site.module.register_forward_pre_hook(before_layer(site), with_kwargs=True))
     for config in _compat.attention_configs(backbone):
         attachment.implementations.append((config, config._attn_implementation))
         _compat.set_implementation(config, IMPLEMENTATION)
     _compat.make_generate_use_memory(model)
-
-
-def _before_call(attachment: Attachment) -> Callable[..., Any]:
-    """The hook that starts a call: finds its cache, settings and padding."""
-
-    def hook(backbone: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        if args:
-            kwargs = {**dict(zip(_parameter_names(backbone), args, strict=False)), **kwargs}
-        inputs = kwargs.get("input_ids") if kwargs.get("input_ids") is not None else kwargs.get("inputs_embeds")
-        settings = _settings(attachment, kwargs.get("past_key_values"))
-        if settings.mode == "full" or inputs is None:
-            plan = Plan(attachment, settings, None)
-        else:
-            plan = Plan(attachment, settings, _prepare(attachment, backbone, kwargs, inputs))
-        plan.token = CURRENT.set(plan)
-        return (), kwargs
-
-    return hook
-
-
-def _after_call(backbone: Any, args: Any, output: Any) -> None:
-    """The hook that ends a call, also one that failed."""
-    plan = CURRENT.get()
-    if plan is not None and plan.token is not None:
-        CURRENT.reset(plan.token)
-
-
-def _settings(attachment: Attachment, cache: Any) -> RunSettings:
-    """Settings of a call: those of its cache; one that the base model made was made by full attention."""
-    if isinstance(cache, HippocampalCache):
-        if cache.attachment is not attachment:
-            raise CacheError("this cache was made for another model, or before the memory was attached anew")
-        return cache.settings
-    settings = attachment.settings
-    if cache is None or settings.mode == "full":
-        return settings
-    if cache.get_seq_length() == 0:
-        check_cache(cache)
-    return RunSettings("full", settings.window, settings.sinks)
-
-
-def _prepare(attachment: Attachment, backbone: Any, kwargs: dict[str, Any], inputs: torch.Tensor) -> Any:
-    """Makes the call's cache if one is wanted and finds the padding of its rows."""
-    cache, mask = kwargs.get("past_key_values"), kwargs.get("attention_mask")
-    if cache is None:
-        wanted = kwargs.get("use_cache")
-        wanted = backbone.config.use_cache and not backbone.training if wanted is None else wanted
-        kwargs["use_cache"] = wanted
-        cache = kwargs["past_key_values"] = HippocampalCache(_holder(attachment)) if wanted else None
-    seen = cache.seen_tokens if cache is not None else 0
-    batch, new = inputs.shape[:2]
-    _check_call(attachment, cache, batch, seen + new)
-    if mask is None:
-        return cache.padding if cache is not None else None
-    if not isinstance(mask, torch.Tensor) or mask.dim() != 2:
-        raise CacheError('a memory reads with a 2D attention mask; for a custom mask use ahn.mode(model, "full")')
-    padding = find_padding(mask, new, cache.padding if cache is not None else None, seen, kept=cache is not None)
-    if cache is not None:
-        cache.padding = padding
-    return padding
-
-
-def _check_call(attachment: Attachment, cache: HippocampalCache | None, batch: int, total: int) -> None:
-    if cache is not None and (held := cache.rows) not in (None, batch):
-        raise CacheError(f"the cache holds {held} rows, but the input has {batch}; start a new cache or keep the batch")
-    limit = attachment.position_limit
-    if limit is not None and total > limit:
-        raise CacheError(f"this model has learned positions for {limit} tokens only and cannot read {total}")
-
-
-def _holder(attachment: Attachment) -> nn.Module:
-    """A module that `HippocampalCache` recognises as having this attachment."""
-    return attachment.sites[0].module
-
-
-def _before_layer(site: Site) -> Callable[..., Any]:
-    """The hook that sends along what the attention function needs: gates of the new tokens, the store, positions."""
-
-    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        plan = kwargs.get("attention_mask")
-        if not isinstance(plan, Plan) or site.memory is None:
-            return None
-        cache = kwargs.get("past_key_values")
-        kept = isinstance(cache, HippocampalCache)
-        store = cache.layers[site.index] if kept else HippocampalLayer(plan.settings, site.sliding_window)
-        hidden = args[0] if args else kwargs["hidden_states"]
-        gates = site.memory.gates(hidden) if plan.settings.mode == "ahn" else None
-        tables, positions = kwargs.get("position_embeddings"), kwargs.get("position_ids")
-        call = LayerCall(site, plan, store, kept, hidden, gates, tables, positions)
-        return args, {**kwargs, "ahn": call}
-
-    return hook
-
-
-def _parameter_names(module: nn.Module) -> list[str]:
-    return list(inspect.signature(module.forward).parameters)
 
 
 def _learned_positions(backbone: Any) -> int | None:

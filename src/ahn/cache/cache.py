@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn, cast
 
 import torch
 from torch import nn
@@ -17,6 +17,8 @@ from ahn.errors import CacheError, ConfigError
 
 if TYPE_CHECKING:
     from typing_extensions import Self
+
+AnyLayer = HippocampalLayer | DynamicLayer
 
 
 class HippocampalCache(Cache):
@@ -62,6 +64,11 @@ class HippocampalCache(Cache):
         super().__init__(layers=[_layer(site, settings) for site in attachment.sites])
 
     @property
+    def cascades(self) -> list[AnyLayer]:
+        """The layers, which are ours where a layer has a memory and those of transformers elsewhere."""
+        return cast("list[AnyLayer]", self.layers)
+
+    @property
     def seen_tokens(self) -> int:
         """Number of tokens read so far, padding included."""
         return self.get_seq_length()
@@ -69,7 +76,7 @@ class HippocampalCache(Cache):
     @property
     def rows(self) -> int | None:
         """Rows of the batch that it holds, or `None` before the first token."""
-        for layer in self.layers:
+        for layer in self.cascades:
             for tensor in layer_tensors(layer).values():
                 return tensor.size(0)
         return None
@@ -78,7 +85,7 @@ class HippocampalCache(Cache):
     def nbytes(self) -> int:
         """Bytes of every tensor held: keys, values, gates, states, padding counts."""
         padding = self.padding.counts.nbytes if self.padding else 0
-        return padding + sum(t.nbytes for layer in self.layers for t in layer_tensors(layer).values())
+        return padding + sum(t.nbytes for layer in self.cascades for t in layer_tensors(layer).values())
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes the cache to a file, from which `load` continues bit for bit.
@@ -112,7 +119,7 @@ class HippocampalCache(Cache):
         """An independent copy: both continue from here, bit for bit alike."""
         twin = type(self).__new__(type(self))
         twin.begin(self.attachment, self.settings)
-        for mine, other in zip(self.layers, twin.layers, strict=True):
+        for mine, other in zip(self.cascades, twin.cascades, strict=True):
             set_layer_tensors(
                 other, {name: t.clone() for name, t in layer_tensors(mine).items()}, mine.get_seq_length()
             )
@@ -127,7 +134,7 @@ class HippocampalCache(Cache):
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         """Follows the rows that a beam search keeps."""
-        super().reorder_cache(beam_idx)
+        super().reorder_cache(cast(torch.LongTensor, beam_idx))
         self._select_padding(beam_idx)
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
@@ -147,18 +154,12 @@ class HippocampalCache(Cache):
         Raises:
             CacheError: Always: what a memory has folded in cannot be taken out again.
         """
-        raise CacheError(
-            "assisted decoding takes tokens back, which a memory cannot do; generate without an assistant model "
-            'or prompt lookup, or inside ahn.mode(model, "full")'
-        )
+        refuse_assisted_decoding()
 
     def _select_padding(self, rows: torch.Tensor) -> None:
         if self.padding:
             counts = self.padding.counts
             self.padding = Padding(counts[rows.to(counts.device)], self.padding.most)
-
-
-AnyLayer = HippocampalLayer | DynamicLayer
 
 
 def _layer(site: Site, settings: RunSettings) -> AnyLayer:
@@ -169,11 +170,25 @@ def _layer(site: Site, settings: RunSettings) -> AnyLayer:
     return DynamicLayer()
 
 
+def refuse_assisted_decoding() -> NoReturn:
+    """Says why assisted decoding does not work.
+
+    Raises:
+        CacheError: Always.
+    """
+    raise CacheError(
+        "assisted decoding takes tokens back, which a memory cannot do; generate without an assistant model "
+        'or prompt lookup, or inside ahn.mode(model, "full")'
+    )
+
+
 def layer_tensors(layer: AnyLayer) -> dict[str, torch.Tensor]:
     """Every tensor that a layer of the cache holds, by name."""
     if isinstance(layer, HippocampalLayer):
         return layer.tensors()
-    return {} if layer.keys is None else {"keys": layer.keys, "values": layer.values}
+    if layer.keys is None or layer.values is None:
+        return {}
+    return {"keys": layer.keys, "values": layer.values}
 
 
 def set_layer_tensors(layer: AnyLayer, tensors: dict[str, torch.Tensor], seen: int) -> None:

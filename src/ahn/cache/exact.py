@@ -44,7 +44,7 @@ class Tokens(NamedTuple):
     side: torch.Tensor
 
     @property
-    def count(self) -> int:
+    def length(self) -> int:
         """Number of tokens, T."""
         return self.keys.size(2)
 
@@ -63,13 +63,13 @@ class Tokens(NamedTuple):
 
     def write(self, slot: int, tokens: Tokens) -> None:
         """Overwrites the slots from `slot` on."""
-        for held, fresh in zip(self.span(slot, slot + tokens.count), tokens, strict=True):
+        for held, fresh in zip(self.span(slot, slot + tokens.length), tokens, strict=True):
             held.copy_(fresh)
 
 
 def concatenate(parts: list[Tokens]) -> Tokens:
     """The tokens of all parts in one; a copy, unless only one part holds any."""
-    filled = [part for part in parts if part.count] or parts[:1]
+    filled = [part for part in parts if part.length] or parts[:1]
     if len(filled) == 1:
         return filled[0]
     return Tokens(*(torch.cat(tensors, dim=2) for tensors in zip(*filled, strict=True)))
@@ -84,7 +84,7 @@ class View(NamedTuple):
             included, as they lie, for a single query that may read every one of them.
         first: Index of the first token of an ordered `local`, never below S.
         ordered: Whether `local` is in the order of the tokens.
-        evicted: Tokens that left the window, oldest first; the last `evicted.count` queries read after one each.
+        evicted: Tokens that left the window, oldest first; the last `evicted.length` queries read after one each.
     """
 
     sinks: Tokens
@@ -115,14 +115,14 @@ class ExactStore:
             new: The new tokens, following the `seen` earlier ones.
             padding: Padding at the left of the rows, or `None` where there is none.
         """
-        total = self.seen + new.count
+        total = self.seen + new.length
         # The oldest token of a full window leaves when the first new one comes: it is evicted, never read.
         leaves = max(self.sinks, self.seen - self.window)
         first = max(self.sinks, self.seen - self.window + 1)
-        beyond_sinks = new.span(min(max(0, self.sinks - self.seen), new.count), new.count)
+        beyond_sinks = new.span(min(max(0, self.sinks - self.seen), new.length), new.length)
         line = concatenate([*self._past(leaves), beyond_sinks])
         evicted = line.span(0, max(0, total - self.window - leaves))
-        return View(self._sinks_with(new, padding), line.span(first - leaves, line.count), first, True, evicted)
+        return View(self._sinks_with(new, padding), line.span(first - leaves, line.length), first, True, evicted)
 
     def append(self, new: Tokens, padding: Padding | None) -> View:
         """Stores the new tokens and returns what their queries may read.
@@ -132,7 +132,7 @@ class ExactStore:
             padding: Padding at the left of the rows, or `None` where there is none.
         """
         settled = self.seen >= self.sinks + (padding.most if padding else 0)
-        if new.count == 1 and settled and not new.keys.requires_grad:
+        if new.length == 1 and settled and not new.keys.requires_grad:
             return self._append_one(new)
         view = self.view(new, padding)
         with torch.no_grad():
@@ -151,7 +151,7 @@ class ExactStore:
 
     def _store(self, new: Tokens, sinks: Tokens | None) -> None:
         """Writes the sinks, if they changed, and as many new tokens as the window holds."""
-        total = self.seen + new.count
+        total = self.seen + new.length
         buffer = self._reserved(total, new)
         if sinks is not None:
             buffer.write(0, sinks)
@@ -181,14 +181,14 @@ class ExactStore:
             held = held.map(torch.clone)
         if padding is not None:
             return self._padded_sinks(held, new, padding) if self.seen < self.sinks + padding.most else held
-        return concatenate([held, new.span(0, min(self.sinks - held.count, new.count))])
+        return concatenate([held, new.span(0, min(self.sinks - held.length, new.length))])
 
     def _padded_sinks(self, held: Tokens, new: Tokens, padding: Padding) -> Tokens:
         """Sinks of rows that begin at different tokens: slot s of a row holds its s-th real token once it has come."""
-        count = min(self.sinks, self.seen + new.count)
+        count = min(self.sinks, self.seen + new.length)
         source = padding.counts[:, None] + torch.arange(count, device=padding.counts.device) - self.seen
-        fresh = ((source >= 0) & (source < new.count))[:, None, :, None]
-        index = source.clamp(0, new.count - 1)[:, None, :, None]
+        fresh = ((source >= 0) & (source < new.length))[:, None, :, None]
+        index = source.clamp(0, new.length - 1)[:, None, :, None]
 
         def fill(old: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
             gathered = tensor.gather(2, index.expand(-1, tensor.size(1), -1, tensor.size(3)))
@@ -199,7 +199,7 @@ class ExactStore:
     def _reserved(self, tokens: int, like: Tokens) -> Tokens:
         """The buffer, with room for `tokens` tokens but never for more than S + W."""
         most = self.sinks + self.window
-        held = self.buffer.count if self.buffer else 0
+        held = self.buffer.length if self.buffer else 0
         if self.buffer is None or held < min(tokens, most):
             room = min(most, max(tokens, 2 * held, 64))
             grown = like.map(lambda tensor: tensor.new_zeros(*tensor.shape[:2], room, tensor.size(3)))

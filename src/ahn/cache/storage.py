@@ -29,7 +29,7 @@ def save_cache(cache: HippocampalCache, path: str | os.PathLike[str]) -> None:
     """Writes a cache; see `HippocampalCache.save`."""
     tensors = {
         f"{index}.{name}": tensor.detach().contiguous()
-        for index, layer in enumerate(cache.layers)
+        for index, layer in enumerate(cache.cascades)
         for name, tensor in layer_tensors(layer).items()
     }
     if cache.padding:
@@ -37,7 +37,7 @@ def save_cache(cache: HippocampalCache, path: str | os.PathLike[str]) -> None:
     header = {
         "format": FORMAT,
         "settings": vars(cache.settings),
-        "seen": [layer.get_seq_length() for layer in cache.layers],
+        "seen": [layer.get_seq_length() for layer in cache.cascades],
         "model": _fingerprint(cache.attachment),
     }
     target = Path(path)
@@ -70,7 +70,7 @@ def load_cache(kind: type[Kind], path: str | os.PathLike[str], model: nn.Module)
     cache = kind.__new__(kind)
     cache.begin(attachment, settings)
     devices = [next(site.module.parameters()).device for site in attachment.sites]
-    for index, (layer, seen) in enumerate(zip(cache.layers, header["seen"], strict=True)):
+    for index, (layer, seen) in enumerate(zip(cache.cascades, header["seen"], strict=True)):
         held = {
             name.partition(".")[2]: tensor.to(devices[index])
             for name, tensor in tensors.items()
@@ -136,8 +136,8 @@ def _summary(fingerprint: dict[str, Any]) -> str:
     layers = fingerprint["layers"]
     hidden, heads, kv_heads, size, *_, dtype = layers[0]
     return (
-        f"{fingerprint['memory']} on {sum(layer[6] for layer in layers)} of {len(layers)} layers, hidden size {hidden}, "
-        f"{heads} heads, {kv_heads} kv heads of {size}, {dtype.removeprefix('torch.')}"
+        f"{fingerprint['memory']} on {sum(layer[6] for layer in layers)} of {len(layers)} layers, "
+        f"hidden size {hidden}, {heads} heads, {kv_heads} kv heads of {size}, {dtype.removeprefix('torch.')}"
     )
 
 
@@ -145,4 +145,3 @@ def _check_layer(layer: Any, held: dict[str, torch.Tensor], seen: int, path: obj
     needed = {"keys", "values", "side"} if isinstance(layer, HippocampalLayer) else {"keys", "values"}
     if seen and not needed <= held.keys():
         raise CacheError(f"{path} lacks {', '.join(sorted(needed - held.keys()))} of a layer; save the cache again")
-

@@ -61,4 +61,4 @@ class Mamba2(Memory):
         """RMS norm over all heads at once, after multiplying with silu of one gate per head."""
         gate_BTH = F.silu(at_least_float32(self.g_proj(x_BTD)))
         gated_BTHV = read_BTHV * gate_BTH[..., None]
-        return rms_norm(gated_BTHV.flatten(-2), self.norm).unflatten(-1, gated_BTHV.shape[-2:])
+        return rms_norm(gated_BTHV.flatten(-2), self.norm).view_as(gated_BTHV)

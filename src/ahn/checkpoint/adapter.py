@@ -1,0 +1,198 @@
+"""The library's own format: a folder with `ahn_config.json` and `ahn.safetensors`, which belong together by a checksum.
+
+Writing is one atomic step, the replacing of the config: it names the checksum of its weights, which lie ready under a
+name of their own until then and take the place of the old ones right after.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import importlib.metadata
+import os
+import time
+import uuid
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ahn.attachment import attachment_of
+from ahn.checkpoint.content import Base, Content, inner_model, memory_config, memory_tensors
+from ahn.checkpoint.files import Stored, failure, read_json, stored_tensors, write_json, write_tensors, writing
+from ahn.config import AHNConfig
+from ahn.errors import CheckpointError
+
+CONFIG = "ahn_config.json"
+WEIGHTS = "ahn.safetensors"
+FORMAT_VERSION = 1
+_TEMPORARY = ".ahn-"
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def save(model: nn.Module, path: str | os.PathLike[str], dtype: str | torch.dtype | None = None) -> None:
+    """Saves the memory's weights, and nothing of the base model, as an adapter.
+
+    The folder gets `ahn_config.json` (format version, library version, the base model's name, revision and sizes, the
+    memory's settings) and `ahn.safetensors` (keys `layers.N.<parameter>`). An adapter that is there already stays
+    whole until the new one is complete, at whatever moment the process dies.
+
+    Args:
+        model: A model with a memory attached.
+        path: The folder; made if it is not there.
+        dtype: "float32", "bfloat16" or "float16" to store the weights in; as they are if left out.
+
+    Raises:
+        ModelError: No memory is attached.
+        CheckpointError: The folder cannot be written, the dtype is none of the three, or a weight is not finite (in
+            this dtype).
+    """
+    attachment = attachment_of(model)
+    wanted = _dtype(dtype)
+    tensors: dict[str, torch.Tensor] = {}
+    for key, tensor in memory_tensors(model).items():
+        tensors[key] = tensor.detach().to(device="cpu", dtype=wanted or tensor.dtype)
+        if not bool(tensors[key].isfinite().all()):
+            raise failure(
+                path,
+                f"nothing was saved: {key} is not finite in {_name(tensors[key].dtype)}",
+                "The training has diverged (lower its learning rate), or float16 is too small for it (use bfloat16)",
+            )
+    write_adapter(path, attachment.config, Base.of_model(inner_model(model)), tensors)
+
+
+def write_adapter(
+    path: str | os.PathLike[str], config: AHNConfig, base: Base, tensors: Mapping[str, torch.Tensor]
+) -> None:
+    """Writes an adapter's folder in one atomic step.
+
+    Args:
+        path: The folder.
+        config: Settings of the memory.
+        base: The base model.
+        tensors: Weights by our names, on the CPU.
+
+    Raises:
+        CheckpointError: It cannot be written.
+    """
+    folder = Path(path).expanduser()
+    part = folder / f"{_TEMPORARY}{uuid.uuid4().hex}.tmp"
+    with writing(path):
+        folder.mkdir(parents=True, exist_ok=True)
+        _remove_leftovers(folder)
+        try:
+            write_tensors(tensors, part)
+            checksum = _checksum(part)
+            ready = folder / _ready_name(checksum)
+            os.replace(part, ready)
+            write_json(_describe(config, base, checksum), part)
+            os.replace(part, folder / CONFIG)  # from here on the folder is the new adapter
+        finally:
+            part.unlink(missing_ok=True)
+        with contextlib.suppress(FileNotFoundError):  # another process wrote the same weights and was faster
+            os.replace(ready, folder / WEIGHTS)
+
+
+def read_adapter(where: str, folder: Path) -> Content:
+    """What an adapter's folder holds.
+
+    Args:
+        where: The name that the user gave, for messages.
+        folder: The folder.
+
+    Raises:
+        CheckpointError: A file is missing or damaged, the two do not belong together, the format is unknown.
+    """
+    values = read_json(folder / CONFIG)
+    version = values.get("format_version")
+    if version != FORMAT_VERSION or isinstance(version, bool):
+        raise failure(
+            where,
+            f"its format version is {version!r}, and this library reads {FORMAT_VERSION}",
+            "Upgrade this library if the adapter is newer, or download the adapter again",
+        )
+    stored = _matching_weights(where, folder, values)
+    if stored is None and (again := read_json(folder / CONFIG)) != values:  # it was saved anew while we looked
+        values, stored = again, _matching_weights(where, folder, again)
+    if stored is None:
+        raise failure(
+            where,
+            f"{WEIGHTS} is damaged or not the one that {CONFIG} was saved with (the checksums differ)",
+            "Copy or save both files together",
+        )
+    base = values.get("base")
+    return Content(
+        where,
+        "adapter",
+        memory_config(where, values.get("config")),
+        Base.of_dict(base if isinstance(base, dict) else {}),
+        stored,
+        version,
+        str(values.get("ahn_version") or "") or None,
+    )
+
+
+def _matching_weights(where: str, folder: Path, values: Mapping[str, Any]) -> dict[str, Stored] | None:
+    """The weights that the config names, or `None` if others lie in their place."""
+    weights = values.get("weights")
+    checksum = weights.get("sha256") if isinstance(weights, dict) else None
+    if not isinstance(checksum, str) or not checksum.isalnum():
+        raise failure(where, f"{CONFIG} names no checksum of the weights", "Copy or download the folder again")
+    # A process that died while saving may have left the weights where they lay ready.
+    files = [file for name in (WEIGHTS, _ready_name(checksum)) if (file := folder / name).is_file()]
+    if not files:
+        raise failure(where, f"{WEIGHTS} is missing", "Copy or download the folder again, weights included")
+    stored_tensors(files[:1])  # that a file is cut off says more than that its checksum differs
+    return next((stored_tensors([file]) for file in files if _checksum(file) == checksum), None)
+
+
+def _describe(config: AHNConfig, base: Base, checksum: str) -> dict[str, Any]:
+    try:
+        library = importlib.metadata.version("ahn")
+    except importlib.metadata.PackageNotFoundError:
+        library = None
+    return {
+        "format_version": FORMAT_VERSION,
+        "ahn_version": library,
+        "base": {key: value for key, value in vars(base).items() if value is not None},
+        "config": config.to_dict(),
+        "weights": {"file": WEIGHTS, "sha256": checksum},
+    }
+
+
+def _ready_name(checksum: str) -> str:
+    return f"{_TEMPORARY}{checksum[:16]}.safetensors"
+
+
+def _remove_leftovers(folder: Path) -> None:
+    """Removes what processes left that died while they saved, once it is too old to be in use."""
+    for file in folder.glob(f"{_TEMPORARY}*"):
+        with contextlib.suppress(OSError):
+            if time.time() - file.stat().st_mtime > 3600:
+                file.unlink()
+
+
+def _checksum(file: Path) -> str:
+    digest = hashlib.sha256()
+    try:
+        with file.open("rb") as handle:
+            while block := handle.read(1 << 20):
+                digest.update(block)
+    except OSError as error:
+        raise failure(file, f"it cannot be read ({error.strerror})", "Check its permissions") from None
+    return digest.hexdigest()
+
+
+def _dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
+    if dtype is None:
+        return None
+    found = _DTYPES.get(_name(dtype))
+    if found is None:
+        raise CheckpointError(f"An adapter cannot be stored in {dtype}. Use {', '.join(_DTYPES)}.")
+    return found
+
+
+def _name(dtype: str | torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

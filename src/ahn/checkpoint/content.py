@@ -1,0 +1,291 @@
+"""What a checkpoint holds, whatever its format, and the checks that every format shares."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import warnings
+from collections.abc import Iterable, Mapping
+from pathlib import PurePath
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from ahn.attachment import attachment_of
+from ahn.checkpoint.files import Stored, brief, failure, read_tensors
+from ahn.config import AHNConfig
+from ahn.errors import ConfigError
+from ahn.memories import MEMORIES, MemoryShape, build_memory, memory_names
+from ahn.models import base_name
+from ahn.probe import find_backbone
+
+Kind = Literal["adapter", "published", "merged"]
+_SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim")
+_KEY = re.compile(r"layers\.(\d+)\.(.+)")
+_UNNAMED = MemoryShape(1, 1, 1, 1, 1)
+_AGAIN = "Copy or download the folder again, weights and config together"
+
+
+@dataclasses.dataclass(frozen=True)
+class Base:
+    """The base model that a memory was made for. What is `None` is not known and not checked.
+
+    Attributes:
+        name: Name under which it was loaded.
+        revision: Its commit on the hub.
+        model_type: Its family, as transformers names it.
+        hidden_size: Width of the hidden state.
+        num_hidden_layers: Number of layers.
+        num_attention_heads: Query heads per layer.
+        num_key_value_heads: Key/value heads per layer.
+        head_dim: Size of one head.
+    """
+
+    name: str | None = None
+    revision: str | None = None
+    model_type: str | None = None
+    hidden_size: int | None = None
+    num_hidden_layers: int | None = None
+    num_attention_heads: int | None = None
+    num_key_value_heads: int | None = None
+    head_dim: int | None = None
+
+    @classmethod
+    def of_config(cls, config: Any, name: str | None = None) -> Base:
+        """The base model with this config of transformers."""
+        sizes = {size: _whole(getattr(config, size, None)) for size in _SIZES}
+        heads = sizes["num_attention_heads"]
+        sizes["num_key_value_heads"] = sizes["num_key_value_heads"] or heads
+        if sizes["head_dim"] is None and sizes["hidden_size"] and heads:
+            sizes["head_dim"] = sizes["hidden_size"] // heads
+        return _base(name or None, getattr(config, "_commit_hash", None), config.model_type, sizes)
+
+    @classmethod
+    def of_model(cls, model: nn.Module) -> Base:
+        """The base model that this model is."""
+        inner: Any = inner_model(model)
+        base = cls.of_config(find_backbone(inner).config, base_name(inner))
+        return dataclasses.replace(base, revision=getattr(inner.config, "_commit_hash", None))
+
+    @classmethod
+    def of_dict(cls, values: Mapping[str, Any]) -> Base:
+        """The base model that a file describes."""
+        name, revision, family = (_text(values.get(key)) for key in ("name", "revision", "model_type"))
+        return _base(name, revision, family, {size: _whole(values.get(size)) for size in _SIZES})
+
+    def unlike(self, other: Base) -> list[str]:
+        """Names of what is known of both and differs, the name itself and the revision left out."""
+        pairs = {key: (getattr(self, key), getattr(other, key)) for key in ("model_type", *_SIZES)}
+        return [key for key, (ours, theirs) in pairs.items() if ours != theirs and None not in (ours, theirs)]
+
+    def text(self, facts: Iterable[str]) -> str:
+        """Its name and some facts about it."""
+        named = f"'{self.name}'" if self.name else "a model"
+        return f"{named} with {', '.join(f'{fact} {getattr(self, fact)}' for fact in facts)}"
+
+    def memory_shape(self) -> MemoryShape | None:
+        """Sizes of a memory for one of its layers, or `None` if not all are known."""
+        sizes = (self.hidden_size, self.num_attention_heads, self.num_key_value_heads, self.head_dim, self.head_dim)
+        return MemoryShape(*(size for size in sizes if size)) if all(sizes) else None
+
+
+@dataclasses.dataclass(frozen=True)
+class Content:
+    """What a checkpoint holds; its tensors stay in their files until `tensors` is called.
+
+    Attributes:
+        where: The name that the user gave.
+        kind: Its format.
+        config: Settings of the memory.
+        base: The base model that it was made for.
+        stored: Its tensors by our names, `layers.N.<parameter>`.
+        format_version: Version of an adapter's format; 0 for the published ones.
+        library_version: Version of the library that wrote an adapter.
+    """
+
+    where: str
+    kind: Kind
+    config: AHNConfig
+    base: Base
+    stored: Mapping[str, Stored]
+    format_version: int = 0
+    library_version: str | None = None
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """Indices of the layers that have weights."""
+        return tuple(sorted({layer for key in self.stored if (layer := layer_of(key)) is not None}))
+
+    def check_names(self) -> None:
+        """Checks that every layer has every parameter of the memory and nothing else.
+
+        Raises:
+            CheckpointError: Keys are missing or surplus.
+        """
+        layers = self.layers if self.config.layers is None else self.config.layers
+        if self.config.layers is None and self.kind != "adapter":
+            layers = tuple(range(self.base.num_hidden_layers or 0))
+        shapes = parameter_shapes(self.config.memory, _UNNAMED)
+        check_keys(self.where, self.stored, {f"layers.{layer}.{name}" for layer in layers or (0,) for name in shapes})
+
+    def check_base(self, base: Base, stacklevel: int = 3) -> None:
+        """Checks that the memory was made for this base model; only another name is no more than a warning.
+
+        Args:
+            base: The base model.
+            stacklevel: Whose line the warning names: 3 is the caller of the function that calls this one.
+
+        Raises:
+            CheckpointError: The family or a size differs.
+        """
+        if facts := self.base.unlike(base):
+            raise failure(
+                self.where,
+                f"its memory was made for {self.base.text(facts)}, but this is {base.text(facts)}",
+                "Use its own base model",
+            )
+        if self.base.name and base.name and _bare(self.base.name) != _bare(base.name):
+            warnings.warn(
+                f"{self.where}: its memory was trained for {self.base.name}, but the model is {base.name}; the shapes "
+                "fit, yet the memory is of use only if both have the same weights",
+                stacklevel=stacklevel,
+            )
+
+    def check_sizes(self) -> None:
+        """Checks the shapes of all tensors against what the base model's sizes ask for, where they are known.
+
+        Raises:
+            CheckpointError: A shape differs.
+        """
+        if (shape := self.base.memory_shape()) is None:
+            return
+        shapes = parameter_shapes(self.config.memory, shape)
+        check_shapes(self.where, self.stored, {key: shapes[key.split(".", 2)[2]] for key in self.stored})
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """All tensors by our names, on the CPU.
+
+        Raises:
+            CheckpointError: They cannot be read or are not finite.
+        """
+        return read_tensors(self.stored)
+
+
+def memory_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Weights of all memories on a model by our names, not copied.
+
+    Raises:
+        ModelError: No memory is attached.
+    """
+    sites = [site for site in attachment_of(model).sites if site.memory is not None]
+    return {
+        f"layers.{site.index}.{name}": tensor
+        for site in sites
+        if site.memory is not None
+        for name, tensor in site.memory.state_dict(keep_vars=True).items()
+    }
+
+
+def inner_model(model: nn.Module) -> nn.Module:
+    """The model of transformers inside the wrapper of DistributedDataParallel, or the model itself."""
+    inner = getattr(model, "module", None)
+    return inner if isinstance(inner, nn.Module) and not hasattr(model, "config") else model
+
+
+def parameter_shapes(memory: str, shape: MemoryShape) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of a memory's parameters in a layer of these sizes."""
+    with torch.device("meta"):
+        return {name: tuple(tensor.shape) for name, tensor in build_memory(memory, shape).state_dict().items()}
+
+
+def memory_config(where: str, values: Any) -> AHNConfig:
+    """Settings of a memory from a file.
+
+    Raises:
+        CheckpointError: They are no settings, or of a memory that this library does not have.
+    """
+    if not isinstance(values, dict):
+        raise failure(where, "it has no settings of a memory", _AGAIN)
+    try:
+        config = AHNConfig.from_dict(values)
+    except (ConfigError, TypeError, ValueError) as error:
+        raise failure(where, f"its settings cannot be used ({brief(error)})", _AGAIN) from None
+    if config.memory not in MEMORIES:
+        known = ", ".join(memory_names())
+        raise failure(
+            where, f"it holds a memory {config.memory!r}; known are {known}", "Upgrade this library if it is newer"
+        )
+    return config
+
+
+def layer_of(key: str) -> int | None:
+    """The layer that a key of ours names."""
+    match = _KEY.fullmatch(key)
+    return int(match[1]) if match else None
+
+
+def check_keys(where: str, given: Mapping[str, Any], expected: set[str]) -> None:
+    """Checks that all keys are there and no other.
+
+    Raises:
+        CheckpointError: Keys are missing or surplus; the first of them is named.
+    """
+    if missing := sorted(expected - set(given)):
+        raise failure(where, f"{_count(missing)} missing: {missing[0]}{_more(missing)}", _AGAIN)
+    if surplus := sorted(set(given) - expected):
+        raise failure(where, f"{_count(surplus)} too many: {surplus[0]}{_more(surplus)}", _AGAIN)
+
+
+def check_shapes(where: str, given: Mapping[str, Any], expected: Mapping[str, tuple[int, ...]]) -> None:
+    """Checks the shapes of tensors.
+
+    Raises:
+        CheckpointError: One differs.
+    """
+    for key, shape in expected.items():
+        if (found := tuple(given[key].shape)) != shape:
+            raise failure(
+                where, f"{key} has the shape {list(found)} instead of {list(shape)}", "Use its own base model"
+            )
+
+
+def require_published_positions(content: Content) -> None:
+    """Checks that the published format can express what a memory was trained with.
+
+    Raises:
+        CheckpointError: It cannot.
+    """
+    if content.config.memory_positions != "rope":
+        raise failure(
+            content.where,
+            f'the published format has no memory_positions="{content.config.memory_positions}"',
+            "Keep it as an adapter and load it with ahn.load",
+        )
+
+
+def _base(name: str | None, revision: str | None, family: str | None, sizes: Mapping[str, int | None]) -> Base:
+    return Base(name, revision, family, *(sizes[size] for size in _SIZES))
+
+
+def _text(value: Any) -> str | None:
+    return value if isinstance(value, str) and value else None
+
+
+def _count(names: list[str]) -> str:
+    return "1 tensor is" if len(names) == 1 else f"{len(names)} tensors are"
+
+
+def _more(names: list[str]) -> str:
+    return "" if len(names) == 1 else f" and {len(names) - 1} more"
+
+
+def _whole(value: Any) -> int | None:
+    return value if isinstance(value, int) and not isinstance(value, bool) and value > 0 else None
+
+
+def _bare(name: str) -> str:
+    """A model's name without its owner or folder, so that a hub id and a local copy of it agree."""
+    parts = PurePath(name).parts
+    cached = next((part for part in reversed(parts) if part.startswith("models--")), None)
+    return (cached.split("--")[-1] if cached else parts[-1] if parts else name).lower()

@@ -1,0 +1,291 @@
+"""Folders of weights: finding them by name, reading safetensors and JSON without trust, writing all or nothing."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from ahn.errors import CheckpointError
+from ahn.models import KNOWN
+
+SHIPPED = Path(__file__).resolve().parents[1] / "adapters"
+"""Adapters that come with the library, each a folder such as `smollm2-135m/gated_delta_net`."""
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
+_WANTED = ("*.json", "*.safetensors")
+DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16", "F64": "float64"}
+"""What a memory may be stored in: the names of safetensors and those of torch."""
+
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt")
+
+
+class Stored(NamedTuple):
+    """A tensor in a file.
+
+    Attributes:
+        file: The safetensors file.
+        key: Its name there.
+        shape: Its shape.
+        dtype: Its dtype as safetensors names it, such as "BF16".
+    """
+
+    file: Path
+    key: str
+    shape: tuple[int, ...]
+    dtype: str
+
+    @property
+    def elements(self) -> int:
+        """Number of its elements."""
+        return int(torch.Size(self.shape).numel())
+
+    @property
+    def bytes(self) -> int:
+        """Bytes that it takes in the file."""
+        bits = re.search(r"\d+", self.dtype)  # "BF16", "F8_E4M3", "U8"; "BOOL" has none and takes a byte
+        return self.elements * int(bits[0] if bits else 8) // 8
+
+
+def failure(where: str | os.PathLike[str], what: str, remedy: str) -> CheckpointError:
+    """An error of one line: where, what is wrong, what to do."""
+    text = f"{os.fspath(where).strip() or repr('')}: {what}. {remedy}."
+    return CheckpointError(" ".join(text.split()))
+
+
+def brief(error: BaseException) -> str:
+    """What an error says, without its line breaks and cut to a readable length."""
+    text = " ".join(str(getattr(error, "strerror", None) or error).split()) or type(error).__name__
+    return (text if len(text) <= 200 else f"{text[:197]}...").rstrip(".")
+
+
+def shipped() -> list[str]:
+    """Names of the adapters that come with the library."""
+    return sorted(file.parent.relative_to(SHIPPED).as_posix() for file in SHIPPED.glob("*/*/ahn_config.json"))
+
+
+def locate(name: str | os.PathLike[str], revision: str | None = None) -> Path:
+    """The folder that an adapter's name stands for; one on the hub is downloaded.
+
+    Args:
+        name: A local folder, a name in `shipped()`, or a hub id `owner/name`, tried in this order.
+        revision: Branch, tag or commit on the hub; only the hub looks at it.
+
+    Raises:
+        CheckpointError: There is nothing of this name, or the hub cannot be reached.
+    """
+    name = os.fspath(name)
+    path = Path(name).expanduser()
+    if name.strip() and path.is_dir():
+        return path
+    if path.is_file():
+        raise failure(name, "this is a file", "Give the folder that holds it and its config")
+    if name in shipped():
+        return SHIPPED / name
+    owner = name.partition("/")[0]
+    if not is_hub_id(name) or owner in KNOWN or owner in (".", ".."):
+        known = ", ".join(shipped()) or "none yet"
+        raise failure(
+            name, "there is no such folder", f"Check the path, or name one that ships with this library ({known})"
+        )
+    return download(name, revision, _WANTED)
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether a name could be one on the Hugging Face hub, `owner/name`."""
+    return bool(_HUB_ID.fullmatch(name)) and not name.endswith((".safetensors", ".json", ".gguf", *_PICKLES))
+
+
+def download(name: str, revision: str | None, patterns: Iterable[str]) -> Path:
+    """Files of a repository on the hub, in the hub's own cache.
+
+    Raises:
+        CheckpointError: They cannot be downloaded and are not in the cache.
+    """
+    import huggingface_hub
+
+    try:
+        return Path(huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=list(patterns)))
+    except Exception as error:  # the hub's client raises errors of four libraries
+        reason = f"{type(error).__name__}: {brief(error).split('. ')[0]}"
+        raise failure(
+            name,
+            f"this is no local folder and cannot be fetched from the hub ({reason})",
+            "Check the name, the connection and HF_HUB_OFFLINE (a private or gated repository needs: hf auth login), "
+            "or give a folder",
+        ) from None
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """The object in a JSON file.
+
+    Raises:
+        CheckpointError: It cannot be read or holds no object.
+    """
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise failure(file, f"it cannot be read ({brief(error)})", "Copy or download the folder again") from None
+    if not isinstance(values, dict):
+        raise failure(file, "it holds no JSON object", "Copy or download the folder again")
+    return values
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a model's folder: those of its index, its only one, or all that there are.
+
+    Raises:
+        CheckpointError: There are none, or one that the index names is missing.
+    """
+    if (folder / INDEX).is_file():
+        places = read_json(folder / INDEX).get("weight_map")
+        names = set(places.values()) if isinstance(places, dict) else set()
+        if not names or any(not isinstance(name, str) or Path(name).name != name for name in names):
+            raise failure(folder / INDEX, "its weight_map names no files", "Copy or download the folder again")
+        if missing := sorted(name for name in names if not (folder / name).is_file()):
+            raise failure(folder, f"{missing[0]} is missing, which {INDEX} names", "Copy or download the folder again")
+        return [folder / name for name in sorted(names)]
+    if (folder / SINGLE).is_file():
+        return [folder / SINGLE]
+    if found := sorted(folder.glob("*.safetensors")):
+        return found
+    if pickled := sorted(file.name for file in folder.iterdir() if file.suffix in _PICKLES):
+        raise failure(
+            folder,
+            f"{pickled[0]} is a pickle, which can run code when it is read",
+            "Convert it to safetensors where you trust it",
+        )
+    raise failure(folder, "it holds no *.safetensors", "Copy or download the folder again, weights included")
+
+
+def stored_tensors(files: Iterable[Path]) -> dict[str, Stored]:
+    """What safetensors files hold, read from their headers alone.
+
+    Raises:
+        CheckpointError: A file is no safetensors file or is cut off, or a key is in two files.
+    """
+    found: dict[str, Stored] = {}
+    for file in files:
+        with _reader(file) as reader:
+            for key in reader.keys():  # noqa: SIM118 (a reader is no mapping)
+                if key in found:
+                    raise failure(
+                        file.parent, f"{key} is in {found[key].file.name} and in {file.name}", "Remove one of them"
+                    )
+                part = reader.get_slice(key)
+                found[key] = Stored(file, key, tuple(part.get_shape()), str(part.get_dtype()))
+    return found
+
+
+def read_tensors(stored: Mapping[str, Stored]) -> dict[str, torch.Tensor]:
+    """The tensors themselves, on the CPU, under the given names.
+
+    Raises:
+        CheckpointError: A file cannot be read, or a tensor is of another dtype than those or not finite.
+    """
+    for each in stored.values():
+        if each.dtype not in DTYPES:
+            raise failure(
+                each.file, f"{each.key} is stored in {each.dtype}", f"Store it in {', '.join(DTYPES.values())}"
+            )
+    tensors: dict[str, torch.Tensor] = {}
+    for file in sorted({each.file for each in stored.values()}):
+        with _reader(file) as reader:
+            tensors.update({name: reader.get_tensor(each.key) for name, each in stored.items() if each.file == file})
+    for name, tensor in tensors.items():
+        if not bool(tensor.isfinite().all()):
+            raise failure(
+                stored[name].file,
+                f"{stored[name].key} holds values that are not finite numbers",
+                "Take a checkpoint from before the training diverged",
+            )
+    return tensors
+
+
+@contextlib.contextmanager
+def _reader(file: Path) -> Iterator[Any]:
+    """An open safetensors file.
+
+    Raises:
+        CheckpointError: It cannot be read, is cut off or of another format.
+    """
+    try:
+        with safe_open(file, framework="pt") as reader:
+            yield reader
+    except (OSError, SafetensorError) as error:
+        raise failure(
+            file, f"it is cut off or no safetensors file ({brief(error)})", "Copy or download it again"
+        ) from None
+
+
+def write_tensors(tensors: Mapping[str, torch.Tensor], file: Path) -> None:
+    """Writes a safetensors file and waits until it is on the disk."""
+    save_file({key: tensor.contiguous() for key, tensor in sorted(tensors.items())}, file, {"format": "pt"})
+    _flush(file)
+
+
+def write_json(values: Mapping[str, Any], file: Path) -> None:
+    """Writes a JSON file and waits until it is on the disk."""
+    file.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+    _flush(file)
+
+
+def _flush(file: Path) -> None:
+    with file.open("rb+") as handle:
+        os.fsync(handle.fileno())
+
+
+@contextlib.contextmanager
+def writing(folder: str | os.PathLike[str]) -> Iterator[None]:
+    """Turns what can go wrong while writing into one line.
+
+    Raises:
+        CheckpointError: The disk is full or the place not writable.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise failure(
+            folder, f"it cannot be written ({brief(error)})", "Choose a folder that is writable and has space"
+        ) from None
+
+
+@contextlib.contextmanager
+def new_folder(target: str | os.PathLike[str]) -> Iterator[Path]:
+    """Yields an empty folder that becomes `target` at the end, and vanishes if anything fails.
+
+    Raises:
+        CheckpointError: The target is there and not empty, or cannot be written.
+    """
+    place = Path(target).expanduser().absolute()
+    if place.exists() and (not place.is_dir() or any(place.iterdir())):
+        raise failure(target, "it exists already", "Choose a new or an empty folder")
+    with writing(target):
+        place.parent.mkdir(parents=True, exist_ok=True)
+        part = Path(tempfile.mkdtemp(prefix=f".{place.name}.", dir=place.parent))
+        try:
+            yield part
+            part.chmod(0o777 & ~_umask())
+            if place.is_dir():
+                place.rmdir()
+            os.replace(part, place)
+        finally:
+            shutil.rmtree(part, ignore_errors=True)
+
+
+def _umask() -> int:
+    mask = os.umask(0o022)
+    os.umask(mask)
+    return mask

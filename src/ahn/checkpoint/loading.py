@@ -1,0 +1,272 @@
+"""From a folder or a name to a model with a memory: everything is checked before anything is changed."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from ahn.attachment import Attachment, find_attachment
+from ahn.checkpoint import adapter as own
+from ahn.checkpoint import published
+from ahn.checkpoint.content import Base, Content, check_keys, check_shapes, memory_tensors
+from ahn.checkpoint.files import brief, download, failure, is_hub_id, locate, read_json, stored_tensors, weight_files
+from ahn.config import AHNConfig
+from ahn.errors import CheckpointError
+from ahn.models import KNOWN, load_model
+from ahn.surgery import attach, detach
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+_DETACH = "Call ahn.detach(model) first, or load a checkpoint of the same kind"
+
+
+def load(model: nn.Module, path_or_hub_id: str | os.PathLike[str], revision: str | None = None) -> None:
+    """Loads a memory's weights onto a base model.
+
+    Without a memory attached, one is attached with the saved settings. Where one is attached already, it must be of
+    the same kind, in the same layers, with the same `memory_positions`; its window, its sinks and where these stand
+    are settings of a run and stay. All is checked first: if anything is wrong, the model is what it was before.
+
+    Args:
+        model: The base model.
+        path_or_hub_id: A folder that `save` wrote, a folder of the published format (its memory alone, or merged with
+            the base weights, which are then left aside), the name of an adapter that ships with the library, or a hub
+            id `owner/name`. A folder that exists wins.
+        revision: Branch, tag or commit on the hub.
+
+    Raises:
+        CheckpointError: There is no such checkpoint, it is damaged, or it does not fit the model.
+        ModelError: The model cannot be given a memory.
+        ConfigError: The saved settings do not fit this model.
+
+    Warns:
+        UserWarning: The checkpoint was made for a base model of the same sizes but another name.
+    """
+    _put(model, read(path_or_hub_id, revision))
+
+
+def from_pretrained(
+    name_or_path: str | os.PathLike[str],
+    adapter: str | os.PathLike[str] | None = None,
+    config: AHNConfig | None = None,
+    dtype: str | torch.dtype | None = None,
+) -> PreTrainedModel:
+    """Loads a base model by name, with a memory attached when an adapter or settings are given; or a merged model.
+
+    Args:
+        name_or_path: As for `ahn.models.load_model`; or a folder or hub id of the published merged format.
+        adapter: A checkpoint of a memory, as for `load`.
+        config: Settings of the memory. With an adapter or a merged folder its window, sinks and sink positions are
+            taken instead of the saved ones; the rest must agree. Alone it attaches an untrained memory.
+        dtype: As for `ahn.models.load_model`; float32 if left out.
+
+    Returns:
+        The model, in evaluation mode.
+
+    Raises:
+        ModelError: The base model cannot be found, loaded or given a memory.
+        CheckpointError: The adapter or the merged folder is damaged or does not fit.
+        ConfigError: The settings do not fit this model.
+    """
+    folder = _published_folder(name_or_path)
+    if folder is not None:
+        if adapter is not None:
+            remedy = "Leave the adapter out, or name the base model instead"
+            raise failure(name_or_path, "it is merged with a memory already, so it takes no adapter", remedy)
+        return _from_merged(os.fspath(name_or_path), folder, config, dtype)
+    content = None if adapter is None else read(adapter)  # first, because the base model takes long
+    model = load_model(name_or_path, dtype)
+    if config is not None:
+        attach(model, config)
+    if content is not None:
+        _put(model, content)
+    return model
+
+
+def read(path_or_hub_id: str | os.PathLike[str], revision: str | None = None) -> Content:
+    """What a checkpoint holds, with its names and sizes checked against each other.
+
+    Args:
+        path_or_hub_id: As for `load`.
+        revision: As for `load`.
+
+    Raises:
+        CheckpointError: There is no such checkpoint, or it is damaged.
+    """
+    where = os.fspath(path_or_hub_id)
+    folder = locate(where, revision)
+    if (folder / own.CONFIG).is_file():
+        content = own.read_adapter(where, folder)
+    elif (folder / published.CONFIG).is_file():
+        content = published.read_published(where, folder)
+    else:
+        raise failure(
+            where,
+            f"it holds neither {own.CONFIG} nor {published.CONFIG}",
+            "Give the folder of an adapter (ahn.save) or of a published checkpoint",
+        )
+    content.check_names()
+    return content
+
+
+def _put(model: nn.Module, content: Content, config: AHNConfig | None = None) -> None:
+    """Puts a memory's weights onto a model, attaching it with these settings if none is attached."""
+    content.check_base(Base.of_model(model), stacklevel=4)
+    tensors = content.tensors()
+    attachment = find_attachment(model)
+    if attachment is None:
+        attach(model, config or content.config)
+    else:
+        _check_same(content, attachment)
+    try:
+        ready = _fitting(content, tensors, model)
+    except BaseException:
+        if attachment is None:
+            detach(model)
+        raise
+    with torch.no_grad():
+        for parameter, tensor in ready:
+            parameter.copy_(tensor)
+
+
+def _check_same(content: Content, attachment: Attachment) -> None:
+    """Checks that a checkpoint is of the kind of the memory that is attached already."""
+    live = attachment.config
+    for name in ("memory", "memory_positions"):
+        ours, theirs = getattr(live, name), getattr(content.config, name)
+        if ours != theirs:
+            raise failure(content.where, f"its {name} is {theirs!r}, but that on the model is {ours!r}", _DETACH)
+    layers = tuple(site.index for site in attachment.sites if site.memory is not None)
+    if layers != content.layers:
+        raise failure(
+            content.where,
+            f"it has a memory in layers {list(content.layers)}, but the model has one in {list(layers)}",
+            _DETACH,
+        )
+
+
+def _fitting(
+    content: Content, tensors: dict[str, torch.Tensor], model: nn.Module
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """The model's parameters, each with its new value in its own dtype."""
+    parameters = memory_tensors(model)
+    check_keys(content.where, tensors, set(parameters))
+    check_shapes(content.where, tensors, {key: tuple(parameter.shape) for key, parameter in parameters.items()})
+    ready = [(parameter, tensors[key].to(parameter.dtype)) for key, parameter in parameters.items()]
+    if not all(bool(tensor.isfinite().all()) for _, tensor in ready):
+        raise failure(content.where, "its values are too large for the model's dtype", "Load the model in bfloat16")
+    return ready
+
+
+def _published_folder(name: str | os.PathLike[str]) -> Path | None:
+    """The folder of a model in the published format, or `None` for any other model."""
+    name = os.fspath(name)
+    folder = Path(name).expanduser()
+    if name in KNOWN or not name.strip():
+        return None
+    remote = not folder.is_dir()
+    if remote:
+        if not is_hub_id(name) or folder.exists():
+            return None
+        try:
+            folder = download(name, None, [published.CONFIG])
+        except CheckpointError:
+            return None  # loading the base model says what is wrong
+    file = folder / published.CONFIG
+    if not file.is_file() or not published.is_published(read_json(file)):
+        return None
+    return locate(name) if remote else folder
+
+
+def _from_merged(
+    where: str, folder: Path, config: AHNConfig | None, dtype: str | torch.dtype | None
+) -> PreTrainedModel:
+    content = published.read_published(where, folder)
+    content.check_names()
+    content.check_sizes()
+    if content.kind != "merged":
+        raise failure(
+            where,
+            "it holds a memory without its base model",
+            "Name the base model, and this as its adapter: ahn.from_pretrained(base, adapter=...)",
+        )
+    settings = _run_settings(content, config)
+    clean = _base_config(where, published.clean_config(read_json(folder / published.CONFIG)))
+    _check_base_weights(where, folder, clean)
+    with _quiet():  # transformers would list every tensor of the memory as unexpected
+        model = load_model(folder, dtype, config=clean)
+    nameless = dataclasses.replace(content.base, name=None)  # the weights beside it are its own, whatever their name
+    _put(model, dataclasses.replace(content, base=nameless), settings)
+    return model
+
+
+def _run_settings(content: Content, config: AHNConfig | None) -> AHNConfig:
+    """The saved settings with the window and sinks that are asked for."""
+    saved = content.config
+    if config is None:
+        return saved
+    for name in ("memory", "memory_positions"):
+        ours, theirs = getattr(config, name), getattr(saved, name)
+        if ours != theirs:
+            raise failure(content.where, f"its {name} is {theirs!r}, not {ours!r}", f"Set {name}={theirs!r}")
+    if config.layers not in (None, saved.layers, content.layers):
+        raise failure(content.where, f"it has a memory in layers {list(content.layers)}", "Leave layers out")
+    return dataclasses.replace(saved, window=config.window, sinks=config.sinks, sink_positions=config.sink_positions)
+
+
+def _base_config(where: str, values: dict[str, Any]) -> PreTrainedConfig:
+    """A config of transformers from that of a merged folder, also one that an older transformers wrote."""
+    from transformers import CONFIG_MAPPING
+
+    try:
+        config: PreTrainedConfig = CONFIG_MAPPING[str(values.get("model_type"))].from_dict(values)
+        return config
+    except Exception as error:  # configs check themselves with errors of several libraries
+        raise failure(
+            where,
+            f"its config.json is not one that transformers can use ({type(error).__name__}: {brief(error)})",
+            "Copy or download the folder again",
+        ) from None
+
+
+def _check_base_weights(where: str, folder: Path, config: PreTrainedConfig) -> None:
+    """Checks a merged folder's base weights against its config, before any of them is read.
+
+    Raises:
+        CheckpointError: Keys are missing or surplus, or a shape differs.
+    """
+    if config.model_type not in published.LAYERS:
+        return  # Other families may name weights in their files otherwise than in the model; load_model checks those.
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        expected = AutoModelForCausalLM.from_config(config).state_dict()
+    given: dict[str, Any] = {
+        key: stored
+        for key, stored in stored_tensors(weight_files(folder)).items()
+        if ".ahn." not in key and not key.endswith("rotary_emb.inv_freq")  # old checkpoints hold it
+    }
+    if config.tie_word_embeddings:
+        given.setdefault("lm_head.weight", expected["lm_head.weight"])
+    check_keys(where, given, set(expected))
+    check_shapes(where, given, {key: tuple(tensor.shape) for key, tensor in expected.items()})
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    from transformers.utils import logging
+
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)

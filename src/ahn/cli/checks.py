@@ -1,0 +1,110 @@
+"""Arguments are checked before anything is loaded: each function says what is wrong and what would be right."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from ahn.cli.terminal import UsageError
+
+MODES = ("ahn", "window", "full")
+SINK_POSITIONS = ("bounded", "absolute")
+
+
+def at_least(option: str, value: float | None, least: float) -> None:
+    """Checks a number that may be left out."""
+    if value is not None and not value >= least:
+        raise UsageError(f"{option} must be at least {least}, not {value}.")
+
+
+def one_of(option: str, value: str | None, known: tuple[str, ...]) -> None:
+    """Checks a word that may be left out."""
+    if value is not None and value not in known:
+        raise UsageError(f"{option} must be {', '.join(known[:-1])} or {known[-1]}, not '{value}'.")
+
+
+def modes(names: str) -> list[str]:
+    """The modes in "ahn,window,full", each once."""
+    found = [name.strip() for name in names.split(",") if name.strip()]
+    for name in found or [""]:
+        one_of("--modes", name, MODES)
+    return list(dict.fromkeys(found))
+
+
+def span(window: int | None, sinks: int | None, sink_positions: str | None) -> None:
+    """Checks the settings of a run that every command has."""
+    at_least("--window", window, 1)
+    at_least("--sinks", sinks, 0)
+    one_of("--sink-positions", sink_positions, SINK_POSITIONS)
+
+
+def folder_to_write(path: Path, source: str, force: bool) -> None:
+    """Checks that a folder may be written: it is new or empty, or holds a checkpoint that `--force` gives up."""
+    if path.exists() and not path.is_dir():
+        raise UsageError(f"{path} is a file. Name a folder to write.")
+    if Path(source).exists() and path.exists() and path.samefile(source):
+        raise UsageError(f"{path} is the source itself. Name another folder to write.")
+    if not path.is_dir() or not any(path.iterdir()):
+        return
+    if not force:
+        raise UsageError(f"{path} is not empty. Name another folder, or replace it with --force.")
+    if not any((path / name).is_file() for name in ("ahn_config.json", "config.json")):
+        raise UsageError(f"{path} holds other things than a checkpoint, so --force does not replace it. Name another.")
+
+
+def file_to_write(option: str, path: Path | None) -> None:
+    """Checks that a file can be written where it is wanted."""
+    if path is None:
+        return
+    if path.is_dir():
+        raise UsageError(f"{option} {path} is a folder. Name a file in it.")
+    if not path.parent.is_dir():
+        raise UsageError(f"{option}: there is no folder {path.parent}. Make it first.")
+
+
+def file_to_read(option: str, path: Path | None) -> None:
+    """Checks that a file is there."""
+    if path is not None and not path.is_file():
+        what = "is a folder" if path.is_dir() else "does not exist"
+        raise UsageError(f"{option} {path} {what}. Check the path.")
+
+
+def adapter(name: str | None) -> None:
+    """Checks that an adapter given by its path is there; other names are looked up later."""
+    if name is None:
+        return
+    path = Path(name).expanduser()
+    if path.is_file():
+        raise UsageError(f"--adapter {name} is a file. Give the folder that holds it and its config.")
+    looks_local = path.is_absolute() or name.startswith((".", "~")) or name.count("/") != 1
+    if looks_local and name != "none" and not path.is_dir():
+        raise UsageError(f"--adapter {name} does not exist. Give a folder, a hub id owner/name, or none.")
+
+
+def text_file(option: str, name: str) -> str:
+    """The text in a file, or on standard input for "-".
+
+    Args:
+        option: How the user named it, for messages.
+        name: Path of the file, or "-".
+
+    Raises:
+        UsageError: There is no such file, or it is empty, binary or not UTF-8.
+    """
+    if name == "-":
+        if sys.stdin is None or sys.stdin.isatty():
+            raise UsageError(f"{option} - reads standard input, which is the keyboard here. Pipe a text into it.")
+        where, data = "standard input", sys.stdin.buffer.read()
+    else:
+        path = Path(name).expanduser()
+        file_to_read(option, path)
+        where, data = f"{option} {name}", path.read_bytes()
+    if not data.strip():
+        raise UsageError(f"{where} is empty. Give a text.")
+    if b"\0" in data:
+        raise UsageError(f"{where} is binary. Give plain text in UTF-8.")
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        remedy = "Convert it, for example with: iconv -f latin1 -t utf-8"
+        raise UsageError(f"{where} is not UTF-8 (byte {error.start:,}). {remedy}.") from None

@@ -1,0 +1,132 @@
+"""From the options of a command to a model with a memory and its tokenizer, without a dependency's chatter."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ahn.cli.terminal import notes, output
+from ahn.config import AHNConfig
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from ahn.checkpoint import Description
+
+WINDOW, SINKS, SINK_POSITIONS = 1024, 32, "bounded"
+"""Settings of a run where neither the user nor an adapter names others."""
+
+MEMORY = "gated_delta_net"
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model that is ready to read.
+
+    Attributes:
+        model: The model, with a memory attached.
+        tokenizer: Its tokenizer.
+        config: Settings of its memory.
+        adapter: Where the memory's weights come from, or `None` where they are untrained.
+    """
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    config: AHNConfig
+    adapter: str | None
+
+
+def load(
+    name: str,
+    adapter: str | None,
+    window: int | None = None,
+    sinks: int | None = None,
+    sink_positions: str | None = None,
+    like: AHNConfig | None = None,
+) -> Loaded:
+    """Loads a model by name and attaches its memory.
+
+    Args:
+        name: As for `ahn.from_pretrained`.
+        adapter: As for `ahn.from_pretrained`; "none" for an untrained memory. Left out, the adapter that ships for
+            this model is taken, if there is one.
+        window: Tokens of the window; the saved or usual ones if left out.
+        sinks: Number of sinks, likewise.
+        sink_positions: Where they stand, likewise.
+        like: Settings that the memory must have, such as those of a saved cache; they replace the usual ones.
+
+    Raises:
+        AHNError: Anything about the names, the files or the settings is wrong.
+    """
+    quiet()
+    with notes().status(f"Loading {name} ..."):
+        from ahn.checkpoint import from_pretrained
+        from ahn.models import load_tokenizer, resolve
+
+        resolve(name)  # first, because what follows takes seconds
+        chosen = _adapter(name, adapter)
+        saved = _saved(name, chosen)
+        config = like or (_config(saved) if saved else AHNConfig(MEMORY, WINDOW, SINKS, sink_positions=SINK_POSITIONS))
+        changes: dict[str, Any] = {"window": window, "sinks": sinks, "sink_positions": sink_positions}
+        config = replace(config, **{key: value for key, value in changes.items() if value is not None})
+        tokenizer = load_tokenizer(name)
+        model = from_pretrained(name, chosen, config)
+    return Loaded(model, tokenizer, config, chosen or (name if saved else None))
+
+
+def quiet() -> None:
+    """Silences what transformers says on its own; errors still reach the user as exceptions."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    if not output().is_terminal:
+        logging.disable_progress_bar()
+
+
+def _adapter(name: str, adapter: str | None) -> str | None:
+    if adapter is not None:
+        return None if adapter == "none" else adapter
+    from ahn.checkpoint.files import shipped
+
+    usual = f"{name}/{MEMORY}"
+    return usual if usual in shipped() else None
+
+
+def _saved(name: str, adapter: str | None) -> Description | None:
+    """What the memory's weights were saved with: those of the adapter, or those merged into the model."""
+    from ahn.checkpoint import describe
+
+    if adapter is not None:
+        return describe(adapter)
+    return describe(name) if _is_merged(name) else None
+
+
+def _is_merged(name: str) -> bool:
+    from ahn.checkpoint.files import download, is_hub_id, read_json
+    from ahn.checkpoint.published import CONFIG, is_published
+    from ahn.errors import CheckpointError
+    from ahn.models import KNOWN
+
+    folder = Path(name).expanduser()
+    if name in KNOWN:
+        return False
+    if not folder.is_dir() and is_hub_id(name):
+        try:
+            folder = download(name, None, [CONFIG])
+        except CheckpointError:
+            return False  # loading the model says what is wrong
+    return (folder / CONFIG).is_file() and is_published(read_json(folder / CONFIG))
+
+
+def _config(saved: Description) -> AHNConfig:
+    return AHNConfig.from_dict(
+        {
+            "memory": saved.memory,
+            "window": saved.window,
+            "sinks": saved.sinks,
+            "layers": saved.layers,
+            "sink_positions": saved.sink_positions,
+            "memory_positions": saved.memory_positions,
+        }
+    )

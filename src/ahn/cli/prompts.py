@@ -1,0 +1,93 @@
+"""The tokens that a model reads: an opening, a text of any length, and a closing that asks for the answer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ahn.cli.terminal import UsageError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_TEXT, _ANSWER = "THE-TEXT-STANDS-HERE", "THE-ANSWER-STANDS-HERE"
+
+
+@dataclass(frozen=True)
+class Passage:
+    """Token ids of what is read, in three parts, `[T]` each: none depends on how much of the text is read.
+
+    Attributes:
+        opening: What comes before the text: the start of a chat turn, or of the sequence.
+        text: The text.
+        closing: What comes after it: the question, and the start of the answer.
+    """
+
+    opening: torch.Tensor
+    text: torch.Tensor
+    closing: torch.Tensor
+
+
+def has_chat(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the tokenizer knows how its model was taught to chat."""
+    return bool(tokenizer.chat_template)
+
+
+def passage(tokenizer: PreTrainedTokenizerBase, text: str, question: str, chat: bool) -> Passage:
+    """A text and a question about it, for a model that has read nothing yet.
+
+    Args:
+        tokenizer: The model's tokenizer.
+        text: The text; may be empty.
+        question: The question; may be empty.
+        chat: Whether to put both into a turn of the model's chat template.
+    """
+    between = "\n\n" if text and question else ""
+    if not chat:
+        return Passage(_start(tokenizer), tokens(tokenizer, text), tokens(tokenizer, between + question))
+    before, after = _chat(tokenizer, [{"role": "user", "content": _TEXT}]).split(_TEXT)
+    return Passage(
+        tokens(tokenizer, before), tokens(tokenizer, text), tokens(tokenizer, f"{between}{question.strip()}{after}")
+    )
+
+
+def follow_up(tokenizer: PreTrainedTokenizerBase, text: str, question: str, chat: bool) -> Passage:
+    """A text and a question for a model that has read something, and maybe answered, before."""
+    nothing = tokens(tokenizer, "")
+    between = "\n\n" if text and question else ""
+    if not chat:
+        return Passage(nothing, tokens(tokenizer, text), tokens(tokenizer, between + question))
+    turns = [("user", "What?"), ("assistant", _ANSWER), ("user", _TEXT)]
+    rendered = _chat(tokenizer, [{"role": role, "content": content} for role, content in turns])
+    before, after = rendered.split(_ANSWER)[1].split(_TEXT)
+    return Passage(
+        tokens(tokenizer, before), tokens(tokenizer, text), tokens(tokenizer, f"{between}{question.strip()}{after}")
+    )
+
+
+def tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> torch.Tensor:
+    """Token ids of a text, `[T]`, with nothing added."""
+    return torch.tensor(tokenizer(text, add_special_tokens=False)["input_ids"], dtype=torch.long)
+
+
+def stop_ids(model: Any, tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """Ids of the tokens that end an answer."""
+    named = getattr(model.generation_config, "eos_token_id", None)
+    ids = named if isinstance(named, list) else [named, tokenizer.eos_token_id]
+    return {each for each in ids if each is not None}
+
+
+def _start(tokenizer: PreTrainedTokenizerBase) -> torch.Tensor:
+    """What the tokenizer puts before every text, without what it puts behind."""
+    ids = tokenizer("")["input_ids"]
+    start = [id for id in ids[:1] if id == tokenizer.bos_token_id]
+    return torch.tensor(start, dtype=torch.long)
+
+
+def _chat(tokenizer: PreTrainedTokenizerBase, turns: list[dict[str, str]]) -> str:
+    try:
+        return str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
+    except Exception as error:  # a template is a program of its own
+        raise UsageError(f"the model's chat template fails ({error}). Use --no-chat.") from None

@@ -1,0 +1,117 @@
+"""What every command says and how it ends: consoles, numbers with their units, and one line for an error."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+WRONG_INPUT = 2
+FAILED = 1
+INTERRUPTED = 130
+_WRONG_FILES = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
+
+
+class UsageError(Exception):
+    """An argument that cannot work; the message says the remedy."""
+
+
+@dataclass
+class Outcome:
+    """How a command ended; `status` is the exit status of the process."""
+
+    status: int = 0
+
+
+def output() -> Console:
+    """The console for results, on standard output."""
+    from rich.console import Console
+
+    return Console(highlight=False)
+
+
+def notes() -> Console:
+    """The console for progress, notes and errors, on standard error."""
+    from rich.console import Console
+
+    return Console(stderr=True, highlight=False)
+
+
+def say(text: str, style: str = "", console: Console | None = None) -> None:
+    """Prints one line as it is: no markup, no wrapping."""
+    (console or notes()).print(text, style=style or None, markup=False, soft_wrap=True)
+
+
+def megabytes(count: float) -> str:
+    """Bytes in MB, 10^6 bytes: "48.7", "5,220"."""
+    value = count / 1e6
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.1f}"
+
+
+@contextlib.contextmanager
+def reporting() -> Iterator[Outcome]:
+    """Turns every error into one line on standard error and an exit status; `AHN_DEBUG=1` shows the traceback."""
+    outcome = Outcome()
+    with _one_line_warnings():
+        try:
+            yield outcome
+            sys.stdout.flush()
+            if outcome.status == INTERRUPTED:
+                say("interrupted", "yellow")
+        except KeyboardInterrupt:
+            outcome.status = INTERRUPTED
+            say("interrupted", "yellow")
+        except BrokenPipeError:  # the reader of our output has left, which is its right
+            outcome.status = FAILED
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        except Exception as error:
+            if os.environ.get("AHN_DEBUG", "0") not in ("", "0"):
+                raise
+            outcome.status, text = _explain(error)
+            say(f"error: {text}", "red")
+
+
+def _explain(error: Exception) -> tuple[int, str]:
+    """Exit status and words for an error."""
+    if hasattr(error, "format_message"):  # typer's own; which module they live in depends on its version
+        context = getattr(error, "ctx", None)
+        help_of = context.command_path if context is not None else "ahn"
+        return WRONG_INPUT, f"{_one_line(error.format_message())} See `{help_of} --help`."
+    if isinstance(error, UsageError):
+        return WRONG_INPUT, _one_line(str(error))
+    if isinstance(error, OSError):
+        place = f"{error.filename}: " if error.filename else ""
+        return WRONG_INPUT if isinstance(error, _WRONG_FILES) else FAILED, f"{place}{error.strerror or error}"
+    from ahn.errors import AHNError  # late: the words above need nothing of the library
+
+    if isinstance(error, AHNError):
+        return WRONG_INPUT, _one_line(str(error))
+    name = type(error).__name__
+    if isinstance(error, MemoryError) or name == "OutOfMemoryError" or "can't allocate memory" in str(error):
+        return FAILED, "out of memory; try a smaller --window or --chunk, or another --mode than full"
+    return FAILED, f"unexpected {name}: {_one_line(str(error))} (AHN_DEBUG=1 shows where)"
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())
+
+
+@contextlib.contextmanager
+def _one_line_warnings() -> Iterator[None]:
+    """Shows this library's warnings as one line each and those of its dependencies not at all."""
+
+    def show(message: Warning | str, category: type[Warning], *_: object) -> None:
+        say(f"warning: {_one_line(str(message))}", "yellow")
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        warnings.filterwarnings("always", category=UserWarning, module=r"ahn\b")
+        warnings.showwarning = show
+        yield

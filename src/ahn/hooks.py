@@ -1,0 +1,127 @@
+"""The hooks of a model with a memory: what happens before a call, before each layer, and after the call."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from ahn.attachment import Attachment, Site
+from ahn.attention import LayerCall, Rotary
+from ahn.cache import HippocampalCache, HippocampalLayer, Padding
+from ahn.cache.cache import check_cache
+from ahn.config import RunSettings
+from ahn.errors import CacheError
+from ahn.plan import CURRENT, Plan, find_padding
+
+
+def before_call(attachment: Attachment) -> Callable[..., Any]:
+    """The hook that starts a call: finds its cache, settings and padding."""
+
+    def hook(backbone: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        if args:
+            kwargs = {**dict(zip(_parameter_names(backbone), args, strict=False)), **kwargs}
+        inputs = kwargs.get("input_ids") if kwargs.get("input_ids") is not None else kwargs.get("inputs_embeds")
+        settings = _settings(attachment, kwargs.get("past_key_values"))
+        if settings.mode == "full" or inputs is None:
+            plan = Plan(attachment, settings, None)
+        else:
+            plan = Plan(attachment, settings, _prepare(attachment, backbone, kwargs, inputs))
+        plan.token = CURRENT.set(plan)
+        return (), kwargs
+
+    return hook
+
+
+def after_call(backbone: Any, args: Any, output: Any) -> None:
+    """The hook that ends a call, also one that failed."""
+    plan = CURRENT.get()
+    if plan is not None and plan.token is not None:
+        CURRENT.reset(plan.token)
+
+
+def _settings(attachment: Attachment, cache: Any) -> RunSettings:
+    """Settings of a call: those of its cache; one that the base model made was made by full attention."""
+    if isinstance(cache, HippocampalCache):
+        if cache.attachment is not attachment:
+            raise CacheError("this cache was made for another model, or before the memory was attached anew")
+        return cache.settings
+    settings = attachment.settings
+    if cache is None or settings.mode == "full":
+        return settings
+    if cache.get_seq_length() == 0:
+        check_cache(cache)
+    return RunSettings("full", settings.window, settings.sinks)
+
+
+def _prepare(attachment: Attachment, backbone: Any, kwargs: dict[str, Any], inputs: torch.Tensor) -> Padding | None:
+    """Makes the call's cache if one is wanted and finds the padding of its rows."""
+    cache, mask = kwargs.get("past_key_values"), kwargs.get("attention_mask")
+    if cache is None:
+        wanted = kwargs.get("use_cache")
+        wanted = backbone.config.use_cache and not backbone.training if wanted is None else wanted
+        kwargs["use_cache"] = wanted
+        cache = kwargs["past_key_values"] = HippocampalCache(_holder(attachment)) if wanted else None
+    seen = cache.seen_tokens if cache is not None else 0
+    batch, new = inputs.shape[:2]
+    _check_call(attachment, cache, batch, seen + new)
+    if mask is None:
+        return cache.padding if cache is not None else None
+    if not isinstance(mask, torch.Tensor) or mask.dim() != 2:
+        raise CacheError('a memory reads with a 2D attention mask; for a custom mask use ahn.mode(model, "full")')
+    padding = find_padding(mask, new, cache.padding if cache is not None else None, seen, kept=cache is not None)
+    if cache is not None:
+        cache.padding = padding
+    return padding
+
+
+def _check_call(attachment: Attachment, cache: HippocampalCache | None, batch: int, total: int) -> None:
+    if cache is not None and (held := cache.rows) not in (None, batch):
+        raise CacheError(f"the cache holds {held} rows, but the input has {batch}; start a new cache or keep the batch")
+    limit = attachment.position_limit
+    if limit is not None and total > limit:
+        raise CacheError(f"this model has learned positions for {limit} tokens only and cannot read {total}")
+
+
+def _holder(attachment: Attachment) -> nn.Module:
+    """A module that `HippocampalCache` recognises as having this attachment."""
+    return attachment.sites[0].module
+
+
+def before_layer(site: Site) -> Callable[..., Any]:
+    """The hook that sends along what the attention function needs: gates of the new tokens, the store, positions."""
+
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        plan = kwargs.get("attention_mask")
+        if not isinstance(plan, Plan) or site.memory is None:
+            return None
+        hidden = args[0] if args else kwargs["hidden_states"]
+        gates = site.memory.gates(hidden) if plan.settings.mode == "ahn" else None
+        store = _store(kwargs.get("past_key_values"), site)
+        kept = store is not None
+        store = store or HippocampalLayer(plan.settings, site.sliding_window)
+        rotary = _rotary(site, kwargs, plan)
+        return args, {**kwargs, "ahn": LayerCall(site, site.memory, plan, store, kept, hidden, gates, rotary)}
+
+    return hook
+
+
+def _store(cache: Any, site: Site) -> HippocampalLayer | None:
+    """The layer's cascade in the cache of the call, or `None` where no cache is kept."""
+    layer = cache.cascades[site.index] if isinstance(cache, HippocampalCache) else None
+    return layer if isinstance(layer, HippocampalLayer) else None
+
+
+def _rotary(site: Site, kwargs: dict[str, Any], plan: Plan) -> Rotary | None:
+    """The rotation of the new tokens, where something asks to undo it; the check after attaching saw both inputs."""
+    if site.rotation is None:
+        return None
+    unrotates = plan.attachment.config.memory_positions == "none"
+    return Rotary(site.rotation, kwargs["position_embeddings"], kwargs["position_ids"], unrotates)
+
+
+def _parameter_names(module: nn.Module) -> list[str]:
+    return list(inspect.signature(module.forward).parameters)

@@ -1,0 +1,63 @@
+"""The recurrences for a single token: what decoding runs, in as few operations as it takes.
+
+Shapes: B batch, T tokens (1 here), H query heads, G kv heads (H = r * G; query head h uses kv head h // r), K key
+size, V value size, X = B * H.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ahn.ops._shared import first_state, in_compute_dtype
+
+
+def gated_delta_rule(
+    q_BTHK: Tensor, k_BTGK: Tensor, v_BTGV: Tensor, g_BTH: Tensor, beta_BTH: Tensor, state_BHKV: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Gated delta rule for one token; see `ahn.ops.gated_delta_rule` for the arguments."""
+    q_BTHK, g_BTH = in_compute_dtype(q_BTHK, g_BTH)
+    S_BHKV = first_state(state_BHKV, q_BTHK, q_BTHK.shape[3], v_BTGV.shape[3])
+    return _delta(q_BTHK, k_BTGK, v_BTGV, beta_BTH, S_BHKV * g_BTH.reshape(*S_BHKV.shape[:2], 1, 1).exp())
+
+
+def delta_rule(
+    q_BTHK: Tensor, k_BTGK: Tensor, v_BTGV: Tensor, beta_BTH: Tensor, state_BHKV: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Delta rule for one token; see `ahn.ops.delta_rule` for the arguments."""
+    (q_BTHK,) = in_compute_dtype(q_BTHK)
+    return _delta(q_BTHK, k_BTGK, v_BTGV, beta_BTH, first_state(state_BHKV, q_BTHK, q_BTHK.shape[3], v_BTGV.shape[3]))
+
+
+def state_space(
+    q_BTHK: Tensor, k_BTGK: Tensor, v_BTGV: Tensor, g_BTH: Tensor, dt_BTH: Tensor, state_BHVK: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """State space recurrence for one token; see `ahn.ops.state_space` for the arguments."""
+    q_BTHK, k_BTGK, v_BTGV, g_BTH, dt_BTH = in_compute_dtype(q_BTHK, k_BTGK, v_BTGV, g_BTH, dt_BTH)
+    B, _, H, K = q_BTHK.shape
+    V = v_BTGV.shape[3]
+    S_BHVK = first_state(state_BHVK, q_BTHK, V, K)
+    S_XVK = (S_BHVK * g_BTH.reshape(B, H, 1, 1).exp()).reshape(B * H, V, K)
+    v_XV1 = _rows(v_BTGV, H).mT * dt_BTH.reshape(B * H, 1, 1)
+    S_XVK = torch.baddbmm(S_XVK, v_XV1, _rows(k_BTGK, H))
+    o_XV1 = torch.bmm(S_XVK, q_BTHK.reshape(B * H, K, 1))
+    return o_XV1.view(B, 1, H, V), S_XVK.view(B, H, V, K)
+
+
+def _delta(q_BTHK: Tensor, k_BTGK: Tensor, v_BTGV: Tensor, beta_BTH: Tensor, S_BHKV: Tensor) -> tuple[Tensor, Tensor]:
+    """Correct what the (already decayed) state recalls for the key, then read it."""
+    q_BTHK, k_BTGK, v_BTGV, beta_BTH = in_compute_dtype(q_BTHK, k_BTGK, v_BTGV, beta_BTH)
+    B, H, K, V = S_BHKV.shape
+    S_XKV = S_BHKV.reshape(B * H, K, V)
+    k_X1K, v_X1V = _rows(k_BTGK, H), _rows(v_BTGV, H)
+    u_X1V = torch.baddbmm(v_X1V, k_X1K, S_XKV, alpha=-1) * beta_BTH.reshape(B * H, 1, 1)
+    S_XKV = torch.baddbmm(S_XKV, k_X1K.mT, u_X1V)
+    return torch.bmm(q_BTHK.reshape(B * H, 1, K), S_XKV).view(B, 1, H, V), S_XKV.view(B, H, K, V)
+
+
+def _rows(x_BTGD: Tensor, heads: int) -> Tensor:
+    """Bring the keys or values of the one token into `[X, 1, D]`, repeated for the query heads of a group."""
+    B, _, G, D = x_BTGD.shape
+    if heads != G:
+        x_BTGD = x_BTGD.reshape(B, G, 1, D).expand(B, G, heads // G, D)
+    return x_BTGD.reshape(B * heads, 1, D)
