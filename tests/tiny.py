@@ -78,7 +78,9 @@ def tiny(family: str = "llama", **changes: Any) -> Any:
         settings["sliding_window"] = None
     config = transformers.AutoConfig.for_model(family, **settings)
     torch.manual_seed(7)
-    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    # Before transformers 5.23, sdpa silently left out Gemma 2's softcap.
+    implementation = {"attn_implementation": "eager"} if family == "gemma2" else {}
+    model = transformers.AutoModelForCausalLM.from_config(config, **implementation).eval()
     for parameter in model.parameters():
         if parameter.dim() > 1:
             nn.init.normal_(parameter, std=0.15)

@@ -14,6 +14,9 @@ import torch.nn.functional as F
 from ahn.cache.exact import View
 from ahn.plan import Plan
 
+# torch 2.13 has no public function that returns the log-sum of a fused softmax beside its output.
+_FUSED_WITH_LOG_SUM = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
+
 
 @dataclasses.dataclass(frozen=True)
 class Softmax:
@@ -87,8 +90,12 @@ def _attend_block(
     values = torch.cat((reach.values, view.sinks.values), dim=2)
     repeats = q_BHTK.size(1) // keys.size(1) if _stacks_heads(q_BHTK) else 1
     mask = plan.block_mask(block, keys_from, view.sinks.length, window, repeats, q_BHTK)
-    sink_q = None if sink_q_BHTK is None else sink_q_BHTK[:, :, rows]
-    return _attend(q_BHTK[:, :, rows], sink_q, keys, values, mask, slice(reach.length, None), softmax)
+    # Within the trained context both queries are the same, so that blocks before its end need one of them only.
+    near = sink_q_BHTK is None or stop <= plan.attachment.trained_context
+    sink_q = None if near or sink_q_BHTK is None else sink_q_BHTK[:, :, rows]
+    # Queries among the sinks see no token of the window, whose log-sum alone would be undefined.
+    attend = _attend_explicitly if sink_q is not None and start < view.sinks.length else _attend
+    return attend(q_BHTK[:, :, rows], sink_q, keys, values, mask, slice(reach.length, None), softmax)
 
 
 def _attend(
@@ -101,6 +108,8 @@ def _attend(
     softmax: Softmax,
 ) -> torch.Tensor:
     """One softmax, `[B, H, T, V]`, by the fused kernel where it can express it."""
+    if sink_q_BHTK is not None and _can_merge(q_BHTK, mask, softmax):
+        return _attend_in_two(q_BHTK, sink_q_BHTK, k_BGNK, v_BGNV, mask, sinks, softmax)
     if sink_q_BHTK is not None or softmax.softcap is not None or softmax.s_aux is not None:
         return _attend_explicitly(q_BHTK, sink_q_BHTK, k_BGNK, v_BGNV, mask, sinks, softmax)
     groups = k_BGNK.size(1)
@@ -119,6 +128,35 @@ def _attend(
         scale=softmax.scaling,
         enable_gqa=groups != q_BHTK.size(1),
     )
+
+
+def _attend_in_two(
+    q_BHTK: torch.Tensor,
+    sink_q_BHTK: torch.Tensor,
+    k_BGNK: torch.Tensor,
+    v_BGNV: torch.Tensor,
+    mask: torch.Tensor | None,
+    sinks: slice,
+    softmax: Softmax,
+) -> torch.Tensor:
+    """Window and sinks by the fused kernel with their own queries each, merged by the size of their denominators."""
+    window = slice(sinks.stop, None) if sinks.start == 0 else slice(0, sinks.start)
+
+    def part(query: torch.Tensor, keys: slice) -> tuple[torch.Tensor, torch.Tensor]:
+        reach = None if mask is None else mask[..., keys]
+        k, v = k_BGNK[:, :, keys], v_BGNV[:, :, keys]
+        out, log_sum = _FUSED_WITH_LOG_SUM(query, k, v, 0.0, False, attn_mask=reach, scale=softmax.scaling)
+        return out, log_sum
+
+    (near, near_sum), (far, far_sum) = part(q_BHTK, window), part(sink_q_BHTK, sinks)
+    return torch.lerp(near, far, torch.sigmoid(far_sum - near_sum)[..., None].to(near.dtype))
+
+
+def _can_merge(q: torch.Tensor, mask: torch.Tensor | None, softmax: Softmax) -> bool:
+    """Whether the kernel that also returns its denominators serves here: on CPU, for plain softmax, no gradients."""
+    plain = softmax.softcap is None and softmax.s_aux is None and not softmax.dropout
+    plain = plain and (mask is None or mask.dim() == 2)
+    return plain and q.device.type == "cpu" and _FUSED_WITH_LOG_SUM is not None and not torch.is_grad_enabled()
 
 
 def _attend_explicitly(

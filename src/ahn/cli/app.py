@@ -9,7 +9,6 @@ from typer.main import get_command
 
 from ahn.cli import convert, demo, generate, inspect, merge
 
-
 app = typer.Typer(
     name="ahn",
     help="A fixed-size long-term memory for any pretrained decoder language model.",
@@ -18,8 +17,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for module in (demo, generate, inspect, convert, merge):
-    app.command(epilog=module.EXAMPLES)(module.command)
+COMMANDS = {"demo": demo, "generate": generate, "inspect": inspect, "convert": convert, "merge": merge}
+for name, module in COMMANDS.items():
+    app.command(name, epilog=module.EXAMPLES)(module.command)
 
 
 @app.callback(invoke_without_command=True)

@@ -21,8 +21,10 @@ FORMATS = ("adapter", "published")
 
 
 def command(
-    source: Annotated[str, typer.Argument(help="Folder or hub id: an adapter, or a published checkpoint.")],
-    target: Annotated[Path, typer.Argument(help="Folder to write.")],
+    source: Annotated[
+        str, typer.Argument(metavar="SOURCE", help="Folder or hub id: an adapter, or a published checkpoint.")
+    ],
+    target: Annotated[Path, typer.Argument(metavar="TARGET", help="Folder to write.")],
     to: Annotated[
         str | None,
         typer.Option(metavar="adapter|published", help="Format to write.  [dim]\\[default: the other one][/dim]"),

@@ -23,11 +23,11 @@ ahn generate "What is a context manager?"
 
 ahn generate "Who tells the story?" --file book.txt
 
-git log | ahn generate "Summarise these changes." --file - --window 2048
+git log | ahn generate "What has changed?" --file - --window 2048
 
-ahn generate --file book.txt --cache-out book.cache  [dim]# read once ...[/dim]
+ahn generate --file book.txt --cache-out book.cache  [dim]# read once,[/dim]
 
-ahn generate "Where does it begin?" --cache-in book.cache  [dim]# ... and ask as often as you like[/dim]
+ahn generate "Where does it begin?" --cache-in book.cache  [dim]# ask often[/dim]
 """
 
 
@@ -54,14 +54,14 @@ class Request:
 
 
 def command(
-    prompt: Annotated[str, typer.Argument(metavar="[PROMPT]", help="The prompt; with --file, a question about it.")] = "",
+    prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="What to answer; with --file, a question.")] = "",
     model: Annotated[str, typer.Option(help="A built-in name, a folder, or a hub id owner/name.")] = "smollm2-135m",
     file: Annotated[str | None, typer.Option(help="A text to read before the prompt; - for standard input.")] = None,
     mode: Annotated[
         str | None, typer.Option(metavar="ahn|window|full", help="What to read with.  [dim]\\[default: ahn][/dim]")
     ] = None,
     window: Annotated[
-        int | None, typer.Option(help="Tokens of the window.  [dim]\\[default: the adapter's, or 1024][/dim]")
+        int | None, typer.Option(help="Tokens of the window.  [dim]\\[default: the adapter's or 1024][/dim]")
     ] = None,
     sinks: Annotated[
         int | None, typer.Option(help="First tokens to keep for ever.  [dim]\\[default: the adapter's, or 32][/dim]")
@@ -70,7 +70,7 @@ def command(
         str | None,
         typer.Option(
             metavar="bounded|absolute",
-            help="Whether the sinks stay within the trained context.  [dim]\\[default: the adapter's, or bounded][/dim]",
+            help="How far away the sinks may seem.  [dim]\\[default: the adapter's, or bounded][/dim]",
         ),
     ] = None,
     adapter: Annotated[

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     from ahn.checkpoint import Description
 
-WINDOW, SINKS, SINK_POSITIONS = 1024, 32, "bounded"
+WINDOW, SINKS = 1024, 32
 """Settings of a run where neither the user nor an adapter names others."""
 
 MEMORY = "gated_delta_net"
@@ -25,12 +25,14 @@ class Loaded:
     """A model that is ready to read.
 
     Attributes:
+        name: Its name, as the user gave it.
         model: The model, with a memory attached.
         tokenizer: Its tokenizer.
         config: Settings of its memory.
         adapter: Where the memory's weights come from, or `None` where they are untrained.
     """
 
+    name: str
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     config: AHNConfig
@@ -67,12 +69,12 @@ def load(
         resolve(name)  # first, because what follows takes seconds
         chosen = _adapter(name, adapter)
         saved = _saved(name, chosen)
-        config = like or (_config(saved) if saved else AHNConfig(MEMORY, WINDOW, SINKS, sink_positions=SINK_POSITIONS))
+        config = like or (_config(saved) if saved else AHNConfig(MEMORY, WINDOW, SINKS, sink_positions="bounded"))
         changes: dict[str, Any] = {"window": window, "sinks": sinks, "sink_positions": sink_positions}
         config = replace(config, **{key: value for key, value in changes.items() if value is not None})
         tokenizer = load_tokenizer(name)
         model = from_pretrained(name, chosen, config)
-    return Loaded(model, tokenizer, config, chosen or (name if saved else None))
+    return Loaded(name, model, tokenizer, config, chosen or (name if saved else None))
 
 
 def quiet() -> None:
@@ -82,6 +84,13 @@ def quiet() -> None:
     logging.set_verbosity_error()
     if not output().is_terminal:
         logging.disable_progress_bar()
+
+
+def seed(number: int) -> None:
+    """Makes the weights of an untrained memory the same every time."""
+    import torch
+
+    torch.manual_seed(number)
 
 
 def _adapter(name: str, adapter: str | None) -> str | None:

@@ -20,9 +20,11 @@ ahn generate "Hello" --model ./merged
 
 
 def command(
-    base: Annotated[str, typer.Argument(help="The base model: a built-in name, a folder, or a hub id.")],
-    adapter: Annotated[str, typer.Argument(help="The memory: a folder or a hub id.")],
-    target: Annotated[Path, typer.Argument(help="Folder to write.")],
+    base: Annotated[
+        str, typer.Argument(metavar="BASE", help="The base model: a built-in name, a folder, or a hub id.")
+    ],
+    adapter: Annotated[str, typer.Argument(metavar="ADAPTER", help="The memory: a folder or a hub id.")],
+    target: Annotated[Path, typer.Argument(metavar="TARGET", help="Folder to write.")],
     force: Annotated[bool, typer.Option("--force", help="Replace a checkpoint that is there.")] = False,
 ) -> None:
     """Write a base model, its tokenizer and a memory into one folder that --model and ahn.from_pretrained take."""

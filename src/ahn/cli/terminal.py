@@ -8,7 +8,7 @@ import sys
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -107,7 +107,7 @@ def _one_line(text: str) -> str:
 def _one_line_warnings() -> Iterator[None]:
     """Shows this library's warnings as one line each and those of its dependencies not at all."""
 
-    def show(message: Warning | str, category: type[Warning], *_: object) -> None:
+    def show(message: Warning | str, *_: Any, **__: Any) -> None:
         say(f"warning: {_one_line(str(message))}", "yellow")
 
     with warnings.catch_warnings():

@@ -8,13 +8,14 @@ from typing import TYPE_CHECKING
 import torch
 
 if TYPE_CHECKING:
-    from torch import nn
     from transformers import PreTrainedTokenizerBase
 
     from ahn.reading import Reader
 
 
-def write(reader: Reader, limit: int, stop: set[int], temperature: float = 0.0, seed: int | None = None) -> Iterator[int]:
+def write(
+    reader: Reader, limit: int, stop: set[int], temperature: float = 0.0, seed: int | None = None
+) -> Iterator[int]:
     """Continues what a reader has read; every token but the one that ends the answer enters its cache.
 
     Args:

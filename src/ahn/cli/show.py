@@ -1,0 +1,160 @@
+"""What the demo shows: a table that lives on a terminal, plain lines elsewhere, and the answers."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from rich import box
+from rich.console import Console, Group
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+from ahn.attachment import attachment_of
+from ahn.cli.terminal import megabytes
+
+if TYPE_CHECKING:
+    from ahn.cli.comparison import Arm, Comparison
+
+_BETWEEN_LINES = 10.0  # seconds
+_SIDE_BY_SIDE = 100  # columns of a terminal
+
+
+class Screen:
+    """Where the demo is shown.
+
+    Args:
+        console: Standard output, a terminal or not.
+    """
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self._live: Live | None = None
+        self._last = time.monotonic()
+
+    def opening(self, comparison: Comparison, title: str) -> None:
+        """Says what will happen."""
+        loaded, attachment = comparison.loaded, attachment_of(comparison.loaded.model)
+        name = loaded.name
+        self.say(
+            f"{name} reads {title}: {comparison.total:,} tokens. It was trained on texts of up to "
+            f"{attachment.trained_context:,}. Window {loaded.config.window:,}, sinks {loaded.config.sinks} "
+            f"({loaded.config.sink_positions})."
+        )
+        if loaded.adapter is not None:
+            self.say(f"Memory: {loaded.config.memory}, weights from {loaded.adapter}.")
+        else:
+            self.say(
+                f"Memory: {loaded.config.memory}, untrained (no adapter): ahn says exactly what window says, and only "
+                "its cost shows.",
+                "yellow",
+            )
+
+    @contextlib.contextmanager
+    def live(self, comparison: Comparison) -> Iterator[None]:
+        """Shows the table while it grows, on a terminal."""
+        if not self.console.is_terminal:
+            yield
+            return
+        with Live(console=self.console, auto_refresh=False, transient=True) as self._live:
+            self.update(comparison)
+            yield
+        self._live = None
+
+    def update(self, comparison: Comparison) -> None:
+        """Shows how far every arm has come."""
+        if self._live is not None:
+            self._live.update(Group(table(comparison), Text(_progress(comparison), "dim")), refresh=True)
+        elif time.monotonic() - self._last >= _BETWEEN_LINES and not self.console.is_terminal:
+            self._last = time.monotonic()
+            self.say(_progress(comparison))
+
+    def table(self, comparison: Comparison) -> None:
+        """The table as it is now, for good."""
+        self.console.print(table(comparison))
+
+    def remarks(self, comparison: Comparison) -> None:
+        """What the table cannot say by itself."""
+        read, total = comparison.read_tokens, comparison.total
+        if comparison.spans:
+            self.say(
+                f"Perplexity is over the same tokens for every mode in a column: those past the first "
+                f"{comparison.exact:,} (sinks + window), which all modes read alike."
+            )
+        else:
+            self.say(f"Nothing was scored: up to sinks + window = {comparison.exact:,} tokens all modes read alike.")
+        full = next((arm for arm in comparison.arms if arm.mode == "full"), None)
+        if full is not None and full.limit < comparison.limit and full.done:
+            self.say(f"Full attention was stopped after {full.limit:,} tokens: {_why(comparison)}.")
+        if read < total:
+            seconds = sum(arm.reader.seconds / arm.reader.tokens for arm in comparison.arms if arm.mode != "full")
+            about = f", in about {max(1, round(seconds * total / 60))} min" if seconds else ""
+            self.say(f"Read {read:,} of {total:,} tokens; --tokens all reads all{about}.")
+
+    @contextlib.contextmanager
+    def thinking(self) -> Iterator[None]:
+        """While the answers are written."""
+        with self.console.status("Answering ...") if self.console.is_terminal else contextlib.nullcontext():
+            yield
+
+    def answers(self, comparison: Comparison, question: str) -> None:
+        """The answers beside one another, or below one another where that is too narrow."""
+        self.console.print()
+        self.say(f"Question: {question}", "bold")
+        arms = comparison.arms
+        if self.console.width >= _SIDE_BY_SIDE:
+            shown = Table(*[f"{arm.mode}" for arm in arms], box=box.SIMPLE_HEAD, pad_edge=False, expand=True)
+            for column in shown.columns:
+                column.ratio, column.header_style = 1, "bold"
+            shown.add_row(*[Text(arm.answer) for arm in arms])
+        else:
+            shown = Table("mode", "answer", box=box.SIMPLE_HEAD, pad_edge=False, header_style="bold")
+            for arm in arms:
+                shown.add_row(arm.mode, Text(arm.answer))
+        self.console.print(shown)
+
+    def say(self, text: str, style: str = "") -> None:
+        """A sentence, wrapped at words on a terminal and left whole elsewhere."""
+        self.console.print(Text(text, style), soft_wrap=not self.console.is_terminal)
+
+
+def table(comparison: Comparison) -> Table:
+    """One row for every mode."""
+    spans = comparison.spans
+    shown = Table(box=box.SIMPLE_HEAD, pad_edge=False, header_style="bold")
+    shown.add_column("mode", no_wrap=True)
+    headers = ["tokens", "tokens/s", "cache\nMB", "full cache\nMB", *(f"perplexity\n{a:,}-{b:,}" for a, b in spans)]
+    for header in headers:
+        shown.add_column(header, justify="right", no_wrap=True)
+    for arm in comparison.arms:
+        shown.add_row(arm.mode, *_cells(arm, spans))
+    return shown
+
+
+def _cells(arm: Arm, spans: list[tuple[int, int]]) -> list[str]:
+    reader: Any = arm.reader
+    speed = f"{reader.tokens / reader.seconds:,.0f}" if reader.seconds else "-"
+    scores = (arm.perplexity(*span) for span in spans)
+    return [
+        f"{reader.tokens:,}",
+        speed,
+        megabytes(arm.bytes),
+        megabytes(arm.full_bytes),
+        *("-" if score is None else f"{score:.2f}" for score in scores),
+    ]
+
+
+def _progress(comparison: Comparison) -> str:
+    parts = [f"{arm.mode} {arm.reader.tokens:,} tokens, {megabytes(arm.bytes)} MB" for arm in comparison.arms]
+    deadline = comparison.plan.deadline
+    left = "" if deadline is None else f"; {max(0, deadline - time.monotonic()):.0f} s left to read"
+    return f"of {comparison.limit:,}: {'; '.join(parts)}{left}"
+
+
+def _why(comparison: Comparison) -> str:
+    if comparison.plan.deadline is not None:
+        return "its cache grows with the text; with --tokens it goes on to its trained context"
+    return "with question and answer its trained context is full, or its cache has 2 GB"

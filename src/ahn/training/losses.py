@@ -1,0 +1,228 @@
+"""The objective: how far the student (window + memory) is from the teacher (full attention), token by token.
+
+Both are the same model in two modes. Legend of shapes: B rows, T tokens, N positions that count, D hidden size,
+V vocabulary, H query heads, W value size. No tensor of [T, V] exists, of neither model, forward or backward.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import ahn
+from ahn.errors import ConfigError
+from ahn.training.head import Head
+from ahn.training.recording import recording
+from ahn.training.targets import CePairs, Targets, find_targets
+
+LOSSES = ("kl", "ce", "attention")
+"""kl: divergence of the student's next-token distribution from the teacher's, nats per token. ce: the student's
+negative log-likelihood of the text, nats per token. attention: mean squared difference of the attention outputs."""
+
+_SLICE_ELEMENTS = 2**23  # logits of a slice: 32 MiB in float32
+
+
+@dataclasses.dataclass(frozen=True)
+class LossOutput:
+    """Losses of a batch, not yet divided by anything, so that they can be added up over batches and processes.
+
+    Attributes:
+        sums: Sum of each loss over its positions, float32 scalars, with gradients.
+        tokens: Number of positions of each loss.
+    """
+
+    sums: dict[str, torch.Tensor]
+    tokens: dict[str, int]
+
+    def mean(self, weights: Mapping[str, float]) -> torch.Tensor:
+        """The weighted sum of the mean losses, a scalar."""
+        return self.over(weights, self.tokens)
+
+    def over(self, weights: Mapping[str, float], tokens: Mapping[str, float]) -> torch.Tensor:
+        """The weighted sum of the losses, each divided by a number of positions of one's own choice."""
+        parts = [weights[name] / max(1, tokens[name]) * loss for name, loss in self.sums.items()]
+        return torch.stack(parts).sum()
+
+
+def check_weights(weights: Mapping[str, float]) -> dict[str, float]:
+    """Names and weights of the losses that take part.
+
+    Raises:
+        ConfigError: A name is unknown, a weight is negative or not finite, or none is positive.
+    """
+    for name, weight in weights.items():
+        if name not in LOSSES:
+            raise ConfigError(f"unknown loss {name!r}; known are {', '.join(LOSSES)}")
+        if not isinstance(weight, int | float) or not 0 <= weight < float("inf"):
+            raise ConfigError(f"the weight of the loss {name} must be a number of at least 0, not {weight!r}")
+    positive = {name: float(weight) for name, weight in weights.items() if weight > 0}
+    if not positive:
+        raise ConfigError("no loss has a positive weight; the usual one is kl=1")
+    return positive
+
+
+def distillation_loss(
+    model: nn.Module,
+    batch: Mapping[str, torch.Tensor],
+    weights: Mapping[str, float],
+    window: int,
+    sinks: int,
+    *,
+    slice_tokens: int | None = None,
+    normalised_attention: bool = True,
+    ce_pairs: CePairs = "next",
+) -> LossOutput:
+    """Losses of the student against the teacher at the positions beyond sinks and window.
+
+    Args:
+        model: A model with a memory attached; only its memories should require gradients.
+        batch: As for `find_targets`.
+        weights: The losses wanted, a subset of `LOSSES`, with their weights; only the names matter here.
+        window: Tokens of the student's window, the current one included.
+        sinks: The student's sinks.
+        slice_tokens: Positions whose logits exist at the same time; as many as make 32 MiB if left out.
+        normalised_attention: Whether the attention loss compares directions (each output divided by its length).
+        ce_pairs: As for `find_targets`.
+
+    Returns:
+        Sums over the positions, and their number.
+
+    Raises:
+        ConfigError: A loss is unknown, or window and sinks are out of range.
+
+    Source: arXiv 2510.07318, section 3.3.
+    """
+    wanted = check_weights(weights)
+    targets = find_targets(batch, window, sinks, ce_pairs)
+    backbone = Head(model).backbone
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask") if batch.get(name) is not None}
+    outputs: dict[str, dict[int, torch.Tensor]] = {"teacher": {}, "student": {}}
+    hidden_teacher = None
+    if wanted.keys() & {"kl", "attention"}:
+        with torch.no_grad(), ahn.mode(model, "full"), recording(backbone, outputs["teacher"], "attention" in wanted):
+            hidden_teacher = backbone(**inputs, use_cache=False).last_hidden_state.flatten(0, 1)
+    with ahn.mode(model, "ahn", window=window, sinks=sinks):
+        with recording(backbone, outputs["student"], "attention" in wanted):
+            hidden_student = backbone(**inputs, use_cache=False).last_hidden_state.flatten(0, 1)
+    sums: dict[str, torch.Tensor] = {}
+    if wanted.keys() & {"kl", "ce"}:
+        sums |= vocabulary_losses(model, hidden_student, hidden_teacher, targets, tuple(wanted), slice_tokens)
+    if "attention" in wanted:
+        sums["attention"] = attention_loss(outputs, targets.attention, normalised_attention)
+    return LossOutput(sums, targets.counts(sums))
+
+
+def vocabulary_losses(
+    model: nn.Module,
+    student_ND: torch.Tensor,
+    teacher_ND: torch.Tensor | None,
+    targets: Targets,
+    names: tuple[str, ...],
+    slice_tokens: int | None = None,
+) -> dict[str, torch.Tensor]:
+    """Sums of the losses on next-token distributions, in slices of positions.
+
+    Args:
+        model: The model.
+        student_ND: Last hidden states of the student, `[B * T, D]`.
+        teacher_ND: Those of the teacher; needed for "kl" only.
+        targets: The positions that count.
+        names: Names of losses; those other than "kl" and "ce" are left out.
+        slice_tokens: As for `distillation_loss`.
+    """
+    head: Any = Head(model)
+    names = tuple(name for name in ("kl", "ce") if name in names)
+    rows = torch.cat([getattr(targets, name) for name in names]).unique()
+    labels = torch.full((student_ND.size(0),), -100, device=rows.device)
+    labels[targets.ce] = targets.ce_labels
+    in_kl = torch.zeros(student_ND.size(0), dtype=torch.bool, device=rows.device)
+    in_kl[targets.kl] = True
+
+    def measure(hidden_ND: torch.Tensor, rows: torch.Tensor) -> list[torch.Tensor]:
+        logits = _at_least_float32(head(hidden_ND))
+        losses = []
+        if "kl" in names and teacher_ND is not None:
+            with torch.no_grad():
+                expected = _at_least_float32(head(teacher_ND[rows])).log_softmax(-1)
+            losses.append(_divergence(expected, logits, in_kl[rows]))
+        if "ce" in names:
+            losses.append(F.cross_entropy(logits, labels[rows], ignore_index=-100, reduction="sum"))
+        return losses
+
+    size = slice_tokens or max(16, _SLICE_ELEMENTS // head.backbone.config.vocab_size)
+    sums: torch.Tensor = _Sliced.apply(student_ND, rows, measure, size, len(names))  # type: ignore[no-untyped-call]
+    return dict(zip(names, sums.unbind()))
+
+
+def attention_loss(
+    outputs: Mapping[str, Mapping[int, torch.Tensor]], positions: torch.Tensor, normalised: bool = True
+) -> torch.Tensor:
+    """Sum over positions of the squared difference of attention outputs, averaged over layers and elements.
+
+    Args:
+        outputs: For "teacher" and "student" the output of each layer before its output projection, `[B, T, H, W]`.
+        positions: The positions that count.
+        normalised: Whether each output is divided by its length first.
+    """
+    losses = []
+    for index, student in outputs["student"].items():
+        ours, theirs = (
+            _at_least_float32(each.flatten(2).flatten(0, 1)[positions]) for each in (student, outputs["teacher"][index])
+        )
+        if normalised:
+            ours, theirs = F.normalize(ours, dim=-1), F.normalize(theirs, dim=-1)
+        losses.append((ours - theirs).square().mean(-1).sum())
+    return torch.stack(losses).mean()
+
+
+class _Sliced(torch.autograd.Function):
+    """Sums of losses over slices of positions; the gradient of each slice is taken while its logits are still there."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden_ND: torch.Tensor,
+        rows: torch.Tensor,
+        measure: Callable[[torch.Tensor, torch.Tensor], list[torch.Tensor]],
+        size: int,
+        count: int,
+    ) -> torch.Tensor:
+        sums = torch.zeros(count, dtype=_at_least_float32(hidden_ND[:0]).dtype, device=hidden_ND.device)
+        gradients = [torch.zeros_like(hidden_ND[rows]) for _ in range(count)] if ctx.needs_input_grad[0] else []
+        for start in range(0, rows.numel(), size):
+            part = rows[start : start + size]
+            with torch.set_grad_enabled(bool(gradients)):
+                hidden = hidden_ND[part].detach().requires_grad_(bool(gradients))
+                losses = measure(hidden, part)
+            sums += torch.stack([loss.detach() for loss in losses])
+            for number, (gradient, loss) in enumerate(zip(gradients, losses)):
+                (found,) = torch.autograd.grad(loss, hidden, retain_graph=number + 1 < count)
+                gradient[start : start + size] = found
+        ctx.save_for_backward(rows, *gradients)
+        ctx.shape = hidden_ND.shape
+        return sums
+
+    @staticmethod
+    def backward(ctx: Any, *outputs: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        rows, *gradients = ctx.saved_tensors
+        if not gradients:
+            return None, None, None, None, None
+        total = sum(factor.to(gradient.dtype) * gradient for factor, gradient in zip(outputs[0], gradients))
+        spread = gradients[0].new_zeros(ctx.shape)
+        spread[rows] = total
+        return spread, None, None, None, None
+
+
+def _divergence(expected_NV: torch.Tensor, logits_NV: torch.Tensor, counted_N: torch.Tensor) -> torch.Tensor:
+    """Sum over the counted rows of KL(teacher || student), from the teacher's log-probabilities."""
+    per_token = F.kl_div(logits_NV.log_softmax(-1), expected_NV, reduction="none", log_target=True).sum(-1)
+    return (per_token * counted_N).sum()
+
+
+def _at_least_float32(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor if tensor.dtype == torch.float64 else tensor.float()
