@@ -193,6 +193,7 @@ def test_bfloat16_stays_close() -> None:
         assert error < 0.1
 
 
+@torch.no_grad()
 def test_saved_and_copied_models(tmp_path: Any) -> None:
     model, ids = with_memory(), text(1, 40)
     with ahn.mode(model, "full"):
@@ -202,6 +203,14 @@ def test_saved_and_copied_models(tmp_path: Any) -> None:
     assert torch.equal(read(again, ids), expected)
     twin = copy.deepcopy(model)
     assert torch.equal(read(twin, ids), read(model, ids))
+    assert torch.equal(*(each.generate(ids, max_new_tokens=9, do_sample=False) for each in (twin, model)))
+    before = read(model, ids)
+    for site in attachment_of(twin).sites:
+        site.memory.o_proj.zero_()
+    with ahn.mode(twin, "window"):
+        silent = read(twin, ids)
+    assert torch.equal(read(twin, ids), silent)
+    assert torch.equal(read(model, ids), before)
     ahn.detach(twin)
     assert torch.equal(read(twin, ids), expected)
     assert not torch.equal(read(model, ids), expected)

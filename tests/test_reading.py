@@ -10,7 +10,7 @@ from torch.nn import functional
 import ahn
 from ahn.errors import ConfigError, ShapeError
 from ahn.reading import Progress, Reader, automatic_chunk, cache_bytes, full_cache_bytes, read
-from tiny import text, tiny, with_memory
+from tests.tiny import text, tiny, with_memory
 
 TOKENS = 75
 MODES = ("full", "window", "ahn")

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from types import MethodType
 from typing import Any
 
 import torch
 from torch import nn
 from transformers.generation.configuration_utils import GenerationMode
 
+from ahn.attachment import attachment_of
 from ahn.cache import HippocampalCache
 from ahn.cache.cache import refuse_assisted_decoding
 from ahn.errors import CacheError
@@ -31,15 +33,15 @@ def attention_configs(backbone: nn.Module) -> Iterator[Any]:
 
 def make_generate_use_memory(model: Any) -> None:
     """Lets `model.generate` start from a `HippocampalCache` (5.23: `_prepare_cache_for_generation` makes the cache)."""
-    original = type(model)._prepare_cache_for_generation
+    model.__dict__["_prepare_cache_for_generation"] = MethodType(_prepare_cache, model)
 
-    def prepare(generation_config: Any, model_kwargs: dict[str, Any], generation_mode: Any, *rest: Any) -> None:
-        attachment = model.__dict__["_ahn_attachment"]
-        given = model_kwargs.get("past_key_values")
-        if (given is None and attachment.settings.mode == "full") or (given is not None and not _is_ours(given)):
-            original(model, generation_config, model_kwargs, generation_mode, *rest)
-            return
-        if generation_mode == GenerationMode.ASSISTED_GENERATION:
+
+def _prepare_cache(model: Any, generation_config: Any, model_kwargs: dict[str, Any], mode: Any, *rest: Any) -> None:
+    """Puts a new cache of ours where the base model would put its own, and refuses what a memory cannot do."""
+    given = model_kwargs.get("past_key_values")
+    full = given is None and attachment_of(model).settings.mode == "full"
+    if not full and (given is None or isinstance(given, HippocampalCache)):
+        if mode == GenerationMode.ASSISTED_GENERATION:
             refuse_assisted_decoding()
         if generation_config.cache_implementation not in (None, "dynamic"):
             raise CacheError(
@@ -48,19 +50,13 @@ def make_generate_use_memory(model: Any) -> None:
             )
         if given is None and generation_config.use_cache is not False:
             model_kwargs["past_key_values"] = HippocampalCache(model)
-        else:
-            original(model, generation_config, model_kwargs, generation_mode, *rest)
-
-    model.__dict__["_prepare_cache_for_generation"] = prepare
+            return
+    type(model)._prepare_cache_for_generation(model, generation_config, model_kwargs, mode, *rest)
 
 
 def restore_generate(model: Any) -> None:
     """Undoes `make_generate_use_memory`."""
     model.__dict__.pop("_prepare_cache_for_generation", None)
-
-
-def _is_ours(cache: Any) -> bool:
-    return isinstance(cache, HippocampalCache)
 
 
 def input_device(backbone: Any) -> torch.device:

@@ -1,15 +1,17 @@
-"""The hooks of a model with a memory: what happens before a call, before each layer, and after the call."""
+"""The hooks of a model with a memory: what happens before a call, before each layer, and after the call.
+
+They find what is attached on the module they are called for, not in a closure, so that a copied model has its own.
+"""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
 
-from ahn.attachment import Attachment, Site
+from ahn.attachment import Attachment, Site, attachment_of
 from ahn.attention import LayerCall, Rotary
 from ahn.cache import HippocampalCache, HippocampalLayer, Padding
 from ahn.cache.cache import check_cache
@@ -18,22 +20,17 @@ from ahn.errors import CacheError
 from ahn.plan import CURRENT, Plan, find_padding
 
 
-def before_call(attachment: Attachment) -> Callable[..., Any]:
-    """The hook that starts a call: finds its cache, settings and padding."""
-
-    def hook(backbone: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        if args:
-            kwargs = {**dict(zip(_parameter_names(backbone), args, strict=False)), **kwargs}
-        inputs = kwargs.get("input_ids") if kwargs.get("input_ids") is not None else kwargs.get("inputs_embeds")
-        settings = _settings(attachment, kwargs.get("past_key_values"))
-        if settings.mode == "full" or inputs is None:
-            plan = Plan(attachment, settings, None)
-        else:
-            plan = Plan(attachment, settings, _prepare(attachment, backbone, kwargs, inputs))
-        plan.token = CURRENT.set(plan)
-        return (), kwargs
-
-    return hook
+def before_call(backbone: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Starts a call: finds its cache, settings and padding. The hook of the stack of layers."""
+    attachment = attachment_of(backbone)
+    if args:
+        kwargs = {**dict(zip(_parameter_names(backbone), args, strict=False)), **kwargs}
+    inputs = kwargs.get("input_ids") if kwargs.get("input_ids") is not None else kwargs.get("inputs_embeds")
+    settings = _settings(attachment, kwargs.get("past_key_values"))
+    reads = settings.mode != "full" and inputs is not None
+    plan = Plan(attachment, settings, _prepare(attachment, backbone, kwargs, inputs) if reads else None)
+    plan.token = CURRENT.set(plan)
+    return (), kwargs
 
 
 def after_call(backbone: Any, args: Any, output: Any) -> None:
@@ -91,22 +88,19 @@ def _holder(attachment: Attachment) -> nn.Module:
     return attachment.sites[0].module
 
 
-def before_layer(site: Site) -> Callable[..., Any]:
-    """The hook that sends along what the attention function needs: gates of the new tokens, the store, positions."""
-
-    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        plan = kwargs.get("attention_mask")
-        if not isinstance(plan, Plan) or site.memory is None:
-            return None
-        hidden = args[0] if args else kwargs["hidden_states"]
-        gates = site.memory.gates(hidden) if plan.settings.mode == "ahn" else None
-        store = _store(kwargs.get("past_key_values"), site)
-        kept = store is not None
-        store = store or HippocampalLayer(plan.settings, site.sliding_window)
-        rotary = _rotary(site, kwargs, plan)
-        return args, {**kwargs, "ahn": LayerCall(site, site.memory, plan, store, kept, hidden, gates, rotary)}
-
-    return hook
+def before_layer(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Sends along what the attention function needs: gates of the new tokens, the store, positions."""
+    plan = kwargs.get("attention_mask")
+    site = attachment_of(module).sites[module.layer_idx]
+    if not isinstance(plan, Plan) or site.memory is None:
+        return None
+    hidden = args[0] if args else kwargs["hidden_states"]
+    gates = site.memory.gates(hidden) if plan.settings.mode == "ahn" else None
+    store = _store(kwargs.get("past_key_values"), site)
+    kept = store is not None
+    store = store or HippocampalLayer(plan.settings, site.sliding_window)
+    rotary = _rotary(site, kwargs, plan)
+    return args, {**kwargs, "ahn": LayerCall(site, site.memory, plan, store, kept, hidden, gates, rotary)}
 
 
 def _store(cache: Any, site: Site) -> HippocampalLayer | None:

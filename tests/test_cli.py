@@ -1,0 +1,403 @@
+"""The command line: its surface, what every wrong input gets, and what the commands do."""
+
+import io
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+from transformers.utils import logging
+
+import ahn
+from ahn.cli import loading, main
+from ahn.cli.app import command
+from tests.tiny import tiny, with_memory
+
+SURFACE = {
+    "demo": [
+        "--tokens", "--seconds", "--file", "--question", "--modes", "--window", "--sinks", "--sink-positions",
+        "--adapter", "--model", "--max-new-tokens", "--seed",
+    ],
+    "generate": [
+        "PROMPT", "--model", "--file", "--mode", "--window", "--sinks", "--sink-positions", "--adapter",
+        "--max-new-tokens", "--chunk", "--temperature", "--seed", "--chat", "--no-chat", "--cache-in", "--cache-out",
+    ],
+    "inspect": ["PATH", "--json"],
+    "convert": ["SOURCE", "TARGET", "--to", "--base", "--force"],
+    "merge": ["BASE", "ADAPTER", "TARGET", "--force"],
+}  # fmt: skip
+CHAT = (
+    "{% for turn in messages %}<{{ turn['role'] }}>{{ turn['content'] }}</s>{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+RUN = "import sys; from ahn.cli import main; sys.exit(main())"
+
+
+@pytest.fixture(autouse=True)
+def as_before(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A command sets how much transformers says, for its own process."""
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.delenv("AHN_DEBUG", raising=False)
+    yield
+    logging.set_verbosity(verbosity)
+    (logging.enable_progress_bar if bars else logging.disable_progress_bar)()
+
+
+def write_tokenizer(folder: Path, chat: bool) -> None:
+    """A tokenizer of single bytes: ids 0 to 2 are special, the others are bytes."""
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: index for index, token in enumerate(["<pad>", "<s>", "</s>", *letters])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>", model_max_length=64
+    )
+    fast.chat_template = CHAT if chat else None
+    fast.save_pretrained(folder)
+
+
+@pytest.fixture(scope="session")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with models, adapters, a cache, and files that are wrong in every way."""
+    place = tmp_path_factory.mktemp("cli")
+    sizes = {"vocab_size": 259, "head_dim": 8}
+    for name, chat in (("model", False), ("chatty", True)):
+        tiny("qwen3", **sizes).save_pretrained(place / name)
+        write_tokenizer(place / name, chat)
+    ahn.save(with_memory("qwen3", model=sizes), place / "adapter")
+    ahn.save(with_memory("qwen3", model={**sizes, "hidden_size": 16}), place / "misfit")
+    (place / "text.txt").write_text("It was a bright cold day in April, and the clocks were striking. " * 10)
+    (place / "empty.txt").write_text(" \n")
+    (place / "binary.txt").write_bytes(b"PNG\0\1\2")
+    (place / "latin.txt").write_bytes("café".encode("latin-1"))
+    (place / "full").mkdir()
+    (place / "full" / "letter.txt").write_text("dear all")
+    (place / "nothing").mkdir()
+    return place
+
+
+@pytest.fixture
+def run(place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
+    """Runs a command line among these files; its exit status, standard output and standard error."""
+    monkeypatch.chdir(place)
+
+    def runner(*arguments: str) -> tuple[int, str, str]:
+        status = main(list(arguments))
+        return status, *capsys.readouterr()
+
+    return runner
+
+
+class TestSurface:
+    def test_commands_and_options(self):
+        found = {
+            name: [option for each in sub.params for option in name_of(each) if option not in ("--help", "-h")]
+            for name, sub in command().commands.items()
+        }
+        assert found == SURFACE
+
+    @pytest.mark.parametrize("name", SURFACE)
+    def test_help_has_examples_that_fit(self, run, name):
+        status, out, err = run(name, "--help")
+        assert (status, err) == (0, "")
+        assert f"ahn {name} " in out.split("Examples:")[1]
+        assert max(map(len, out.splitlines())) <= 80
+
+    def test_without_a_command(self, run):
+        status, out, _ = run()
+        assert status == 0
+        assert all(name in out for name in SURFACE)
+
+    def test_version(self, run):
+        assert run("--version") == (0, f"ahn {ahn.__version__}\n", "")
+
+    @pytest.mark.parametrize("arguments", [["--help"], ["demo", "--help"], ["generate", "x", "--window", "0"]], ids=str)
+    def test_torch_is_not_imported_for_this(self, tmp_path, arguments):
+        code = f"import sys; from ahn.cli import main; main({arguments!r}); sys.exit('torch' in sys.modules)"
+        done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=ENVIRONMENT, capture_output=True)
+        assert done.returncode == 0
+
+
+def name_of(parameter: Any) -> list[str]:
+    if parameter.param_type_name == "argument":
+        return [parameter.make_metavar(None).strip("[]{}")] if parameter.metavar is None else [parameter.metavar]
+    return [*parameter.opts, *parameter.secondary_opts]
+
+
+# Checked before anything is loaded: arguments, and what the one line must say.
+EARLY = [
+    ("generate", "there is nothing to read"),
+    ("generate ''", "there is nothing to read"),
+    ("generate x --file missing.txt", "--file missing.txt does not exist"),
+    ("generate x --file nothing", "--file nothing is a folder"),
+    ("generate x --file empty.txt", "--file empty.txt is empty"),
+    ("generate x --file binary.txt", "--file binary.txt is binary"),
+    ("generate x --file latin.txt", "--file latin.txt is not UTF-8 (byte 3)"),
+    ("generate x --file -", "standard input is empty"),
+    ("generate x --window 0", "--window must be at least 1, not 0"),
+    ("generate x --window many", "Invalid value for '--window'"),
+    ("generate x --sinks -1", "--sinks must be at least 0, not -1"),
+    ("generate x --max-new-tokens 0", "--max-new-tokens must be at least 1, not 0"),
+    ("generate x --chunk 0", "--chunk must be at least 1"),
+    ("generate x --temperature -1", "--temperature must be at least 0"),
+    ("generate x --temperature nan", "--temperature must be at least 0"),
+    ("generate x --mode half", "--mode must be ahn, window or full, not 'half'"),
+    ("generate x --sink-positions far", "--sink-positions must be bounded or absolute"),
+    ("generate x --adapter ./missing", "--adapter ./missing does not exist"),
+    ("generate x --adapter missing", "--adapter missing does not exist"),
+    ("generate x --adapter text.txt", "--adapter text.txt is a file"),
+    ("generate x --cache-in missing.cache", "--cache-in missing.cache does not exist"),
+    ("generate x --cache-in text.txt --window 9", "--window does not go with --cache-in"),
+    ("generate x --cache-in text.txt --mode ahn", "--mode does not go with --cache-in"),
+    ("generate x --cache-out missing/x.cache", "there is no folder missing"),
+    ("generate x --cache-out nothing", "--cache-out nothing is a folder"),
+    ("generate x --cache-out x.cache --mode full", "--cache-out saves what a memory or a window keeps"),
+    ("generate x --colour red", "No such option: --colour"),
+    ("generate x y", "unexpected extra argument"),
+    ("remember x", "No such command 'remember'"),
+    ("demo --tokens 1", "--tokens must be a number of at least 2, or all, not '1'"),
+    ("demo --tokens some", "--tokens must be a number of at least 2, or all, not 'some'"),
+    ("demo --tokens -5", "--tokens must be"),
+    ("demo --seconds 0", "--seconds must be at least 1"),
+    ("demo --modes ahn,half", "--modes must be ahn, window or full, not 'half'"),
+    ("demo --modes ,", "--modes must be ahn, window or full, not ''"),
+    ("demo --file missing.txt", "--file missing.txt does not exist"),
+    ("demo --window 0", "--window must be at least 1"),
+    ("inspect", "Missing argument 'PATH'"),
+    ("inspect ''", "there is no path"),
+    ("convert adapter full", "full is not empty"),
+    ("convert adapter full --force", "full holds other things than a checkpoint"),
+    ("convert adapter text.txt", "text.txt is a file"),
+    ("convert adapter adapter --force", "adapter is the source itself"),
+    ("convert adapter new --to paper", "--to must be adapter or published, not 'paper'"),
+    ("merge model adapter full", "full is not empty"),
+    ("merge model adapter model --force", "model is the source itself"),
+]
+# Needs the library to be found.
+LATE = [
+    ("generate x --model no-such-model", "no model named 'no-such-model'"),
+    ("generate x --model ./missing", "There is no folder at './missing'"),
+    ("generate x --model nothing", "'nothing' has no config.json"),
+    ("generate x --model adapter", "'adapter' holds an adapter, not a base model"),
+    ("generate x --model ./model --adapter nothing", "nothing: it holds neither ahn_config.json nor config.json"),
+    ("generate x --model ./model --adapter misfit", "hidden_size"),
+    ("generate x --model ./model --chat", "./model has no chat template. Leave --chat out."),
+    ("generate x --model ./model --window 5000", "exceed the 4096 positions"),
+    ("generate x --model ./model --cache-in text.txt", "text.txt is damaged or no saved cache"),
+    ("demo --model no-such-model", "no model named 'no-such-model'"),
+    ("inspect missing", "missing: there is no such folder"),
+    ("inspect nothing", "nothing: it holds neither"),
+    ("inspect text.txt", "text.txt is damaged or no saved cache"),
+    ("inspect model", "model: "),
+    ("convert missing new", "missing: there is no such folder"),
+    ("convert adapter new --to adapter", "it has the adapter format already"),
+    ("merge missing-model adapter new", "no model named 'missing-model'"),
+    ("merge ./model ./missing new", "./missing: there is no such folder"),
+]
+
+
+def check_error(outcome: tuple[int, str, str], says: str) -> None:
+    status, out, err = outcome
+    assert status == 2
+    assert out == ""
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1
+    assert says in err
+    assert "Traceback" not in err
+
+
+class TestWrongInput:
+    @pytest.mark.parametrize(("line", "says"), EARLY, ids=[line for line, _ in EARLY])
+    def test_before_anything_is_loaded(self, run, monkeypatch, line, says):
+        def never(*_: Any, **__: Any) -> None:
+            raise AssertionError("loaded")
+
+        monkeypatch.setattr(loading, "load", never)
+        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"")))
+        check_error(run(*words(line)), says)
+
+    @pytest.mark.parametrize(("line", "says"), LATE, ids=[line for line, _ in LATE])
+    def test_one_line(self, run, line, says):
+        check_error(run(*words(line)), says)
+        assert not Path("new").exists()
+
+    def test_keyboard_as_a_file(self, run, monkeypatch):
+        monkeypatch.setattr("sys.stdin.isatty", lambda: True, raising=False)
+        check_error(run("generate", "x", "--file", "-"), "which is the keyboard here")
+
+    def test_failure_on_the_way(self, run, monkeypatch):
+        monkeypatch.setattr(loading, "load", lambda *_, **__: 1 / 0)
+        status, _, err = run("generate", "x")
+        assert (status, err) == (1, "error: unexpected ZeroDivisionError: division by zero (AHN_DEBUG=1 shows where)\n")
+
+    def test_out_of_memory(self, run, monkeypatch):
+        def exhaust(*_: Any, **__: Any) -> None:
+            raise MemoryError
+
+        monkeypatch.setattr(loading, "load", exhaust)
+        status, _, err = run("generate", "x")
+        assert status == 1
+        assert err.startswith("error: out of memory; try a smaller --window")
+
+    def test_traceback_on_request(self, run, monkeypatch):
+        monkeypatch.setenv("AHN_DEBUG", "1")
+        with pytest.raises(ahn.AHNError):
+            run("inspect", "missing")
+
+    def test_interrupted(self, run, monkeypatch):
+        def interrupt(*_: Any, **__: Any) -> None:
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(loading, "load", interrupt)
+        assert run("generate", "x") == (130, "", "interrupted\n")
+
+    def test_a_reader_that_leaves(self, place):
+        code = f"{sys.executable} -c '{RUN}' generate --help | true"
+        done = subprocess.run(
+            ["bash", "-c", code], cwd=place, env=ENVIRONMENT, capture_output=True, text=True, timeout=60
+        )
+        assert done.stderr == ""
+
+
+def words(line: str) -> list[str]:
+    return ["" if word == "''" else word for word in line.split()]
+
+
+TINY = ("--model", "./model", "--window", "16", "--sinks", "4", "--max-new-tokens", "8")
+
+
+class TestGenerate:
+    def test_prompt(self, run):
+        status, out, err = run("generate", "Once upon", *TINY)
+        assert (status, err) == (0, "")
+        assert out.endswith("\n")
+        assert run("generate", "Once upon", *TINY) == (0, out, "")
+
+    def test_modes_differ_with_an_adapter_alone(self, run):
+        text = ("generate", "and so?", "--file", "text.txt", *TINY, "--mode")
+        assert run(*text, "window")[1] == run(*text, "ahn")[1]
+        assert run(*text, "ahn", "--adapter", "adapter")[1] != run(*text, "ahn")[1]
+
+    def test_says_what_it_read(self, run):
+        status, _, err = run("generate", "and so?", "--file", "text.txt", *TINY)
+        assert status == 0
+        assert err.startswith("read 659 tokens in ")
+        assert "tokens/s, cache 0.0 MB (full attention: 0.3 MB)" in err
+        assert err.count("\n") == 1
+
+    def test_chunks_change_nothing(self, run):
+        text = ("generate", "and so?", "--file", "text.txt", *TINY, "--adapter", "adapter")
+        assert run(*text, "--chunk", "7")[1] == run(*text)[1]
+
+    def test_standard_input(self, run, monkeypatch):
+        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(Path("text.txt").read_bytes())))
+        piped = run("generate", "and so?", "--file", "-", *TINY)[1]
+        assert piped == run("generate", "and so?", "--file", "text.txt", *TINY)[1]
+
+    def test_seed_and_temperature(self, run):
+        text = ("generate", "Once upon", *TINY, "--temperature", "1")
+        drawn = {run(*text, "--seed", str(seed))[1] for seed in (1, 2, 3)}
+        assert len(drawn) > 1
+        assert run(*text, "--seed", "1")[1] == run(*text, "--seed", "1")[1]
+
+    def test_read_once_ask_often(self, run, tmp_path):
+        cache = str(tmp_path / "text.cache")
+        status, out, err = run(
+            "generate", "--file", "text.txt", "--cache-out", cache, *TINY, "--adapter", "adapter", "--mode", "ahn"
+        )
+        assert (status, out) == (0, "")
+        assert f"saved {cache}: 650 tokens in" in err
+        ask = ("generate", "\n\nand so?", "--model", "./model", "--max-new-tokens", "8", "--cache-in", cache)
+        whole = run("generate", "and so?", "--file", "text.txt", *TINY, "--adapter", "adapter")
+        assert run(*ask, "--adapter", "adapter")[:2] == whole[:2]
+        check_error(
+            run("generate", "x", "--model", "./model", "--cache-in", "adapter/ahn.safetensors"), "no saved cache"
+        )
+
+    def test_chat_turns_go_on(self, run, tmp_path):
+        cache = str(tmp_path / "chat.cache")
+        settings = ("--model", "./chatty", "--max-new-tokens", "4")
+        status, first, _ = run("generate", "Hello", *settings, "--window", "64", "--cache-out", cache)
+        assert status == 0
+        held = ahn_cache(cache)
+        opened = len("<user>Hello") + 1 + len("<assistant>")
+        assert opened < held <= opened + 4
+        status, second, _ = run("generate", "And then?", *settings, "--cache-in", cache, "--cache-out", cache)
+        assert status == 0
+        assert ahn_cache(cache) > held + len("And then?")
+        assert run("generate", "Hello", *settings, "--no-chat")[1] not in (first, second)
+
+
+def ahn_cache(path: str) -> int:
+    from ahn.cache.storage import describe_cache
+
+    return int(describe_cache(path)["seen_tokens"])
+
+
+class TestInspect:
+    def test_adapter(self, run):
+        status, out, err = run("inspect", "adapter")
+        assert (status, err) == (0, "")
+        assert "gated_delta_net" in out
+        assert "0-2 (3)" in out
+        facts = json.loads(run("inspect", "adapter", "--json")[1])
+        assert facts["kind"] == "adapter"
+        assert facts["layers"] == [0, 1, 2]
+        assert facts["window"] == 16
+
+    def test_cache(self, run, tmp_path):
+        cache = str(tmp_path / "text.cache")
+        run("generate", "--file", "text.txt", "--cache-out", cache, *TINY)
+        status, out, _ = run("inspect", cache)
+        assert status == 0
+        assert "seen tokens" in out
+        facts = json.loads(run("inspect", cache, "--json")[1])
+        assert (facts["kind"], facts["seen_tokens"], facts["window"], facts["sinks"]) == ("cache", 650, 16, 4)
+        assert facts["memory"] == "gated_delta_net"
+
+
+class TestConvertAndMerge:
+    def test_there_and_back(self, run, tmp_path):
+        published, back = str(tmp_path / "published"), str(tmp_path / "back")
+        assert run("convert", "adapter", published, "--base", "./model")[0] == 0
+        assert json.loads(run("inspect", published, "--json")[1])["kind"] == "published"
+        status, out, _ = run("convert", published, back)
+        assert status == 0
+        assert out.startswith(f"wrote {back}: adapter, gated_delta_net in 3 layers, ")
+        there, again = (json.loads(run("inspect", name, "--json")[1]) for name in ("adapter", back))
+        assert there["parameters"] == again["parameters"]
+
+    def test_force(self, run, tmp_path):
+        target = tmp_path / "published"
+        line = ("convert", "adapter", str(target), "--base", "./model")
+        assert run(*line)[0] == 0
+        (target / "old.txt").write_text("old")
+        check_error(run(*line), "is not empty")
+        assert run(*line, "--force")[0] == 0
+        assert not (target / "old.txt").exists()
+        assert [path.name for path in tmp_path.iterdir()] == ["published"]
+
+    def test_force_keeps_what_is_there_when_it_fails(self, run, tmp_path):
+        target = tmp_path / "published"
+        run("convert", "adapter", str(target), "--base", "./model")
+        check_error(run("merge", "./model", "misfit", str(target), "--force"), "hidden_size")
+        assert run("inspect", str(target))[0] == 0
+        assert [path.name for path in tmp_path.iterdir()] == ["published"]
+
+    def test_merged_model_reads_as_base_and_adapter(self, run, tmp_path):
+        merged = str(tmp_path / "merged")
+        status, out, _ = run("merge", "./model", "adapter", merged)
+        assert status == 0
+        assert out.startswith(f"wrote {merged}: ")
+        rest = ("and so?", "--file", "text.txt", "--window", "16", "--sinks", "4", "--max-new-tokens", "8")
+        apart = run("generate", *rest, "--model", "./model", "--adapter", "adapter")[1]
+        assert run("generate", *rest, "--model", merged)[1] == apart
