@@ -7,6 +7,9 @@ PYTHON ?= python3
 TORCH  ?= 2.13.0
 ARGS   ?=
 
+# Threads that spin while they wait take the cores from whatever else runs: a factor of two and more.
+export OMP_WAIT_POLICY ?= passive
+
 VENV := .venv
 PY   := $(VENV)/bin/python
 PIP  := $(PY) -m pip install -q

@@ -4,8 +4,6 @@ Run `python benchmarks/ops.py`. Both sides get the same inputs and take turns wi
 machine does hits both; medians are compared. Nothing is written unless `--json FILE` is given.
 """
 
-# ruff: noqa: T201 - the table on the terminal is what this script is for
-
 from __future__ import annotations
 
 import argparse

@@ -14,9 +14,9 @@ import json
 import resource
 import time
 from pathlib import Path
+from pydoc_data.topics import topics
 
 import torch
-from pydoc_data.topics import topics
 
 import ahn
 from ahn.models import load_model, load_tokenizer

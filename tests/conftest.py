@@ -5,6 +5,8 @@ import os
 # Before transformers is imported; a run of the network tests sets it to 0 itself.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# Before torch is: threads that spin while they wait take the cores from whatever else runs.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import random
 import shutil

@@ -124,7 +124,7 @@ def test_bad_modes(model: Any, name: Any, settings: dict[str, Any]) -> None:
 
 
 def test_mode_needs_a_memory() -> None:
-    with pytest.raises(ahn.AHNError, match="ahn.attach"), ahn.mode(tiny(), "full"):
+    with pytest.raises(ahn.AHNError, match=r"ahn\.attach"), ahn.mode(tiny(), "full"):
         pass
 
 

@@ -50,7 +50,7 @@ def one_layer(family: str) -> dict[str, Any]:
 
 @torch.no_grad()
 def streamed(model: Any, ids: torch.Tensor, query: int) -> torch.Tensor:
-    """What StreamingLLM asks for at one query: the base model on sinks and window only, the query at a trained position."""
+    """What StreamingLLM asks for at one query: the base model on sinks and window, the query at a trained position."""
     place = min(query, TRAINED - 1)
     tokens = torch.cat((ids[:, :SINKS], ids[:, query - WINDOW + 1 : query + 1]), dim=1)
     positions = torch.cat((torch.arange(SINKS), torch.arange(place - WINDOW + 1, place + 1)))[None]
@@ -128,10 +128,35 @@ def test_bounded_sinks_must_fit_before_the_window() -> None:
     model = tiny("llama", max_position_embeddings=TRAINED)
     with pytest.raises(ahn.AHNError, match="64 positions"):
         ahn.attach(model, ahn.AHNConfig(window=60, sinks=5, sink_positions="bounded"))
-    with ahn.attached(model, ahn.AHNConfig(window=16, sinks=5)), pytest.raises(ahn.AHNError, match="bounded"):
-        ahn.HippocampalCache(model, window=60)
-        with ahn.mode(model, "window", window=60, sink_positions="bounded"):
-            pass
+    ahn.attach(model, ahn.AHNConfig(window=16, sinks=5))
+    ahn.HippocampalCache(model, window=60)
+    with pytest.raises(ahn.AHNError, match="bounded"), ahn.mode(model, "window", window=60, sink_positions="bounded"):
+        pass
+
+
+def test_bounded_sinks_are_a_setting_of_a_run() -> None:
+    """One attached model reads both ways, whatever it was attached with."""
+    ids = text(1, 150)
+    models = [with_memory(model=rope("default"), sink_positions=positions) for positions in ("absolute", "bounded")]
+    for positions in ("absolute", "bounded"):
+        logits = []
+        for model in models:
+            with ahn.mode(model, "ahn", sink_positions=positions):
+                logits.append(read(model, ids))
+        assert torch.equal(*logits)
+    assert not torch.equal(read(models[0], ids), read(models[1], ids))
+
+
+def test_a_rotation_that_cannot_be_undone_is_refused_where_it_matters(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny()
+    monkeypatch.setattr("ahn.positions.Rotation.undo", lambda self, x, tables: x)
+    ahn.attach(model, ahn.AHNConfig(window=16, sinks=5))
+    with pytest.raises(ahn.AHNError, match="cannot be undone"), ahn.mode(model, "ahn", sink_positions="bounded"):
+        pass
+    ahn.detach(model)
+    for settings in ({"sink_positions": "bounded"}, {"memory_positions": "none"}):
+        with pytest.raises(ahn.AHNError, match="cannot be undone"):
+            ahn.attach(model, ahn.AHNConfig(window=16, sinks=5, **settings))
 
 
 def test_learned_positions_end_with_a_clear_word() -> None:

@@ -54,6 +54,7 @@ class Attachment:
         sites: The model's attention layers, in order.
         base_implementation: Name of the attention implementation that the model had before.
         trained_context: Positions that the base model was trained on.
+        rotation_problem: Why the rotary positions of this model cannot be undone, or `None` if they can or it has none.
         position_limit: Tokens that a model with learned positions can read at all, or `None`.
         handles: The hooks that were registered.
         implementations: Every config that was changed, with the attention implementation it named before.
@@ -63,6 +64,7 @@ class Attachment:
     sites: tuple[Site, ...]
     base_implementation: str
     trained_context: int
+    rotation_problem: str | None = None
     position_limit: int | None = None
     handles: list[RemovableHandle] = dataclasses.field(default_factory=list)
     implementations: list[tuple[Any, str | None]] = dataclasses.field(default_factory=list)
@@ -86,9 +88,15 @@ class Attachment:
         """Checks that this model can be read with these settings.
 
         Raises:
-            ConfigError: Bounded sinks are asked for and sinks and window exceed the trained context, or the sinks
-                leave no window in a layer that slides by itself.
+            ConfigError: The rotary positions must be undone and cannot be, bounded sinks do not fit into the trained
+                context with the window, or the sinks leave no window in a layer that slides by itself.
         """
+        undoes = settings.sink_positions == "bounded" or self.config.memory_positions == "none"
+        if undoes and self.rotation_problem:
+            raise ConfigError(
+                f"the rotary positions of this model cannot be undone ({self.rotation_problem}); use "
+                'sink_positions="absolute" and memory_positions="rope"'
+            )
         span = settings.sinks + settings.window
         if settings.sink_positions == "bounded" and span > self.trained_context:
             raise ConfigError(

@@ -27,8 +27,10 @@ def before_call(backbone: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
         kwargs = {**dict(zip(_parameter_names(backbone), args, strict=False)), **kwargs}
     inputs = kwargs.get("input_ids") if kwargs.get("input_ids") is not None else kwargs.get("inputs_embeds")
     settings = _settings(attachment, kwargs.get("past_key_values"))
-    reads = settings.mode != "full" and inputs is not None
-    plan = Plan(attachment, settings, _prepare(attachment, backbone, kwargs, inputs) if reads else None)
+    padding = None
+    if settings.mode != "full" and inputs is not None:
+        padding = _prepare(attachment, backbone, kwargs, inputs)
+    plan = Plan(attachment, settings, padding)
     plan.token = CURRENT.set(plan)
     return (), kwargs
 

@@ -123,7 +123,7 @@ def check_rotations(backbone: Any, rotations: dict[nn.Module, Rotation]) -> dict
 def _rotates(backbone: Any, module: nn.Module, args: Any, kwargs: dict[str, Any], rotation: Rotation) -> bool:
     tables, positions = kwargs.get("position_embeddings"), kwargs.get("position_ids")
     if tables is None or positions is None:
-        raise ModelError(f"{type(module).__name__} is not given rotary tables and positions, which this setting needs")
+        raise ModelError(f"{type(module).__name__} is not given rotary tables and positions")
     still = (torch.ones_like(tables[0]), torch.zeros_like(tables[1]))
     rotated, plain = (_query(backbone, module, args, {**kwargs, "position_embeddings": t}) for t in (tables, still))
     if torch.equal(rotated, plain):
@@ -134,8 +134,7 @@ def _rotates(backbone: Any, module: nn.Module, args: Any, kwargs: dict[str, Any]
     for undone in (given, computed):
         if not torch.allclose(undone, plain, rtol=tolerance, atol=tolerance * float(plain.abs().max())):
             raise ModelError(
-                f"the rotary positions of {type(module).__name__} cannot be undone, which bounded sinks and "
-                'memory_positions="none" need; use sink_positions="absolute" and memory_positions="rope"'
+                f"{type(module).__name__} rotates in a way that its apply_rotary_pos_emb and tables do not undo"
             )
     return True
 

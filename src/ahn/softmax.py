@@ -15,7 +15,7 @@ from ahn.cache.exact import View
 from ahn.plan import Plan
 
 # torch 2.13 has no public function that returns the log-sum of a fused softmax beside its output.
-_FUSED_WITH_LOG_SUM = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
+_HAS_LOG_SUM = hasattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,7 +145,8 @@ def _attend_in_two(
     def part(query: torch.Tensor, keys: slice) -> tuple[torch.Tensor, torch.Tensor]:
         reach = None if mask is None else mask[..., keys]
         k, v = k_BGNK[:, :, keys], v_BGNV[:, :, keys]
-        out, log_sum = _FUSED_WITH_LOG_SUM(query, k, v, 0.0, False, attn_mask=reach, scale=softmax.scaling)
+        fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+        out, log_sum = fused(query, k, v, 0.0, False, attn_mask=reach, scale=softmax.scaling)
         return out, log_sum
 
     (near, near_sum), (far, far_sum) = part(q_BHTK, window), part(sink_q_BHTK, sinks)
@@ -156,7 +157,7 @@ def _can_merge(q: torch.Tensor, mask: torch.Tensor | None, softmax: Softmax) -> 
     """Whether the kernel that also returns its denominators serves here: on CPU, for plain softmax, no gradients."""
     plain = softmax.softcap is None and softmax.s_aux is None and not softmax.dropout
     plain = plain and (mask is None or mask.dim() == 2)
-    return plain and q.device.type == "cpu" and _FUSED_WITH_LOG_SUM is not None and not torch.is_grad_enabled()
+    return plain and q.device.type == "cpu" and _HAS_LOG_SUM and not torch.is_grad_enabled()
 
 
 def _attend_explicitly(

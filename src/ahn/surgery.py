@@ -49,7 +49,9 @@ def attach(model: nn.Module, config: AHNConfig | None = None) -> None:
         raise ModelError("this model has a memory already; call ahn.detach(model) first")
     backbone = find_backbone(model)
     layers = probe(model, backbone)
-    attachment = Attachment(config, _sites(backbone, layers, config), _base_name(backbone), _trained_context(backbone))
+    sites = _sites(backbone, layers, config)
+    attachment = Attachment(config, sites, _base_name(backbone), _trained_context(backbone))
+    attachment.rotation_problem = _find_rotations(backbone, sites)
     attachment.check(attachment.settings)
     expected = _read_sample(backbone, attachment)
     _install(model, backbone, attachment)
@@ -110,12 +112,6 @@ def _sites(backbone: Any, layers: list[Seen], config: AHNConfig) -> tuple[Site, 
         site, weight = sites[index], next(sites[index].module.parameters())
         site.memory = build_memory(config.memory, site.shape).to(device=weight.device, dtype=weight.dtype)
         site.memory.train(backbone.training)
-        if config.sink_positions == "bounded" or config.memory_positions == "none":
-            site.rotation = _rotation(backbone, site)
-    rotations = {site.module: site.rotation for site in sites if site.rotation is not None}
-    rotates = check_rotations(backbone, rotations) if rotations else {}
-    for site in sites:
-        site.rotation = site.rotation if rotates.get(site.module) else None
     return sites
 
 
@@ -137,18 +133,23 @@ def _chosen(sites: tuple[Site, ...], config: AHNConfig) -> list[int]:
     return full or [site.index for site in sites]
 
 
-def _rotation(backbone: Any, site: Site) -> Rotation | None:
-    """How to undo a layer's rotary positions; `None` for a model that has none."""
-    if (rotary := find_rotary(backbone)) is None:
+def _find_rotations(backbone: Any, sites: tuple[Site, ...]) -> str | None:
+    """Finds out how to undo the rotary positions of each layer with a memory; what stands in the way, if anything."""
+    rotary, kinds = find_rotary(backbone), getattr(backbone.config, "layer_types", None)
+    served = [site for site in sites if site.memory is not None]
+    if rotary is None:
         return None
-    kinds = getattr(backbone.config, "layer_types", None)
     try:
-        return Rotation(site.module, rotary, kinds[site.index] if kinds else None, _trained_context(backbone))
-    except LookupError as error:
-        raise ModelError(
-            f"the rotary positions of this model cannot be undone ({error}); use sink_positions="
-            '"absolute" and memory_positions="rope"'
-        ) from None
+        rotations = {
+            site.module: Rotation(site.module, rotary, kinds[site.index] if kinds else None, _trained_context(backbone))
+            for site in served
+        }
+        rotates = check_rotations(backbone, rotations)
+    except (LookupError, ModelError) as error:
+        return str(error)
+    for site in served:
+        site.rotation = rotations[site.module] if rotates[site.module] else None
+    return None
 
 
 def _trained_context(backbone: Any) -> int:

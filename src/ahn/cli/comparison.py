@@ -48,12 +48,13 @@ class Arm:
         mode: Its name.
         reader: What it has read.
         limit: Tokens that it reads at most.
+        bytes: Bytes of its cache after the last piece.
         answer: What it answered.
     """
 
     def __init__(self, model: Any, mode: str, limit: int) -> None:
         self.model, self.mode, self.limit = model, mode, limit
-        self.answer = ""
+        self.answer, self.bytes = "", 0
         with self.reading():
             self.reader = Reader(model)
 
@@ -67,16 +68,12 @@ class Arm:
         if ids.numel():
             with self.reading():
                 self.reader.feed(ids)
+            self.bytes = cache_bytes(self.reader.cache)
 
     @property
     def done(self) -> bool:
         """Whether it has read all that it may."""
         return self.reader.tokens >= self.limit
-
-    @property
-    def bytes(self) -> int:
-        """Bytes of its cache."""
-        return cache_bytes(self.reader.cache)
 
     @property
     def full_bytes(self) -> int:
@@ -129,8 +126,11 @@ class Comparison:
             with arm.reading():
                 arm.reader.score = False
                 arm.reader.feed(self.passage.closing)
+                before = arm.reader.tokens
                 ids = writing.write(arm.reader, self.plan.answer_tokens, stop)
-                arm.answer = "".join(writing.words(self.loaded.tokenizer, ids)).strip()
+                arm.answer = " ".join("".join(writing.words(self.loaded.tokenizer, ids)).split())
+                if arm.reader.tokens - before >= self.plan.answer_tokens:
+                    arm.answer += " ..."
 
     @property
     def read_tokens(self) -> int:
@@ -165,8 +165,18 @@ class Comparison:
         return limit if self.plan.deadline is None else min(limit, FULL_IN_A_HURRY)
 
 
-def run(loaded: Loaded, text: str, question: str, plan: Plan, screen: Screen, title: str) -> None:
-    """Reads, asks, and shows both on the screen; interrupted, it shows how far it came."""
+def run(loaded: Loaded, text: str, question: str, plan: Plan, screen: Screen, title: str, remark: str = "") -> None:
+    """Reads, asks, and shows both on the screen; interrupted, it shows how far it came.
+
+    Args:
+        loaded: The model.
+        text: What to read.
+        question: What to ask at the end; empty for nothing.
+        plan: What to do.
+        screen: Where to show it.
+        title: What the text is called.
+        remark: What to say about the question.
+    """
     chat = prompts.has_chat(loaded.tokenizer)
     comparison = Comparison(loaded, prompts.passage(loaded.tokenizer, text, question, chat), plan)
     screen.opening(comparison, title)
@@ -179,4 +189,4 @@ def run(loaded: Loaded, text: str, question: str, plan: Plan, screen: Screen, ti
     if question.strip():
         with screen.thinking():
             comparison.answer()
-        screen.answers(comparison, question)
+        screen.answers(comparison, question, remark)

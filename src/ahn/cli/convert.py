@@ -21,9 +21,7 @@ FORMATS = ("adapter", "published")
 
 
 def command(
-    source: Annotated[
-        str, typer.Argument(metavar="SOURCE", help="Folder or hub id: an adapter, or a published checkpoint.")
-    ],
+    source: Annotated[str, typer.Argument(metavar="SOURCE", help="Folder or hub id of a memory's weights.")],
     target: Annotated[Path, typer.Argument(metavar="TARGET", help="Folder to write.")],
     to: Annotated[
         str | None,

@@ -19,6 +19,10 @@ ahn demo --tokens all --modes window  [dim]# far past the trained context[/dim]
 ahn demo --file book.txt --question "Who tells the story?"
 """
 QUESTION = "What does an assert statement do in Python?"
+REMARK = (
+    "The reference explains it at its very beginning, which has left the window; a model of 135 million parameters "
+    "also knows some of it by itself, and answers weakly either way."
+)
 
 
 def command(
@@ -28,7 +32,7 @@ def command(
     ] = None,
     seconds: Annotated[
         float, typer.Option(help="Without --tokens: start to answer after this time, loading included.")
-    ] = 80.0,
+    ] = 75.0,
     file: Annotated[
         str | None, typer.Option(help="A text; - for standard input.  [dim]\\[default: Python's reference][/dim]")
     ] = None,
@@ -62,8 +66,9 @@ def command(
     loading.seed(seed)
     loaded = loading.load(model, adapter, window, sinks, sink_positions)
     plan = comparison.Plan(names, limit, started + seconds if tokens is None else None, max_new_tokens)
+    remark = REMARK if text is None and question == QUESTION and model == "smollm2-135m" else ""
     title = "Python's language reference" if text is None else "standard input" if file == "-" else str(file)
-    comparison.run(loaded, reference() if text is None else text, question, plan, screen, title)
+    comparison.run(loaded, reference() if text is None else text, question, plan, screen, title, remark)
 
 
 def _limit(tokens: str | None) -> int | None:

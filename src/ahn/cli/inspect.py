@@ -19,9 +19,7 @@ ahn inspect book.cache --json
 
 
 def command(
-    path: Annotated[
-        str, typer.Argument(metavar="PATH", help="A folder or hub id with a memory's weights, or the file of a cache.")
-    ],
+    path: Annotated[str, typer.Argument(metavar="PATH", help="Folder or hub id of weights, or a saved cache.")],
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
     """Show what an adapter, a published checkpoint or a saved cache holds, without loading a model."""

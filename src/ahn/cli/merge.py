@@ -20,9 +20,7 @@ ahn generate "Hello" --model ./merged
 
 
 def command(
-    base: Annotated[
-        str, typer.Argument(metavar="BASE", help="The base model: a built-in name, a folder, or a hub id.")
-    ],
+    base: Annotated[str, typer.Argument(metavar="BASE", help="The base model: name, folder or hub id.")],
     adapter: Annotated[str, typer.Argument(metavar="ADAPTER", help="The memory: a folder or a hub id.")],
     target: Annotated[Path, typer.Argument(metavar="TARGET", help="Folder to write.")],
     force: Annotated[bool, typer.Option("--force", help="Replace a checkpoint that is there.")] = False,

@@ -100,10 +100,12 @@ class Screen:
         with self.console.status("Answering ...") if self.console.is_terminal else contextlib.nullcontext():
             yield
 
-    def answers(self, comparison: Comparison, question: str) -> None:
+    def answers(self, comparison: Comparison, question: str, remark: str = "") -> None:
         """The answers beside one another, or below one another where that is too narrow."""
         self.console.print()
         self.say(f"Question: {question}", "bold")
+        if remark and comparison.read_tokens > 2 * comparison.exact:
+            self.say(remark)
         arms = comparison.arms
         if self.console.width >= _SIDE_BY_SIDE:
             shown = Table(*[f"{arm.mode}" for arm in arms], box=box.SIMPLE_HEAD, pad_edge=False, expand=True)
@@ -148,10 +150,12 @@ def _cells(arm: Arm, spans: list[tuple[int, int]]) -> list[str]:
 
 
 def _progress(comparison: Comparison) -> str:
-    parts = [f"{arm.mode} {arm.reader.tokens:,} tokens, {megabytes(arm.bytes)} MB" for arm in comparison.arms]
+    parts = [f"{arm.mode} {arm.reader.tokens:,} ({megabytes(arm.bytes)} MB)" for arm in comparison.arms]
     deadline = comparison.plan.deadline
-    left = "" if deadline is None else f"; {max(0, deadline - time.monotonic()):.0f} s left to read"
-    return f"of {comparison.limit:,}: {'; '.join(parts)}{left}"
+    end = f"{comparison.limit:,} tokens"
+    if deadline is not None:
+        end = f"the answer in {max(0, deadline - time.monotonic()):.0f} s"
+    return f"read {', '.join(parts)}; up to {end}"
 
 
 def _why(comparison: Comparison) -> str:
