@@ -6,16 +6,29 @@ Legend of shapes: N positions, D hidden size, V vocabulary.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import nn
-from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.utils.generic import ModelOutput
 
 import ahn
 from ahn.errors import ModelError
 from ahn.probe import find_backbone, sample
+
+
+@dataclasses.dataclass
+class _Output(ModelOutput):
+    """Everything that a model's forward may look for in the output of its stack of layers."""
+
+    last_hidden_state: torch.Tensor | None = None
+    past_key_values: Any = None
+    hidden_states: Any = None
+    attentions: Any = None
+    cross_attentions: Any = None
+    router_logits: Any = None
 
 
 class Head:
@@ -71,8 +84,8 @@ class Head:
 def _standing_aside(backbone: Any) -> Iterator[None]:
     """Lets the stack of layers return its input embeddings as its last hidden state."""
 
-    def forward(*args: Any, inputs_embeds: torch.Tensor, **kwargs: Any) -> BaseModelOutputWithPast:
-        return BaseModelOutputWithPast(last_hidden_state=inputs_embeds)  # type: ignore[arg-type]
+    def forward(*args: Any, inputs_embeds: torch.Tensor, **kwargs: Any) -> _Output:
+        return _Output(last_hidden_state=inputs_embeds)
 
     before = backbone.__dict__.get("forward")  # accelerate puts wrappers there
     backbone.__dict__["forward"] = forward

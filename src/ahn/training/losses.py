@@ -106,9 +106,9 @@ def distillation_loss(
     if wanted.keys() & {"kl", "attention"}:
         with torch.no_grad(), ahn.mode(model, "full"), recording(backbone, outputs["teacher"], "attention" in wanted):
             hidden_teacher = backbone(**inputs, use_cache=False).last_hidden_state.flatten(0, 1)
-    with ahn.mode(model, "ahn", window=window, sinks=sinks):
-        with recording(backbone, outputs["student"], "attention" in wanted):
-            hidden_student = backbone(**inputs, use_cache=False).last_hidden_state.flatten(0, 1)
+    student = ahn.mode(model, "ahn", window=window, sinks=sinks)
+    with student, recording(backbone, outputs["student"], "attention" in wanted):
+        hidden_student = backbone(**inputs, use_cache=False).last_hidden_state.flatten(0, 1)
     sums: dict[str, torch.Tensor] = {}
     if wanted.keys() & {"kl", "ce"}:
         sums |= vocabulary_losses(model, hidden_student, hidden_teacher, targets, tuple(wanted), slice_tokens)
@@ -155,7 +155,7 @@ def vocabulary_losses(
         return losses
 
     size = slice_tokens or max(16, _SLICE_ELEMENTS // head.backbone.config.vocab_size)
-    sums: torch.Tensor = _Sliced.apply(student_ND, rows, measure, size, len(names))  # type: ignore[no-untyped-call]
+    sums: torch.Tensor = _Sliced.apply(student_ND, rows, measure, size, len(names))
     return dict(zip(names, sums.unbind()))
 
 

@@ -36,9 +36,7 @@ class Targets(NamedTuple):
         return {name: getattr(self, name).numel() for name in losses}
 
 
-def find_targets(
-    batch: Mapping[str, torch.Tensor], window: int, sinks: int, ce_pairs: CePairs = "next"
-) -> Targets:
+def find_targets(batch: Mapping[str, torch.Tensor], window: int, sinks: int, ce_pairs: CePairs = "next") -> Targets:
     """The positions that count at this window and these sinks.
 
     Args:

@@ -1,0 +1,104 @@
+"""Pieces of text of one length, as datasets and batches.
+
+Legend of shapes: B rows, T tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset, IterableDataset, get_worker_info
+
+from ahn.training.targets import IGNORED
+
+
+class Piece(NamedTuple):
+    """Tokens that are read as one sequence.
+
+    Attributes:
+        ids: Token ids.
+        labels: The same with -100 where a token does not count, or `None` where all count.
+    """
+
+    ids: Sequence[int]
+    labels: Sequence[int] | None = None
+
+
+class Pieces(Dataset[dict[str, torch.Tensor]]):
+    """Pieces in memory, four bytes a token.
+
+    Args:
+        pieces: The pieces.
+    """
+
+    def __init__(self, pieces: Iterable[Piece]) -> None:
+        held = [(_packed(piece.ids), None if piece.labels is None else _packed(piece.labels)) for piece in pieces]
+        self._pieces = held
+
+    def __len__(self) -> int:
+        return len(self._pieces)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        return _item(*self._pieces[index])
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of all pieces."""
+        return sum(len(ids) for ids, _ in self._pieces)
+
+    def lengths(self) -> list[int]:
+        """Tokens of each piece."""
+        return [len(ids) for ids, _ in self._pieces]
+
+
+class PieceStream(IterableDataset[dict[str, torch.Tensor]]):
+    """Pieces made while they are read, for texts that are too large for the memory.
+
+    Args:
+        pieces: Starts a new pass over the pieces; every call must give the same ones.
+    """
+
+    def __init__(self, pieces: Callable[[], Iterable[Piece]]) -> None:
+        super().__init__()
+        self._start = pieces
+
+    def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
+        worker = get_worker_info()
+        for number, piece in enumerate(self._start()):
+            if worker is None or number % worker.num_workers == worker.id:
+                labels = None if piece.labels is None else _packed(piece.labels)
+                yield _item(_packed(piece.ids), labels)
+
+
+def collate(items: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
+    """A batch of pieces, padded on the right where they differ in length.
+
+    Args:
+        items: `input_ids`, `[T]`, and optionally `labels`, `[T]`.
+
+    Returns:
+        `input_ids` and `labels`, `[B, T]`, and where there is padding `attention_mask`.
+    """
+    ids = [torch.as_tensor(item["input_ids"]) for item in items]
+    labels = [torch.as_tensor(item["labels"]) if "labels" in item else row for item, row in zip(items, ids)]
+    longest = max(row.numel() for row in ids)
+    batch = {"input_ids": _padded(ids, longest, 0), "labels": _padded(labels, longest, IGNORED)}
+    if any(row.numel() < longest for row in ids):
+        batch["attention_mask"] = _padded([torch.ones_like(row) for row in ids], longest, 0)
+    return batch
+
+
+def _packed(ids: Sequence[int]) -> np.ndarray[Any, np.dtype[np.int32]]:
+    return np.asarray(ids, dtype=np.int32)
+
+
+def _item(ids: Any, labels: Any) -> dict[str, torch.Tensor]:
+    item = {"input_ids": torch.from_numpy(ids).long()}
+    return item if labels is None else {**item, "labels": torch.from_numpy(labels).long()}
+
+
+def _padded(rows: list[torch.Tensor], length: int, value: int) -> torch.Tensor:
+    return torch.stack([torch.nn.functional.pad(row, (0, length - row.numel()), value=value) for row in rows])

@@ -1,0 +1,247 @@
+"""From documents to pieces of one length: tokenised, cut or packed, the short ones left out, a share held out."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Callable, Iterable, Iterator
+from typing import TYPE_CHECKING, Any
+
+from ahn.errors import ConfigError
+from ahn.training.batches import Piece, Pieces, PieceStream
+from ahn.training.sources import DataError, DataQuery, Document, documents
+from ahn.training.targets import IGNORED
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_AT_ONCE = 1 << 16  # characters of a text that are tokenised together; parts of a text share the processors
+
+
+@dataclasses.dataclass(frozen=True)
+class Cut:
+    """How documents become pieces.
+
+    Attributes:
+        length: Tokens of a piece at most.
+        min_length: Tokens of a piece at least; shorter ones are left out.
+        pack: Whether to join documents, with an end-of-text token between them, so that all pieces are full.
+        held_out: Share of the tokens that is kept for evaluation: the end of each long document, or every so many
+            short documents.
+
+    Raises:
+        ConfigError: A value is out of range.
+    """
+
+    length: int
+    min_length: int
+    pack: bool = False
+    held_out: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not 2 <= self.min_length <= self.length:
+            raise ConfigError(f"min_length must be from 2 to the length {self.length}, not {self.min_length}")
+        if not 0 <= self.held_out < 1:
+            raise ConfigError(f"held_out must be a share from 0 to below 1, not {self.held_out}")
+
+
+def load_pieces(
+    places: Iterable[str], tokenizer: PreTrainedTokenizerBase, cut: Cut, query: DataQuery | None = None
+) -> tuple[Pieces, Pieces]:
+    """Pieces to train on and pieces held out, in memory.
+
+    Args:
+        places: As for `documents`.
+        tokenizer: The base model's tokenizer.
+        cut: How to cut.
+        query: As for `documents`.
+
+    Raises:
+        DataError: There is no data, a record is bad, or all of it is too short.
+    """
+    kept: list[Piece] = []
+    held: list[Piece] = []
+    places = list(places)
+    for piece, is_held in _split(places, tokenizer, cut, query):
+        (held if is_held else kept).append(piece)
+    if not kept:
+        raise DataError(
+            f"{', '.join(places)}: no text of {cut.min_length} tokens or more. Use a smaller --length or --min-length, "
+            "or join the texts with --pack."
+        )
+    return Pieces(kept), Pieces(held)
+
+
+def stream_pieces(
+    places: Iterable[str],
+    tokenizer: PreTrainedTokenizerBase,
+    cut: Cut,
+    query: DataQuery | None = None,
+    held_out_pieces: int = 16,
+) -> tuple[PieceStream, Pieces]:
+    """Pieces to train on while they are read, and the first held-out pieces, in memory.
+
+    Args:
+        places: As for `documents`.
+        tokenizer: The base model's tokenizer.
+        cut: How to cut.
+        query: As for `documents`.
+        held_out_pieces: How many held-out pieces to look for, among a bounded number of others.
+    """
+    places = list(places)
+
+    def training() -> Iterator[Piece]:
+        return (piece for piece, is_held in _split(places, tokenizer, cut, query) if not is_held)
+
+    held: list[Piece] = []
+    if cut.held_out:
+        first = itertools.islice(_split(places, tokenizer, cut, query), math.ceil(4 * held_out_pieces / cut.held_out))
+        held = list(itertools.islice((piece for piece, is_held in first if is_held), held_out_pieces))
+    return PieceStream(training), Pieces(held)
+
+
+def tokenise(document: Document, tokenizer: Any) -> Piece:
+    """All tokens of a document, without the opening that `cut_document` adds.
+
+    Args:
+        document: A text, every token of which counts, or a conversation, of which the assistant's tokens count.
+        tokenizer: The tokenizer; it needs a chat template for conversations.
+
+    Raises:
+        DataError: A conversation cannot be put into the chat template.
+    """
+    if document.text is not None:
+        parts = list(_parts(document.text))
+        encoded = tokenizer(parts, add_special_tokens=False, verbose=False)["input_ids"] if parts else []
+        return Piece([token for part in encoded for token in part])
+    return _conversation(document, tokenizer)
+
+
+def cut_document(piece: Piece, cut: Cut, opening: list[int]) -> list[Piece]:
+    """Consecutive pieces of a document, each of which begins with the opening.
+
+    Args:
+        piece: The document's tokens.
+        cut: How to cut; what is left at the end is kept if it is long enough.
+        opening: Tokens before each piece, which do not count.
+    """
+    size = cut.length - len(opening)
+    pieces = []
+    for start in range(0, len(piece.ids), size):
+        ids = [*opening, *piece.ids[start : start + size]]
+        if len(ids) < cut.min_length:
+            continue
+        labels = None if piece.labels is None else piece.labels[start : start + size]
+        if labels is None and opening:
+            labels = ids[len(opening) :]
+        if labels is None or any(label != IGNORED for label in labels):
+            pieces.append(Piece(ids, None if labels is None else [IGNORED] * len(opening) + [*labels]))
+    return pieces
+
+
+def opening_of(tokenizer: Any) -> list[int]:
+    """What a tokenizer puts before every text, such as a begin-of-text token."""
+    first = tokenizer.bos_token_id
+    return [first] if first is not None and tokenizer("a")["input_ids"][:1] == [first] else []
+
+
+def _parts(text: str) -> Iterator[str]:
+    """A text in parts that end where a line ends, as far as it has lines."""
+    start = 0
+    while start < len(text):
+        end = min(len(text), start + _AT_ONCE)
+        if end < len(text) and (line := text.rfind("\n", start, end)) > start:
+            end = line  # a line break belongs to what follows it, as tokenizers see it
+        yield text[start:end]
+        start = end
+
+
+def _split(places: list[str], tokenizer: Any, cut: Cut, query: DataQuery | None) -> Iterator[tuple[Piece, bool]]:
+    """All pieces, each with whether it is held out."""
+    opening, quota = opening_of(tokenizer), _Quota(cut.held_out)
+    whole = (tokenise(document, tokenizer) for document in documents(places, query))
+    if not cut.pack:
+        for piece in whole:
+            pieces = cut_document(piece, cut, opening)
+            held = quota.of(len(pieces))
+            yield from ((each, number >= len(pieces) - held) for number, each in enumerate(pieces))
+        return
+    lines: dict[bool, Callable[[Piece | None], list[Piece]]] = {
+        held: _packer(cut, opening, tokenizer.eos_token_id) for held in (False, True)
+    }
+    for piece in whole:
+        held = bool(quota.of(1))
+        yield from ((full, held) for full in lines[held](piece))
+    for is_held, line in lines.items():
+        yield from ((rest, is_held) for rest in line(None))
+
+
+class _Quota:
+    """Keeps a share of what comes by, whatever the sizes it comes in."""
+
+    def __init__(self, share: float) -> None:
+        self.share = share
+        self.owed = 0.0
+
+    def of(self, count: int) -> int:
+        """How many of the next `count` to keep."""
+        self.owed += count * self.share
+        kept = min(count, int(self.owed + 1e-9))
+        self.owed -= kept
+        return kept
+
+
+def _packer(cut: Cut, opening: list[int], separator: int | None) -> Callable[[Piece | None], list[Piece]]:
+    """Joins documents; gives full pieces as they come, and what is left when it is given `None`."""
+    ids: list[int] = []
+    labels: list[int] = []
+    size = cut.length - len(opening)
+
+    def add(piece: Piece | None) -> list[Piece]:
+        if piece is not None and piece.ids:
+            end = [] if separator is None else [separator]
+            ids.extend([*piece.ids, *end])
+            labels.extend([*(piece.ids if piece.labels is None else piece.labels), *end])
+        count = len(ids) // size * size if piece is not None else len(ids)
+        full = cut_document(Piece(ids[:count], labels[:count]), cut, opening)
+        del ids[:count], labels[:count]
+        return full
+
+    return add
+
+
+def _conversation(document: Document, tokenizer: Any) -> Piece:
+    """Tokens of a conversation; those of the assistant's messages, with what ends them, are the labels."""
+    text, spans = _rendered(document, tokenizer)
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    labels = []
+    for token, (start, end) in zip(encoded["input_ids"], encoded["offset_mapping"]):
+        labels.append(token if any(first <= start and end <= last for first, last in spans) else IGNORED)
+    return Piece(encoded["input_ids"], labels)
+
+
+def _rendered(document: Document, tokenizer: Any) -> tuple[str, list[tuple[int, int]]]:
+    """The conversation as the model reads it, and where in it the assistant speaks."""
+    where, messages = document.where, [dict(message) for message in document.messages]
+    if not getattr(tokenizer, "chat_template", None):
+        raise DataError(f'{where}: the tokenizer has no chat template for "messages". Give "text" instead.')
+    if not getattr(tokenizer, "is_fast", False):
+        raise DataError(f'{where}: "messages" need a fast tokenizer, which this model has not. Give "text" instead.')
+
+    def render(count: int, prompt: bool) -> str:
+        try:
+            text: str = tokenizer.apply_chat_template(messages[:count], tokenize=False, add_generation_prompt=prompt)
+        except Exception as error:  # a template may raise whatever it likes
+            reason = " ".join(str(error).split())
+            raise DataError(f"{where}: the chat template refuses the messages ({reason}). Correct them.") from None
+        return text
+
+    text, spans = render(len(messages), False), []
+    for number, message in enumerate(messages):
+        if message["role"] == "assistant":
+            before, after = render(number, True), render(number + 1, False)
+            if not text.startswith(after) or not after.startswith(before):
+                raise DataError(f'{where}: the chat template rewrites earlier messages. Give "text" instead.')
+            spans.append((len(before), len(after)))
+    return text, spans

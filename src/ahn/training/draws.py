@@ -1,0 +1,126 @@
+"""How many sinks and how large a window a sequence is trained with: drawn anew for each, or always the same.
+
+A draw is a function of a seed and of where in the training the sequence stands. Nothing is kept between draws: no
+generator to save, nothing to restore when a run goes on, and the global random numbers are left alone.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+from typing import NamedTuple
+
+from torch import nn
+
+from ahn.attachment import attachment_of
+from ahn.config import check_span
+from ahn.errors import ConfigError
+
+TOTALS = (32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
+"""Published candidates for the tokens kept exactly, sinks and window together."""
+
+SINKS = (0, 32, 64, 128, 512, 2048, 4096)
+"""Published candidates for the sinks."""
+
+
+class Span(NamedTuple):
+    """Tokens that one sequence keeps exactly.
+
+    Attributes:
+        window: Tokens of the window, the current one included.
+        sinks: Tokens at the start, not part of the window.
+    """
+
+    window: int
+    sinks: int
+
+
+@dataclasses.dataclass(frozen=True)
+class SpanDraw:
+    """The rule that spans are drawn by.
+
+    A total is drawn among those shorter than the sequence and not under an eighth of it, then sinks among those of at
+    most half the total; the window is the rest.
+
+    Attributes:
+        totals: Candidates for sinks and window together.
+        sinks: Candidates for the sinks.
+        fixed: The span of every sequence, instead of a draw.
+        seed: What the draws depend on.
+
+    Raises:
+        ConfigError: A candidate is out of range.
+
+    Source: arXiv 2510.07318, appendix on training, and its released code (sinks at most half of the total).
+    """
+
+    totals: tuple[int, ...] = TOTALS
+    sinks: tuple[int, ...] = SINKS
+    fixed: Span | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for total in self.totals:
+            check_span(total, 0)
+        for sinks in self.sinks:
+            check_span(1, sinks)
+        if self.fixed is not None:
+            check_span(*self.fixed)
+
+    def candidates(self, length: int) -> dict[int, list[int]]:
+        """For each total that a sequence of this length may be given, the numbers of sinks that go with it.
+
+        Raises:
+            ConfigError: There is none: nothing would ever leave the window.
+        """
+        if self.fixed is not None:
+            found = {sum(self.fixed): [self.fixed.sinks]} if sum(self.fixed) < length else {}
+        else:
+            totals = [total for total in self.totals if length / 8 <= total < length]
+            pairs = {total: [sinks for sinks in self.sinks if sinks <= total / 2] for total in totals}
+            found = {total: sinks for total, sinks in pairs.items() if sinks}
+        if not found:
+            what = f"sinks + window = {sum(self.fixed)}" if self.fixed else f"the totals {list(self.totals)}"
+            raise ConfigError(
+                f"a sequence of {length} tokens leaves nothing for the memory to learn with {what}; use longer "
+                "sequences or smaller windows (and, drawn at random, totals of at least an eighth of the length)"
+            )
+        return found
+
+    def draw(self, length: int, *place: int) -> Span:
+        """The span of a sequence.
+
+        Args:
+            length: Its tokens.
+            *place: Where it stands in the training: step, batch within the step, process, row.
+
+        Raises:
+            ConfigError: No candidate fits this length.
+        """
+        candidates = self.candidates(length)
+        dice = random.Random("/".join(map(str, (self.seed, *place))))
+        total = dice.choice(list(candidates))
+        sinks = dice.choice(candidates[total])
+        return Span(total - sinks, sinks)
+
+    def fitting(self, model: nn.Module) -> SpanDraw:
+        """The same rule without the candidates that a model cannot be read with.
+
+        Args:
+            model: A model with a memory attached. Its layers that slide by themselves bound the sinks, and bounded
+                sink positions bound the total by the trained context.
+
+        Raises:
+            ConfigError: The fixed span cannot be read, or no candidate is left.
+        """
+        attachment = attachment_of(model)
+        if self.fixed is not None:
+            attachment.check(dataclasses.replace(attachment.settings, **self.fixed._asdict()))
+            return self
+        slides = [site.sliding_window for site in attachment.sites if site.memory is not None and site.sliding_window]
+        bounded = attachment.settings.sink_positions == "bounded"
+        sinks = tuple(each for each in self.sinks if each < min(slides, default=each + 1))
+        totals = tuple(each for each in self.totals if not bounded or each <= attachment.trained_context)
+        if not sinks or not totals:
+            raise ConfigError(f"none of the candidates {list(self.totals)} and {list(self.sinks)} fits this model")
+        return dataclasses.replace(self, totals=totals, sinks=sinks)

@@ -1,0 +1,305 @@
+"""A whole training, from settings to weights, table and plot; at every point it can be killed and gone on with."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerState, TrainingArguments
+from transformers.integrations.integration_utils import get_available_reporting_integrations
+from transformers.trainer_callback import PrinterCallback
+
+import ahn
+from ahn.errors import ConfigError
+from ahn.memories import MEMORIES
+from ahn.models import load_model, load_tokenizer
+from ahn.training.batches import Pieces, PieceStream
+from ahn.training.data import load_pieces, stream_pieces
+from ahn.training.distiller import Distiller, Stage
+from ahn.training.report import PLOT, TABLE, Report, evaluate, plot_losses, write_report
+from ahn.training.saving import load_adapter, save_adapter
+from ahn.training.settings import FILE, TrainSettings, read_yaml, write_yaml
+from ahn.training.sources import check_places
+from ahn.training.start import set_initial_decay
+from ahn.training.trainer import AHNTrainer
+
+_STATE = "trainer_state.json"
+_MAY_CHANGE = {"log_every", "save_every", "keep", "report_tokens", "report_to"}
+Say = Callable[[str], None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """What came of a training.
+
+    Attributes:
+        folder: Where the adapter, the settings, the report and the plot are.
+        report: The closing table, or `None` if there was nothing to read.
+        curves: By stage, the lines of its log.
+    """
+
+    folder: Path
+    report: Report | None
+    curves: dict[str, list[dict[str, float]]]
+
+
+def train(settings: TrainSettings, resume: bool = False, say: Say | None = None, progress: bool = False) -> Outcome:
+    """Trains memories, and writes them, the settings, a table of perplexities and a plot of the loss into a folder.
+
+    Args:
+        settings: The settings.
+        resume: Whether to go on with what a killed run left in the folder; from the start if it left nothing.
+        say: Is given a line of text now and then.
+        progress: Whether to draw a progress bar.
+
+    Raises:
+        ConfigError: A setting cannot work, or differs from those of the run to go on with.
+        DataError: The data cannot be found or read.
+        ModelError: The base model cannot be found, loaded or distilled.
+        CheckpointError: The folder cannot be written, or the adapter to start from does not fit.
+    """
+    say = say or (lambda text: None)
+    arguments = {stage: training_arguments(settings, stage, progress) for stage in settings.stages}
+    folder = _prepare(settings, resume)
+    tokenizer = load_tokenizer(settings.base)
+    pieces, held = _data(settings, tokenizer, say)
+    model = _model(settings)
+    curves = {}
+    for stage, args in arguments.items():
+        curves[stage] = _run_stage(model, settings, stage, args, (pieces, held), say)
+    save_adapter(model, folder, write=arguments[settings.stages[-1]].should_save)
+    report = None
+    if arguments[settings.stages[-1]].should_save:
+        report = _close(model, settings, held, curves, folder, say)
+    return Outcome(folder, report, curves)
+
+
+def check(settings: TrainSettings, resume: bool = False) -> None:
+    """Checks all that can be checked before anything is loaded.
+
+    Raises:
+        ConfigError: A setting cannot work, or the folder is in use.
+        DataError: Data cannot be found.
+        ModelError: There is no base model of this name.
+    """
+    from ahn.models import resolve
+
+    if not settings.data:
+        raise ConfigError("there is no data to train on; name a file, a folder or a dataset")
+    if not settings.out:
+        raise ConfigError("there is no folder to write to; name one")
+    if settings.memory not in MEMORIES:
+        raise ConfigError(f"unknown memory {settings.memory!r}; known are {', '.join(MEMORIES)}")
+    check_places([*settings.data, *settings.valid])
+    _check_folder(settings, resume)
+    resolve(settings.base)
+
+
+def training_arguments(settings: TrainSettings, stage: str, progress: bool = False) -> TrainingArguments:
+    """The settings in the words of transformers.
+
+    Args:
+        settings: The settings.
+        stage: The stage.
+        progress: Whether to draw a progress bar.
+
+    Raises:
+        ConfigError: transformers refuses a value, or an argument is unknown.
+    """
+    transfer = stage == "transfer"
+    values: dict[str, Any] = {
+        "output_dir": str(Path(settings.out).expanduser() / stage),
+        "max_steps": settings.transfer_steps if transfer else settings.steps,
+        "learning_rate": settings.transfer_lr if transfer else settings.lr,
+        "per_device_train_batch_size": settings.batch,
+        "per_device_eval_batch_size": settings.batch,
+        "gradient_accumulation_steps": settings.accumulation,
+        "lr_scheduler_type": settings.schedule,
+        "warmup_steps": settings.warmup,
+        "weight_decay": settings.weight_decay,
+        "max_grad_norm": settings.max_grad_norm,
+        "logging_steps": settings.log_every,
+        "logging_first_step": True,
+        "logging_nan_inf_filter": False,
+        "include_num_input_tokens_seen": "all",
+        "save_steps": settings.save_every,
+        "save_total_limit": settings.keep,
+        "eval_strategy": "steps" if settings.eval_every else "no",
+        "eval_steps": settings.eval_every or None,
+        "seed": settings.seed,
+        "data_seed": settings.seed,
+        "report_to": settings.report_to,
+        "disable_tqdm": not progress,
+        "remove_unused_columns": False,
+        "dataloader_pin_memory": torch.cuda.is_available(),
+        "accelerator_config": {"dispatch_batches": False},
+    }
+    try:
+        arguments = TrainingArguments(**{**values, **settings.arguments})
+    except (TypeError, ValueError, ImportError) as error:
+        raise ConfigError(f"transformers refuses the arguments: {' '.join(str(error).split())}") from None
+    known = get_available_reporting_integrations()
+    if unknown := [name for name in arguments.report_to or [] if name not in known]:
+        there = ", ".join([*known, "none"])
+        raise ConfigError(f"report_to names {unknown[0]}, which is unknown or not installed; there are {there}")
+    return arguments
+
+
+def _prepare(settings: TrainSettings, resume: bool) -> Path:
+    """Checks everything, and puts the settings into the folder."""
+    folder = Path(settings.out).expanduser()
+    if int(os.environ.get("RANK", "0")) == 0:
+        check(settings, resume)
+        folder.mkdir(parents=True, exist_ok=True)
+        write_yaml(settings, folder / f"{FILE}.part")
+        os.replace(folder / f"{FILE}.part", folder / FILE)
+    return folder
+
+
+def _check_folder(settings: TrainSettings, resume: bool) -> None:
+    folder = Path(settings.out).expanduser()
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(f"{folder} is a file; name a folder to write")
+    if not folder.is_dir() or not any(folder.iterdir()):
+        return
+    if not resume:
+        raise ConfigError(f"{folder} is not empty; name another folder, or go on with what is there by --resume")
+    if not (folder / FILE).is_file():
+        raise ConfigError(f"{folder} holds no {FILE}, so it is no training to go on with; name another folder")
+    before, now = TrainSettings.of(read_yaml(folder / FILE)).to_dict(), settings.to_dict()
+    changed = [name for name in now if name not in {*_MAY_CHANGE, "out"} and before[name] != now[name]]
+    if changed:
+        name = changed[0]
+        raise ConfigError(
+            f"{folder} was begun with {name} = {before[name]}, not {now[name]}; go on with the same settings, or "
+            "begin in another folder"
+        )
+
+
+def _data(settings: TrainSettings, tokenizer: PreTrainedTokenizerBase, say: Say) -> tuple[Pieces | PieceStream, Pieces]:
+    """Sequences to train on and held-out ones."""
+    cut = dataclasses.replace(settings.cut, held_out=0.0) if settings.valid else settings.cut
+    say(f"reading {', '.join(settings.data)}")
+    pieces: Pieces | PieceStream
+    if settings.streaming:
+        pieces, held = stream_pieces(settings.data, tokenizer, cut, settings.query)
+    else:
+        pieces, held = load_pieces(settings.data, tokenizer, cut, settings.query)
+        say(f"{len(pieces):,} sequences, {pieces.tokens:,} tokens; held out: {held.tokens:,} tokens")
+    if settings.valid:
+        held, _ = load_pieces(settings.valid, tokenizer, cut, settings.query)
+    if settings.eval_every and not len(held):
+        raise ConfigError("eval_every needs held-out text; set held_out above 0 or name some with valid")
+    return pieces, held
+
+
+def _model(settings: TrainSettings) -> Any:
+    """The base model with the memory as it is before the first step."""
+    half = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+    dtype = ("bfloat16" if half else "float32") if settings.dtype == "auto" else settings.dtype
+    model = load_model(settings.base, dtype)
+    torch.manual_seed(settings.seed)
+    ahn.attach(model, settings.memory_config())
+    if settings.adapter is not None:
+        ahn.load(model, settings.adapter)
+    elif settings.initial_decay is not None:
+        set_initial_decay(model, *settings.initial_decay, seed=settings.seed)
+    return model
+
+
+def _run_stage(
+    model: Any,
+    settings: TrainSettings,
+    stage: str,
+    args: TrainingArguments,
+    data: tuple[Pieces | PieceStream, Pieces],
+    say: Say,
+) -> list[dict[str, float]]:
+    """Trains, or goes on, or takes what is done already; the lines of the log."""
+    folder = Path(str(args.output_dir))
+    if (folder / "ahn_config.json").is_file():
+        say(f"{stage}: done before")
+        load_adapter(model, folder)
+        return _history(folder / _STATE)
+    name: Stage = "transfer" if stage == "transfer" else "distill"
+    distiller = Distiller(model, settings.losses, name, settings.slice_tokens)
+    if settings.checkpointing:
+        distiller.activation_checkpointing_enable()
+    trainer = AHNTrainer(
+        distiller,
+        args,
+        draw=settings.span_draw,
+        evaluation_span=settings.span,
+        train_dataset=data[0],
+        eval_dataset=data[1] if len(data[1]) else None,
+        callbacks=[Lines(stage, say)],
+    )
+    trainer.remove_callback(PrinterCallback)
+    trainer.train(resume_from_checkpoint=_last_checkpoint(folder))
+    trainer.save_state()
+    trainer.save_model()  # marks the stage as done
+    trainer.accelerator.wait_for_everyone()
+    return _history(folder / _STATE)
+
+
+def _last_checkpoint(folder: Path) -> str | None:
+    from transformers.trainer_utils import get_last_checkpoint
+
+    return get_last_checkpoint(str(folder)) if folder.is_dir() else None
+
+
+def _history(file: Path) -> list[dict[str, float]]:
+    return list(TrainerState.load_from_json(str(file)).log_history) if file.is_file() else []
+
+
+def _close(
+    model: Any, settings: TrainSettings, held: Pieces, curves: Mapping[str, Any], folder: Path, say: Say
+) -> Report | None:
+    """Table and plot."""
+    try:
+        plot_losses(curves, folder / PLOT)
+    except ImportError:
+        say("no plot: matplotlib is not installed (pip install 'ahn[train]')")
+    distiller = Distiller(model, stage="transfer")
+    if not settings.report_tokens or not len(held) or distiller.is_sharded():
+        return None
+    say("reading held-out text in the modes full, window and ahn")
+    distiller.finish()
+    sequences = (held[number]["input_ids"] for number in range(len(held)))
+    report = evaluate(model, sequences, settings.span, settings.report_tokens)
+    if report is not None:
+        seen = max((line.get("num_input_tokens_seen", 0) for lines in curves.values() for line in lines), default=0)
+        write_report(report, folder / TABLE, {"base": settings.base, "memory": settings.memory, "tokens_seen": seen})
+    return report
+
+
+class Lines(TrainerCallback):
+    """Says a line for every line of the log.
+
+    Args:
+        stage: Name of the stage.
+        say: Is given the line.
+    """
+
+    def __init__(self, stage: str, say: Say) -> None:
+        self.stage = stage
+        self.say = say
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Called by the Trainer; the last step is logged whatever the interval."""
+        control.should_log = control.should_log or state.global_step >= state.max_steps
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        """Called by the Trainer."""
+        if not state.is_world_process_zero or not logs:
+            return
+        parts = [f"{name} {logs[name]:.4f}" for name in logs if name.removeprefix("eval_").startswith("loss")]
+        if not parts:
+            return
+        rate = logs.get("train_tokens_per_second")
+        speed = f", {logs['num_input_tokens_seen']:,} tokens, {rate:,.0f} tokens/s" if rate else ""
+        self.say(f"{self.stage} {state.global_step}/{state.max_steps}: {', '.join(parts)}{speed}")

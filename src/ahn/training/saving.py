@@ -1,0 +1,109 @@
+"""What a training keeps on disk: adapters of a few megabytes, and checkpoints that are whole or not there at all."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from ahn.attachment import attachment_of
+from ahn.checkpoint.adapter import write_adapter
+from ahn.checkpoint.content import Base, check_keys, check_shapes, memory_tensors
+from ahn.checkpoint.loading import read
+from ahn.errors import CheckpointError
+
+_STAGING = ".saving"
+
+
+def save_adapter(model: nn.Module, path: str | os.PathLike[str], write: bool = True) -> None:
+    """Saves the memories alone, also of a model that is sharded over several processes.
+
+    Args:
+        model: A model with a memory attached.
+        path: The folder.
+        write: Whether this process writes. Where the model is sharded every process has to call, because each has a
+            part of the weights.
+
+    Raises:
+        CheckpointError: The folder cannot be written, or a weight is not finite.
+    """
+    tensors = {key: _whole(tensor.detach()).cpu() for key, tensor in memory_tensors(model).items()}
+    if not all(bool(tensor.isfinite().all()) for tensor in tensors.values()):
+        raise CheckpointError(f"{os.fspath(path)}: nothing was saved, for the training has diverged. Lower its lr.")
+    if write:
+        write_adapter(path, attachment_of(model).config, Base.of_model(model), tensors)
+
+
+@torch.no_grad()
+def load_adapter(model: nn.Module, path: str | os.PathLike[str]) -> None:
+    """Loads what `save_adapter` wrote onto a model that has the same memory attached, sharded or not.
+
+    Args:
+        model: The model; its memories keep their dtype, device and placement.
+        path: The folder.
+
+    Raises:
+        CheckpointError: It is damaged or of another memory.
+    """
+    content, parameters = read(path), memory_tensors(model)
+    tensors = content.tensors()
+    check_keys(content.where, tensors, set(parameters))
+    check_shapes(content.where, tensors, {key: tuple(parameter.shape) for key, parameter in parameters.items()})
+    for key, parameter in parameters.items():
+        tensor = tensors[key].to(parameter.device, parameter.dtype)
+        if isinstance(parameter, DTensor):
+            tensor = distribute_tensor(tensor, parameter.device_mesh, parameter.placements)
+        parameter.copy_(tensor)
+
+
+@contextlib.contextmanager
+def staged(folder: Path, name: str, write: bool) -> Iterator[Path]:
+    """A place to write `folder/name` that takes its name in one step when all is on the disk.
+
+    Args:
+        folder: Folder of the run.
+        name: Name of the checkpoint.
+        write: Whether this process moves it; the others only learn the place.
+
+    Yields:
+        The folder in which to write `name`. What a process left there that died is removed first.
+    """
+    place = folder / _STAGING
+    if write:
+        shutil.rmtree(place, ignore_errors=True)
+        place.mkdir(parents=True)
+    yield place
+    if not write:
+        return
+    _flush(place / name)
+    if (folder / name).exists():
+        os.replace(folder / name, place / "replaced")
+    os.replace(place / name, folder / name)
+    _flush_entry(folder)
+    shutil.rmtree(place, ignore_errors=True)
+
+
+def _whole(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def _flush(folder: Path) -> None:
+    """Waits until a folder and all in it are on the disk."""
+    for path in [*folder.rglob("*"), folder]:
+        _flush_entry(path)
+
+
+def _flush_entry(path: Path) -> None:
+    if path.is_dir() and os.name == "nt":
+        return
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,266 @@
+"""Everything that makes a training what it is, in one flat list of settings that YAML files and options fill."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import types
+import typing
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ahn.config import AHNConfig, MemoryPositions, SinkPositions
+from ahn.errors import ConfigError
+from ahn.training.data import Cut
+from ahn.training.draws import SINKS, TOTALS, Span, SpanDraw
+from ahn.training.losses import check_weights
+from ahn.training.sources import DataQuery
+
+STAGES = ("transfer", "distill")
+FILE = "train.yaml"
+"""Name under which the settings are saved beside the weights."""
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainSettings:
+    """Settings of a training, with defaults for a small model on a laptop.
+
+    Attributes:
+        data: Files, folders and datasets to train on.
+        out: Folder for everything that comes of it.
+        base: The base model, as for `ahn.from_pretrained`.
+        memory: The memory to train, a name of `ahn.memories.memory_names()`.
+        adapter: Weights to start from, as for `ahn.load`; fresh ones if left out.
+        layers: Layers that get a memory, as in `AHNConfig`.
+        sink_positions: As in `AHNConfig`.
+        memory_positions: As in `AHNConfig`.
+        dtype: Of the base model: "float32", "bfloat16", "float16"; "auto" is bfloat16 on a GPU and float32 elsewhere.
+        stages: "transfer", "distill" or both, in this order.
+        steps: Optimizer steps of the stage distill.
+        transfer_steps: Optimizer steps of the stage transfer.
+        losses: Weights of the losses of the stage distill: "kl", "ce", "attention".
+        length: Tokens of a training sequence at most.
+        min_length: Tokens at least; half of the length if left out.
+        pack: Whether to join documents, so that all sequences are full.
+        held_out: Share of the data that is kept for the closing table.
+        valid: Files, folders and datasets for the closing table, instead of a share.
+        split: Split of a dataset.
+        data_name: Configuration of a dataset.
+        streaming: Whether to read a dataset while training.
+        window: Window that the memory is evaluated and saved with.
+        sinks: Sinks likewise.
+        draw: "random" trains each sequence with another span, "fixed" all with `window` and `sinks`.
+        totals: Candidates for sinks and window together.
+        sink_counts: Candidates for the sinks.
+        batch: Sequences of a forward pass, on each process.
+        accumulation: Forward passes of a step, on each process.
+        lr: Learning rate of the stage distill.
+        transfer_lr: Learning rate of the stage transfer.
+        schedule: Learning rate schedule, a name of transformers.
+        warmup: Share of the steps over which the learning rate rises.
+        weight_decay: Of AdamW, on matrices.
+        max_grad_norm: Length that a longer gradient is cut to.
+        initial_decay: Lowest and highest decay rate that fresh memories start with, exp(A_log), drawn uniformly; the
+            published 0 to 16 if left out. Memories without decay do not look at it.
+        seed: What all random numbers depend on.
+        checkpointing: Whether to recompute activations in the backward pass instead of keeping them.
+        slice_tokens: As for `distillation_loss`.
+        log_every: Steps between two lines of the log.
+        save_every: Steps between two checkpoints.
+        keep: Checkpoints kept.
+        eval_every: Steps between two evaluations on held-out sequences; none if 0.
+        report_tokens: Held-out tokens read for the closing table; none if 0.
+        report_to: Where to log beside the console: "tensorboard", "wandb", or "none".
+        arguments: Further arguments of `transformers.TrainingArguments`, such as `fsdp` or `deepspeed`.
+
+    Raises:
+        ConfigError: A value is of the wrong kind or out of range.
+    """
+
+    data: tuple[str, ...] = ()
+    out: str = ""
+    base: str = "smollm2-135m"
+    memory: str = "gated_delta_net"
+    adapter: str | None = None
+    layers: tuple[int, ...] | None = None
+    sink_positions: SinkPositions = "absolute"
+    memory_positions: MemoryPositions = "rope"
+    dtype: str = "auto"
+    stages: tuple[str, ...] = ("distill",)
+    steps: int = 500
+    transfer_steps: int = 200
+    losses: dict[str, float] = dataclasses.field(default_factory=lambda: {"kl": 1.0})
+    length: int = 2048
+    min_length: int | None = None
+    pack: bool = False
+    held_out: float = 0.02
+    valid: tuple[str, ...] = ()
+    split: str = "train"
+    data_name: str | None = None
+    streaming: bool = False
+    window: int = 256
+    sinks: int = 32
+    draw: str = "random"
+    totals: tuple[int, ...] = TOTALS
+    sink_counts: tuple[int, ...] = SINKS
+    batch: int = 1
+    accumulation: int = 1
+    lr: float = 1e-3
+    transfer_lr: float = 1e-3
+    schedule: str = "cosine"
+    warmup: float = 0.1
+    weight_decay: float = 0.1
+    max_grad_norm: float = 1.0
+    initial_decay: tuple[float, float] | None = (0.001, 1.0)
+    seed: int = 0
+    checkpointing: bool = False
+    slice_tokens: int | None = None
+    log_every: int = 5
+    save_every: int = 50
+    keep: int = 2
+    eval_every: int = 0
+    report_tokens: int = 8192
+    report_to: str = "none"
+    arguments: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        hints = typing.get_type_hints(type(self))
+        for field in dataclasses.fields(self):
+            object.__setattr__(self, field.name, _typed(field.name, getattr(self, field.name), hints[field.name]))
+        for name in ("steps", "transfer_steps", "length", "batch", "accumulation", "log_every", "save_every", "keep"):
+            _at_least(name, getattr(self, name), 1)
+        for name in ("eval_every", "report_tokens", "weight_decay", "max_grad_norm", "warmup"):
+            _at_least(name, getattr(self, name), 0)
+        for name in ("lr", "transfer_lr"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ConfigError(f"{name} must be a positive number, not {getattr(self, name)}")
+        if self.slice_tokens is not None:
+            _at_least("slice_tokens", self.slice_tokens, 1)
+        self._check_choices()
+        self.span_draw.candidates(self.length)
+        self.span_draw.candidates(self.cut.min_length)
+
+    def _check_choices(self) -> None:
+        if not self.stages or [stage for stage in STAGES if stage in self.stages] != list(self.stages):
+            raise ConfigError(f"stages must be transfer, distill or both in this order, not {list(self.stages)}")
+        for name, known in (("draw", ("random", "fixed")), ("dtype", ("auto", "float32", "bfloat16", "float16"))):
+            if getattr(self, name) not in known:
+                raise ConfigError(f"{name} must be one of {', '.join(known)}, not {getattr(self, name)!r}")
+        low, high = self.initial_decay or (0, 1)
+        if not 0 <= low <= high < math.inf or high == 0:
+            raise ConfigError(f"initial_decay must be a range of rates from 0 on, not {list(self.initial_decay or ())}")
+        check_weights(self.losses)
+        self.memory_config()
+
+    def memory_config(self) -> AHNConfig:
+        """Settings of the memory."""
+        return AHNConfig(self.memory, self.window, self.sinks, self.layers, self.sink_positions, self.memory_positions)
+
+    @property
+    def cut(self) -> Cut:
+        """How documents become sequences."""
+        return Cut(self.length, self.min_length or max(2, self.length // 2), self.pack, self.held_out)
+
+    @property
+    def span(self) -> Span:
+        """Window and sinks of evaluations."""
+        return Span(self.window, self.sinks)
+
+    @property
+    def span_draw(self) -> SpanDraw:
+        """How window and sinks of each sequence are drawn."""
+        return SpanDraw(self.totals, self.sink_counts, self.span if self.draw == "fixed" else None, self.seed)
+
+    @property
+    def query(self) -> DataQuery:
+        """What to take of a dataset."""
+        return DataQuery(self.split, self.data_name, self.streaming)
+
+    @classmethod
+    def of(cls, values: Mapping[str, Any]) -> TrainSettings:
+        """Settings from plain values, such as those of a YAML file.
+
+        Raises:
+            ConfigError: A name is unknown or a value cannot work.
+        """
+        known = {field.name for field in dataclasses.fields(cls)}
+        if unknown := sorted(set(values) - known):
+            raise ConfigError(f"unknown settings {', '.join(unknown)}; known are {', '.join(sorted(known))}")
+        return cls(**values)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, ready for YAML."""
+        values = dataclasses.asdict(self)
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+
+
+def read_yaml(file: str | Path) -> dict[str, Any]:
+    """The settings that a YAML file names.
+
+    Raises:
+        ConfigError: It cannot be read, or is no list of names and values.
+    """
+    import yaml
+
+    try:
+        values = yaml.safe_load(Path(file).expanduser().read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{file} cannot be read ({getattr(error, 'strerror', None) or error})") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{file} is no YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"{file} holds no settings; write one `name: value` a line")
+    return values
+
+
+def write_yaml(settings: TrainSettings, file: str | Path) -> None:
+    """Writes settings so that `read_yaml` finds them again."""
+    import yaml
+
+    Path(file).write_text(yaml.safe_dump(settings.to_dict(), sort_keys=False), encoding="utf-8")
+
+
+def _at_least(name: str, value: float, least: float) -> None:
+    if not least <= value < math.inf:
+        raise ConfigError(f"{name} must be at least {least}, not {value}")
+
+
+def _typed(name: str, value: Any, hint: Any) -> Any:
+    """The value in the type that a setting has; numbers may come as text, for YAML reads 1e-3 as one.
+
+    Raises:
+        ConfigError: It is of another kind.
+    """
+    origin, parts = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        if value is None:
+            return None
+        return _typed(name, value, next(part for part in parts if part is not type(None)))
+    if origin is typing.Literal or hint is str:
+        if isinstance(value, str):
+            return value
+    elif origin is tuple:
+        if isinstance(value, list | tuple) and (parts[-1] is ... or len(value) == len(parts)):
+            return tuple(_typed(name, each, parts[0]) for each in value)
+    elif origin is dict or hint is dict:
+        if isinstance(value, Mapping):
+            return {
+                str(key): _typed(name, each, parts[1]) if parts[1] is float else each for key, each in value.items()
+            }
+    elif isinstance(value, bool) == (hint is bool) and (number := _number(value, hint)) is not None:
+        return number
+    kind = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}.get(hint, "a list")
+    kind = "names with numbers" if origin is dict else kind
+    raise ConfigError(f"{name} must be {kind}, not {value!r}")
+
+
+def _number(value: Any, hint: type) -> Any:
+    if hint is float and isinstance(value, str):
+        try:
+            return float(value)
+        except ValueError:
+            return None
+    if isinstance(value, int) or (hint is float and isinstance(value, float)):
+        return hint(value)
+    return None

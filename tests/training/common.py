@@ -1,0 +1,107 @@
+"""What several tests of the training share: data, a trainer of one step, and a folder with a tiny base model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast, TrainerCallback, TrainingArguments
+from transformers.trainer_callback import PrinterCallback
+
+from ahn.checkpoint.content import memory_tensors
+from ahn.training.batches import Piece, Pieces
+from ahn.training.draws import SpanDraw
+from ahn.training.trainer import AHNTrainer
+from tests.tiny import text, tiny, with_memory
+
+CHAT = (
+    "{% for turn in messages %}<{{ turn['role'] }}>{{ turn['content'] }}</s>{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+
+
+def pieces(count: int = 4, length: int = 64) -> Pieces:
+    """Sequences of which each counts another number of tokens."""
+    made = []
+    for number in range(count):
+        ids = text(1, length, seed=number)[0].tolist()
+        ignored = 8 * number
+        made.append(Piece(ids, [*ids[: length - ignored], *[-100] * ignored]))
+    return Pieces(made)
+
+
+def arguments(out: Path, **changes: Any) -> TrainingArguments:
+    """Arguments of a quiet run of a few steps on the CPU."""
+    values: dict[str, Any] = {
+        "output_dir": str(out),
+        "max_steps": 4,
+        "per_device_train_batch_size": 1,
+        "learning_rate": 1e-2,
+        "report_to": "none",
+        "disable_tqdm": True,
+        "use_cpu": True,
+        "save_strategy": "no",
+        "dataloader_pin_memory": False,
+        "max_grad_norm": 0.0,
+        "logging_steps": 1,
+    }
+    return TrainingArguments(**{**values, **changes})
+
+
+class Gradients(TrainerCallback):
+    """Keeps the memories' gradients just before the optimizer uses them."""
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+        self.kept: dict[str, torch.Tensor] = {}
+
+    def on_pre_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        self.kept = {name: tensor.grad.clone() for name, tensor in memory_tensors(self.model).items()}
+
+
+def trainer_for(out: Path, model: Any = None, data: Any = None, stage: Any = "distill", **changes: Any) -> AHNTrainer:
+    """A trainer of a tiny model that says nothing."""
+    trainer = AHNTrainer(
+        with_memory("llama") if model is None else model,
+        arguments(out, **changes),
+        weights={"kl": 1.0, "attention": 2.0},
+        stage=stage,
+        draw=SpanDraw(totals=(16, 24, 32), sinks=(0, 4, 8), seed=5),
+        train_dataset=pieces() if data is None else data,
+    )
+    trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
+def gradients_of_a_step(
+    out: Path, batch: int, accumulation: int, **changes: Any
+) -> tuple[AHNTrainer, dict[str, torch.Tensor]]:
+    """The gradients of one step over all four sequences, however it is divided."""
+    trainer = trainer_for(
+        out,
+        max_steps=1,
+        per_device_train_batch_size=batch,
+        gradient_accumulation_steps=accumulation,
+        train_sampling_strategy="sequential",
+        **changes,
+    )
+    watch = Gradients(trainer.distiller.model)
+    trainer.add_callback(watch)
+    trainer.train()
+    return trainer, watch.kept
+
+
+def write_base(folder: Path) -> None:
+    """A tiny base model with a tokenizer of single bytes."""
+    tiny("qwen3", vocab_size=259, head_dim=8).save_pretrained(folder)
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: index for index, token in enumerate(["<pad>", "<s>", "</s>", *letters])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(["<pad>", "<s>", "</s>"])
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
+    fast.chat_template = CHAT
+    fast.save_pretrained(folder)

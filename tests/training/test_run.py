@@ -1,0 +1,189 @@
+"""A whole training, from settings to table and plot, killed on the way and gone on with."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import ahn
+from ahn.attachment import attachment_of
+from ahn.checkpoint.content import memory_tensors
+from ahn.errors import ConfigError
+from ahn.training.run import train
+from ahn.training.settings import TrainSettings, read_yaml, write_yaml
+from ahn.training.start import set_initial_decay
+from tests.tiny import with_memory
+from tests.training.common import write_base
+
+KILLED = """
+import os, signal, sys
+import torch
+torch.set_num_threads(1)
+from ahn.training.run import train
+from ahn.training.settings import TrainSettings, read_yaml
+
+calls = 0
+def deadly(function):
+    def call(*args, **kwargs):
+        global calls
+        calls += 1
+        if calls == int(sys.argv[3]):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return function(*args, **kwargs)
+    return call
+
+if sys.argv[2] == "save":
+    torch.save = deadly(torch.save)
+if sys.argv[2] == "step":
+    from ahn.training.trainer import AHNTrainer
+    AHNTrainer.compute_loss = deadly(AHNTrainer.compute_loss)
+if sys.argv[2] == "replace":
+    os.replace = deadly(os.replace)
+train(TrainSettings.of(read_yaml(sys.argv[1])), resume=True)
+"""
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A base model and texts."""
+    folder = tmp_path_factory.mktemp("run")
+    write_base(folder / "base")
+    (folder / "texts").mkdir()
+    for number in range(6):
+        words = " ".join(f"{word * (number + 3) % 97}" for word in range(120))
+        (folder / "texts" / f"{number}.txt").write_text(words)
+    return folder
+
+
+def settings(place: Path, out: Path, **changes: Any) -> TrainSettings:
+    values: dict[str, Any] = {
+        "data": [str(place / "texts")],
+        "out": str(out),
+        "base": str(place / "base"),
+        "dtype": "float32",
+        "stages": ["transfer", "distill"],
+        "transfer_steps": 3,
+        "steps": 5,
+        "length": 64,
+        "min_length": 48,
+        "window": 12,
+        "sinks": 4,
+        "totals": [16, 24],
+        "sink_counts": [0, 4],
+        "accumulation": 2,
+        "held_out": 0.2,
+        "save_every": 2,
+        "log_every": 1,
+        "report_tokens": 256,
+        "arguments": {"use_cpu": True},
+    }
+    return TrainSettings.of({**values, **changes})
+
+
+@pytest.fixture(scope="module")
+def whole(place: Path) -> Path:
+    """A training that nothing disturbed."""
+    train(settings(place, place / "whole"))
+    return place / "whole"
+
+
+def test_what_is_written(whole: Path, place: Path) -> None:
+    assert {path.name for path in whole.iterdir()} == {
+        "ahn.safetensors", "ahn_config.json", "train.yaml", "report.json", "loss.png", "transfer", "distill",
+    }  # fmt: skip
+    assert TrainSettings.of(read_yaml(whole / "train.yaml")) == settings(place, whole)
+    report = json.loads((whole / "report.json").read_text())
+    assert set(report["nll"]) == {"full", "window", "ahn"}
+    assert (report["window"], report["sinks"], report["memory"]) == (12, 4, "gated_delta_net")
+    assert report["tokens"] > 0
+    assert (whole / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert "memory" not in json.loads((place / "base" / "config.json").read_text())
+
+
+def test_the_weights_can_be_used(whole: Path, place: Path) -> None:
+    model = ahn.from_pretrained(place / "base", whole)
+    assert attachment_of(model).config == ahn.AHNConfig("gated_delta_net", 12, 4)
+    assert any(tensor.abs().max() > 0 for name, tensor in memory_tensors(model).items() if name.endswith("o_proj"))
+
+
+def test_killed_again_and_again_it_ends_with_the_same_weights(whole: Path, place: Path, tmp_path: Path) -> None:
+    """SIGKILL in a step, in the middle of a save, and while a file takes its name."""
+    write_yaml(settings(place, tmp_path / "out"), tmp_path / "train.yaml")
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    reached: list[list[str]] = []
+    for where, when in [("step", 3), ("save", 2), ("replace", 14), ("save", 5)]:
+        call = [sys.executable, "-c", KILLED, str(tmp_path / "train.yaml"), where, str(when)]
+        done = subprocess.run(call, env=environment, capture_output=True, text=True, timeout=120, check=False)
+        assert done.returncode == -signal.SIGKILL, done.stderr[-3000:]
+        reached.append(sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("checkpoint-*")))
+    assert all(any(".saving" in name for name in names) for names in reached[1:])  # they died while saving
+    train(settings(place, tmp_path / "out"), resume=True)
+    expected, actual = (load_file(folder / "ahn.safetensors") for folder in (whole, tmp_path / "out"))
+    assert expected.keys() == actual.keys()
+    assert [name for name in expected if not torch.equal(actual[name], expected[name])] == []
+    logs = [json.loads((folder / "distill" / "trainer_state.json").read_text()) for folder in (whole, tmp_path / "out")]
+    losses = [[line["loss"] for line in log["log_history"] if "loss" in line] for log in logs]
+    assert losses[0] == losses[1]
+
+
+class TestGoingOn:
+    def test_a_folder_in_use_is_not_touched(self, whole: Path, place: Path) -> None:
+        before = (whole / "ahn.safetensors").read_bytes()
+        with pytest.raises(ConfigError, match=r"is not empty.*--resume"):
+            train(settings(place, whole))
+        assert (whole / "ahn.safetensors").read_bytes() == before
+
+    def test_other_settings_are_refused(self, whole: Path, place: Path) -> None:
+        with pytest.raises(ConfigError, match=r"was begun with lr = 0\.001, not 0\.5"):
+            train(settings(place, whole, lr=0.5), resume=True)
+
+    def test_a_folder_of_something_else(self, place: Path) -> None:
+        with pytest.raises(ConfigError, match=r"holds no train\.yaml"):
+            train(settings(place, place / "texts"), resume=True)
+
+    def test_a_finished_training_stays_as_it_is(self, whole: Path, place: Path) -> None:
+        before = (whole / "ahn.safetensors").read_bytes()
+        said: list[str] = []
+        train(settings(place, whole, report_tokens=0), resume=True, say=said.append)
+        assert (whole / "ahn.safetensors").read_bytes() == before
+        assert "distill: done before" in said
+
+
+def test_weights_to_start_from(whole: Path, place: Path, tmp_path: Path) -> None:
+    changes = {"adapter": str(whole), "stages": ["distill"], "steps": 1, "lr": 1e-12, "report_tokens": 0}
+    train(settings(place, tmp_path / "out", **changes))
+    before, after = (load_file(folder / "ahn.safetensors") for folder in (whole, tmp_path / "out"))
+    for name, tensor in before.items():
+        torch.testing.assert_close(after[name], tensor, rtol=0, atol=1e-6)
+
+
+def test_streaming_and_other_text_for_the_table(place: Path, tmp_path: Path) -> None:
+    changes = {"streaming": True, "valid": [str(place / "texts" / "0.txt")], "stages": ["distill"], "steps": 2}
+    outcome = train(settings(place, tmp_path / "out", eval_every=1, pack=True, **changes))
+    assert outcome.report is not None
+    assert [line["step"] for line in outcome.curves["distill"] if "eval_loss" in line] == [1, 2]
+
+
+class TestInitialDecay:
+    @pytest.mark.parametrize("memory", ["gated_delta_net", "mamba2"])
+    def test_rates_are_in_the_range(self, memory: str) -> None:
+        model = with_memory("llama", memory)
+        torch.manual_seed(5)
+        state = torch.random.get_rng_state()
+        assert set_initial_decay(model, 0.25, 0.5, seed=1)
+        assert torch.equal(torch.random.get_rng_state(), state)
+        rates = torch.cat([site.memory.A_log.exp() for site in attachment_of(model).sites])  # type: ignore[union-attr]
+        assert bool(((rates >= 0.25 - 1e-6) & (rates <= 0.5 + 1e-6)).all())
+        assert rates.unique().numel() == rates.numel()
+
+    def test_a_memory_without_decay(self) -> None:
+        assert not set_initial_decay(with_memory("llama", "delta_net"), 0.25, 0.5, seed=1)

@@ -1,0 +1,84 @@
+"""The settings: their defaults, their file, and what is said when one cannot work."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ahn.errors import ConfigError
+from ahn.training.settings import TrainSettings, read_yaml, write_yaml
+
+
+def test_the_file_gives_the_same_settings(tmp_path: Path) -> None:
+    settings = TrainSettings(
+        data=("a", "b"),
+        out="x",
+        layers=(0, 2),
+        losses={"kl": 1.0, "ce": 0.5},
+        initial_decay=None,
+        arguments={"tf32": True},
+    )
+    write_yaml(settings, tmp_path / "train.yaml")
+    assert TrainSettings.of(read_yaml(tmp_path / "train.yaml")) == settings
+
+
+def test_numbers_may_come_as_text() -> None:
+    """YAML reads 1e-3 as a text."""
+    assert TrainSettings.of({"lr": "1e-3", "losses": {"kl": "2"}, "initial_decay": ["0.1", 1]}).lr == 0.001
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"learning_rate": 1}, "unknown settings learning_rate; known are .*lr"),
+        ({"lr": "fast"}, "lr must be a number, not 'fast'"),
+        ({"lr": 0}, "lr must be a positive number"),
+        ({"steps": 1.5}, "steps must be a whole number, not 1.5"),
+        ({"steps": True}, "steps must be a whole number"),
+        ({"steps": 0}, "steps must be at least 1, not 0"),
+        ({"pack": "yes"}, "pack must be true or false"),
+        ({"data": "texts"}, "data must be a list, not 'texts'"),
+        ({"losses": ["kl"]}, "losses must be names with numbers"),
+        ({"losses": {"l2": 1}}, "unknown loss 'l2'; known are kl, ce, attention"),
+        ({"losses": {"kl": 0}}, "no loss has a positive weight"),
+        ({"stages": ["distill", "transfer"]}, "stages must be transfer, distill or both in this order"),
+        ({"stages": []}, "stages must be"),
+        ({"draw": "sometimes"}, "draw must be one of random, fixed"),
+        ({"dtype": "int8"}, "dtype must be one of"),
+        ({"initial_decay": [2, 1]}, "initial_decay must be a range"),
+        ({"initial_decay": [1]}, "initial_decay must be a list"),
+        ({"length": 16}, "a sequence of 16 tokens leaves nothing"),
+        ({"draw": "fixed", "window": 2048}, r"sinks \+ window = 2080"),
+        ({"draw": "fixed", "length": 512, "min_length": 100}, "a sequence of 100 tokens leaves nothing"),
+        ({"min_length": 4096}, "min_length must be from 2 to the length 2048"),
+        ({"held_out": 1}, "held_out must be a share"),
+        ({"window": 0}, "window must be a whole number of at least 1"),
+        ({"sink_positions": "near"}, "sink_positions must be one of"),
+        ({"layers": [0, 0]}, "layers names a layer twice"),
+        ({"warmup": -1}, "warmup must be at least 0"),
+        ({"warmup": float("nan")}, "warmup must be at least 0"),
+        ({"slice_tokens": 0}, "slice_tokens must be at least 1"),
+    ],
+)
+def test_what_cannot_work(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        TrainSettings.of(values)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [("a: [1", "is no YAML"), ("- a\n- b\n", "holds no settings"), ("", "holds no settings"), (None, "cannot be read")],
+)
+def test_files_that_are_none(tmp_path: Path, content: str | None, message: str) -> None:
+    if content is not None:
+        (tmp_path / "train.yaml").write_text(content)
+    with pytest.raises(ConfigError, match=rf"train\.yaml {message}"):
+        read_yaml(tmp_path / "train.yaml")
+
+
+def test_every_setting_is_documented() -> None:
+    documented = re.findall(r"^ {8}(\w+): ", TrainSettings.__doc__ or "", re.MULTILINE)
+    assert [name for name in documented if name != "ConfigError"] == list(TrainSettings.__dataclass_fields__)
