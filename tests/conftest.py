@@ -10,6 +10,8 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import random
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from functools import wraps
 from pathlib import Path
@@ -84,3 +86,12 @@ def smollm2_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         patch.setenv("AHN_HOME", str(folder))
         yield folder
     shutil.rmtree(folder, ignore_errors=True)  # half a gigabyte, which pytest would keep for three runs
+
+
+@pytest.fixture(scope="session")
+def smollm2_conversion(smollm2_home: Path) -> list[tuple[str, str]]:
+    """What two processes printed and said that asked for SmolLM2 at the same moment, as two shells may do."""
+    command = [sys.executable, "-c", "from ahn import models; print(models.resolve('smollm2-135m'))"]
+    pipes: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    both = [subprocess.Popen(command, env={**os.environ}, **pipes) for _ in range(2)]
+    return [process.communicate(timeout=240) for process in both]

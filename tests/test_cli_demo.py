@@ -160,7 +160,7 @@ class TestWriting:
 
 
 @needs_smollm2
-def test_smollm2(smollm2_home, capsys):
+def test_smollm2(smollm2_conversion, capsys):
     status = main(["demo", "--tokens", "600", "--window", "256", "--sinks", "8", "--max-new-tokens", "8"])
     out = capsys.readouterr().out
     assert status == 0

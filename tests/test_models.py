@@ -2,9 +2,6 @@
 
 import importlib.util
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -197,14 +194,11 @@ class TestPackage:
 
 
 @pytest.fixture(scope="module")
-def smollm2(smollm2_home: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Converted by two processes at the same moment, as two shells of one user may do."""
-    command = [sys.executable, "-c", "from ahn import models; print(models.resolve('smollm2-135m'))"]
-    both = [
-        subprocess.Popen(command, env={**os.environ}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        for _ in range(2)
-    ]
-    outputs = [process.communicate(timeout=240) for process in both]
+def smollm2(
+    smollm2_home: Path, smollm2_conversion: list[tuple[str, str]]
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The model and its tokenizer; of the two processes that asked for it at the same moment one converted it."""
+    outputs = smollm2_conversion
     folder = models.resolve("smollm2-135m")
     assert [out for out, _ in outputs] == [f"{folder}\n"] * 2, outputs
     assert sum(err.startswith("Converting SmolLM2-135M-Instruct") for _, err in outputs) == 1, outputs
