@@ -7,8 +7,8 @@ PYTHON ?= python3
 TORCH  ?= 2.13.0
 ARGS   ?=
 
-# Threads that spin while they wait take the cores from whatever else runs: a factor of two and more.
-export OMP_WAIT_POLICY ?= passive
+# Threads that spin for long while they wait take the cores from whatever else runs: a factor of three and more.
+export GOMP_SPINCOUNT ?= 10000
 
 VENV := .venv
 PY   := $(VENV)/bin/python
