@@ -17,6 +17,12 @@ from ahn.cli.app import command
 from ahn.training.settings import TrainSettings
 from tests.training.common import write_base
 
+SURFACE = [
+    "--data", "--out", "--base", "--memory", "--adapter", "--config", "--resume", "--stages", "--steps",
+    "--transfer-steps", "--length", "--min-length", "--pack", "--cut", "--window", "--sinks", "--draw", "--lr",
+    "--batch", "--accumulation", "--dtype", "--checkpointing", "--no-checkpointing", "--valid", "--held-out",
+    "--streaming", "--download", "--log-every", "--save-every", "--report-to", "--seed",
+]  # fmt: skip
 SMALL = ["--stages", "transfer,distill", "--steps", "2", "--transfer-steps", "2", "--length", "128", "--window", "12"]
 
 
@@ -112,3 +118,9 @@ def test_the_defaults_in_the_help_are_those_of_the_settings() -> None:
             checked += 1
     assert checked > 12
     assert isinstance(command(), typer.core.TyperGroup)
+
+
+def test_the_surface_is_frozen() -> None:
+    options: list[Any] = command().commands["train"].params
+    names = [name for option in options for name in (*option.opts, *option.secondary_opts)]
+    assert names == SURFACE

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -14,6 +16,7 @@ from ahn.checkpoint.content import memory_tensors
 from ahn.errors import ModelError
 from ahn.training.head import Head
 from ahn.training.losses import distillation_loss
+from ahn.training.recording import recording
 from ahn.training.targets import find_targets
 from tests.tiny import FAMILIES, text, with_memory
 
@@ -71,6 +74,48 @@ def test_no_tensor_has_all_positions_and_the_vocabulary(monkeypatch: pytest.Monk
     )
     assert sum(rows) == 2 * 2 * (75 - 21)
     assert max(rows) == 8
+
+
+def test_window_and_memory_keep_nothing_for_the_backward_pass() -> None:
+    """The forward pass of the student keeps less than a third of what it would keep by itself."""
+
+    def kept(run: Any) -> int:
+        sizes: dict[int, int] = {}
+
+        def pack(tensor: torch.Tensor) -> torch.Tensor:
+            sizes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            alive.append(tensor)
+            return tensor
+
+        alive: list[torch.Tensor] = []
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            run()
+        return sum(sizes.values())
+
+    model, ids = trainable("llama"), text(1, 512)
+    with ahn.mode(model, "ahn", window=64, sinks=0):
+        plain = kept(lambda: model.model(ids, use_cache=False))
+        with recording(model.model, recompute=True):
+            lean = kept(lambda: model.model(ids, use_cache=False))
+    assert lean < plain / 3
+
+
+@pytest.mark.slow
+def test_a_step_at_4096_tokens_fits_into_six_gibibytes() -> None:
+    code = """
+import resource, torch
+import ahn
+from ahn.models import load_model
+from ahn.training.distiller import Distiller
+model = load_model("smollm2-135m")
+ahn.attach(model, ahn.AHNConfig(window=256, sinks=32))
+distiller = Distiller(model)
+distiller.activation_checkpointing_enable()
+torch.stack(list(distiller(torch.randint(3, 49000, (1, 4096)), [(256, 32)]).values())).sum().backward()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert float(done.stdout) < 6
 
 
 @pytest.mark.parametrize("side", ["left", "right"])

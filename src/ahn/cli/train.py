@@ -79,7 +79,11 @@ def command(
         str | None, typer.Option(help="float32, bfloat16 or auto, of the base.  [dim]\\[default: auto][/dim]")
     ] = None,
     checkpointing: Annotated[
-        bool | None, typer.Option("--checkpointing/--no-checkpointing", help="Less memory, a third more time.")
+        bool | None,
+        typer.Option(
+            "--checkpointing/--no-checkpointing",
+            help="Less memory, a quarter more time.  [dim]\\[default: from 4,096 tokens on][/dim]",
+        ),
     ] = None,
     valid: Annotated[list[str] | None, typer.Option(help="Text for the closing table, as --data.")] = None,
     held_out: Annotated[

@@ -17,7 +17,7 @@ from torch import nn
 import ahn
 from ahn.errors import ConfigError
 from ahn.training.head import Head
-from ahn.training.recording import recording
+from ahn.training.recording import recomputes_layers, recording
 from ahn.training.targets import CePairs, Targets, find_targets
 
 LOSSES = ("kl", "ce", "attention")
@@ -101,19 +101,20 @@ def distillation_loss(
     targets = find_targets(batch, window, sinks, ce_pairs)
     backbone = Head(model).backbone
     inputs = {name: batch[name] for name in ("input_ids", "attention_mask") if batch.get(name) is not None}
-    outputs: dict[str, dict[int, torch.Tensor]] = {"teacher": {}, "student": {}}
+    seen_teacher: dict[int, torch.Tensor] | None = {} if "attention" in wanted else None
+    seen_student: dict[int, torch.Tensor] | None = {} if "attention" in wanted else None
     hidden_teacher = None
     if wanted.keys() & {"kl", "attention"}:
-        with torch.no_grad(), ahn.mode(model, "full"), recording(backbone, outputs["teacher"], "attention" in wanted):
+        with torch.no_grad(), ahn.mode(model, "full"), recording(backbone, seen_teacher):
             hidden_teacher = backbone(**inputs, use_cache=False).last_hidden_state.flatten(0, 1)
     student = ahn.mode(model, "ahn", window=window, sinks=sinks)
-    with student, recording(backbone, outputs["student"], "attention" in wanted):
+    with student, recording(backbone, seen_student, not recomputes_layers(backbone)):
         hidden_student = backbone(**inputs, use_cache=False).last_hidden_state.flatten(0, 1)
     sums: dict[str, torch.Tensor] = {}
     if wanted.keys() & {"kl", "ce"}:
         sums |= vocabulary_losses(model, hidden_student, hidden_teacher, targets, tuple(wanted), slice_tokens)
-    if "attention" in wanted:
-        sums["attention"] = attention_loss(outputs, targets.attention, normalised_attention)
+    if seen_teacher is not None and seen_student is not None:
+        sums["attention"] = attention_loss(seen_teacher, seen_student, targets.attention, normalised_attention)
     return LossOutput(sums, targets.counts(sums))
 
 
@@ -160,19 +161,23 @@ def vocabulary_losses(
 
 
 def attention_loss(
-    outputs: Mapping[str, Mapping[int, torch.Tensor]], positions: torch.Tensor, normalised: bool = True
+    teacher: Mapping[int, torch.Tensor],
+    student: Mapping[int, torch.Tensor],
+    positions: torch.Tensor,
+    normalised: bool = True,
 ) -> torch.Tensor:
     """Sum over positions of the squared difference of attention outputs, averaged over layers and elements.
 
     Args:
-        outputs: For "teacher" and "student" the output of each layer before its output projection, `[B, T, H, W]`.
+        teacher: The teacher's output of each layer before its output projection, `[B, T, H, W]`.
+        student: The student's.
         positions: The positions that count.
         normalised: Whether each output is divided by its length first.
     """
     losses = []
-    for index, student in outputs["student"].items():
+    for index, output in student.items():
         ours, theirs = (
-            _at_least_float32(each.flatten(2).flatten(0, 1)[positions]) for each in (student, outputs["teacher"][index])
+            _at_least_float32(each.flatten(2).flatten(0, 1)[positions]) for each in (output, teacher[index])
         )
         if normalised:
             ours, theirs = F.normalize(ours, dim=-1), F.normalize(theirs, dim=-1)

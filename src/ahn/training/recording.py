@@ -1,17 +1,19 @@
-"""Seeing what each attention layer puts out, in either mode and with gradients, without knowing the family.
+"""Standing between a model and its attention function: to see what each layer puts out, and to save memory.
 
-The model runs under another name of the same attention function, which notes each output before the output projection.
+The model runs under another name of the same function, in either mode and with gradients, whatever its family.
 """
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Iterator
 from contextvars import ContextVar
 from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import AttentionInterface
 
@@ -20,35 +22,59 @@ from ahn.plan import mask_function
 from ahn.probe import implementation
 
 RECORDING = "ahn_recording"
-_OUTPUTS: ContextVar[dict[int, torch.Tensor] | None] = ContextVar("ahn_outputs", default=None)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Wanted:
+    """What a run under the other name is for."""
+
+    outputs: dict[int, torch.Tensor] | None
+    recompute: bool
+
+
+_WANTED: ContextVar[_Wanted | None] = ContextVar("ahn_recording", default=None)
 
 
 @contextlib.contextmanager
-def recording(backbone: nn.Module, outputs: dict[int, torch.Tensor], wanted: bool = True) -> Iterator[None]:
-    """Notes the attention outputs of a call, `[B, T, H, V]`, by layer index.
+def recording(
+    backbone: nn.Module, outputs: dict[int, torch.Tensor] | None = None, recompute: bool = False
+) -> Iterator[None]:
+    """Notes the attention outputs of a call, or does without what its backward pass would have them keep.
 
     Args:
         backbone: The stack of layers of a model with a memory attached.
-        outputs: Where to put them.
-        wanted: Whether to note anything at all.
+        outputs: Is given the attention outputs, `[B, T, H, V]`, by layer index.
+        recompute: Whether to compute window and memory again in the backward pass. They keep more than all the rest
+            of a layer, and cost little of its time.
     """
-    if not wanted:
-        yield
-        return
-    token = _OUTPUTS.set(outputs)
+    token = _WANTED.set(_Wanted(outputs, recompute))
     try:
         with implementation(backbone, RECORDING):
             yield
     finally:
-        _OUTPUTS.reset(token)
+        _WANTED.reset(token)
 
 
-def _noted(module: nn.Module, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
-    output, weights = attention_function(module, *args, **kwargs)
-    if (outputs := _OUTPUTS.get()) is not None:
-        outputs[int(module.layer_idx)] = output  # type: ignore[arg-type]
+def recomputes_layers(backbone: nn.Module) -> bool:
+    """Whether whole layers are computed again in the backward pass, so that nothing is left to save."""
+    return any(getattr(module, "gradient_checkpointing", False) is True for module in backbone.modules())
+
+
+def _recorded(
+    module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: Any, **kwargs: Any
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    wanted = _WANTED.get() or _Wanted(None, False)
+    if wanted.recompute and torch.is_grad_enabled() and kwargs.get("ahn") is not None:
+        again: Any = checkpoint(
+            attention_function, module, query, key, value, mask, use_reentrant=False, preserve_rng_state=False, **kwargs
+        )
+        output, weights = again
+    else:
+        output, weights = attention_function(module, query, key, value, mask, **kwargs)
+    if wanted.outputs is not None:
+        wanted.outputs[int(module.layer_idx)] = output  # type: ignore[arg-type]
     return output, weights
 
 
-AttentionInterface.register(RECORDING, _noted)
+AttentionInterface.register(RECORDING, _recorded)
 AttentionMaskInterface.register(RECORDING, mask_function)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerState, TrainingArguments
+from transformers import PreTrainedTokenizerBase, TrainingArguments
 from transformers.integrations.integration_utils import get_available_reporting_integrations
 from transformers.trainer_callback import PrinterCallback
 
@@ -20,6 +20,7 @@ from ahn.models import load_model, load_tokenizer
 from ahn.training.batches import Pieces, PieceStream
 from ahn.training.data import load_pieces, stream_pieces
 from ahn.training.distiller import Distiller, Stage
+from ahn.training.log import Lines, Say, read_history
 from ahn.training.report import PLOT, TABLE, Report, evaluate, plot_losses, write_report
 from ahn.training.saving import load_adapter, save_adapter
 from ahn.training.settings import FILE, TrainSettings, read_yaml, write_yaml
@@ -29,7 +30,6 @@ from ahn.training.trainer import AHNTrainer
 
 _STATE = "trainer_state.json"
 _MAY_CHANGE = {"log_every", "save_every", "keep", "report_tokens", "report_to"}
-Say = Callable[[str], None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -224,10 +224,10 @@ def _run_stage(
     if (folder / "ahn_config.json").is_file():
         say(f"{stage}: done before")
         load_adapter(model, folder)
-        return _history(folder / _STATE)
+        return read_history(folder / _STATE)
     name: Stage = "transfer" if stage == "transfer" else "distill"
     distiller = Distiller(model, settings.losses, name, settings.slice_tokens)
-    if settings.checkpointing:
+    if settings.recomputes_layers and name == "distill":
         distiller.activation_checkpointing_enable()
     trainer = AHNTrainer(
         distiller,
@@ -243,17 +243,13 @@ def _run_stage(
     trainer.save_state()
     trainer.save_model()  # marks the stage as done
     trainer.accelerator.wait_for_everyone()
-    return _history(folder / _STATE)
+    return read_history(folder / _STATE)
 
 
 def _last_checkpoint(folder: Path) -> str | None:
     from transformers.trainer_utils import get_last_checkpoint
 
     return get_last_checkpoint(str(folder)) if folder.is_dir() else None
-
-
-def _history(file: Path) -> list[dict[str, float]]:
-    return list(TrainerState.load_from_json(str(file)).log_history) if file.is_file() else []
 
 
 def _close(
@@ -275,31 +271,3 @@ def _close(
         seen = max((line.get("num_input_tokens_seen", 0) for lines in curves.values() for line in lines), default=0)
         write_report(report, folder / TABLE, {"base": settings.base, "memory": settings.memory, "tokens_seen": seen})
     return report
-
-
-class Lines(TrainerCallback):
-    """Says a line for every line of the log.
-
-    Args:
-        stage: Name of the stage.
-        say: Is given the line.
-    """
-
-    def __init__(self, stage: str, say: Say) -> None:
-        self.stage = stage
-        self.say = say
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Called by the Trainer; the last step is logged whatever the interval."""
-        control.should_log = control.should_log or state.global_step >= state.max_steps
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
-        """Called by the Trainer."""
-        if not state.is_world_process_zero or not logs:
-            return
-        parts = [f"{name} {logs[name]:.4f}" for name in logs if name.removeprefix("eval_").startswith("loss")]
-        if not parts:
-            return
-        rate = logs.get("train_tokens_per_second")
-        speed = f", {logs['num_input_tokens_seen']:,} tokens, {rate:,.0f} tokens/s" if rate else ""
-        self.say(f"{self.stage} {state.global_step}/{state.max_steps}: {', '.join(parts)}{speed}")

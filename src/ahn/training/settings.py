@@ -64,7 +64,8 @@ class TrainSettings:
         initial_decay: Lowest and highest decay rate that fresh memories start with, exp(A_log), drawn uniformly; the
             published 0 to 16 if left out. Memories without decay do not look at it.
         seed: What all random numbers depend on.
-        checkpointing: Whether to recompute activations in the backward pass instead of keeping them.
+        checkpointing: Whether to compute whole layers again in the backward pass instead of keeping what they need;
+            from 4,096 tokens a batch on if left out.
         slice_tokens: As for `distillation_loss`.
         log_every: Steps between two lines of the log.
         save_every: Steps between two checkpoints.
@@ -114,7 +115,7 @@ class TrainSettings:
     max_grad_norm: float = 1.0
     initial_decay: tuple[float, float] | None = (0.001, 1.0)
     seed: int = 0
-    checkpointing: bool = False
+    checkpointing: bool | None = None
     slice_tokens: int | None = None
     log_every: int = 5
     save_every: int = 50
@@ -161,6 +162,11 @@ class TrainSettings:
     def cut(self) -> Cut:
         """How documents become sequences."""
         return Cut(self.length, self.min_length or max(2, self.length // 2), self.pack, self.held_out)
+
+    @property
+    def recomputes_layers(self) -> bool:
+        """Whether activations are checkpointed."""
+        return self.batch * self.length >= 4096 if self.checkpointing is None else self.checkpointing
 
     @property
     def span(self) -> Span:
