@@ -34,7 +34,7 @@ def main() -> None:
     cache, marks, started = ahn.HippocampalCache(model), {}, time.perf_counter()
     print(f"{'tokens':>8}  {'cache bytes':>12}  {'peak resident MB':>16}  {'tokens/s':>8}")
     for part in ids.split(options.chunk, dim=1):
-        model(part, past_key_values=cache, logits_to_keep=1)
+        model(part, cache=cache, logits_to_keep=1)
         seen = cache.seen_tokens
         if seen % (10 * options.chunk) < options.chunk or seen == ids.size(1):
             peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3

@@ -31,7 +31,7 @@ def token_nll(model, ids: torch.Tensor, chunk: int = 512) -> tuple[torch.Tensor,
     started = time.perf_counter()
     for start in range(0, ids.size(1), chunk):
         piece = ids[:, start : start + chunk]
-        logits = model(piece, past_key_values=cache).logits[0]
+        logits = model(piece, cache=cache).logits[0]
         ahead = logits[:-1] if last is None else torch.cat((last, logits[:-1]))
         parts.append(torch.nn.functional.cross_entropy(ahead, piece[0, -len(ahead) :], reduction="none"))
         last = logits[-1:]

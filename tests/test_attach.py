@@ -113,7 +113,7 @@ def test_a_model_that_slides_everywhere_gets_memories_everywhere() -> None:
     model = with_memory("mistral", model={"sliding_window": 12}, sinks=3)
     assert memories(model) == [True, True, True]
     ids, cache = text(1, 60), ahn.HippocampalCache(model)
-    read(model, ids, 7, past_key_values=cache)
+    read(model, ids, 7, cache=cache)
     layer: Any = cache.layers[0]
     assert isinstance(layer, HippocampalLayer)
     assert (layer.exact.sinks, layer.exact.window) == (3, 9)
@@ -126,7 +126,7 @@ def test_chosen_layers_only() -> None:
     model = with_memory(layers=(1,))
     assert memories(model) == [False, True, False]
     cache, ids = ahn.HippocampalCache(model), text(2, 70)
-    chunked = read(model, ids, [30, 1, 1, 38], past_key_values=cache)
+    chunked = read(model, ids, [30, 1, 1, 38], cache=cache)
     torch.testing.assert_close(chunked, read(model, ids), rtol=0, atol=1e-4)
     assert isinstance(cache.layers[0], transformers.DynamicLayer) or cache.layers[0].keys.size(2) == 70
     padded = torch.nn.functional.pad(ids[:1, 20:], (20, 0))
@@ -174,7 +174,7 @@ def test_training_with_a_cache_cuts_the_graph_between_calls() -> None:
     model, ids = with_memory(), text(1, 60)
     model.train()
     cache = ahn.HippocampalCache(model)
-    loss = sum(model(part, past_key_values=cache).logits.square().sum() for part in ids.split(20, dim=1))
+    loss = sum(model(part, cache=cache).logits.square().sum() for part in ids.split(20, dim=1))
     loss.backward()
     assert model.model.layers[0].self_attn.memory.o_proj.grad.isfinite().all()
 

@@ -82,7 +82,7 @@ def calls() -> dict[str, Callable[[], Any]]:
     holes = torch.ones_like(ids)
     holes[0, 20] = 0
     used = ahn.HippocampalCache(model)
-    model(ids, past_key_values=used)
+    model(ids, cache=used)
     bloom = transformers.AutoModelForCausalLM.from_config(
         transformers.BloomConfig(hidden_size=32, n_layer=2, n_head=4, vocab_size=64)
     )
@@ -99,9 +99,9 @@ def calls() -> dict[str, Callable[[], Any]]:
         "ahn.attach(model)  # twice": lambda: ahn.attach(model),
         "ahn.detach(model)  # without a memory": lambda: ahn.detach(plain),
         "ahn.HippocampalCache(model)  # without a memory": lambda: ahn.HippocampalCache(plain),
-        "model(ids, past_key_values=DynamicCache())": lambda: model(ids, past_key_values=transformers.DynamicCache()),
+        "model(ids, cache=DynamicCache())": lambda: model(ids, cache=transformers.DynamicCache()),
         "model(ids, attention_mask=mask_with_holes)": lambda: model(ids, attention_mask=holes),
-        "model(two_rows, past_key_values=cache_of_one_row)": lambda: model(text(2, 4), past_key_values=used),
+        "model(two_rows, cache=cache_of_one_row)": lambda: model(text(2, 4), cache=used),
         "cache.crop(-3)  # after the window is full": lambda: used.crop(-3),
         'cache.load("text.txt", model)': lambda: ahn.HippocampalCache.load("text.txt", model),
         "model.generate(ids, prompt_lookup_num_tokens=3)": lambda: model.generate(

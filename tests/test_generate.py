@@ -9,6 +9,7 @@ import torch
 import transformers
 
 import ahn
+from ahn._compat import CACHE
 from tests.test_families import padded
 from tests.tiny import MEMORIES, read, text, tiny, with_memory
 
@@ -46,9 +47,9 @@ def test_prefill_in_chunks(model: Any, chunk: int) -> None:
 def test_several_turns_on_one_cache(model: Any) -> None:
     cache, ids = ahn.HippocampalCache(model), text(1, 18)
     for turn in range(3):
-        ids = model.generate(ids, past_key_values=cache, max_new_tokens=9, do_sample=False)
+        ids = model.generate(ids, **{CACHE: cache}, max_new_tokens=9, do_sample=False)
         ids = torch.cat((ids, text(1, 7, seed=turn)), dim=1)
-    out = model.generate(ids, past_key_values=cache, max_new_tokens=9, do_sample=False)
+    out = model.generate(ids, **{CACHE: cache}, max_new_tokens=9, do_sample=False)
     assert torch.equal(out, greedy(model, ids, 9))
 
 
@@ -89,7 +90,7 @@ def test_two_caches_interleaved(model: Any) -> None:
     parts: list[list[torch.Tensor]] = [[], []]
     for start in range(0, 60, 6):
         for cache, ids, logits in zip(caches, texts, parts, strict=True):
-            logits.append(read(model, ids[:, start : start + 6], [4, 2], past_key_values=cache))
+            logits.append(read(model, ids[:, start : start + 6], [4, 2], cache=cache))
     torch.testing.assert_close(torch.cat(parts[0], 1), read(model, texts[0]), rtol=0, atol=1e-4)
     with ahn.mode(model, "ahn", window=9, sinks=2):
         torch.testing.assert_close(torch.cat(parts[1], 1), read(model, texts[1]), rtol=0, atol=1e-4)
@@ -98,9 +99,9 @@ def test_two_caches_interleaved(model: Any) -> None:
 def test_returned_cache_goes_on(model: Any) -> None:
     ids = text(1, 40)
     out = model.generate(ids, max_new_tokens=8, do_sample=False, return_dict_in_generate=True)
-    assert isinstance(out.past_key_values, ahn.HippocampalCache)
-    assert out.past_key_values.seen_tokens == 47
-    more = model.generate(out.sequences, past_key_values=out.past_key_values, max_new_tokens=8, do_sample=False)
+    assert isinstance(out[CACHE], ahn.HippocampalCache)
+    assert out[CACHE].seen_tokens == 47
+    more = model.generate(out.sequences, **{CACHE: out[CACHE]}, max_new_tokens=8, do_sample=False)
     assert torch.equal(more, greedy(model, ids, 16))
 
 
@@ -108,7 +109,7 @@ REFUSALS = {
     "prompt-lookup": ({"prompt_lookup_num_tokens": 3}, "assisted"),
     "assistant": ({"assistant_model": None}, "assisted"),
     "static-cache": ({"cache_implementation": "static"}, "cache_implementation"),
-    "dynamic-cache": ({"past_key_values": transformers.DynamicCache()}, "HippocampalCache"),
+    "dynamic-cache": ({CACHE: transformers.DynamicCache()}, "HippocampalCache"),
 }
 
 

@@ -37,7 +37,7 @@ class Golden:
     @torch.no_grad()
     def decode(self, cache: ahn.HippocampalCache, name: str) -> torch.Tensor:
         steps = self.tensors[name].split(1, dim=1)
-        return torch.cat([self.model(step, past_key_values=cache).logits for step in steps], dim=1)
+        return torch.cat([self.model(step, cache=cache).logits for step in steps], dim=1)
 
     def states(self, cache: ahn.HippocampalCache) -> torch.Tensor:
         layers: Any = cache.layers
@@ -52,7 +52,7 @@ def golden(request: pytest.FixtureRequest) -> Golden:
 @torch.no_grad()
 def test_prefill_then_decoding(golden: Golden) -> None:
     cache = ahn.HippocampalCache(golden.model)
-    golden.check(golden.model(golden.tensors["input_ids"], past_key_values=cache).logits, "prefill_logits")
+    golden.check(golden.model(golden.tensors["input_ids"], cache=cache).logits, "prefill_logits")
     golden.check(golden.states(cache), "state_after_prefill")
     golden.check(golden.decode(cache, "decode_ids"), "decode_logits")
     golden.check(golden.states(cache), "state_after_decode")
@@ -61,7 +61,7 @@ def test_prefill_then_decoding(golden: Golden) -> None:
 @torch.no_grad()
 def test_short_prompt_then_decoding(golden: Golden) -> None:
     cache = ahn.HippocampalCache(golden.model)
-    golden.model(golden.tensors["short_input_ids"], past_key_values=cache)
+    golden.model(golden.tensors["short_input_ids"], cache=cache)
     golden.check(golden.decode(cache, "short_decode_ids"), "short_decode_logits")
 
 
@@ -70,7 +70,7 @@ def test_short_prompt_then_decoding(golden: Golden) -> None:
 def test_prefill_in_chunks(golden: Golden, chunk: int) -> None:
     cache = ahn.HippocampalCache(golden.model)
     parts = golden.tensors["input_ids"].split(chunk, dim=1)
-    logits = torch.cat([golden.model(part, past_key_values=cache).logits for part in parts], dim=1)
+    logits = torch.cat([golden.model(part, cache=cache).logits for part in parts], dim=1)
     golden.check(logits, "prefill_logits")
     golden.check(golden.states(cache), "state_after_prefill")
 

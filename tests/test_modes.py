@@ -10,6 +10,7 @@ import torch
 import transformers
 
 import ahn
+from ahn._compat import CACHE
 from tests.tiny import read, text, tiny, with_memory
 
 IDS = text(1, 70)
@@ -80,9 +81,9 @@ def test_threads_do_not_see_each_others_mode(model: Any) -> None:
 def test_a_live_cache_keeps_its_settings(model: Any) -> None:
     with ahn.mode(model, "window", window=9, sinks=2):
         cache, expected = ahn.HippocampalCache(model), read(model, IDS, [40, 30])
-    first = read(model, IDS[:, :40], past_key_values=cache)
+    first = read(model, IDS[:, :40], cache=cache)
     with ahn.mode(model, "full"):
-        rest = read(model, IDS[:, 40:], past_key_values=cache)
+        rest = read(model, IDS[:, 40:], cache=cache)
     assert torch.equal(torch.cat((first, rest), 1), expected)
 
 
@@ -90,15 +91,15 @@ def test_a_live_cache_keeps_its_settings(model: Any) -> None:
 def test_a_cache_of_full_mode_goes_on_in_full_mode(model: Any) -> None:
     with ahn.mode(model, "full"):
         expected = model(IDS).logits[:, 40:]
-        cache = model(IDS[:, :40]).past_key_values
+        cache = model(IDS[:, :40])[CACHE]
     assert isinstance(cache, transformers.DynamicCache)
-    torch.testing.assert_close(model(IDS[:, 40:], past_key_values=cache).logits, expected, rtol=0, atol=1e-5)
+    torch.testing.assert_close(model(IDS[:, 40:], cache=cache).logits, expected, rtol=0, atol=1e-5)
 
 
 @torch.no_grad()
 def test_an_empty_foreign_cache_is_refused(model: Any) -> None:
     with pytest.raises(ahn.AHNError, match="HippocampalCache"):
-        model(IDS, past_key_values=transformers.DynamicCache())
+        model(IDS, cache=transformers.DynamicCache())
 
 
 def test_no_cache_of_ours_in_full_mode(model: Any) -> None:

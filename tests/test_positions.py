@@ -86,7 +86,7 @@ def test_a_memory_without_positions_stores_unrotated_keys(kind: str) -> None:
     """The state of the first layer against one computed from the projections, also where frequencies change."""
     model = with_memory(model=rope(kind), memory_positions="none")
     ids, cache = text(1, 150), ahn.HippocampalCache(model)
-    read(model, ids, [50, 50, *[1] * 50], past_key_values=cache)
+    read(model, ids, [50, 50, *[1] * 50], cache=cache)
     layer = model.model.layers[0]
     hidden = layer.input_layernorm(model.model.embed_tokens(ids))
     attention = layer.self_attn

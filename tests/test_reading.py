@@ -8,6 +8,7 @@ import transformers
 from torch.nn import functional
 
 import ahn
+from ahn._compat import CACHE
 from ahn.errors import ConfigError, ShapeError
 from ahn.reading import Progress, Reader, automatic_chunk, cache_bytes, full_cache_bytes, read
 from tests.tiny import text, tiny, with_memory
@@ -74,7 +75,7 @@ def test_generate_goes_on_with_its_cache(model):
     """What was read is no inference tensor, which later writes into the ring buffer would refuse."""
     ids = text(tokens=40)
     cache = read(model, ids[:, :-1], score=False).cache
-    new = model.generate(ids, past_key_values=cache, max_new_tokens=4, do_sample=False)
+    new = model.generate(ids, **{CACHE: cache}, max_new_tokens=4, do_sample=False)
     torch.testing.assert_close(new, model.generate(ids, max_new_tokens=4, do_sample=False))
 
 

@@ -120,14 +120,14 @@ def read(model: Any, ids: torch.Tensor, chunks: list[int] | int | None = None, *
     if chunks is None:
         return model(ids, **kwargs).logits
     sizes = chunks if isinstance(chunks, list) else [chunks] * -(-ids.size(1) // chunks)
-    cache, mask = kwargs.pop("past_key_values", None) or ahn.HippocampalCache(model), kwargs.pop("attention_mask", None)
+    cache, mask = kwargs.pop("cache", None) or ahn.HippocampalCache(model), kwargs.pop("attention_mask", None)
     logits, start = [], 0
     for size in sizes:
         stop = min(start + size, ids.size(1))
         part = {} if mask is None else {"attention_mask": mask[:, :stop]}
         if "position_ids" in kwargs:
             part["position_ids"] = kwargs["position_ids"][:, start:stop]
-        logits.append(model(ids[:, start:stop], past_key_values=cache, **part).logits)
+        logits.append(model(ids[:, start:stop], cache=cache, **part).logits)
         start = stop
     assert start == ids.size(1), "the chunks do not cover the text"
     return torch.cat(logits, dim=1)

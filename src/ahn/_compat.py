@@ -2,18 +2,42 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import inspect
+from collections.abc import Iterator, Mapping
 from types import MethodType
 from typing import Any
 
 import torch
 from torch import nn
+from transformers import GenerationMixin
 from transformers.generation.configuration_utils import GenerationMode
 
 from ahn.attachment import attachment_of
 from ahn.cache import HippocampalCache
 from ahn.cache.cache import refuse_assisted_decoding
 from ahn.errors import CacheError
+
+_CACHE_NAMES = ("cache", "past_key_values")
+_GENERATES_FROM = inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters
+CACHE = "cache" if "cache" in _GENERATES_FROM else "past_key_values"
+"""Name under which this transformers hands a cache on (`past_key_values` before 5.24; 5.40 removes that name)."""
+
+
+def cache_name(model: Any) -> str:
+    """Name by which a model takes a cache (5.24: code that comes from the hub with its model may keep the old one)."""
+    parameters = inspect.signature(type(model).forward).parameters
+    return next((name for name in _CACHE_NAMES if name in parameters), CACHE)
+
+
+def find_cache(arguments: Mapping[str, Any]) -> Any:
+    """The cache among the arguments of a call, under its name of any version, or `None`."""
+    return next((arguments[name] for name in _CACHE_NAMES if arguments.get(name) is not None), None)
+
+
+def with_cache(model: Any, arguments: Mapping[str, Any], cache: Any) -> dict[str, Any]:
+    """The arguments of a call with this cache instead of theirs, under the one name that the model takes."""
+    others = {name: value for name, value in arguments.items() if name not in _CACHE_NAMES}
+    return others if cache is None else {**others, cache_name(model): cache}
 
 
 def set_implementation(config: Any, name: str | None) -> None:
@@ -38,7 +62,7 @@ def make_generate_use_memory(model: Any) -> None:
 
 def _prepare_cache(model: Any, generation_config: Any, model_kwargs: dict[str, Any], mode: Any, *rest: Any) -> None:
     """Puts a new cache of ours where the base model would put its own, and refuses what a memory cannot do."""
-    given = model_kwargs.get("past_key_values")
+    given = model_kwargs.get(CACHE)
     full = given is None and attachment_of(model).settings.mode == "full"
     if not full and (given is None or isinstance(given, HippocampalCache)):
         if mode == GenerationMode.ASSISTED_GENERATION:
@@ -49,7 +73,7 @@ def _prepare_cache(model: Any, generation_config: Any, model_kwargs: dict[str, A
                 'leave it out, or generate inside ahn.mode(model, "full")'
             )
         if given is None and generation_config.use_cache is not False:
-            model_kwargs["past_key_values"] = HippocampalCache(model)
+            model_kwargs[CACHE] = HippocampalCache(model)
             return
     type(model)._prepare_cache_for_generation(model, generation_config, model_kwargs, mode, *rest)
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ahn import _compat
 from ahn.attachment import Attachment, Site, attachment_of
 from ahn.attention import LayerCall, Rotary
 from ahn.cache import HippocampalCache, HippocampalLayer, Padding
@@ -26,10 +27,13 @@ def before_call(backbone: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
     if args:
         kwargs = {**dict(zip(_parameter_names(backbone), args, strict=False)), **kwargs}
     inputs = kwargs.get("input_ids") if kwargs.get("input_ids") is not None else kwargs.get("inputs_embeds")
-    settings = _settings(attachment, kwargs.get("past_key_values"))
-    padding = None
+    cache, padding = _compat.find_cache(kwargs), None
+    settings = _settings(attachment, cache)
     if settings.mode != "full" and inputs is not None:
-        padding = _prepare(attachment, backbone, kwargs, inputs)
+        if cache is None:
+            cache = _new_cache(attachment, backbone, kwargs)
+        padding = _padding(attachment, cache, inputs, kwargs.get("attention_mask"))
+    kwargs = _compat.with_cache(backbone, kwargs, cache)
     plan = Plan(attachment, settings, padding)
     plan.token = CURRENT.set(plan)
     return (), kwargs
@@ -56,14 +60,16 @@ def _settings(attachment: Attachment, cache: Any) -> RunSettings:
     return RunSettings("full", settings.window, settings.sinks)
 
 
-def _prepare(attachment: Attachment, backbone: Any, kwargs: dict[str, Any], inputs: torch.Tensor) -> Padding | None:
-    """Makes the call's cache if one is wanted and finds the padding of its rows."""
-    cache, mask = kwargs.get("past_key_values"), kwargs.get("attention_mask")
-    if cache is None:
-        wanted = kwargs.get("use_cache")
-        wanted = backbone.config.use_cache and not backbone.training if wanted is None else wanted
-        kwargs["use_cache"] = wanted
-        cache = kwargs["past_key_values"] = HippocampalCache(_holder(attachment)) if wanted else None
+def _new_cache(attachment: Attachment, backbone: Any, kwargs: dict[str, Any]) -> HippocampalCache | None:
+    """Makes the cache of a call that was given none, if one is wanted."""
+    wanted = kwargs.get("use_cache")
+    wanted = backbone.config.use_cache and not backbone.training if wanted is None else wanted
+    kwargs["use_cache"] = wanted
+    return HippocampalCache(_holder(attachment)) if wanted else None
+
+
+def _padding(attachment: Attachment, cache: HippocampalCache | None, inputs: torch.Tensor, mask: Any) -> Padding | None:
+    """Checks that a call can be read and finds the padding of its rows, which its cache keeps."""
     seen = cache.seen_tokens if cache is not None else 0
     batch, new = inputs.shape[:2]
     _check_call(attachment, cache, batch, seen + new)
@@ -98,7 +104,7 @@ def before_layer(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
         return None
     hidden = args[0] if args else kwargs["hidden_states"]
     gates = site.memory.gates(hidden) if plan.settings.mode == "ahn" else None
-    store = _store(kwargs.get("past_key_values"), site)
+    store = _store(_compat.find_cache(kwargs), site)
     kept = store is not None
     store = store or HippocampalLayer(plan.settings, site.sliding_window)
     rotary = _rotary(site, kwargs, plan)

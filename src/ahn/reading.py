@@ -17,6 +17,7 @@ from torch import nn
 from torch.nn import functional
 from transformers.cache_utils import Cache, DynamicCache
 
+from ahn import _compat
 from ahn.attachment import attachment_of, find_attachment
 from ahn.cache import HippocampalCache
 from ahn.cache.cache import layer_tensors
@@ -226,7 +227,8 @@ def automatic_chunk(model: nn.Module) -> int:
 def _forward(model: Any, ids_T: torch.Tensor, cache: Cache, every: bool) -> torch.Tensor:
     """Logits of all new tokens, or of the last one only, `[T or 1, V]`."""
     keep = {} if every or "logits_to_keep" not in inspect.signature(model.forward).parameters else {"logits_to_keep": 1}
-    logits: torch.Tensor = model(input_ids=ids_T[None], past_key_values=cache, use_cache=True, **keep).logits[0]
+    arguments = _compat.with_cache(model, {"input_ids": ids_T[None], "use_cache": True, **keep}, cache)
+    logits: torch.Tensor = model(**arguments).logits[0]
     return logits
 
 

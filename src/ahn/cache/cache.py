@@ -24,9 +24,10 @@ AnyLayer = HippocampalLayer | DynamicLayer
 class HippocampalCache(Cache):
     """What a model keeps of the text it has read, in a number of bytes that stops growing once the window is full.
 
-    It is a `transformers.Cache`: pass it as `past_key_values` to keep it over several calls of `model(...)` or
-    `model.generate(...)`. Without one, each call makes its own. Layers that kept the base model's full attention
-    (`AHNConfig(layers=...)`) hold an ordinary cache that grows.
+    It is a `transformers.Cache`: to keep it over several calls, pass it as `model(..., cache=cache)` and
+    `model.generate(..., cache=cache)`; before transformers 5.24, `generate` calls it `past_key_values`. Without one,
+    each call makes its own. Layers that kept the base model's full attention (`AHNConfig(layers=...)`) hold an ordinary
+    cache that grows.
 
     Args:
         model: A model with a memory attached.

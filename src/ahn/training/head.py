@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers.utils.generic import ModelOutput
+from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 
 import ahn
 from ahn.errors import ModelError
@@ -20,14 +20,9 @@ from ahn.probe import find_backbone, sample
 
 
 @dataclasses.dataclass
-class _Output(ModelOutput):
+class _Output(BaseModelOutputWithPastAndCrossAttentions):
     """Everything that a model's forward may look for in the output of its stack of layers."""
 
-    last_hidden_state: torch.Tensor | None = None
-    past_key_values: Any = None
-    hidden_states: Any = None
-    attentions: Any = None
-    cross_attentions: Any = None
     router_logits: Any = None
 
 

@@ -19,6 +19,7 @@ from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import AttentionInterface
 
 import ahn
+from ahn import _compat
 from ahn.attachment import Attachment, attachment_of
 from ahn.attention import LayerCall, attention_function
 from ahn.cache.exact import Tokens
@@ -127,7 +128,7 @@ def _bring(lesson: _Lesson) -> Callable[..., Any]:
     """A hook that sends the student's view of the layer along to the attention function."""
 
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        student = {**kwargs, "attention_mask": lesson.plan, "past_key_values": None}
+        student = {**_compat.with_cache(module, kwargs, None), "attention_mask": lesson.plan}
         with torch.enable_grad():
             call = before_layer(module, args, student)[1]["ahn"]
         return args, {**kwargs, TRANSFER: (lesson, call)}
