@@ -9,7 +9,7 @@ import torch
 
 import ahn
 from ahn.attachment import attachment_of
-from tests.tiny import MEMORIES, read, text, tiny, with_memory
+from tests.tiny import FAMILIES, MEMORIES, read, text, tiny, with_memory
 
 SINKS, WINDOW, TRAINED = 5, 16, 64
 ROPES: dict[str, dict[str, Any]] = {
@@ -159,8 +159,16 @@ def test_a_rotation_that_cannot_be_undone_is_refused_where_it_matters(monkeypatc
             ahn.attach(model, ahn.AHNConfig(window=16, sinks=5, **settings))
 
 
-def test_learned_positions_end_with_a_clear_word() -> None:
-    model = with_memory("gpt2", model={"n_positions": 40})
+@pytest.mark.parametrize("family", sorted(FAMILIES.keys() & {"gptj", "codegen"}))
+def test_a_family_that_rotates_in_its_own_way_has_absolute_sinks(family: str) -> None:
+    with pytest.raises(ahn.AHNError, match="queries, keys, cos and sin"):
+        with_memory(family, sink_positions="bounded")
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES.keys() & {"gpt2", "gptj", "codegen"}))
+def test_a_table_of_positions_ends_with_a_clear_word(family: str) -> None:
+    length = {"n_positions": 40} if family == "gpt2" else {"max_position_embeddings": 40}
+    model = with_memory(family, model=length)
     with pytest.raises(ahn.AHNError, match="40 tokens"):
         read(model, text(1, 41))
     with pytest.raises(ahn.AHNError, match="40 tokens"):

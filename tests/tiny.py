@@ -9,6 +9,7 @@ import transformers
 from torch import nn
 
 import ahn
+from ahn._compat import CACHE
 from ahn.attachment import attachment_of
 
 SIZES = {
@@ -66,6 +67,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "eos_token_id": 2,
     },
 }
+if CACHE == "cache":  # since transformers 5.24 these two go through the attention interface
+    FAMILIES |= {family: {"head_dim": None, "rotary_dim": 4} for family in ("gptj", "codegen")}
 MEMORIES = ("gated_delta_net", "delta_net", "mamba2")
 
 

@@ -55,7 +55,7 @@ class Attachment:
         base_implementation: Name of the attention implementation that the model had before.
         trained_context: Positions that the base model was trained on.
         rotation_problem: Why the rotary positions of this model cannot be undone, or `None` if they can or it has none.
-        position_limit: Tokens that a model with learned positions can read at all, or `None`.
+        position_limit: Tokens that a model with a table of positions can read at all, or `None`.
         handles: The hooks that were registered.
         implementations: Every config that was changed, with the attention implementation it named before.
     """

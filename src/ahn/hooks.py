@@ -88,7 +88,7 @@ def _check_call(attachment: Attachment, cache: HippocampalCache | None, batch: i
         raise CacheError(f"the cache holds {held} rows, but the input has {batch}; start a new cache or keep the batch")
     limit = attachment.position_limit
     if limit is not None and total > limit:
-        raise CacheError(f"this model has learned positions for {limit} tokens only and cannot read {total}")
+        raise CacheError(f"this model has positions for {limit} tokens only and cannot read {total}")
 
 
 def _holder(attachment: Attachment) -> nn.Module:

@@ -28,7 +28,7 @@ class Rotation:
         trained_context: Positions that the base model was trained on.
 
     Raises:
-        LookupError: The family has no such function.
+        LookupError: The family has no such function, or one with arguments of its own.
     """
 
     def __init__(self, module: nn.Module, rotary: nn.Module, layer_type: str | None, trained_context: int) -> None:
@@ -36,6 +36,8 @@ class Rotation:
         rotate = getattr(family, "apply_rotary_pos_emb", None)
         if rotate is None:
             raise LookupError(f"{family.__name__} has no apply_rotary_pos_emb")
+        if list(inspect.signature(rotate).parameters)[2:4] != ["cos", "sin"]:  # gptj and codegen rotate one at a time
+            raise LookupError(f"apply_rotary_pos_emb of {family.__name__} does not take queries, keys, cos and sin")
         self._rotate: Callable[..., tuple[torch.Tensor, torch.Tensor]] = rotate
         self._rotary = rotary
         # The outer layers of `forward` may change the frequencies as a side effect; the innermost one only reads them.

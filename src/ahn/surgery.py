@@ -164,7 +164,7 @@ def _base_name(backbone: Any) -> str:
 
 def _install(model: Any, backbone: Any, attachment: Attachment) -> None:
     """Hooks, memories and names: everything that `detach` takes back."""
-    attachment.position_limit = _learned_positions(backbone)
+    attachment.position_limit = _position_limit(backbone)
     for module in {id(each): each for each in (model, backbone, *(site.module for site in attachment.sites))}.values():
         set_attachment(module, attachment)
     handles = attachment.handles
@@ -180,11 +180,11 @@ def _install(model: Any, backbone: Any, attachment: Attachment) -> None:
     _compat.make_generate_use_memory(model)
 
 
-def _learned_positions(backbone: Any) -> int | None:
-    """How many positions a model with a table of learned positions has, or `None` for any other model."""
-    if find_rotary(backbone) is not None:
-        return None
-    known = _trained_context(backbone)
+def _position_limit(backbone: Any) -> int | None:
+    """How many positions a model with a table of positions has, or `None` for any other model."""
+    rotary, known = find_rotary(backbone), _trained_context(backbone)
+    if rotary is not None:  # gptj and codegen look their rotation up in a table
+        return known if hasattr(rotary, "embed_positions") else None
     tables = (m for m in backbone.modules() if isinstance(m, nn.Embedding) and m is not backbone.get_input_embeddings())
     return known if any(known <= table.num_embeddings <= known + 8 for table in tables) else None
 
