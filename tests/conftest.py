@@ -8,6 +8,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # Before torch is: threads that spin while they wait take the cores from whatever else runs.
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
+import logging
 import random
 import shutil
 import subprocess
@@ -55,6 +56,23 @@ def uninitialised_memory_shows() -> Iterator[None]:
         for name in ("new_empty", "new_empty_strided"):
             patch.setattr(torch.Tensor, name, _poisoned(getattr(torch.Tensor, name)))
         yield
+
+
+class _Deprecations(logging.Handler):
+    """Raises what transformers only logs of its deprecations, as pytest does with those it warns of."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if "deprecated" in (message := record.getMessage()):
+            raise FutureWarning(message)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def logged_deprecations_are_errors() -> Iterator[None]:
+    """Some names of transformers are deprecated in its log alone, where `filterwarnings` does not look."""
+    logger, handler = logging.getLogger("transformers"), _Deprecations(logging.WARNING)
+    logger.addHandler(handler)
+    yield
+    logger.removeHandler(handler)
 
 
 @pytest.fixture(autouse=True)
