@@ -83,6 +83,13 @@ class TestCutting:
             f"{n:04d}" for n in [*range(100), *range(1000, 1100)]
         ]
 
+    def test_a_few_pieces_of_each_document(self, tmp_path: Path, tokenizer: Any) -> None:
+        (tmp_path / "long.txt").write_text("".join(f"{number:04d}" for number in range(100)))
+        (tmp_path / "short.txt").write_text("abcd")
+        kept, held = load_pieces([str(tmp_path)], tokenizer, Cut(4, 4, held_out=0.3, per_document=4))
+        assert texts(kept, tokenizer) == ["0012", "0037", "0062", "abcd"]
+        assert texts(held, tokenizer) == ["0087"]
+
     @pytest.mark.parametrize("wrong", [{"min_length": 9}, {"min_length": 1}, {"held_out": 1.0}, {"held_out": -0.1}])
     def test_settings_are_checked(self, wrong: Any) -> None:
         with pytest.raises(ConfigError, match=r"min_length|held_out"):

@@ -100,6 +100,15 @@ def test_window_and_memory_keep_nothing_for_the_backward_pass() -> None:
     assert lean < plain / 3
 
 
+def test_computing_again_changes_nothing() -> None:
+    model, found = trainable("qwen3"), []
+    for again in (False, True):
+        loss = distillation_loss(model, {"input_ids": text(1, 64)}, {"kl": 1}, **SPAN, recompute_attention=again)
+        loss.mean({"kl": 1}).backward()
+        found.append(gradients(model))
+    assert_close(found[1], found[0])
+
+
 @pytest.mark.slow
 def test_a_step_at_4096_tokens_fits_into_six_gibibytes() -> None:
     code = """

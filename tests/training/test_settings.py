@@ -25,6 +25,19 @@ def test_the_file_gives_the_same_settings(tmp_path: Path) -> None:
     assert TrainSettings.of(read_yaml(tmp_path / "train.yaml")) == settings
 
 
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ({"length": 1024}, "none"),
+        ({"length": 1024, "batch": 2}, "attention"),
+        ({"length": 4096}, "layers"),
+        ({"length": 4096, "checkpointing": "none"}, "none"),
+    ],
+)
+def test_the_longer_the_more_is_computed_again(values: Any, expected: str) -> None:
+    assert TrainSettings(**values).recomputed == expected
+
+
 def test_numbers_may_come_as_text() -> None:
     """YAML reads 1e-3 as a text."""
     assert TrainSettings.of({"lr": "1e-3", "losses": {"kl": "2"}, "initial_decay": ["0.1", 1]}).lr == 0.001
@@ -47,6 +60,14 @@ def test_numbers_may_come_as_text() -> None:
         ({"stages": ["distill", "transfer"]}, "stages must be transfer, distill or both in this order"),
         ({"stages": []}, "stages must be"),
         ({"draw": "sometimes"}, "draw must be one of random, fixed"),
+        ({"checkpointing": "all"}, "checkpointing must be one of none, attention, layers, not 'all'"),
+        ({"loss_share": 0}, "loss_share must be a share above 0 and at most 1, not 0"),
+        (
+            {"teacher_cache": "x", "losses": {"kl": 1, "attention": 1}},
+            "teacher_cache does not serve the loss attention",
+        ),
+        ({"per_document": 0}, "per_document must be at least 1"),
+        ({"per_document": 2, "pack": True}, "needs documents that are cut, not packed"),
         ({"dtype": "int8"}, "dtype must be one of"),
         ({"initial_decay": [2, 1]}, "initial_decay must be a range"),
         ({"initial_decay": [1]}, "initial_decay must be a list"),

@@ -79,11 +79,17 @@ def command(
         str | None, typer.Option(help="float32, bfloat16 or auto, of the base.  [dim]\\[default: auto][/dim]")
     ] = None,
     checkpointing: Annotated[
-        bool | None,
+        str | None,
         typer.Option(
-            "--checkpointing/--no-checkpointing",
-            help="Less memory, a quarter more time.  [dim]\\[default: from 4,096 tokens on][/dim]",
+            metavar="none|attention|layers",
+            help="What to compute twice instead of keeping it.  [dim]\\[default: the more, the longer][/dim]",
         ),
+    ] = None,
+    loss_share: Annotated[
+        float | None, typer.Option(help="Share of the positions that the loss looks at.  [dim]\\[default: 1][/dim]")
+    ] = None,
+    teacher_cache: Annotated[
+        str | None, typer.Option(help="Folder to keep what the teacher has read, for further trainings.")
     ] = None,
     valid: Annotated[list[str] | None, typer.Option(help="Text for the closing table, as --data.")] = None,
     held_out: Annotated[

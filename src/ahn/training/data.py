@@ -29,6 +29,8 @@ class Cut:
         pack: Whether to join documents, with an end-of-text token between them, so that all pieces are full.
         held_out: Share of the tokens that is kept for evaluation: the end of each long document, or every so many
             short documents.
+        per_document: Pieces of a document at most, spread evenly over it; all of them if left out. It keeps a few long
+            documents from drowning many short ones. Not for documents that are joined.
 
     Raises:
         ConfigError: A value is out of range.
@@ -38,12 +40,15 @@ class Cut:
     min_length: int
     pack: bool = False
     held_out: float = 0.0
+    per_document: int | None = None
 
     def __post_init__(self) -> None:
         if not 2 <= self.min_length <= self.length:
             raise ConfigError(f"min_length must be from 2 to the length {self.length}, not {self.min_length}")
         if not 0 <= self.held_out < 1:
             raise ConfigError(f"held_out must be a share from 0 to below 1, not {self.held_out}")
+        if self.per_document is not None and (self.per_document < 1 or self.pack):
+            raise ConfigError("per_document must be at least 1, and needs documents that are cut, not packed")
 
 
 def load_pieces(
@@ -163,7 +168,7 @@ def _split(places: list[str], tokenizer: Any, cut: Cut, query: DataQuery | None)
     whole = (tokenise(document, tokenizer) for document in documents(places, query))
     if not cut.pack:
         for piece in whole:
-            pieces = cut_document(piece, cut, opening)
+            pieces = _spread(cut_document(piece, cut, opening), cut.per_document)
             held = quota.of(len(pieces))
             yield from ((each, number >= len(pieces) - held) for number, each in enumerate(pieces))
         return
@@ -175,6 +180,13 @@ def _split(places: list[str], tokenizer: Any, cut: Cut, query: DataQuery | None)
         yield from ((full, held) for full in lines[held](piece))
     for is_held, line in lines.items():
         yield from ((rest, is_held) for rest in line(None))
+
+
+def _spread(pieces: list[Piece], most: int | None) -> list[Piece]:
+    """So many of the pieces, at even distances."""
+    if most is None or len(pieces) <= most:
+        return pieces
+    return [pieces[(2 * number + 1) * len(pieces) // (2 * most)] for number in range(most)]
 
 
 class _Quota:

@@ -20,6 +20,7 @@ from ahn.training.draws import Span
 from ahn.training.head import Head
 from ahn.training.losses import LossOutput, check_weights, distillation_loss
 from ahn.training.targets import find_targets
+from ahn.training.teacher import TeacherCache
 from ahn.training.transfer import transfer_loss
 
 Stage = Literal["transfer", "distill"]
@@ -36,6 +37,8 @@ class Distiller(nn.Module):
         weights: Losses and their weights, as for `distillation_loss`; not looked at by "transfer".
         stage: "distill" trains end to end, "transfer" each layer on its own.
         slice_tokens: As for `distillation_loss`.
+        recompute_attention: As for `distillation_loss`.
+        teacher: As for `distillation_loss`.
 
     Raises:
         ModelError: No memory is attached, or the model's head cannot be run in slices.
@@ -50,6 +53,8 @@ class Distiller(nn.Module):
         weights: Mapping[str, float] | None = None,
         stage: Stage = "distill",
         slice_tokens: int | None = None,
+        recompute_attention: bool = True,
+        teacher: TeacherCache | None = None,
     ) -> None:
         super().__init__()
         if stage not in ("transfer", "distill"):
@@ -57,6 +62,8 @@ class Distiller(nn.Module):
         self.stage = stage
         self.weights = {"transfer": 1.0} if stage == "transfer" else check_weights(weights or {"kl": 1.0})
         self.slice_tokens = slice_tokens
+        self.recompute_attention = recompute_attention
+        self.teacher = teacher
         self.model = model
         self._no_split_modules = getattr(model, "_no_split_modules", None)  # where FSDP cuts
         model.requires_grad_(False)
@@ -146,7 +153,17 @@ class Distiller(nn.Module):
 
     def _loss(self, batch: Mapping[str, torch.Tensor], span: Span) -> LossOutput:
         if self.stage == "distill":
-            return distillation_loss(self.model, batch, self.weights, *span, slice_tokens=self.slice_tokens)
+            if self.teacher is not None and self.is_sharded():  # processes that find a text would not wait for others
+                raise ConfigError("teacher_cache does not serve a sharded model (FSDP2); leave it out")
+            return distillation_loss(
+                self.model,
+                batch,
+                self.weights,
+                *span,
+                slice_tokens=self.slice_tokens,
+                recompute_attention=self.recompute_attention,
+                teacher=self.teacher,
+            )
         if self.is_sharded():
             raise ConfigError("the stage transfer does not run sharded (FSDP2); run it with DDP or in one process")
         return transfer_loss(self.model, batch, *span)

@@ -10,11 +10,13 @@ import dataclasses
 import random
 from typing import NamedTuple
 
+import torch
 from torch import nn
 
 from ahn.attachment import attachment_of
 from ahn.config import check_span
 from ahn.errors import ConfigError
+from ahn.training.targets import IGNORED
 
 TOTALS = (32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
 """Published candidates for the tokens kept exactly, sinks and window together."""
@@ -33,6 +35,24 @@ class Span(NamedTuple):
 
     window: int
     sinks: int
+
+
+def thinned(labels: torch.Tensor, share: float, *place: int) -> torch.Tensor:
+    """Labels of which a share is kept, drawn token by token, the others being -100.
+
+    The losses that look at labels stay what they are on average, and cost that share of their vocabulary product.
+
+    Args:
+        labels: `[B, T]`.
+        share: Share that is kept, above 0; 1 keeps all.
+        *place: What the draw depends on: seed, step, batch within the step, process.
+    """
+    if share >= 1:
+        return labels
+    dice = random.Random("/".join(map(str, place)))
+    generator = torch.Generator().manual_seed(dice.getrandbits(63))
+    dropped = torch.rand(labels.shape, generator=generator) >= share
+    return labels.masked_fill(dropped.to(labels.device), IGNORED)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -19,6 +19,7 @@ from ahn.errors import ConfigError
 from ahn.training.head import Head
 from ahn.training.recording import recomputes_layers, recording
 from ahn.training.targets import CePairs, Targets, find_targets
+from ahn.training.teacher import TeacherCache
 
 LOSSES = ("kl", "ce", "attention")
 """kl: divergence of the student's next-token distribution from the teacher's, nats per token. ce: the student's
@@ -76,6 +77,8 @@ def distillation_loss(
     slice_tokens: int | None = None,
     normalised_attention: bool = True,
     ce_pairs: CePairs = "next",
+    recompute_attention: bool = True,
+    teacher: TeacherCache | None = None,
 ) -> LossOutput:
     """Losses of the student against the teacher at the positions beyond sinks and window.
 
@@ -88,6 +91,10 @@ def distillation_loss(
         slice_tokens: Positions whose logits exist at the same time; as many as make 32 MiB if left out.
         normalised_attention: Whether the attention loss compares directions (each output divided by its length).
         ce_pairs: As for `find_targets`.
+        recompute_attention: Whether to compute window and memory again in the backward pass instead of keeping what
+            they need, unless whole layers are computed again anyway.
+        teacher: Where the teacher's hidden states are kept from one reading of a text to the next; not for the loss
+            "attention", which needs more of the teacher.
 
     Returns:
         Sums over the positions, and their number.
@@ -105,10 +112,10 @@ def distillation_loss(
     seen_student: dict[int, torch.Tensor] | None = {} if "attention" in wanted else None
     hidden_teacher = None
     if wanted.keys() & {"kl", "attention"}:
-        with torch.no_grad(), ahn.mode(model, "full"), recording(backbone, seen_teacher):
-            hidden_teacher = backbone(**inputs, use_cache=False).last_hidden_state.flatten(0, 1)
+        hidden_teacher = _teacher_states(model, backbone, inputs, seen_teacher, teacher).flatten(0, 1)
     student = ahn.mode(model, "ahn", window=window, sinks=sinks)
-    with student, recording(backbone, seen_student, not recomputes_layers(backbone)):
+    recompute = recompute_attention and not recomputes_layers(backbone)
+    with student, recording(backbone, seen_student, recompute):
         hidden_student = backbone(**inputs, use_cache=False).last_hidden_state.flatten(0, 1)
     sums: dict[str, torch.Tensor] = {}
     if wanted.keys() & {"kl", "ce"}:
@@ -116,6 +123,26 @@ def distillation_loss(
     if seen_teacher is not None and seen_student is not None:
         sums["attention"] = attention_loss(seen_teacher, seen_student, targets.attention, normalised_attention)
     return LossOutput(sums, targets.counts(sums))
+
+
+@torch.no_grad()
+def _teacher_states(
+    model: nn.Module,
+    backbone: Any,
+    inputs: Mapping[str, torch.Tensor],
+    outputs: dict[int, torch.Tensor] | None,
+    cache: TeacherCache | None,
+) -> torch.Tensor:
+    """The teacher's last hidden states, `[B, T, D]`: read anew, or kept from before."""
+
+    def read() -> torch.Tensor:
+        with ahn.mode(model, "full"), recording(backbone, outputs):
+            states: torch.Tensor = backbone(**inputs, use_cache=False).last_hidden_state
+        return states
+
+    if cache is None or outputs is not None:
+        return read()
+    return cache.states(inputs["input_ids"], inputs.get("attention_mask"), read)
 
 
 def vocabulary_losses(

@@ -26,10 +26,11 @@ from ahn.training.saving import load_adapter, save_adapter
 from ahn.training.settings import FILE, TrainSettings, read_yaml, write_yaml
 from ahn.training.sources import check_places
 from ahn.training.start import set_initial_decay
+from ahn.training.teacher import TeacherCache
 from ahn.training.trainer import AHNTrainer
 
 _STATE = "trainer_state.json"
-_MAY_CHANGE = {"log_every", "save_every", "keep", "report_tokens", "report_to"}
+_MAY_CHANGE = {"log_every", "save_every", "keep", "report_tokens", "report_to", "teacher_cache"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -226,14 +227,16 @@ def _run_stage(
         load_adapter(model, folder)
         return read_history(folder / _STATE)
     name: Stage = "transfer" if stage == "transfer" else "distill"
-    distiller = Distiller(model, settings.losses, name, settings.slice_tokens)
-    if settings.recomputes_layers and name == "distill":
+    teacher = None if settings.teacher_cache is None else TeacherCache(settings.teacher_cache, model)
+    distiller = Distiller(model, settings.losses, name, settings.slice_tokens, settings.recomputed != "none", teacher)
+    if settings.recomputed == "layers" and name == "distill":
         distiller.activation_checkpointing_enable()
     trainer = AHNTrainer(
         distiller,
         args,
         draw=settings.span_draw,
         evaluation_span=settings.span,
+        loss_share=settings.loss_share,
         train_dataset=data[0],
         eval_dataset=data[1] if len(data[1]) else None,
         callbacks=[Lines(stage, say)],

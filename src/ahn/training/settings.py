@@ -18,6 +18,11 @@ from ahn.training.losses import check_weights
 from ahn.training.sources import DataQuery
 
 STAGES = ("transfer", "distill")
+_CHOICES: dict[str, tuple[str | None, ...]] = {
+    "draw": ("random", "fixed"),
+    "dtype": ("auto", "float32", "bfloat16", "float16"),
+    "checkpointing": (None, "none", "attention", "layers"),
+}
 FILE = "train.yaml"
 """Name under which the settings are saved beside the weights."""
 
@@ -43,6 +48,7 @@ class TrainSettings:
         length: Tokens of a training sequence at most.
         min_length: Tokens at least; half of the length if left out.
         pack: Whether to join documents, so that all sequences are full.
+        per_document: Sequences of a document at most, spread evenly over it; all if left out.
         held_out: Share of the data that is kept for the closing table.
         valid: Files, folders and datasets for the closing table, instead of a share.
         split: Split of a dataset.
@@ -64,8 +70,13 @@ class TrainSettings:
         initial_decay: Lowest and highest decay rate that fresh memories start with, exp(A_log), drawn uniformly; the
             published 0 to 16 if left out. Memories without decay do not look at it.
         seed: What all random numbers depend on.
-        checkpointing: Whether to compute whole layers again in the backward pass instead of keeping what they need;
-            from 4,096 tokens a batch on if left out.
+        checkpointing: What the backward pass computes again instead of keeping it: "none", "attention" (window and
+            memory, which keep the most) or "layers" (everything); if left out, "none" below 2,048 tokens a batch,
+            "attention" below 4,096, and "layers" from there on.
+        loss_share: Share of the positions that the losses on distributions look at, drawn anew in every step; the
+            vocabulary product of a small model is a large part of its work.
+        teacher_cache: Folder that keeps what the teacher thinks of each sequence (hidden size values a token), for
+            further passes and further memories; nothing is kept if left out. For the losses "kl" and "ce".
         slice_tokens: As for `distillation_loss`.
         log_every: Steps between two lines of the log.
         save_every: Steps between two checkpoints.
@@ -95,6 +106,7 @@ class TrainSettings:
     length: int = 2048
     min_length: int | None = None
     pack: bool = False
+    per_document: int | None = None
     held_out: float = 0.02
     valid: tuple[str, ...] = ()
     split: str = "train"
@@ -115,7 +127,9 @@ class TrainSettings:
     max_grad_norm: float = 1.0
     initial_decay: tuple[float, float] | None = (0.001, 1.0)
     seed: int = 0
-    checkpointing: bool | None = None
+    checkpointing: str | None = None
+    loss_share: float = 1.0
+    teacher_cache: str | None = None
     slice_tokens: int | None = None
     log_every: int = 5
     save_every: int = 50
@@ -145,9 +159,15 @@ class TrainSettings:
     def _check_choices(self) -> None:
         if not self.stages or [stage for stage in STAGES if stage in self.stages] != list(self.stages):
             raise ConfigError(f"stages must be transfer, distill or both in this order, not {list(self.stages)}")
-        for name, known in (("draw", ("random", "fixed")), ("dtype", ("auto", "float32", "bfloat16", "float16"))):
+        for name, known in _CHOICES.items():
             if getattr(self, name) not in known:
-                raise ConfigError(f"{name} must be one of {', '.join(known)}, not {getattr(self, name)!r}")
+                raise ConfigError(
+                    f"{name} must be one of {', '.join(filter(None, known))}, not {getattr(self, name)!r}"
+                )
+        if not 0 < self.loss_share <= 1:
+            raise ConfigError(f"loss_share must be a share above 0 and at most 1, not {self.loss_share}")
+        if self.teacher_cache is not None and self.losses.get("attention"):
+            raise ConfigError("teacher_cache does not serve the loss attention; leave one of the two out")
         low, high = self.initial_decay or (0, 1)
         if not 0 <= low <= high < math.inf or high == 0:
             raise ConfigError(f"initial_decay must be a range of rates from 0 on, not {list(self.initial_decay or ())}")
@@ -161,12 +181,16 @@ class TrainSettings:
     @property
     def cut(self) -> Cut:
         """How documents become sequences."""
-        return Cut(self.length, self.min_length or max(2, self.length // 2), self.pack, self.held_out)
+        shortest = self.min_length or max(2, self.length // 2)
+        return Cut(self.length, shortest, self.pack, self.held_out, self.per_document)
 
     @property
-    def recomputes_layers(self) -> bool:
-        """Whether activations are checkpointed."""
-        return self.batch * self.length >= 4096 if self.checkpointing is None else self.checkpointing
+    def recomputed(self) -> str:
+        """What the backward pass computes again: "none", "attention" or "layers"."""
+        if self.checkpointing is not None:
+            return self.checkpointing
+        tokens = self.batch * self.length
+        return "none" if tokens < 2048 else "attention" if tokens < 4096 else "layers"
 
     @property
     def span(self) -> Span:

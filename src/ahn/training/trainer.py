@@ -16,7 +16,7 @@ from ahn.attachment import attachment_of
 from ahn.errors import CheckpointError, ConfigError
 from ahn.training.batches import collate
 from ahn.training.distiller import Distiller, Stage
-from ahn.training.draws import Span, SpanDraw
+from ahn.training.draws import Span, SpanDraw, thinned
 from ahn.training.saving import load_adapter, save_adapter, staged
 
 _STATE = "trainer_state.json"
@@ -37,7 +37,9 @@ class AHNTrainer(Trainer):
         stage: "distill" or "transfer".
         draw: How sinks and window of each sequence are drawn.
         evaluation_span: Window and sinks of evaluations; those of the memory's config if left out.
-        slice_tokens: As for `distillation_loss`.
+        loss_share: Share of the labelled tokens of each training sequence that the losses on distributions look at,
+            drawn anew in every step.
+        slice_tokens: As for `distillation_loss`, if the model is no `Distiller`.
         **others: As for `Trainer`; datasets give `input_ids` and, optionally, `labels` and `attention_mask`.
 
     Raises:
@@ -56,6 +58,7 @@ class AHNTrainer(Trainer):
         stage: Stage = "distill",
         draw: SpanDraw | None = None,
         evaluation_span: Span | None = None,
+        loss_share: float = 1.0,
         slice_tokens: int | None = None,
         **others: Any,
     ) -> None:
@@ -71,6 +74,7 @@ class AHNTrainer(Trainer):
         self.draw = (draw or SpanDraw(seed=args.seed)).fitting(distiller.model)
         config = attachment_of(distiller.model).config
         self.evaluation_span = evaluation_span or Span(config.window, config.sinks)
+        self.loss_share = loss_share
         self._staging: Path | None = None
         self._sums = torch.zeros(len(distiller.weights), dtype=torch.float64)
         self._counts = torch.zeros(len(distiller.weights), dtype=torch.float64)
@@ -108,6 +112,7 @@ class AHNTrainer(Trainer):
             first = (batch_number * processes + process) * self.args.per_device_train_batch_size
             spans = [self.draw.draw(each, self.state.global_step, first + row) for row, each in enumerate(lengths)]
             batch["spans"] = [tuple(span) for span in spans]
+            batch["labels"] = thinned(batch["labels"], self.loss_share, self.draw.seed, self.state.global_step, first)
             for name, count in self.distiller.count(batch, spans).items():
                 totals[name] += count
         counts = torch.tensor(list(totals.values()), device=device)
