@@ -20,8 +20,8 @@ from tests.training.common import write_base
 SURFACE = [
     "--data", "--out", "--base", "--memory", "--adapter", "--config", "--resume", "--stages", "--steps",
     "--transfer-steps", "--length", "--min-length", "--pack", "--cut", "--window", "--sinks", "--draw", "--lr",
-    "--batch", "--accumulation", "--dtype", "--checkpointing", "--loss-share", "--teacher-cache", "--valid", "--held-out",
-    "--streaming", "--download", "--log-every", "--save-every", "--report-to", "--seed",
+    "--batch", "--accumulation", "--dtype", "--checkpointing", "--loss-share", "--teacher-cache", "--valid",
+    "--held-out", "--streaming", "--download", "--log-every", "--save-every", "--report-to", "--seed",
 ]  # fmt: skip
 SMALL = ["--stages", "transfer,distill", "--steps", "2", "--transfer-steps", "2", "--length", "128", "--window", "12"]
 
