@@ -20,8 +20,6 @@ from ahn.checkpoint.content import memory_tensors
 from ahn.errors import ConfigError
 from ahn.training.run import train
 from ahn.training.settings import TrainSettings, read_yaml, write_yaml
-from ahn.training.start import set_initial_decay
-from tests.tiny import with_memory
 from tests.training.common import write_base
 
 KILLED = """
@@ -166,24 +164,19 @@ def test_weights_to_start_from(whole: Path, place: Path, tmp_path: Path) -> None
         torch.testing.assert_close(after[name], tensor, rtol=0, atol=1e-6)
 
 
+def test_weights_of_another_memory_to_start_from(whole: Path, place: Path, tmp_path: Path) -> None:
+    changes = {"adapter": str(whole), "memory": "delta_net", "stages": ["distill"], "steps": 1, "lr": 1e-12}
+    said: list[str] = []
+    train(settings(place, tmp_path / "out", report_tokens=0, **changes), say=said.append)
+    assert f"from {whole}: b_proj.weight, g_proj.weight, o_norm, o_proj" in said
+    before, after = (load_file(folder / "ahn.safetensors") for folder in (whole, tmp_path / "out"))
+    assert after.keys() < before.keys()
+    for name, tensor in after.items():
+        torch.testing.assert_close(tensor, before[name], rtol=0, atol=1e-6)
+
+
 def test_streaming_and_other_text_for_the_table(place: Path, tmp_path: Path) -> None:
     changes = {"streaming": True, "valid": [str(place / "texts" / "0.txt")], "stages": ["distill"], "steps": 2}
     outcome = train(settings(place, tmp_path / "out", eval_every=1, pack=True, **changes))
     assert outcome.report is not None
     assert [line["step"] for line in outcome.curves["distill"] if "eval_loss" in line] == [1, 2]
-
-
-class TestInitialDecay:
-    @pytest.mark.parametrize("memory", ["gated_delta_net", "mamba2"])
-    def test_rates_are_in_the_range(self, memory: str) -> None:
-        model = with_memory("llama", memory)
-        torch.manual_seed(5)
-        state = torch.random.get_rng_state()
-        assert set_initial_decay(model, 0.25, 0.5, seed=1)
-        assert torch.equal(torch.random.get_rng_state(), state)
-        rates = torch.cat([site.memory.A_log.exp() for site in attachment_of(model).sites])  # type: ignore[union-attr]
-        assert bool(((rates >= 0.25 - 1e-6) & (rates <= 0.5 + 1e-6)).all())
-        assert rates.unique().numel() == rates.numel()
-
-    def test_a_memory_without_decay(self) -> None:
-        assert not set_initial_decay(with_memory("llama", "delta_net"), 0.25, 0.5, seed=1)

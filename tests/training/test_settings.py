@@ -61,6 +61,7 @@ def test_numbers_may_come_as_text() -> None:
         ({"stages": []}, "stages must be"),
         ({"draw": "sometimes"}, "draw must be one of random, fixed"),
         ({"checkpointing": "all"}, "checkpointing must be one of none, attention, layers, not 'all'"),
+        ({"initial_gate": "wide"}, "initial_gate must be a number, not 'wide'"),
         ({"loss_share": 0}, "loss_share must be a share above 0 and at most 1, not 0"),
         (
             {"teacher_cache": "x", "losses": {"kl": 1, "attention": 1}},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,6 +15,7 @@ from transformers.integrations.integration_utils import get_available_reporting_
 from transformers.trainer_callback import PrinterCallback
 
 import ahn
+from ahn.checkpoint import describe
 from ahn.errors import ConfigError
 from ahn.memories import MEMORIES
 from ahn.models import load_model, load_tokenizer
@@ -25,11 +27,12 @@ from ahn.training.report import PLOT, TABLE, Report, evaluate, plot_losses, writ
 from ahn.training.saving import load_adapter, save_adapter
 from ahn.training.settings import FILE, TrainSettings, read_yaml, write_yaml
 from ahn.training.sources import check_places
-from ahn.training.start import set_initial_decay
+from ahn.training.start import copy_common, set_initial_decay, set_initial_gate
 from ahn.training.teacher import TeacherCache
 from ahn.training.trainer import AHNTrainer
 
 _STATE = "trainer_state.json"
+_SEQUENCES_FOR_A_MEAN = 4
 _MAY_CHANGE = {"log_every", "save_every", "keep", "report_tokens", "report_to", "teacher_cache"}
 
 
@@ -68,7 +71,7 @@ def train(settings: TrainSettings, resume: bool = False, say: Say | None = None,
     folder = _prepare(settings, resume)
     tokenizer = load_tokenizer(settings.base)
     pieces, held = _data(settings, tokenizer, say)
-    model = _model(settings)
+    model = _model(settings, pieces, say)
     curves = {}
     for stage, args in arguments.items():
         curves[stage] = _run_stage(model, settings, stage, args, (pieces, held), say)
@@ -198,17 +201,23 @@ def _data(settings: TrainSettings, tokenizer: PreTrainedTokenizerBase, say: Say)
     return pieces, held
 
 
-def _model(settings: TrainSettings) -> Any:
+def _model(settings: TrainSettings, pieces: Pieces | PieceStream, say: Say) -> Any:
     """The base model with the memory as it is before the first step."""
     half = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
     dtype = ("bfloat16" if half else "float32") if settings.dtype == "auto" else settings.dtype
     model = load_model(settings.base, dtype)
     torch.manual_seed(settings.seed)
     ahn.attach(model, settings.memory_config())
-    if settings.adapter is not None:
+    if settings.adapter is not None and describe(settings.adapter).memory == settings.memory:
         ahn.load(model, settings.adapter)
-    elif settings.initial_decay is not None:
+        return model
+    if settings.initial_decay is not None:
         set_initial_decay(model, *settings.initial_decay, seed=settings.seed)
+    if settings.adapter is not None:
+        say(f"from {settings.adapter}: {', '.join(copy_common(model, settings.adapter))}")
+    elif settings.initial_gate is not None:
+        some = itertools.islice(pieces, _SEQUENCES_FOR_A_MEAN)
+        set_initial_gate(model, settings.initial_gate, [item["input_ids"] for item in some])
     return model
 
 

@@ -36,7 +36,8 @@ class TrainSettings:
         out: Folder for everything that comes of it.
         base: The base model, as for `ahn.from_pretrained`.
         memory: The memory to train, a name of `ahn.memories.memory_names()`.
-        adapter: Weights to start from, as for `ahn.load`; fresh ones if left out.
+        adapter: Weights to start from, as for `ahn.load`; fresh ones if left out. Of another kind of memory, what both
+            kinds have in common is taken.
         layers: Layers that get a memory, as in `AHNConfig`.
         sink_positions: As in `AHNConfig`.
         memory_positions: As in `AHNConfig`.
@@ -69,6 +70,8 @@ class TrainSettings:
         max_grad_norm: Length that a longer gradient is cut to.
         initial_decay: Lowest and highest decay rate that fresh memories start with, exp(A_log), drawn uniformly; the
             published 0 to 16 if left out. Memories without decay do not look at it.
+        initial_gate: How far the output gates of fresh memories are open: the gate of an average token is its silu;
+            the published start, near zero and of either sign, if left out.
         seed: What all random numbers depend on.
         checkpointing: What the backward pass computes again instead of keeping it: "none", "attention" (window and
             memory, which keep the most) or "layers" (everything); if left out, "none" below 2,048 tokens a batch,
@@ -126,6 +129,7 @@ class TrainSettings:
     weight_decay: float = 0.1
     max_grad_norm: float = 1.0
     initial_decay: tuple[float, float] | None = (0.001, 1.0)
+    initial_gate: float | None = 1.0
     seed: int = 0
     checkpointing: str | None = None
     loss_share: float = 1.0

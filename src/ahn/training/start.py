@@ -1,11 +1,19 @@
-"""How memories start: the rates at which fresh ones forget."""
+"""How memories start: how fast fresh ones forget, how far they open, what they take from another kind of memory."""
 
 from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import nn
 
+import ahn
 from ahn.attachment import attachment_of
+from ahn.checkpoint.content import memory_tensors
+from ahn.checkpoint.loading import read
+from ahn.errors import CheckpointError
+from ahn.probe import find_backbone
 
 
 @torch.no_grad()
@@ -33,3 +41,76 @@ def set_initial_decay(model: nn.Module, low: float, high: float, seed: int) -> b
             rates.copy_(drawn.clamp(min=1e-4).log())
             found = True
     return found
+
+
+@torch.no_grad()
+def set_initial_gate(model: nn.Module, opening: float, sequences: Iterable[torch.Tensor]) -> None:
+    """Opens the output gates of the attached memories: an average token of each layer lets `silu(opening)` through.
+
+    Published gates start near zero and with either sign, and the output projection starts at zero: both learn from
+    each other's product and hardly move at first. Open gates let the projection learn from the first step on.
+
+    Args:
+        model: A model with a memory attached.
+        opening: What the gate projection gives for the mean of what its layer reads.
+        sequences: A few texts to take that mean from, `[T]` each.
+    """
+    means = _mean_inputs(model, sequences)
+    for site in attachment_of(model).sites:
+        gate = getattr(site.memory, "g_proj", None)
+        if isinstance(gate, nn.Linear):
+            mean_D = means[site.index].to(gate.weight)
+            gate.weight.copy_((opening / mean_D.square().sum().clamp(min=1e-12) * mean_D).expand_as(gate.weight))
+            if gate.bias is not None:
+                gate.bias.zero_()
+
+
+def _mean_inputs(model: nn.Module, sequences: Iterable[torch.Tensor]) -> dict[int, torch.Tensor]:
+    """What each layer with a memory reads on average, `[D]` float32, by layer index."""
+    sites = [site for site in attachment_of(model).sites if site.memory is not None]
+    sums: dict[int, torch.Tensor] = {}
+    tokens = 0
+
+    def note(index: int) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            hidden = args[0] if args else kwargs["hidden_states"]
+            sums[index] = sums.get(index, 0) + hidden.flatten(0, -2).float().sum(0)
+
+        return hook
+
+    handles = [site.module.register_forward_pre_hook(note(site.index), with_kwargs=True) for site in sites]
+    try:
+        with ahn.mode(model, "full"):
+            for ids in sequences:
+                tokens += ids.numel()
+                find_backbone(model)(input_ids=ids[None].to(next(model.parameters()).device), use_cache=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return {index: total / tokens for index, total in sums.items()}
+
+
+@torch.no_grad()
+def copy_common(model: nn.Module, adapter: str) -> list[str]:
+    """Takes what the weights of another kind of memory have in common with the attached one.
+
+    A memory of one kind that has learned where to read is a good start for another: the read-out, the output gate and
+    the write strength are the same maps in all of them.
+
+    Args:
+        model: A model with a memory attached.
+        adapter: As for `ahn.load`.
+
+    Returns:
+        Names of the parameters that were taken, without their layers.
+
+    Raises:
+        CheckpointError: There is no such adapter, or it has nothing in common with the memory.
+    """
+    given, ours = read(adapter).tensors(), memory_tensors(model)
+    taken = [key for key, tensor in ours.items() if key in given and given[key].shape == tensor.shape]
+    if not taken:
+        raise CheckpointError(f"{adapter}: it has no weights in common with the memory to train. Start without it.")
+    for key in taken:
+        ours[key].copy_(given[key])
+    return sorted({key.split(".", 2)[2] for key in taken})

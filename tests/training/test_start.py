@@ -1,0 +1,91 @@
+"""How memories start: decay rates in a range, gates that are open, what two kinds have in common."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import ahn
+from ahn.attachment import attachment_of
+from ahn.checkpoint.content import memory_tensors
+from ahn.errors import CheckpointError
+from ahn.training.start import copy_common, set_initial_decay, set_initial_gate
+from tests.tiny import MEMORIES, text, tiny, with_memory
+
+
+class TestInitialDecay:
+    @pytest.mark.parametrize("memory", ["gated_delta_net", "mamba2"])
+    def test_rates_are_in_the_range(self, memory: str) -> None:
+        model = with_memory("llama", memory)
+        torch.manual_seed(5)
+        state = torch.random.get_rng_state()
+        assert set_initial_decay(model, 0.25, 0.5, seed=1)
+        assert torch.equal(torch.random.get_rng_state(), state)
+        rates = torch.cat([site.memory.A_log.exp() for site in attachment_of(model).sites])  # type: ignore[union-attr]
+        assert bool(((rates >= 0.25 - 1e-6) & (rates <= 0.5 + 1e-6)).all())
+        assert rates.unique().numel() == rates.numel()
+
+    def test_a_memory_without_decay(self) -> None:
+        assert not set_initial_decay(with_memory("llama", "delta_net"), 0.25, 0.5, seed=1)
+
+
+class TestInitialGate:
+    @pytest.mark.parametrize("memory", MEMORIES)
+    def test_an_average_token_lets_it_through(self, memory: str) -> None:
+        model: Any = tiny("llama")
+        ahn.attach(model, ahn.AHNConfig(memory=memory, window=16, sinks=5))
+        texts = [text(1, 40, seed=seed)[0] for seed in (1, 2)]
+        set_initial_gate(model, 1.0, texts)
+        inputs: dict[int, list[torch.Tensor]] = {}
+        sites = attachment_of(model).sites
+        for site in sites:
+            site.module.register_forward_pre_hook(
+                lambda module, args, kwargs: inputs.setdefault(module.layer_idx, []).append(kwargs["hidden_states"]),
+                with_kwargs=True,
+            )
+        with ahn.mode(model, "full"):
+            for ids in texts:
+                model(ids[None])
+        for site in sites:
+            mean = torch.cat(inputs[site.index], dim=1).mean(1)
+            gates = site.memory.g_proj(mean)  # type: ignore[union-attr]
+            torch.testing.assert_close(gates, torch.ones_like(gates), rtol=1e-4, atol=1e-4)
+
+    def test_the_read_out_learns_from_the_first_step_on(self) -> None:
+        """An open gate gives the output projection a gradient many times that of a closed one."""
+        sizes = {}
+        for opening in (None, 1.0):
+            model: Any = tiny("llama")
+            torch.manual_seed(0)
+            ahn.attach(model, ahn.AHNConfig(window=16, sinks=5))
+            if opening is not None:
+                set_initial_gate(model, opening, [text(1, 64)[0]])
+            weights = [tensor for name, tensor in memory_tensors(model).items() if name.endswith("o_proj")]
+            for weight in weights:
+                weight.requires_grad_(True)
+            logits = model(text(1, 64)).logits
+            F.cross_entropy(logits[0, 21:-1], text(1, 64)[0, 22:]).backward()
+            sizes[opening] = sum(float(weight.grad.norm()) for weight in weights)
+        assert sizes[1.0] > 3 * sizes[None]
+
+
+class TestCommon:
+    def test_it_is_taken_and_the_rest_stays(self, tmp_path: Path) -> None:
+        ahn.save(with_memory("llama", "gated_delta_net"), tmp_path)
+        model = with_memory("llama", "mamba2")
+        before = {name: tensor.clone() for name, tensor in memory_tensors(model).items()}
+        taken = copy_common(model, str(tmp_path))
+        assert taken == ["A_log", "dt_bias", "g_proj.weight", "o_proj"]
+        given = memory_tensors(with_memory("llama", "gated_delta_net"))
+        for name, tensor in memory_tensors(model).items():
+            expected = given[name] if name.split(".", 2)[2] in taken else before[name]
+            assert torch.equal(tensor, expected), name
+
+    def test_nothing_in_common(self, tmp_path: Path) -> None:
+        ahn.save(with_memory("llama", "delta_net", layers=(0,)), tmp_path)
+        with pytest.raises(CheckpointError, match="no weights in common"):
+            copy_common(with_memory("llama", layers=(1, 2)), str(tmp_path))
