@@ -99,6 +99,9 @@ def test_what_is_written(whole: Path, place: Path) -> None:
         "ahn.safetensors", "ahn_config.json", "train.yaml", "report.json", "loss.png", "transfer", "distill",
     }  # fmt: skip
     assert TrainSettings.of(read_yaml(whole / "train.yaml")) == settings(place, whole)
+    for stage, steps in (("transfer", 3), ("distill", 5)):
+        log = json.loads((whole / stage / "trainer_state.json").read_text())["log_history"]
+        assert [line["step"] for line in log if "eval_loss" in line] == [0, steps]
     report = json.loads((whole / "report.json").read_text())
     assert set(report["nll"]) == {"full", "window", "ahn"}
     assert (report["window"], report["sinks"], report["memory"]) == (12, 4, "gated_delta_net")
@@ -179,4 +182,4 @@ def test_streaming_and_other_text_for_the_table(place: Path, tmp_path: Path) -> 
     changes = {"streaming": True, "valid": [str(place / "texts" / "0.txt")], "stages": ["distill"], "steps": 2}
     outcome = train(settings(place, tmp_path / "out", eval_every=1, pack=True, **changes))
     assert outcome.report is not None
-    assert [line["step"] for line in outcome.curves["distill"] if "eval_loss" in line] == [1, 2]
+    assert [line["step"] for line in outcome.curves["distill"] if "eval_loss" in line] == [0, 1, 2]

@@ -51,7 +51,7 @@ def command(
     ] = None,
     steps: Annotated[int | None, typer.Option(help="Steps of distill.  [dim]\\[default: 500][/dim]")] = None,
     transfer_steps: Annotated[int | None, typer.Option(help="Steps of transfer.  [dim]\\[default: 200][/dim]")] = None,
-    length: Annotated[int | None, typer.Option(help="Tokens of a sequence.  [dim]\\[default: 2048][/dim]")] = None,
+    length: Annotated[int | None, typer.Option(help="Tokens of a sequence.  [dim]\\[default: 1024][/dim]")] = None,
     min_length: Annotated[
         int | None, typer.Option(help="Leave shorter texts out.  [dim]\\[default: half of --length][/dim]")
     ] = None,

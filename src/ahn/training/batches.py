@@ -52,6 +52,13 @@ class Pieces(Dataset[dict[str, torch.Tensor]]):
         """Tokens of all pieces."""
         return sum(len(ids) for ids, _ in self._pieces)
 
+    def spread(self, tokens: int) -> Pieces:
+        """Some of the pieces, at even distances: as many as have so many tokens in all, but at least one."""
+        count = max(1, min(len(self), tokens * len(self) // max(1, self.tokens)))
+        chosen = Pieces([])
+        chosen._pieces = [self._pieces[(2 * number + 1) * len(self) // (2 * count)] for number in range(count)]
+        return chosen
+
     def lengths(self) -> list[int]:
         """Tokens of each piece."""
         return [len(ids) for ids, _ in self._pieces]

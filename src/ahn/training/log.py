@@ -25,14 +25,17 @@ class Lines(TrainerCallback):
         self.say = say
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Called by the Trainer; the last step is logged whatever the interval."""
-        control.should_log = control.should_log or state.global_step >= state.max_steps
+        """Called by the Trainer; the last step is logged and evaluated whatever the interval."""
+        last = state.global_step >= state.max_steps
+        control.should_log = control.should_log or last
+        control.should_evaluate = control.should_evaluate or (last and args.eval_strategy != "no")
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         """Called by the Trainer."""
         if not state.is_world_process_zero or not logs:
             return
-        parts = [f"{name} {logs[name]:.4f}" for name in logs if name.removeprefix("eval_").startswith("loss")]
+        losses = [name for name in logs if name.removeprefix("eval_").startswith("loss")]
+        parts = [f"{name.replace('eval_loss', 'held-out loss')} {logs[name]:.4f}" for name in losses]
         if not parts:
             return
         rate = logs.get("train_tokens_per_second")

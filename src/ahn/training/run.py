@@ -13,6 +13,7 @@ import torch
 from transformers import PreTrainedTokenizerBase, TrainingArguments
 from transformers.integrations.integration_utils import get_available_reporting_integrations
 from transformers.trainer_callback import PrinterCallback
+from transformers.trainer_utils import IntervalStrategy, get_last_checkpoint
 
 import ahn
 from ahn.checkpoint import describe
@@ -132,8 +133,6 @@ def training_arguments(settings: TrainSettings, stage: str, progress: bool = Fal
         "include_num_input_tokens_seen": "all",
         "save_steps": settings.save_every,
         "save_total_limit": settings.keep,
-        "eval_strategy": "steps" if settings.eval_every else "no",
-        "eval_steps": settings.eval_every or None,
         "seed": settings.seed,
         "data_seed": settings.seed,
         "report_to": settings.report_to,
@@ -196,8 +195,6 @@ def _data(settings: TrainSettings, tokenizer: PreTrainedTokenizerBase, say: Say)
         say(f"{len(pieces):,} sequences, {pieces.tokens:,} tokens; held out: {held.tokens:,} tokens")
     if settings.valid:
         held, _ = load_pieces(settings.valid, tokenizer, cut, settings.query)
-    if settings.eval_every and not len(held):
-        raise ConfigError("eval_every needs held-out text; set held_out above 0 or name some with valid")
     return pieces, held
 
 
@@ -240,6 +237,10 @@ def _run_stage(
     distiller = Distiller(model, settings.losses, name, settings.slice_tokens, settings.recomputed != "none", teacher)
     if settings.recomputed == "layers" and name == "distill":
         distiller.activation_checkpointing_enable()
+    checkpoint = _last_checkpoint(folder)
+    if settings.eval_every and len(data[1]):
+        args.eval_strategy, args.eval_steps = IntervalStrategy.STEPS, settings.eval_every
+        args.eval_on_start = checkpoint is None
     trainer = AHNTrainer(
         distiller,
         args,
@@ -247,11 +248,11 @@ def _run_stage(
         evaluation_span=settings.span,
         loss_share=settings.loss_share,
         train_dataset=data[0],
-        eval_dataset=data[1] if len(data[1]) else None,
+        eval_dataset=data[1].spread(settings.eval_tokens) if len(data[1]) else None,
         callbacks=[Lines(stage, say)],
     )
     trainer.remove_callback(PrinterCallback)
-    trainer.train(resume_from_checkpoint=_last_checkpoint(folder))
+    trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_state()
     trainer.save_model()  # marks the stage as done
     trainer.accelerator.wait_for_everyone()
@@ -259,8 +260,6 @@ def _run_stage(
 
 
 def _last_checkpoint(folder: Path) -> str | None:
-    from transformers.trainer_utils import get_last_checkpoint
-
     return get_last_checkpoint(str(folder)) if folder.is_dir() else None
 
 
@@ -277,7 +276,7 @@ def _close(
         return None
     say("reading held-out text in the modes full, window and ahn")
     distiller.finish()
-    sequences = (held[number]["input_ids"] for number in range(len(held)))
+    sequences = [piece["input_ids"] for piece in held.spread(settings.report_tokens)]
     report = evaluate(model, sequences, settings.span, settings.report_tokens)
     if report is not None:
         seen = max((line.get("num_input_tokens_seen", 0) for lines in curves.values() for line in lines), default=0)

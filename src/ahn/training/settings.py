@@ -18,6 +18,9 @@ from ahn.training.losses import check_weights
 from ahn.training.sources import DataQuery
 
 STAGES = ("transfer", "distill")
+_COUNTS = (
+    "steps", "transfer_steps", "length", "batch", "accumulation", "log_every", "save_every", "keep", "eval_tokens",
+)  # fmt: skip
 _CHOICES: dict[str, tuple[str | None, ...]] = {
     "draw": ("random", "fixed"),
     "dtype": ("auto", "float32", "bfloat16", "float16"),
@@ -84,7 +87,9 @@ class TrainSettings:
         log_every: Steps between two lines of the log.
         save_every: Steps between two checkpoints.
         keep: Checkpoints kept.
-        eval_every: Steps between two evaluations on held-out sequences; none if 0.
+        eval_every: Steps between two evaluations of the loss on held-out sequences, beside those before the first step
+            and after the last; none at all if 0, or if no text is held out.
+        eval_tokens: Held-out tokens read for an evaluation.
         report_tokens: Held-out tokens read for the closing table; none if 0.
         report_to: Where to log beside the console: "tensorboard", "wandb", or "none".
         arguments: Further arguments of `transformers.TrainingArguments`, such as `fsdp` or `deepspeed`.
@@ -106,7 +111,7 @@ class TrainSettings:
     steps: int = 500
     transfer_steps: int = 200
     losses: dict[str, float] = dataclasses.field(default_factory=lambda: {"kl": 1.0})
-    length: int = 2048
+    length: int = 1024
     min_length: int | None = None
     pack: bool = False
     per_document: int | None = None
@@ -138,7 +143,8 @@ class TrainSettings:
     log_every: int = 5
     save_every: int = 50
     keep: int = 2
-    eval_every: int = 0
+    eval_every: int = 100
+    eval_tokens: int = 4096
     report_tokens: int = 8192
     report_to: str = "none"
     arguments: dict[str, Any] = dataclasses.field(default_factory=dict)
@@ -147,7 +153,7 @@ class TrainSettings:
         hints = typing.get_type_hints(type(self))
         for field in dataclasses.fields(self):
             object.__setattr__(self, field.name, _typed(field.name, getattr(self, field.name), hints[field.name]))
-        for name in ("steps", "transfer_steps", "length", "batch", "accumulation", "log_every", "save_every", "keep"):
+        for name in _COUNTS:
             _at_least(name, getattr(self, name), 1)
         for name in ("eval_every", "report_tokens", "weight_decay", "max_grad_norm", "warmup"):
             _at_least(name, getattr(self, name), 0)
