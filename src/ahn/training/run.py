@@ -72,6 +72,7 @@ def train(settings: TrainSettings, resume: bool = False, say: Say | None = None,
     folder = _prepare(settings, resume)
     tokenizer = load_tokenizer(settings.base)
     pieces, held = _data(settings, tokenizer, say)
+    _write_settings(settings, folder)
     model = _model(settings, pieces, say)
     curves = {}
     for stage, args in arguments.items():
@@ -90,6 +91,7 @@ def check(settings: TrainSettings, resume: bool = False) -> None:
         ConfigError: A setting cannot work, or the folder is in use.
         DataError: Data cannot be found.
         ModelError: There is no base model of this name.
+        CheckpointError: There is no such adapter.
     """
     from ahn.models import resolve
 
@@ -102,6 +104,8 @@ def check(settings: TrainSettings, resume: bool = False) -> None:
     check_places([*settings.data, *settings.valid])
     _check_folder(settings, resume)
     resolve(settings.base)
+    if settings.adapter is not None:
+        describe(settings.adapter)
 
 
 def training_arguments(settings: TrainSettings, stage: str, progress: bool = False) -> TrainingArguments:
@@ -153,14 +157,26 @@ def training_arguments(settings: TrainSettings, stage: str, progress: bool = Fal
 
 
 def _prepare(settings: TrainSettings, resume: bool) -> Path:
-    """Checks everything, and puts the settings into the folder."""
+    """Checks everything, and makes the folder."""
     folder = Path(settings.out).expanduser()
-    if int(os.environ.get("RANK", "0")) == 0:
+    if _first_process():
         check(settings, resume)
-        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(f"{folder} cannot be made ({error.strerror}); name another folder") from None
+    return folder
+
+
+def _write_settings(settings: TrainSettings, folder: Path) -> None:
+    """Puts the settings into the folder, which makes it the folder of a training."""
+    if _first_process():
         write_yaml(settings, folder / f"{FILE}.part")
         os.replace(folder / f"{FILE}.part", folder / FILE)
-    return folder
+
+
+def _first_process() -> bool:
+    return int(os.environ.get("RANK", "0")) == 0
 
 
 def _check_folder(settings: TrainSettings, resume: bool) -> None:
