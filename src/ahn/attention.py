@@ -89,7 +89,12 @@ class LayerCall:
         return self.rotary.rotation.bounded(query, self.rotary.tables, self.rotary.positions)
 
     def read_memory(self, query: torch.Tensor, view: View, seen: int) -> torch.Tensor:
-        """Folds what left the window into the state; what the last E queries read from it, `[B, E, H, V]`."""
+        """Folds what left the window into the state; what the memory adds for the last E queries, `[B, E, H, V]`."""
+        before = query.size(2) - view.evicted.length
+        return self.memory.read_out(self.recall(query, view, seen), self.hidden[:, before:])
+
+    def recall(self, query: torch.Tensor, view: View, seen: int) -> torch.Tensor:
+        """Folds what left the window into the state; what the last E queries read, `[B, E, H, V]` float32, raw."""
         evicted = view.evicted
         before = query.size(2) - evicted.length
         query, keys, side = query[:, :, before:], evicted.keys, evicted.side[:, 0]
@@ -106,7 +111,7 @@ class LayerCall:
         read, state = self.memory.scan(query.transpose(1, 2), keys.transpose(1, 2), values, gates, self.store.state)
         if self.kept:
             self.store.state = state.detach()
-        return self.memory.read_out(read, self.hidden[:, before:])
+        return read
 
 
 def attention_function(

@@ -44,9 +44,6 @@ class Pieces(Dataset[dict[str, torch.Tensor]]):
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         return _item(*self._pieces[index])
 
-    def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
-        return (self[index] for index in range(len(self)))
-
     @property
     def tokens(self) -> int:
         """Tokens of all pieces."""

@@ -20,10 +20,11 @@ from ahn.checkpoint import describe
 from ahn.errors import ConfigError
 from ahn.memories import MEMORIES
 from ahn.models import load_model, load_tokenizer
-from ahn.training.batches import Pieces, PieceStream
+from ahn.training.batches import Pieces, PieceStream, collate
 from ahn.training.data import load_pieces, stream_pieces
 from ahn.training.distiller import Distiller, Stage
 from ahn.training.log import Lines, Say, read_history
+from ahn.training.readout import solve_readout
 from ahn.training.report import PLOT, TABLE, Report, evaluate, plot_losses, write_report
 from ahn.training.saving import load_adapter, save_adapter
 from ahn.training.settings import FILE, TrainSettings, read_yaml, write_yaml
@@ -33,7 +34,6 @@ from ahn.training.teacher import TeacherCache
 from ahn.training.trainer import AHNTrainer
 
 _STATE = "trainer_state.json"
-_SEQUENCES_FOR_A_MEAN = 4
 _MAY_CHANGE = {"log_every", "save_every", "keep", "report_tokens", "report_to", "teacher_cache"}
 
 
@@ -229,9 +229,19 @@ def _model(settings: TrainSettings, pieces: Pieces | PieceStream, say: Say) -> A
     if settings.adapter is not None:
         say(f"from {settings.adapter}: {', '.join(copy_common(model, settings.adapter))}")
     elif settings.initial_gate is not None:
-        some = itertools.islice(pieces, _SEQUENCES_FOR_A_MEAN)
-        set_initial_gate(model, settings.initial_gate, [item["input_ids"] for item in some])
+        set_initial_gate(model, settings.initial_gate, [item["input_ids"] for item in _first(pieces, 4)])
+    if settings.adapter is None and settings.initial_readout is not None:
+        say("solving the read-out of every layer on a few texts")
+        batches = [collate([item]) for item in _first(pieces, 16)]
+        solve_readout(model, batches, settings.span_draw, settings.initial_readout)
     return model
+
+
+def _first(pieces: Pieces | PieceStream, count: int) -> list[Any]:
+    """A few sequences; those in memory are taken from all over the data."""
+    if isinstance(pieces, Pieces):
+        return [pieces[(2 * number + 1) * len(pieces) // (2 * count)] for number in range(count)]
+    return list(itertools.islice(pieces, count))
 
 
 def _run_stage(
@@ -292,7 +302,8 @@ def _close(
         return None
     say("reading held-out text in the modes full, window and ahn")
     distiller.finish()
-    sequences = [piece["input_ids"] for piece in held.spread(settings.report_tokens)]
+    chosen = held.spread(settings.report_tokens)
+    sequences = [chosen[number]["input_ids"] for number in range(len(chosen))]
     report = evaluate(model, sequences, settings.span, settings.report_tokens)
     if report is not None:
         seen = max((line.get("num_input_tokens_seen", 0) for lines in curves.values() for line in lines), default=0)

@@ -75,6 +75,8 @@ class TrainSettings:
             published 0 to 16 if left out. Memories without decay do not look at it.
         initial_gate: How far the output gates of fresh memories are open: the gate of an average token is its silu;
             the published start, near zero and of either sign, if left out.
+        initial_readout: Share of the closed-form solution that the output projections of fresh memories start with, see
+            `ahn.training.readout`; the published start, zero, if left out.
         seed: What all random numbers depend on.
         checkpointing: What the backward pass computes again instead of keeping it: "none", "attention" (window and
             memory, which keep the most) or "layers" (everything); if left out, "none" below 2,048 tokens a batch,
@@ -135,6 +137,7 @@ class TrainSettings:
     max_grad_norm: float = 1.0
     initial_decay: tuple[float, float] | None = (0.001, 1.0)
     initial_gate: float | None = 1.0
+    initial_readout: float | None = 0.3
     seed: int = 0
     checkpointing: str | None = None
     loss_share: float = 1.0

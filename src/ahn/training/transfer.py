@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import nn
@@ -22,7 +22,7 @@ import ahn
 from ahn import _compat
 from ahn.attachment import Attachment, attachment_of
 from ahn.attention import LayerCall, attention_function
-from ahn.cache.exact import Tokens
+from ahn.cache.exact import Tokens, View
 from ahn.hooks import before_layer
 from ahn.plan import Plan, find_padding, mask_function
 from ahn.probe import find_backbone, implementation
@@ -30,40 +30,76 @@ from ahn.training.losses import LossOutput
 from ahn.training.targets import find_targets
 
 TRANSFER = "ahn_transfer"
+L = TypeVar("L", bound="Lesson")
 
 
 @dataclasses.dataclass(eq=False)
-class _Lesson:
-    """What one pass collects.
+class Lesson:
+    """What one pass of the teacher is for, layer by layer.
 
     Attributes:
         plan: The student's call: its window, sinks and padding.
         counted: Positions that count, `[B, T]`.
-        losses: For each layer the unexplained share of what its window misses.
-        gradients: Gradients of the memories' parameters, by parameter.
     """
 
     plan: Plan
     counted: torch.Tensor
+
+    def missing(self, call: LayerCall, module: nn.Module, inputs: dict[str, Any], full_BTHV: torch.Tensor) -> Missing:
+        """What sinks and window of a layer miss, at the positions that the memory speaks at."""
+        query, key, value = inputs["query"], inputs["key"], inputs["value"]
+        with torch.no_grad():
+            silent = dataclasses.replace(call, gates=None)
+            local, _ = attention_function(module, **inputs, attention_mask=self.plan, ahn=silent)
+        view = call.store.exact.view(Tokens(key, value, call.side(key)), self.plan.padding)
+        before = query.size(2) - view.evicted.length
+        counted_BE11 = self.counted[:, before:, None, None]
+        return Missing(view, before, (full_BTHV - local)[:, before:].float() * counted_BE11, counted_BE11)
+
+    def learn(self, call: LayerCall, module: nn.Module, inputs: dict[str, Any], full_BTHV: torch.Tensor) -> None:
+        """What a layer does with it."""
+        raise NotImplementedError
+
+
+class Missing(NamedTuple):
+    """What sinks and window of a layer miss of full attention.
+
+    Attributes:
+        view: Where the evicted tokens are.
+        before: Positions before the first at which the memory speaks.
+        output_BEHV: Output of full attention minus that of sinks and window, `[B, E, H, V]` float32, zero at positions
+            that do not count.
+        counted_BE11: Whether a position counts.
+    """
+
+    view: View
+    before: int
+    output_BEHV: torch.Tensor
+    counted_BE11: torch.Tensor
+
+
+@dataclasses.dataclass(eq=False)
+class _Regression(Lesson):
+    """The loss and its gradients.
+
+    Attributes:
+        losses: For each layer the unexplained share of what its window misses.
+        gradients: Gradients of the memories' parameters, by parameter.
+    """
+
     losses: list[torch.Tensor] = dataclasses.field(default_factory=list)
     gradients: dict[nn.Parameter, torch.Tensor] = dataclasses.field(default_factory=dict)
 
     def learn(self, call: LayerCall, module: nn.Module, inputs: dict[str, Any], full_BTHV: torch.Tensor) -> None:
         """Loss and gradients of one layer."""
-        with torch.no_grad():
-            silent = dataclasses.replace(call, gates=None)
-            local, _ = attention_function(module, **inputs, attention_mask=self.plan, ahn=silent)
-        query, key, value = inputs["query"], inputs["key"], inputs["value"]
         with torch.enable_grad():
-            view = call.store.exact.view(Tokens(key, value, call.side(key)), self.plan.padding)
-            if not view.evicted.length:
+            missing = self.missing(call, module, inputs, full_BTHV)
+            if not missing.view.evicted.length:
                 return
-            read_BEHV = call.read_memory(query, view, query.size(2)).float()
-            before = query.size(2) - view.evicted.length
-            missing_BEHV = (full_BTHV - local)[:, before:].float()
-            counted = self.counted[:, before:, None, None]
-            wrong = ((read_BEHV - missing_BEHV).square() * counted).sum()
-            share = wrong / (missing_BEHV.square() * counted).sum().clamp(min=1e-12)
+            query = inputs["query"]
+            read_BEHV = call.read_memory(query, missing.view, query.size(2)).float()
+            wrong = (read_BEHV * missing.counted_BE11 - missing.output_BEHV).square().sum()
+            share = wrong / missing.output_BEHV.square().sum().clamp(min=1e-12)
             parameters = [each for each in call.memory.parameters() if each.requires_grad]
             found = torch.autograd.grad(share, parameters, allow_unused=True) if torch.is_tensor(share) else ()
         self.losses.append(share.detach())
@@ -89,6 +125,28 @@ def transfer_loss(model: nn.Module, batch: Mapping[str, torch.Tensor], window: i
     Raises:
         ConfigError: Window and sinks are out of range.
     """
+    lesson, count = teach(model, batch, window, sinks, _Regression)
+    share = torch.stack(lesson.losses).mean() if lesson.losses else torch.zeros((), device=batch["input_ids"].device)
+    gradients = {p: g / len(lesson.losses) for p, g in lesson.gradients.items()}
+    ready: torch.Tensor = _Ready.apply(share * count, [g * count for g in gradients.values()], *gradients)
+    return LossOutput({"transfer": ready}, {"transfer": count})
+
+
+def teach(
+    model: nn.Module, batch: Mapping[str, torch.Tensor], window: int, sinks: int, lesson: type[L]
+) -> tuple[L, int]:
+    """Lets the teacher read a batch and every layer with a memory learn from it.
+
+    Args:
+        model: A model with a memory attached.
+        batch: As for `find_targets`; labels are not looked at.
+        window: Tokens of the student's window.
+        sinks: The student's sinks.
+        lesson: What the layers do.
+
+    Returns:
+        The lesson, and the number of positions that count.
+    """
     attachment, backbone = attachment_of(model), find_backbone(model)
     inputs = {name: batch[name] for name in ("input_ids", "attention_mask") if batch.get(name) is not None}
     targets = find_targets(batch, window, sinks).attention
@@ -98,18 +156,14 @@ def transfer_loss(model: nn.Module, batch: Mapping[str, torch.Tensor], window: i
         mask, new = inputs.get("attention_mask"), batch["input_ids"].size(1)
         padding = None if mask is None else find_padding(mask, new, None, 0, kept=False)
         plan = Plan(attachment, attachment.settings, padding)
-    lesson = _Lesson(plan, counted.view_as(batch["input_ids"]))
-    with torch.no_grad(), ahn.mode(model, "full"), _taught(attachment, backbone, lesson):
+    taken = lesson(plan, counted.view_as(batch["input_ids"]))
+    with torch.no_grad(), ahn.mode(model, "full"), _taught(attachment, backbone, taken):
         backbone(**inputs, use_cache=False)
-    share = torch.stack(lesson.losses).mean() if lesson.losses else torch.zeros((), device=targets.device)
-    gradients = {p: g / len(lesson.losses) for p, g in lesson.gradients.items()}
-    count = targets.numel()
-    ready: torch.Tensor = _Ready.apply(share * count, [g * count for g in gradients.values()], *gradients)
-    return LossOutput({"transfer": ready}, {"transfer": count})
+    return taken, targets.numel()
 
 
 @contextlib.contextmanager
-def _taught(attachment: Attachment, backbone: Any, lesson: _Lesson) -> Iterator[None]:
+def _taught(attachment: Attachment, backbone: Any, lesson: Lesson) -> Iterator[None]:
     """Lets every layer with a memory learn as the teacher's pass reaches it."""
     handles = [
         site.module.register_forward_pre_hook(_bring(lesson), with_kwargs=True)
@@ -124,7 +178,7 @@ def _taught(attachment: Attachment, backbone: Any, lesson: _Lesson) -> Iterator[
             handle.remove()
 
 
-def _bring(lesson: _Lesson) -> Callable[..., Any]:
+def _bring(lesson: Lesson) -> Callable[..., Any]:
     """A hook that sends the student's view of the layer along to the attention function."""
 
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -142,7 +196,7 @@ def _attend_and_learn(
     key: torch.Tensor,
     value: torch.Tensor,
     attention_mask: Any,
-    ahn_transfer: tuple[_Lesson, LayerCall] | None = None,
+    ahn_transfer: tuple[Lesson, LayerCall] | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     full, weights = attention_function(module, query, key, value, attention_mask, **kwargs)

@@ -1,0 +1,92 @@
+"""A start in closed form: the output projections that best explain what the window misses, gates as they are.
+
+Legend of shapes: B rows, T tokens, E positions that the memory speaks at, H query heads, V value size.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from ahn.attachment import attachment_of
+from ahn.attention import LayerCall
+from ahn.memories import Memory
+from ahn.training.draws import SpanDraw
+from ahn.training.transfer import Lesson, teach
+
+_RIDGE = 0.03  # of the mean square of what is read
+
+
+@dataclasses.dataclass(frozen=True)
+class _Moments:
+    """Second moments of what the heads of a layer read and of what their window misses."""
+
+    read_HVV: torch.Tensor
+    both_HVV: torch.Tensor
+
+
+@dataclasses.dataclass(eq=False)
+class _Counting(Lesson):
+    """Collects the moments of every layer."""
+
+    moments: dict[Memory, _Moments] = dataclasses.field(default_factory=dict)
+
+    def learn(self, call: LayerCall, module: nn.Module, inputs: dict[str, Any], full_BTHV: torch.Tensor) -> None:
+        """Moments of one layer."""
+        missing = self.missing(call, module, inputs, full_BTHV)
+        if not missing.view.evicted.length:
+            return
+        query = inputs["query"]
+        raw_BEHV = call.recall(query, missing.view, query.size(2))
+        read_BEHV = call.memory.normalise(raw_BEHV, call.hidden[:, missing.before :]) * missing.counted_BE11
+        self.moments[call.memory] = _Moments(
+            torch.einsum("behv,behw->hvw", read_BEHV, read_BEHV).double(),
+            torch.einsum("behv,behw->hvw", read_BEHV, missing.output_BEHV).double(),
+        )
+
+
+@torch.no_grad()
+def solve_readout(
+    model: nn.Module, batches: Iterable[Mapping[str, torch.Tensor]], draw: SpanDraw, scale: float
+) -> None:
+    """Sets the output projections of the attached memories to a ridge regression on what the window misses.
+
+    For every head, `W = (R^T R + c I)^-1 R^T M`, with R what the head reads after its gated norm and M the output of
+    full attention minus that of sinks and window, both from the teacher's own hidden states: one pass of the teacher
+    over a few texts. The regression explains each layer by itself; all layers together would do too much at once, so a
+    share of it is the better start.
+
+    Args:
+        model: A model with a memory attached; its gates should be open (`set_initial_gate`).
+        batches: Texts, as for `find_targets`.
+        draw: Window and sinks of each.
+        scale: Share of the solution that is taken.
+    """
+    sums: dict[Memory, _Moments] = {}
+    draw = draw.fitting(model)
+    for number, batch in enumerate(batches):
+        span = draw.draw(batch["input_ids"].size(1), number)
+        lesson, _ = teach(model, batch, span.window, span.sinks, _Counting)
+        for memory, found in lesson.moments.items():
+            before = sums.get(memory)
+            sums[memory] = found if before is None else _Moments(*(a + b for a, b in zip(_pair(before), _pair(found))))
+    for site in attachment_of(model).sites:
+        if site.memory is not None and site.memory in sums:
+            site.memory.o_proj.copy_(scale * _ridge(sums[site.memory]))
+
+
+def _pair(moments: _Moments) -> tuple[torch.Tensor, torch.Tensor]:
+    return moments.read_HVV, moments.both_HVV
+
+
+def _ridge(moments: _Moments) -> torch.Tensor:
+    """Solution for every head, `[H, V, V]` float64."""
+    read_HVV = moments.read_HVV
+    mean_H = read_HVV.diagonal(dim1=-2, dim2=-1).mean(-1)
+    eye_VV = torch.eye(read_HVV.size(-1), dtype=read_HVV.dtype, device=read_HVV.device)
+    ridge_HVV = _RIDGE * mean_H.clamp(min=1e-12)[:, None, None] * eye_VV
+    return torch.linalg.solve(read_HVV + ridge_HVV, moments.both_HVV)
