@@ -6,6 +6,7 @@
 PYTHON ?= python3
 TORCH  ?= 2.13.0
 ARGS   ?=
+TEXTS  ?=
 
 # Threads that spin for long while they wait take the cores from whatever else runs: a factor of three and more.
 export GOMP_SPINCOUNT ?= 10000
@@ -22,12 +23,13 @@ HAVE_MODEL := $(VENV)/.have-smollm2-0.1.2
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help demo test slow lint format clean
+.PHONY: help demo test slow results lint format clean
 
 help:
 	@echo "make demo    a small model reads a long text past its window"
 	@echo "make test    lint, types and the fast tests"
 	@echo "make slow    the slow tests"
+	@echo "make results what the shipped memories win back (TEXTS=FOLDER of unseen texts)"
 	@echo "make lint    ruff and mypy only"
 	@echo "make format  rewrite the files in house style"
 	@echo "make clean   remove .venv and everything built"
@@ -40,6 +42,10 @@ test: lint $(HAVE_MODEL)
 
 slow: $(HAVE_DEV) $(HAVE_MODEL)
 	@$(PY) -m pytest -q -m "slow and not gpu and not network" --timeout 3600 $(ARGS)
+
+results: $(HAVE_AHN) $(HAVE_MODEL)
+	@[ -n "$(TEXTS)" ] || { echo "name a folder of texts that no memory was trained on: make results TEXTS=FOLDER"; exit 1; }
+	@$(PY) benchmarks/shipped_memories.py --texts "$(TEXTS)" $(ARGS)
 
 lint: $(HAVE_DEV)
 	@$(PY) -m ruff check --quiet .
