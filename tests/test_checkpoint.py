@@ -100,6 +100,12 @@ class TestRoundTrip:
         assert attachment_of(other).config == attachment_of(model).config
         assert torch.equal(read(other, text(tokens=40)), expected)
 
+    @pytest.mark.skipif(os.name == "nt", reason="permissions of POSIX")
+    def test_others_may_read_what_the_umask_lets_them(self, saved: Path) -> None:
+        umask = os.umask(0o022)
+        os.umask(umask)
+        assert {file.stat().st_mode & 0o777 for file in saved.iterdir()} == {0o666 & ~umask}
+
     @pytest.mark.parametrize(
         "settings",
         [{"layers": (0, 2)}, {"memory_positions": "none"}, {"sink_positions": "bounded"}],

@@ -233,6 +233,7 @@ def _reader(file: Path) -> Iterator[Any]:
 def write_tensors(tensors: Mapping[str, torch.Tensor], file: Path) -> None:
     """Writes a safetensors file and waits until it is on the disk."""
     save_file({key: tensor.contiguous() for key, tensor in sorted(tensors.items())}, file, {"format": "pt"})
+    file.chmod(0o666 & ~_umask())  # safetensors 0.8 keeps its files from everybody else
     _flush(file)
 
 

@@ -13,11 +13,12 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
 
 from ahn.attachment import attachment_of
 from ahn.checkpoint.content import memory_tensors
+from ahn.checkpoint.files import write_tensors
 from ahn.errors import ConfigError
 
 _STATES = "states"
@@ -79,7 +80,7 @@ class TeacherCache:
     def _keep(self, file: Path, states_RD: torch.Tensor) -> None:
         part = file.with_name(f".{uuid.uuid4().hex}.part")
         try:
-            save_file({_STATES: states_RD.contiguous()}, part)
+            write_tensors({_STATES: states_RD}, part)
             os.replace(part, file)
         except (OSError, SafetensorError) as error:
             part.unlink(missing_ok=True)
