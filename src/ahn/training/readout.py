@@ -89,4 +89,5 @@ def _ridge(moments: _Moments) -> torch.Tensor:
     mean_H = read_HVV.diagonal(dim1=-2, dim2=-1).mean(-1)
     eye_VV = torch.eye(read_HVV.size(-1), dtype=read_HVV.dtype, device=read_HVV.device)
     ridge_HVV = _RIDGE * mean_H.clamp(min=1e-12)[:, None, None] * eye_VV
-    return torch.linalg.solve(read_HVV + ridge_HVV, moments.both_HVV)
+    solution_HVV: torch.Tensor = torch.linalg.solve(read_HVV + ridge_HVV, moments.both_HVV)
+    return solution_HVV
