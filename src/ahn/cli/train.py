@@ -86,7 +86,7 @@ def command(
         ),
     ] = None,
     loss_share: Annotated[
-        float | None, typer.Option(help="Share of the positions that the loss looks at.  [dim]\\[default: 1][/dim]")
+        float | None, typer.Option(help="Share of the positions that the loss looks at.  [dim]\\[default: 1.0][/dim]")
     ] = None,
     teacher_cache: Annotated[
         str | None, typer.Option(help="Folder to keep what the teacher has read, for further trainings.")

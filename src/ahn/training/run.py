@@ -232,7 +232,7 @@ def _model(settings: TrainSettings, pieces: Pieces | PieceStream, say: Say) -> A
         set_initial_gate(model, settings.initial_gate, [item["input_ids"] for item in _first(pieces, 4)])
     if settings.adapter is None and settings.initial_readout is not None:
         say("solving the read-out of every layer on a few texts")
-        batches = [collate([item]) for item in _first(pieces, 16)]
+        batches = [collate([item]) for item in _first(pieces, settings.initial_texts)]
         solve_readout(model, batches, settings.span_draw, settings.initial_readout)
     return model
 

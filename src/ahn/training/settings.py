@@ -20,6 +20,7 @@ from ahn.training.sources import DataQuery
 STAGES = ("transfer", "distill")
 _COUNTS = (
     "steps", "transfer_steps", "length", "batch", "accumulation", "log_every", "save_every", "keep", "eval_tokens",
+    "initial_texts",
 )  # fmt: skip
 _CHOICES: dict[str, tuple[str | None, ...]] = {
     "draw": ("random", "fixed"),
@@ -77,6 +78,7 @@ class TrainSettings:
             the published start, near zero and of either sign, if left out.
         initial_readout: Share of the closed-form solution that the output projections of fresh memories start with, see
             `ahn.training.readout`; the published start, zero, if left out.
+        initial_texts: Sequences that the closed form is solved on.
         seed: What all random numbers depend on.
         checkpointing: What the backward pass computes again instead of keeping it: "none", "attention" (window and
             memory, which keep the most) or "layers" (everything); if left out, "none" below 2,048 tokens a batch,
@@ -138,6 +140,7 @@ class TrainSettings:
     initial_decay: tuple[float, float] | None = (0.001, 1.0)
     initial_gate: float | None = 1.0
     initial_readout: float | None = 0.3
+    initial_texts: int = 8
     seed: int = 0
     checkpointing: str | None = None
     loss_share: float = 1.0
