@@ -144,7 +144,7 @@ class TestGoingOn:
         assert (whole / "ahn.safetensors").read_bytes() == before
 
     def test_other_settings_are_refused(self, whole: Path, place: Path) -> None:
-        with pytest.raises(ConfigError, match=r"was begun with lr = 0\.001, not 0\.5"):
+        with pytest.raises(ConfigError, match=r"was begun with lr = 0\.0001, not 0\.5"):
             train(settings(place, whole, lr=0.5), resume=True)
 
     def test_a_folder_of_something_else(self, place: Path) -> None:

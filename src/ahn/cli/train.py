@@ -68,7 +68,7 @@ def command(
             "[dim]\\[default: random][/dim]",
         ),
     ] = None,
-    lr: Annotated[float | None, typer.Option(help="Learning rate.  [dim]\\[default: 0.001][/dim]")] = None,
+    lr: Annotated[float | None, typer.Option(help="Learning rate.  [dim]\\[default: 0.0001][/dim]")] = None,
     batch: Annotated[
         int | None, typer.Option(help="Sequences at once, per process.  [dim]\\[default: 1][/dim]")
     ] = None,

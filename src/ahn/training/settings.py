@@ -131,7 +131,7 @@ class TrainSettings:
     sink_counts: tuple[int, ...] = SINKS
     batch: int = 1
     accumulation: int = 1
-    lr: float = 1e-3
+    lr: float = 1e-4
     transfer_lr: float = 1e-3
     schedule: str = "cosine"
     warmup: float = 0.1
