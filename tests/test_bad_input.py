@@ -44,6 +44,11 @@ def prepare() -> None:
     Path("broken").mkdir()
     Path("broken/ahn_config.json").write_text("{")
     Path("book.cache").write_bytes(b"no cache at all")
+    good = '{"id": 0, "prediction": "71432", "ground_truth": "71432"}\n'
+    Path("preds.jsonl").write_text(good)
+    Path("preds_passkey.jsonl").write_text(good + '{"id": 1, "prediction": "71432",\n')
+    Path("preds_code_run.jsonl").write_text('{"id": 0, "prediction": "4"}\n')
+    Path("preds_math_find.jsonl").write_text('{"id": 0, "prediction": "4", "ground_truth": ["four"]}\n')
 
 
 COMMANDS = (
@@ -85,6 +90,20 @@ COMMANDS = (
     "train --data text.txt --out out --stages distill,transfer",
     "train --data text.txt --out out --adapter ./nowhere",
     "train --data text.txt --out out --config text.txt",
+    "eval score nowhere.jsonl",
+    "eval score empty.txt --task passkey",
+    "eval score notes",
+    "eval score preds.jsonl",
+    "eval score preds.jsonl --task passkeys",
+    "eval score preds.jsonl --task zebra",
+    "eval score preds.jsonl --task cmrc_mixup_8k",
+    "eval score preds.jsonl preds.jsonl --task passkey",
+    "eval score preds.jsonl --task passkey --scoring paper",
+    "eval score preds.jsonl --task passkey --scoring best",
+    "eval score preds.jsonl --task passkey --json nowhere/scores.json",
+    "eval score preds_passkey.jsonl",
+    "eval score preds_code_run.jsonl",
+    "eval score preds_math_find.jsonl",
     "train-me",
 )
 

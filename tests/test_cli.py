@@ -32,7 +32,7 @@ SURFACE = {
     "convert": ["SOURCE", "TARGET", "--to", "--base", "--force"],
     "merge": ["BASE", "ADAPTER", "TARGET", "--force"],
 }  # fmt: skip
-FROZEN_ELSEWHERE = {"train"}  # commands whose surface stands in a test of their own
+FROZEN_ELSEWHERE = {"eval", "train"}  # commands whose surface stands in a test of their own
 CHAT = (
     "{% for turn in messages %}<{{ turn['role'] }}>{{ turn['content'] }}</s>{% endfor %}"
     "{% if add_generation_prompt %}<assistant>{% endif %}"

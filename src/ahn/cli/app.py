@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 from typer.main import get_command
 
-from ahn.cli import convert, demo, generate, inspect, merge, train
+from ahn.cli import convert, demo, evaluation, generate, inspect, merge, train
 
 app = typer.Typer(
     name="ahn",
@@ -20,6 +20,7 @@ app = typer.Typer(
 COMMANDS = {"demo": demo, "generate": generate, "inspect": inspect, "convert": convert, "merge": merge, "train": train}
 for name, module in COMMANDS.items():
     app.command(name, epilog=module.EXAMPLES)(module.command)
+app.add_typer(evaluation.app, name="eval")
 
 
 @app.callback(invoke_without_command=True)

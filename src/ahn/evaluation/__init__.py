@@ -1,0 +1,70 @@
+"""What a model that reads with bounded memory keeps, measured by public benchmarks.
+
+Three parts, none of which needs torch:
+
+- `scoring/`: the metrics of LV-Eval, InfiniteBench and LongBench, as pure functions of texts.
+- `benchmarks/`: what each benchmark asks, as data; its records (`load_samples`); the prompts made of them
+  (`build_prompt`, `read_prompts`).
+- Predictions: `read_predictions` reads this library's files and the official ones, `score_predictions` and `averages`
+  score them, with no model.
+"""
+
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from ahn.evaluation.benchmarks import BENCHMARKS
+    from ahn.evaluation.benchmarks.base import Benchmark, Sample, Target, Task
+    from ahn.evaluation.benchmarks.loading import load_samples
+    from ahn.evaluation.benchmarks.prompts import build_prompt, read_prompts
+    from ahn.evaluation.errors import AnswerError, EvaluationError
+    from ahn.evaluation.predictions import Prediction, read_predictions
+    from ahn.evaluation.scores import Average, SetScore, averages, score_predictions
+    from ahn.evaluation.scoring import METRICS
+
+_PLACES = {
+    "AnswerError": "errors",
+    "Average": "scores",
+    "BENCHMARKS": "benchmarks",
+    "Benchmark": "benchmarks.base",
+    "EvaluationError": "errors",
+    "METRICS": "scoring",
+    "Prediction": "predictions",
+    "Sample": "benchmarks.base",
+    "SetScore": "scores",
+    "Target": "benchmarks.base",
+    "Task": "benchmarks.base",
+    "averages": "scores",
+    "build_prompt": "benchmarks.prompts",
+    "load_samples": "benchmarks.loading",
+    "read_predictions": "predictions",
+    "read_prompts": "benchmarks.prompts",
+    "score_predictions": "scores",
+}
+
+__all__ = [
+    "BENCHMARKS",
+    "METRICS",
+    "AnswerError",
+    "Average",
+    "Benchmark",
+    "EvaluationError",
+    "Prediction",
+    "Sample",
+    "SetScore",
+    "Target",
+    "Task",
+    "averages",
+    "build_prompt",
+    "load_samples",
+    "read_predictions",
+    "read_prompts",
+    "score_predictions",
+]
+
+
+def __getattr__(name: str) -> object:
+    """Imports a public name when it is first used, so that one part does not wait for the others."""
+    if name not in _PLACES:
+        raise AttributeError(f"module 'ahn.evaluation' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"ahn.evaluation.{_PLACES[name]}"), name)

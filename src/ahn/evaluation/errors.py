@@ -1,0 +1,11 @@
+"""Errors of evaluation."""
+
+from ahn.errors import AHNError
+
+
+class EvaluationError(AHNError, ValueError):
+    """A benchmark, a record, or a package that evaluation needs is missing or bad; the message says the remedy."""
+
+
+class AnswerError(EvaluationError):
+    """The answers of a record are not of the kind that its metric compares."""

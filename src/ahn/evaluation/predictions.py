@@ -1,0 +1,145 @@
+"""Predictions in JSONL files: this library's own, and those of the benchmarks' official scripts.
+
+`docs/evaluation.md` describes the form of a line.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from ahn.evaluation.benchmarks import find, find_in_file_name
+from ahn.evaluation.benchmarks.base import Sample, Target
+from ahn.evaluation.errors import EvaluationError
+from ahn.evaluation.records import Record, read_records
+from ahn.evaluation.scoring.options import with_letter
+
+# Ours first, then what the official scripts write.
+_TEXT = ("prediction", "pred")
+_ANSWERS = ("answers", "answer", "ground_truth", "label")
+_KEYWORDS = ("answer_keywords", "gold_ans")
+
+
+@dataclasses.dataclass(frozen=True)
+class Prediction:
+    """What a model wrote for a record, with what is needed to score it.
+
+    Attributes:
+        where: File and line.
+        target: Task and length.
+        id: The record's own; without one the number of the line.
+        text: What the model wrote.
+        answers: Those of the record.
+        keywords: Those of the record, where it has any.
+    """
+
+    where: str
+    target: Target
+    id: int | str
+    text: str
+    answers: tuple[Any, ...]
+    keywords: str | None = None
+
+
+def to_record(sample: Sample, text: str) -> dict[str, Any]:
+    """A line of a file of predictions, ready for JSON.
+
+    Args:
+        sample: The record that was asked.
+        text: What the model wrote.
+    """
+    record = {
+        "benchmark": sample.target.benchmark.name,
+        "task": sample.target.name,
+        "id": sample.id,
+        "prediction": text,
+        "answers": list(sample.answers),
+    }
+    return record if sample.keywords is None else {**record, "answer_keywords": sample.keywords}
+
+
+def read_predictions(places: Iterable[str], task: str | None = None) -> Iterator[Prediction]:
+    """All predictions in several files.
+
+    Args:
+        places: JSONL files, and folders of them.
+        task: Name of the task of lines that name none themselves; the file's name tells it if left out.
+
+    Raises:
+        EvaluationError: A file is missing, empty or of an unknown task; a line is bad, or a second prediction of the
+            same record. Files and lines are named.
+    """
+    given = None if task is None else find(task)
+    first: dict[tuple[str, int | str], tuple[int, str]] = {}
+    for index, file in enumerate(_files(places)):
+        told = given or find_in_file_name(file.name)
+        for number, (where, record) in enumerate(read_records(file), start=1):
+            prediction = _prediction(record, where, _target(record, where, told, given), number)
+            holder, place = first.setdefault((prediction.target.name, prediction.id), (index, where))
+            if holder != index:
+                name = f"{prediction.target.name} {prediction.id}"
+                raise EvaluationError(f"{where}: {name} is in {place} too. Score the files of one model at a time.")
+            yield prediction
+
+
+def _files(places: Iterable[str]) -> Iterator[Path]:
+    for place in places:
+        path = Path(place).expanduser()
+        if path.is_dir():
+            found = sorted(path.glob("*.jsonl"))
+            if not found:
+                raise EvaluationError(f"{place} holds no .jsonl file. Give files of predictions or a folder of them.")
+            yield from found
+        elif path.exists():
+            yield path
+        else:
+            raise EvaluationError(f"{place} does not exist. Check the path.")
+
+
+def _target(record: Record, where: str, told: Target | None, given: Target | None) -> Target:
+    """The task that a line names, or else the one that was told."""
+    if "task" not in record:
+        if told is None:
+            raise EvaluationError(
+                f"{where}: neither the line nor the file's name tells the task. Name it, for example with "
+                "--task passkey or --task cmrc_mixup_16k."
+            )
+        return told
+    try:
+        target = find(str(record["task"]))
+    except EvaluationError as error:
+        raise EvaluationError(f"{where}: {error}") from None
+    if given is not None and given != target:
+        raise EvaluationError(f"{where}: the line is of {target.name}, not of {given.name}. Leave --task out.")
+    if record.get("benchmark", target.benchmark.name) != target.benchmark.name:
+        raise EvaluationError(f"{where}: {target.name} belongs to {target.benchmark.name}. Correct the benchmark.")
+    return target
+
+
+def _prediction(record: Record, where: str, target: Target, number: int) -> Prediction:
+    text, answers = _field(record, _TEXT, where), _field(record, _ANSWERS, where)
+    if not isinstance(text, str):
+        raise EvaluationError(f"{where}: the prediction is no text, but {type(text).__name__}. Correct it.")
+    keywords = next((record[name] for name in _KEYWORDS if record.get(name) is not None), None)
+    if not isinstance(keywords, str | None):
+        raise EvaluationError(f"{where}: the keywords are no text, but {type(keywords).__name__}. Correct them.")
+    answers = answers if isinstance(answers, list) else [answers]
+    options = record.get("options")
+    if target.task.choice and isinstance(options, list):
+        try:
+            answers = with_letter(answers, options)
+        except EvaluationError as error:
+            raise EvaluationError(f"{where}: {error}") from None
+    id = record.get("id")
+    return Prediction(where, target, id if isinstance(id, int | str) else number, text, tuple(answers), keywords)
+
+
+def _field(record: Record, names: tuple[str, ...], where: str) -> Any:
+    """The first of these fields that a line has."""
+    for name in names:
+        if name in record:
+            return record[name]
+    others = " nor ".join(f'"{name}"' for name in names[1:])
+    raise EvaluationError(f'{where}: the line has neither "{names[0]}" nor {others}. Correct it or leave it out.')

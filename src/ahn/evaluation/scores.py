@@ -1,0 +1,160 @@
+"""From predictions to the numbers that the benchmarks report: one score per set, and averages over sets."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from ahn import __version__
+from ahn.evaluation.benchmarks import BENCHMARKS
+from ahn.evaluation.benchmarks.base import Benchmark, Rules, Scoring, Target
+from ahn.evaluation.errors import AnswerError, EvaluationError
+from ahn.evaluation.predictions import Prediction
+from ahn.evaluation.scoring import METRICS, Metric
+
+_PACKAGES = ("jieba", "rouge", "rouge-score")
+
+
+@dataclasses.dataclass(frozen=True)
+class SetScore:
+    """The score of a task, at one length where it has several.
+
+    Attributes:
+        target: Task and length.
+        scoring: Whose rules.
+        items: Each record's own id and its score, 0 to 1.
+    """
+
+    target: Target
+    scoring: Scoring
+    items: tuple[tuple[int | str, float], ...]
+
+    @property
+    def rules(self) -> Rules:
+        """The rules it was scored by."""
+        return self.target.task.rules(self.scoring)
+
+    @property
+    def metric(self) -> Metric:
+        """What was measured."""
+        return METRICS[self.rules.metric]
+
+    @property
+    def score(self) -> float:
+        """Mean over the items, 0 to 100, rounded to two digits as the benchmarks do."""
+        return round(100 * sum(score for _, score in self.items) / len(self.items), 2)
+
+
+@dataclasses.dataclass(frozen=True)
+class Average:
+    """The mean over the sets of a benchmark at one length.
+
+    Attributes:
+        benchmark: The benchmark.
+        length: One of its lengths, or `None`.
+        sets: How many sets it is the mean of.
+        of: How many sets the benchmark has at this length, for these rules.
+        score: Mean of their scores, each set counting alike, rounded to two digits.
+    """
+
+    benchmark: Benchmark
+    length: str | None
+    sets: int
+    of: int
+    score: float
+
+
+def score_predictions(predictions: Iterable[Prediction], scoring: Scoring = "official") -> list[SetScore]:
+    """Scores of all sets that predictions belong to, in the order of the benchmarks' files.
+
+    Args:
+        predictions: As `read_predictions` gives them.
+        scoring: The benchmark's own rules, or those of arXiv 2510.07318 for longbook_qa_eng and longbook_qa_chn.
+
+    Raises:
+        EvaluationError: A line cannot be scored, which is named; a set has no such rules; a package is missing.
+    """
+    items: dict[str, list[tuple[int | str, float]]] = {}
+    targets: dict[str, Target] = {}
+    for prediction in predictions:
+        target = targets.setdefault(prediction.target.name, prediction.target)
+        metric = METRICS[target.task.rules(scoring).metric]
+        try:
+            score = metric.score(prediction.text, prediction.answers, prediction.keywords)
+        except AnswerError as error:
+            raise EvaluationError(f"{prediction.where}: {error}") from None
+        items.setdefault(target.name, []).append((prediction.id, score))
+    names = sorted(targets, key=lambda name: _place(targets[name]))
+    return [SetScore(targets[name], scoring, tuple(items[name])) for name in names]
+
+
+def averages(scores: Sequence[SetScore]) -> list[Average]:
+    """The mean over the sets of each benchmark, for each of its lengths alone.
+
+    Args:
+        scores: As `score_predictions` gives them.
+    """
+    alike: dict[tuple[str, str | None], list[SetScore]] = {}
+    for each in scores:
+        alike.setdefault((each.target.benchmark.name, each.target.length), []).append(each)
+    return [_average(group) for group in alike.values()]
+
+
+def _average(alike: Sequence[SetScore]) -> Average:
+    target, scoring = alike[0].target, alike[0].scoring
+    of = sum(scoring == "official" or task.paper is not None for task in target.benchmark.tasks.values())
+    score = round(sum(each.score for each in alike) / len(alike), 2)
+    return Average(target.benchmark, target.length, len(alike), of, score)
+
+
+def to_json(scores: Sequence[SetScore], files: Sequence[str]) -> dict[str, Any]:
+    """Everything that was measured, ready for JSON.
+
+    Args:
+        scores: As `score_predictions` gives them.
+        files: Where the predictions come from.
+    """
+    return {
+        "kind": "scores",
+        "files": list(files),
+        "versions": {"ahn": __version__, **{name: version for name in _PACKAGES if (version := _version(name))}},
+        "sets": [
+            {
+                "benchmark": each.target.benchmark.name,
+                "task": each.target.task.name,
+                "length": each.target.length,
+                "scoring": each.scoring,
+                "metric": each.rules.metric,
+                "items": len(each.items),
+                "score": each.score,
+                "item_scores": [{"id": id, "score": score} for id, score in each.items],
+            }
+            for each in scores
+        ],
+        "averages": [
+            {
+                "benchmark": each.benchmark.name,
+                "length": each.length,
+                "sets": each.sets,
+                "of": each.of,
+                "score": each.score,
+            }
+            for each in averages(scores)
+        ],
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _place(target: Target) -> tuple[int, int, int]:
+    """Where a set stands among all: by benchmark, length and task."""
+    benchmark = target.benchmark
+    length = benchmark.lengths.index(target.length) if target.length else -1
+    return list(BENCHMARKS).index(benchmark.name), length, list(benchmark.tasks).index(target.task.name)

@@ -1,0 +1,135 @@
+"""`ahn eval`: its surface, what its commands do, and what wrong input gets."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ahn.cli import main
+from ahn.cli.app import command
+
+SURFACE = {"score": ["FILE", "--task", "--scoring", "--json"]}
+ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+LINES = {
+    "hotpotwikiqa_mixup_16k.jsonl": [
+        {"pred": "The capital is Paris.", "answers": ["Paris"], "gold_ans": "Paris", "length": 13_000},
+        {"pred": "London", "answers": ["London"], "gold_ans": "it was the city of London on Thames", "length": 12_000},
+    ],
+    "cmrc_mixup_32k.jsonl": [{"pred": "北京", "answers": ["北京"], "gold_ans": None, "length": 27_000}],
+    "preds_passkey.jsonl": [{"id": 0, "prediction": "71432", "ground_truth": "71432"}],
+}
+
+
+@pytest.fixture(autouse=True)
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.delenv("AHN_DEBUG", raising=False)
+    for name, lines in LINES.items():
+        Path(name).write_text("\n".join(json.dumps(line) for line in lines))
+    Path("broken.jsonl").write_text('{"id": 0, "prediction": "x", "answers": ["x"]}\n{"id": 1,\n')
+    Path("nothing").mkdir()
+    Path("empty.jsonl").write_text("\n")
+    return tmp_path
+
+
+def options_of(name: str) -> list[str]:
+    parameters: list[Any] = command().commands["eval"].commands[name].params
+    return [
+        word
+        for each in parameters
+        for word in ([each.metavar] if each.param_type_name == "argument" else [*each.opts, *each.secondary_opts])
+    ]
+
+
+class TestSurface:
+    def test_no_command_without_a_frozen_surface(self) -> None:
+        assert set(command().commands["eval"].commands) == set(SURFACE)
+
+    @pytest.mark.parametrize("name", SURFACE)
+    def test_arguments_and_options(self, name: str) -> None:
+        assert options_of(name) == SURFACE[name]
+
+    @pytest.mark.parametrize("name", SURFACE)
+    def test_help_has_examples_that_fit(self, name: str, capsys: pytest.CaptureFixture[str]) -> None:
+        assert main(["eval", name, "--help"]) == 0
+        shown = capsys.readouterr()
+        assert f"ahn eval {name} " in shown.out.split("Examples:")[1]
+        assert max(map(len, shown.out.splitlines())) <= 80
+        assert shown.err == ""
+
+    @pytest.mark.parametrize("words", [["eval"], ["eval", "--help"], ["eval", "-h"]])
+    def test_without_a_command(self, words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+        assert main(words) == 0
+        assert all(name in capsys.readouterr().out for name in SURFACE)
+
+
+class TestScore:
+    def test_a_table_for_each_benchmark(self, capsys: pytest.CaptureFixture[str]) -> None:
+        assert main(["eval", "score", *LINES]) == 0
+        shown = capsys.readouterr()
+        assert shown.err == ""
+        rows = [[cell.strip() for cell in line.strip("│").split("│")] for line in shown.out.splitlines() if "│" in line]
+        # 1/2; then 0, for London is one of seven keywords of which it, was and of can never be found
+        assert rows == [
+            ["hotpotwikiqa_mixup", "16k", "F1, keywords >= 20 %", "2 of 124", "25.00"],
+            ["cmrc_mixup", "32k", "F1, keywords >= 40 %", "1 of 200", "100.00"],
+            ["average of 1 of 11", "16k", "", "", "25.00"],
+            ["average of 1 of 11", "32k", "", "", "100.00"],
+            ["passkey", "first digits", "1", "100.00"],
+            ["average of 1 of 12", "", "", "100.00"],
+        ]
+        assert shown.out.index("LV-Eval") < shown.out.index("InfiniteBench")
+
+    def test_json(self, capsys: pytest.CaptureFixture[str]) -> None:
+        assert main(["eval", "score", "preds_passkey.jsonl", "--json", "scores.json"]) == 0
+        assert "wrote scores.json" in capsys.readouterr().out
+        facts = json.loads(Path("scores.json").read_text())
+        assert (facts["kind"], facts["files"]) == ("scores", ["preds_passkey.jsonl"])
+        assert facts["sets"][0]["item_scores"] == [{"id": 0, "score": 1.0}]
+
+    def test_the_papers_scoring(self, capsys: pytest.CaptureFixture[str]) -> None:
+        Path("preds_longbook_qa_eng.jsonl").write_text(
+            '{"id": 0, "prediction": "the cat", "ground_truth": ["The cat"]}'
+        )
+        assert main(["eval", "score", "preds_longbook_qa_eng.jsonl"]) == 0
+        assert "100.00" in capsys.readouterr().out
+        assert main(["eval", "score", "preds_longbook_qa_eng.jsonl", "--scoring", "paper"]) == 0
+        assert " 50.00 " in capsys.readouterr().out
+
+    def test_torch_is_not_imported(self) -> None:
+        code = f"import sys; from ahn.cli import main; s = main({['eval', 'score', *LINES]!r}); assert 'torch' not in "
+        done = subprocess.run([sys.executable, "-c", f"{code}sys.modules; sys.exit(s)"], env=ENVIRONMENT, timeout=120)
+        assert done.returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["score"], "Missing argument 'FILE'"),
+        (["score", "nowhere.jsonl"], "nowhere.jsonl does not exist. Check the path."),
+        (["score", "nothing"], "nothing holds no .jsonl file"),
+        (["score", "empty.jsonl", "--task", "passkey"], "empty.jsonl is empty"),
+        (["score", "broken.jsonl"], "broken.jsonl, line 1: neither the line nor the file's name tells the task"),
+        (["score", "broken.jsonl", "--task", "passkey"], "broken.jsonl, line 2: it is no JSON ("),
+        (["score", "broken.jsonl", "--task", "passkeys"], "there is no task 'passkeys'. Did you mean 'passkey'?"),
+        (["score", "preds_passkey.jsonl", "--scoring", "best"], "--scoring must be official or paper, not 'best'."),
+        (["score", "preds_passkey.jsonl", "--scoring", "paper"], "passkey has no scoring of the paper's own"),
+        (["score", "preds_passkey.jsonl", "--json", "no/x.json"], "--json: there is no folder no. Make it first."),
+        (["score", "preds_passkey.jsonl", "--json", "nothing"], "--json nothing is a folder. Name a file in it."),
+        (["scores", "x"], "No such command 'scores'. Did you mean 'score'? See `ahn eval --help`."),
+    ],
+)
+def test_wrong_input_gets_one_line(words: list[str], says: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["eval", *words]) == 2
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert shown.err.startswith("error: ")
+    assert says in shown.err
+    assert shown.err.count("\n") == 1
