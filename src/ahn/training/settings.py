@@ -63,7 +63,8 @@ class TrainSettings:
         sinks: Sinks likewise.
         draw: "random" trains each sequence with another span, "fixed" all with `window` and `sinks`.
         totals: Candidates for sinks and window together.
-        sink_counts: Candidates for the sinks.
+        sink_counts: Candidates for the sinks. The published 0 is left out: without any sink a small model falls apart,
+            and its memory learns to be one.
         batch: Sequences of a forward pass, on each process.
         accumulation: Forward passes of a step, on each process.
         lr: Learning rate of the stage distill.
@@ -128,7 +129,7 @@ class TrainSettings:
     sinks: int = 32
     draw: str = "random"
     totals: tuple[int, ...] = TOTALS
-    sink_counts: tuple[int, ...] = SINKS
+    sink_counts: tuple[int, ...] = (4, *SINKS[1:])
     batch: int = 1
     accumulation: int = 1
     lr: float = 1e-4
