@@ -75,7 +75,7 @@ def test_numbers_may_come_as_text() -> None:
         ({"length": 16}, "a sequence of 16 tokens leaves nothing"),
         ({"draw": "fixed", "window": 2048}, r"sinks \+ window = 2080"),
         ({"draw": "fixed", "length": 512, "min_length": 100}, "a sequence of 100 tokens leaves nothing"),
-        ({"min_length": 4096}, "min_length must be from 2 to the length 2048"),
+        ({"min_length": 4096}, "min_length must be from 2 to the length 1024"),
         ({"held_out": 1}, "held_out must be a share"),
         ({"window": 0}, "window must be a whole number of at least 1"),
         ({"sink_positions": "near"}, "sink_positions must be one of"),
