@@ -43,6 +43,10 @@ def prepare() -> None:
     Path("broken").mkdir()
     Path("broken/ahn_config.json").write_text("{")
     Path("book.cache").write_bytes(b"no cache at all")
+    sizes: dict[str, Any] = {"num_hidden_layers": 2, "num_attention_heads": 4, "hidden_size": 32, "vocab_size": 64}
+    sizes |= {"bos_token_id": 1, "eos_token_id": 2}
+    transformers.FalconConfig(**sizes).save_pretrained("falcon")
+    transformers.GPT2Config(**sizes, n_positions=1024).save_pretrained("gpt2")
 
 
 COMMANDS = (
@@ -69,6 +73,15 @@ COMMANDS = (
     "inspect nowhere",
     "inspect text.txt",
     "inspect notes",
+    "cost qwen2.5-4b",
+    "cost notes",
+    "cost falcon",
+    "cost gpt2 --context 2000",
+    "cost qwen2.5-3b --context 0",
+    "cost qwen2.5-3b --window 0",
+    "cost qwen2.5-3b --convention guess",
+    "cost qwen2.5-3b --convention paper --dtype float16",
+    "cost qwen2.5-3b --plot cost.pdf",
     "convert broken out",
     "convert notes out",
     "merge smollm2-135m ./nowhere out",
