@@ -46,8 +46,8 @@ PRINTED_PARAMETERS = {  # millions
 }
 COLUMNS = ("mixer", "mixer share", "model", "model share", "cache", "cache share")
 
-# What the paper's formula gives where its 7B column holds something else. No sizes of a model explain that column:
-# its FLOPs are 0.92 (mixers) and 0.94 (the rest) of what the 28 layers of this shape take.
+# What the paper's formula gives where its 7B column holds something else. No sizes that were tried explain it
+# (docs/log.md): its FLOPs are 0.92 (mixers) and 0.94 (the rest) of what the 28 layers of this shape take.
 CONTRADICTED = {
     ("7b", "full"): {"mixer": "3.50", "model": "5.24"},
     ("7b", "window"): {"mixer": "1.68", "model": "3.42", "model share": "65.2"},
