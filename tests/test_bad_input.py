@@ -49,6 +49,10 @@ def prepare() -> None:
     Path("preds_passkey.jsonl").write_text(good + '{"id": 1, "prediction": "71432",\n')
     Path("preds_code_run.jsonl").write_text('{"id": 0, "prediction": "4"}\n')
     Path("preds_math_find.jsonl").write_text('{"id": 0, "prediction": "4", "ground_truth": ["four"]}\n')
+    sizes: dict[str, Any] = {"num_hidden_layers": 2, "num_attention_heads": 4, "hidden_size": 32, "vocab_size": 64}
+    sizes |= {"bos_token_id": 1, "eos_token_id": 2}
+    transformers.FalconConfig(**sizes).save_pretrained("falcon")
+    transformers.GPT2Config(**sizes, n_positions=1024).save_pretrained("gpt2")
 
 
 COMMANDS = (
@@ -75,6 +79,15 @@ COMMANDS = (
     "inspect nowhere",
     "inspect text.txt",
     "inspect notes",
+    "cost qwen2.5-4b",
+    "cost notes",
+    "cost falcon",
+    "cost gpt2 --context 2000",
+    "cost qwen2.5-3b --context 0",
+    "cost qwen2.5-3b --window 0",
+    "cost qwen2.5-3b --convention guess",
+    "cost qwen2.5-3b --convention paper --dtype float16",
+    "cost qwen2.5-3b --plot cost.pdf",
     "convert broken out",
     "convert notes out",
     "merge smollm2-135m ./nowhere out",

@@ -11,13 +11,13 @@ from typing import Any
 
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from transformers import FalconConfig, PreTrainedTokenizerFast
 from transformers.utils import logging
 
 import ahn
-from ahn.cli import loading, main
+from ahn.cli import checks, loading, main
 from ahn.cli.app import command
-from tests.tiny import tiny, with_memory
+from tests.tiny import MEMORIES, text, tiny, with_memory
 
 SURFACE = {
     "demo": [
@@ -29,6 +29,10 @@ SURFACE = {
         "--max-new-tokens", "--chunk", "--temperature", "--seed", "--chat", "--no-chat", "--cache-in", "--cache-out",
     ],
     "inspect": ["PATH", "--json"],
+    "cost": [
+        "MODEL", "--context", "--window", "--sinks", "--convention", "--dtype", "--memory-positions", "--plot",
+        "--json",
+    ],
     "convert": ["SOURCE", "TARGET", "--to", "--base", "--force"],
     "merge": ["BASE", "ADAPTER", "TARGET", "--force"],
 }  # fmt: skip
@@ -83,6 +87,9 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (place / "full").mkdir()
     (place / "full" / "letter.txt").write_text("dear all")
     (place / "nothing").mkdir()
+    FalconConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, vocab_size=64).save_pretrained(
+        place / "falcon"
+    )
     return place
 
 
@@ -176,6 +183,18 @@ EARLY = [
     ("demo --window 0", "--window must be at least 1"),
     ("inspect", "Missing argument 'PATH'"),
     ("inspect ''", "there is no path"),
+    ("cost", "Missing argument 'MODEL'"),
+    ("cost model --context 0", "--context must be at least 1, not 0"),
+    ("cost model --context many", "Invalid value for '--context'"),
+    ("cost model --window 0", "--window must be at least 1, not 0"),
+    ("cost model --sinks -1", "--sinks must be at least 0, not -1"),
+    ("cost model --convention guess", "--convention must be actual or paper, not 'guess'"),
+    ("cost model --dtype int8", "--dtype must be float32, bfloat16, float16 or auto, not 'int8'"),
+    ("cost model --memory-positions far", "--memory-positions must be rope or none, not 'far'"),
+    ("cost model --convention paper --dtype float32", "--dtype does not go with --convention paper"),
+    ("cost model --plot cost.pdf", "--plot cost.pdf must end in .png or .svg"),
+    ("cost model --plot cost", "--plot cost must end in .png or .svg"),
+    ("cost model --plot missing/cost.png", "--plot: there is no folder missing"),
     ("convert adapter full", "full is not empty"),
     ("convert adapter full --force", "full holds other things than a checkpoint"),
     ("convert adapter text.txt", "text.txt is a file"),
@@ -200,6 +219,13 @@ LATE = [
     ("inspect nothing", "nothing: it holds neither"),
     ("inspect text.txt", "text.txt is damaged or no saved cache"),
     ("inspect model", "model: "),
+    ("cost no-such-model", "no model named 'no-such-model'. Built in: smollm2-135m, qwen2.5-3b, qwen2.5-7b"),
+    ("cost ''", "no model named ''"),
+    ("cost ./missing", "There is no folder at './missing'"),
+    ("cost nothing", "'nothing' has no config.json"),
+    ("cost text.txt", "'text.txt' is a file"),
+    ("cost adapter", "'adapter' holds an adapter, not a base model"),
+    ("cost falcon", "no memory can be attached to FalconForCausalLM"),
     ("convert missing new", "missing: there is no such folder"),
     ("convert adapter new --to adapter", "it has the adapter format already"),
     ("merge missing-model adapter new", "no model named 'missing-model'"),
@@ -365,6 +391,68 @@ class TestInspect:
         facts = json.loads(run("inspect", cache, "--json")[1])
         assert (facts["kind"], facts["seen_tokens"], facts["window"], facts["sinks"]) == ("cache", 650, 16, 4)
         assert facts["memory"] == "gated_delta_net"
+
+
+class TestCost:
+    @pytest.mark.parametrize(
+        ("size", "says"),
+        [
+            (
+                "3b",
+                "3.29e15 -> 1.95e15 FLOPs (59.4 %) and 9.44 -> 2.45 GB (26.0 %), for 13.0 M more parameters (0.42 %)",
+            ),
+            ("14b", "11.83e15 -> 7.39e15 FLOPs (62.5 %) and 50.33 -> 13.01 GB (25.9 %), for 61.0 M more parameters"),
+            ("7b", "7B: the paper prints other FLOPs than its own formula gives"),
+        ],
+        ids=["3b", "14b", "7b"],
+    )
+    def test_as_the_paper_counts(self, run, size, says):
+        status, out, err = run("cost", f"qwen2.5-{size}", "--convention", "paper")
+        assert (status, err) == (0, "")
+        assert says in out
+        table = out.split("\n\n")[1].splitlines()
+        assert [line.split()[0] for line in table[3:]] == ["full", "window", "ct", *MEMORIES]
+        assert max(map(len, table)) <= 80
+        assert "\u2026" not in out  # nothing is cut off
+
+    def test_json_is_what_a_cache_holds(self, run):
+        words = ("cost", "./model", "--context", "90", "--window", "16", "--sinks", "4")
+        status, out, err = run(*words, "--dtype", "float32", "--json")
+        assert (status, err) == (0, "")
+        facts = json.loads(out)
+        model = tiny("qwen3", vocab_size=259, head_dim=8)
+        assert facts["base_parameters"] == sum(parameter.numel() for parameter in model.parameters())
+        assert (facts["convention"], facts["dtype"], facts["layers"]) == ("actual", "float32", 3)
+        for memory in MEMORIES:
+            with ahn.attached(model, ahn.AHNConfig(memory, window=16, sinks=4)):
+                cache = ahn.HippocampalCache(model)
+                model(text(1, 90), cache=cache)
+                assert facts["costs"][memory]["cache_bytes"] == cache.nbytes
+        assert facts["share_of_full"]["full"] == dict.fromkeys(facts["share_of_full"]["full"], 1.0)
+        assert facts["notes"][0] in run(*words, "--dtype", "float32")[1]
+
+    def test_memory_positions(self, run):
+        words = ("cost", "./model", "--context", "90", "--window", "16", "--sinks", "4", "--json")
+        bytes_held = [
+            json.loads(run(*words, "--memory-positions", each)[1])["costs"]["mamba2"]["cache_bytes"]
+            for each in ("rope", "none")
+        ]
+        assert bytes_held[1] - bytes_held[0] == 3 * 20 * 4  # layers, tokens, bytes of a position
+
+    def test_plots(self, run, tmp_path):
+        pytest.importorskip("matplotlib")
+        files = [tmp_path / "cost.png", tmp_path / "cost.svg"]
+        words = ("cost", "./model", "--context", "90", "--window", "16", "--sinks", "4")
+        status, out, err = run(*words, "--plot", str(files[0]), "--plot", str(files[1]))
+        assert (status, err) == (0, "")
+        assert all(f"wrote {file}" in out for file in files)
+        assert files[0].read_bytes().startswith(b"\x89PNG")
+        assert "<svg" in files[1].read_text()
+
+    def test_plot_without_matplotlib(self, run, monkeypatch, tmp_path):
+        monkeypatch.setattr(checks, "find_spec", lambda name: None)
+        outcome = run("cost", "./model", "--plot", str(tmp_path / "cost.png"))
+        check_error(outcome, "--plot needs matplotlib. Install it: pip install 'ahn[train]'")
 
 
 class TestConvertAndMerge:

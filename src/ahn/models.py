@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +21,17 @@ from ahn.errors import ModelError
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = ["KNOWN", "KnownModel", "base_name", "home", "load_model", "load_tokenizer", "resolve"]
+__all__ = [
+    "KNOWN",
+    "KnownModel",
+    "as_dtype",
+    "base_name",
+    "home",
+    "load_config",
+    "load_model",
+    "load_tokenizer",
+    "resolve",
+]
 
 _CONVERSION = 1  # Counts up when what is written changes, so that older converted folders are not used.
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
@@ -50,13 +60,14 @@ class KnownModel:
     folder: Callable[[], Path]
 
 
-def resolve(name: str | os.PathLike[str]) -> str:
+def resolve(name: str | os.PathLike[str], others: Iterable[str] = ()) -> str:
     """Finds out what a model's name stands for.
 
     A built-in model is converted on first use (seconds, about 540 MB in `home()`). Nothing is downloaded.
 
     Args:
         name: A name in `KNOWN`, a local folder, or a hub id `owner/name`. A folder that exists wins over a hub id.
+        others: Further names that the caller knows, to be named when there is no model of this name.
 
     Returns:
         The path of a folder that holds a `config.json`, or the hub id as given.
@@ -76,10 +87,11 @@ def resolve(name: str | os.PathLike[str]) -> str:
         return name
     if path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1 or name.endswith("/"):
         raise ModelError(f"There is no folder at '{name}'. Check the path: it must hold config.json and the weights.")
-    close = difflib.get_close_matches(name.lower(), KNOWN, n=1, cutoff=0.5)
+    known = [*KNOWN, *others]
+    close = difflib.get_close_matches(name.lower(), known, n=1, cutoff=0.5)
     guess = f" Did you mean '{close[0]}'?" if close else ""
     raise ModelError(
-        f"There is no model named '{name}'.{guess} Built in: {', '.join(KNOWN)}. "
+        f"There is no model named '{name}'.{guess} Built in: {', '.join(known)}. "
         "Name a folder by its path (./folder) and a model on the hub as owner/name."
     )
 
@@ -103,7 +115,7 @@ def load_model(name: str | os.PathLike[str], dtype: str | torch.dtype | None = N
     from transformers import AutoModelForCausalLM
 
     kwargs.setdefault("trust_remote_code", False)  # Left open, transformers asks on the terminal and waits.
-    chosen = _dtype(dtype, "auto" if "device_map" in kwargs else torch.float32)
+    chosen = as_dtype(dtype, "auto" if "device_map" in kwargs else torch.float32)
     source = resolve(name)
     config = kwargs.pop("config", None) or _load_config(name, source, kwargs)
     _require_decoder(name, config)
@@ -124,6 +136,24 @@ def load_model(name: str | os.PathLike[str], dtype: str | torch.dtype | None = N
         )
     model.eval()
     return model
+
+
+def load_config(name: str | os.PathLike[str], others: Iterable[str] = ()) -> PreTrainedConfig:
+    """Loads a model's config alone, without its weights.
+
+    Args:
+        name: As for `resolve`.
+        others: As for `resolve`.
+
+    Returns:
+        The config of a decoder language model.
+
+    Raises:
+        ModelError: As `resolve`; or the config cannot be found or read, or is no decoder language model's.
+    """
+    config = _load_config(name, resolve(name, others), {"trust_remote_code": False})
+    _require_decoder(name, config)
+    return config
 
 
 def load_tokenizer(name: str | os.PathLike[str], **kwargs: Any) -> PreTrainedTokenizerBase:
@@ -212,7 +242,16 @@ def _require_decoder(name: str | os.PathLike[str], config: PreTrainedConfig) -> 
         )
 
 
-def _dtype(dtype: str | torch.dtype | None, default: str | torch.dtype) -> str | torch.dtype:
+def as_dtype(dtype: str | torch.dtype | None, default: str | torch.dtype) -> str | torch.dtype:
+    """A dtype for a model's weights.
+
+    Args:
+        dtype: A torch dtype, its name, or "auto"; `None` for the default.
+        default: What to take then.
+
+    Raises:
+        ModelError: The name is none of a dtype for weights.
+    """
     if dtype is None or isinstance(dtype, torch.dtype) or dtype == "auto":
         return default if dtype is None else dtype
     found = getattr(torch, dtype.removeprefix("torch."), None)

@@ -59,8 +59,6 @@ def probe(model: nn.Module, backbone: nn.Module) -> list[Seen]:
         ModelError: The model does not route all its attention through transformers' attention interface.
     """
     name = type(model).__name__
-    if any(parameter.is_meta for parameter in backbone.parameters()):
-        raise ModelError(f"the weights of this {name} are not loaded (meta device); load them before attaching")
     try:
         seen = _run(backbone)
     except Exception as error:  # a family with its own attention may fail in any way on a name it does not know
@@ -85,17 +83,20 @@ def sample(backbone: Any, tokens: int) -> torch.Tensor:
 
 def _run(backbone: nn.Module) -> list[Seen]:
     seen: list[Seen] = []
+    ids = sample(backbone, 4)
+    # To make a mask, a model looks at values, which there are none of on the meta device; a finished one passes.
+    mask = {"attention_mask": torch.zeros(1, 1, 4, 4, device=ids.device)} if ids.is_meta else {}
     token = _SEEN.set(seen)
     try:
         with implementation(backbone, PROBE), torch.no_grad():
-            backbone(input_ids=sample(backbone, 4), use_cache=False)
+            backbone(input_ids=ids, use_cache=False, **mask)
     finally:
         _SEEN.reset(token)
     return seen
 
 
 def check_rotations(backbone: Any, rotations: dict[nn.Module, Rotation]) -> dict[nn.Module, bool]:
-    """Reads a short text with and without rotation and compares.
+    """Reads a short text with and without rotation and compares; without weights, it only sees which layers rotate.
 
     Args:
         backbone: The stack of decoder layers.
@@ -124,8 +125,11 @@ def _rotates(backbone: Any, module: nn.Module, args: Any, kwargs: dict[str, Any]
     tables, positions = kwargs.get("position_embeddings"), kwargs.get("position_ids")
     if tables is None or positions is None:
         raise ModelError(f"{type(module).__name__} is not given rotary tables and positions")
+    if tables[0].is_meta:
+        return _depends_on(tables, backbone, module, args, kwargs)
     still = (torch.ones_like(tables[0]), torch.zeros_like(tables[1]))
-    rotated, plain = (_query(backbone, module, args, {**kwargs, "position_embeddings": t}) for t in (tables, still))
+    with torch.no_grad():
+        rotated, plain = (_query(backbone, module, args, {**kwargs, "position_embeddings": t}) for t in (tables, still))
     if torch.equal(rotated, plain):
         return False
     tolerance = 1e-4 if plain.dtype == torch.float32 else 5e-2
@@ -139,12 +143,22 @@ def _rotates(backbone: Any, module: nn.Module, args: Any, kwargs: dict[str, Any]
     return True
 
 
+def _depends_on(tables: Any, backbone: Any, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> bool:
+    """Whether a layer uses the rotary tables at all, which gradients tell where there are no values to compare."""
+    with torch.enable_grad():
+        cos, sin = (table.detach().requires_grad_() for table in tables)
+        query = _query(backbone, module, args, {**kwargs, "position_embeddings": (cos, sin)})
+        if not query.requires_grad:
+            return False
+        return torch.autograd.grad(query.sum(), cos, allow_unused=True)[0] is not None
+
+
 def _query(backbone: Any, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> torch.Tensor:
     """The queries that a layer computes from these inputs, its hooks left out, `[1, H, T, K]`."""
     seen: list[Seen] = []
     token = _SEEN.set(seen)
     try:
-        with implementation(backbone, PROBE), torch.no_grad():
+        with implementation(backbone, PROBE):
             module.forward(*args, **kwargs)
     finally:
         _SEEN.reset(token)

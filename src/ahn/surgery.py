@@ -48,11 +48,10 @@ def attach(model: nn.Module, config: AHNConfig | None = None) -> None:
     if find_attachment(model) is not None:
         raise ModelError("this model has a memory already; call ahn.detach(model) first")
     backbone = find_backbone(model)
-    layers = probe(model, backbone)
-    sites = _sites(backbone, layers, config)
-    attachment = Attachment(config, sites, _base_name(backbone), _trained_context(backbone))
-    attachment.rotation_problem = _find_rotations(backbone, sites)
-    attachment.check(attachment.settings)
+    if any(parameter.is_meta for parameter in backbone.parameters()):
+        name = type(model).__name__
+        raise ModelError(f"the weights of this {name} are not loaded (meta device); load them before attaching")
+    attachment = survey(model, config)
     expected = _read_sample(backbone, attachment)
     _install(model, backbone, attachment)
     try:
@@ -60,6 +59,29 @@ def attach(model: nn.Module, config: AHNConfig | None = None) -> None:
     except BaseException:
         detach(model)
         raise
+
+
+def survey(model: nn.Module, config: AHNConfig, *, rotations: bool = True) -> Attachment:
+    """What attaching would set up: the model's attention layers, with new memories. The model stays as it is.
+
+    Args:
+        model: As for `attach`; also one without weights, on torch's meta device.
+        config: What would be attached.
+        rotations: Whether to find out how rotary positions are undone, which nothing needs but bounded sinks and a
+            memory without positions.
+
+    Raises:
+        ModelError: The model cannot be given a memory; the message says why.
+        ConfigError: The settings do not fit this model.
+    """
+    backbone = find_backbone(model)
+    sites = _sites(backbone, probe(model, backbone), config)
+    attachment = Attachment(config, sites, _base_name(backbone), _trained_context(backbone))
+    if rotations:
+        attachment.rotation_problem = _find_rotations(backbone, sites)
+    attachment.position_limit = _position_limit(backbone)
+    attachment.check(attachment.settings)
+    return attachment
 
 
 def detach(model: nn.Module) -> None:
@@ -164,7 +186,6 @@ def _base_name(backbone: Any) -> str:
 
 def _install(model: Any, backbone: Any, attachment: Attachment) -> None:
     """Hooks, memories and names: everything that `detach` takes back."""
-    attachment.position_limit = _position_limit(backbone)
     for module in {id(each): each for each in (model, backbone, *(site.module for site in attachment.sites))}.values():
         set_attachment(module, attachment)
     handles = attachment.handles

@@ -62,7 +62,7 @@ class HippocampalCache(Cache):
         self.attachment = attachment
         self.settings = settings
         self.padding: Padding | None = None
-        super().__init__(layers=[_layer(site, settings) for site in attachment.sites])
+        super().__init__(layers=[new_layer(site, settings) for site in attachment.sites])
 
     @property
     def cascades(self) -> list[AnyLayer]:
@@ -163,7 +163,8 @@ class HippocampalCache(Cache):
             self.padding = Padding(counts[rows.to(counts.device)], self.padding.most)
 
 
-def _layer(site: Site, settings: RunSettings) -> AnyLayer:
+def new_layer(site: Site, settings: RunSettings) -> AnyLayer:
+    """An empty layer of a cache: a cascade for a layer with a memory, the base model's own kind for another."""
     if site.memory is not None:
         return HippocampalLayer(settings, site.sliding_window)
     if site.sliding_window is not None:

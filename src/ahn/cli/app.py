@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 from typer.main import get_command
 
-from ahn.cli import convert, demo, evaluation, generate, inspect, merge, train
+from ahn.cli import convert, cost, demo, evaluation, generate, inspect, merge, train
 
 app = typer.Typer(
     name="ahn",
@@ -17,7 +17,15 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-COMMANDS = {"demo": demo, "generate": generate, "inspect": inspect, "convert": convert, "merge": merge, "train": train}
+COMMANDS = {
+    "demo": demo,
+    "generate": generate,
+    "inspect": inspect,
+    "cost": cost,
+    "convert": convert,
+    "merge": merge,
+    "train": train,
+}
 for name, module in COMMANDS.items():
     app.command(name, epilog=module.EXAMPLES)(module.command)
 app.add_typer(evaluation.app, name="eval")

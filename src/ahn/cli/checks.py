@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 from ahn.cli.terminal import UsageError
 
 MODES = ("ahn", "window", "full")
 SINK_POSITIONS = ("bounded", "absolute")
+PLOTS = (".png", ".svg")
 
 
 def at_least(option: str, value: float | None, least: float) -> None:
@@ -60,6 +62,15 @@ def file_to_write(option: str, path: Path | None) -> None:
         raise UsageError(f"{option} {path} is a folder. Name a file in it.")
     if not path.parent.is_dir():
         raise UsageError(f"{option}: there is no folder {path.parent}. Make it first.")
+
+
+def plot_to_write(option: str, path: Path) -> None:
+    """Checks that a plot can be drawn to a file: its suffix, its folder, and what draws it."""
+    if path.suffix.lower() not in PLOTS:
+        raise UsageError(f"{option} {path} must end in {' or '.join(PLOTS)}.")
+    file_to_write(option, path)
+    if find_spec("matplotlib") is None:
+        raise UsageError(f"{option} needs matplotlib. Install it: pip install 'ahn[train]'")
 
 
 def file_to_read(option: str, path: Path | None) -> None:

@@ -35,17 +35,23 @@ class Memory(nn.Module, abc.ABC):
     """A recurrent network that folds evicted tokens into a state of fixed size and answers queries from it.
 
     It reuses the attention's own queries, keys and values and learns only gates and a read-out. A subclass declares
-    `gate_count` and implements `gates`, `scan`, `normalise` and `state_shape`; gates of zero must leave the state
-    unchanged, which is how padding is kept out of it. The output projection starts at zero, so that an untrained
-    memory changes nothing.
+    `gate_count` and `state_products` and implements `gates`, `scan`, `normalise` and `state_shape`; gates of zero must
+    leave the state unchanged, which is how padding is kept out of it. The output projection starts at zero, so that an
+    untrained memory changes nothing.
 
     Args:
         shape: Sizes of the attention layer.
+
+    Attributes:
+        gate_count: Gates per token and head, N, each a projection of the hidden state.
+        state_products: Products of a vector with a head's state, `2 K V` FLOPs each, that folding one token in and
+            reading once take together.
 
     Source: arXiv 2510.07318, section 3.2.
     """
 
     gate_count: ClassVar[int]
+    state_products: ClassVar[int]
 
     def __init__(self, shape: MemoryShape) -> None:
         super().__init__()

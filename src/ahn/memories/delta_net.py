@@ -17,6 +17,7 @@ class DeltaNet(Memory):
     """
 
     gate_count = 1
+    state_products = 3  # what the state recalls of the key, the write, the read
 
     def __init__(self, shape: MemoryShape) -> None:
         super().__init__(shape)

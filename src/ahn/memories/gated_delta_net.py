@@ -26,6 +26,7 @@ class GatedDeltaNet(Memory):
     """
 
     gate_count = 2
+    state_products = 3  # what the state recalls of the key, the write, the read
 
     def __init__(self, shape: MemoryShape) -> None:
         super().__init__(shape)

@@ -26,6 +26,7 @@ class Mamba2(Memory):
     """
 
     gate_count = 1
+    state_products = 2  # the write, the read
 
     def __init__(self, shape: MemoryShape) -> None:
         super().__init__(shape)

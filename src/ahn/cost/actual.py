@@ -1,0 +1,90 @@
+"""What this library computes and holds."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+
+from ahn.attachment import Site
+from ahn.attention import LayerCall, Rotary
+from ahn.cache import HippocampalLayer, Tokens
+from ahn.cache.cache import layer_tensors, new_layer
+from ahn.cost.counting import Counting, state_numbers
+from ahn.memories import Memory
+from ahn.plan import Plan
+
+
+class Actual(Counting):
+    """The products that reading takes, and the bytes that a cache holds.
+
+    FLOPs are those of matrix products: of every token with the weights it passes, of queries with the keys that they
+    may read, once for the logits of the last token, and of a memory's gates (every token), state (every evicted one)
+    and output (every query after an eviction). What a kernel computes beyond that, for masked keys or to work in
+    chunks, is not counted.
+
+    Bytes are those of `HippocampalCache.nbytes`, or of `DynamicCache` for `full`, after one row was read in one go:
+    the layers of a cache are filled with tensors that have a shape and a dtype, but no memory.
+    """
+
+    name = "actual"
+
+    def triangle(self, tokens: int) -> int:
+        """Each query reads itself and what came before, twice."""
+        return tokens * (tokens + 1)
+
+    def vocabulary_flops(self, tokens: int) -> int:
+        """Logits of the last token: the others' are not asked for, and an embedding is looked up."""
+        return 2 * self.base.vocabulary_weights
+
+    def memory_flops(self, memory: Memory, tokens: int, evicted: int) -> int:
+        """Gates of every token; state and output where something was evicted."""
+        shape = memory.shape
+        gates = memory.gate_count * shape.hidden_size * shape.query_heads
+        read_out = sum(parameter.numel() for parameter in memory.parameters() if parameter.dim() > 1) - gates
+        scan = memory.state_products * state_numbers(memory)
+        return 2 * tokens * gates + 2 * evicted * (scan + read_out)
+
+    def number_bytes(self) -> int:
+        """Bytes of the model's dtype."""
+        return self.base.dtype.itemsize
+
+    def layer_bytes(self, site: Site, way: str, tokens: int) -> int:
+        """Bytes of every tensor that a layer of the cache holds."""
+        memory = None if way == "full" else self._memory(way, site) or site.memory
+        settings = dataclasses.replace(self.settings, mode="window" if way == "window" else "ahn")
+        layer = new_layer(dataclasses.replace(site, memory=memory), settings)
+        key, value = (
+            torch.empty(1, site.shape.kv_heads, tokens, size, dtype=self.base.dtype, device="meta")
+            for size in (site.shape.key_size, site.shape.value_size)
+        )
+        if isinstance(layer, HippocampalLayer) and memory is not None:
+            self._fill(layer, site, memory, key, value)
+        else:
+            layer.update(key, value)
+        return sum(tensor.nbytes for tensor in layer_tensors(layer).values())
+
+    def _fill(
+        self, layer: HippocampalLayer, site: Site, memory: Memory, key: torch.Tensor, value: torch.Tensor
+    ) -> None:
+        """Does to a layer's cascade what the attention function does, with tensors that hold no values."""
+        attachment = self.base.attachment
+        hidden = torch.empty(1, key.size(2), site.shape.hidden_size, dtype=self.base.dtype, device="meta")
+        gates = memory.gates(hidden) if layer.settings.mode == "ahn" else None
+        rotary = None
+        if site.rotation is not None and attachment.config.memory_positions == "none":
+            positions = torch.zeros(1, key.size(2), device="meta")
+            rotary = Rotary(site.rotation, site.rotation.tables(positions), positions, unrotates=True)
+        plan = Plan(attachment, layer.settings, padding=None)
+        call = LayerCall(site, memory, plan, layer, True, hidden, gates, rotary)
+        view = layer.append(Tokens(key, value, call.side(key)), None)
+        if gates is not None and view.evicted.length:
+            layer.state = memory.empty_state(1, key.device)
+
+    def summary(self) -> str:
+        """See `Counting.summary`."""
+        dtype = str(self.base.dtype).removeprefix("torch.")
+        return (
+            "actual: the matrix products that reading needs, with the logits of the last token alone; the cache of one "
+            f"row read in one go, in {dtype}, with float32 states and gates."
+        )

@@ -1,0 +1,200 @@
+"""Parameters, FLOPs and cache bytes of each way to read a text, as exact whole numbers.
+
+Two conventions fill in what they count differently: `ahn.cost.actual` and `ahn.cost.paper`.
+Legend of sizes: L tokens read, E evicted tokens, H query heads, G key/value heads, K key size, V value size.
+"""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+from typing import ClassVar
+
+from ahn.attachment import Site
+from ahn.cache import HippocampalLayer
+from ahn.config import RunSettings
+from ahn.cost.base import Base
+from ahn.cost.pooling import POOLED, slots_read
+from ahn.errors import ConfigError
+from ahn.memories import Memory, memory_names
+
+STATE_NUMBER_BYTES = 4
+"""A state is held in float32, whatever the model is."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Cost:
+    """What one way of reading costs, for one row.
+
+    Attributes:
+        parameters: Learned numbers beside the base model's.
+        mixer_flops: FLOPs of the attention layers, with all that is added to them, for the whole context.
+        prefill_flops: FLOPs of the whole model for the whole context.
+        token_flops: FLOPs of the whole model for one further token.
+        cache_bytes: Bytes held after the context was read.
+    """
+
+    parameters: int
+    mixer_flops: int
+    prefill_flops: int
+    token_flops: int
+    cache_bytes: int
+
+
+class Counting(abc.ABC):
+    """Counts what reading with a base model costs: in `full`, with a `window`, with `ct`, and with each memory.
+
+    `ct` is the Compressive Transformer as the paper compares with it: evicted tokens are pooled 4:1 into slots that the
+    queries read, first in first out, as many slots as fill the bytes of a memory's state.
+
+    Args:
+        base: The base model, with window and sinks.
+
+    Attributes:
+        name: Name of the convention.
+
+    Source: arXiv 2510.07318, section 4 and its tables 1, 2, 7 and 9; Compressive Transformer: arXiv 1911.05507.
+    """
+
+    name: ClassVar[str]
+
+    def __init__(self, base: Base) -> None:
+        self.base = base
+        config = base.attachment.config
+        self.settings = RunSettings("ahn", config.window, config.sinks, config.sink_positions)
+
+    @abc.abstractmethod
+    def triangle(self, tokens: int) -> int:
+        """Twice the pairs of a query and a key that it may read, among this many tokens."""
+
+    @abc.abstractmethod
+    def vocabulary_flops(self, tokens: int) -> int:
+        """FLOPs between hidden states and vocabulary for tokens that are read in one go."""
+
+    @abc.abstractmethod
+    def memory_flops(self, memory: Memory, tokens: int, evicted: int) -> int:
+        """FLOPs of one layer's memory for the tokens read, of which some were evicted."""
+
+    @abc.abstractmethod
+    def number_bytes(self) -> int:
+        """Bytes of one number of a key or value."""
+
+    @abc.abstractmethod
+    def layer_bytes(self, site: Site, way: str, tokens: int) -> int:
+        """Bytes that one layer holds, for each way but `ct`."""
+
+    @abc.abstractmethod
+    def summary(self) -> str:
+        """What is counted, in a sentence."""
+
+    def remarks(self) -> list[str]:
+        """What must be known about this model's numbers: a sentence each."""
+        return []
+
+    @property
+    def ways(self) -> tuple[str, ...]:
+        """Names of the ways to read."""
+        return ("full", "window", "ct", *memory_names())
+
+    @property
+    def notes(self) -> list[str]:
+        """What must be known to read the numbers: a sentence each."""
+        fewest, most = self.slots
+        slots = f"{most:,}" if fewest == most else f"{fewest:,} to {most:,}"
+        pooled = (
+            f"ct: the Compressive Transformer, which pools {POOLED} evicted tokens to one of {slots} slots a layer, as "
+            "many as fill a state's bytes."
+        )
+        return [self.summary(), pooled, *self.remarks()]
+
+    @property
+    def slots(self) -> tuple[int, int]:
+        """Fewest and most slots that a layer of the Compressive Transformer has."""
+        counts = [self._slots(site) for site, _ in self.base.layers if site.memory is not None]
+        return min(counts), max(counts)
+
+    def at(self, context: int) -> dict[str, Cost]:
+        """What each way costs when a text of this many tokens is read.
+
+        Args:
+            context: Number of tokens, at least 1.
+
+        Raises:
+            ConfigError: There is no token, or the model has no positions for so many.
+        """
+        limit = self.base.attachment.position_limit
+        if context < 1:
+            raise ConfigError(f"context must be at least 1 token, not {context}")
+        if limit is not None and context > limit:
+            raise ConfigError(f"this model has positions for {limit} tokens only, not {context}; use a smaller context")
+        return {way: self._cost(way, context) for way in self.ways}
+
+    def _cost(self, way: str, tokens: int) -> Cost:
+        mixers, others = self._mixer_flops(way, tokens), 2 * self.base.other_weights
+        return Cost(
+            parameters=sum(
+                count * parameters(memory)
+                for site, count in self.base.layers
+                if (memory := self._memory(way, site)) is not None
+            ),
+            mixer_flops=mixers,
+            prefill_flops=mixers + tokens * others + self.vocabulary_flops(tokens),
+            token_flops=self._mixer_flops(way, tokens + 1) - mixers + others + self.vocabulary_flops(1),
+            cache_bytes=sum(count * self._held(way, site, tokens) for site, count in self.base.layers),
+        )
+
+    def _memory(self, way: str, site: Site) -> Memory | None:
+        return None if site.memory is None else self.base.memories.get((way, site.shape))
+
+    def _mixer_flops(self, way: str, tokens: int) -> int:
+        projections = 2 * tokens * self.base.mixer_weights
+        return projections + sum(count * self._attention_flops(way, site, tokens) for site, count in self.base.layers)
+
+    def _attention_flops(self, way: str, site: Site, tokens: int) -> int:
+        """FLOPs of one layer but for its projections: queries with keys, weights with values, and a memory's own."""
+        reach = self.reach(way, site)
+        seen = tokens if reach is None else min(tokens, reach)
+        evicted = tokens - seen
+        pairs = self.triangle(seen) + 2 * evicted * seen
+        if way == "ct" and site.memory is not None:
+            pairs += 2 * slots_read(evicted, self._slots(site))
+        memory = self._memory(way, site)
+        added = 0 if memory is None else self.memory_flops(memory, tokens, evicted)
+        return site.shape.query_heads * (site.shape.key_size + site.shape.value_size) * pairs + added
+
+    def reach(self, way: str, site: Site) -> int | None:
+        """How many tokens a query of a layer reads exactly at most, itself among them; `None` for all."""
+        if way == "full" or site.memory is None:
+            return site.sliding_window
+        exact = HippocampalLayer(self.settings, site.sliding_window).exact
+        return exact.sinks + exact.window
+
+    def _held(self, way: str, site: Site, tokens: int) -> int:
+        if way != "ct" or site.memory is None:
+            return self.layer_bytes(site, way, tokens)
+        reach = self.reach(way, site)
+        evicted = 0 if reach is None else max(0, tokens - reach)
+        slots = min(self._slots(site), evicted // POOLED)
+        return self.layer_bytes(site, "window", tokens) + slots * self._slot_bytes(site)
+
+    def _slot_bytes(self, site: Site) -> int:
+        return site.shape.kv_heads * (site.shape.key_size + site.shape.value_size) * self.number_bytes()
+
+    def _slots(self, site: Site) -> int:
+        return state_bytes(site) // self._slot_bytes(site)
+
+
+def parameters(memory: Memory) -> int:
+    """Learned numbers of one layer's memory."""
+    return sum(parameter.numel() for parameter in memory.parameters())
+
+
+def state_numbers(memory: Memory) -> int:
+    """Numbers in the state of one layer's memory."""
+    rows, columns, heads = memory.state_shape()
+    return rows * columns * heads
+
+
+def state_bytes(site: Site) -> int:
+    """Bytes of the state of the memory that a layer was given; 0 for a layer without."""
+    return 0 if site.memory is None else STATE_NUMBER_BYTES * state_numbers(site.memory)
