@@ -27,6 +27,7 @@ from ahn.memories import memory_names
 from ahn.models import load_model, load_tokenizer
 from ahn.reading import read
 from ahn.training import Cut, load_pieces
+from ahn.training.batches import evenly
 
 DRAWS = 10_000
 
@@ -34,8 +35,7 @@ DRAWS = 10_000
 def pieces(folder: str, base: str, length: int, count: int) -> list[torch.Tensor]:
     """So many pieces of a length, at even distances over all texts."""
     found, _ = load_pieces([folder], load_tokenizer(base), Cut(length, length))
-    count = min(count, len(found))
-    return [found[(2 * number + 1) * len(found) // (2 * count)]["input_ids"] for number in range(count)]
+    return [found[index]["input_ids"] for index in evenly(range(len(found)), min(count, len(found)))]
 
 
 def score(model, texts: list[torch.Tensor], mode: str, window: int, sinks: int) -> list[np.ndarray]:

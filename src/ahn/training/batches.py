@@ -6,13 +6,15 @@ Legend of shapes: B rows, T tokens.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
 from ahn.training.targets import IGNORED
+
+T = TypeVar("T")
 
 
 class Piece(NamedTuple):
@@ -53,7 +55,7 @@ class Pieces(Dataset[dict[str, torch.Tensor]]):
         """Some of the pieces, at even distances: as many as have so many tokens in all, but at least one."""
         count = max(1, min(len(self), tokens * len(self) // max(1, self.tokens)))
         chosen = Pieces([])
-        chosen._pieces = [self._pieces[(2 * number + 1) * len(self) // (2 * count)] for number in range(count)]
+        chosen._pieces = evenly(self._pieces, count)
         return chosen
 
     def lengths(self) -> list[int]:
@@ -78,6 +80,11 @@ class PieceStream(IterableDataset[dict[str, torch.Tensor]]):
             if worker is None or number % worker.num_workers == worker.id:
                 labels = None if piece.labels is None else _packed(piece.labels)
                 yield _item(_packed(piece.ids), labels)
+
+
+def evenly(items: Sequence[T], count: int) -> list[T]:
+    """So many of the items, at even distances; some of them twice if there are fewer."""
+    return [items[(2 * number + 1) * len(items) // (2 * count)] for number in range(count)]
 
 
 def collate(items: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:

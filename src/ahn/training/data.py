@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from ahn.errors import ConfigError
-from ahn.training.batches import Piece, Pieces, PieceStream
+from ahn.training.batches import Piece, Pieces, PieceStream, evenly
 from ahn.training.sources import DataError, DataQuery, Document, documents
 from ahn.training.targets import IGNORED
 
@@ -186,7 +186,7 @@ def _spread(pieces: list[Piece], most: int | None) -> list[Piece]:
     """So many of the pieces, at even distances."""
     if most is None or len(pieces) <= most:
         return pieces
-    return [pieces[(2 * number + 1) * len(pieces) // (2 * most)] for number in range(most)]
+    return evenly(pieces, most)
 
 
 class _Quota:

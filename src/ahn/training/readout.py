@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -21,8 +21,7 @@ from ahn.training.transfer import Lesson, teach
 _RIDGE = 0.03  # of the mean square of what is read
 
 
-@dataclasses.dataclass(frozen=True)
-class _Moments:
+class _Moments(NamedTuple):
     """Second moments of what the heads of a layer read and of what their window misses."""
 
     read_HVV: torch.Tensor
@@ -73,14 +72,10 @@ def solve_readout(
         lesson, _ = teach(model, batch, span.window, span.sinks, _Counting)
         for memory, found in lesson.moments.items():
             before = sums.get(memory)
-            sums[memory] = found if before is None else _Moments(*(a + b for a, b in zip(_pair(before), _pair(found))))
+            sums[memory] = found if before is None else _Moments(*map(torch.add, before, found))
     for site in attachment_of(model).sites:
         if site.memory is not None and site.memory in sums:
             site.memory.o_proj.copy_(scale * _ridge(sums[site.memory]))
-
-
-def _pair(moments: _Moments) -> tuple[torch.Tensor, torch.Tensor]:
-    return moments.read_HVV, moments.both_HVV
 
 
 def _ridge(moments: _Moments) -> torch.Tensor:

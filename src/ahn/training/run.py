@@ -20,7 +20,7 @@ from ahn.checkpoint import describe
 from ahn.errors import ConfigError
 from ahn.memories import MEMORIES
 from ahn.models import load_model, load_tokenizer
-from ahn.training.batches import Pieces, PieceStream, collate
+from ahn.training.batches import Pieces, PieceStream, collate, evenly
 from ahn.training.data import load_pieces, stream_pieces
 from ahn.training.distiller import Distiller, Stage
 from ahn.training.log import Lines, Say, read_history
@@ -240,7 +240,7 @@ def _model(settings: TrainSettings, pieces: Pieces | PieceStream, say: Say) -> A
 def _first(pieces: Pieces | PieceStream, count: int) -> list[Any]:
     """A few sequences; those in memory are taken from all over the data."""
     if isinstance(pieces, Pieces):
-        return [pieces[(2 * number + 1) * len(pieces) // (2 * count)] for number in range(count)]
+        return [pieces[index] for index in evenly(range(len(pieces)), count)]
     return list(itertools.islice(pieces, count))
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from ahn.evaluation.scoring.answers import label, number, texts, whole_number
 from ahn.evaluation.scoring.rouge import rouge_lsum
-from ahn.evaluation.scoring.words import bare_zh, f1, words_en
+from ahn.evaluation.scoring.words import bare_zh, best_f1, words_en
 
 _DIGITS = re.compile("[0-9]+")
 _NUMBER = re.compile(r"\d+\.\d+|\d+")
@@ -107,8 +107,7 @@ def longbook_qa_eng(prediction: str, answers: Sequence[Any]) -> float:
     Raises:
         AnswerError: An answer is no text.
     """
-    found = words_en(prediction)
-    return max((f1(found, words_en(answer)) for answer in texts(answers)), default=0.0)
+    return best_f1(words_en(prediction), map(words_en, texts(answers)))
 
 
 def longbook_qa_chn(prediction: str, answers: Sequence[Any]) -> float:
@@ -117,8 +116,7 @@ def longbook_qa_chn(prediction: str, answers: Sequence[Any]) -> float:
     Raises:
         AnswerError: An answer is no text.
     """
-    found = bare_zh(prediction)
-    return max((f1(found, bare_zh(answer)) for answer in texts(answers)), default=0.0)
+    return best_f1(bare_zh(prediction), map(bare_zh, texts(answers)))
 
 
 def longbook_sum_eng(prediction: str, answers: Sequence[Any]) -> float:

@@ -10,7 +10,7 @@ from typing import Any
 
 from ahn.evaluation.scoring import rouge
 from ahn.evaluation.scoring.answers import texts
-from ahn.evaluation.scoring.words import f1, words_en
+from ahn.evaluation.scoring.words import best_f1, words_en
 
 
 def f1_en(prediction: str, answers: Sequence[Any]) -> float:
@@ -19,8 +19,7 @@ def f1_en(prediction: str, answers: Sequence[Any]) -> float:
     Raises:
         AnswerError: An answer is no text.
     """
-    found = words_en(prediction)
-    return max((f1(found, words_en(answer)) for answer in texts(answers)), default=0.0)
+    return best_f1(words_en(prediction), map(words_en, texts(answers)))
 
 
 def first_line_f1_en(prediction: str, answers: Sequence[Any]) -> float:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 import string
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from ahn.evaluation.libraries import jieba
 
@@ -57,6 +57,11 @@ def words_zh(text: str) -> list[str]:
 def overlap(found: Sequence[str], wanted: Sequence[str]) -> Counter[str]:
     """Words that two lists share, each as often as the list that has it less often."""
     return Counter(found) & Counter(wanted)
+
+
+def best_f1(found: Sequence[str], answers: Iterable[Sequence[str]]) -> float:
+    """The best `f1` over the words of several answers; 0 without any."""
+    return max((f1(found, wanted) for wanted in answers), default=0.0)
 
 
 def f1(found: Sequence[str], wanted: Sequence[str]) -> float:
