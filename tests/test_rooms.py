@@ -32,6 +32,7 @@ ROOMS = (
     "reading",
     "cost",
     "__init__",  # the public API: what stands below uses it as any user does
+    "distillation",
     "training",
     "evaluation",
     "serving",

@@ -13,11 +13,10 @@ from torch import nn
 
 import ahn
 from ahn.checkpoint.content import memory_tensors
+from ahn.distillation import Head, find_targets
 from ahn.errors import ModelError
-from ahn.training.head import Head
 from ahn.training.losses import distillation_loss
 from ahn.training.recording import recording
-from ahn.training.targets import find_targets
 from tests.tiny import FAMILIES, text, with_memory
 
 SPAN = {"window": 16, "sinks": 5}

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
-from ahn.training.targets import IGNORED
+from ahn.distillation import IGNORED
 
 T = TypeVar("T")
 

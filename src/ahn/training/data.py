@@ -8,10 +8,10 @@ import math
 from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
+from ahn.distillation import IGNORED
 from ahn.errors import ConfigError
 from ahn.training.batches import Piece, Pieces, PieceStream, evenly
 from ahn.training.sources import DataError, DataQuery, Document, documents
-from ahn.training.targets import IGNORED
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

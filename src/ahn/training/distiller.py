@@ -14,12 +14,11 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from ahn.attachment import attachment_of
+from ahn.distillation import Head, find_targets
 from ahn.errors import ConfigError
 from ahn.memories import Memory
 from ahn.training.draws import Span
-from ahn.training.head import Head
 from ahn.training.losses import LossOutput, check_weights, distillation_loss
-from ahn.training.targets import find_targets
 from ahn.training.teacher import TeacherCache
 from ahn.training.transfer import transfer_loss
 

@@ -15,8 +15,8 @@ from torch import nn
 
 from ahn.attachment import attachment_of
 from ahn.config import check_span
+from ahn.distillation import IGNORED
 from ahn.errors import ConfigError
-from ahn.training.targets import IGNORED
 
 TOTALS = (32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
 """Published candidates for the tokens kept exactly, sinks and window together."""

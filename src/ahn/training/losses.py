@@ -7,7 +7,7 @@ V vocabulary, H query heads, W value size. No tensor of [T, V] exists, of neithe
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -15,17 +15,15 @@ import torch.nn.functional as F
 from torch import nn
 
 import ahn
+from ahn.distillation import CePairs, Head, find_targets, vocabulary_losses
 from ahn.errors import ConfigError
-from ahn.training.head import Head
+from ahn.memories.base import at_least_float32
 from ahn.training.recording import recomputes_layers, recording
-from ahn.training.targets import CePairs, Targets, find_targets
 from ahn.training.teacher import TeacherCache
 
 LOSSES = ("kl", "ce", "attention")
 """kl: divergence of the student's next-token distribution from the teacher's, nats per token. ce: the student's
 negative log-likelihood of the text, nats per token. attention: mean squared difference of the attention outputs."""
-
-_SLICE_ELEMENTS = 2**23  # logits of a slice: 32 MiB in float32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,48 +143,6 @@ def _teacher_states(
     return cache.states(inputs["input_ids"], inputs.get("attention_mask"), read)
 
 
-def vocabulary_losses(
-    model: nn.Module,
-    student_ND: torch.Tensor,
-    teacher_ND: torch.Tensor | None,
-    targets: Targets,
-    names: tuple[str, ...],
-    slice_tokens: int | None = None,
-) -> dict[str, torch.Tensor]:
-    """Sums of the losses on next-token distributions, in slices of positions.
-
-    Args:
-        model: The model.
-        student_ND: Last hidden states of the student, `[B * T, D]`.
-        teacher_ND: Those of the teacher; needed for "kl" only.
-        targets: The positions that count.
-        names: Names of losses; those other than "kl" and "ce" are left out.
-        slice_tokens: As for `distillation_loss`.
-    """
-    head: Any = Head(model)
-    names = tuple(name for name in ("kl", "ce") if name in names)
-    rows = torch.cat([getattr(targets, name) for name in names]).unique()
-    labels = torch.full((student_ND.size(0),), -100, device=rows.device)
-    labels[targets.ce] = targets.ce_labels
-    in_kl = torch.zeros(student_ND.size(0), dtype=torch.bool, device=rows.device)
-    in_kl[targets.kl] = True
-
-    def measure(hidden_ND: torch.Tensor, rows: torch.Tensor) -> list[torch.Tensor]:
-        logits = _at_least_float32(head(hidden_ND))
-        losses = []
-        if "kl" in names and teacher_ND is not None:
-            with torch.no_grad():
-                expected = _at_least_float32(head(teacher_ND[rows])).log_softmax(-1)
-            losses.append(_divergence(expected, logits, in_kl[rows]))
-        if "ce" in names:
-            losses.append(F.cross_entropy(logits, labels[rows], ignore_index=-100, reduction="sum"))
-        return losses
-
-    size = slice_tokens or max(16, _SLICE_ELEMENTS // head.backbone.config.vocab_size)
-    sums: torch.Tensor = _Sliced.apply(student_ND, rows, measure, size, len(names))
-    return dict(zip(names, sums.unbind()))
-
-
 def attention_loss(
     teacher: Mapping[int, torch.Tensor],
     student: Mapping[int, torch.Tensor],
@@ -203,58 +159,8 @@ def attention_loss(
     """
     losses = []
     for index, output in student.items():
-        ours, theirs = (
-            _at_least_float32(each.flatten(2).flatten(0, 1)[positions]) for each in (output, teacher[index])
-        )
+        ours, theirs = (at_least_float32(each.flatten(2).flatten(0, 1)[positions]) for each in (output, teacher[index]))
         if normalised:
             ours, theirs = F.normalize(ours, dim=-1), F.normalize(theirs, dim=-1)
         losses.append((ours - theirs).square().mean(-1).sum())
     return torch.stack(losses).mean()
-
-
-class _Sliced(torch.autograd.Function):
-    """Sums of losses over slices of positions; the gradient of each slice is taken while its logits are still there."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        hidden_ND: torch.Tensor,
-        rows: torch.Tensor,
-        measure: Callable[[torch.Tensor, torch.Tensor], list[torch.Tensor]],
-        size: int,
-        count: int,
-    ) -> torch.Tensor:
-        sums = torch.zeros(count, dtype=_at_least_float32(hidden_ND[:0]).dtype, device=hidden_ND.device)
-        gradients = [torch.zeros_like(hidden_ND[rows]) for _ in range(count)] if ctx.needs_input_grad[0] else []
-        for start in range(0, rows.numel(), size):
-            part = rows[start : start + size]
-            with torch.set_grad_enabled(bool(gradients)):
-                hidden = hidden_ND[part].detach().requires_grad_(bool(gradients))
-                losses = measure(hidden, part)
-            sums += torch.stack([loss.detach() for loss in losses])
-            for number, (gradient, loss) in enumerate(zip(gradients, losses)):
-                (found,) = torch.autograd.grad(loss, hidden, retain_graph=number + 1 < count)
-                gradient[start : start + size] = found
-        ctx.save_for_backward(rows, *gradients)
-        ctx.shape = hidden_ND.shape
-        return sums
-
-    @staticmethod
-    def backward(ctx: Any, *outputs: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        rows, *gradients = ctx.saved_tensors
-        if not gradients:
-            return None, None, None, None, None
-        total = sum(factor.to(gradient.dtype) * gradient for factor, gradient in zip(outputs[0], gradients))
-        spread = gradients[0].new_zeros(ctx.shape)
-        spread[rows] = total
-        return spread, None, None, None, None
-
-
-def _divergence(expected_NV: torch.Tensor, logits_NV: torch.Tensor, counted_N: torch.Tensor) -> torch.Tensor:
-    """Sum over the counted rows of KL(teacher || student), from the teacher's log-probabilities."""
-    per_token = F.kl_div(logits_NV.log_softmax(-1), expected_NV, reduction="none", log_target=True).sum(-1)
-    return (per_token * counted_N).sum()
-
-
-def _at_least_float32(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor if tensor.dtype == torch.float64 else tensor.float()

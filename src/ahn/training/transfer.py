@@ -23,11 +23,11 @@ from ahn import _compat
 from ahn.attachment import Attachment, attachment_of
 from ahn.attention import LayerCall, attention_function
 from ahn.cache.exact import Tokens, View
+from ahn.distillation import find_targets
 from ahn.hooks import before_layer
 from ahn.plan import Plan, find_padding, mask_function
 from ahn.probe import find_backbone, implementation
 from ahn.training.losses import LossOutput
-from ahn.training.targets import find_targets
 
 TRANSFER = "ahn_transfer"
 L = TypeVar("L", bound="Lesson")
