@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from ahn.errors import ConfigError
-from ahn.memories.base import Memory, MemoryShape
+from ahn.memories.base import Gating, Memory, MemoryShape
 from ahn.memories.delta_net import DeltaNet
 from ahn.memories.gated_delta_net import GatedDeltaNet
 from ahn.memories.mamba2 import Mamba2
 
-__all__ = ["MEMORIES", "Memory", "MemoryShape", "build_memory", "memory_names"]
+__all__ = ["MEMORIES", "Gating", "Memory", "MemoryShape", "build_memory", "memory_names"]
 
 MEMORIES: dict[str, type[Memory]] = {
     "gated_delta_net": GatedDeltaNet,

@@ -31,12 +31,25 @@ class MemoryShape(NamedTuple):
     value_size: int
 
 
+class Gating(NamedTuple):
+    """What the gates of tokens do to the state, in numbers that people can read.
+
+    Attributes:
+        write_BTH: How strongly each token is written, `[B, T, H]`, at least 0: beta of the delta rules, in (0, 1), or
+            the step dt of Mamba2.
+        keep_BTH: Share of the state that each token lets live, `[B, T, H]`, in (0, 1]; `None` where nothing decays.
+    """
+
+    write_BTH: torch.Tensor
+    keep_BTH: torch.Tensor | None
+
+
 class Memory(nn.Module, abc.ABC):
     """A recurrent network that folds evicted tokens into a state of fixed size and answers queries from it.
 
     It reuses the attention's own queries, keys and values and learns only gates and a read-out. A subclass declares
-    `gate_count` and `state_products` and implements `gates`, `scan`, `normalise` and `state_shape`; gates of zero must
-    leave the state unchanged, which is how padding is kept out of it. The output projection starts at zero, so that an
+    `gate_count` and `state_products` and implements `gates`, `gating`, `scan`, `normalise` and `state_shape`; gates of
+    zero must leave the state unchanged, which is how padding is kept out of it. The output projection starts at zero, so that an
     untrained memory changes nothing.
 
     Args:
@@ -71,6 +84,14 @@ class Memory(nn.Module, abc.ABC):
 
         Returns:
             Gates, `[B, T, N, H]`, float32 (float64 for a float64 model).
+        """
+
+    @abc.abstractmethod
+    def gating(self, gates_BTNH: torch.Tensor) -> Gating:
+        """What gates do to the state.
+
+        Args:
+            gates_BTNH: Gates as `gates` gives them, `[B, T, N, H]`.
         """
 
     @abc.abstractmethod

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ahn.memories.base import Memory, MemoryShape, at_least_float32, gate_projection, rms_norm, unit
+from ahn.memories.base import Gating, Memory, MemoryShape, at_least_float32, gate_projection, rms_norm, unit
 from ahn.ops import delta_rule
 
 
@@ -32,6 +32,10 @@ class DeltaNet(Memory):
     def gates(self, x_BTD: torch.Tensor) -> torch.Tensor:
         """Write strength beta in (0, 1), `[B, T, 1, H]`."""
         return at_least_float32(torch.sigmoid(self.b_proj(x_BTD))).unsqueeze(-2)
+
+    def gating(self, gates_BTNH: torch.Tensor) -> Gating:
+        """Write strength beta; nothing decays."""
+        return Gating(gates_BTNH.squeeze(-2), None)
 
     def scan(
         self,

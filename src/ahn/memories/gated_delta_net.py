@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ahn.memories.base import (
+    Gating,
     Memory,
     MemoryShape,
     at_least_float32,
@@ -47,6 +48,11 @@ class GatedDeltaNet(Memory):
         beta = at_least_float32(torch.sigmoid(self.b_proj(x_BTD)))
         step = F.softplus(at_least_float32(self.a_proj(x_BTD)) + self.dt_bias)
         return torch.stack((-at_least_float32(self.A_log).exp() * step, beta), dim=-2)
+
+    def gating(self, gates_BTNH: torch.Tensor) -> Gating:
+        """Write strength beta and decay alpha."""
+        g_BTH, beta_BTH = gates_BTNH.unbind(-2)
+        return Gating(beta_BTH, g_BTH.exp())
 
     def scan(
         self,

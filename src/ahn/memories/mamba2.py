@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ahn.memories.base import (
+    Gating,
     Memory,
     MemoryShape,
     at_least_float32,
@@ -45,6 +46,11 @@ class Mamba2(Memory):
         """Step dt > 0, `[B, T, 1, H]`."""
         return F.softplus(at_least_float32(self.dt_proj(x_BTD)) + self.dt_bias).unsqueeze(-2)
 
+    def gating(self, gates_BTNH: torch.Tensor) -> Gating:
+        """Step dt and decay exp(-dt A)."""
+        dt_BTH = gates_BTNH.squeeze(-2)
+        return Gating(dt_BTH, self._log_decay(dt_BTH).exp())
+
     def scan(
         self,
         q_BTHK: torch.Tensor,
@@ -55,7 +61,7 @@ class Mamba2(Memory):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """See `Memory.scan`; keys and queries are l2-normalised, queries are not scaled further."""
         dt_BTH = gates_BTNH.squeeze(-2)
-        g_BTH = -at_least_float32(self.A_log).exp() * dt_BTH
+        g_BTH = self._log_decay(dt_BTH)
         return state_space(unit(q_BTHK), unit(k_BTGK), at_least_float32(v_BTGV), g_BTH, dt_BTH, state)
 
     def normalise(self, read_BTHV: torch.Tensor, x_BTD: torch.Tensor) -> torch.Tensor:
@@ -63,3 +69,6 @@ class Mamba2(Memory):
         gate_BTH = F.silu(at_least_float32(self.g_proj(x_BTD)))
         gated_BTHV = read_BTHV * gate_BTH[..., None]
         return rms_norm(gated_BTHV.flatten(-2), self.norm).view_as(gated_BTHV)
+
+    def _log_decay(self, dt_BTH: torch.Tensor) -> torch.Tensor:
+        return -at_least_float32(self.A_log).exp() * dt_BTH
