@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 from typer.main import get_command
 
-from ahn.cli import convert, cost, demo, evaluation, generate, inspect, merge, train
+from ahn.cli import convert, cost, demo, evaluation, generate, inspect, merge, probe, train
 
 app = typer.Typer(
     name="ahn",
@@ -25,6 +25,7 @@ COMMANDS = {
     "convert": convert,
     "merge": merge,
     "train": train,
+    "probe": probe,
 }
 for name, module in COMMANDS.items():
     app.command(name, epilog=module.EXAMPLES)(module.command)

@@ -37,6 +37,7 @@ class Page:
     def __init__(self, title: str) -> None:
         self.title = title
         self._parts: list[str] = []
+        self._styles = [_STYLE]
         self._figures = 0
 
     def text(self, paragraph: str) -> None:
@@ -90,6 +91,17 @@ class Page:
         drawing = _svg(figure, f"figure{self._figures}-").replace("<svg ", f'<svg role="img" aria-label="{said}" ', 1)
         self._parts.append(f"<figure>{drawing}<figcaption>{said}</figcaption></figure>")
 
+    def markup(self, html: str, style: str = "") -> None:
+        """Adds markup as it is, for what has a form of its own.
+
+        Args:
+            html: HTML whose texts are escaped already.
+            style: Rules of CSS that it needs.
+        """
+        self._parts.append(html)
+        if style not in self._styles:
+            self._styles.append(style)
+
     def write(self, path: str | os.PathLike[str]) -> None:
         """Writes the page in UTF-8, whole or not at all.
 
@@ -99,11 +111,11 @@ class Page:
         Raises:
             OSError: It cannot be written.
         """
-        title = escape(self.title)
+        title, style = escape(self.title), "".join(self._styles)
         head = (
             '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
             '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-            f"<title>{title}</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n<h1>{title}</h1>\n"
+            f"<title>{title}</title>\n<style>{style}</style>\n</head>\n<body>\n<h1>{title}</h1>\n"
         )
         write_whole(path, head + "\n".join(self._parts) + "\n</body>\n</html>\n")
 

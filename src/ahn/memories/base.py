@@ -49,8 +49,8 @@ class Memory(nn.Module, abc.ABC):
 
     It reuses the attention's own queries, keys and values and learns only gates and a read-out. A subclass declares
     `gate_count` and `state_products` and implements `gates`, `gating`, `scan`, `normalise` and `state_shape`; gates of
-    zero must leave the state unchanged, which is how padding is kept out of it. The output projection starts at zero, so that an
-    untrained memory changes nothing.
+    zero must leave the state unchanged, which is how padding is kept out of it. The output projection starts at zero,
+    so that an untrained memory changes nothing.
 
     Args:
         shape: Sizes of the attention layer.

@@ -85,7 +85,7 @@ def token_gradients(
     norms = torch.linalg.vector_norm(gradient[0], dim=-1, dtype=loss.dtype).cpu()
     if not bool(norms.isfinite().all()):
         raise ModelError(f"the gradient is not finite in {gradient.dtype}; load the model in float32")
-    return TokenGradients(norms, float(loss), window, sinks)
+    return TokenGradients(norms, float(loss.detach()), window, sinks)
 
 
 def check_text(model: nn.Module, input_ids: torch.Tensor, window: int, sinks: int) -> torch.Tensor:

@@ -20,7 +20,7 @@ from ahn.evaluation.retention.gradients import check_text
 from ahn.memories import Gating
 from ahn.reading import Reader
 
-_LOOKS = 12
+_LOOKS = 6
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -1,0 +1,138 @@
+"""`ahn probe`: what the memory has kept of a text, as coloured text in the terminal and as a page."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ahn.cli import checks
+from ahn.cli.evaluation.options import MODEL, Adapter, Model, Seed, SinkPositions, Sinks, Window
+from ahn.cli.terminal import UsageError, notes, output, say
+
+if TYPE_CHECKING:
+    from ahn.cli.loading import Loaded
+    from ahn.evaluation.retention import StateTrace, TokenGradients
+
+EXAMPLES = """Examples:
+
+ahn probe  [dim]# a short story that comes with it[/dim]
+
+ahn probe notes.txt --html probe.html --json probe.json
+
+ahn probe book.txt --adapter my-memory --window 128 --tokens 1000
+"""
+STORY = "a short story"
+
+
+@dataclass(frozen=True)
+class Probe:
+    """What was measured on a text.
+
+    Attributes:
+        loaded: The model and its memory.
+        title: What the text is called.
+        sinks: Number of sinks.
+        window: Tokens of the window.
+        ids: The tokens that were read.
+        total: Tokens of the whole text.
+        gradients: What the loss hangs on.
+        trace: State and gates.
+    """
+
+    loaded: Loaded
+    title: str
+    sinks: int
+    window: int
+    ids: list[int]
+    total: int
+    gradients: TokenGradients
+    trace: StateTrace
+
+
+def command(
+    file: Annotated[
+        str | None,
+        typer.Argument(metavar="FILE", help="A text; - for standard input.  [dim]\\[default: a short story][/dim]"),
+    ] = None,
+    model: Model = MODEL,
+    adapter: Adapter = None,
+    window: Window = 64,
+    sinks: Sinks = 4,
+    sink_positions: SinkPositions = "bounded",
+    tokens: Annotated[int, typer.Option(help="Read so many tokens of the text, from its beginning.")] = 400,
+    top: Annotated[int, typer.Option(help="Tokens in the table.")] = 12,
+    html: Annotated[Path | None, typer.Option(help="Write a page with text, table and plots to this file.")] = None,
+    json: Annotated[Path | None, typer.Option(help="Write every number to this file.")] = None,
+    memory_figures: Annotated[
+        Path | None, typer.Option(help="Folder for the plots of state and gates, as PNG files.")
+    ] = None,
+    seed: Seed = 0,
+) -> None:
+    """Show which evicted tokens the memory has not kept, how full its state is, and what its gates do."""
+    checks.span(window, sinks, sink_positions)
+    checks.at_least("--top", top, 1)
+    checks.adapter(adapter)
+    if tokens <= sinks + window:
+        raise UsageError(
+            f"--tokens {tokens:,} do not pass sinks + window = {sinks + window:,}, so that nothing is evicted. "
+            "Read more, or take a smaller --window."
+        )
+    html, json, folder = (None if path is None else path.expanduser() for path in (html, json, memory_figures))
+    _check_targets(html, json, folder)
+    text = None if file is None else checks.text_file("FILE", file)
+    from ahn.cli import loading
+    from ahn.cli.texts import lighthouse
+
+    loading.seed(seed)
+    loaded = loading.load(model, adapter, window, sinks, sink_positions)
+    title = STORY if text is None else "standard input" if file == "-" else Path(str(file)).name
+    probe = _measure(loaded, lighthouse() if text is None else text, title, window, sinks, tokens)
+    from ahn.cli import probed
+
+    probed.show(probe, top, output())
+    if json is not None:
+        probed.report(probe, seed).write(json)
+    figures = probed.figures(probe) if html or folder else {}
+    if html is not None:
+        probed.page(probe, top, seed, figures).write(html)
+    _write_figures(folder, figures)
+    for path in (json, html, folder):
+        if path is not None:
+            say(f"wrote {path}", console=output())
+
+
+def _check_targets(html: Path | None, json: Path | None, folder: Path | None) -> None:
+    """Checks that everything can be written before anything is read."""
+    checks.file_to_write("--html", html)
+    checks.file_to_write("--json", json)
+    if html is not None and json is not None and html.absolute() == json.absolute():
+        raise UsageError(f"--html and --json both name {html}. Name two files.")
+    if folder is not None and folder.exists() and not folder.is_dir():
+        raise UsageError(f"--memory-figures {folder} is a file. Name a folder.")
+    if (html or folder) and find_spec("matplotlib") is None:
+        raise UsageError("--html and --memory-figures need matplotlib. Install it: pip install 'ahn[eval]'")
+
+
+def _measure(loaded: Loaded, text: str, title: str, window: int, sinks: int, tokens: int) -> Probe:
+    """Reads the beginning of a text, as teacher, as student with gradients, and once more for the states."""
+    from ahn.evaluation.retention import token_gradients, trace_state
+
+    ids = loaded.tokenizer(text, return_tensors="pt", verbose=False).input_ids[0]
+    read = ids[:tokens]
+    with notes().status(f"Reading {read.numel():,} tokens of {title}: the gradients ..."):
+        gradients = token_gradients(loaded.model, read, window=window, sinks=sinks)
+    with notes().status("Reading them again: the states ..."):
+        trace = trace_state(loaded.model, read, window=window, sinks=sinks)
+    return Probe(loaded, title, sinks, window, read.tolist(), ids.numel(), gradients, trace)
+
+
+def _write_figures(folder: Path | None, figures: dict[str, tuple[Any, str]]) -> None:
+    if folder is None:
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, (figure, _) in figures.items():
+        figure.savefig(folder / f"{name}.png", dpi=150)

@@ -1,0 +1,161 @@
+"""What `ahn probe` found, in the three forms that it comes in: for a terminal, as JSON, as a page."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from rich import box
+from rich.table import Table
+from rich.text import Text
+
+from ahn.evaluation.page import Page
+from ahn.evaluation.report import Report, environment
+from ahn.evaluation.retention.figures import draw
+from ahn.evaluation.retention.shading import STYLE, coloured_text
+from ahn.evaluation.retention.tokens import Scale, ShownToken, show_tokens, strongest, token_texts
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from ahn.cli.probe import Probe
+
+_SHADES = ("", "#000000 on #fee3c2", "#000000 on #fdbe85", "#000000 on #fd8d3c", "#ffffff on #c24701")
+"""Styles of evicted tokens, from the weakest to the strongest, readable on light and dark terminals alike."""
+
+_STYLES = {"sinks": "underline", "window": "dim underline"}
+MEANING = (
+    "The loss is the mean divergence of the student (sinks, window and memory) from the teacher (full attention) over "
+    "the positions beyond sinks and window. A strong colour is a large gradient of this loss with respect to the "
+    "embedding of an evicted token: the student still lacks something of it. A weak one: what the loss needs of the "
+    "token is there. The gradient also has the ways through the window that a token had before it was evicted."
+)
+COLUMNS = ("position", "in the text", "gradient")
+
+
+def show(probe: Probe, top: int, console: Console) -> None:
+    """The coloured text on a terminal with colours, and the table and sentences anywhere."""
+    tokens, scale = shown(probe)
+    for sentence in summary(probe):
+        console.print(Text(sentence), soft_wrap=not console.is_terminal)
+    console.print()
+    if console.is_terminal and console.color_system is not None:
+        console.print(_coloured(tokens), end="\n\n")
+        console.print(_legend(scale), end="\n\n")
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, header_style="bold")
+    for name, side in zip(COLUMNS, ("right", "left", "right")):
+        table.add_column(name, justify=side)  # type: ignore[arg-type]
+    for token, words in strongest(tokens, top):
+        table.add_row(f"{token.position:,}", Text(words), f"{token.norm:.3g}")
+    console.print(table)
+
+
+def shown(probe: Probe) -> tuple[list[ShownToken], Scale]:
+    """The tokens, and the scale of the evicted ones."""
+    evicted = probe.gradients.evicted
+    scale = Scale.of(probe.gradients.norms[evicted.start : evicted.stop])
+    return show_tokens(token_texts(probe.loaded.tokenizer, probe.ids), probe.gradients, scale), scale
+
+
+def summary(probe: Probe) -> list[str]:
+    """What was read, and what was found, in sentences."""
+    loaded, evicted, trace = probe.loaded, probe.gradients.evicted, probe.trace
+    read = f"{len(probe.ids):,} tokens" if len(probe.ids) == probe.total else f"the first {len(probe.ids):,} tokens"
+    memory = f"weights from {loaded.adapter}" if loaded.adapter else "untrained, so that it gives nothing back"
+    lines = [
+        f"{loaded.name} reads {read} of {probe.title}: sinks {probe.sinks:,}, window {probe.window:,}, "
+        f"{len(evicted):,} evicted. Memory: {loaded.config.memory}, {memory}.",
+        f"The student is {probe.gradients.loss:.3f} nats per token away from full attention, over {len(evicted):,} "
+        "positions.",
+    ]
+    last = trace.fullness[-1]
+    kept = "" if trace.keep is None else f", decay {float(trace.keep.mean()):.3f} (share kept per token)"
+    lines.append(
+        f"State: effective rank {float(trace.rank[-1].mean()):.1f} of at most {max(trace.full_rank)} (mean over heads; "
+        f"{float(last.min()):.0%} to {float(last.max()):.0%} full). Gates: write strength "
+        f"{float(trace.write.mean()):.2f}{kept}."
+    )
+    return lines
+
+
+def report(probe: Probe, seed: int) -> Report:
+    """Every number.
+
+    Args:
+        probe: What was measured.
+        seed: Of the weights of an untrained memory.
+    """
+    tokens, _ = shown(probe)
+    trace = probe.trace
+    results = {
+        "loss": probe.gradients.loss,
+        "positions": len(probe.gradients.evicted),
+        "tokens": [
+            {"position": token.position, "id": number, "text": token.text, "part": token.part, "gradient": token.norm}
+            for token, number in zip(tokens, probe.ids)
+        ],
+        "layers": trace.layers,
+        "state": {"tokens_read": trace.tokens, "effective_rank": trace.rank, "full_rank": trace.full_rank},
+        "gates": {"write": trace.write, "decay": trace.keep},
+    }
+    return Report("probe", _settings(probe), results, environment(probe.loaded.model, seed))
+
+
+def figures(probe: Probe) -> dict[str, tuple[Any, str]]:
+    """The plots of state and gates, by name, each with what it shows."""
+    return draw(probe.trace, probe.sinks)
+
+
+def page(probe: Probe, top: int, seed: int, drawn: dict[str, tuple[Any, str]]) -> Page:
+    """Everything on one page.
+
+    Args:
+        probe: What was measured.
+        top: Tokens in the table.
+        seed: Of the weights of an untrained memory.
+        drawn: As `figures` gives it.
+    """
+    tokens, scale = shown(probe)
+    made = Page(f"What the memory has kept of {probe.title}")
+    for sentence in summary(probe):
+        made.text(sentence)
+    made.heading("Gradient of the loss on every token")
+    made.text(MEANING)
+    made.markup(coloured_text(tokens, scale), STYLE)
+    rows = [(token.position, words, f"{token.norm:.3g}") for token, words in strongest(tokens, top)]
+    made.table(COLUMNS, rows, "The evicted tokens with the largest gradients")
+    made.heading("State and gates")
+    for figure, caption in drawn.values():
+        made.figure(figure, caption)
+    made.heading("Settings")
+    made.facts({**_settings(probe), **environment(probe.loaded.model, seed)})
+    return made
+
+
+def _settings(probe: Probe) -> dict[str, Any]:
+    config = probe.loaded.config
+    return {
+        "model": probe.loaded.name,
+        "adapter": probe.loaded.adapter,
+        "memory": config.memory,
+        "window": probe.window,
+        "sinks": probe.sinks,
+        "sink_positions": config.sink_positions,
+        "text": probe.title,
+        "tokens": len(probe.ids),
+    }
+
+
+def _coloured(tokens: list[ShownToken]) -> Text:
+    parts = Text()
+    for token in tokens:
+        parts.append(token.text, _STYLES.get(token.part) or _SHADES[min(len(_SHADES) - 1, int(token.shade * 5))])
+    return parts
+
+
+def _legend(scale: Scale) -> Text:
+    legend = Text("evicted, gradient: ")
+    steps = torch.logspace(0, 1, len(_SHADES) + 1, base=scale.high / scale.low).tolist()
+    for step, style in zip(steps, _SHADES):
+        legend.append(f" from {scale.low * step:.2g} ", style).append(" ")
+    return legend.append("  ").append("sinks", _STYLES["sinks"]).append("  ").append("window", _STYLES["window"])
