@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -35,6 +36,10 @@ SURFACE = {
     ],
     "convert": ["SOURCE", "TARGET", "--to", "--base", "--force"],
     "merge": ["BASE", "ADAPTER", "TARGET", "--force"],
+    "probe": [
+        "FILE", "--model", "--adapter", "--window", "--sinks", "--tokens", "--top", "--html", "--json",
+        "--memory-figures", "--seed",
+    ],
 }  # fmt: skip
 FROZEN_ELSEWHERE = {"eval", "train"}  # commands whose surface stands in a test of their own
 CHAT = (
@@ -81,6 +86,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ahn.save(with_memory("qwen3", model=sizes), place / "adapter")
     ahn.save(with_memory("qwen3", model={**sizes, "hidden_size": 16}), place / "misfit")
     (place / "text.txt").write_text("It was a bright cold day in April, and the clocks were striking. " * 10)
+    (place / "notes.txt").write_text("Dear diary")
+    (place / "long.txt").write_text("Dear diary" * 500)
     (place / "empty.txt").write_text(" \n")
     (place / "binary.txt").write_bytes(b"PNG\0\1\2")
     (place / "latin.txt").write_bytes("café".encode("latin-1"))
@@ -200,6 +207,21 @@ EARLY = [
     ("convert adapter text.txt", "text.txt is a file"),
     ("convert adapter adapter --force", "adapter is the source itself"),
     ("convert adapter new --to paper", "--to must be adapter or published, not 'paper'"),
+    ("probe missing.txt", "FILE missing.txt does not exist"),
+    ("probe nothing", "FILE nothing is a folder"),
+    ("probe empty.txt", "FILE empty.txt is empty"),
+    ("probe -", "standard input is empty"),
+    ("probe --window 0", "--window must be at least 1, not 0"),
+    ("probe --sinks -1", "--sinks must be at least 0, not -1"),
+    ("probe --top 0", "--top must be at least 1, not 0"),
+    ("probe --tokens 68", "--tokens 68 do not pass sinks + window = 68"),
+    ("probe --window 1000", "--tokens 400 do not pass sinks + window = 1,004"),
+    ("probe --seed -1", "--seed must be at least 0, not -1"),
+    ("probe --adapter ./missing", "--adapter ./missing does not exist"),
+    ("probe --html missing/x.html", "--html: there is no folder missing"),
+    ("probe --json nothing", "--json nothing is a folder"),
+    ("probe --html x --json ./x", "--html and --json both name x"),
+    ("probe --memory-figures text.txt", "--memory-figures text.txt is a file"),
     ("merge model adapter full", "full is not empty"),
     ("merge model adapter model --force", "model is the source itself"),
 ]
@@ -228,6 +250,9 @@ LATE = [
     ("cost falcon", "no memory can be attached to FalconForCausalLM"),
     ("convert missing new", "missing: there is no such folder"),
     ("convert adapter new --to adapter", "it has the adapter format already"),
+    ("probe --model no-such-model", "no model named 'no-such-model'"),
+    ("probe notes.txt --model ./model", "the text has 10 tokens, and sinks + window keep 68 exactly"),
+    ("probe --model ./model --tokens 5000 long.txt", "trained on texts of up to 4,096; give a shorter text"),
     ("merge missing-model adapter new", "no model named 'missing-model'"),
     ("merge ./model ./missing new", "./missing: there is no such folder"),
 ]
@@ -391,6 +416,51 @@ class TestInspect:
         facts = json.loads(run("inspect", cache, "--json")[1])
         assert (facts["kind"], facts["seen_tokens"], facts["window"], facts["sinks"]) == ("cache", 650, 16, 4)
         assert facts["memory"] == "gated_delta_net"
+
+
+class TestProbe:
+    FILE = ("probe", "text.txt", "--model", "./model", "--window", "16", "--tokens", "80")
+
+    def test_table_and_files(self, run, tmp_path):
+        html, data, folder = (tmp_path / name for name in ("probe.html", "probe.json", "figures"))
+        words = (*self.FILE, "--adapter", "adapter", "--top", "3", "--html", str(html), "--json", str(data))
+        status, out, err = run(*words, "--memory-figures", str(folder))
+        assert (status, err) == (0, "")
+        assert "reads the first 80 tokens of text.txt: sinks 4, window 16, 60 evicted." in out
+        assert "gated_delta_net, weights from adapter." in out
+        table = [line for line in out.splitlines() if "[" in line]
+        facts = json.loads(data.read_text(encoding="utf-8"))
+        tokens, results = facts["results"]["tokens"], facts["results"]
+        assert "".join(token["text"] for token in tokens) == Path("text.txt").read_text()[:80]
+        assert [token["part"] for token in tokens] == ["sinks"] * 4 + ["evicted"] * 60 + ["window"] * 16
+        ranked = sorted(tokens[4:64], key=lambda token: -token["gradient"])
+        assert [int(line.split()[0]) for line in table] == [token["position"] for token in ranked[:3]]
+        assert [len(results["gates"][name]) for name in ("write", "decay")] == [3, 3]
+        assert (facts["command"], facts["settings"]["window"], results["positions"]) == ("probe", 16, 60)
+        page = html.read_text(encoding="utf-8")
+        assert page.count('<span class="evicted"') == 60
+        assert page.count("<svg ") == 3
+        assert not re.search(r"(src|href)=.?(https?:|//)", page)
+        assert sorted(path.name for path in folder.iterdir()) == ["decay.png", "rank.png", "write.png"]
+
+    def test_colours_on_a_terminal(self, run, monkeypatch):
+        monkeypatch.setenv("FORCE_COLOR", "1")
+        monkeypatch.setenv("TTY_COMPATIBLE", "1")
+        monkeypatch.setenv("TERM", "xterm-256color")
+        status, out, _ = run(*self.FILE, "--adapter", "adapter")
+        assert status == 0
+        assert "\x1b[30;48;" in out
+        assert "sinks" in out.split("evicted, gradient:")[1]
+
+    def test_an_untrained_memory_is_called_that(self, run):
+        first = run(*self.FILE, "--adapter", "none")
+        assert "untrained, so that it gives nothing back" in first[1]
+        assert run(*self.FILE, "--adapter", "none") == first
+
+    def test_the_story_is_as_long_as_what_is_read(self, run):
+        status, out, _ = run("probe", "--model", "./model", "--window", "32", "--tokens", "40")
+        assert status == 0
+        assert "the first 40 tokens of a short story" in out
 
 
 class TestCost:

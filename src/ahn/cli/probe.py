@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ahn.cli import checks
-from ahn.cli.evaluation.options import MODEL, Adapter, Model, Seed, SinkPositions, Sinks, Window
+from ahn.cli.evaluation.options import MODEL, Adapter, Model, Seed, Sinks, Window
 from ahn.cli.terminal import UsageError, notes, output, say
 
 if TYPE_CHECKING:
@@ -25,7 +25,6 @@ ahn probe notes.txt --html probe.html --json probe.json
 
 ahn probe book.txt --adapter my-memory --window 128 --tokens 1000
 """
-STORY = "a short story"
 
 
 @dataclass(frozen=True)
@@ -62,7 +61,6 @@ def command(
     adapter: Adapter = None,
     window: Window = 64,
     sinks: Sinks = 4,
-    sink_positions: SinkPositions = "bounded",
     tokens: Annotated[int, typer.Option(help="Read so many tokens of the text, from its beginning.")] = 400,
     top: Annotated[int, typer.Option(help="Tokens in the table.")] = 12,
     html: Annotated[Path | None, typer.Option(help="Write a page with text, table and plots to this file.")] = None,
@@ -73,8 +71,9 @@ def command(
     seed: Seed = 0,
 ) -> None:
     """Show which evicted tokens the memory has not kept, how full its state is, and what its gates do."""
-    checks.span(window, sinks, sink_positions)
+    checks.span(window, sinks, None)
     checks.at_least("--top", top, 1)
+    checks.at_least("--seed", seed, 0)
     checks.adapter(adapter)
     if tokens <= sinks + window:
         raise UsageError(
@@ -88,8 +87,8 @@ def command(
     from ahn.cli.texts import lighthouse
 
     loading.seed(seed)
-    loaded = loading.load(model, adapter, window, sinks, sink_positions)
-    title = STORY if text is None else "standard input" if file == "-" else Path(str(file)).name
+    loaded = loading.load(model, adapter, window, sinks)
+    title = "a short story" if text is None else "standard input" if file == "-" else Path(str(file)).name
     probe = _measure(loaded, lighthouse() if text is None else text, title, window, sinks, tokens)
     from ahn.cli import probed
 

@@ -140,7 +140,6 @@ def _settings(probe: Probe) -> dict[str, Any]:
         "memory": config.memory,
         "window": probe.window,
         "sinks": probe.sinks,
-        "sink_positions": config.sink_positions,
         "text": probe.title,
         "tokens": len(probe.ids),
     }

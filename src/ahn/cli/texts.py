@@ -12,32 +12,28 @@ def reference() -> str:
 
 
 def lighthouse() -> str:
-    """A short story, about 470 tokens of SmolLM2, whose end needs names and numbers from its beginning."""
+    """A short story, 400 tokens of SmolLM2, whose end needs names and numbers from its beginning."""
     return _LIGHTHOUSE
 
 
 _LIGHTHOUSE = """\
 The keeper of the Skerry Point lighthouse was called Ilse Marrow. She came to the island on 14 March 1871 with two \
-goats, a brass telescope and a red notebook, in which she wrote down every ship that passed. The lamp burned 9 \
-litres of whale oil a night. Its light could be seen for 17 miles, and it turned once in 40 seconds.
+goats, a brass telescope and a red notebook, in which she wrote down every ship that passed. Her lamp was seen for \
+17 miles, and it turned once in 40 seconds.
 
-Her neighbour, the ferryman Tobias Quill, rowed over every Thursday. He brought flour, letters and lamp wick, and \
-took back goat cheese, for which he paid 3 shillings a pound. He did not like the telescope, because he said that it \
-made far things look as if they were already here. He liked the notebook better, and he sometimes asked her to read \
-a page of it to him while he drank his tea.
+The ferryman Tobias Quill rowed over every Thursday. He brought flour, letters and lamp wick, and took back goat \
+cheese, for which he paid 3 shillings a pound. He did not like the telescope, because he said that it made far \
+things look as if they were already here. He liked the notebook better, and sometimes asked her to read a page of it \
+to him while he drank his tea.
 
 In the autumn of that year the storms came early. For eleven days nobody could cross the water. The wind broke two \
-panes of the lantern, and the rain put out the lamp three times in one night. Each time the keeper climbed the \
-stairs with dry matches under her hat. On the last of those nights she saw a schooner that was far too close to the \
-rocks. She could not signal to it with the lamp, so she tied the goats' bells to a rope and rang them from the \
-gallery until morning. The schooner turned away, and in the grey light she could read its name, which was the \
-Halcyon Maid.
+panes of the lantern, and the rain put out the lamp. On the last night she saw a schooner that was far too close to \
+the rocks. She tied the goats' bells to a rope and rang them from the gallery until morning. The schooner turned \
+away, and in the grey light she could read its name, which was the Halcyon Maid.
 
-When the sea was calm again, the boat came. The ferryman had flour, letters and lamp wick with him, as always, and \
-he had heard about the schooner in the harbour. He asked what she had done, and she showed him the page. There it \
-stood, in pencil: the date, the wind, the broken panes, and at the bottom the name of the ship, the Halcyon Maid. He \
-read it twice. Then he paid for the cheese, 3 shillings a pound, and asked whether he might look through the brass \
-telescope after all. Ilse Marrow laughed, and put the red notebook back on its shelf. That evening Skerry Point \
-could be seen for 17 miles again, and the lamp turned once in 40 seconds. Tobias Quill watched it from the ferry all \
-the way home.
+When the sea was calm again, the ferryman came with flour, letters and lamp wick, as always. He asked what she had \
+done, and she showed him the page: the date, the wind, the broken panes, and at the bottom the name of the ship, the \
+Halcyon Maid. He paid for the cheese, 3 shillings a pound, and asked if he might look through the brass telescope \
+after all. Ilse Marrow laughed, and put the red notebook back. That evening Skerry Point could be seen for 17 miles \
+again, and the lamp turned once in 40 seconds.
 """

@@ -32,13 +32,13 @@ def draw(trace: StateTrace, sinks: int) -> dict[str, tuple[Any, str]]:
             "the end of the text. Right: while it is read, mean over the heads of a layer.",
         ),
         "write": (
-            _small_plots(trace, trace.write, sinks),
+            _small_plots(trace, trace.write, sinks, "Write strength"),
             "Write strength of each evicted token (beta, or the step dt of Mamba2) in each layer, mean over heads.",
         ),
     }
     if trace.keep is not None:
         caption = "Decay: share of the state that each evicted token lets live, in each layer, mean over heads."
-        figures["decay"] = (_small_plots(trace, trace.keep, sinks), caption)
+        figures["decay"] = (_small_plots(trace, trace.keep, sinks, "Share of the state that is kept"), caption)
     return figures
 
 
@@ -61,12 +61,12 @@ def _rank(trace: StateTrace) -> Any:
     return figure
 
 
-def _small_plots(trace: StateTrace, values_LE: torch.Tensor, sinks: int) -> Any:
+def _small_plots(trace: StateTrace, values_LE: torch.Tensor, sinks: int, title: str) -> Any:
     """A plot for each layer, all with the same axes."""
     layers, evicted = values_LE.shape
     columns = min(_COLUMNS, layers)
     rows = -(-layers // columns)
-    figure = _new(11, 0.7 + 1.15 * rows)
+    figure = _new(11, 1.0 + 1.15 * rows)
     panels = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).flatten()
     bins = min(_POINTS, evicted)
     binned = functional.adaptive_avg_pool1d(values_LE, bins)
@@ -79,6 +79,7 @@ def _small_plots(trace: StateTrace, values_LE: torch.Tensor, sinks: int) -> Any:
         panel.spines[["top", "right"]].set_visible(False)
     for panel in panels[layers:]:
         panel.set_visible(False)
+    figure.suptitle(f"{title}, mean over heads", fontsize=10)
     figure.supxlabel("position of the evicted token", fontsize=9)
     return figure
 

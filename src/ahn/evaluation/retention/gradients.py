@@ -84,7 +84,8 @@ def token_gradients(
         (gradient,) = torch.autograd.grad(loss, embeddings)
     norms = torch.linalg.vector_norm(gradient[0], dim=-1, dtype=loss.dtype).cpu()
     if not bool(norms.isfinite().all()):
-        raise ModelError(f"the gradient is not finite in {gradient.dtype}; load the model in float32")
+        dtype = str(gradient.dtype).removeprefix("torch.")
+        raise ModelError(f"the gradient is not finite in {dtype}; load the model in float32, or check the adapter")
     return TokenGradients(norms, float(loss.detach()), window, sinks)
 
 
