@@ -37,8 +37,8 @@ SURFACE = {
     "convert": ["SOURCE", "TARGET", "--to", "--base", "--force"],
     "merge": ["BASE", "ADAPTER", "TARGET", "--force"],
     "probe": [
-        "FILE", "--model", "--adapter", "--window", "--sinks", "--tokens", "--top", "--html", "--json",
-        "--memory-figures", "--seed",
+        "FILE", "--model", "--adapter", "--window", "--sinks", "--tokens", "--positions", "--top", "--html",
+        "--json", "--memory-figures", "--seed",
     ],
 }  # fmt: skip
 FROZEN_ELSEWHERE = {"eval", "train"}  # commands whose surface stands in a test of their own
@@ -213,6 +213,7 @@ EARLY = [
     ("probe -", "standard input is empty"),
     ("probe --window 0", "--window must be at least 1, not 0"),
     ("probe --sinks -1", "--sinks must be at least 0, not -1"),
+    ("probe --positions first", "--positions must be all or last, not 'first'"),
     ("probe --top 0", "--top must be at least 1, not 0"),
     ("probe --tokens 68", "--tokens 68 do not pass sinks + window = 68"),
     ("probe --window 1000", "--tokens 400 do not pass sinks + window = 1,004"),
@@ -449,7 +450,7 @@ class TestProbe:
         monkeypatch.setenv("TERM", "xterm-256color")
         status, out, _ = run(*self.FILE, "--adapter", "adapter")
         assert status == 0
-        assert "\x1b[30;48;" in out
+        assert "\x1b[38;5;16;48;5;" in out
         assert "sinks" in out.split("evicted, gradient:")[1]
 
     def test_an_untrained_memory_is_called_that(self, run):

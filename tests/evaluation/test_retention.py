@@ -64,10 +64,22 @@ class TestGradients:
         F.kl_div(logits[21:], expected[21:], reduction="batchmean", log_target=True).backward()
         torch.testing.assert_close(token_gradients(model, ids).norms, embedded.grad[0].norm(dim=-1))
 
-    def test_nothing_comes_after_the_last_token(self) -> None:
+    def test_other_settings_than_attached(self) -> None:
         found = token_gradients(with_memory(), text(1, 60), window=10, sinks=2)
-        assert (found.window, found.sinks, found.evicted) == (10, 2, range(2, 50))
+        assert (found.window, found.sinks, found.evicted, found.positions) == (10, 2, range(2, 50), 48)
         assert found.norms.shape == (60,)
+
+    def test_the_last_window_alone(self) -> None:
+        """In one layer with a silent memory, a token out of the window of all that counts draws no gradient."""
+        model = with_memory("llama", model={"num_hidden_layers": 1})
+        served: Any = attachment_of(model).sites[0].memory
+        ids, seen = text(1, 60), range(60 - 2 * WINDOW + 1, 60)
+        kept = token_gradients(model, ids, positions="last")
+        served.o_proj.data.zero_()
+        found = token_gradients(model, ids, positions="last")
+        assert found.positions == WINDOW
+        assert [place for place, norm in enumerate(found.norms.tolist()) if norm] == [*range(SINKS), *seen]
+        assert bool((kept.norms[SINKS : seen.start] > 0).all())
 
     def test_the_model_is_left_as_it_was(self) -> None:
         model, ids = with_memory(), text(1, 60)
@@ -186,7 +198,7 @@ class TestTokens:
         assert (found.low, found.high) == pytest.approx((10**-1.96, 10**-0.04), rel=1e-5)
 
     def test_parts_order_and_escaping(self) -> None:
-        found = gradients.TokenGradients(torch.tensor([9.0, 1.0, 4.0, 2.0, 9.0]), 0.5, window=1, sinks=1)
+        found = gradients.TokenGradients(torch.tensor([9.0, 1.0, 4.0, 2.0, 9.0]), 0.5, 3, window=1, sinks=1)
         scale = Scale(1.0, 4.0)
         tokens = show_tokens(["a", "<b>", " &", " \n", "e"], found, scale)
         assert [token.part for token in tokens] == ["sinks", "evicted", "evicted", "evicted", "window"]

@@ -14,8 +14,10 @@ from ahn.cli.evaluation.options import MODEL, Adapter, Model, Seed, Sinks, Windo
 from ahn.cli.terminal import UsageError, notes, output, say
 
 if TYPE_CHECKING:
+    import torch
+
     from ahn.cli.loading import Loaded
-    from ahn.evaluation.retention import StateTrace, TokenGradients
+    from ahn.evaluation.retention import Positions, StateTrace, TokenGradients
 
 EXAMPLES = """Examples:
 
@@ -25,6 +27,7 @@ ahn probe notes.txt --html probe.html --json probe.json
 
 ahn probe book.txt --adapter my-memory --window 128 --tokens 1000
 """
+POSITIONS = ("all", "last")
 
 
 @dataclass(frozen=True)
@@ -36,6 +39,7 @@ class Probe:
         title: What the text is called.
         sinks: Number of sinks.
         window: Tokens of the window.
+        positions: Where the loss counts.
         ids: The tokens that were read.
         total: Tokens of the whole text.
         gradients: What the loss hangs on.
@@ -46,6 +50,7 @@ class Probe:
     title: str
     sinks: int
     window: int
+    positions: Positions
     ids: list[int]
     total: int
     gradients: TokenGradients
@@ -62,6 +67,10 @@ def command(
     window: Window = 64,
     sinks: Sinks = 4,
     tokens: Annotated[int, typer.Option(help="Read so many tokens of the text, from its beginning.")] = 400,
+    positions: Annotated[
+        str,
+        typer.Option(metavar="all|last", help="Where the loss counts: beyond sinks and window, or in the last window."),
+    ] = "all",
     top: Annotated[int, typer.Option(help="Tokens in the table.")] = 12,
     html: Annotated[Path | None, typer.Option(help="Write a page with text, table and plots to this file.")] = None,
     json: Annotated[Path | None, typer.Option(help="Write every number to this file.")] = None,
@@ -72,6 +81,7 @@ def command(
 ) -> None:
     """Show which evicted tokens the memory has not kept, how full its state is, and what its gates do."""
     checks.span(window, sinks, None)
+    checks.one_of("--positions", positions, POSITIONS)
     checks.at_least("--top", top, 1)
     checks.at_least("--seed", seed, 0)
     checks.adapter(adapter)
@@ -89,7 +99,8 @@ def command(
     loading.seed(seed)
     loaded = loading.load(model, adapter, window, sinks)
     title = "a short story" if text is None else "standard input" if file == "-" else Path(str(file)).name
-    probe = _measure(loaded, lighthouse() if text is None else text, title, window, sinks, tokens)
+    ids = loaded.tokenizer(lighthouse() if text is None else text, return_tensors="pt", verbose=False).input_ids[0]
+    probe = _measure(loaded, title, ids, tokens, window, sinks, "last" if positions == "last" else "all")
     from ahn.cli import probed
 
     probed.show(probe, top, output())
@@ -116,17 +127,18 @@ def _check_targets(html: Path | None, json: Path | None, folder: Path | None) ->
         raise UsageError("--html and --memory-figures need matplotlib. Install it: pip install 'ahn[eval]'")
 
 
-def _measure(loaded: Loaded, text: str, title: str, window: int, sinks: int, tokens: int) -> Probe:
+def _measure(
+    loaded: Loaded, title: str, ids: torch.Tensor, tokens: int, window: int, sinks: int, positions: Positions
+) -> Probe:
     """Reads the beginning of a text, as teacher, as student with gradients, and once more for the states."""
     from ahn.evaluation.retention import token_gradients, trace_state
 
-    ids = loaded.tokenizer(text, return_tensors="pt", verbose=False).input_ids[0]
     read = ids[:tokens]
     with notes().status(f"Reading {read.numel():,} tokens of {title}: the gradients ..."):
-        gradients = token_gradients(loaded.model, read, window=window, sinks=sinks)
+        gradients = token_gradients(loaded.model, read, window=window, sinks=sinks, positions=positions)
     with notes().status("Reading them again: the states ..."):
         trace = trace_state(loaded.model, read, window=window, sinks=sinks)
-    return Probe(loaded, title, sinks, window, read.tolist(), ids.numel(), gradients, trace)
+    return Probe(loaded, title, sinks, window, positions, read.tolist(), ids.numel(), gradients, trace)
 
 
 def _write_figures(folder: Path | None, figures: dict[str, tuple[Any, str]]) -> None:

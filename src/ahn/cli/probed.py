@@ -23,13 +23,21 @@ if TYPE_CHECKING:
 _SHADES = ("", "#000000 on #fee3c2", "#000000 on #fdbe85", "#000000 on #fd8d3c", "#ffffff on #c24701")
 """Styles of evicted tokens, from the weakest to the strongest, readable on light and dark terminals alike."""
 
+_CONTROLS = dict.fromkeys((code for code in range(32) if chr(code) not in "\t\n"), "\ufffd")
+"""What a text must not tell a terminal."""
+
 _STYLES = {"sinks": "underline", "window": "dim underline"}
-MEANING = (
-    "The loss is the mean divergence of the student (sinks, window and memory) from the teacher (full attention) over "
-    "the positions beyond sinks and window. A strong colour is a large gradient of this loss with respect to the "
-    "embedding of an evicted token: the student still lacks something of it. A weak one: what the loss needs of the "
-    "token is there. The gradient also has the ways through the window that a token had before it was evicted."
+_MEANING = (
+    "The loss is the mean divergence of the student (sinks, window and memory) from the teacher (full attention). A "
+    "strong colour is a large gradient of this loss with respect to the embedding of an evicted token: the student "
+    "still lacks something of it. A weak one: what the loss needs of the token is there."
 )
+_WAYS = {
+    "all": "The loss counts at all positions beyond sinks and window, so that a token also draws a gradient from its "
+    "own position and from those that read it while it was in the window. With --positions last they are left out.",
+    "last": "The loss counts in the last window alone: an evicted token more than a window before it acts through the "
+    "memory, or through tokens that had read it.",
+}
 COLUMNS = ("position", "in the text", "gradient")
 
 
@@ -46,7 +54,7 @@ def show(probe: Probe, top: int, console: Console) -> None:
     for name, side in zip(COLUMNS, ("right", "left", "right")):
         table.add_column(name, justify=side)  # type: ignore[arg-type]
     for token, words in strongest(tokens, top):
-        table.add_row(f"{token.position:,}", Text(words), f"{token.norm:.3g}")
+        table.add_row(f"{token.position:,}", Text(words.translate(_CONTROLS)), f"{token.norm:.3g}")
     console.print(table)
 
 
@@ -65,8 +73,8 @@ def summary(probe: Probe) -> list[str]:
     lines = [
         f"{loaded.name} reads {read} of {probe.title}: sinks {probe.sinks:,}, window {probe.window:,}, "
         f"{len(evicted):,} evicted. Memory: {loaded.config.memory}, {memory}.",
-        f"The student is {probe.gradients.loss:.3f} nats per token away from full attention, over {len(evicted):,} "
-        "positions.",
+        f"The student is {probe.gradients.loss:.3f} nats per token away from full attention, over "
+        f"{probe.gradients.positions:,} positions.",
     ]
     last = trace.fullness[-1]
     kept = "" if trace.keep is None else f", decay {float(trace.keep.mean()):.3f} (share kept per token)"
@@ -89,7 +97,7 @@ def report(probe: Probe, seed: int) -> Report:
     trace = probe.trace
     results = {
         "loss": probe.gradients.loss,
-        "positions": len(probe.gradients.evicted),
+        "positions": probe.gradients.positions,
         "tokens": [
             {"position": token.position, "id": number, "text": token.text, "part": token.part, "gradient": token.norm}
             for token, number in zip(tokens, probe.ids)
@@ -120,7 +128,8 @@ def page(probe: Probe, top: int, seed: int, drawn: dict[str, tuple[Any, str]]) -
     for sentence in summary(probe):
         made.text(sentence)
     made.heading("Gradient of the loss on every token")
-    made.text(MEANING)
+    made.text(_MEANING)
+    made.text(_WAYS[probe.positions])
     made.markup(coloured_text(tokens, scale), STYLE)
     rows = [(token.position, words, f"{token.norm:.3g}") for token, words in strongest(tokens, top)]
     made.table(COLUMNS, rows, "The evicted tokens with the largest gradients")
@@ -140,6 +149,7 @@ def _settings(probe: Probe) -> dict[str, Any]:
         "memory": config.memory,
         "window": probe.window,
         "sinks": probe.sinks,
+        "positions": probe.positions,
         "text": probe.title,
         "tokens": len(probe.ids),
     }
@@ -148,7 +158,9 @@ def _settings(probe: Probe) -> dict[str, Any]:
 def _coloured(tokens: list[ShownToken]) -> Text:
     parts = Text()
     for token in tokens:
-        parts.append(token.text, _STYLES.get(token.part) or _SHADES[min(len(_SHADES) - 1, int(token.shade * 5))])
+        style = _STYLES.get(token.part) or _SHADES[min(len(_SHADES) - 1, int(token.shade * len(_SHADES)))]
+        parts.append(token.text.translate(_CONTROLS), style)
+    parts.rstrip()
     return parts
 
 

@@ -1,10 +1,10 @@
 """What a memory has kept of a text: which evicted tokens the student still lacks, how full its state is, its gates.
 
-`token_gradients` and `trace_state` measure on one text; `figures` draws the state and `reading` shows the tokens. All
-of it needs torch.
+`token_gradients` and `trace_state` measure on one text; `figures` draws state and gates, `tokens` and `shading` show
+the text. All of it needs torch.
 """
 
-from ahn.evaluation.retention.gradients import TokenGradients, token_gradients
+from ahn.evaluation.retention.gradients import Positions, TokenGradients, token_gradients
 from ahn.evaluation.retention.state import StateTrace, effective_rank, trace_state
 
-__all__ = ["StateTrace", "TokenGradients", "effective_rank", "token_gradients", "trace_state"]
+__all__ = ["Positions", "StateTrace", "TokenGradients", "effective_rank", "token_gradients", "trace_state"]

@@ -6,16 +6,19 @@ Legend of shapes: T tokens, D hidden size.
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
 
 import ahn
 from ahn.attachment import attachment_of
-from ahn.distillation import Head, find_targets, vocabulary_losses
+from ahn.distillation import IGNORED, Head, Targets, find_targets, vocabulary_losses
 from ahn.errors import ModelError, ShapeError
 from ahn.evaluation.errors import EvaluationError
+
+Positions = Literal["all", "last"]
+"""Where the loss counts: at all positions beyond sinks and window, or at those of the last window alone."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -25,41 +28,51 @@ class TokenGradients:
     Attributes:
         norms: Length of the gradient of `loss` with respect to each token's embedding, nats per token and unit of the
             embedding, `[T]` float32 on the CPU (float64 for a float64 model); sinks and window included.
-        loss: Mean divergence KL(teacher || student) over the positions beyond sinks and window, nats per token.
+        loss: Mean divergence KL(teacher || student) over the positions that count, nats per token.
+        positions: Number of these positions.
         window: Tokens of the student's window.
         sinks: The student's sinks.
     """
 
     norms: torch.Tensor
     loss: float
+    positions: int
     window: int
     sinks: int
 
     @property
     def evicted(self) -> range:
-        """The tokens that have left the window when the text ends; as many positions does the loss count."""
+        """The tokens that have left the window when the text ends."""
         return range(self.sinks, self.norms.numel() - self.window)
 
 
 def token_gradients(
-    model: nn.Module, input_ids: torch.Tensor, *, window: int | None = None, sinks: int | None = None
+    model: nn.Module,
+    input_ids: torch.Tensor,
+    *,
+    window: int | None = None,
+    sinks: int | None = None,
+    positions: Positions = "all",
 ) -> TokenGradients:
     """Gradient of the distillation loss with respect to the embedding of every token of a text.
 
     The paper (figure 5) colours each evicted token by the gradient of the self-distillation loss with respect to its
     embedding, and reads a small gradient as: the memory has kept what the loss needs of this token; a large one as:
-    it has not. Here the loss is the one that memories are trained with, the mean of KL(teacher || student) over all
+    it has not. Here the loss is the one that memories are trained with, the mean of KL(teacher || student) over
     positions beyond sinks and window; the gradient is taken through the student alone, the teacher's distributions
     being constant; a token's value is the Euclidean length of its gradient.
 
-    The gradient has every way through the student, not only that through the memory: a token also acts on the
-    positions that read it while it was still in the window, and from its own position on, if that is one that counts.
+    The gradient has every way through the student, not only that through the memory: a token also acts on its own
+    position and on those that read it while it was still in the window, if they count. With positions="last", which
+    is not the paper's, they do not count for a token more than a window before the last window: it acts through the
+    memory alone, or through tokens that had read it.
 
     Args:
         model: A model with a memory attached, in evaluation mode.
         input_ids: Token ids of one text, `[T]` or `[1, T]`, more than sinks + window.
         window: Tokens of the student's window; as attached if left out.
         sinks: The student's sinks; as attached if left out.
+        positions: Where the loss counts, beyond sinks and window: "all", or "last" for the last window's positions.
 
     Raises:
         ModelError: No memory is attached, the model's head cannot be run alone, or the gradient is not finite.
@@ -77,7 +90,7 @@ def token_gradients(
     embeddings: torch.Tensor = _embed(model, ids).requires_grad_()
     with torch.no_grad(), ahn.mode(model, "full"):
         teacher = head.backbone(input_ids=ids, use_cache=False).last_hidden_state[0]
-    targets = find_targets({"input_ids": ids}, window, sinks)
+    targets = _targets(ids, window, sinks, positions)
     with torch.enable_grad(), ahn.mode(model, "ahn", window=window, sinks=sinks):
         student = head.backbone(inputs_embeds=embeddings, use_cache=False).last_hidden_state[0]
         loss = vocabulary_losses(model, student, teacher, targets, ("kl",))["kl"] / targets.kl.numel()
@@ -86,7 +99,7 @@ def token_gradients(
     if not bool(norms.isfinite().all()):
         dtype = str(gradient.dtype).removeprefix("torch.")
         raise ModelError(f"the gradient is not finite in {dtype}; load the model in float32, or check the adapter")
-    return TokenGradients(norms, float(loss.detach()), window, sinks)
+    return TokenGradients(norms, float(loss.detach()), targets.kl.numel(), window, sinks)
 
 
 def check_text(model: nn.Module, input_ids: torch.Tensor, window: int, sinks: int) -> torch.Tensor:
@@ -121,6 +134,13 @@ def check_text(model: nn.Module, input_ids: torch.Tensor, window: int, sinks: in
         )
     weights: Any = _input_embeddings(model).weight
     return ids.to(weights.device)
+
+
+def _targets(ids: torch.Tensor, window: int, sinks: int, positions: Positions) -> Targets:
+    labels = ids.clone()
+    if positions == "last":
+        labels[:, :-window] = IGNORED
+    return find_targets({"input_ids": ids, "labels": labels}, window, sinks)
 
 
 @torch.no_grad()
