@@ -44,14 +44,13 @@ def compare(first: Report, second: Report, everything: bool = False) -> Comparis
             f"the first report is of {first.command}, the second of {second.command}: their numbers cannot be "
             "compared. Give two reports of the same command."
         )
-    numbers = [dict(_leaves(report.results, everything)) for report in (first, second)]
-    names = list(dict.fromkeys(name for each in numbers for name in each))
-    rows = [_result(name, *(each.get(name) for each in numbers)) for name in names]
+    before, after = (dict(_leaves(report.results, everything)) for report in (first, second))
+    names = [name for name in {**before, **after} if everything or before.get(name) != after.get(name)]
     return Comparison(
         first.command,
         _differences(first.settings, second.settings),
         _differences(first.environment, second.environment),
-        [row for row in rows if everything or row[1] != row[2]],
+        [_result(name, before.get(name), after.get(name)) for name in names],
     )
 
 
@@ -77,16 +76,19 @@ def _differences(first: Mapping[str, Any], second: Mapping[str, Any]) -> list[tu
 
 
 def _result(name: str, first: Any, second: Any) -> tuple[str, str, str, str]:
-    both = [each for each in (first, second) if isinstance(each, (int, float)) and not isinstance(each, bool)]
-    difference = _shown(both[1] - both[0], sign="+") if len(both) == 2 else "-"
+    difference = _shown(second - first, "+") if _is_number(first) and _is_number(second) else "-"
     return name, _shown(first), _shown(second), difference
 
 
 def _shown(value: Any, sign: str = "") -> str:
     if value is None:
         return "-"
-    if isinstance(value, float) and not value.is_integer():
-        return f"{value:{sign},.4f}" if abs(value) >= 0.01 else f"{value:{sign}.3g}"
-    if isinstance(value, (int, float)) and not isinstance(value, bool):
-        return f"{int(value):{sign},}"
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    if not _is_number(value):
+        return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    if float(value).is_integer():
+        return f"{int(value):{sign if value else ''},}"
+    return f"{value:{sign},.4f}" if abs(value) >= 0.01 else f"{value:{sign}.6g}"
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)

@@ -41,7 +41,7 @@ def command(
     adapter: options.Adapter = None,
     model: options.Model = options.MODEL,
     ngram: Annotated[int, typer.Option(help="Tokens of the n-grams whose repetition is looked at.")] = 3,
-    rare: Annotated[int, typer.Option(help="Occurrences in all texts up to which one is rare.")] = 4,
+    rare: Annotated[int, typer.Option(help="Occurrences in all texts up to which one is rare.")] = 8,
     out: options.Out = None,
     seed: options.Seed = 0,
 ) -> None:

@@ -50,7 +50,7 @@ def opening(loaded: Loaded, documents: Sequence[Document], plan: Plan, left_out:
         )
     if "full" in plan.arms and max(sizes) > plan.full_limit:
         lines.append(
-            f"full reads the first {plan.full_limit:,} tokens of a document: the model was trained on no more positions."
+            f"full reads the first {plan.full_limit:,} tokens of a document: the model was trained on no more."
         )
     return lines
 
@@ -112,15 +112,14 @@ def tables(report: Report) -> list[tuple[list[str], list[list[str]], str]]:
     results, of = report.results, report.settings
     spans = [span for span in ("beyond", "after") if any(row["scored"][span] for row in results["arms"].values())]
     closed = any(row["closed"] for row in results["arms"].values())
-    titles = {"beyond": ["nats", "perplexity"], "after": ["nats after full", "perplexity after full"]}
-    columns = ["arm", *titles["beyond"], *(["gap closed (95 %)"] if closed else [])]
-    columns += [*(titles["after"] if "after" in spans else []), "cache MB", "tokens/s"]
+    columns = ["arm", "nats", "perplexity", *(["gap closed\n(95 %)"] if closed else [])]
+    columns += [*(["nats\nafter full"] if "after" in spans else []), "cache\nMB", "tokens/s"]
     rows = []
     for arm, row in results["arms"].items():
-        scores = {span: [_number(row["nll"][span], 4), _number(row["perplexity"][span], 2)] for span in spans}
-        share = [_share(row["closed"])] if closed else []
-        costs = [megabytes(row["cache_bytes"]), f"{row['tokens_per_second']:,.0f}"]
-        rows.append([arm, *scores.get("beyond", ["-", "-"]), *share, *scores.get("after", []), *costs])
+        cells = [arm, _number(row["nll"]["beyond"], 4), _number(row["perplexity"]["beyond"], 2)]
+        cells += [_share(row["closed"])] if closed else []
+        cells += [_number(row["nll"]["after"], 4)] if "after" in spans else []
+        rows.append([*cells, megabytes(row["cache_bytes"]), f"{row['tokens_per_second']:,.0f}"])
     scored = max(row["scored"]["beyond"] for row in results["arms"].values())
     caption = f"{scored:,} tokens beyond sinks + window, nats per token"
     found = [(columns, rows, caption)]

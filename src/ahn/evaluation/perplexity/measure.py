@@ -24,7 +24,7 @@ from ahn.evaluation.perplexity.ngrams import GROUPS
 from ahn.evaluation.resident import resident_bytes
 from ahn.reading import automatic_chunk
 
-_BINS = 64
+_BINS = 32
 _POINTS = 128  # of the curves of bytes
 
 
@@ -77,7 +77,7 @@ def make_plan(model: nn.Module, arms: Sequence[str], documents: Sequence[Documen
 
 
 def bin_tokens(longest: int) -> int:
-    """Tokens of a bin, a power of two, so that at most 64 bins hold the longest document."""
+    """Tokens of a bin, a power of two, so that at most 32 bins hold the longest document."""
     return int(2 ** max(0, math.ceil(math.log2(longest / _BINS))))
 
 
@@ -140,7 +140,7 @@ def read_all(
         groups: The group of each token but the first, `[T - 1]` for each document.
         plan: What to measure.
         journal: Gets a record for every document and arm.
-        on_progress: Is told the tokens that were read so far, those of the journal included, and what is read now.
+        on_progress: Is told the tokens that were read so far, those of the journal included, and a remark.
     """
     done = 0
     for document, group in zip(documents, groups, strict=True):
@@ -149,14 +149,14 @@ def read_all(
             name, before = key(document, arm), done
             if name not in journal.done:
 
-                def tell(reader: ArmReader, before: int = before, name: str = name) -> None:
+                def tell(reader: ArmReader, before: int = before, arm: str = arm) -> None:
                     if on_progress is not None:
-                        on_progress(before + reader.tokens, f"{name}, cache {reader.cache_bytes / 1e6:,.1f} MB")
+                        on_progress(before + reader.tokens, f"{arm}, cache {reader.cache_bytes / 1e6:,.1f} MB")
 
                 journal.add(name, measure(model, arm, document, group, plan, tell))
             done += plan.limit(arm, len(document.ids))
             if on_progress is not None:
-                on_progress(done, name)
+                on_progress(done, arm)
 
 
 def key(document: Document, arm: str) -> str:
