@@ -104,7 +104,7 @@ class TestDocuments:
         assert [each.name for each in cut] == ["a, token 0", "a, token 5", "a, token 10", "a, token 15"]
 
     def test_too_few(self) -> None:
-        with pytest.raises(EvaluationError, match="the texts hold 2 pieces of 10 tokens, not 3"):
+        with pytest.raises(EvaluationError, match="of 3 pieces of 10 tokens the texts hold 2 only"):
             pieces({"a": ids(29)}, [], 10, 3)
 
 
@@ -364,7 +364,10 @@ class TestCommand:
             ("perplexity text.txt --out full", "--out full holds other things than an evaluation."),
             ("perplexity text.txt --model ./model", "no document is longer than sinks + window = 1,056 tokens"),
             ("perplexity text.txt --model ./model --window 5000", "exceed the 4096 positions"),
-            ("perplexity text.txt --model ./model --length 600 --pieces 2", "hold 1 pieces of 600 tokens, not 2."),
+            (
+                "perplexity text.txt --model ./model --length 600 --pieces 2",
+                "of 2 pieces of 600 tokens the texts hold 1 only.",
+            ),
         ],
     )
     def test_wrong_input_gets_one_line(self, run: Any, line: str, says: str) -> None:

@@ -54,7 +54,7 @@ def pieces(texts: dict[str, Ids], opening: Sequence[int], length: int, count: in
     starts = [(name, start) for name, ids in texts.items() for start in range(0, len(ids) - size + 1, size)]
     if len(starts) < count:
         raise EvaluationError(
-            f"the texts hold {len(starts):,} pieces of {length:,} tokens, not {count:,}. Ask for fewer with --pieces, "
+            f"of {count:,} pieces of {length:,} tokens the texts hold {len(starts):,} only. Ask for fewer with --pieces, "
             "or for shorter ones with --length."
         )
     return [
