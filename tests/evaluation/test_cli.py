@@ -14,7 +14,14 @@ import pytest
 from ahn.cli import main
 from ahn.cli.app import command
 
-SURFACE = {"score": ["FILE", "--task", "--scoring", "--json"]}
+SURFACE = {
+    "perplexity": [
+        "FILE", "--length", "--pieces", "--arms", "--window", "--sinks", "--sink-positions", "--adapter", "--model",
+        "--ngram", "--rare", "--out", "--seed",
+    ],
+    "compare": ["A", "B", "--all"],
+    "score": ["FILE", "--task", "--scoring", "--json"],
+}  # fmt: skip
 ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
 LINES = {
     "hotpotwikiqa_mixup_16k.jsonl": [
