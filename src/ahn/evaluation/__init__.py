@@ -7,6 +7,8 @@ Three parts, none of which needs torch:
   (`build_prompt`, `read_prompts`).
 - Predictions: `read_predictions` reads this library's files and the official ones, `score_predictions` and `averages`
   score them, with no model.
+
+What runs a model has packages of its own, which are imported by their names: `retention/` is what a memory has kept.
 """
 
 import importlib
