@@ -27,6 +27,7 @@ _CONTROLS = dict.fromkeys((code for code in range(32) if chr(code) not in "\t\n"
 """What a text must not tell a terminal."""
 
 _STYLES = {"sinks": "underline", "window": "dim underline"}
+_COLOUR = "The stronger the colour, the more the student still lacks of an evicted token."
 _MEANING = (
     "The loss is the mean divergence of the student (sinks, window and memory) from the teacher (full attention). A "
     "strong colour is a large gradient of this loss with respect to the embedding of an evicted token: the student "
@@ -49,7 +50,8 @@ def show(probe: Probe, top: int, console: Console) -> None:
     console.print()
     if console.is_terminal and console.color_system is not None:
         console.print(_coloured(tokens), end="\n\n")
-        console.print(_legend(scale), end="\n\n")
+        console.print(_legend(scale))
+        console.print(Text(_COLOUR, "dim"), end="\n\n")
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, header_style="bold")
     for name, side in zip(COLUMNS, ("right", "left", "right")):
         table.add_column(name, justify=side)  # type: ignore[arg-type]
