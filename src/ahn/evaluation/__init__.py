@@ -8,8 +8,8 @@ The names below belong to the public benchmarks, in three parts, none of which n
 - Predictions: `read_predictions` reads this library's files and the official ones, `score_predictions` and `averages`
   score them, with no model.
 
-What a model says itself is measured elsewhere: `arms` are the ways of reading that are compared, `perplexity/` scores texts,
-`report`, `page`, `journal` and `bootstrap` serve all that run a model, and `comparison` sets two reports side by side.
+What a model says itself is measured elsewhere: `arms` are the ways of reading that are compared, `perplexity/` scores
+texts, `report`, `page`, `journal` and `bootstrap` serve all that run a model, `comparison` sets two reports side by side.
 """
 
 import importlib
