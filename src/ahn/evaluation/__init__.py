@@ -9,7 +9,7 @@ The names below belong to the public benchmarks, in three parts, none of which n
   score them, with no model.
 
 What a model says itself is measured elsewhere: `arms` are the ways of reading that are compared, `perplexity/` scores
-texts, `report`, `page`, `journal` and `bootstrap` serve all that run a model, `comparison` sets two reports side by side.
+texts; `report`, `page`, `journal` and `bootstrap` serve both, and `comparison` sets two reports beside each other.
 """
 
 import importlib
