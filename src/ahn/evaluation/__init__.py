@@ -9,8 +9,8 @@ The names below belong to the public benchmarks, in three parts, none of which n
   score them, with no model.
 
 What a model says itself is measured elsewhere: `arms` are the ways of reading that are compared, `perplexity/` scores
-texts, `retention/` shows what a memory has kept; `report`, `page`, `journal` and `bootstrap` serve all, and `comparison`
-sets two reports beside each other.
+texts, `retention/` shows what a memory has kept; `report`, `page`, `journal` and `bootstrap` serve all of them, and
+`comparison` sets two reports beside each other.
 """
 
 import importlib
