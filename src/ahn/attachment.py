@@ -152,7 +152,9 @@ def mode(
 
     Args:
         model: A model with a memory attached.
-        name: "full" is the base model itself, "window" reads sinks and window with the memory silent, "ahn" reads all.
+        name: "full" is the base model itself, "window" reads sinks and window with the memory silent, "ahn" reads all;
+            "ct_max" and "ct_mean" read the slots of a Compressive Transformer in place of the memory, see
+            `ahn.cache.pooled`.
         window: Tokens of the window; as before if left out.
         sinks: Number of sinks; as before if left out.
         sink_positions: "absolute" or "bounded"; as before if left out.

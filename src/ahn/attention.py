@@ -150,7 +150,7 @@ def attention_function(
     store, padding = ahn.store, ahn.plan.padding
     new = Tokens(key, value, ahn.side(key))
     seen = store.exact.seen + new.length
-    view = store.append(new, padding) if ahn.kept else store.exact.view(new, padding)
+    view = store.append(new, padding) if ahn.kept else store.view(new, padding)
     sink_queries = ahn.sink_queries(query, seen)
     local = local_attention(query, sink_queries, view, ahn.plan, store.exact.window, seen, softmax)
     if ahn.gates is None or not view.evicted.length:

@@ -8,7 +8,7 @@ from typing import Any, Literal, get_args
 
 from ahn.errors import ConfigError
 
-Mode = Literal["full", "window", "ahn"]
+Mode = Literal["full", "window", "ahn", "ct_max", "ct_mean"]
 SinkPositions = Literal["absolute", "bounded"]
 MemoryPositions = Literal["rope", "none"]
 
@@ -73,10 +73,11 @@ class AHNConfig:
 
 @dataclasses.dataclass(frozen=True)
 class RunSettings:
-    """How one run reads: which of the three modes, and the exact tokens it keeps.
+    """How one run reads: in which mode, and the exact tokens it keeps.
 
     Attributes:
-        mode: "full" is the base model itself; "window" reads sinks and window only; "ahn" adds the memory.
+        mode: "full" is the base model itself; "window" reads sinks and window only; "ahn" adds the memory; "ct_max" and
+            "ct_mean" add the slots of a Compressive Transformer in its place, a baseline that learns nothing.
         window: Tokens of the window, the current one included.
         sinks: Tokens at the start of each sequence that stay exact.
         sink_positions: See `AHNConfig`.

@@ -15,7 +15,7 @@ from ahn import _compat
 from ahn.attachment import Attachment, Site, attachment_of
 from ahn.attention import LayerCall, Rotary
 from ahn.cache import HippocampalCache, HippocampalLayer, Padding
-from ahn.cache.cache import check_cache
+from ahn.cache.cache import check_cache, new_cascade
 from ahn.config import RunSettings
 from ahn.errors import CacheError
 from ahn.plan import CURRENT, Plan, find_padding
@@ -106,7 +106,7 @@ def before_layer(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     gates = site.memory.gates(hidden) if plan.settings.mode == "ahn" else None
     store = _store(_compat.find_cache(kwargs), site)
     kept = store is not None
-    store = store or HippocampalLayer(plan.settings, site.sliding_window)
+    store = store or new_cascade(site, site.memory, plan.settings)
     rotary = _rotary(site, kwargs, plan)
     return args, {**kwargs, "ahn": LayerCall(site, site.memory, plan, store, kept, hidden, gates, rotary)}
 

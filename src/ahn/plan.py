@@ -14,7 +14,7 @@ import torch
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 from ahn.attachment import Attachment
-from ahn.cache.exact import Padding, View
+from ahn.cache.exact import Extra, Padding, View
 from ahn.config import RunSettings
 from ahn.errors import CacheError
 
@@ -70,6 +70,21 @@ class Plan:
             allowed = _allowed(block, start - window + 1, sinks, window, None, like.device)
             self.masks[key] = _additive(allowed, repeats, like)
         return self.masks[key][:, keys_from - (start - window + 1) :]
+
+    def extra_mask(self, extra: Extra, block: tuple[int, int], repeats: int, like: torch.Tensor) -> torch.Tensor:
+        """Additive mask of a block of queries over extra keys.
+
+        Args:
+            extra: The keys, C of them.
+            block: First and last + 1 index of the queries.
+            repeats: How often to stack the mask, for query heads stacked on one kv head.
+            like: A tensor of the dtype and device to use.
+
+        Returns:
+            `[repeats * queries, C]` or, where the rows differ, `[B, 1, repeats * queries, C]`.
+        """
+        allowed = extra.allowed(*block)
+        return _additive(allowed[:, None] if allowed.size(0) > 1 else allowed[0], repeats, like)
 
     def slot_mask(self, view: View, seen: int, window: int, like: torch.Tensor) -> torch.Tensor | None:
         """Mask of a single query over the raw slots of a ring, `[B, 1, 1, slots]`, or `None` if it may read all."""

@@ -11,7 +11,7 @@ import dataclasses
 import torch
 import torch.nn.functional as F
 
-from ahn.cache.exact import View
+from ahn.cache.exact import Extra, Tokens, View
 from ahn.plan import Plan
 
 # torch 2.13 has no public function that returns the log-sum of a fused softmax beside its output.
@@ -48,7 +48,7 @@ def local_attention(
 
     Args:
         q_BHTK: Queries of the new tokens, `[B, H, T, K]`.
-        sink_q_BHTK: Queries for the sinks where these differ (bounded positions), or `None`.
+        sink_q_BHTK: Queries for sinks and extra keys where these differ (bounded positions), or `None`.
         view: What the queries may read.
         plan: The call, for its masks.
         window: Tokens of the layer's window, W.
@@ -60,15 +60,35 @@ def local_attention(
     """
     new = q_BHTK.size(2)
     if not view.ordered:
-        mask = plan.slot_mask(view, seen, window, q_BHTK)
-        keys, values = view.local.keys, view.local.values
-        return _attend(q_BHTK, sink_q_BHTK, keys, values, mask, slice(0, view.sinks.length), softmax).transpose(1, 2)
+        return _attend_one(q_BHTK, sink_q_BHTK, view, plan, window, seen, softmax).transpose(1, 2)
     blocks = []
     size = _block_size(window, q_BHTK)
     for start in range(seen - new, seen, size):
         stop = min(start + size, seen)
         blocks.append(_attend_block(q_BHTK, sink_q_BHTK, view, plan, window, (start, stop), seen - new, softmax))
     return (blocks[0] if len(blocks) == 1 else torch.cat(blocks, dim=2)).transpose(1, 2)
+
+
+def _attend_one(
+    q_BHTK: torch.Tensor,
+    sink_q_BHTK: torch.Tensor | None,
+    view: View,
+    plan: Plan,
+    window: int,
+    seen: int,
+    softmax: Softmax,
+) -> torch.Tensor:
+    """A single query over the slots of the ring as they lie, after keys from elsewhere, `[B, H, 1, V]`."""
+    mask = plan.slot_mask(view, seen, window, q_BHTK)
+    keys, values, far = view.local.keys, view.local.values, view.sinks.length
+    if view.extra is not None:
+        extra = view.extra.reached(seen - 1, seen)
+        if mask is not None or extra.born.size(0) > 1:
+            mask = keys.new_zeros(1, keys.size(2)) if mask is None else mask
+            mask = _beside(plan.extra_mask(extra, (seen - 1, seen), 1, q_BHTK), mask)
+        keys, values = torch.cat((extra.keys, keys), dim=2), torch.cat((extra.values, values), dim=2)
+        far += extra.keys.size(2)
+    return _attend(q_BHTK, sink_q_BHTK, keys, values, mask, slice(0, far), softmax)
 
 
 def _attend_block(
@@ -86,10 +106,13 @@ def _attend_block(
     rows = slice(start - offset, stop - offset)
     keys_from = max(view.first, start - window + 1)
     reach = view.local.span(keys_from - view.first, max(keys_from, stop) - view.first)
-    keys = torch.cat((reach.keys, view.sinks.keys), dim=2)
-    values = torch.cat((reach.values, view.sinks.values), dim=2)
-    repeats = q_BHTK.size(1) // keys.size(1) if _stacks_heads(q_BHTK) else 1
+    repeats = q_BHTK.size(1) // reach.keys.size(1) if _stacks_heads(q_BHTK) else 1
     mask = plan.block_mask(block, keys_from, view.sinks.length, window, repeats, q_BHTK)
+    parts: list[Tokens | Extra] = [reach, view.sinks]
+    if view.extra is not None and (extra := view.extra.reached(start, stop)).keys.size(2):
+        mask = _beside(mask, plan.extra_mask(extra, block, repeats, q_BHTK))
+        parts.append(extra)
+    keys, values = (torch.cat([part[index] for part in parts], dim=2) for index in (0, 1))
     # Within the trained context both queries are the same, so that blocks before its end need one of them only.
     near = sink_q_BHTK is None or stop <= plan.attachment.trained_context
     sink_q = None if near or sink_q_BHTK is None else sink_q_BHTK[:, :, rows]
@@ -194,6 +217,14 @@ def _attend_explicitly(
 def _scores(q: torch.Tensor, k: torch.Tensor, scaling: float) -> torch.Tensor:
     """Scaled products, float32."""
     return torch.matmul(q * scaling, k.transpose(2, 3)).float()
+
+
+def _beside(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """Two masks side by side; one that holds for all rows is repeated where the other differs from row to row."""
+    if left.dim() != right.dim():
+        shape = (left if left.dim() > right.dim() else right).shape[:3]
+        left, right = (mask.expand(*shape, mask.size(-1)) for mask in (left, right))
+    return torch.cat((left, right), dim=-1)
 
 
 def _stacks_heads(q: torch.Tensor) -> bool:

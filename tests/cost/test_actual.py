@@ -11,9 +11,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import ahn
 from ahn.attachment import attachment_of
+from ahn.cache.pooled import POOLED
 from ahn.cost import Counting, cost_model, read_base
 from ahn.cost.counting import state_numbers
-from ahn.cost.pooling import POOLED, slots_read
+from ahn.cost.pooling import slots_read
 from ahn.errors import ConfigError, ModelError
 from ahn.probe import PROBE, find_backbone, implementation
 from ahn.reading import cache_bytes
@@ -44,6 +45,8 @@ def check_bytes(model: Any, counted: Counting, memory: str, contexts: tuple[int,
         assert held(model, tokens) == costs[memory].cache_bytes, f"{memory}, {tokens} tokens"
         with ahn.mode(model, "window"):
             assert held(model, tokens) == costs["window"].cache_bytes, f"window, {tokens} tokens"
+        with ahn.mode(model, "ct_max"):
+            assert held(model, tokens) == costs["ct"].cache_bytes, f"ct, {tokens} tokens"
         with ahn.mode(model, "full"):
             cache = transformers.DynamicCache(config=model.config)
             model(text(1, tokens), cache=cache)
@@ -190,9 +193,10 @@ def test_slots_fill_the_bytes_of_a_state() -> None:
         costs, (slots, _) = counted.at(100_000), counted.slots
         slot = 2 * 2 * 8 * dtype.itemsize
         assert slots == 4 * 4 * 8 * 8 // slot
-        assert costs["ct"].cache_bytes - costs["window"].cache_bytes == 3 * slots * slot
-        filling = counted.at(EXACT + 7)
-        assert filling["ct"].cache_bytes - filling["window"].cache_bytes == 3 * slot
+        held_back = POOLED - 1  # tokens that wait for the rest of their group
+        assert costs["ct"].cache_bytes - costs["window"].cache_bytes == 3 * (slots + held_back) * slot
+        before = counted.at(EXACT)
+        assert before["ct"].cache_bytes == before["window"].cache_bytes
 
 
 def test_the_config_given_is_not_changed() -> None:

@@ -12,8 +12,10 @@ from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLa
 from ahn.attachment import Attachment, Site, attachment_of
 from ahn.cache.exact import Padding
 from ahn.cache.layer import HippocampalLayer
+from ahn.cache.pooled import state_slots
 from ahn.config import RunSettings
 from ahn.errors import CacheError, ConfigError
+from ahn.memories import Memory
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -166,10 +168,16 @@ class HippocampalCache(Cache):
 def new_layer(site: Site, settings: RunSettings) -> AnyLayer:
     """An empty layer of a cache: a cascade for a layer with a memory, the base model's own kind for another."""
     if site.memory is not None:
-        return HippocampalLayer(settings, site.sliding_window)
+        return new_cascade(site, site.memory, settings)
     if site.sliding_window is not None:
         return DynamicSlidingWindowLayer(site.sliding_window)
     return DynamicLayer()
+
+
+def new_cascade(site: Site, memory: Memory, settings: RunSettings) -> HippocampalLayer:
+    """An empty cascade of a layer with a memory."""
+    number_bytes = next(site.module.parameters()).element_size()
+    return HippocampalLayer(settings, site.sliding_window, state_slots(memory, number_bytes))
 
 
 def refuse_assisted_decoding() -> NoReturn:

@@ -1,7 +1,7 @@
 """The exact store of one layer: sinks, then a window held as a ring buffer.
 
 Legend of shapes: B batch, T new tokens, G key/value heads, K key size, V value size, F side values per token,
-S sinks, W window.
+S sinks, W window, N keys beside them.
 
 Layout of a buffer's token axis: slots 0..S-1 hold the sinks, slot S + (j - S) mod W holds token j. Up to S + W tokens
 this is the order of the tokens; after that a new token overwrites the one that leaves the window and moves no other.
@@ -75,6 +75,34 @@ def concatenate(parts: list[Tokens]) -> Tokens:
     return Tokens(*(torch.cat(tensors, dim=2) for tensors in zip(*filled, strict=True)))
 
 
+class Extra(NamedTuple):
+    """Keys and values beside sinks and window, with the queries that read them.
+
+    Attributes:
+        keys: `[B, G, N, K]`.
+        values: `[B, G, N, V]`.
+        born: Index of the first token whose query reads each, `[B or 1, N]` int64.
+        died: Index of the first token whose query reads it no more, likewise.
+    """
+
+    keys: torch.Tensor
+    values: torch.Tensor
+    born: torch.Tensor
+    died: torch.Tensor
+
+    def reached(self, start: int, stop: int) -> Extra:
+        """Those that any query from `start` to `stop` - 1 reads."""
+        read = ((self.born < stop) & (self.died > start)).any(0)
+        if bool(read.all()):
+            return self
+        return Extra(self.keys[:, :, read], self.values[:, :, read], self.born[:, read], self.died[:, read])
+
+    def allowed(self, start: int, stop: int) -> torch.Tensor:
+        """Which of them each query reads, `[B or 1, stop - start, N]`."""
+        query = torch.arange(start, stop, device=self.born.device)[:, None]
+        return (self.born[:, None] <= query) & (query < self.died[:, None])
+
+
 class View(NamedTuple):
     """What the queries of one call may read, and what left the window because of them.
 
@@ -85,6 +113,7 @@ class View(NamedTuple):
         first: Index of the first token of an ordered `local`, never below S.
         ordered: Whether `local` is in the order of the tokens.
         evicted: Tokens that left the window, oldest first; the last `evicted.length` queries read after one each.
+        extra: Keys and values of a later store that the same softmax reads, or `None`.
     """
 
     sinks: Tokens
@@ -92,6 +121,7 @@ class View(NamedTuple):
     first: int
     ordered: bool
     evicted: Tokens
+    extra: Extra | None = None
 
 
 class ExactStore:

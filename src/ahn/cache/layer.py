@@ -1,4 +1,4 @@
-"""The cascade of one layer: a new token enters the window, what leaves it falls into the memory's state."""
+"""The cascade of one layer: a new token enters the window, what leaves it falls into the stores behind it."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 from transformers.cache_utils import CacheLayerMixin
 
 from ahn.cache.exact import ExactStore, Padding, Tokens, View
+from ahn.cache.pooled import POOLINGS, PooledStore
 from ahn.config import RunSettings
 from ahn.errors import CacheError
 
@@ -23,9 +24,11 @@ class HippocampalLayer(CacheLayerMixin):
         settings: Mode, window and sinks of the run; fixed for the life of the cache.
         sliding_window: The layer's own sliding window in tokens, if the base model has one: the exact tokens never
             pass it, so that sinks and window together show at most what the base model sees.
+        slots: Slots of a Compressive Transformer, for the modes that read them.
 
     Attributes:
         exact: Sinks and window.
+        pooled: Slots, in the modes of a Compressive Transformer.
         state: State of the memory, `[B, *state_shape]` float32, or `None` before the first eviction.
     """
 
@@ -34,7 +37,7 @@ class HippocampalLayer(CacheLayerMixin):
     is_croppable = False
     supports_early_init = False
 
-    def __init__(self, settings: RunSettings, sliding_window: int | None = None) -> None:
+    def __init__(self, settings: RunSettings, sliding_window: int | None = None, slots: int = 0) -> None:
         super().__init__()
         window = settings.window
         if sliding_window is not None:
@@ -46,16 +49,34 @@ class HippocampalLayer(CacheLayerMixin):
             )
         self.settings = settings
         self.exact = ExactStore(settings.sinks, window)
+        pooling = POOLINGS.get(settings.mode)
+        self.pooled = PooledStore(slots, pooling, settings.sinks, window) if pooling and slots else None
         self.state: torch.Tensor | None = None
+
+    def view(self, new: Tokens, padding: Padding | None) -> View:
+        """What the queries of new tokens read and what leaves the window, without storing anything."""
+        view, seen = self.exact.view(new, padding), self.exact.seen + new.length
+        if self.pooled is None:
+            return view
+        return view._replace(extra=self.pooled.view(view.evicted, self._first(view, seen), padding))
 
     def append(self, new: Tokens, padding: Padding | None) -> View:
         """Stores new tokens; returns what their queries read and what left the window."""
         self.is_initialized = True
-        return self.exact.append(new, padding)
+        view = self.exact.append(new, padding)
+        if self.pooled is None:
+            return view
+        return view._replace(extra=self.pooled.append(view.evicted, self._first(view, self.exact.seen), padding))
+
+    def _first(self, view: View, seen: int) -> int:
+        """Index of the first evicted token after `seen` tokens."""
+        return seen - self.exact.window - view.evicted.length
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """Every tensor held, by name."""
         held = {} if self.exact.buffer is None else self.exact.buffer._asdict()
+        if self.pooled is not None:
+            held |= self.pooled.tensors()
         return held if self.state is None else {**held, "state": self.state}
 
     def set_tensors(self, tensors: dict[str, torch.Tensor], seen: int) -> None:
@@ -63,6 +84,8 @@ class HippocampalLayer(CacheLayerMixin):
         self.state = tensors.get("state")
         if "keys" in tensors:
             self.exact.buffer = Tokens(tensors["keys"], tensors["values"], tensors["side"])
+        if self.pooled is not None:
+            self.pooled.set_tensors(tensors)
         self.exact.seen = seen
         self.is_initialized = seen > 0
 
@@ -70,6 +93,8 @@ class HippocampalLayer(CacheLayerMixin):
         """Replaces every tensor by the function's result on it."""
         if self.exact.buffer is not None:
             self.exact.buffer = self.exact.buffer.map(function)
+        if self.pooled is not None:
+            self.pooled.map_tensors(function)
         if self.state is not None:
             self.state = function(self.state)
 
@@ -97,6 +122,8 @@ class HippocampalLayer(CacheLayerMixin):
     def reset(self) -> None:
         """Forgets everything."""
         self.exact = ExactStore(self.exact.sinks, self.exact.window)
+        if self.pooled is not None:
+            self.pooled.reset()
         self.state = None
         self.is_initialized = False
 

@@ -9,10 +9,13 @@ import torch
 from ahn.attachment import Site
 from ahn.attention import LayerCall, Rotary
 from ahn.cache import HippocampalLayer, Tokens
-from ahn.cache.cache import layer_tensors, new_layer
+from ahn.cache.cache import AnyLayer, layer_tensors, new_layer
+from ahn.config import Mode
 from ahn.cost.counting import Counting, state_numbers
 from ahn.memories import Memory
 from ahn.plan import Plan
+
+_MODES: dict[str, Mode] = {"window": "window", "ct": "ct_mean"}
 
 
 class Actual(Counting):
@@ -52,8 +55,10 @@ class Actual(Counting):
     def layer_bytes(self, site: Site, way: str, tokens: int) -> int:
         """Bytes of every tensor that a layer of the cache holds."""
         memory = None if way == "full" else self._memory(way, site) or site.memory
-        settings = dataclasses.replace(self.settings, mode="window" if way == "window" else "ahn")
-        layer = new_layer(dataclasses.replace(site, memory=memory), settings)
+        settings = dataclasses.replace(self.settings, mode=_MODES.get(way, "ahn"))
+        layer: AnyLayer = new_layer(dataclasses.replace(site, memory=None), settings)
+        if memory is not None:
+            layer = HippocampalLayer(settings, site.sliding_window, self._slots(site))
         key, value = (
             torch.empty(1, site.shape.kv_heads, tokens, size, dtype=self.base.dtype, device="meta")
             for size in (site.shape.key_size, site.shape.value_size)

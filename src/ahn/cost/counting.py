@@ -12,14 +12,12 @@ from typing import ClassVar
 
 from ahn.attachment import Site
 from ahn.cache import HippocampalLayer
+from ahn.cache.pooled import POOLED, state_slots
 from ahn.config import RunSettings
 from ahn.cost.base import Base
-from ahn.cost.pooling import POOLED, slots_read
+from ahn.cost.pooling import slots_read
 from ahn.errors import ConfigError
 from ahn.memories import Memory, memory_names
-
-STATE_NUMBER_BYTES = 4
-"""A state is held in float32, whatever the model is."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,7 +138,7 @@ class Counting(abc.ABC):
             mixer_flops=mixers,
             prefill_flops=mixers + tokens * others + self.vocabulary_flops(tokens),
             token_flops=self._mixer_flops(way, tokens + 1) - mixers + others + self.vocabulary_flops(1),
-            cache_bytes=sum(count * self._held(way, site, tokens) for site, count in self.base.layers),
+            cache_bytes=sum(count * self.layer_bytes(site, way, tokens) for site, count in self.base.layers),
         )
 
     def _memory(self, way: str, site: Site) -> Memory | None:
@@ -169,19 +167,12 @@ class Counting(abc.ABC):
         exact = HippocampalLayer(self.settings, site.sliding_window).exact
         return exact.sinks + exact.window
 
-    def _held(self, way: str, site: Site, tokens: int) -> int:
-        if way != "ct" or site.memory is None:
-            return self.layer_bytes(site, way, tokens)
-        reach = self.reach(way, site)
-        evicted = 0 if reach is None else max(0, tokens - reach)
-        slots = min(self._slots(site), evicted // POOLED)
-        return self.layer_bytes(site, "window", tokens) + slots * self._slot_bytes(site)
-
-    def _slot_bytes(self, site: Site) -> int:
+    def slot_bytes(self, site: Site) -> int:
+        """Bytes of a key and a value of every kv head."""
         return site.shape.kv_heads * (site.shape.key_size + site.shape.value_size) * self.number_bytes()
 
     def _slots(self, site: Site) -> int:
-        return state_bytes(site) // self._slot_bytes(site)
+        return 0 if site.memory is None else state_slots(site.memory, self.number_bytes())
 
 
 def parameters(memory: Memory) -> int:
@@ -193,8 +184,3 @@ def state_numbers(memory: Memory) -> int:
     """Numbers in the state of one layer's memory."""
     rows, columns, heads = memory.state_shape()
     return rows * columns * heads
-
-
-def state_bytes(site: Site) -> int:
-    """Bytes of the state of the memory that a layer was given; 0 for a layer without."""
-    return 0 if site.memory is None else STATE_NUMBER_BYTES * state_numbers(site.memory)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from ahn.attachment import Site
-from ahn.cost.counting import STATE_NUMBER_BYTES, Counting, state_numbers
+from ahn.cache.pooled import POOLED, STATE_NUMBER_BYTES
+from ahn.cost.counting import Counting, state_numbers
 from ahn.memories import Memory, MemoryShape
 
 _NUMBER_BYTES = 4
@@ -55,12 +56,13 @@ class Paper(Counting):
         return _NUMBER_BYTES
 
     def layer_bytes(self, site: Site, way: str, tokens: int) -> int:
-        """Keys, values and, once a token was evicted, the state."""
+        """Keys, values, the slots that are filled and, once a token was evicted, the state."""
         reach = self.reach(way, site)
         held = tokens if reach is None else min(tokens, reach)
         memory = self._memory(way, site)
         state = state_numbers(memory) if memory is not None and tokens > held else 0
-        return held * self._slot_bytes(site) + STATE_NUMBER_BYTES * state
+        slots = min(self._slots(site), (tokens - held) // POOLED) if way == "ct" else 0
+        return (held + slots) * self.slot_bytes(site) + STATE_NUMBER_BYTES * state
 
     def summary(self) -> str:
         """See `Counting.summary`."""

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-POOLED = 4
-"""Evicted tokens that are pooled to one slot. Source: arXiv 2510.07318, its baseline in section 4."""
+from ahn.cache.pooled import POOLED
 
 
 def slots_read(evicted: int, slots: int) -> int:

@@ -1,0 +1,199 @@
+"""Ways of reading that are compared with each other: each takes a text piece by piece, scores it, and answers.
+
+All but `full` have the same lossless budget, sinks and window.
+
+- `full`: the base model itself.
+- `window`: sinks and sliding window.
+- `ahn`: the memory beside them.
+- `ct_max`, `ct_mean`: the slots of a Compressive Transformer beside them.
+- `tail`: the base model given nothing but the tokens of sinks and window as its whole input. The floor: a layer of a
+  sliding window reads what the layer below read further back, so that `window` knows of more than its window.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Collection
+from typing import cast
+
+import torch
+from torch import nn
+
+import ahn
+from ahn.attachment import attachment_of
+from ahn.cache import HippocampalCache
+from ahn.config import Mode
+from ahn.errors import ConfigError
+from ahn.reading import Reader, automatic_chunk, cache_bytes
+
+ARMS = ("full", "window", "ahn", "ct_max", "ct_mean", "tail")
+"""Names of the arms."""
+
+_STEPS = 8  # parts of a window that `tail` moves on by
+
+
+class ArmReader:
+    """A text read in one arm.
+
+    Args:
+        model: A model with a memory attached; window and sinks are those of its current settings.
+        mode: Mode to read in.
+        score: Whether every token is scored.
+
+    Attributes:
+        nll: Negative log-likelihood of each token but the first, in nats, `[T - 1]` float32; empty without scores.
+        tokens: Tokens read.
+        seconds: Time that the model took for them.
+    """
+
+    def __init__(self, model: nn.Module, mode: Mode, score: bool = True) -> None:
+        self.model = model
+        self.mode = mode
+        self.tokens = 0
+        with ahn.mode(model, mode):
+            self._reader = Reader(model, score=score)
+
+    def feed(self, ids: torch.Tensor) -> None:
+        """Reads a piece of text, `[T]`; a long one in several forward passes."""
+        with ahn.mode(self.model, self.mode):
+            for piece in ids.split(automatic_chunk(self.model)):
+                self._reader.feed(piece)
+        self.tokens += ids.numel()
+
+    @property
+    def nll(self) -> torch.Tensor:
+        """See the class."""
+        return self._reader.nll
+
+    @property
+    def logits(self) -> torch.Tensor:
+        """What the model expects next, `[V]`."""
+        return self._reader.result().logits
+
+    @property
+    def seconds(self) -> float:
+        """See the class."""
+        return self._reader.seconds
+
+    @property
+    def cache_bytes(self) -> int:
+        """Bytes that its cache holds."""
+        return cache_bytes(self._reader.cache)
+
+    def fork(self) -> ArmReader:
+        """An independent reader that goes on from here and scores what it reads from here on."""
+        twin = copy.copy(self)
+        twin._reader = _forked(self._reader)
+        return twin
+
+    def generate(self, limit: int, stop: Collection[int] = ()) -> list[int]:
+        """Writes on, the likeliest token each time.
+
+        Args:
+            limit: Most tokens to write.
+            stop: Tokens that end the answer; they are not part of it.
+        """
+        written: list[int] = []
+        while len(written) < limit and (token := int(self.logits.argmax())) not in stop:
+            written.append(token)
+            self.feed(torch.tensor([token]))
+        return written
+
+
+class TailReader(ArmReader):
+    """A text of which the base model is given the tokens of sinks and window alone.
+
+    The input grows until it fills sinks and window; then it begins anew with an eighth of a window less. So a token
+    sees between seven eighths of a window and a whole one. Forks and answers see the whole one.
+
+    Args:
+        model: As for `ArmReader`.
+        score: As for `ArmReader`.
+    """
+
+    def __init__(self, model: nn.Module, score: bool = True) -> None:
+        super().__init__(model, "full", score)
+        settings = attachment_of(model).settings
+        self._sinks, self._window = settings.sinks, settings.window
+        self._ids = torch.zeros(0, dtype=torch.long)  # of sinks and window
+        self._given_up: list[Reader] = []
+        self._answers = False
+
+    def feed(self, ids: torch.Tensor) -> None:
+        """Reads a piece of text, `[T]`."""
+        step = max(1, self._window // _STEPS)
+        for piece in ids.cpu().split(step):
+            if not self._answers and self._reader.cache.get_seq_length() + piece.numel() > self._sinks + self._window:
+                self._restart(self._window - step)
+            super().feed(piece)
+            self._ids = self._kept(torch.cat((self._ids, piece)), self._window)
+
+    @property
+    def nll(self) -> torch.Tensor:
+        """See the class."""
+        return torch.cat([reader.nll for reader in (*self._given_up, self._reader)])
+
+    @property
+    def seconds(self) -> float:
+        """See the class."""
+        return sum(reader.seconds for reader in (*self._given_up, self._reader))
+
+    def fork(self) -> ArmReader:
+        """See `ArmReader.fork`."""
+        self._settle()
+        twin = super().fork()
+        twin._given_up = []  # type: ignore[attr-defined]
+        return twin
+
+    def generate(self, limit: int, stop: Collection[int] = ()) -> list[int]:
+        """See `ArmReader.generate`."""
+        self._settle()
+        return super().generate(limit, stop)
+
+    def _settle(self) -> None:
+        """Gives the model the whole of sinks and window, once; what follows is an answer."""
+        if not self._answers and self._reader.cache.get_seq_length() < self._ids.numel():
+            self._restart(self._window)
+        self._answers = True
+
+    def _restart(self, window: int) -> None:
+        """Begins a new input with the sinks and the last tokens."""
+        score = self._reader.score
+        self._given_up.append(self._reader)
+        with ahn.mode(self.model, "full"):
+            self._reader = Reader(self.model, score=False)
+            for piece in self._kept(self._ids, window).split(automatic_chunk(self.model)):
+                self._reader.feed(piece)
+        self._reader.score = score
+
+    def _kept(self, ids: torch.Tensor, window: int) -> torch.Tensor:
+        """Ids of the sinks and of the last tokens of a window."""
+        sinks, rest = ids[: self._sinks], ids[self._sinks :]
+        return torch.cat((sinks, rest[max(0, rest.numel() - window) :]))
+
+
+def arm_reader(model: nn.Module, arm: str, *, score: bool = True) -> ArmReader:
+    """A reader for a text in one arm, with the window and sinks that are current.
+
+    Args:
+        model: A model with a memory attached.
+        arm: One of `ARMS`.
+        score: Whether every token is scored; without it the last logits of each piece are computed only.
+
+    Raises:
+        ConfigError: There is no such arm.
+        ModelError: No memory is attached.
+    """
+    if arm not in ARMS:
+        raise ConfigError(f"unknown arm {arm!r}; known are {', '.join(ARMS)}")
+    if arm == "tail":
+        return TailReader(model, score)
+    return ArmReader(model, cast(Mode, arm), score)
+
+
+def _forked(reader: Reader) -> Reader:
+    """A reader that goes on from a copy of what another has read, and scores from there on."""
+    cache = reader.cache.fork() if isinstance(reader.cache, HippocampalCache) else copy.deepcopy(reader.cache)
+    twin = Reader(reader.model, cache)
+    twin.logits = reader.result().logits.clone()
+    return twin

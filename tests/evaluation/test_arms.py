@@ -1,0 +1,94 @@
+"""The arms: what each reads, scores and answers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch.nn import functional
+
+import ahn
+from ahn.errors import ConfigError
+from ahn.evaluation.arms import ARMS, arm_reader
+from ahn.reading import read
+from tests.tiny import text, with_memory
+
+SINKS, WINDOW = 5, 16
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    return with_memory()
+
+
+@pytest.mark.parametrize("arm", [arm for arm in ARMS if arm != "tail"])
+def test_scores_are_those_of_reading(model: Any, arm: Any) -> None:
+    ids = text(1, 90)[0]
+    reader = arm_reader(model, arm)
+    for piece in ids.split(37):
+        reader.feed(piece)
+    with ahn.mode(model, arm):
+        expected = read(model, ids)
+    torch.testing.assert_close(reader.nll, expected.nll, rtol=0, atol=1e-4)
+    torch.testing.assert_close(reader.logits, expected.logits, rtol=0, atol=1e-4)
+    assert reader.tokens == 90
+    assert reader.seconds > 0
+    assert reader.cache_bytes > 0
+
+
+@torch.no_grad()
+def test_tail_knows_nothing_but_sinks_and_window(model: Any) -> None:
+    """Every score against the base model on the ids that it may see, in steps of an eighth of a window."""
+    ids, step = text(1, 90)[0], WINDOW // 8
+    reader = arm_reader(model, "tail")
+    for piece in ids.split(7):
+        reader.feed(piece)
+    nll = []
+    with ahn.mode(model, "full"):
+        for token in range(1, 90):
+            candidates = []
+            for seen in range(WINDOW - step, WINDOW + 1):
+                given = torch.cat((ids[: min(SINKS, token)], ids[max(SINKS, token - seen) : token]))
+                candidates.append(functional.cross_entropy(model(given[None]).logits[0, -1], ids[token]))
+            nll.append(torch.stack(candidates))
+    near = (torch.stack(nll) - reader.nll[:, None]).abs().amin(1)
+    assert near.max() < 1e-4
+    assert reader.tokens == 90
+
+
+@torch.no_grad()
+def test_tail_answers_from_the_whole_window(model: Any) -> None:
+    ids, more = text(1, 90)[0], text(1, 30, seed=8)[0]
+    reader = arm_reader(model, "tail", score=False)
+    reader.feed(ids)
+    twin = reader.fork()
+    twin.feed(more)
+    given = torch.cat((ids[:SINKS], ids[-WINDOW:], more))
+    with ahn.mode(model, "full"):
+        logits = model(given[None]).logits[0]
+    expected = functional.cross_entropy(logits[-31:-1], more, reduction="none")
+    torch.testing.assert_close(twin.nll, expected, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("arm", ARMS)
+def test_forks_and_answers(model: Any, arm: str) -> None:
+    ids, more = text(1, 70)[0], text(1, 9, seed=8)[0]
+    reader = arm_reader(model, arm, score=False)
+    reader.feed(ids)
+    first, second = reader.fork(), reader.fork()
+    first.feed(more)
+    written = second.generate(8)
+    assert torch.equal(torch.tensor(reader.fork().generate(8)), torch.tensor(written))
+    assert reader.generate(8, stop=[written[3]]) == written[: written.index(written[3])]
+    again = arm_reader(model, arm, score=False)
+    again.feed(ids)
+    twin = again.fork()
+    twin.feed(more)
+    torch.testing.assert_close(twin.nll, first.nll, rtol=0, atol=1e-4)
+    assert first.nll.numel() == 9
+
+
+def test_unknown_arm(model: Any) -> None:
+    with pytest.raises(ConfigError, match="known are full, window"):
+        arm_reader(model, "none")
