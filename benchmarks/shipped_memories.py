@@ -26,8 +26,8 @@ import ahn
 from ahn.memories import memory_names
 from ahn.models import load_model, load_tokenizer
 from ahn.reading import read
+from ahn.texts import evenly
 from ahn.training import Cut, load_pieces
-from ahn.training.batches import evenly
 
 DRAWS = 10_000
 

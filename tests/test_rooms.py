@@ -31,6 +31,7 @@ ROOMS = (
     "checkpoint",
     "reading",
     "prompts",
+    "texts",
     "cost",
     "__init__",  # the public API: what stands below uses it as any user does
     "training",

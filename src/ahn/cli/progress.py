@@ -20,34 +20,52 @@ _BETWEEN_LINES = 10.0  # seconds
 @contextlib.contextmanager
 def reading_bar(console: Console, total: int) -> Iterator[Callable[[Progress], None]]:
     """Shows the reading of `total` tokens; the function that it gives is to be called after every chunk."""
+    with work_bar(console, total, "tokens", "read") as show:
+        yield lambda now: show(now.tokens, _rates(now))
+
+
+@contextlib.contextmanager
+def work_bar(console: Console, total: int, unit: str, verb: str = "done") -> Iterator[Callable[..., None]]:
+    """Shows how much of some work is done: a bar with the time left on a terminal, a line now and then elsewhere.
+
+    Args:
+        console: Where to show it.
+        total: How much there is to do.
+        unit: What is counted: "tokens".
+        verb: What is done to it: "read".
+
+    Yields:
+        A function of what is done by now and, if wanted, a remark, to be called after every step. What it is told first
+        was done before: the time left is guessed from what comes after it.
+    """
     if console.is_terminal:
-        with _bar(console, total) as show:
+        with _bar(console, total, unit) as show:
             yield show
         return
     last = time.monotonic()
 
-    def line(progress: Progress) -> None:
+    def line(done: int, remark: str = "") -> None:
         nonlocal last
-        if progress.tokens < total and time.monotonic() - last >= _BETWEEN_LINES:
+        if done < total and time.monotonic() - last >= _BETWEEN_LINES:
             last = time.monotonic()
-            say(f"read {progress.tokens:,} of {total:,} tokens, {_rates(progress)}", console=console)
+            end = f", {remark}" if remark else ""
+            say(f"{verb} {done:,} of {total:,} {unit}{end}", console=console)
 
     yield line
 
 
 @contextlib.contextmanager
-def _bar(console: Console, total: int) -> Iterator[Callable[[Progress], None]]:
+def _bar(console: Console, total: int, unit: str) -> Iterator[Callable[..., None]]:
     from rich import progress
 
     columns: list[Any] = [
-        "Reading",
         progress.BarColumn(),
-        progress.TextColumn("{task.completed:,.0f}/{task.total:,.0f} tokens  {task.fields[rates]}"),
+        progress.TextColumn(f"{{task.completed:,.0f}}/{{task.total:,.0f}} {unit}  {{task.fields[remark]}}"),
         progress.TimeRemainingColumn(),
     ]
     with progress.Progress(*columns, console=console, transient=True) as bar:
-        task = bar.add_task("", total=total, rates="")
-        yield lambda now: bar.update(task, completed=now.tokens, rates=_rates(now))
+        task = bar.add_task("", total=total, remark="")
+        yield lambda done, remark="": bar.update(task, completed=done, remark=remark)
 
 
 def summary(model: Any, reader: Reader) -> str:

@@ -6,15 +6,14 @@ Legend of shapes: B rows, T tokens.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
+from ahn.texts import evenly
 from ahn.training.targets import IGNORED
-
-T = TypeVar("T")
 
 
 class Piece(NamedTuple):
@@ -80,11 +79,6 @@ class PieceStream(IterableDataset[dict[str, torch.Tensor]]):
             if worker is None or number % worker.num_workers == worker.id:
                 labels = None if piece.labels is None else _packed(piece.labels)
                 yield _item(_packed(piece.ids), labels)
-
-
-def evenly(items: Sequence[T], count: int) -> list[T]:
-    """So many of the items, at even distances; some of them twice if there are fewer."""
-    return [items[(2 * number + 1) * len(items) // (2 * count)] for number in range(count)]
 
 
 def collate(items: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:

@@ -9,14 +9,13 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from ahn.errors import ConfigError
-from ahn.training.batches import Piece, Pieces, PieceStream, evenly
+from ahn.texts import evenly, opening_of, text_tokens
+from ahn.training.batches import Piece, Pieces, PieceStream
 from ahn.training.sources import DataError, DataQuery, Document, documents
 from ahn.training.targets import IGNORED
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-_AT_ONCE = 1 << 16  # characters of a text that are tokenised together; parts of a text share the processors
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,9 +116,7 @@ def tokenise(document: Document, tokenizer: Any) -> Piece:
         DataError: A conversation cannot be put into the chat template.
     """
     if document.text is not None:
-        parts = list(_parts(document.text))
-        encoded = tokenizer(parts, add_special_tokens=False, verbose=False)["input_ids"] if parts else []
-        return Piece([token for part in encoded for token in part])
+        return Piece(text_tokens(document.text, tokenizer))
     return _conversation(document, tokenizer)
 
 
@@ -143,23 +140,6 @@ def cut_document(piece: Piece, cut: Cut, opening: list[int]) -> list[Piece]:
         if labels is None or any(label != IGNORED for label in labels):
             pieces.append(Piece(ids, None if labels is None else [IGNORED] * len(opening) + [*labels]))
     return pieces
-
-
-def opening_of(tokenizer: Any) -> list[int]:
-    """What a tokenizer puts before every text, such as a begin-of-text token."""
-    first = tokenizer.bos_token_id
-    return [first] if first is not None and tokenizer("a")["input_ids"][:1] == [first] else []
-
-
-def _parts(text: str) -> Iterator[str]:
-    """A text in parts that end where a line ends, as far as it has lines."""
-    start = 0
-    while start < len(text):
-        end = min(len(text), start + _AT_ONCE)
-        if end < len(text) and (line := text.rfind("\n", start, end)) > start:
-            end = line  # a line break belongs to what follows it, as tokenizers see it
-        yield text[start:end]
-        start = end
 
 
 def _split(places: list[str], tokenizer: Any, cut: Cut, query: DataQuery | None) -> Iterator[tuple[Piece, bool]]:

@@ -20,7 +20,8 @@ from ahn.checkpoint import describe
 from ahn.errors import ConfigError
 from ahn.memories import MEMORIES
 from ahn.models import load_model, load_tokenizer
-from ahn.training.batches import Pieces, PieceStream, collate, evenly
+from ahn.texts import evenly
+from ahn.training.batches import Pieces, PieceStream, collate
 from ahn.training.data import load_pieces, stream_pieces
 from ahn.training.distiller import Distiller, Stage
 from ahn.training.log import Lines, Say, read_history

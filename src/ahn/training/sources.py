@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from ahn.errors import AHNError
+from ahn.texts import TEXT_FILES
 
-TEXT_FILES = (".txt", ".md", ".rst", ".text")
 RECORD_FILES = (".jsonl", ".ndjson")
 _TABLES = (".parquet", ".arrow", ".csv")
 

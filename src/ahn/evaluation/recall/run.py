@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from ahn import prompts
-from ahn.evaluation.arms import arm_reader
+from ahn.evaluation.arms import ArmReader, arm_reader
 from ahn.evaluation.recall.items import Asked, Item, Target
 from ahn.evaluation.recall.plan import Place, Plan
-from ahn.evaluation.recall.scoring import feed, found, log_probability, rank
-from ahn.reading import automatic_chunk
+from ahn.evaluation.recall.scoring import found, log_probability, rank
 
 if TYPE_CHECKING:
     from ahn.evaluation.journal import Journal
@@ -25,25 +26,29 @@ def measure(model: Any, plan: Plan, journal: Journal, on_progress: Callable[[int
         model: A causal language model with a memory attached.
         plan: The contexts.
         journal: Where each arm's answers to one context are kept as soon as they are there.
-        on_progress: Called with the number of tokens read, which `plan.tokens` is the sum of, after every arm.
+        on_progress: Called with the number of tokens of `plan.tokens` that are read: at the start, and after every arm.
 
     Returns:
         The records of all contexts and arms, in the order of the plan.
     """
     stop = prompts.stop_ids(model, plan.builder.tokenizer)
-    records, done = [], 0
-    for place in plan.places:
-        item = None
-        for arm in plan.settings.arms:
-            key = f"{place.key}/{arm}"
-            if key not in journal.done:
-                item = item or plan.item(place)
-                journal.add(key, _record(place, arm, item, _answered(model, plan, arm, item, stop)))
-            records.append(journal.done[key])
+    show = on_progress or (lambda tokens: None)
+    pairs = [(place, arm) for place in plan.places for arm in plan.settings.arms]
+    done = sum(place.length for place, arm in pairs if _key(place, arm) in journal.done)
+    show(done)
+    made: dict[str, Item] = {}  # the last one, for the arms that are still to read it
+    for place, arm in pairs:
+        if _key(place, arm) not in journal.done:
+            made = made if place.key in made else {place.key: plan.item(place)}
+            item = made[place.key]
+            journal.add(_key(place, arm), _record(place, arm, item, _answered(model, plan, arm, item, stop)))
             done += place.length
-            if on_progress is not None:
-                on_progress(done)
-    return records
+            show(done)
+    return [journal.done[_key(place, arm)] for place, arm in pairs]
+
+
+def _key(place: Place, arm: str) -> str:
+    return f"{place.key}/{arm}"
 
 
 def _record(place: Place, arm: str, item: Item, values: Record) -> Record:
@@ -65,19 +70,15 @@ def _record(place: Place, arm: str, item: Item, values: Record) -> Record:
 
 def _answered(model: Any, plan: Plan, arm: str, item: Item, stop: Collection[int]) -> Record:
     """Reads a context and asks its questions."""
-    chunk = automatic_chunk(model)
     scored = [ask for ask in item.asks if any(target.label is not None for target in ask.targets)]
     if not scored:
         return {"values": [], "answers": [], "seconds": 0.0, "cache_bytes": 0}
     reader = arm_reader(model, arm, score=False)
-    feed(reader, item.context, chunk)
-    seconds, cache_bytes = reader.seconds, reader.cache_bytes
+    reader.feed(torch.tensor(item.context))
     values, answers = [], []
     for ask in scored:
-        ranks = _ranks(reader, ask, chunk)
-        asked = reader.fork()
-        feed(asked, ask.closing, chunk)
-        answer = _text(plan, asked.generate(ask.limit, stop))
+        ranks = _ranks(reader, ask)
+        answer = _text(plan, _after(reader, ask.closing).generate(ask.limit, stop))
         values += [
             {
                 "value": target.value,
@@ -90,25 +91,27 @@ def _answered(model: Any, plan: Plan, arm: str, item: Item, stop: Collection[int
             if target.label is not None
         ]
         answers.append(answer)
-    return {"values": values, "answers": answers, "seconds": seconds, "cache_bytes": cache_bytes}
+    return {"values": values, "answers": answers, "seconds": reader.seconds, "cache_bytes": reader.cache_bytes}
 
 
-def _ranks(reader: Any, ask: Asked, chunk: int) -> dict[Target, int]:
+def _ranks(reader: ArmReader, ask: Asked) -> dict[Target, int]:
     """The rank of each value that counts; what several of them are ranked among is read once."""
-    ranks, known = {}, {}
-    for closing in dict.fromkeys(target.closing for target in ask.targets):
-        asked = reader.fork()
-        feed(asked, closing, chunk)
-        for target in ask.targets:
-            if target.label is None or target.closing != closing:
-                continue
-            for candidate in target.candidates:
-                if (closing, candidate) not in known:
-                    fork = asked.fork()
-                    fork.score = True
-                    known[closing, candidate] = log_probability(fork, candidate, chunk)
-            ranks[target] = rank([known[closing, candidate] for candidate in target.candidates])
+    ranks: dict[Target, int] = {}
+    counting = [target for target in ask.targets if target.label is not None]
+    for closing in dict.fromkeys(target.closing for target in counting):
+        asked = _after(reader, closing)
+        alike = [target for target in counting if target.closing == closing]
+        candidates = dict.fromkeys(candidate for target in alike for candidate in target.candidates)
+        scores = {candidate: log_probability(asked, candidate) for candidate in candidates}
+        ranks |= {target: rank([scores[candidate] for candidate in target.candidates]) for target in alike}
     return ranks
+
+
+def _after(reader: ArmReader, closing: Sequence[int]) -> ArmReader:
+    """A copy of the reader that has read a question too."""
+    asked = reader.fork()
+    asked.feed(torch.tensor(closing))
+    return asked
 
 
 def _text(plan: Plan, ids: list[int]) -> str:

@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from ahn.evaluation.arms import ArmReader
 
 _GROUPED = re.compile(r"(?<=\d),(?=\d{3})")
 
@@ -31,21 +36,13 @@ def rank(scores: Sequence[float]) -> int:
     return 1 + sum(other >= best for other in others)
 
 
-def log_probability(reader: Any, ids: Sequence[int], chunk: int) -> float:
-    """Log-probability of tokens after what a reader has read, in nats; the reader goes on.
+def log_probability(reader: ArmReader, ids: Sequence[int]) -> float:
+    """Log-probability of tokens after what a reader has read, in nats.
 
     Args:
-        reader: A reader that scores what it is fed, as `ahn.evaluation.arms.arm_reader` gives it with `score=True`.
+        reader: The reader; a copy of it reads the tokens.
         ids: Token ids, at least one.
-        chunk: Most tokens of a forward pass.
     """
-    feed(reader, ids, chunk)
-    return -float(reader.nll[-len(ids) :].double().sum())
-
-
-def feed(reader: Any, ids: Iterable[int], chunk: int) -> None:
-    """Lets a reader read tokens, in pieces."""
-    import torch
-
-    for piece in torch.tensor(list(ids), dtype=torch.long).split(chunk):
-        reader.feed(piece)
+    fork = reader.fork()
+    fork.feed(torch.tensor(ids))
+    return -float(fork.nll.double().sum())

@@ -32,8 +32,8 @@ class Exact:
 
     @property
     def evicted_before(self) -> int:
-        """Index of the first token that the question's first token still sees in the window."""
-        return max(0, self.question - self.window + 1)
+        """Index of the first token that is still among the last of a window when the question begins."""
+        return max(0, self.question - self.window)
 
     def label(self, start: int, stop: int) -> str | None:
         """The span of the tokens `start` to `stop` (not included), or `None` for those that straddle two.

@@ -1,0 +1,136 @@
+"""A report as one HTML file that needs nothing else: no script, no style sheet, no picture from elsewhere."""
+
+from __future__ import annotations
+
+import io
+import math
+import os
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from html import escape
+from typing import Any
+
+from ahn.evaluation.report import write_whole
+
+_STYLE = """
+:root { color-scheme: light dark; --line: #8886; --soft: #8882; }
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 0 auto; padding: 1rem; }
+h1 { font-size: 1.5rem; line-height: 1.25; } h2 { font-size: 1.15rem; margin-top: 2rem; }
+.wide { overflow-x: auto; margin: 1rem 0; }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
+caption { text-align: left; padding-bottom: .4rem; opacity: .8; }
+th, td { padding: .3rem .7rem; border-bottom: 1px solid var(--line); text-align: left; vertical-align: top; }
+thead th { background: var(--soft); white-space: nowrap; } .number { text-align: right; white-space: nowrap; }
+figure { margin: 1rem 0; } figure svg { width: 100%; height: auto; background: #fff; border-radius: 6px; }
+figcaption { opacity: .8; } td, th, p { overflow-wrap: anywhere; }
+"""
+_NUMBER = re.compile(r"[-+−]?\d[\d.,]*( ?\S{1,8})?( \(.*\))?|-|")
+
+
+class Page:
+    """Paragraphs, tables and figures, one below the other; every text is shown as it is, markup included.
+
+    Args:
+        title: Title and first heading.
+    """
+
+    def __init__(self, title: str) -> None:
+        self.title = title
+        self._parts: list[str] = []
+        self._figures = 0
+
+    def text(self, paragraph: str) -> None:
+        """Adds a paragraph."""
+        self._parts.append(f"<p>{escape(paragraph)}</p>")
+
+    def heading(self, text: str) -> None:
+        """Adds a heading."""
+        self._parts.append(f"<h2>{escape(text)}</h2>")
+
+    def table(self, columns: Sequence[str], rows: Iterable[Sequence[Any]], caption: str = "") -> None:
+        """Adds a table, which scrolls by itself where the screen is narrow.
+
+        Args:
+            columns: Titles.
+            rows: Cells, as many as columns. Texts stay as they are; whole numbers get separators, others four digits,
+                and what is missing (`None`, NaN) is "-".
+            caption: What the table shows.
+        """
+        shown = [[_cell(value) for value in row] for row in rows]
+        right = [all(_NUMBER.fullmatch(row[place]) for row in shown) for place in range(len(columns))]
+        marks = [' class="number"' if each else "" for each in right]
+        head = "".join(f'<th scope="col"{mark}>{escape(name)}</th>' for name, mark in zip(columns, marks))
+        body = "".join(f"<tr>{''.join(f'<td{m}>{escape(c)}</td>' for c, m in zip(row, marks))}</tr>\n" for row in shown)
+        title = f"<caption>{escape(caption)}</caption>" if caption else ""
+        self._parts.append(
+            f'<div class="wide"><table>{title}<thead><tr>{head}</tr></thead><tbody>\n{body}</tbody></table></div>'
+        )
+
+    def facts(self, mapping: Mapping[str, Any]) -> None:
+        """Adds names and values, such as settings.
+
+        Args:
+            mapping: Values by name; lists are joined by commas, mappings written as "name value".
+        """
+        rows = "".join(
+            f'<tr><th scope="row">{escape(str(name))}</th><td>{escape(_fact(value))}</td></tr>\n'
+            for name, value in mapping.items()
+        )
+        self._parts.append(f'<div class="wide"><table><tbody>\n{rows}</tbody></table></div>')
+
+    def figure(self, figure: Any, caption: str) -> None:
+        """Adds a figure of matplotlib as SVG inside the page.
+
+        Args:
+            figure: A `matplotlib.figure.Figure`.
+            caption: What it shows; also read out by screen readers.
+        """
+        self._figures += 1
+        said = escape(caption)
+        drawing = _svg(figure, f"figure{self._figures}-").replace("<svg ", f'<svg role="img" aria-label="{said}" ', 1)
+        self._parts.append(f"<figure>{drawing}<figcaption>{said}</figcaption></figure>")
+
+    def write(self, path: str | os.PathLike[str]) -> None:
+        """Writes the page in UTF-8, whole or not at all.
+
+        Args:
+            path: The file.
+
+        Raises:
+            OSError: It cannot be written.
+        """
+        title = escape(self.title)
+        head = (
+            '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+            '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+            f"<title>{title}</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n<h1>{title}</h1>\n"
+        )
+        write_whole(path, head + "\n".join(self._parts) + "\n</body>\n</html>\n")
+
+
+def _svg(figure: Any, prefix: str) -> str:
+    """The drawing alone, its ids made unique on the page."""
+    from matplotlib import rc_context
+
+    buffer = io.StringIO()
+    with rc_context({"svg.hashsalt": "ahn"}):  # the same figure gives the same page
+        figure.savefig(buffer, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
+    drawing = buffer.getvalue()
+    drawing = re.sub(r"<metadata>.*?</metadata>", "", drawing[drawing.index("<svg") :], flags=re.DOTALL)
+    return re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{prefix}", drawing)
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return "-" if value is None else str(value)
+    if isinstance(value, int):
+        return f"{value:,}"
+    return f"{value:,.4g}" if math.isfinite(value) else "-"
+
+
+def _fact(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return ", ".join(f"{name} {_fact(each)}" for name, each in value.items())
+    if isinstance(value, (list, tuple)):
+        return ", ".join(_fact(each) for each in value)
+    return _cell(value)

@@ -1,0 +1,147 @@
+"""What an evaluation found, with everything that is needed to measure it again: settings, versions, device."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import importlib.metadata
+import json
+import math
+import os
+import platform
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ahn import __version__
+from ahn.evaluation.errors import EvaluationError
+
+_KIND = "evaluation"
+_PARTS = ("command", "settings", "results", "environment")
+
+
+@dataclasses.dataclass
+class Report:
+    """The outcome of one command of `ahn eval`.
+
+    Attributes:
+        command: Its name: "perplexity".
+        settings: What was asked for, by name.
+        results: What was measured, by name; values of plain types, numpy's numbers and arrays among them.
+        environment: As `environment` gives it.
+    """
+
+    command: str
+    settings: dict[str, Any]
+    results: dict[str, Any]
+    environment: dict[str, Any]
+
+    def write(self, path: str | os.PathLike[str]) -> None:
+        """Writes JSON in UTF-8, whole or not at all. Numbers that are not finite become null, which JSON lacks.
+
+        Args:
+            path: The file.
+
+        Raises:
+            OSError: It cannot be written.
+        """
+        facts = {"kind": _KIND, **{part: getattr(self, part) for part in _PARTS}}
+        write_whole(path, json.dumps(plain(facts), indent=1, ensure_ascii=False) + "\n")
+
+
+def read_report(path: str | os.PathLike[str]) -> Report:
+    """Reads what `Report.write` wrote.
+
+    Args:
+        path: The file.
+
+    Raises:
+        EvaluationError: It cannot be read, or is no report.
+    """
+    try:
+        facts = json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise EvaluationError(f"{path} cannot be read ({error.strerror}). Check the path.") from None
+    except (ValueError, RecursionError):
+        raise EvaluationError(f"{path} is no JSON. Give the report.json of an evaluation.") from None
+    good = isinstance(facts, dict) and facts.get("kind") == _KIND and isinstance(facts.get("command"), str)
+    if not good or not all(isinstance(facts.get(part), dict) for part in _PARTS[1:]):
+        raise EvaluationError(f"{path} is no report of an evaluation. Give the report.json of one.")
+    return Report(**{part: facts[part] for part in _PARTS})
+
+
+def environment(model: Any = None, seed: int | None = None) -> dict[str, Any]:
+    """Where and with what something is measured; no path and no name of a machine.
+
+    Args:
+        model: The model that was used, for its device and dtype; torch is not imported without one.
+        seed: Of the random numbers, where there were any.
+    """
+    facts: dict[str, Any] = {
+        "date": datetime.date.today().isoformat(),
+        "ahn": __version__,
+        "python": platform.python_version(),
+        **{package: version for package in ("torch", "transformers") if (version := _version(package))},
+        "device": _processor(),
+    }
+    if model is not None:
+        import torch
+
+        weights = model.get_input_embeddings().weight
+        if weights.is_cuda:
+            facts["device"] = torch.cuda.get_device_name(weights.device)
+        facts |= {"dtype": str(weights.dtype).removeprefix("torch."), "threads": torch.get_num_threads()}
+    return facts if seed is None else {**facts, "seed": seed}
+
+
+def plain(value: Any) -> Any:
+    """A value as JSON knows it: lists for tuples and arrays, text for paths, `None` for numbers that are not finite.
+
+    Args:
+        value: Mappings, sequences, numbers of Python or numpy, texts and paths, in any depth.
+    """
+    if hasattr(value, "tolist"):
+        value = value.tolist()
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {str(key): plain(each) for key, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(each) for each in value]
+    return os.fspath(value) if isinstance(value, os.PathLike) else value
+
+
+def write_whole(path: str | os.PathLike[str], text: str) -> None:
+    """Writes a text in UTF-8 beside the file and puts it in its place, so that a stop leaves no half of it.
+
+    Args:
+        path: The file.
+        text: What it shall hold.
+
+    Raises:
+        OSError: It cannot be written.
+    """
+    target = Path(path)
+    beside = target.with_name(f".{target.name}.{os.getpid()}")
+    try:
+        beside.write_text(text, encoding="utf-8")
+        beside.replace(target)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _processor() -> str:
+    """The processor's own name where the system tells it, else its kind."""
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as lines:
+            names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    except OSError:
+        names = []
+    return next(iter(names), "") or platform.processor() or platform.machine()
