@@ -111,7 +111,7 @@ class Builder:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, window: int, sinks: int) -> None:
         if not tokenizer.is_fast:
-            raise EvaluationError("needles need a fast tokenizer, one with a tokenizer.json. Convert it, or take another.")
+            raise EvaluationError("recall needs a tokenizer with a tokenizer.json. Convert it, or take another.")
         self.tokenizer, self.window, self.sinks = tokenizer, window, sinks
         self.chat = prompts.has_chat(tokenizer)
         self._counts: dict[str, int] = {}
@@ -154,9 +154,7 @@ class Builder:
         closing = max(len(self._closing(ask.question)) for ask in sheet.asks)
         return 1.5 * needles <= length - len(self.opening) - closing
 
-    def _filled(
-        self, sheet: Sheet, hay: Iterator[str], room: int, length: int
-    ) -> tuple[list[str], _Layout, list[int]]:
+    def _filled(self, sheet: Sheet, hay: Iterator[str], room: int, length: int) -> tuple[list[str], _Layout, list[int]]:
         """Sentences that fill the room beside the needles, all of them laid out, and the slots of the needles."""
         needles = sum(self._count(needle.text + " ") for needle in sheet.needles)
         if room <= needles:

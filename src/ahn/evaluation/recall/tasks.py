@@ -7,6 +7,7 @@ associative recall.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import random
 from collections.abc import Callable, Iterator, Sequence
 
@@ -188,7 +189,7 @@ def capacity(rng: random.Random, much: Amounts) -> Sheet:
     )
     count = min(much.values, much.facts)
     edges = [round(part * much.facts / count) for part in range(count + 1)]
-    asked = [rng.randrange(first, last) for first, last in zip(edges, edges[1:])]
+    asked = [rng.randrange(first, last) for first, last in itertools.pairwise(edges)]
     asks = (
         _ask_one("number", keys[i], numbers[i], i, _others(rng, rng.sample(numbers, len(numbers)), [numbers[i]], much))
         for i in asked
