@@ -24,6 +24,7 @@ ahn eval recall --tasks number,multi_key --lengths 2048,4096 --out recall
 
 ahn eval recall --tasks capacity --facts 4,8,16,32,64 --arms full,window,ahn
 """
+ARMS = ",".join(options.ARMS)
 TASKS = ("number", "word", "uuid", "multi_key", "multi_value", "multi_query", "variables", "needles", "capacity")
 
 
@@ -46,7 +47,7 @@ def command(
     window: options.Window = options.WINDOW,
     sinks: options.Sinks = options.SINKS,
     sink_positions: options.SinkPositions = options.SINK_POSITIONS,
-    arms: options.Arms = ",".join(options.ARMS),
+    arms: options.Arms = ARMS,
     seed: options.Seed = 0,
     out: options.Out = None,
 ) -> None:
@@ -86,7 +87,7 @@ def command(
     from ahn.evaluation.recall.plan import Settings
 
     lists = {"tasks", "lengths", "facts"}
-    chosen = {name: tuple(value) if name in lists else value for name, value in own.items()}
+    chosen: dict[str, Any] = {name: tuple(value) if name in lists else value for name, value in own.items()}
     _run(run, Settings(arms=tuple(run.arms), seed=seed, **chosen), text)
 
 

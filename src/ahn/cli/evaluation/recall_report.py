@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 EVICTED = "evicted"
+COLUMNS = ("task", "tokens", "facts", "span", "arm", "texts", "values", "in the answer", "ranked first", "mean rank")
 
 
 @dataclasses.dataclass
@@ -65,8 +66,8 @@ class Found:
 
 def show(console: Console, found: Found, settings: dict[str, Any]) -> None:
     """Prints the tables, and below them what must not be overlooked."""
-    say(f"window {settings['window']:,}, sinks {settings['sinks']:,}; the span is where the needle is when the question "
-        "begins", console=console)  # fmt: skip
+    opening = f"window {settings['window']:,}, sinks {settings['sinks']:,}; spans are those when the question begins"
+    say(opening, console=console)
     console.print(_table(found, "Values in the answer, of all", _hits))
     chance = f"{found.settings.chance:.0%}"
     console.print(_table(found, f"Right value ranked first, % (chance {chance})", _first))
@@ -118,24 +119,12 @@ def _page(found: Found, settings: dict[str, Any], where: dict[str, Any], figures
         page.heading(name.removeprefix("recall_"))
         page.figure(figure, f"{name.removeprefix('recall_')}: {TASKS[name.removeprefix('recall_')].title}")
     page.heading("All cells")
-    columns = (
-        "task",
-        "tokens",
-        "facts",
-        "span",
-        "arm",
-        "texts",
-        "values",
-        "in the answer",
-        "ranked first",
-        "mean rank",
-    )
     rows = [
-        (c.task, c.length, c.facts, c.label, c.arm, c.contexts, c.values, _with_interval(c.found),
-         _with_interval(c.first), c.mean_rank) for c in found.cells
-    ]  # fmt: skip
-    page.table(columns, rows, "Shares with 95 % bootstrap intervals over texts; chance of ranking first: "
-               f"{found.settings.chance:.2f}")  # fmt: skip
+        (cell.task, cell.length, cell.facts, cell.label, cell.arm, cell.contexts, cell.values, *_scores(cell))
+        for cell in found.cells
+    ]
+    chance = f"chance of ranking first: {found.settings.chance:.2f}"
+    page.table(COLUMNS, rows, f"Shares with 95 % bootstrap intervals over texts; {chance}")
     page.heading("Settings")
     page.facts(settings)
     page.facts(where)
@@ -171,6 +160,10 @@ def _hits(cell: Cell) -> str:
 
 def _first(cell: Cell) -> str:
     return f"{100 * cell.first.share:.0f}"
+
+
+def _scores(cell: Cell) -> tuple[str, str, float]:
+    return _with_interval(cell.found), _with_interval(cell.first), cell.mean_rank
 
 
 def _with_interval(score: Any) -> str:
