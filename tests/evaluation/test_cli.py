@@ -14,7 +14,13 @@ import pytest
 from ahn.cli import main
 from ahn.cli.app import command
 
-SURFACE = {"score": ["FILE", "--task", "--scoring", "--json"]}
+SURFACE = {
+    "recall": [
+        "--model", "--adapter", "--tasks", "--lengths", "--depths", "--items", "--values", "--facts", "--distractors",
+        "--haystack", "--window", "--sinks", "--sink-positions", "--arms", "--seed", "--out",
+    ],
+    "score": ["FILE", "--task", "--scoring", "--json"],
+}  # fmt: skip
 ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
 LINES = {
     "hotpotwikiqa_mixup_16k.jsonl": [

@@ -94,6 +94,7 @@ def command(
 def _run(run: options.Run, settings: Settings, text: str | None) -> None:
     """The part that needs the library: loads, plans, reads, reports."""
     loaded = run.load()
+    from ahn.attachment import attachment_of
     from ahn.cli.evaluation import recall_report
     from ahn.cli.progress import work_bar
     from ahn.evaluation.recall.run import measure
@@ -107,18 +108,23 @@ def _run(run: options.Run, settings: Settings, text: str | None) -> None:
     )
     with run.working(), work_bar(notes(), plan.tokens, "tokens", "read") as show:
         records = measure(loaded.model, plan, run.journal, show)
-    found = recall_report.Found(settings, records, plan.left_out)
+    trained = attachment_of(loaded.model).trained_context
+    found = recall_report.Found(settings, records, plan.left_out, trained)
     recall_report.show(output(), found, run.settings)
     if run.out is not None:
         run.finish(*recall_report.written(found, run.settings, loaded.model))
 
 
 def _plan(loaded: Loaded, run: options.Run, settings: Settings, text: str | None) -> Plan:
+    from ahn.attachment import attachment_of
     from ahn.cli.texts import reference
     from ahn.evaluation.recall.haystack import sentences
     from ahn.evaluation.recall.items import Builder
     from ahn.evaluation.recall.plan import Plan
 
+    limit, longest = attachment_of(loaded.model).position_limit, max(settings.lengths)
+    if limit is not None and longest >= limit:
+        raise UsageError(f"--lengths {longest} is too long for a model of {limit:,} positions. Give shorter ones.")
     builder = Builder(loaded.tokenizer, run.settings["window"], run.settings["sinks"])
     with notes().status("Hiding needles ..."):
         return Plan(settings, builder, sentences(reference() if text is None else text))

@@ -30,11 +30,13 @@ class Found:
         settings: What was measured.
         records: As `measure` gives them.
         left_out: Lengths and numbers of facts that do not fit into them.
+        trained_context: Tokens that the base model was trained on.
     """
 
     settings: Settings
     records: list[Record]
     left_out: list[tuple[int, int]]
+    trained_context: int
 
     def __post_init__(self) -> None:
         self.cells = cells(self.records)
@@ -46,13 +48,14 @@ class Found:
 
     @property
     def remarks(self) -> list[str]:
-        """What was moved, dropped and left out."""
+        """What was moved, dropped and left out, and what full attention cannot know."""
         moved, dropped = moved_and_dropped(self.records)
-        said = [
-            f"{moved:,} needles straddled two spans and were moved by some sentences; {dropped:,} values count for "
-            "nothing, because no place was found for their needles."
-        ]
+        said = [f"{_counted(moved, 'needle')} moved by some sentences, out of the border of two spans."]
+        if dropped:
+            said.append(f"{_counted(dropped, 'value')} dropped: no place is clear of the border of two spans.")
         said += [f"{number:,} facts do not fit into {length:,} tokens." for length, number in self.left_out]
+        if "full" in self.settings.arms and max(self.settings.lengths) > self.trained_context:
+            said.append(f"full reads more than the {self.trained_context:,} tokens that the model was trained on.")
         return said
 
     @property
@@ -152,6 +155,10 @@ def _table(found: Found, title: str, shown: Any) -> Table:
         styles = ["bold red" if label == EVICTED and not row[arm].hits else "" for arm in found.settings.arms]
         table.add_row(named, f"{length:,}", label, *map(Text, scores, styles))
     return table
+
+
+def _counted(number: int, what: str) -> str:
+    return f"{number:,} {what} was" if number == 1 else f"{number:,} {what}s were"
 
 
 def _hits(cell: Cell) -> str:
