@@ -143,10 +143,15 @@ class TestRun:
 
 
 def record(number: int, values: list[tuple[str, bool, int]], arm: str = "window") -> dict[str, Any]:
-    return {
-        "task": "number", "length": 100, "depth": 0.0, "facts": None, "number": number, "arm": arm, "moved": 2,
-        "dropped": 1, "values": [{"label": label, "found": hit, "rank": rank, "depth": 0} for label, hit, rank in values],
-    }  # fmt: skip
+    kept = [{"label": label, "found": hit, "rank": rank, "depth": 0} for label, hit, rank in values]
+    name = {"task": "number", "length": 100, "depth": 0.0, "facts": None, "number": number, "arm": arm}
+    return {**name, "moved": 2, "dropped": 1, "values": kept}
+
+
+SMALL = (
+    "eval recall --model ./model --window 220 --sinks 10 --lengths 700 --depths 2 --items 1 --values 1 --facts 2 "
+    "--distractors 2 --haystack text.txt"
+)
 
 
 class TestResults:
@@ -185,13 +190,8 @@ class TestCommand:
         logging.set_verbosity(verbosity)
         (logging.enable_progress_bar if bars else logging.disable_progress_bar)()
 
-    SMALL = (
-        "eval recall --model ./model --window 220 --sinks 10 --lengths 700 --depths 2 --items 1 --values 1 --facts 2 "
-        "--distractors 2 --haystack text.txt"
-    ).split()
-
     def test_all_arms_report_page_and_plots(self, capsys: pytest.CaptureFixture[str]) -> None:
-        assert main([*self.SMALL, "--out", "run"]) == 0
+        assert main([*SMALL.split(), "--out", "run"]) == 0
         shown = capsys.readouterr()
         assert "evicted" in shown.out
         assert "evicted values" in shown.out
@@ -213,7 +213,7 @@ class TestCommand:
         assert Path("run/recall_capacity.png").stat().st_size > 0
         lines = [json.loads(line) for line in Path("run/journal.jsonl").read_text().splitlines()]
         assert len(lines) == 1 + 3 * 6
-        assert main([*self.SMALL, "--out", "run"]) == 0
+        assert main([*SMALL.split(), "--out", "run"]) == 0
         assert "going on with run: 18 finished items" in capsys.readouterr().err
 
     @pytest.mark.parametrize(
@@ -233,7 +233,7 @@ class TestCommand:
         ],
     )
     def test_wrong_input(self, words: str, says: str, capsys: pytest.CaptureFixture[str]) -> None:
-        assert main([*self.SMALL, *words.split()]) == 2
+        assert main([*SMALL.split(), *words.split()]) == 2
         shown = capsys.readouterr()
         assert shown.out == ""
         (error,) = [line for line in shown.err.splitlines() if not line.startswith("the memory is untrained")]
