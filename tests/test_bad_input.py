@@ -21,6 +21,8 @@ import transformers
 
 import ahn
 from ahn.cli import main
+from ahn.evaluation.journal import Journal
+from ahn.evaluation.report import Report
 from tests.tiny import text, tiny, with_memory
 
 PAGE = Path(__file__).parents[1] / "docs" / "bad_input.md"
@@ -39,7 +41,11 @@ def prepare() -> None:
     Path("empty.txt").write_text(" \n")
     Path("notes").mkdir()
     Path("notes/diary.txt").write_text("Dear diary")
+    Path("notes/empty").mkdir()
     Path("text.txt").write_text("Call me Ishmael.")
+    for name in ("perplexity", "recall"):
+        Report(name, {}, {}, {}).write("report.json" if name == "perplexity" else "recall.json")
+    Journal("begun/journal.jsonl", {"command": "recall"}).add("an item", {})
     Path("chats.jsonl").write_text('{"text": "Call me Ishmael."}\n{"text": 7}\n')
     Path("broken").mkdir()
     Path("broken/ahn_config.json").write_text("{")
@@ -103,6 +109,19 @@ COMMANDS = (
     "train --data text.txt --out out --stages distill,transfer",
     "train --data text.txt --out out --adapter ./nowhere",
     "train --data text.txt --out out --config text.txt",
+    "eval perplexity nowhere.txt",
+    "eval perplexity notes/empty",
+    "eval perplexity text.txt text.txt",
+    "eval perplexity text.txt --pieces 4",
+    "eval perplexity text.txt --length 1",
+    "eval perplexity text.txt --arms window,fast",
+    "eval perplexity text.txt --out notes",
+    "eval perplexity text.txt --out begun",
+    "eval perplexity text.txt",
+    "eval perplexity text.txt --window 1 --sinks 0 --length 3 --pieces 9",
+    "eval compare report.json nowhere.json",
+    "eval compare report.json text.txt",
+    "eval compare report.json recall.json",
     "eval recall --tasks number,colour",
     "eval recall --lengths 1k",
     "eval recall --facts 0",

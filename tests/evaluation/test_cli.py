@@ -15,9 +15,14 @@ from ahn.cli import main
 from ahn.cli.app import command
 
 SURFACE = {
+    "perplexity": [
+        "FILE", "--length", "--pieces", "--arms", "--window", "--sinks", "--sink-positions", "--adapter", "--model",
+        "--ngram", "--rare", "--out", "--seed",
+    ],
+    "compare": ["A", "B", "--all"],
     "recall": [
-        "--model", "--adapter", "--tasks", "--lengths", "--depths", "--items", "--values", "--facts", "--distractors",
-        "--haystack", "--window", "--sinks", "--sink-positions", "--arms", "--seed", "--out",
+        "--tasks", "--lengths", "--depths", "--items", "--values", "--facts", "--distractors", "--haystack", "--arms",
+        "--window", "--sinks", "--sink-positions", "--adapter", "--model", "--out", "--seed",
     ],
     "score": ["FILE", "--task", "--scoring", "--json"],
 }  # fmt: skip

@@ -29,8 +29,6 @@ TASKS = ("number", "word", "uuid", "multi_key", "multi_value", "multi_query", "v
 
 
 def command(
-    model: options.Model = options.MODEL,
-    adapter: options.Adapter = None,
     tasks: Annotated[str, typer.Option(help=f"Joined by commas: {', '.join(TASKS)}.")] = "number,capacity",
     lengths: Annotated[str, typer.Option(help="Tokens of the prompts, joined by commas.")] = "1024,2048,4096",
     depths: Annotated[int, typer.Option(help="Depths of a needle, evenly spread over the text.")] = 5,
@@ -44,12 +42,14 @@ def command(
         str | None,
         typer.Option(metavar="FILE", help="Text around needles.  [dim]\\[default: Python's reference][/dim]"),
     ] = None,
+    arms: options.Arms = ARMS,
     window: options.Window = options.WINDOW,
     sinks: options.Sinks = options.SINKS,
     sink_positions: options.SinkPositions = options.SINK_POSITIONS,
-    arms: options.Arms = ARMS,
-    seed: options.Seed = 0,
+    adapter: options.Adapter = None,
+    model: options.Model = options.MODEL,
     out: options.Out = None,
+    seed: options.Seed = 0,
 ) -> None:
     """Hide facts in a text and ask for them: sinks, window and what was evicted are scored apart."""
     names = _names(tasks)

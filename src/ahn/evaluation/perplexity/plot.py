@@ -1,0 +1,77 @@
+"""Scores, cache and resident memory against the position in the text, as the paper's figure 3 (c) and (d) show them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+_COLOURS = {
+    "full": "black",
+    "window": "tab:blue",
+    "ahn": "tab:orange",
+    "ct_max": "tab:green",
+    "ct_mean": "tab:olive",
+    "tail": "tab:gray",
+}
+_HEADROOM = 2.5  # times what the arms hold, up to which the line of full attention is drawn
+
+
+def plot(results: Mapping[str, Any], title: str, exact: int) -> Any:
+    """Three panels over one axis of tokens.
+
+    Args:
+        results: As `results.results` gives them.
+        title: What was read, by which model.
+        exact: Sinks and window, where a dotted line stands.
+
+    Returns:
+        A `matplotlib.figure.Figure`.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(12.5, 4.2), layout="constrained")
+    FigureCanvasAgg(figure)
+    scores, cache, resident = figure.subplots(1, 3)
+    _scores(scores, results["positions"])
+    points = results["points"]
+    for arm, each in points["arms"].items():
+        for panel, name in ((cache, "cache_bytes"), (resident, "resident_bytes")):
+            megabytes = [value / 1e6 for value in each[name]]
+            panel.plot(each["tokens"], megabytes, color=_COLOURS[arm], label=f"{arm}: {megabytes[-1]:,.1f}")
+    _full_cache(cache, points)
+    _finish(cache, "Cache", "MB", exact)
+    _finish(resident, "Memory of the process", "MB", exact)
+    _finish(scores, "Score of a token", "nats", exact)
+    figure.suptitle(title, fontsize=12)
+    return figure
+
+
+def _scores(panel: Any, positions: Mapping[str, Any]) -> None:
+    width = positions["bin_tokens"]
+    for arm, means in positions["nll"].items():
+        middles = [(number + 0.5) * width for number in range(len(means))]
+        panel.plot(middles, means, color=_COLOURS[arm], label=arm, linewidth=1.3)
+
+
+def _full_cache(panel: Any, points: Mapping[str, Any]) -> None:
+    """What full attention would hold, as far as that is not far above all that was measured."""
+    if "full" in points["arms"]:
+        return
+    most = _HEADROOM * max(max(each["cache_bytes"]) for each in points["arms"].values())
+    tokens, held = points["full_cache"]["tokens"], points["full_cache"]["bytes"]
+    label = f"full, computed: {held[-1] / 1e6:,.1f}"
+    panel.plot(tokens, [value / 1e6 for value in held], color="black", linestyle="--", linewidth=1, label=label)
+    panel.set_ylim(top=min(most, 1.05 * max(held[-1], most / _HEADROOM)) / 1e6)
+
+
+def _finish(panel: Any, title: str, unit: str, exact: int) -> None:
+    panel.axvline(exact, color="grey", linewidth=1, linestyle=":")
+    panel.set(title=title, xlabel="tokens read", ylabel=unit)
+    panel.set_xlim(left=0)
+    if unit == "MB":
+        panel.set_ylim(bottom=0)
+    panel.xaxis.set_major_formatter(lambda tokens, _: f"{tokens:,.0f}")
+    panel.grid(alpha=0.3)
+    panel.spines[["top", "right"]].set_visible(False)
+    panel.legend(fontsize=9, title=f"{unit} at the end" if unit == "MB" else None, alignment="left")

@@ -1,0 +1,130 @@
+"""From the records of single documents and arms to what is reported of all of them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import nn
+
+from ahn.evaluation.bootstrap import interval
+from ahn.evaluation.perplexity.documents import Document
+from ahn.evaluation.perplexity.measure import Plan, key
+from ahn.evaluation.perplexity.ngrams import GROUPS
+from ahn.reading import full_cache_bytes
+
+SPANS = ("beyond", "after")
+"""Tokens beyond sinks and window that all arms have read, and those after, which `full` has not."""
+
+Records = Mapping[str, Mapping[str, Any]]
+"""The records of `measure` by `key`."""
+
+
+def results(model: nn.Module, documents: Sequence[Document], plan: Plan, records: Records, seed: int) -> dict[str, Any]:
+    """What is reported.
+
+    Args:
+        model: The model that read, for what full attention would hold.
+        documents: What was read.
+        plan: How it was read.
+        records: Of all documents and arms.
+        seed: Of the bootstrap.
+
+    Returns:
+        Plain values: `documents`, `arms`, `groups` by span, `positions` (mean score in each bin) and `points` (bytes
+        held, of the longest document). Scores are means over tokens in nats; what does not exist is NaN.
+    """
+    longest = max(documents, key=lambda each: len(each.ids))
+    points = {arm: records[key(longest, arm)]["points"] for arm in plan.arms}
+    marks = max((each["tokens"] for each in points.values()), key=lambda tokens: tokens[-1])
+    return {
+        "documents": [_document(each, plan, records) for each in documents],
+        "arms": {arm: _arm(arm, documents, plan, records, seed) for arm in plan.arms},
+        "groups": {span: _groups(span, documents, plan, records) for span in SPANS},
+        "positions": {
+            "bin_tokens": plan.bin_tokens,
+            "nll": {arm: _curve([records[key(each, arm)]["bins"] for each in documents]) for arm in plan.arms},
+        },
+        "points": {
+            "document": longest.name,
+            "arms": points,
+            "full_cache": {"tokens": marks, "bytes": [full_cache_bytes(model, tokens) for tokens in marks]},
+        },
+    }
+
+
+def _document(document: Document, plan: Plan, records: Records) -> dict[str, Any]:
+    spans = {arm: records[key(document, arm)]["spans"] for arm in plan.arms}
+    return {
+        "name": document.name,
+        "tokens": len(document.ids),
+        "nll": {span: {arm: _mean(spans[arm][span]) for arm in plan.arms} for span in SPANS},
+    }
+
+
+def _arm(arm: str, documents: Sequence[Document], plan: Plan, records: Records, seed: int) -> dict[str, Any]:
+    """The row of an arm in the table."""
+    mine = [records[key(each, arm)] for each in documents]
+    sums = {span: np.array([each["spans"][span] for each in mine], dtype=float).sum(0) for span in SPANS}
+    nll = {span: _mean(sums[span]) for span in SPANS}
+    tokens, seconds = (sum(each[name] for each in mine) for name in ("tokens", "seconds"))
+    return {
+        "tokens": tokens,
+        "scored": {span: int(sums[span][1]) for span in SPANS},
+        "nll": nll,
+        "perplexity": {span: math.exp(each) for span, each in nll.items()},
+        "closed": _closed(arm, documents, plan, records, seed),
+        "cache_bytes": max(max(each["points"]["cache_bytes"]) for each in mine),
+        "tokens_per_second": tokens / seconds,
+    }
+
+
+def _closed(
+    arm: str, documents: Sequence[Document], plan: Plan, records: Records, seed: int
+) -> dict[str, float] | None:
+    """Share of the gap from window to full that an arm closes, with its 95 % interval over documents."""
+    if not {"window", "full"} <= set(plan.arms) or arm in ("window", "full"):
+        return None
+    columns = [
+        [records[key(each, name)]["spans"]["beyond"][0] for each in documents] for name in ("window", arm, "full")
+    ]
+    rows = np.array(columns, dtype=float).T
+    low, high = interval(rows, closed_share, seed=seed)
+    return {"share": closed_share(rows), "low": low, "high": high}
+
+
+def closed_share(sums: NDArray[np.float64]) -> float:
+    """Share of the gap from window to full that an arm closes: 0 is as bad as the window, 1 as good as full attention.
+
+    Args:
+        sums: Summed scores of a document in the columns window, arm, full: `[documents, 3]`.
+    """
+    window, arm, full = sums.sum(0)
+    return float((window - arm) / (window - full)) if window != full else math.nan
+
+
+def _groups(span: str, documents: Sequence[Document], plan: Plan, records: Records) -> dict[str, Any]:
+    """Number of tokens and mean scores of each group."""
+    found: dict[str, Any] = {}
+    for group in GROUPS:
+        sums = {arm: [records[key(each, arm)]["groups"][span][group] for each in documents] for arm in plan.arms}
+        totals = {arm: np.array(each, dtype=float).sum(0) for arm, each in sums.items()}
+        tokens = int(max(each[1] for each in totals.values()))
+        found[group] = {"tokens": tokens, "nll": {arm: _mean(each) for arm, each in totals.items()}}
+    return found
+
+
+def _curve(bins: Sequence[Sequence[Sequence[float]]]) -> list[float]:
+    """Mean score of each bin over all documents that reach it; NaN for an empty one."""
+    total = np.zeros((max(len(each) for each in bins), 2))
+    for each in bins:
+        total[: len(each)] += np.array(each, dtype=float).reshape(-1, 2)
+    return [_mean(each) for each in total]
+
+
+def _mean(sum_and_number: Sequence[float] | NDArray[np.float64]) -> float:
+    total, number = sum_and_number
+    return float(total / number) if number else math.nan
