@@ -78,7 +78,8 @@ class TestSurface:
     @pytest.mark.parametrize("words", [["eval"], ["eval", "--help"], ["eval", "-h"]])
     def test_without_a_command(self, words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
         assert main(words) == 0
-        assert all(name in capsys.readouterr().out for name in SURFACE)
+        shown = capsys.readouterr().out
+        assert all(name in shown for name in SURFACE)
 
 
 class TestScore:

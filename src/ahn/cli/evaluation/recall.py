@@ -11,6 +11,8 @@ from ahn.cli import checks
 from ahn.cli.evaluation import options
 from ahn.cli.evaluation.options import open_run
 from ahn.cli.terminal import UsageError, notes, output, say
+from ahn.cli.texts import reference
+from ahn.evaluation.recall.tasks import TASKS
 
 if TYPE_CHECKING:
     from ahn.cli.loading import Loaded
@@ -25,7 +27,6 @@ ahn eval recall --tasks number,multi_key --lengths 2048,4096 --out recall
 ahn eval recall --tasks capacity --facts 4,8,16,32,64 --arms full,window,ahn
 """
 ARMS = ",".join(options.ARMS)
-TASKS = ("number", "word", "uuid", "multi_key", "multi_value", "multi_query", "variables", "needles", "capacity")
 
 
 def command(
@@ -54,14 +55,11 @@ def command(
     """Hide facts in a text and ask for them: sinks, window and what was evicted are scored apart."""
     names = _names(tasks)
     tokens, numbers = _numbers("--lengths", lengths), _numbers("--facts", facts)
-    for option, value, least in (
-        ("--depths", depths, 1),
-        ("--items", items, 1),
-        ("--values", values, 1),
-        ("--distractors", distractors, 1),
-    ):
-        checks.at_least(option, value, least)
-    text = None if haystack is None else checks.text_file("--haystack", haystack)
+    counts = {"--depths": depths, "--items": items, "--values": values, "--distractors": distractors}
+    for option, value in counts.items():
+        checks.at_least(option, value, 1)
+    title = "Python's reference" if haystack is None else "a file"
+    text = reference() if haystack is None else checks.text_file("--haystack", haystack)
     own: dict[str, Any] = {
         "tasks": names,
         "lengths": tokens,
@@ -81,7 +79,7 @@ def command(
         arms=arms,
         out=out,
         seed=seed,
-        haystack="Python's reference" if text is None else hashlib.sha256(text.encode()).hexdigest(),
+        haystack=f"{title}, SHA-256 {hashlib.sha256(text.encode()).hexdigest()[:16]}",
         **own,
     )
     from ahn.evaluation.recall.plan import Settings
@@ -91,7 +89,7 @@ def command(
     _run(run, Settings(arms=tuple(run.arms), seed=seed, **chosen), text)
 
 
-def _run(run: options.Run, settings: Settings, text: str | None) -> None:
+def _run(run: options.Run, settings: Settings, text: str) -> None:
     """The part that needs the library: loads, plans, reads, reports."""
     loaded = run.load()
     from ahn.attachment import attachment_of
@@ -115,9 +113,8 @@ def _run(run: options.Run, settings: Settings, text: str | None) -> None:
         run.finish(*recall_report.written(found, run.settings, loaded.model))
 
 
-def _plan(loaded: Loaded, run: options.Run, settings: Settings, text: str | None) -> Plan:
+def _plan(loaded: Loaded, run: options.Run, settings: Settings, text: str) -> Plan:
     from ahn.attachment import attachment_of
-    from ahn.cli.texts import reference
     from ahn.evaluation.recall.haystack import sentences
     from ahn.evaluation.recall.items import Builder
     from ahn.evaluation.recall.plan import Plan
@@ -127,14 +124,14 @@ def _plan(loaded: Loaded, run: options.Run, settings: Settings, text: str | None
         raise UsageError(f"--lengths {longest} is too long for a model of {limit:,} positions. Give shorter ones.")
     builder = Builder(loaded.tokenizer, run.settings["window"], run.settings["sinks"])
     with notes().status("Hiding needles ..."):
-        return Plan(settings, builder, sentences(reference() if text is None else text))
+        return Plan(settings, builder, sentences(text))
 
 
 def _names(tasks: str) -> list[str]:
     """The tasks in "number,capacity", each once."""
     found = [name.strip() for name in tasks.split(",") if name.strip()]
     for name in found or [""]:
-        checks.one_of("--tasks", name, TASKS)
+        checks.one_of("--tasks", name, tuple(TASKS))
     return list(dict.fromkeys(found))
 
 
