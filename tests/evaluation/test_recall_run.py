@@ -14,15 +14,18 @@ import torch
 from transformers import AutoTokenizer
 from transformers.utils import logging
 
+import ahn
 from ahn.cli import main
 from ahn.cli.texts import reference
+from ahn.evaluation.arms import arm_reader
 from ahn.evaluation.journal import Journal
 from ahn.evaluation.recall import run
 from ahn.evaluation.recall.haystack import sentences
-from ahn.evaluation.recall.items import Builder
+from ahn.evaluation.recall.items import Builder, Item
 from ahn.evaluation.recall.plan import Plan, Settings
 from ahn.evaluation.recall.plot import capacity_curve, heat_map
 from ahn.evaluation.recall.results import by_depth, cells, is_found, moved_and_dropped, verdicts
+from ahn.evaluation.recall.spans import Exact
 from ahn.evaluation.recall.tasks import TASKS
 from ahn.evaluation.report import read_report
 from tests.test_cli import write_tokenizer
@@ -121,6 +124,18 @@ class TestRun:
         assert again == first
         assert (seen[0], seen[-1]) == (7 * 2500, perfect[1].tokens)
         assert path.read_text().splitlines(keepends=True) == lines
+
+    def test_the_tail_is_read_once_with_the_same_outcome(self, place: Path) -> None:
+        model = tiny("qwen3", vocab_size=259, head_dim=8)
+        ahn.attach(model, ahn.AHNConfig(window=220, sinks=10))
+        ids = torch.randint(3, 259, (700,), generator=torch.Generator().manual_seed(0))
+        item = Item(tuple(ids.tolist()), (), Exact(10, 220, 700, 760), 0.0, 0)
+        whole, part = (arm_reader(model, "tail", score=False) for _ in range(2))
+        whole.feed(ids)
+        part.feed(torch.tensor(run._read_by("tail", item)))
+        assert part.tokens == 230
+        torch.testing.assert_close(part.fork().logits, whole.fork().logits)
+        assert run._read_by("window", item) == item.context
 
     def test_what_counts_for_nothing_is_not_read(self, perfect: tuple[Model, Plan]) -> None:
         model, _ = perfect

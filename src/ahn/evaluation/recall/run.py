@@ -74,7 +74,7 @@ def _answered(model: Any, plan: Plan, arm: str, item: Item, stop: Collection[int
     if not scored:
         return {"values": [], "answers": [], "seconds": 0.0, "cache_bytes": 0}
     reader = arm_reader(model, arm, score=False)
-    reader.feed(torch.tensor(item.context))
+    reader.feed(torch.tensor(_read_by(arm, item)))
     values, answers = [], []
     for ask in scored:
         ranks = _ranks(reader, ask)
@@ -92,6 +92,14 @@ def _answered(model: Any, plan: Plan, arm: str, item: Item, stop: Collection[int
         ]
         answers.append(answer)
     return {"values": values, "answers": answers, "seconds": reader.seconds, "cache_bytes": reader.cache_bytes}
+
+
+def _read_by(arm: str, item: Item) -> Sequence[int]:
+    """What an arm is fed of a context: `tail` would read its window anew at every step, and only the last one counts."""
+    sinks, window = item.exact.sinks, item.exact.window
+    if arm != "tail" or len(item.context) <= sinks + window:
+        return item.context
+    return (*item.context[:sinks], *item.context[-window:])
 
 
 def _ranks(reader: ArmReader, ask: Asked) -> dict[Target, int]:
