@@ -95,7 +95,7 @@ def _answered(model: Any, plan: Plan, arm: str, item: Item, stop: Collection[int
 
 
 def _read_by(arm: str, item: Item) -> Sequence[int]:
-    """What an arm is fed of a context: `tail` would read its window anew at every step, and only the last one counts."""
+    """What an arm is fed of a context: `tail` would read every window anew, and only the last one counts."""
     sinks, window = item.exact.sinks, item.exact.window
     if arm != "tail" or len(item.context) <= sinks + window:
         return item.context
