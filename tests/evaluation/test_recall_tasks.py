@@ -11,8 +11,9 @@ import pytest
 from ahn.evaluation.recall import values
 from ahn.evaluation.recall.haystack import from_text, sentences
 from ahn.evaluation.recall.scoring import found, rank
+from ahn.evaluation.recall.sheets import Amounts, Sheet
 from ahn.evaluation.recall.spans import Exact, joined
-from ahn.evaluation.recall.tasks import TASKS, Amounts, Sheet
+from ahn.evaluation.recall.tasks import TASKS
 
 MUCH = Amounts(depth=0.5, values=3, distractors=4, facts=12)
 

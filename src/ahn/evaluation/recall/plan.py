@@ -9,7 +9,8 @@ from collections.abc import Sequence
 from ahn.evaluation.errors import EvaluationError
 from ahn.evaluation.recall.haystack import from_text
 from ahn.evaluation.recall.items import Builder, Item
-from ahn.evaluation.recall.tasks import TASKS, Amounts, Sheet
+from ahn.evaluation.recall.sheets import Amounts, Sheet
+from ahn.evaluation.recall.tasks import TASKS
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,92 +12,10 @@ import random
 from collections.abc import Callable, Iterator, Sequence
 
 from ahn.evaluation.recall import values
+from ahn.evaluation.recall.sheets import Amounts, Ask, Needle, Question, Sheet, Wanted
 
 _OTHER_KEYS = 3
 """Needles with other keys beside the one that multi_key asks for."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Question:
-    """What is asked, and how the answer begins: the model goes on from there.
-
-    Attributes:
-        text: The question.
-        cue: Beginning of the answer, without a space behind it.
-    """
-
-    text: str
-    cue: str
-
-
-@dataclasses.dataclass(frozen=True)
-class Needle:
-    """A sentence that is put into the text.
-
-    Attributes:
-        text: The sentence.
-        depth: Where it is wanted: 0 is the beginning of the text, 1 its end.
-    """
-
-    text: str
-    depth: float
-
-
-@dataclasses.dataclass(frozen=True)
-class Wanted:
-    """A value that an answer must hold.
-
-    Attributes:
-        value: The value.
-        needles: Indices of the needles that one has to know for it.
-        others: Values of the same kind that are wrong.
-        question: What asks for it when it is ranked among the others.
-    """
-
-    value: str
-    needles: tuple[int, ...]
-    others: tuple[str, ...]
-    question: Question
-
-
-@dataclasses.dataclass(frozen=True)
-class Ask:
-    """A question that the model answers in its own words, and the values that the answer must hold."""
-
-    question: Question
-    wanted: tuple[Wanted, ...]
-
-
-@dataclasses.dataclass(frozen=True)
-class Sheet:
-    """Needles for one text and the questions about it.
-
-    Attributes:
-        needles: The needles.
-        asks: The questions; each is asked anew of a model that has read the text and nothing else.
-        hay: Sentences to hide the needles among, without end; `None` for those of a text.
-    """
-
-    needles: tuple[Needle, ...]
-    asks: tuple[Ask, ...]
-    hay: Iterator[str] | None = None
-
-
-@dataclasses.dataclass(frozen=True)
-class Amounts:
-    """How much a task hides and asks.
-
-    Attributes:
-        depth: Where its first needle is wanted, 0 to 1.
-        values: Values that the tasks with several of them ask for.
-        distractors: Wrong values that a right one is ranked among.
-        facts: Facts that `capacity` hides.
-    """
-
-    depth: float = 0.0
-    values: int = 4
-    distractors: int = 9
-    facts: int = 16
 
 
 Draw = Callable[[random.Random], str]
@@ -121,7 +39,7 @@ def multi_key(rng: random.Random, much: Amounts) -> Sheet:
 def multi_value(rng: random.Random, much: Amounts) -> Sheet:
     """Several needles with the same key; all their values are asked for."""
     (key,), numbers = values.new(rng, values.name, 1), values.new(rng, values.number, much.values)
-    question = Question(f"What are the {much.values} secret numbers of {key}?", f"The secret numbers of {key} are")
+    question = Question(f"What are all the secret numbers of {key}?", f"The secret numbers of {key} are")
     needles = tuple(Needle(_fact("number", key, right), depth) for right, depth in zip(numbers, _spread(much)))
     others = _others(rng, (), numbers, much)
     return Sheet(needles, (Ask(question, tuple(Wanted(v, (i,), others, question) for i, v in enumerate(numbers))),))
@@ -154,7 +72,7 @@ def variables(rng: random.Random, much: Amounts) -> Sheet:
     depths += sorted(rng.random() for _ in other)
     texts = [*_chain(asked, numbers[0]), *_chain(other, numbers[1])]
     question = Question(
-        f"Which {much.values} variables have the value {numbers[0]}?", f"The variables with the value {numbers[0]} are"
+        f"Which variables have the value {numbers[0]}?", f"The variables with the value {numbers[0]} are"
     )
     wrong = tuple([*other, *values.new(rng, values.variable, much.distractors, names)][: much.distractors])
     wanted = (Wanted(name, tuple(range(hop + 1)), wrong, question) for hop, name in enumerate(asked))
