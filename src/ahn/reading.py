@@ -87,7 +87,8 @@ class Reader:
         self.tokens = 0
         self.seconds = 0.0
         self.logits: torch.Tensor | None = None
-        self._scored: list[torch.Tensor] = []
+        self._scores = torch.zeros(0)  # the first `_scored` of them count
+        self._scored = 0
         self._total = 0.0
 
     @torch.no_grad()
@@ -114,13 +115,12 @@ class Reader:
     @property
     def nll(self) -> torch.Tensor:
         """As `Reading.nll`, so far."""
-        return torch.cat(self._scored) if self._scored else torch.zeros(0)
+        return self._scores[: self._scored].clone()
 
     @property
     def progress(self) -> Progress:
         """How far it has come."""
-        scored = sum(part.numel() for part in self._scored)
-        mean = self._total / scored if scored else math.nan
+        mean = self._total / self._scored if self._scored else math.nan
         return Progress(self.tokens, self.seconds, cache_bytes(self.cache), mean)
 
     def result(self) -> Reading:
@@ -137,8 +137,18 @@ class Reader:
         """Scores a piece: its first token from the last logits of the piece before."""
         parts = [] if self.logits is None else [_nll(self.logits[None], ids_T[:1])]
         scored = torch.cat([*parts, _nll(logits_TV[:-1], ids_T[1:])]).cpu()
-        self._scored.append(scored)
+        self._keep(scored)
         self._total += float(scored.double().sum())
+
+    def _keep(self, scored_T: torch.Tensor) -> None:
+        """Keeps scores in one tensor: small ones kept between a chunk's logits would pin the heap around them."""
+        end = self._scored + scored_T.numel()
+        if end > self._scores.numel():
+            grown = torch.empty(max(end, 2 * self._scores.numel()))
+            grown[: self._scored] = self._scores[: self._scored]
+            self._scores = grown
+        self._scores[self._scored : end] = scored_T
+        self._scored = end
 
 
 def read(

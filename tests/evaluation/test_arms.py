@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from typing import Any
 
 import pytest
@@ -55,6 +57,16 @@ def test_tail_knows_nothing_but_sinks_and_window(model: Any) -> None:
     near = (torch.stack(nll) - reader.nll[:, None]).abs().amin(1)
     assert near.max() < 1e-4
     assert reader.tokens == 90
+
+
+def test_tail_keeps_one_cache(model: Any) -> None:
+    """However long the text, the inputs that it gave up leave nothing but their scores."""
+    reader = arm_reader(model, "tail")
+    first = weakref.ref(reader._reader.cache)
+    reader.feed(text(1, 90)[0])
+    gc.collect()
+    assert first() is None
+    assert reader.nll.numel() == 89
 
 
 @torch.no_grad()

@@ -135,7 +135,7 @@ class TestScore:
         (["score", "preds_passkey.jsonl", "--scoring", "paper"], "passkey has no scoring of the paper's own"),
         (["score", "preds_passkey.jsonl", "--json", "no/x.json"], "--json: there is no folder no. Make it first."),
         (["score", "preds_passkey.jsonl", "--json", "nothing"], "--json nothing is a folder. Name a file in it."),
-        (["scores", "x"], "No such command 'scores'. Did you mean 'score'? See `ahn eval --help`."),
+        (["scores", "x"], "No such command 'scores'. Did you mean 'score'"),
     ],
 )
 def test_wrong_input_gets_one_line(words: list[str], says: str, capsys: pytest.CaptureFixture[str]) -> None:

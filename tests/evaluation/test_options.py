@@ -12,6 +12,7 @@ from ahn.attachment import attachment_of
 from ahn.cli.evaluation import options
 from ahn.cli.terminal import UsageError
 from ahn.errors import AHNError
+from ahn.evaluation import arms
 from ahn.evaluation.page import Page
 from ahn.evaluation.report import Report, read_report
 from tests.tiny import awaken, with_memory
@@ -98,3 +99,7 @@ def test_weights_checksum() -> None:
     next(attachment_of(model).sites[0].memory.parameters()).data.add_(1)
     assert options.weights_checksum(model) != before
     assert options.weights_checksum(with_memory().bfloat16()) != before
+
+
+def test_arms_are_those_of_evaluation() -> None:
+    assert options.ARMS == arms.ARMS

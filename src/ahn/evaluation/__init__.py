@@ -1,12 +1,15 @@
-"""What a model that reads with bounded memory keeps, measured by public benchmarks.
+"""What a model that reads with bounded memory keeps of its text.
 
-Three parts, none of which needs torch:
+The names below belong to the public benchmarks, in three parts, none of which needs torch:
 
 - `scoring/`: the metrics of LV-Eval, InfiniteBench and LongBench, as pure functions of texts.
 - `benchmarks/`: what each benchmark asks, as data; its records (`load_samples`); the prompts made of them
   (`build_prompt`, `read_prompts`).
 - Predictions: `read_predictions` reads this library's files and the official ones, `score_predictions` and `averages`
   score them, with no model.
+
+What a model says itself is measured elsewhere: `arms` are the ways of reading that are compared, `perplexity/` scores
+texts; `report`, `page`, `journal` and `bootstrap` serve both, and `comparison` sets two reports beside each other.
 """
 
 import importlib

@@ -116,7 +116,8 @@ class TailReader(ArmReader):
         settings = attachment_of(model).settings
         self._sinks, self._window = settings.sinks, settings.window
         self._ids = torch.zeros(0, dtype=torch.long)  # of sinks and window
-        self._given_up: list[Reader] = []
+        self._scores: list[torch.Tensor] = []  # of inputs that were given up, as is the time they took
+        self._spent = 0.0
         self._answers = False
 
     def feed(self, ids: torch.Tensor) -> None:
@@ -131,18 +132,18 @@ class TailReader(ArmReader):
     @property
     def nll(self) -> torch.Tensor:
         """See the class."""
-        return torch.cat([reader.nll for reader in (*self._given_up, self._reader)])
+        return torch.cat([*self._scores, self._reader.nll])
 
     @property
     def seconds(self) -> float:
         """See the class."""
-        return sum(reader.seconds for reader in (*self._given_up, self._reader))
+        return self._spent + self._reader.seconds
 
     def fork(self) -> ArmReader:
         """See `ArmReader.fork`."""
         self._settle()
         twin = super().fork()
-        twin._given_up = []  # type: ignore[attr-defined]
+        twin._scores, twin._spent = [], 0.0  # type: ignore[attr-defined]
         return twin
 
     def generate(self, limit: int, stop: Collection[int] = ()) -> list[int]:
@@ -159,7 +160,8 @@ class TailReader(ArmReader):
     def _restart(self, window: int) -> None:
         """Begins a new input with the sinks and the last tokens."""
         score = self._reader.score
-        self._given_up.append(self._reader)
+        self._scores.append(self._reader.nll)
+        self._spent += self._reader.seconds
         with ahn.mode(self.model, "full"):
             self._reader = Reader(self.model, score=False)
             for piece in self._kept(self._ids, window).split(automatic_chunk(self.model)):

@@ -54,8 +54,8 @@ def pieces(texts: dict[str, Ids], opening: Sequence[int], length: int, count: in
     starts = [(name, start) for name, ids in texts.items() for start in range(0, len(ids) - size + 1, size)]
     if len(starts) < count:
         raise EvaluationError(
-            f"of {count:,} pieces of {length:,} tokens the texts hold {len(starts):,} only. Ask for fewer with --pieces, "
-            "or for shorter ones with --length."
+            f"of {count:,} pieces of {length:,} tokens the texts hold {len(starts):,} only. Ask for fewer with "
+            "--pieces, or for shorter ones with --length."
         )
     return [
         Document(f"{name}, token {start:,}", _opened(opening, texts[name][start : start + size]))
