@@ -71,9 +71,9 @@ def show(console: Console, found: Found, settings: dict[str, Any]) -> None:
     """Prints the tables, and below them what must not be overlooked."""
     opening = f"window {settings['window']:,}, sinks {settings['sinks']:,}; spans are those when the question begins"
     say(opening, console=console)
-    console.print(_table(found, "Values in the answer, of all", _hits))
+    console.print(_table(found, "In the answer, of all", _hits))
     chance = f"{found.settings.chance:.0%}"
-    console.print(_table(found, f"Right value ranked first, % (chance {chance})", _first))
+    console.print(_table(found, f"Ranked first, % (chance {chance})", _first))
     for sentence in found.verdicts:
         say(sentence, "bold red" if "NONE" in sentence else "bold", console=console)
     for sentence in found.remarks:

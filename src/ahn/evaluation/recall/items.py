@@ -158,7 +158,7 @@ class Builder:
         text.fill(source, room)
         if room - len(text.ids) > length * _MISSING and next(source, None) is None:
             raise EvaluationError(
-                f"the haystack has {len(text.ids) - alone:,} tokens, too few for a length of {length:,}. Give a longer "
+                f"the haystack has about {len(text.ids) - alone:,} tokens, too few for a length of {length:,}. Give a longer "
                 "text, or shorter --lengths."
             )
         return text
