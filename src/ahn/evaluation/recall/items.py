@@ -158,8 +158,8 @@ class Builder:
         text.fill(source, room)
         if room - len(text.ids) > length * _MISSING and next(source, None) is None:
             raise EvaluationError(
-                f"the haystack has about {len(text.ids) - alone:,} tokens, too few for a length of {length:,}. Give a longer "
-                "text, or shorter --lengths."
+                f"the haystack has about {len(text.ids) - alone:,} tokens, too few for a length of {length:,}. "
+                "Give a longer text, or shorter --lengths."
             )
         return text
 
