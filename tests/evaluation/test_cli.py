@@ -20,6 +20,10 @@ SURFACE = {
         "--ngram", "--rare", "--out", "--seed",
     ],
     "compare": ["A", "B", "--all"],
+    "recall": [
+        "--tasks", "--lengths", "--depths", "--items", "--values", "--facts", "--distractors", "--haystack", "--arms",
+        "--window", "--sinks", "--sink-positions", "--adapter", "--model", "--out", "--seed",
+    ],
     "score": ["FILE", "--task", "--scoring", "--json"],
 }  # fmt: skip
 ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}

@@ -1,0 +1,157 @@
+"""Recall without a model: what is hidden, where sentences end, what a span is, and the two scores."""
+
+from __future__ import annotations
+
+import itertools
+import random
+from typing import Any
+
+import pytest
+
+from ahn.evaluation.recall import values
+from ahn.evaluation.recall.haystack import from_text, sentences
+from ahn.evaluation.recall.scoring import found, rank
+from ahn.evaluation.recall.sheets import Amounts, Sheet
+from ahn.evaluation.recall.spans import Exact, joined
+from ahn.evaluation.recall.tasks import TASKS
+
+MUCH = Amounts(depth=0.5, values=3, distractors=4, facts=12)
+
+
+def sheet(task: str, seed: int = 0, much: Amounts = MUCH) -> Sheet:
+    return TASKS[task].make(random.Random(seed), much)
+
+
+class TestTasks:
+    @pytest.mark.parametrize("task", TASKS)
+    def test_same_seed_same_sheet(self, task: str) -> None:
+        one, other, third = sheet(task), sheet(task), sheet(task, seed=1)
+        assert (one.needles, one.asks) == (other.needles, other.asks)
+        assert one.needles != third.needles
+
+    @pytest.mark.parametrize("task", TASKS)
+    @pytest.mark.parametrize("seed", range(5))
+    def test_every_value_is_told_and_no_wrong_one_is_right(self, task: str, seed: int) -> None:
+        made = sheet(task, seed)
+        for ask in made.asks:
+            right = {wanted.value for wanted in ask.wanted}
+            for wanted in ask.wanted:
+                assert any(wanted.value in made.needles[index].text for index in wanted.needles)
+                assert len(set(wanted.others)) == MUCH.distractors
+                assert wanted.value not in wanted.others
+                if task in ("multi_value", "variables"):  # all values answer the same question
+                    assert not right & set(wanted.others)
+
+    @pytest.mark.parametrize("task", TASKS)
+    def test_depths_are_within_the_text(self, task: str) -> None:
+        for depth in (0.0, 0.3, 1.0):
+            needles = sheet(task, much=Amounts(depth, 3, 4, 12)).needles
+            assert all(0 <= needle.depth <= 1 for needle in needles)
+            if task not in ("capacity", "multi_value", "multi_query"):
+                assert needles[0].depth == depth
+
+    def test_single_needles_say_what_is_asked(self) -> None:
+        made = sheet("number")
+        (ask,) = made.asks
+        assert made.needles[0].text == f"{ask.question.cue} {ask.wanted[0].value}."
+
+    def test_wrong_values_of_one_text_come_first(self) -> None:
+        made = sheet("multi_key")
+        told = {needle.text.split()[-1].strip(".") for needle in made.needles[1:]}
+        assert told <= set(made.asks[0].wanted[0].others)
+
+    def test_a_variable_needs_those_before_it(self) -> None:
+        made = sheet("variables")
+        wanted = made.asks[0].wanted
+        assert [each.needles for each in wanted] == [(0,), (0, 1), (0, 1, 2)]
+        assert made.needles[1].text == f"VAR {wanted[1].value} = VAR {wanted[0].value}."
+        assert made.asks[0].question.text.split()[-1].strip("?") in made.needles[0].text
+
+    def test_hay_of_needles_repeats_no_key(self) -> None:
+        hay = sheet("needles").hay
+        assert hay is not None
+        keys = [text.split()[4] for text in itertools.islice(hay, 3000)]
+        assert len(set(keys)) == len(keys)
+
+    def test_capacity_asks_in_all_parts_of_the_text(self) -> None:
+        for seed in range(5):
+            asked = [ask.wanted[0].needles[0] for ask in sheet("capacity", seed).asks]
+            assert [index // 4 for index in asked] == [0, 1, 2]
+
+    def test_capacity_of_fewer_facts_than_are_asked(self) -> None:
+        assert len(sheet("capacity", much=Amounts(0, 4, 4, 2)).asks) == 2
+
+
+class TestValues:
+    def test_more_names_than_pairs_of_words(self) -> None:
+        names = values.new(random.Random(0), values.name, 12_000)
+        assert len(set(names)) == 12_000
+
+    def test_kinds(self) -> None:
+        rng = random.Random(0)
+        assert len(values.number(rng)) == 7
+        assert len(values.identifier(rng)) == 36
+        assert values.variable(rng).isupper()
+
+
+class TestHaystack:
+    def test_pieces_join_to_the_text_and_end_where_sentences_do(self) -> None:
+        text = 'He said "No." Then he left!  Why?\n\nA heading\n\n(Nobody knows.) 我走了。他没有。 The end'
+        pieces = sentences(text)
+        assert "".join(pieces) == text
+        assert pieces[:4] == ['He said "No." ', "Then he left!  ", "Why?\n\n", "A heading\n\n"]
+        assert pieces[4:] == ["(Nobody knows.) ", "我走了。", "他没有。 ", "The end"]
+
+    def test_endless_sentences_are_cut_between_words(self) -> None:
+        pieces = sentences("word " * 300)
+        assert max(map(len, pieces)) <= 400
+        assert all(piece.endswith("word ") for piece in pieces)
+        assert [len(piece) for piece in sentences("x" * 900)] == [400, 400, 100]
+
+    def test_each_sentence_once_from_a_random_one_on(self) -> None:
+        read = list(from_text(["a", "b", "c", "d"], random.Random(3)))
+        assert sorted(read) == ["a", "b", "c", "d"]
+        assert "".join(read) in "abcdabcd"
+
+
+# Sinks 10, window 30, the question begins at 100 and the answer ends at 120: evicted before 70, in the window from 90.
+@pytest.mark.parametrize(
+    ("start", "stop", "label"),
+    [(0, 10, "sinks"), (5, 11, None), (10, 20, "evicted"), (60, 70, "evicted"), (60, 71, None), (80, 95, None),
+     (89, 95, None), (90, 100, "window")],
+)  # fmt: skip
+def test_spans(start: int, stop: int, label: str | None) -> None:
+    assert Exact(sinks=10, window=30, question=100, end=120).label(start, stop) == label
+
+
+def test_a_short_text_is_all_window() -> None:
+    exact = Exact(sinks=10, window=30, question=20, end=38)
+    assert exact.label(8, 15) == "window"
+    assert exact.label(2, 9) == "sinks"
+
+
+@pytest.mark.parametrize(
+    ("labels", "expected"),
+    [(["sinks"], "sinks"), (["window", "sinks"], "window"), (["window", "evicted", "sinks"], "evicted"),
+     (["window", None], None)],
+)  # fmt: skip
+def test_the_span_that_is_hardest_to_reach(labels: list[Any], expected: str | None) -> None:
+    assert joined(labels) == expected
+
+
+@pytest.mark.parametrize(
+    ("value", "answer", "is_found"),
+    [("1234567", " 1234567.", True), ("1234567", "it is 1,234,567!", True), ("1234567", "91234567", False),
+     ("1234567", "123456", False), ("Quiet-Fox", "the quiet-fox, I think", True), ("quiet-fox", "quiet-foxes", False),
+     ("ab-cd", "ab.cd", False)],
+)  # fmt: skip
+def test_found(value: str, answer: str, is_found: bool) -> None:
+    assert found(value, answer) == is_found
+
+
+@pytest.mark.parametrize(
+    ("scores", "place"),
+    [([-1.0, -2.0, -3.0], 1), ([-2.0, -1.0, -3.0], 2), ([-1.0, -1.0, -3.0], 2), ([float("nan"), -1.0, -2.0], 3)],
+)
+def test_rank(scores: list[float], place: int) -> None:
+    assert rank(scores) == place
