@@ -19,6 +19,7 @@ from ahn.config import AHNConfig, Mode, RunSettings, SinkPositions
 from ahn.errors import ConfigError, ModelError
 from ahn.memories import Memory, MemoryShape
 from ahn.positions import Rotation
+from ahn.scores import NEAR, SCORES, UNROTATED, find_score
 
 _OVERRIDES: ContextVar[Mapping[int, RunSettings]] = ContextVar("ahn_modes", default={})  # noqa: B039 (never mutated)
 _ATTRIBUTE = "_ahn_attachment"
@@ -72,7 +73,7 @@ class Attachment:
     @property
     def settings(self) -> RunSettings:
         """Settings of a run that starts now: those of the innermost `mode`, or the config's."""
-        default = RunSettings("ahn", self.config.window, self.config.sinks, self.config.sink_positions)
+        default = RunSettings.of(self.config)
         return _OVERRIDES.get().get(id(self), default)
 
     def site(self, index: int) -> Site:
@@ -103,12 +104,26 @@ class Attachment:
                 f"sinks + window = {span} exceed the {self.trained_context} positions that the base model was trained "
                 'on, so bounded sinks cannot precede the window; use a smaller window or sink_positions="absolute"'
             )
+        self._check_anchors(settings)
         for site in self.sites:
             if site.memory is not None and site.sliding_window is not None and site.sliding_window <= settings.sinks:
                 raise ConfigError(
                     f"{settings.sinks} sinks leave no window in layer {site.index}, which slides over "
                     f"{site.sliding_window} tokens by itself; use fewer sinks or leave it out with layers="
                 )
+
+    def _check_anchors(self, settings: RunSettings) -> None:
+        find_score(settings.anchor_score)
+        if not settings.anchors:
+            return
+        if settings.anchor_score in UNROTATED and self.rotation_problem:
+            others = ", ".join(name for name in SCORES if name not in UNROTATED)
+            raise ConfigError(
+                f"the rotary positions of this model cannot be undone ({self.rotation_problem}), as anchor_score="
+                f'"{settings.anchor_score}" asks; use one of {others}'
+            )
+        if settings.window <= NEAR:
+            raise ConfigError(f"anchors need a window of more than {NEAR} tokens, not {settings.window}")
 
 
 def set_attachment(model: nn.Module, attachment: Attachment | None) -> None:
@@ -144,6 +159,8 @@ def mode(
     window: int | None = None,
     sinks: int | None = None,
     sink_positions: SinkPositions | None = None,
+    anchors: int | None = None,
+    anchor_score: str | None = None,
 ) -> Iterator[None]:
     """Reads in another mode, or with another window, inside a `with` block.
 
@@ -158,13 +175,21 @@ def mode(
         window: Tokens of the window; as before if left out.
         sinks: Number of sinks; as before if left out.
         sink_positions: "absolute" or "bounded"; as before if left out.
+        anchors: Number of anchors; as before if left out.
+        anchor_score: What they are chosen by; as before if left out.
 
     Raises:
         ModelError: No memory is attached.
         ConfigError: A value is out of range, or the model cannot be read with these settings.
     """
     attachment = attachment_of(model)
-    changes: dict[str, Any] = {"window": window, "sinks": sinks, "sink_positions": sink_positions}
+    changes: dict[str, Any] = {
+        "window": window,
+        "sinks": sinks,
+        "sink_positions": sink_positions,
+        "anchors": anchors,
+        "anchor_score": anchor_score,
+    }
     given = {key: value for key, value in changes.items() if value is not None}
     settings = dataclasses.replace(attachment.settings, mode=name, **given)
     attachment.check(settings)

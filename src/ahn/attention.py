@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import nn
+from torch.nn import functional
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ahn.attachment import Site, find_attachment
@@ -22,6 +23,7 @@ from ahn.errors import ModelError
 from ahn.memories import Memory
 from ahn.plan import Plan
 from ahn.positions import Rotation, Tables
+from ahn.scores import UNROTATED, NewTokens, find_score
 from ahn.softmax import Softmax, local_attention
 
 IMPLEMENTATION = "ahn"
@@ -88,6 +90,22 @@ class LayerCall:
             return None
         return self.rotary.rotation.bounded(query, self.rotary.tables, self.rotary.positions)
 
+    @torch.no_grad()
+    def vote(self, key: torch.Tensor) -> torch.Tensor:
+        """How much each new token should be an anchor, in the eyes of this layer, `[B, T]`; its keys are remembered."""
+        settings, seen = self.plan.settings, self.store.exact.seen
+        if self.rotary is not None and settings.anchor_score in UNROTATED:
+            key = self.rotary.rotation.undo(key, self.rotary.tables)
+        key = key.float()
+        pads = torch.zeros(1, dtype=torch.long) if self.plan.padding is None else self.plan.padding.counts
+        tokens = torch.arange(seen, seen + key.size(2), device=key.device) - pads.to(key.device)[:, None]
+        unit = functional.normalize(key, dim=-1) * (tokens >= 0)[:, None, :, None]
+        total = unit.cumsum(2) if self.store.key_total is None else self.store.key_total + unit.cumsum(2)
+        self.store.key_total = total[:, :, -1:].clone()
+        mean = total / (tokens + 1).clamp(min=1)[:, None, :, None]
+        votes = find_score(settings.anchor_score)(NewTokens(key, mean, tokens))
+        return votes.expand(key.size(0), -1)
+
     def read_memory(self, query: torch.Tensor, view: View, seen: int) -> torch.Tensor:
         """Folds what left the window into the state; what the memory adds for the last E queries, `[B, E, H, V]`."""
         before = query.size(2) - view.evicted.length
@@ -150,7 +168,11 @@ def attention_function(
     store, padding = ahn.store, ahn.plan.padding
     new = Tokens(key, value, ahn.side(key))
     seen = store.exact.seen + new.length
-    view = store.append(new, padding) if ahn.kept else store.view(new, padding)
+    choice = None
+    if (election := ahn.plan.election) is not None:
+        election.votes.append(ahn.vote(key))
+        choice = election.choices.get(store.exact.window)
+    view = store.append(new, padding, choice) if ahn.kept else store.view(new, padding)
     sink_queries = ahn.sink_queries(query, seen)
     local = local_attention(query, sink_queries, view, ahn.plan, store.exact.window, seen, softmax)
     if ahn.gates is None or not view.evicted.length:

@@ -28,6 +28,8 @@ class AHNConfig:
             pass the base model's trained context, so that texts of any length stay in the range it knows.
         memory_positions: "rope" gives the memory the rotated queries and keys (as published); "none" takes them before
             the rotation, so that what is stored does not depend on where it stood. A property of the weights.
+        anchors: Tokens that stay exact beyond the window, chosen as they leave it; 0 for none. A setting of a run.
+        anchor_score: What they are chosen by, a key of `ahn.scores.SCORES`; looked up when it is attached.
 
     Raises:
         ConfigError: A value is out of range.
@@ -41,6 +43,8 @@ class AHNConfig:
     layers: tuple[int, ...] | None = None
     sink_positions: SinkPositions = "absolute"
     memory_positions: MemoryPositions = "rope"
+    anchors: int = 0
+    anchor_score: str = "key_diff"
 
     def __post_init__(self) -> None:
         if not isinstance(self.memory, str) or not self.memory:
@@ -48,6 +52,7 @@ class AHNConfig:
         _choice("sink_positions", self.sink_positions, get_args(SinkPositions))
         _choice("memory_positions", self.memory_positions, get_args(MemoryPositions))
         check_span(self.window, self.sinks)
+        check_anchors(self.anchors, self.anchor_score)
         if self.layers is not None:
             object.__setattr__(self, "layers", _layer_indices(self.layers))
 
@@ -81,17 +86,32 @@ class RunSettings:
         window: Tokens of the window, the current one included.
         sinks: Tokens at the start of each sequence that stay exact.
         sink_positions: See `AHNConfig`.
+        anchors: See `AHNConfig`; read in mode "ahn" only.
+        anchor_score: See `AHNConfig`.
     """
 
     mode: Mode
     window: int
     sinks: int
     sink_positions: SinkPositions = "absolute"
+    anchors: int = 0
+    anchor_score: str = "key_diff"
 
     def __post_init__(self) -> None:
         _choice("mode", self.mode, get_args(Mode))
         _choice("sink_positions", self.sink_positions, get_args(SinkPositions))
         check_span(self.window, self.sinks)
+        check_anchors(self.anchors, self.anchor_score)
+
+    @classmethod
+    def of(cls, config: AHNConfig, mode: Mode = "ahn") -> RunSettings:
+        """The run that a config asks for."""
+        return cls(mode, config.window, config.sinks, config.sink_positions, config.anchors, config.anchor_score)
+
+    @property
+    def has_anchors(self) -> bool:
+        """Whether anchors are chosen and read."""
+        return self.mode == "ahn" and self.anchors > 0
 
 
 def check_span(window: int, sinks: int) -> None:
@@ -103,6 +123,18 @@ def check_span(window: int, sinks: int) -> None:
     for name, value, least in (("window", window, 1), ("sinks", sinks, 0)):
         if not isinstance(value, int) or isinstance(value, bool) or value < least:
             raise ConfigError(f"{name} must be a whole number of at least {least}, not {value!r}")
+
+
+def check_anchors(anchors: int, score: str) -> None:
+    """Checks the settings of anchors.
+
+    Raises:
+        ConfigError: The number is not a whole one from 0 on, or the score is no name.
+    """
+    if not isinstance(anchors, int) or isinstance(anchors, bool) or anchors < 0:
+        raise ConfigError(f"anchors must be a whole number of at least 0, not {anchors!r}")
+    if not isinstance(score, str) or not score:
+        raise ConfigError(f"anchor_score must be the name of a score, not {score!r}")
 
 
 def _choice(name: str, value: object, known: Iterable[str]) -> None:

@@ -15,9 +15,11 @@ from ahn import _compat
 from ahn.attachment import Attachment, Site, attachment_of
 from ahn.attention import LayerCall, Rotary
 from ahn.cache import HippocampalCache, HippocampalLayer, Padding
+from ahn.cache.anchors import Ballot, Election
 from ahn.cache.cache import check_cache, new_cascade
 from ahn.config import RunSettings
 from ahn.errors import CacheError
+from ahn.pieces import joined, read_first_pieces
 from ahn.plan import CURRENT, Plan, find_padding
 
 
@@ -26,24 +28,42 @@ def before_call(backbone: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
     attachment = attachment_of(backbone)
     if args:
         kwargs = {**dict(zip(_parameter_names(backbone), args, strict=False)), **kwargs}
-    inputs = kwargs.get("input_ids") if kwargs.get("input_ids") is not None else kwargs.get("inputs_embeds")
+    inputs = _inputs(kwargs)
     cache, padding = _compat.find_cache(kwargs), None
     settings = _settings(attachment, cache)
     if settings.mode != "full" and inputs is not None:
         if cache is None:
-            cache = _new_cache(attachment, backbone, kwargs)
+            cache = _new_cache(attachment, backbone, kwargs, needed=settings.has_anchors)
         padding = _padding(attachment, cache, inputs, kwargs.get("attention_mask"))
     kwargs = _compat.with_cache(backbone, kwargs, cache)
     plan = Plan(attachment, settings, padding)
+    if isinstance(cache, HippocampalCache) and cache.ballot is not None and inputs is not None:
+        plan.before, kwargs = read_first_pieces(backbone, cache.seen_tokens, cache.ballot.longest_call, kwargs)
+        plan.election = _election(cache, cache.ballot, _inputs(kwargs).size(1))
     plan.token = CURRENT.set(plan)
     return (), kwargs
 
 
-def after_call(backbone: Any, args: Any, output: Any) -> None:
+def after_call(backbone: Any, args: Any, output: Any) -> Any:
     """The hook that ends a call, also one that failed."""
     plan = CURRENT.get()
-    if plan is not None and plan.token is not None:
-        CURRENT.reset(plan.token)
+    if plan is None or plan.token is None:
+        return None
+    CURRENT.reset(plan.token)
+    if output is not None and plan.election is not None:
+        plan.election.close()
+    return joined([*plan.before, output]) if output is not None and plan.before else None
+
+
+def _inputs(kwargs: dict[str, Any]) -> Any:
+    """Ids or embeddings of a call, whichever it was given."""
+    return kwargs.get("input_ids") if kwargs.get("input_ids") is not None else kwargs.get("inputs_embeds")
+
+
+def _election(cache: HippocampalCache, ballot: Ballot, new: int) -> Election:
+    """The election of a call, whose choice is made before it begins."""
+    seen = cache.seen_tokens
+    return Election(ballot, seen, ballot.choose(seen, new, cache.padding))
 
 
 def _settings(attachment: Attachment, cache: Any) -> RunSettings:
@@ -60,12 +80,12 @@ def _settings(attachment: Attachment, cache: Any) -> RunSettings:
     return RunSettings("full", settings.window, settings.sinks)
 
 
-def _new_cache(attachment: Attachment, backbone: Any, kwargs: dict[str, Any]) -> HippocampalCache | None:
-    """Makes the cache of a call that was given none, if one is wanted."""
+def _new_cache(attachment: Attachment, backbone: Any, kwargs: dict[str, Any], needed: bool) -> HippocampalCache | None:
+    """Makes the cache of a call that was given none, if one is wanted, or needed inside the call."""
     wanted = kwargs.get("use_cache")
     wanted = backbone.config.use_cache and not backbone.training if wanted is None else wanted
     kwargs["use_cache"] = wanted
-    return HippocampalCache(_holder(attachment)) if wanted else None
+    return HippocampalCache(_holder(attachment)) if wanted or needed else None
 
 
 def _padding(attachment: Attachment, cache: HippocampalCache | None, inputs: torch.Tensor, mask: Any) -> Padding | None:

@@ -14,6 +14,7 @@ import torch
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 from ahn.attachment import Attachment
+from ahn.cache.anchors import Election
 from ahn.cache.exact import Extra, Padding, View
 from ahn.config import RunSettings
 from ahn.errors import CacheError
@@ -31,6 +32,8 @@ class Plan:
         padding: Padding at the left of the rows, or `None`.
         base_mask: Mask for layers without a memory, as the base model's implementation wants it.
         masks: Block masks made so far, shared by the layers.
+        election: The choice of anchors in this call; `None` where there are none.
+        before: Outputs of the pieces of a long call that were read before this, its last one.
         token: What ends the call.
     """
 
@@ -39,6 +42,8 @@ class Plan:
     padding: Padding | None
     base_mask: Any = None
     masks: dict[tuple[object, ...], torch.Tensor] = dataclasses.field(default_factory=dict)
+    election: Election | None = None
+    before: list[Any] = dataclasses.field(default_factory=list)
     token: Token[Plan | None] | None = None
 
     def block_mask(

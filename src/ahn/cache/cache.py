@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
+from collections.abc import Callable
 from typing import TYPE_CHECKING, NoReturn, cast
 
 import torch
@@ -10,6 +12,7 @@ from torch import nn
 from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
 
 from ahn.attachment import Attachment, Site, attachment_of
+from ahn.cache.anchors import Ballot
 from ahn.cache.exact import Padding
 from ahn.cache.layer import HippocampalLayer
 from ahn.cache.pooled import state_slots
@@ -43,6 +46,7 @@ class HippocampalCache(Cache):
     Attributes:
         settings: Mode, window and sinks, fixed for the life of the cache.
         padding: Padding at the left of the rows, or `None`.
+        ballot: The choice of the anchors, where there are any.
     """
 
     def __init__(self, model: nn.Module, *, window: int | None = None, sinks: int | None = None) -> None:
@@ -50,11 +54,8 @@ class HippocampalCache(Cache):
         now = attachment.settings
         if now.mode == "full":
             raise ConfigError('mode "full" reads with the base model\'s own cache: use transformers.DynamicCache there')
-        settings = RunSettings(
-            now.mode,
-            now.window if window is None else window,
-            now.sinks if sinks is None else sinks,
-            now.sink_positions,
+        settings = dataclasses.replace(
+            now, window=now.window if window is None else window, sinks=now.sinks if sinks is None else sinks
         )
         attachment.check(settings)
         self.begin(attachment, settings)
@@ -65,6 +66,8 @@ class HippocampalCache(Cache):
         self.settings = settings
         self.padding: Padding | None = None
         super().__init__(layers=[new_layer(site, settings) for site in attachment.sites])
+        windows = {layer.exact.window for layer in self.cascades if isinstance(layer, HippocampalLayer)}
+        self.ballot = Ballot(settings.anchors, settings.sinks, windows) if settings.has_anchors else None
 
     @property
     def cascades(self) -> list[AnyLayer]:
@@ -86,8 +89,9 @@ class HippocampalCache(Cache):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of every tensor held: keys, values, gates, states, padding counts."""
+        """Bytes of every tensor held: keys, values, gates, states, anchors and their scores, padding counts."""
         padding = self.padding.counts.nbytes if self.padding else 0
+        padding += sum(tensor.nbytes for tensor in self.ballot.held.values()) if self.ballot else 0
         return padding + sum(t.nbytes for layer in self.cascades for t in layer_tensors(layer).values())
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -126,6 +130,8 @@ class HippocampalCache(Cache):
             set_layer_tensors(
                 other, {name: t.clone() for name, t in layer_tensors(mine).items()}, mine.get_seq_length()
             )
+        if self.ballot and twin.ballot:
+            twin.ballot.held = {name: tensor.clone() for name, tensor in self.ballot.held.items()}
         if self.padding:
             twin.padding = Padding(self.padding.counts.clone(), self.padding.most)
         return twin
@@ -134,20 +140,23 @@ class HippocampalCache(Cache):
         """Forgets everything; the settings stay."""
         super().reset()
         self.padding = None
+        if self.ballot:
+            self.ballot.held = {}
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         """Follows the rows that a beam search keeps."""
         super().reorder_cache(cast(torch.LongTensor, beam_idx))
-        self._select_padding(beam_idx)
+        self._select_shared(beam_idx)
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         """Keeps these rows of the batch."""
         super().batch_select_indices(indices)
-        self._select_padding(indices)
+        self._select_shared(indices)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeats each row of the batch."""
         super().batch_repeat_interleave(repeats)
+        self._map_ballot(lambda tensor: tensor.repeat_interleave(repeats, dim=0))
         if self.padding:
             self.padding = Padding(self.padding.counts.repeat_interleave(repeats), self.padding.most)
 
@@ -159,7 +168,13 @@ class HippocampalCache(Cache):
         """
         refuse_assisted_decoding()
 
-    def _select_padding(self, rows: torch.Tensor) -> None:
+    def _map_ballot(self, function: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        if self.ballot:
+            self.ballot.held = {name: function(tensor) for name, tensor in self.ballot.held.items()}
+
+    def _select_shared(self, rows: torch.Tensor) -> None:
+        """Keeps these rows of what all layers share."""
+        self._map_ballot(lambda tensor: tensor.index_select(0, rows.to(tensor.device)))
         if self.padding:
             counts = self.padding.counts
             self.padding = Padding(counts[rows.to(counts.device)], self.padding.most)

@@ -75,6 +75,10 @@ def concatenate(parts: list[Tokens]) -> Tokens:
     return Tokens(*(torch.cat(tensors, dim=2) for tensors in zip(*filled, strict=True)))
 
 
+NEVER = torch.iinfo(torch.int64).max
+"""Index of a token that never comes."""
+
+
 class Extra(NamedTuple):
     """Keys and values beside sinks and window, with the queries that read them.
 

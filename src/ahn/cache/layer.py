@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from transformers.cache_utils import CacheLayerMixin
 
+from ahn.cache.anchors import Bank, Choice
 from ahn.cache.exact import ExactStore, Padding, Tokens, View
 from ahn.cache.pooled import POOLINGS, PooledStore
 from ahn.config import RunSettings
@@ -29,6 +30,8 @@ class HippocampalLayer(CacheLayerMixin):
     Attributes:
         exact: Sinks and window.
         pooled: Slots, in the modes of a Compressive Transformer.
+        bank: Anchors, where there are any.
+        key_total: Sum of all unit keys before their rotation, `[B, G, 1, K]` float32, for the votes on anchors.
         state: State of the memory, `[B, *state_shape]` float32, or `None` before the first eviction.
     """
 
@@ -51,6 +54,8 @@ class HippocampalLayer(CacheLayerMixin):
         self.exact = ExactStore(settings.sinks, window)
         pooling = POOLINGS.get(settings.mode)
         self.pooled = PooledStore(slots, pooling, settings.sinks, window) if pooling and slots else None
+        self.bank = Bank(settings.anchors) if settings.has_anchors else None
+        self.key_total: torch.Tensor | None = None
         self.state: torch.Tensor | None = None
 
     def view(self, new: Tokens, padding: Padding | None) -> View:
@@ -60,10 +65,18 @@ class HippocampalLayer(CacheLayerMixin):
             return view
         return view._replace(extra=self.pooled.view(view.evicted, self._first(view, seen), padding))
 
-    def append(self, new: Tokens, padding: Padding | None) -> View:
-        """Stores new tokens; returns what their queries read and what left the window."""
+    def append(self, new: Tokens, padding: Padding | None, choice: Choice | None = None) -> View:
+        """Stores new tokens; returns what their queries read and what left the window.
+
+        Args:
+            new: The new tokens.
+            padding: Padding at the left of the rows, or `None` where there is none.
+            choice: Which of the tokens that leave become anchors, and what the others are; `None` where there are none.
+        """
         self.is_initialized = True
         view = self.exact.append(new, padding)
+        if self.bank is not None and choice is not None:
+            return view._replace(extra=self.bank.append(view.evicted, choice))
         if self.pooled is None:
             return view
         return view._replace(extra=self.pooled.append(view.evicted, self._first(view, self.exact.seen), padding))
@@ -72,11 +85,16 @@ class HippocampalLayer(CacheLayerMixin):
         """Index of the first evicted token after `seen` tokens."""
         return seen - self.exact.window - view.evicted.length
 
+    def _later_stores(self) -> list[PooledStore | Bank]:
+        return [store for store in (self.pooled, self.bank) if store is not None]
+
     def tensors(self) -> dict[str, torch.Tensor]:
         """Every tensor held, by name."""
         held = {} if self.exact.buffer is None else self.exact.buffer._asdict()
-        if self.pooled is not None:
-            held |= self.pooled.tensors()
+        for store in self._later_stores():
+            held |= store.tensors()
+        if self.key_total is not None:
+            held["key_total"] = self.key_total
         return held if self.state is None else {**held, "state": self.state}
 
     def set_tensors(self, tensors: dict[str, torch.Tensor], seen: int) -> None:
@@ -84,8 +102,9 @@ class HippocampalLayer(CacheLayerMixin):
         self.state = tensors.get("state")
         if "keys" in tensors:
             self.exact.buffer = Tokens(tensors["keys"], tensors["values"], tensors["side"])
-        if self.pooled is not None:
-            self.pooled.set_tensors(tensors)
+        self.key_total = tensors.get("key_total")
+        for store in self._later_stores():
+            store.set_tensors(tensors)
         self.exact.seen = seen
         self.is_initialized = seen > 0
 
@@ -93,8 +112,10 @@ class HippocampalLayer(CacheLayerMixin):
         """Replaces every tensor by the function's result on it."""
         if self.exact.buffer is not None:
             self.exact.buffer = self.exact.buffer.map(function)
-        if self.pooled is not None:
-            self.pooled.map_tensors(function)
+        if self.key_total is not None:
+            self.key_total = function(self.key_total)
+        for store in self._later_stores():
+            store.map_tensors(function)
         if self.state is not None:
             self.state = function(self.state)
 
@@ -122,9 +143,9 @@ class HippocampalLayer(CacheLayerMixin):
     def reset(self) -> None:
         """Forgets everything."""
         self.exact = ExactStore(self.exact.sinks, self.exact.window)
-        if self.pooled is not None:
-            self.pooled.reset()
-        self.state = None
+        for store in self._later_stores():
+            store.reset()
+        self.state = self.key_total = None
         self.is_initialized = False
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
@@ -148,6 +169,8 @@ class HippocampalLayer(CacheLayerMixin):
         removed = abs(tokens_to_remove)
         if removed == 0:
             return
+        if self.bank is not None:
+            raise CacheError("cannot take tokens back that anchors were chosen by; keep a `fork()` of the cache")
         if self.exact.seen > self.exact.sinks + self.exact.window:
             raise CacheError("cannot take tokens back once one has left the window; keep a `fork()` of the cache")
         if removed > self.exact.seen:

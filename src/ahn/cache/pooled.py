@@ -17,7 +17,7 @@ from typing import Literal, NamedTuple
 import torch
 import torch.nn.functional as F
 
-from ahn.cache.exact import Extra, Padding, Tokens
+from ahn.cache.exact import NEVER, Extra, Padding, Tokens
 from ahn.memories import Memory
 
 POOLED = 4
@@ -29,8 +29,6 @@ POOLINGS: dict[str, Pooling] = {"ct_max": "max", "ct_mean": "mean"}
 
 STATE_NUMBER_BYTES = 4
 """Bytes of a number in a state, which is float32."""
-
-NEVER = torch.iinfo(torch.int64).max
 
 
 class _Slots(NamedTuple):

@@ -209,7 +209,7 @@ def _from_merged(
 
 
 def _run_settings(content: Content, config: AHNConfig | None) -> AHNConfig:
-    """The saved settings with the window and sinks that are asked for."""
+    """The saved settings with those of a run that are asked for."""
     saved = content.config
     if config is None:
         return saved
@@ -219,7 +219,8 @@ def _run_settings(content: Content, config: AHNConfig | None) -> AHNConfig:
             raise failure(content.where, f"its {name} is {theirs!r}, not {ours!r}", f"Set {name}={theirs!r}")
     if config.layers not in (None, saved.layers, content.layers):
         raise failure(content.where, f"it has a memory in layers {list(content.layers)}", "Leave layers out")
-    return dataclasses.replace(saved, window=config.window, sinks=config.sinks, sink_positions=config.sink_positions)
+    names = ("window", "sinks", "sink_positions", "anchors", "anchor_score")
+    return dataclasses.replace(saved, **{name: getattr(config, name) for name in names})
 
 
 def _base_config(where: str, values: dict[str, Any]) -> PreTrainedConfig:

@@ -59,7 +59,7 @@ class Counting(abc.ABC):
     def __init__(self, base: Base) -> None:
         self.base = base
         config = base.attachment.config
-        self.settings = RunSettings("ahn", config.window, config.sinks, config.sink_positions)
+        self.settings = RunSettings.of(config)
 
     @abc.abstractmethod
     def triangle(self, tokens: int) -> int:

@@ -1,0 +1,75 @@
+"""How a layer votes on the tokens it reads: which of them should be anchors once they leave the window.
+
+Legend of shapes: B batch, T new tokens, G key/value heads, K key size.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+import torch
+
+from ahn.errors import ConfigError
+
+NEAR = 3
+"""Neighbours on each side that a token's score is averaged over. Those behind it are still in the window."""
+
+
+@dataclasses.dataclass(frozen=True)
+class NewTokens:
+    """The new tokens of a layer, as the scores see them.
+
+    Attributes:
+        keys: Keys as they were before their rotation, `[B, G, T, K]` float32.
+        mean: Mean of all unit keys up to and including each token's, likewise.
+        tokens: Their indices from each row's first real token, `[B, T]`.
+    """
+
+    keys: torch.Tensor
+    mean: torch.Tensor
+    tokens: torch.Tensor
+
+
+def key_diff(new: NewTokens) -> torch.Tensor:
+    """How much a key differs from the mean key: minus their cosine. Source: KeyDiff, arXiv 2504.15364."""
+    return -torch.cosine_similarity(new.keys, new.mean, dim=-1).mean(1)
+
+
+def key_norm(new: NewTokens) -> torch.Tensor:
+    """Minus the length of the key: short keys draw attention. Source: arXiv 2406.11430."""
+    return -new.keys.norm(dim=-1).mean(1)
+
+
+def recent(new: NewTokens) -> torch.Tensor:
+    """The later the better, which enlarges the window: a control."""
+    return new.tokens.float()
+
+
+def random(new: NewTokens) -> torch.Tensor:
+    """A number between 0 and 1 that depends on the index of the token alone: a control."""
+    hashed: torch.Tensor = new.tokens * 2654435761 % 2**32
+    return hashed.float() / 2**32
+
+
+SCORES: dict[str, Callable[[NewTokens], torch.Tensor]] = {
+    "key_diff": key_diff,
+    "key_norm": key_norm,
+    "recent": recent,
+    "random": random,
+}
+"""Scores by name: of new tokens to votes, `[B, T]`, the higher the better. A new one is a function and a line here."""
+
+UNROTATED = ("key_diff",)
+"""Scores that need keys as they were before their rotation; that of others does not change by it."""
+
+
+def find_score(name: str) -> Callable[[NewTokens], torch.Tensor]:
+    """The score of a name.
+
+    Raises:
+        ConfigError: There is none.
+    """
+    if name not in SCORES:
+        raise ConfigError(f"unknown anchor_score {name!r}; known are {', '.join(SCORES)}")
+    return SCORES[name]
