@@ -19,10 +19,12 @@ ROOMS = (
     "ops",
     "memories",
     "positions",
+    "scores",
     "attachment",
     "cache",
     "_compat",  # it names the caches that transformers brings, to tell them from ours
     "plan",
+    "pieces",
     "softmax",
     "attention",
     "hooks",

@@ -33,12 +33,13 @@ class NewTokens:
 
 def key_diff(new: NewTokens) -> torch.Tensor:
     """How much a key differs from the mean key: minus their cosine. Source: KeyDiff, arXiv 2504.15364."""
-    return -torch.cosine_similarity(new.keys, new.mean, dim=-1).mean(1)
+    cosine: torch.Tensor = torch.cosine_similarity(new.keys, new.mean, dim=-1)
+    return -cosine.mean(1)
 
 
 def key_norm(new: NewTokens) -> torch.Tensor:
     """Minus the length of the key: short keys draw attention. Source: arXiv 2406.11430."""
-    return -new.keys.norm(dim=-1).mean(1)
+    return -torch.linalg.vector_norm(new.keys, dim=-1).mean(1)
 
 
 def recent(new: NewTokens) -> torch.Tensor:
