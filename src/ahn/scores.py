@@ -39,7 +39,8 @@ def key_diff(new: NewTokens) -> torch.Tensor:
 
 def key_norm(new: NewTokens) -> torch.Tensor:
     """Minus the length of the key: short keys draw attention. Source: arXiv 2406.11430."""
-    return -torch.linalg.vector_norm(new.keys, dim=-1).mean(1)
+    length: torch.Tensor = torch.linalg.vector_norm(new.keys, dim=-1)
+    return -length.mean(1)
 
 
 def recent(new: NewTokens) -> torch.Tensor:

@@ -101,6 +101,21 @@ def test_forks_and_answers(model: Any, arm: str) -> None:
     assert first.nll.numel() == 9
 
 
-def test_unknown_arm(model: Any) -> None:
-    with pytest.raises(ConfigError, match="known are full, window"):
-        arm_reader(model, "none")
+def test_arms_with_numbers(model: Any) -> None:
+    ids = text(1, 90)[0]
+    cases = {
+        "window+9": ("window", {"window": WINDOW + 9}),
+        "ahn+4": ("ahn", {"anchors": 4}),
+        "ahn+4:recent": ("ahn", {"anchors": 4, "anchor_score": "recent"}),
+    }
+    for arm, (mode, settings) in cases.items():
+        reader = arm_reader(model, arm)
+        reader.feed(ids)
+        with ahn.mode(model, mode, **settings):  # type: ignore[arg-type]
+            torch.testing.assert_close(reader.nll, read(model, ids).nll, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["none", "", "full+3", "ahn+0", "window+4:recent", "ahn+", "ahn+4:", "ahn+4:luck"])
+def test_unknown_arms(model: Any, name: str) -> None:
+    with pytest.raises(ConfigError, match="known are"):
+        arm_reader(model, name)

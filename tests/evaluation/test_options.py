@@ -43,8 +43,14 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         ({"window": 0}, "--window must be at least 1, not 0."),
         ({"sinks": -1}, "--sinks must be at least 0, not -1."),
         ({"sink_positions": "far"}, "--sink-positions must be bounded or absolute, not 'far'."),
-        ({"arms": "window,half"}, "--arms must be full, window, ahn, ct_max, ct_mean or tail, not 'half'."),
-        ({"arms": ","}, "--arms must be full, window, ahn, ct_max, ct_mean or tail, not ''."),
+        (
+            {"arms": "window,half"},
+            "--arms takes full, window, ahn, ct_max, ct_mean, tail, window+64 (a larger window) or ahn+64 (so many anchors), not 'half'.",
+        ),
+        (
+            {"arms": ","},
+            "--arms takes full, window, ahn, ct_max, ct_mean, tail, window+64 (a larger window) or ahn+64 (so many anchors), not ''.",
+        ),
         ({"seed": -1}, "--seed must be at least 0, not -1."),
         ({"adapter": "./missing"}, "--adapter ./missing does not exist."),
         ({"out": Path("file.txt")}, "--out file.txt is a file. Name a folder."),

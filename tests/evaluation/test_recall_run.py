@@ -242,7 +242,7 @@ class TestCommand:
             ("--values 0", "--values must be at least 1, not 0."),
             ("--distractors 0", "--distractors must be at least 1, not 0."),
             ("--haystack none.txt", "--haystack none.txt does not exist. Check the path."),
-            ("--arms window,half", "--arms must be full, window,"),
+            ("--arms window,half", "--arms takes full, window,"),
             ("--haystack short.txt", "the haystack has about 35 tokens, too few for a length of 700."),
             ("--lengths 60", "1 needle and the question take"),
         ],

@@ -3,8 +3,8 @@
 All but `full` have the same lossless budget, sinks and window.
 
 - `full`: the base model itself.
-- `window`: sinks and sliding window.
-- `ahn`: the memory beside them.
+- `window`: sinks and sliding window; `window+64`: a window that is 64 tokens larger.
+- `ahn`: the memory beside them; `ahn+64`: 64 anchors too; `ahn+64:recent`: chosen by another score.
 - `ct_max`, `ct_mean`: the slots of a Compressive Transformer beside them.
 - `tail`: the base model given nothing but the tokens of sinks and window as its whole input. The floor: a layer of a
   sliding window reads what the layer below read further back, so that `window` knows of more than its window.
@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Collection
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -23,11 +23,10 @@ import ahn
 from ahn.attachment import attachment_of
 from ahn.cache import HippocampalCache
 from ahn.config import Mode
-from ahn.errors import ConfigError
+from ahn.evaluation.arm_names import ARMS, find_arm
 from ahn.reading import Reader, automatic_chunk, cache_bytes
 
-ARMS = ("full", "window", "ahn", "ct_max", "ct_mean", "tail")
-"""Names of the arms."""
+__all__ = ["ARMS", "ArmReader", "TailReader", "arm_reader"]
 
 _STEPS = 8  # parts of a window that `tail` moves on by
 
@@ -39,6 +38,7 @@ class ArmReader:
         model: A model with a memory attached; window and sinks are those of its current settings.
         mode: Mode to read in.
         score: Whether every token is scored.
+        **settings: Further settings of the mode, as for `ahn.mode`.
 
     Attributes:
         nll: Negative log-likelihood of each token but the first, in nats, `[T - 1]` float32; empty without scores.
@@ -46,11 +46,11 @@ class ArmReader:
         seconds: Time that the model took for them.
     """
 
-    def __init__(self, model: nn.Module, mode: Mode, score: bool = True) -> None:
+    def __init__(self, model: nn.Module, mode: Mode, score: bool = True, **settings: Any) -> None:
         self.model = model
         self.mode = mode
         self.tokens = 0
-        with ahn.mode(model, mode):
+        with ahn.mode(model, mode, **settings):
             self._reader = Reader(model, score=score)
 
     def feed(self, ids: torch.Tensor) -> None:
@@ -179,18 +179,18 @@ def arm_reader(model: nn.Module, arm: str, *, score: bool = True) -> ArmReader:
 
     Args:
         model: A model with a memory attached.
-        arm: One of `ARMS`.
+        arm: A name as for `ahn.evaluation.arm_names.find_arm`.
         score: Whether every token is scored; without it the last logits of each piece are computed only.
 
     Raises:
         ConfigError: There is no such arm.
         ModelError: No memory is attached.
     """
-    if arm not in ARMS:
-        raise ConfigError(f"unknown arm {arm!r}; known are {', '.join(ARMS)}")
-    if arm == "tail":
+    found = find_arm(arm)
+    if found.way == "tail":
         return TailReader(model, score)
-    return ArmReader(model, cast(Mode, arm), score)
+    settings = found.settings(attachment_of(model).settings.window)
+    return ArmReader(model, cast(Mode, found.way), score, **settings)
 
 
 def _forked(reader: Reader) -> Reader:

@@ -13,15 +13,14 @@ import typer
 
 from ahn.cli import checks
 from ahn.cli.terminal import UsageError, notes, output, say
+from ahn.errors import ConfigError
+from ahn.evaluation.arm_names import ARMS, GRAMMAR, find_arm
 
 if TYPE_CHECKING:
     from ahn.cli.loading import Loaded
     from ahn.evaluation.journal import Journal
     from ahn.evaluation.page import Page
     from ahn.evaluation.report import Report
-
-ARMS = ("full", "window", "ahn", "ct_max", "ct_mean", "tail")
-"""Ways to read that can be compared; `ahn.evaluation.arms` says what each is."""
 
 MODEL, WINDOW, SINKS, SINK_POSITIONS = "smollm2-135m", 1024, 32, "bounded"
 JOURNAL, REPORT, PAGE = "journal.jsonl", "report.json", "report.html"
@@ -37,7 +36,7 @@ Adapter = Annotated[
 Window = Annotated[int, typer.Option(help="Tokens kept exactly behind the current one.")]
 Sinks = Annotated[int, typer.Option(help="First tokens that are kept for ever.")]
 SinkPositions = Annotated[str, typer.Option(metavar="bounded|absolute", help="How far away the sinks may seem.")]
-Arms = Annotated[str, typer.Option(help=f"Ways to read, joined by commas: {', '.join(ARMS)}.")]
+Arms = Annotated[str, typer.Option(help=f"Ways to read, joined by commas: {', '.join(ARMS)}, window+64, ahn+64.")]
 Out = Annotated[
     Path | None,
     typer.Option(help="Folder for report, plots and journal; the same command again goes on where it stopped."),
@@ -116,7 +115,6 @@ def open_run(
     arms: str,
     out: Path | None,
     seed: int,
-    known_arms: tuple[str, ...] = ARMS,
     **own: Any,
 ) -> Run:
     """Checks the options that the commands share, before anything is loaded.
@@ -141,7 +139,7 @@ def open_run(
     checks.span(window, sinks, sink_positions)
     checks.at_least("--seed", seed, 0)
     checks.adapter(adapter)
-    names = arm_names(arms, known_arms)
+    names = arm_names(arms)
     folder = None if out is None else out.expanduser()
     if folder is not None:
         _check_folder(folder)
@@ -165,20 +163,26 @@ def open_run(
     return Run(settings, names, folder, journal)
 
 
-def arm_names(arms: str, known: tuple[str, ...] = ARMS) -> list[str]:
-    """The arms in "full,window,ahn", each once.
+def arm_names(arms: str) -> list[str]:
+    """The arms in "full,window,ahn+64", each once.
 
     Args:
         arms: Names joined by commas.
-        known: Names that there are.
 
     Raises:
         UsageError: There is none, or an unknown one.
     """
     found = [name.strip() for name in arms.split(",") if name.strip()]
     for name in found or [""]:
-        checks.one_of("--arms", name, known)
+        _check_arm(name)
     return list(dict.fromkeys(found))
+
+
+def _check_arm(name: str) -> None:
+    try:
+        find_arm(name)
+    except ConfigError:
+        raise UsageError(f"--arms takes {GRAMMAR}, not '{name}'.") from None
 
 
 def weights_checksum(model: Any) -> str:

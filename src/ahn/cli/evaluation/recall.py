@@ -12,6 +12,7 @@ from ahn.cli.evaluation import options
 from ahn.cli.evaluation.options import open_run
 from ahn.cli.terminal import UsageError, notes, output, say
 from ahn.cli.texts import reference
+from ahn.evaluation import arm_names
 from ahn.evaluation.recall.tasks import TASKS
 
 if TYPE_CHECKING:
@@ -26,7 +27,7 @@ ahn eval recall --tasks number,multi_key --lengths 2048,4096 --out recall
 
 ahn eval recall --tasks capacity --facts 4,8,16,32,64 --arms full,window,ahn
 """
-ARMS = ",".join(options.ARMS)
+ARMS = ",".join(arm_names.ARMS)
 
 
 def command(
