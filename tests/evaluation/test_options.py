@@ -13,6 +13,7 @@ from ahn.cli.evaluation import options
 from ahn.cli.terminal import UsageError
 from ahn.errors import AHNError
 from ahn.evaluation import arms
+from ahn.evaluation.arm_names import GRAMMAR
 from ahn.evaluation.page import Page
 from ahn.evaluation.report import Report, read_report
 from tests.tiny import awaken, with_memory
@@ -45,11 +46,11 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         ({"sink_positions": "far"}, "--sink-positions must be bounded or absolute, not 'far'."),
         (
             {"arms": "window,half"},
-            "--arms takes full, window, ahn, ct_max, ct_mean, tail, window+64 (a larger window) or ahn+64 (so many anchors), not 'half'.",
+            f"--arms takes {GRAMMAR}, not 'half'.",
         ),
         (
             {"arms": ","},
-            "--arms takes full, window, ahn, ct_max, ct_mean, tail, window+64 (a larger window) or ahn+64 (so many anchors), not ''.",
+            f"--arms takes {GRAMMAR}, not ''.",
         ),
         ({"seed": -1}, "--seed must be at least 0, not -1."),
         ({"adapter": "./missing"}, "--adapter ./missing does not exist."),
