@@ -7,6 +7,7 @@ PYTHON ?= python3
 TORCH  ?= 2.13.0
 ARGS   ?=
 TEXTS  ?=
+WORKERS ?= 2
 
 # Threads that spin for long while they wait take the cores from whatever else runs: a factor of three and more.
 export GOMP_SPINCOUNT ?= 10000
@@ -38,7 +39,7 @@ demo: $(HAVE_AHN) $(HAVE_MODEL)
 	@$(VENV)/bin/ahn demo $(ARGS)
 
 test: lint $(HAVE_MODEL)
-	@$(PY) -m pytest -q -m "not slow and not gpu and not network" $(ARGS)
+	@$(PY) -m pytest -q -n $(WORKERS) --dist worksteal -m "not slow and not gpu and not network" $(ARGS)
 
 slow: $(HAVE_DEV) $(HAVE_MODEL)
 	@$(PY) -m pytest -q -m "slow and not gpu and not network" --timeout 3600 $(ARGS)
