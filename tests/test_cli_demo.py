@@ -11,7 +11,8 @@ import torch
 from rich.console import Console
 
 import ahn
-from ahn.cli import comparison, loading, main, prompts, show, writing
+from ahn import prompts
+from ahn.cli import comparison, loading, main, show, writing
 from ahn.cli.texts import reference
 from ahn.reading import Reader
 from tests.test_cli import as_before, place  # noqa: F401 (fixtures)

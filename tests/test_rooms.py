@@ -30,6 +30,7 @@ ROOMS = (
     "surgery",
     "checkpoint",
     "reading",
+    "prompts",
     "texts",
     "cost",
     "__init__",  # the public API: what stands below uses it as any user does

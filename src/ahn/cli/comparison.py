@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import ahn
+from ahn import prompts
 from ahn.attachment import attachment_of
-from ahn.cli import prompts, writing
+from ahn.cli import writing
 from ahn.reading import Reader, automatic_chunk, cache_bytes, full_cache_bytes
 
 if TYPE_CHECKING:

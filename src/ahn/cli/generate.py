@@ -122,7 +122,8 @@ def _check_caches(source: Path | None, target: Path | None, settings: dict[str, 
 def _run(name: str, adapter: str | None, request: Request) -> None:
     """The part that needs the library: loads, reads, writes, saves."""
     saved = _saved_settings(request.cache_in) if request.cache_in is not None else None
-    from ahn.cli import loading, prompts, writing
+    from ahn import prompts
+    from ahn.cli import loading, writing
 
     loaded = loading.load(name, adapter, **request.settings, like=saved)
     chat = prompts.has_chat(loaded.tokenizer) if request.chat is None else request.chat

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ahn.cli.terminal import UsageError
+from ahn.errors import ModelError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -90,4 +90,4 @@ def _chat(tokenizer: PreTrainedTokenizerBase, turns: list[dict[str, str]]) -> st
     try:
         return str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
     except Exception as error:  # a template is a program of its own
-        raise UsageError(f"the model's chat template fails ({error}). Use --no-chat.") from None
+        raise ModelError(f"the model's chat template fails ({error}). Use --no-chat, or correct it.") from None
