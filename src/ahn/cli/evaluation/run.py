@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
+import json
+from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from ahn.cli import checks
-from ahn.cli.evaluation import options
+from ahn.cli.evaluation import options, run_tables
 from ahn.cli.evaluation.options import Run
 from ahn.cli.evaluation.score import SCORINGS
 from ahn.cli.progress import work_bar
 from ahn.cli.terminal import UsageError, notes, output
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
+    from contextlib import AbstractContextManager
 
-    from rich.table import Table
-
+    from ahn.cli.loading import Loaded
     from ahn.evaluation.asking.results import Results
     from ahn.evaluation.asking.sets import QuestionSet, Way
 
@@ -30,12 +34,18 @@ ahn eval run --tasks passkey,kv_retrieval --data infinitebench --out passkey
 ahn eval run --tasks cmrc_mixup_16k --data lveval --max-tokens 8000 --limit 20
 
 ahn eval run --tasks longbook_qa_eng --data infinitebench --scoring paper
+
+ahn eval run --tasks niah_single_1 --metadata '{"max_seq_lengths": [4096]}'  [dim]# by lm-evaluation-harness[/dim]
 """
 PREDICTIONS = "predictions"
+HARNESS = ("longbench_", "niah_", "ruler", "babilong")
+"""How names of tasks begin that lm-evaluation-harness surely has."""
 
 
 def command(
-    tasks: Annotated[str, typer.Option(help="Names of tasks, joined by commas.")],
+    tasks: Annotated[
+        str, typer.Option(help="Names of tasks, ours or those of lm-evaluation-harness, joined by commas.")
+    ],
     data: Annotated[
         str | None, typer.Option(help="Folder of the JSONL files, or a hub id.  [dim]\\[default: the hub's own][/dim]")
     ] = None,
@@ -53,6 +63,9 @@ def command(
     chat: Annotated[
         bool | None,
         typer.Option("--chat/--no-chat", help="The chat template.  [dim]\\[default: if there is one][/dim]"),
+    ] = None,
+    metadata: Annotated[
+        str | None, typer.Option(help="JSON for tasks of lm-evaluation-harness that make their data, such as RULER's.")
     ] = None,
     arms: options.Arms = "full,window,ahn",
     model: options.Model = options.MODEL,
@@ -83,71 +96,125 @@ def command(
     }
     options.arm_names(arms)
     checks.span(window, sinks, sink_positions)
+    values = _metadata(metadata)
     from ahn.evaluation.asking.sets import Way, check_sets
     from ahn.evaluation.benchmarks.prompts import read_prompts
 
+    ours, theirs = _sorted(names)
     templates = {} if prompts is None else read_prompts(prompts.expanduser())
     way = Way("paper" if scoring == "paper" else "official", templates, max_tokens, bool(chat))
     with notes().status("Reading the records ..."):
-        sets = check_sets(names, data, way, limit)
+        sets = check_sets(ours, data, way, limit)
+        harness_tasks = _harness_tasks(theirs, data, model, values) if theirs else []
     run = options.open_run(
         "run",
         **shared,
-        tasks=[each.target.name for each in sets],
+        tasks=[*(each.target.name for each in sets), *theirs],
         limit=limit,
         max_tokens=max_tokens,
         scoring=scoring,
         prompts={name: hashlib.sha256(template.encode()).hexdigest() for name, template in templates.items()},
         chat=chat,
+        metadata=values,
         records={each.target.name: each.checksum for each in sets},
     )
-    _run(run, sets, way, chat)
+    _run(run, sets, way, chat, harness_tasks)
 
 
-def _run(run: Run, sets: Sequence[QuestionSet], way: Way, chat: bool | None) -> None:
+def _metadata(text: str | None) -> dict[str, Any]:
+    """The object in a JSON text."""
+    try:
+        values = json.loads(text or "{}")
+    except json.JSONDecodeError as error:
+        raise UsageError(f"--metadata is no JSON ({error.msg}, column {error.colno}). Correct it.") from None
+    if not isinstance(values, dict):
+        raise UsageError("--metadata is no JSON object. Write it like this: '{\"max_seq_lengths\": [4096]}'.")
+    return values
+
+
+def _sorted(names: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Names of our own tasks, and those that lm-evaluation-harness may know."""
+    from ahn.evaluation.benchmarks import find
+    from ahn.evaluation.errors import EvaluationError
+
+    def is_ours(name: str) -> bool:
+        try:
+            find(name)
+        except EvaluationError:
+            if find_spec("lm_eval") is None and not name.startswith(HARNESS):
+                raise  # names what there is
+            return False
+        return True
+
+    ours = [name for name in names if is_ours(name)]
+    return ours, [name for name in names if name not in ours]
+
+
+def _harness_tasks(names: Sequence[str], data: str | None, model: str, metadata: dict[str, Any]) -> list[Any]:
+    from ahn.cli.loading import quiet
+    from ahn.evaluation.benchmarks import BENCHMARKS
+    from ahn.evaluation.harness.tasks import load_tasks
+    from ahn.models import resolve
+
+    quiet()
+    known = [task for benchmark in BENCHMARKS.values() for task in benchmark.tasks]
+    return load_tasks(names, data, {"tokenizer": resolve(model), **metadata}, known)  # type: ignore[no-any-return]
+
+
+def _run(run: Run, sets: Sequence[QuestionSet], way: Way, chat: bool | None, harness_tasks: Sequence[Any]) -> None:
     """The part that needs the model."""
-    import dataclasses
-
     loaded = run.load()
     from ahn import prompts
     from ahn.evaluation.asking import show
-    from ahn.evaluation.asking.results import results
-    from ahn.evaluation.asking.run import Asking, ask
     from ahn.evaluation.report import Report, environment
 
     way = dataclasses.replace(way, chat=prompts.has_chat(loaded.tokenizer) if chat is None else chat)
+    found: dict[str, Any] = {}
+    if sets:
+        found["benchmarks"] = _ask(run, loaded, sets, way)
+        output().print(run_tables.scores(found["benchmarks"], run.arms))
+    if harness_tasks:
+        found["harness"] = _evaluate(run, loaded, harness_tasks, way)
+        output().print(run_tables.harness(found["harness"], run.arms))
+    if run.out is not None:
+        report = Report("run", run.settings, found, environment(loaded.model, run.settings["seed"]))
+        figures = {"scores": show.figure(found["benchmarks"])} if sets else {}
+        run.finish(report, show.page(report, figures.get("scores")), figures)
+
+
+def _ask(run: Run, loaded: Loaded, sets: Sequence[QuestionSet], way: Way) -> Results:
+    """Our own tasks in every arm."""
+    from ahn.evaluation.asking.results import results
+    from ahn.evaluation.asking.run import Asking, ask
+
     asking = Asking(loaded.model, loaded.tokenizer, run.arms, way)
     with notes().status("Counting tokens ..."):
         lengths = asking.lengths(sets)
     total = len(run.arms) * sum(sum(counts) for counts in lengths.values())
     with run.working(), work_bar(notes(), total, "tokens", "read") as progress:
-        folder = None if run.out is None else run.out / PREDICTIONS
-        records = ask(asking, sets, lengths, run.journal, progress, folder)
-    found = results(records, run.arms, way.scoring)
-    output().print(_table(found, run.arms))
-    if run.out is not None:
-        report = Report("run", run.settings, {"benchmarks": found}, environment(loaded.model, run.settings["seed"]))
-        figure = show.figure(found)
-        run.finish(report, show.page(report, figure), {"scores": figure})
+        records = ask(asking, sets, lengths, run.journal, progress, None if run.out is None else run.out / PREDICTIONS)
+    return results(records, run.arms, way.scoring)
 
 
-def _table(found: Results, arms: Sequence[str]) -> Table:
-    """A row for every set, and below them the averages; a column for every arm."""
-    from rich import box
-    from rich.table import Table
+def _evaluate(run: Run, loaded: Loaded, tasks: Sequence[Any], way: Way) -> list[dict[str, Any]]:
+    """Tasks of lm-evaluation-harness in every arm."""
+    from ahn.evaluation.harness.model import HarnessModel
+    from ahn.evaluation.harness.run import evaluate
 
-    from ahn.evaluation.asking.show import set_name
+    models = {
+        arm: HarnessModel(
+            mode=arm,
+            max_length=way.max_tokens,
+            model=loaded.model,
+            tokenizer=loaded.tokenizer,
+            journal=run.journal,
+            bar=partial(_requests_bar, arm),
+        )
+        for arm in run.arms
+    }
+    with run.working():
+        return evaluate(models, tasks, run.settings["limit"], way.chat)
 
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True, show_edge=False)
-    table.add_column("set", no_wrap=True)
-    for name in ("items", *arms):
-        table.add_column(name, justify="right", no_wrap=True)
-    for each in found["sets"]:
-        scores = [f"{each['scores'][arm]['score']:.2f}" for arm in arms]
-        table.add_row(set_name(each), f"{each['items']:,}", *scores)
-    table.add_section()
-    for each in found["averages"]:
-        length = "" if each["length"] is None else f", {each['length']}"
-        name = f"average of {each['sets']} of {each['of']}{length}"
-        table.add_row(name, "", *(f"{each['scores'][arm]:.2f}" for arm in arms), style="bold")
-    return table
+
+def _requests_bar(arm: str, total: int) -> AbstractContextManager[Callable[..., None]]:
+    return work_bar(notes(), total, "requests", f"{arm}: answered")
