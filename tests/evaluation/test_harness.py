@@ -192,7 +192,17 @@ class TestCommand:
         pytest.importorskip("fuzzywuzzy", reason="the harness' LongBench needs it: pip install 'lm_eval[longbench]'")
 
     def test_beside_our_own(self, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-        line = ["eval", "run", "--tasks", "hotpotqa,longbench_hotpotqa", "--data", "data", *TINY, "--arms", "window,ahn"]
+        line = [
+            "eval",
+            "run",
+            "--tasks",
+            "hotpotqa,longbench_hotpotqa",
+            "--data",
+            "data",
+            *TINY,
+            "--arms",
+            "window,ahn",
+        ]
         assert main([*line, "--max-tokens", "300", "--out", "out"]) == 0
         shown = capsys.readouterr().out
         assert "longbench_hotpotqa" in shown

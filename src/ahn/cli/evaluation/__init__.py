@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import typer
 
-from ahn.cli.evaluation import run, score
+from ahn.cli.evaluation import qmsum, run, score
 
 app = typer.Typer(
     help="Measure what a model keeps of what it reads.",
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-COMMANDS = {"run": run, "score": score}
+COMMANDS = {"run": run, "qmsum": qmsum, "score": score}
 for name, module in COMMANDS.items():
     app.command(name, epilog=module.EXAMPLES)(module.command)
 
