@@ -156,7 +156,7 @@ class TestRun:
         report = read_report("out/report.json")
         assert report.settings["tasks"] == ["passkey", "factrecall_en_16k"]
         found = report.results["benchmarks"]
-        assert [each["items"] for each in found["sets"]] == [2, 1]
+        assert [(each["task"], each["items"]) for each in found["sets"]] == [("factrecall_en", 1), ("passkey", 2)]
         assert set(found["sets"][0]["scores"]) == set(ARMS)
         assert set(found["sets"][0]["differences"]) == set(ARMS) - {"window"}
         assert found["arms"]["full"]["cache_bytes"] > found["arms"]["window"]["cache_bytes"]

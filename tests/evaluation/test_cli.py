@@ -14,7 +14,15 @@ import pytest
 from ahn.cli import main
 from ahn.cli.app import command
 
-SURFACE = {"score": ["FILE", "--task", "--scoring", "--json"]}
+RUN = ["--model", "--adapter", "--window", "--sinks", "--sink-positions", "--out", "--seed"]
+SURFACE = {
+    "run": [
+        "--tasks", "--data", "--limit", "--max-tokens", "--scoring", "--prompts", "--chat", "--no-chat", "--metadata",
+        "--arms", *RUN,
+    ],
+    "qmsum": ["FOLDER", "--limit", "--max-tokens", "--answers", "--chat", "--no-chat", "--arms", *RUN],
+    "score": ["FILE", "--task", "--scoring", "--json"],
+}  # fmt: skip
 ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
 LINES = {
     "hotpotwikiqa_mixup_16k.jsonl": [
@@ -67,7 +75,8 @@ class TestSurface:
     @pytest.mark.parametrize("words", [["eval"], ["eval", "--help"], ["eval", "-h"]])
     def test_without_a_command(self, words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
         assert main(words) == 0
-        assert all(name in capsys.readouterr().out for name in SURFACE)
+        shown = capsys.readouterr().out
+        assert all(name in shown for name in SURFACE)
 
 
 class TestScore:

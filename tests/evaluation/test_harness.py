@@ -49,6 +49,24 @@ def here(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None: 
     Path("data/musique.jsonl").write_text(json.dumps(RECORDS[0]) + '\n{"context": "x", "answers": ["y"]}\n')
 
 
+@pytest.fixture(autouse=True, scope="module")
+def one_index() -> Any:
+    """The harness' thousands of tasks are looked through once for each kind of metadata, not in every test."""
+    from lm_eval import tasks
+
+    made, real = dict[str, Any](), tasks.TaskManager
+    with pytest.MonkeyPatch.context() as patch:
+
+        def manager(metadata: Any) -> Any:
+            key = json.dumps(metadata, sort_keys=True)
+            if key not in made:
+                made[key] = real(metadata=metadata)
+            return made[key]
+
+        patch.setattr(tasks, "TaskManager", manager)
+        yield
+
+
 @pytest.fixture(scope="module")
 def parts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     folder = tmp_path_factory.mktemp("harness")
@@ -233,10 +251,10 @@ class TestCommand:
             "doc_to_choice: ['day', 'night']\nmetric_list:\n  - metric: acc\n"
         )
         Path("words.jsonl").write_text('{"text": "It was a bright cold"}\n{"text": "It was a"}\n')
+        words = "run --model ahn --tasks tiny_words --include_path .".split()
         arguments = "base=./chatty,adapter=./adapter,mode=ahn,window=16,sinks=4"
         done = subprocess.run(
-            [sys.executable, "-m", "ahn.evaluation.harness", "run", "--model", "ahn", "--model_args", arguments]
-            + ["--tasks", "tiny_words", "--include_path", "."],
+            [sys.executable, "-m", "ahn.evaluation.harness", *words, "--model_args", arguments],
             env=ENVIRONMENT,
             capture_output=True,
             text=True,
