@@ -188,8 +188,8 @@ class TestTasks:
     @pytest.mark.parametrize(
         ("name", "says"),
         [
-            ("longbench_hotpot", "has a task 'longbench_hotpot'. Did you mean 'longbench_hotpotqa'?"),
-            ("passkeys", "has a task 'passkeys'. Did you mean 'passkey'?"),
+            ("longbench_hotpot", "there is no task 'longbench_hotpot'. Did you mean 'longbench_hotpotqa'?"),
+            ("passkeys", "there is no task 'passkeys'. Did you mean 'passkey'?"),
             ("longbench_qmsum", "data holds no qmsum.jsonl. Give the folder"),
             ("longbench_musique", 'data/musique.jsonl, line 2: the record has no "question". Correct it'),
             ("babilong_qa1", "babilong_qa1 cannot be loaded ("),
@@ -251,7 +251,7 @@ class TestCommand:
             "doc_to_choice: ['day', 'night']\nmetric_list:\n  - metric: acc\n"
         )
         Path("words.jsonl").write_text('{"text": "It was a bright cold"}\n{"text": "It was a"}\n')
-        words = "run --model ahn --tasks tiny_words --include_path .".split()
+        words = ["run", "--model", "ahn", "--tasks", "tiny_words", "--include_path", "."]
         arguments = "base=./chatty,adapter=./adapter,mode=ahn,window=16,sinks=4"
         done = subprocess.run(
             [sys.executable, "-m", "ahn.evaluation.harness", *words, "--model_args", arguments],

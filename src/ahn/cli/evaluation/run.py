@@ -140,9 +140,10 @@ def _sorted(names: Sequence[str]) -> tuple[list[str], list[str]]:
     def is_ours(name: str) -> bool:
         try:
             find(name)
-        except EvaluationError:
+        except EvaluationError as error:
             if find_spec("lm_eval") is None and not name.startswith(HARNESS):
-                raise  # names what there is
+                others = "" if "Did you mean" in str(error) else " More come with pip install 'ahn[eval]'."
+                raise EvaluationError(f"{error}{others}") from None
             return False
         return True
 

@@ -41,9 +41,10 @@ def load_tasks(names: Sequence[str], data: str | None, metadata: Mapping[str, An
     manager = TaskManager(metadata=dict(metadata))
     for name in names:
         if name not in manager.task_index:
-            close = difflib.get_close_matches(name, [*others, *manager.all_tasks], n=1)
+            close = difflib.get_close_matches(name, others, n=1)
+            close = close or difflib.get_close_matches(name, manager.all_tasks, n=1)
             hint = f"Did you mean '{close[0]}'?" if close else "`lm_eval ls tasks` lists those of the harness."
-            raise EvaluationError(f"neither ahn nor lm-evaluation-harness has a task '{name}'. {hint}")
+            raise EvaluationError(f"there is no task '{name}'. {hint}")
     return [task for name in names for task in _loaded(manager, name, data)]
 
 
