@@ -55,6 +55,13 @@ def prepare() -> None:
     Path("preds_passkey.jsonl").write_text(good + '{"id": 1, "prediction": "71432",\n')
     Path("preds_code_run.jsonl").write_text('{"id": 0, "prediction": "4"}\n')
     Path("preds_math_find.jsonl").write_text('{"id": 0, "prediction": "4", "ground_truth": ["four"]}\n')
+    Path("bench").mkdir()
+    record = '{"id": 0, "context": "text", "input": "Which?", "answer": ["four"]}\n'
+    Path("bench/passkey.jsonl").write_text(record)
+    Path("bench/number_string.jsonl").write_text(record + '{"id": 1,\n')
+    Path("bench/math_find.jsonl").write_text(record)
+    Path("meetings").mkdir()
+    Path("meetings/m.json").write_text('{"meeting_transcripts": [{"speaker": "A"}]}')
     sizes: dict[str, Any] = {"num_hidden_layers": 2, "num_attention_heads": 4, "hidden_size": 32, "vocab_size": 64}
     sizes |= {"bos_token_id": 1, "eos_token_id": 2}
     transformers.FalconConfig(**sizes).save_pretrained("falcon")
@@ -140,6 +147,23 @@ COMMANDS = (
     "eval recall --haystack text.txt",
     "eval recall --lengths 50",
     "eval recall --out notes",
+    "eval run",
+    "eval run --tasks passkeys --data bench",
+    "eval run --tasks cmrc_mixup --data bench",
+    "eval run --tasks passkey --data nowhere",
+    "eval run --tasks passkey --data notes",
+    "eval run --tasks number_string --data bench",
+    "eval run --tasks math_find --data bench",
+    "eval run --tasks passkey --data bench --scoring paper",
+    "eval run --tasks passkey --data bench --max-tokens 1",
+    "eval run --tasks passkey --data bench --arms full,half",
+    "eval run --tasks passkey --data bench --prompts nowhere.json",
+    "eval run --tasks passkey --data bench --metadata x",
+    "eval run --tasks passkey --data bench --out notes",
+    "eval qmsum nowhere",
+    "eval qmsum notes",
+    "eval qmsum meetings",
+    "eval qmsum meetings --answers -1",
     "eval score nowhere.jsonl",
     "eval score empty.txt --task passkey",
     "eval score notes",

@@ -14,6 +14,7 @@ import pytest
 from ahn.cli import main
 from ahn.cli.app import command
 
+RUN = ["--model", "--adapter", "--window", "--sinks", "--sink-positions", "--out", "--seed"]
 SURFACE = {
     "perplexity": [
         "FILE", "--length", "--pieces", "--arms", "--window", "--sinks", "--sink-positions", "--adapter", "--model",
@@ -24,6 +25,11 @@ SURFACE = {
         "--tasks", "--lengths", "--depths", "--items", "--values", "--facts", "--distractors", "--haystack", "--arms",
         "--window", "--sinks", "--sink-positions", "--adapter", "--model", "--out", "--seed",
     ],
+    "run": [
+        "--tasks", "--data", "--limit", "--max-tokens", "--scoring", "--prompts", "--chat", "--no-chat", "--metadata",
+        "--arms", *RUN,
+    ],
+    "qmsum": ["FOLDER", "--limit", "--max-tokens", "--answers", "--chat", "--no-chat", "--arms", *RUN],
     "score": ["FILE", "--task", "--scoring", "--json"],
 }  # fmt: skip
 ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}

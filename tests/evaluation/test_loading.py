@@ -99,7 +99,6 @@ class TestFolders:
             ("passkey", "nowhere", "there is no folder nowhere"),
             ("passkey", "notes.txt", "notes.txt is a file. Give the folder with passkey.jsonl."),
             ("cmrc_mixup", ".", "cmrc_mixup has several lengths. Name one: cmrc_mixup_16k, cmrc_mixup_32k"),
-            ("qmsum", ".", "LongBench is not loaded here. Ask it through lm-evaluation-harness."),
             ("zebra", ".", "there is no task 'zebra'"),
         ],
     )

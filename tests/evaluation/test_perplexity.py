@@ -359,7 +359,7 @@ class TestCommand:
             ("perplexity text.txt --rare 1", "--rare must be at least 2, not 1."),
             (
                 "perplexity text.txt --arms half",
-                "--arms must be full, window, ahn, ct_max, ct_mean or tail, not 'half'.",
+                "--arms takes full, window, ahn, ct_max, ct_mean, tail, window+64 (a larger window)",
             ),
             ("perplexity text.txt --out full", "--out full holds other things than an evaluation."),
             ("perplexity text.txt --model ./model", "no document is longer than sinks + window = 1,056 tokens"),

@@ -76,6 +76,12 @@ def shipped() -> list[str]:
     return sorted(file.parent.relative_to(SHIPPED).as_posix() for file in SHIPPED.glob("*/*/ahn_config.json"))
 
 
+def shipped_for(model: str) -> str | None:
+    """The name of the adapter that is taken for a model where the user names none, if one ships."""
+    usual = f"{model}/gated_delta_net"
+    return usual if usual in shipped() else None
+
+
 def locate(name: str | os.PathLike[str], revision: str | None = None) -> Path:
     """The folder that an adapter's name stands for; one on the hub is downloaded.
 

@@ -96,10 +96,9 @@ def seed(number: int) -> None:
 def _adapter(name: str, adapter: str | None) -> str | None:
     if adapter is not None:
         return None if adapter == "none" else adapter
-    from ahn.checkpoint.files import shipped
+    from ahn.checkpoint.files import shipped_for
 
-    usual = f"{name}/{MEMORY}"
-    return usual if usual in shipped() else None
+    return shipped_for(name)
 
 
 def _saved(name: str, adapter: str | None) -> Description | None:

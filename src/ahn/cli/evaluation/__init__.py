@@ -4,14 +4,21 @@ from __future__ import annotations
 
 import typer
 
-from ahn.cli.evaluation import compare, perplexity, recall, score
+from ahn.cli.evaluation import compare, perplexity, qmsum, recall, run, score
 
 app = typer.Typer(
     help="Measure what a model keeps of what it reads.",
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-COMMANDS = {"perplexity": perplexity, "recall": recall, "compare": compare, "score": score}
+COMMANDS = {
+    "perplexity": perplexity,
+    "recall": recall,
+    "run": run,
+    "qmsum": qmsum,
+    "compare": compare,
+    "score": score,
+}
 for name, module in COMMANDS.items():
     app.command(name, epilog=module.EXAMPLES)(module.command)
 

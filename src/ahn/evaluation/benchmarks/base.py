@@ -21,16 +21,18 @@ class Rules:
     Attributes:
         metric: Key of `ahn.evaluation.scoring.METRICS`.
         new_tokens: Tokens that the model may write.
-        prompt: Template of what the model reads, or `None` where another program asks the task.
+        prompt: Template of what the model reads.
         truncation: What is left out of a prompt that is too long, see `ahn.evaluation.benchmarks.truncation`.
         max_tokens: Length of a prompt at most; `None` leaves it to the model.
+        chat: Whether the prompt goes into a chat template; not where it ends with examples to go on from.
     """
 
     metric: str
     new_tokens: int
-    prompt: str | None = None
+    prompt: str
     truncation: Truncation = "middle"
     max_tokens: int | None = None
+    chat: bool = True
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,13 +70,23 @@ class Task:
 
 @dataclasses.dataclass(frozen=True)
 class Fields:
-    """Names of the fields of a benchmark's records; `None` for what its records do not have."""
+    """Names of the fields of a benchmark's records; `None` for what its records do not have.
+
+    Attributes:
+        context: The long text.
+        question: What is asked about it.
+        answers: One or a list.
+        keywords: Those of the answer.
+        options: To choose from.
+        question_in_copies: What some copies of the benchmark call the question.
+    """
 
     context: str
     question: str
     answers: str
     keywords: str | None = None
     options: str | None = None
+    question_in_copies: str | None = None
 
     @property
     def required(self) -> tuple[str, ...]:
@@ -109,17 +121,17 @@ class Benchmark:
         name: In files and commands.
         title: For people.
         tasks: By their names.
+        hub: Where to load it from.
+        fields: Names of the fields of its records.
         lengths: What the names of its files end with ("16k"), where each task comes in several lengths.
-        hub: Where to load it from; `None` where another program loads it.
-        fields: Names of the fields of its records; `None` likewise.
     """
 
     name: str
     title: str
     tasks: Mapping[str, Task]
+    hub: Hub
+    fields: Fields
     lengths: tuple[str, ...] = ()
-    hub: Hub | None = None
-    fields: Fields | None = None
 
 
 @dataclasses.dataclass(frozen=True)

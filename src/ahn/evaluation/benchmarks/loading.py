@@ -27,8 +27,6 @@ def load_samples(name: str, source: str | None = None) -> Iterator[Sample]:
     """
     target = find(name)
     benchmark, hub, fields = target.benchmark, target.benchmark.hub, target.benchmark.fields
-    if hub is None or fields is None:
-        raise EvaluationError(f"{benchmark.title} is not loaded here. Ask it through lm-evaluation-harness.")
     if benchmark.lengths and target.length is None:
         known = ", ".join(f"{name}_{length}" for length in benchmark.lengths)
         raise EvaluationError(f"{name} has several lengths. Name one: {known}.")
@@ -79,6 +77,9 @@ def _features(datasets: Any, fields: Fields) -> Any:
 
 
 def _sample(record: Record, fields: Fields, target: Target, where: str, number: int) -> Sample:
+    copied = fields.question_in_copies
+    if copied is not None and copied in record and fields.question not in record:
+        record = {**record, fields.question: record[copied]}
     if missing := [name for name in fields.required if name not in record]:
         named = " and no ".join(f'"{name}"' for name in missing)
         raise EvaluationError(f"{where}: the record has no {named}. Correct it or leave it out.")

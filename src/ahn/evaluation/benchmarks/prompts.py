@@ -45,22 +45,20 @@ def build_prompt(
             and no limit where they have none.
         scoring: Whose rules.
         templates: Prompts to use in place of the built-in ones, by the names of tasks, as `read_prompts` gives them.
-        chat: Whether to put it into the tokenizer's chat template.
+        chat: Whether to put it into the tokenizer's chat template, where the rules allow it.
 
     Raises:
-        EvaluationError: There is no prompt, or it cannot be filled from this record.
+        EvaluationError: The prompt cannot be filled from this record.
         ConfigError: `max_tokens` leaves no room.
     """
     task = sample.target.task
     rules = task.rules(scoring)
     template = (templates or {}).get(task.name, rules.prompt)
-    if template is None:
-        raise EvaluationError(f"{task.name} has no prompt here. Ask it through lm-evaluation-harness.")
     prompt = fill(template, sample)
     limit = rules.max_tokens if max_tokens is None else max_tokens
     if limit is not None:
         prompt = truncate(prompt, tokenizer, limit, rules.truncation, rules.new_tokens)
-    if not chat:
+    if not (chat and rules.chat):
         return prompt
     messages = [{"role": "user", "content": prompt}]
     return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))

@@ -1,0 +1,97 @@
+"""Scores of the arms side by side: of every set, with intervals over its records, and averages over sets."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from ahn.evaluation.benchmarks import find
+from ahn.evaluation.benchmarks.base import Scoring
+from ahn.evaluation.bootstrap import interval
+from ahn.evaluation.predictions import Prediction
+from ahn.evaluation.scores import SetScore, averages, score_predictions
+
+BASELINE = "window"
+"""The arm that the others are compared with."""
+
+Results = dict[str, Any]
+
+
+def results(records: Sequence[dict[str, Any]], arms: Sequence[str], scoring: Scoring) -> Results:
+    """What the arms scored and what it cost.
+
+    Args:
+        records: As `ahn.evaluation.asking.run.ask` gives them.
+        arms: Names of the arms.
+        scoring: Whose rules.
+
+    Returns:
+        `sets`, `averages` and `arms`, ready for JSON. Scores are 0 to 100, as the benchmarks give them, with the ends
+        of 95 % intervals over records; a difference to the baseline is over the same records.
+
+    Raises:
+        EvaluationError: A package that scores them is missing.
+    """
+    of = {arm: [record for record in records if record["arm"] == arm] for arm in arms}
+    scores = {arm: score_predictions(map(_prediction, of[arm]), scoring) for arm in arms}
+    means = {arm: averages(scores[arm]) for arm in arms}
+    return {
+        "scoring": scoring,
+        "sets": [_set(dict(zip(arms, alike))) for alike in zip(*scores.values())],
+        "averages": [
+            {
+                "benchmark": alike[0].benchmark.name,
+                "length": alike[0].length,
+                "sets": alike[0].sets,
+                "of": alike[0].of,
+                "scores": {arm: mean.score for arm, mean in zip(arms, alike)},
+            }
+            for alike in zip(*means.values())
+        ],
+        "arms": {
+            arm: {
+                "tokens": sum(record["tokens"] for record in of[arm]),
+                "seconds": sum(record["seconds"] for record in of[arm]),
+                "cache_bytes": max(record["cache_bytes"] for record in of[arm]),
+            }
+            for arm in arms
+        },
+    }
+
+
+def _prediction(record: dict[str, Any]) -> Prediction:
+    place = f"{record['task']}, record {record['id']}"
+    return Prediction(
+        place,
+        find(record["task"]),
+        record["id"],
+        record["prediction"],
+        tuple(record["answers"]),
+        record.get("answer_keywords"),
+    )
+
+
+def _set(scores: dict[str, SetScore]) -> dict[str, Any]:
+    first = next(iter(scores.values()))
+    items = {arm: np.array([score for _, score in each.items]) for arm, each in scores.items()}
+    base = items.get(BASELINE)
+    return {
+        "benchmark": first.target.benchmark.name,
+        "task": first.target.task.name,
+        "length": first.target.length,
+        "metric": first.rules.metric,
+        "items": len(first.items),
+        "of": first.target.task.items,
+        "scores": {arm: {"score": each.score, "interval": _interval(items[arm])} for arm, each in scores.items()},
+        "differences": {
+            arm: {"score": 100 * float(np.mean(items[arm] - base)), "interval": _interval(items[arm] - base)}
+            for arm in scores
+            if base is not None and arm != BASELINE
+        },
+    }
+
+
+def _interval(values: np.ndarray[Any, Any]) -> list[float]:
+    return list(interval(100 * values, lambda rows: float(rows.mean())))

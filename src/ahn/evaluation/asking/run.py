@@ -1,0 +1,170 @@
+"""Every arm reads every record's prompt and answers it; each answer is kept as soon as it is there."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ahn import prompts
+from ahn.attachment import attachment_of
+from ahn.errors import ConfigError
+from ahn.evaluation.arms import arm_reader
+from ahn.evaluation.asking.answers import answer_text
+from ahn.evaluation.asking.sets import QuestionSet, Way
+from ahn.evaluation.benchmarks.base import Sample
+from ahn.evaluation.predictions import to_record
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from ahn.evaluation.journal import Journal
+
+Record = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Asking:
+    """A model that answers records in several arms.
+
+    Attributes:
+        model: A causal language model with a memory attached.
+        tokenizer: Its tokenizer.
+        arms: Names of the arms.
+        way: How records are asked.
+    """
+
+    model: Any
+    tokenizer: PreTrainedTokenizerBase
+    arms: Sequence[str]
+    way: Way
+
+    def lengths(self, sets: Sequence[QuestionSet]) -> dict[str, list[int]]:
+        """Tokens of all prompts, by the names of the sets.
+
+        Args:
+            sets: The sets to ask.
+
+        Raises:
+            ConfigError: `full` is among the arms, and a prompt with its answer is longer than the model's positions.
+        """
+        lengths: dict[str, list[int]] = {}
+        for each in sets:
+            counts = lengths.setdefault(each.target.name, [])
+            for sample in each.samples():
+                counts.append(len(self.way.prompt_ids(sample, self.tokenizer)))
+                if "full" in self.arms:
+                    self._check_positions(sample, counts[-1])
+        return lengths
+
+    def answer(self, sample: Sample, ids: Sequence[int], arm: str) -> Record:
+        """Reads a prompt in an arm and answers it.
+
+        Args:
+            sample: The record.
+            ids: Its prompt.
+            arm: Name of the arm.
+
+        Returns:
+            The line of a file of predictions, and what it cost: tokens read, seconds, and bytes of the cache.
+        """
+        reader = arm_reader(self.model, arm, score=False)
+        reader.feed(torch.tensor(ids))
+        rules = sample.target.task.rules(self.way.scoring)
+        stop = prompts.stop_ids(self.model, self.tokenizer)
+        text = answer_text(reader, self.tokenizer, rules.new_tokens, stop)
+        cost = {"tokens": len(ids), "seconds": reader.seconds, "cache_bytes": reader.cache_bytes}
+        return {**to_record(sample, text), "arm": arm, **cost}
+
+    def _check_positions(self, sample: Sample, tokens: int) -> None:
+        new_tokens = sample.target.task.rules(self.way.scoring).new_tokens
+        positions = attachment_of(self.model).trained_context
+        excess = tokens + new_tokens - positions
+        if excess <= 0:
+            return
+        room = (tokens if self.way.max_tokens is None else self.way.max_tokens) - excess
+        shorter = f"Truncate prompts with --max-tokens {room}, or leave" if room > 1 else "Leave"
+        raise ConfigError(
+            f"{sample.where}: the prompt has {tokens:,} tokens and its answer up to {new_tokens:,}, more than the "
+            f"{positions:,} positions that the model knows in full. {shorter} full out of --arms."
+        )
+
+
+def ask(
+    asking: Asking,
+    sets: Sequence[QuestionSet],
+    lengths: dict[str, list[int]],
+    journal: Journal,
+    on_progress: Callable[[int], None],
+    folder: Path | None = None,
+) -> list[Record]:
+    """Asks what the journal does not hold yet.
+
+    Args:
+        asking: Who answers.
+        sets: The sets to ask.
+        lengths: Tokens of their prompts, as `Asking.lengths` gives them.
+        journal: Where every answer is kept at once.
+        on_progress: Called with the tokens of all prompts that are answered by now: first, and after every answer.
+        folder: Where a file of predictions is kept for every arm, for `ahn eval score`; none if `None`.
+
+    Returns:
+        The answers of all records, one for each arm, in the order of the sets.
+    """
+    records: list[Record] = []
+    files = None if folder is None else PredictionFiles(folder)
+    done = sum(
+        count
+        for name, counts in lengths.items()
+        for number, count in enumerate(counts)
+        for arm in asking.arms
+        if _key(name, number, arm) in journal.done
+    )
+    on_progress(done)
+    for each in sets:
+        for number, sample in enumerate(each.samples()):
+            keys = {arm: _key(each.target.name, number, arm) for arm in asking.arms}
+            if left := [arm for arm in asking.arms if keys[arm] not in journal.done]:
+                ids = asking.way.prompt_ids(sample, asking.tokenizer)
+                for arm in left:
+                    journal.add(keys[arm], asking.answer(sample, ids, arm))
+                    done += len(ids)
+                    on_progress(done)
+            records += [journal.done[key] for key in keys.values()]
+            if files is not None:
+                for key in keys.values():
+                    files.add(journal.done[key])
+    return records
+
+
+class PredictionFiles:
+    """A file of predictions for each arm, written anew, a line at a time.
+
+    Args:
+        folder: Where they go; made if it is not there.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._begun: set[str] = set()
+
+    def add(self, record: Record) -> None:
+        """Writes a prediction into the file of its arm.
+
+        Args:
+            record: As `Asking.answer` gives it.
+        """
+        arm = record["arm"]
+        self._folder.mkdir(parents=True, exist_ok=True)
+        line = {name: value for name, value in record.items() if name != "arm"}
+        with (self._folder / f"{arm}.jsonl").open("a" if arm in self._begun else "w", encoding="utf-8") as file:
+            file.write(json.dumps(line, ensure_ascii=False) + "\n")
+        self._begun.add(arm)
+
+
+def _key(name: str, number: int, arm: str) -> str:
+    return f"{name}/{number}/{arm}"

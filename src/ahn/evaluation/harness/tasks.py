@@ -1,0 +1,93 @@
+"""Tasks of lm-evaluation-harness by their names, with their data: from the hub, made on the spot, or from a folder."""
+
+from __future__ import annotations
+
+import difflib
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ahn.evaluation.errors import EvaluationError
+from ahn.evaluation.libraries import library
+from ahn.evaluation.records import read_records
+
+LONGBENCH = "longbench_"
+_FIELDS = ("context", "question", "answers", "all_classes", "length")
+_NEEDED = ("context", "question", "answers")
+
+
+def load_tasks(names: Sequence[str], data: str | None, metadata: Mapping[str, Any], others: Sequence[str] = ()) -> Any:
+    """Tasks with all their records.
+
+    Args:
+        names: Names of tasks, groups or tags, as the harness knows them.
+        data: A folder with `<task>.jsonl` for tasks `longbench_<task>`, in LongBench's own form; others do not look at
+            it. The tasks' own sources if `None`.
+        metadata: What tasks that make their data look at, such as `tokenizer` and `max_seq_lengths`.
+        others: Further names that the caller knows, for messages.
+
+    Returns:
+        Tasks of the harness.
+
+    Raises:
+        EvaluationError: The harness is missing, does not know a name, or cannot load a task's data; a record is bad,
+            which is named.
+    """
+    library("lm_eval", "a task of lm-evaluation-harness")
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    from lm_eval.tasks import TaskManager
+
+    manager = TaskManager(metadata=dict(metadata))
+    for name in names:
+        if name not in manager.task_index:
+            close = difflib.get_close_matches(name, others, n=1)
+            close = close or difflib.get_close_matches(name, manager.all_tasks, n=1)
+            hint = f"Did you mean '{close[0]}'?" if close else "`lm_eval ls tasks` lists those of the harness."
+            raise EvaluationError(f"there is no task '{name}'. {hint}")
+    return [task for name in names for task in _loaded(manager, name, data)]
+
+
+def _loaded(manager: Any, name: str, data: str | None) -> list[Any]:
+    local = data is not None and name.startswith(LONGBENCH)
+    specification = _local(manager, name, Path(str(data)).expanduser()) if local else name
+    try:
+        return list(manager.load([specification])["tasks"].values())
+    except Exception as error:  # every task's data has errors of its own
+        reason = " ".join(str(error).split())[:200]
+        remedy = (
+            f"Download it before, or give a folder of LongBench's files with --data for {LONGBENCH}<task>"
+            if name.startswith(LONGBENCH)
+            else "Install or download what it needs before"
+        )
+        raise EvaluationError(f"{name} cannot be loaded ({type(error).__name__}: {reason}). {remedy}.") from None
+
+
+def _local(manager: Any, name: str, folder: Path) -> dict[str, Any]:
+    """The harness' own settings of a task, with the records of a file in place of those of the hub."""
+    from lm_eval.tasks._yaml_loader import load_yaml
+
+    file = folder / f"{name.removeprefix(LONGBENCH)}.jsonl"
+    if not file.is_file():
+        raise EvaluationError(f"{folder} holds no {file.name}. Give the folder with LongBench's JSONL files.")
+    records = [_record(record, where) for where, record in read_records(file)]
+    try:
+        settings: dict[str, Any] = load_yaml(manager.task_index[name].yaml_path)
+    except Exception as error:  # the settings import the task's metrics, which need packages of their own
+        reason = " ".join(str(error).split())[:200]
+        raise EvaluationError(f"{name} cannot be loaded ({reason}). Run: pip install 'lm_eval[longbench]'") from None
+
+    def dataset(**_: Any) -> Any:
+        datasets = library("datasets", f"{name} from a folder")
+        return {settings["test_split"]: datasets.Dataset.from_list(records)}
+
+    return {**settings, "dataset_path": "json", "custom_dataset": dataset}
+
+
+def _record(record: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """A record with the names that the harness' copy of LongBench has."""
+    if "question" not in record and "input" in record:
+        record = {**record, "question": record["input"]}
+    if missing := [name for name in _NEEDED if name not in record]:
+        raise EvaluationError(f'{where}: the record has no "{missing[0]}". Correct it or leave it out.')
+    return {name: record[name] for name in _FIELDS if name in record}
