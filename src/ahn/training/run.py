@@ -274,8 +274,6 @@ def _run_stage(
         draw=settings.span_draw,
         evaluation_span=settings.span,
         loss_share=settings.loss_share,
-        by_heads=name == "distill" and settings.optimizer == "heads",
-        gate_lr=settings.gate_lr,
         train_dataset=data[0],
         eval_dataset=data[1].spread(settings.eval_tokens) if len(data[1]) else None,
         callbacks=[Lines(stage, say)],

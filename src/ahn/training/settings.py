@@ -24,7 +24,6 @@ _COUNTS = (
 )  # fmt: skip
 _CHOICES: dict[str, tuple[str | None, ...]] = {
     "draw": ("random", "fixed"),
-    "optimizer": ("heads", "trainer"),
     "dtype": ("auto", "float32", "bfloat16", "float16"),
     "checkpointing": (None, "none", "attention", "layers"),
 }
@@ -69,13 +68,9 @@ class TrainSettings:
         batch: Sequences of a forward pass, on each process.
         accumulation: Forward passes of a step, on each process.
         lr: Learning rate of the stage distill.
-        gate_lr: Learning rate of everything but the read-outs in the stage distill; `lr` if left out. The gradients of
-            gates are far less noisy than those of read-outs, see `docs/log.md`.
         transfer_lr: Learning rate of the stage transfer.
         schedule: Learning rate schedule, a name of transformers.
         warmup: Share of the steps over which the learning rate rises.
-        optimizer: Of the stage distill: "heads" is AdamW with one step size for each head, see
-            `ahn.training.optimizer`; "trainer" the one that `arguments` name (`optim`), AdamW by default.
         weight_decay: Of AdamW, on matrices.
         max_grad_norm: Length that a longer gradient is cut to.
         initial_decay: Lowest and highest decay rate that fresh memories start with, exp(A_log), drawn uniformly; the
@@ -138,11 +133,9 @@ class TrainSettings:
     batch: int = 1
     accumulation: int = 1
     lr: float = 1e-4
-    gate_lr: float | None = None
     transfer_lr: float = 1e-3
     schedule: str = "cosine"
     warmup: float = 0.1
-    optimizer: str = "heads"
     weight_decay: float = 0.1
     max_grad_norm: float = 1.0
     initial_decay: tuple[float, float] | None = (0.001, 1.0)
@@ -171,8 +164,8 @@ class TrainSettings:
             _at_least(name, getattr(self, name), 1)
         for name in ("eval_every", "report_tokens", "weight_decay", "max_grad_norm", "warmup"):
             _at_least(name, getattr(self, name), 0)
-        for name in ("lr", "transfer_lr", "gate_lr"):
-            if getattr(self, name) is not None and not 0 < getattr(self, name) < math.inf:
+        for name in ("lr", "transfer_lr"):
+            if not 0 < getattr(self, name) < math.inf:
                 raise ConfigError(f"{name} must be a positive number, not {getattr(self, name)}")
         if self.slice_tokens is not None:
             _at_least("slice_tokens", self.slice_tokens, 1)

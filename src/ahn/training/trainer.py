@@ -17,7 +17,6 @@ from ahn.errors import CheckpointError, ConfigError
 from ahn.training.batches import collate
 from ahn.training.distiller import Distiller, Stage
 from ahn.training.draws import Span, SpanDraw, thinned
-from ahn.training.optimizer import HeadAdamW, parameter_groups
 from ahn.training.saving import load_adapter, save_adapter, staged
 
 _STATE = "trainer_state.json"
@@ -41,8 +40,6 @@ class AHNTrainer(Trainer):
         loss_share: Share of the labelled tokens of each training sequence that the losses on distributions look at,
             drawn anew in every step.
         slice_tokens: As for `distillation_loss`, if the model is no `Distiller`.
-        by_heads: Whether the optimizer is `HeadAdamW`.
-        gate_lr: Its learning rate for everything but read-outs; that of the arguments if left out.
         **others: As for `Trainer`; datasets give `input_ids` and, optionally, `labels` and `attention_mask`.
 
     Raises:
@@ -63,8 +60,6 @@ class AHNTrainer(Trainer):
         evaluation_span: Span | None = None,
         loss_share: float = 1.0,
         slice_tokens: int | None = None,
-        by_heads: bool = False,
-        gate_lr: float | None = None,
         **others: Any,
     ) -> None:
         distiller = model if isinstance(model, Distiller) else Distiller(model, weights, stage, slice_tokens)
@@ -80,8 +75,6 @@ class AHNTrainer(Trainer):
         config = attachment_of(distiller.model).config
         self.evaluation_span = evaluation_span or Span(config.window, config.sinks)
         self.loss_share = loss_share
-        self.by_heads = by_heads
-        self.gate_lr = args.learning_rate if gate_lr is None else gate_lr
         self._staging: Path | None = None
         self._sums = torch.zeros(len(distiller.weights), dtype=torch.float64)
         self._counts = torch.zeros(len(distiller.weights), dtype=torch.float64)
@@ -103,14 +96,6 @@ class AHNTrainer(Trainer):
                 self._load_from_checkpoint(str(resume_from_checkpoint))
                 return TrainOutput(state.global_step, 0.0, {})
         return super().train(resume_from_checkpoint, *args, **kwargs)
-
-    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
-        """`HeadAdamW`, or the one that the arguments name."""
-        if self.optimizer is None and self.by_heads:
-            args = self.args
-            groups = parameter_groups(model or self.distiller, args.learning_rate, self.gate_lr, args.weight_decay)
-            self.optimizer = HeadAdamW(groups, lr=args.learning_rate)
-        return super().create_optimizer(model) if self.optimizer is None else self.optimizer
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
