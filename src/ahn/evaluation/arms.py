@@ -6,8 +6,9 @@ All but `full` have the same lossless budget, sinks and window.
 - `window`: sinks and sliding window; `window+64`: a window that is 64 tokens larger.
 - `ahn`: the memory beside them; `ahn+64`: 64 anchors too; `ahn+64:recent`: chosen by another score.
 - `ct_max`, `ct_mean`: the slots of a Compressive Transformer beside them.
-- `tail`: the base model given nothing but the tokens of sinks and window as its whole input. The floor: a layer of a
-  sliding window reads what the layer below read further back, so that `window` knows of more than its window.
+- `tail`: the base model given nothing but the tokens of sinks and window as its whole input: all that can be known
+  without what was evicted. A layer of a sliding window reads what the layer below read further back, so that `window`
+  may know more. It may also score worse than `tail`, for the model was trained on whole texts.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ _EXPLANATION = (
     "Every arm reads a meeting once, then each question about it. The numbers are nats per token of the gold answer; "
     "less is better. The groups say where the annotated evidence is for the last token before the answer; evidence "
     "among the sinks counts as in the window. A layer with a sliding window also reads what the layer below read "
-    "further back, so that evicted is not unreachable for window; the floor is tail, which is given nothing but the "
+    "further back, so that evicted is not unreachable for window; it is for tail, which is given nothing but the "
     "tokens of sinks and window."
 )
 
