@@ -11,12 +11,11 @@ key/value heads, K key size, V value size, N anchors, R places in the ring of vo
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 
-from ahn.cache.exact import NEVER, Extra, Padding, Tokens
+from ahn.cache.exact import NEVER, Extra, LaterStore, Padding, Tokens
 from ahn.scores import NEAR
 
 
@@ -38,16 +37,18 @@ class Choice(NamedTuple):
     source: torch.Tensor | None
 
 
-class Bank:
+class Bank(LaterStore):
     """Keys and values of the anchors of one layer.
 
     Args:
         anchors: Number of anchors, N.
     """
 
+    names = ("anchor_keys", "anchor_values")
+
     def __init__(self, anchors: int) -> None:
+        super().__init__()
         self.anchors = anchors
-        self.held: dict[str, torch.Tensor] = {}
 
     def append(self, evicted: Tokens, choice: Choice) -> Extra:
         """Takes in what was chosen; what the queries of the call read.
@@ -66,22 +67,6 @@ class Bank:
                 index = source.expand(all_.size(0), all_.size(1), -1, all_.size(3))
                 self.held[name] = all_.detach().gather(2, index)
         return Extra(keys, values, choice.born.to(keys.device), choice.died.to(keys.device))
-
-    def tensors(self) -> dict[str, torch.Tensor]:
-        """Every tensor held, by name."""
-        return dict(self.held)
-
-    def set_tensors(self, tensors: dict[str, torch.Tensor]) -> None:
-        """Takes over tensors that `tensors` gave, among others."""
-        self.held = {name: tensors[name] for name in ("anchor_keys", "anchor_values") if name in tensors}
-
-    def map_tensors(self, function: Callable[[torch.Tensor], torch.Tensor]) -> None:
-        """Replaces every tensor by the function's result on it."""
-        self.held = {name: function(tensor) for name, tensor in self.held.items()}
-
-    def reset(self) -> None:
-        """Forgets everything."""
-        self.held = {}
 
     def _place(self, name: str, like: torch.Tensor) -> torch.Tensor:
         if name not in self.held:

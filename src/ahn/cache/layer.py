@@ -9,7 +9,7 @@ import torch
 from transformers.cache_utils import CacheLayerMixin
 
 from ahn.cache.anchors import Bank, Choice
-from ahn.cache.exact import ExactStore, Padding, Tokens, View
+from ahn.cache.exact import ExactStore, LaterStore, Padding, Tokens, View
 from ahn.cache.pooled import POOLINGS, PooledStore
 from ahn.config import RunSettings
 from ahn.errors import CacheError
@@ -85,8 +85,9 @@ class HippocampalLayer(CacheLayerMixin):
         """Index of the first evicted token after `seen` tokens."""
         return seen - self.exact.window - view.evicted.length
 
-    def _later_stores(self) -> list[PooledStore | Bank]:
-        return [store for store in (self.pooled, self.bank) if store is not None]
+    def _later_stores(self) -> list[LaterStore]:
+        stores: tuple[LaterStore | None, ...] = (self.pooled, self.bank)
+        return [store for store in stores if store is not None]
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """Every tensor held, by name."""

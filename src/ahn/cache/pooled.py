@@ -11,13 +11,12 @@ follows from their index alone, so that nothing is counted and rows that begin a
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 
-from ahn.cache.exact import NEVER, Extra, Padding, Tokens
+from ahn.cache.exact import NEVER, Extra, LaterStore, Padding, Tokens
 from ahn.memories import Memory
 
 POOLED = 4
@@ -39,7 +38,7 @@ class _Slots(NamedTuple):
     number: torch.Tensor
 
 
-class PooledStore:
+class PooledStore(LaterStore):
     """The slots of one layer.
 
     Args:
@@ -49,12 +48,14 @@ class PooledStore:
         window: Tokens of the window: token j leaves it when token j + window comes.
     """
 
+    names = ("slot_keys", "slot_values", "pending_keys", "pending_values")
+
     def __init__(self, slots: int, pooling: Pooling, sinks: int, window: int) -> None:
+        super().__init__()
         self.slots = slots
         self.pooling = pooling
         self.sinks = sinks
         self.window = window
-        self.held: dict[str, torch.Tensor] = {}
 
     def view(self, evicted: Tokens, first: int, padding: Padding | None) -> Extra | None:
         """What the queries of a call may read, without storing anything; `None` while there is nothing.
@@ -64,7 +65,20 @@ class PooledStore:
             first: Index of the first of them.
             padding: Padding at the left of the rows, or `None` where there is none.
         """
-        slots = [part for part in (self._old(first, padding), self._made(evicted, first, padding)) if part is not None]
+        return self._shown(self._made(evicted, first, padding), first, padding)
+
+    def append(self, evicted: Tokens, first: int, padding: Padding | None) -> Extra | None:
+        """The same as `view`; stores what was evicted."""
+        made = self._made(evicted, first, padding)
+        view = self._shown(made, first, padding)
+        if evicted.length:
+            with torch.no_grad():
+                self._store(evicted, made, self._count(first + evicted.length, padding))
+        return view
+
+    def _shown(self, made: _Slots | None, first: int, padding: Padding | None) -> Extra | None:
+        """The slots held and those made in this call, with the queries that read each."""
+        slots = [part for part in (self._old(first, padding), made) if part is not None]
         if not slots:
             return None
         keys, values = (torch.cat([part[name] for part in slots], dim=2) for name in (0, 1))
@@ -73,30 +87,6 @@ class PooledStore:
         none = number < 0
         born = (last + self.window).masked_fill(none, NEVER)
         return Extra(keys, values, born, (born + POOLED * self.slots).masked_fill(none, NEVER))
-
-    def append(self, evicted: Tokens, first: int, padding: Padding | None) -> Extra | None:
-        """The same as `view`; stores what was evicted."""
-        view = self.view(evicted, first, padding)
-        if evicted.length:
-            with torch.no_grad():
-                self._store(evicted, first, padding)
-        return view
-
-    def tensors(self) -> dict[str, torch.Tensor]:
-        """Every tensor held, by name."""
-        return dict(self.held)
-
-    def set_tensors(self, tensors: dict[str, torch.Tensor]) -> None:
-        """Takes over tensors that `tensors` gave, among others."""
-        self.held = {name: tensors[name] for name in _NAMES if name in tensors}
-
-    def map_tensors(self, function: Callable[[torch.Tensor], torch.Tensor]) -> None:
-        """Replaces every tensor by the function's result on it."""
-        self.held = {name: function(tensor) for name, tensor in self.held.items()}
-
-    def reset(self) -> None:
-        """Forgets everything."""
-        self.held = {}
 
     def _count(self, index: int, padding: Padding | None) -> torch.Tensor:
         """Slots that each row has made of the tokens before an index, `[B or 1]`."""
@@ -145,8 +135,8 @@ class PooledStore:
         groups: torch.Tensor = tokens.unflatten(2, (-1, POOLED))
         return groups.amax(3) if self.pooling == "max" else groups.mean(3)
 
-    def _store(self, evicted: Tokens, first: int, padding: Padding | None) -> None:
-        made, after = self._made(evicted, first, padding), self._count(first + evicted.length, padding)
+    def _store(self, evicted: Tokens, made: _Slots | None, after: torch.Tensor) -> None:
+        """Keeps what was made, `after` slots of each row by now, `[B or 1]`, and tokens that may be in no slot yet."""
         for name, new in (("keys", evicted.keys), ("values", evicted.values)):
             line = self._line(name, new)
             slots = self.held.setdefault(f"slot_{name}", new.new_zeros(*new.shape[:2], self.slots, new.size(3)))
@@ -158,9 +148,6 @@ class PooledStore:
                 with_spare.scatter_(2, place.expand(slots.size(0), slots.size(1), -1, slots.size(3)), fresh)
                 self.held[f"slot_{name}"] = with_spare[:, :, :-1].contiguous()
             self.held[f"pending_{name}"] = line[:, :, 1 - POOLED :].clone()
-
-
-_NAMES = ("slot_keys", "slot_values", "pending_keys", "pending_values")
 
 
 def state_slots(memory: Memory, number_bytes: int) -> int:

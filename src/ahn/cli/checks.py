@@ -25,12 +25,17 @@ def one_of(option: str, value: str | None, known: tuple[str, ...]) -> None:
         raise UsageError(f"{option} must be {', '.join(known[:-1])} or {known[-1]}, not '{value}'.")
 
 
-def modes(names: str) -> list[str]:
-    """The modes in "ahn,window,full", each once."""
-    found = [name.strip() for name in names.split(",") if name.strip()]
+def words(given: str) -> list[str]:
+    """The words in "ahn, window,full", each once."""
+    return list(dict.fromkeys(word.strip() for word in given.split(",") if word.strip()))
+
+
+def several_of(option: str, given: str, known: tuple[str, ...]) -> list[str]:
+    """The words joined by commas, each once; at least one, and all of them known."""
+    found = words(given)
     for name in found or [""]:
-        one_of("--modes", name, MODES)
-    return list(dict.fromkeys(found))
+        one_of(option, name, known)
+    return found
 
 
 def span(window: int | None, sinks: int | None, sink_positions: str | None) -> None:

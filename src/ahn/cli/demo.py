@@ -52,7 +52,7 @@ def command(
 ) -> None:
     """A small model reads a long text in the modes ahn, window and full, and answers a question about it."""
     started = time.monotonic()
-    names = checks.modes(modes)
+    names = checks.several_of("--modes", modes, checks.MODES)
     checks.span(window, sinks, sink_positions)
     checks.at_least("--seconds", seconds, 1)
     checks.at_least("--max-new-tokens", max_new_tokens, 1)

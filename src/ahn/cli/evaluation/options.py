@@ -129,7 +129,6 @@ def open_run(
         arms: Names joined by commas.
         out: The folder to write to, or `None`.
         seed: Of the random numbers, at least 0.
-        known_arms: Those that this command can use.
         **own: The command's own settings that its results depend on; of files, their checksums too.
 
     Raises:
@@ -172,10 +171,10 @@ def arm_names(arms: str) -> list[str]:
     Raises:
         UsageError: There is none, or an unknown one.
     """
-    found = [name.strip() for name in arms.split(",") if name.strip()]
+    found = checks.words(arms)
     for name in found or [""]:
         _check_arm(name)
-    return list(dict.fromkeys(found))
+    return found
 
 
 def _check_arm(name: str) -> None:

@@ -54,7 +54,7 @@ def command(
     seed: options.Seed = 0,
 ) -> None:
     """Hide facts in a text and ask for them: sinks, window and what was evicted are scored apart."""
-    names = _names(tasks)
+    names = checks.several_of("--tasks", tasks, tuple(TASKS))
     tokens, numbers = _numbers("--lengths", lengths), _numbers("--facts", facts)
     counts = {"--depths": depths, "--items": items, "--values": values, "--distractors": distractors}
     for option, value in counts.items():
@@ -128,17 +128,9 @@ def _plan(loaded: Loaded, run: options.Run, settings: Settings, text: str) -> Pl
         return Plan(settings, builder, sentences(text))
 
 
-def _names(tasks: str) -> list[str]:
-    """The tasks in "number,capacity", each once."""
-    found = [name.strip() for name in tasks.split(",") if name.strip()]
-    for name in found or [""]:
-        checks.one_of("--tasks", name, tuple(TASKS))
-    return list(dict.fromkeys(found))
-
-
 def _numbers(option: str, given: str) -> list[int]:
     """The numbers in "1024,2048", in rising order, each once."""
-    words = [word.strip() for word in given.split(",") if word.strip()]
+    words = checks.words(given)
     if not words or not all(word.isdecimal() and int(word) >= 1 for word in words):
         raise UsageError(f"{option} must be whole numbers of at least 1 joined by commas, not '{given}'.")
     return sorted({int(word) for word in words})
