@@ -61,13 +61,16 @@ class Gradients(TrainerCallback):
         self.kept = {name: tensor.grad.clone() for name, tensor in memory_tensors(self.model).items()}
 
 
-def trainer_for(out: Path, model: Any = None, data: Any = None, stage: Any = "distill", **changes: Any) -> AHNTrainer:
+def trainer_for(
+    out: Path, model: Any = None, data: Any = None, stage: Any = "distill", scale_lr: float = 0.0, **changes: Any
+) -> AHNTrainer:
     """A trainer of a tiny model that says nothing."""
     trainer = AHNTrainer(
         with_memory("llama") if model is None else model,
         arguments(out, **changes),
         weights={"kl": 1.0, "attention": 2.0},
         stage=stage,
+        scale_lr=scale_lr,
         draw=SpanDraw(totals=(16, 24, 32), sinks=(0, 4, 8), seed=5),
         train_dataset=pieces() if data is None else data,
     )

@@ -83,6 +83,7 @@ def test_numbers_may_come_as_text() -> None:
         ({"warmup": -1}, "warmup must be at least 0"),
         ({"warmup": float("nan")}, "warmup must be at least 0"),
         ({"slice_tokens": 0}, "slice_tokens must be at least 1"),
+        ({"scale_lr": 0.03, "arguments": {"optim": "sgd"}}, "scale_lr is a setting of our own AdamW"),
     ],
 )
 def test_what_cannot_work(values: dict[str, Any], message: str) -> None:

@@ -75,14 +75,20 @@ def test_a_checkpoint_holds_the_adapter_and_not_the_base(tmp_path: Path) -> None
     assert learned <= total < learned + 8192
 
 
-@pytest.mark.parametrize("streaming", [False, True])
-def test_going_on_ends_with_the_same_weights(tmp_path: Path, streaming: bool) -> None:
+@pytest.mark.parametrize(("streaming", "scale_lr"), [(False, 0.0), (True, 0.0), (False, 0.1)])
+def test_going_on_ends_with_the_same_weights(tmp_path: Path, streaming: bool, scale_lr: float) -> None:
     def data() -> Any:
         rows = pieces(6)
         make = lambda: (_piece(rows[number % 6]) for number in range(40))  # noqa: E731
         return PieceStream(make) if streaming else rows
 
-    settings = {"max_steps": 6, "gradient_accumulation_steps": 2, "save_strategy": "steps", "save_steps": 2}
+    settings: dict[str, Any] = {
+        "scale_lr": scale_lr,
+        "max_steps": 6,
+        "gradient_accumulation_steps": 2,
+        "save_strategy": "steps",
+        "save_steps": 2,
+    }
     whole = trainer_for(tmp_path / "whole", data=data(), **settings)
     whole.train()
     shorter = trainer_for(tmp_path / "parts", data=data(), **settings)

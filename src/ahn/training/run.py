@@ -274,6 +274,7 @@ def _run_stage(
         draw=settings.span_draw,
         evaluation_span=settings.span,
         loss_share=settings.loss_share,
+        scale_lr=settings.scale_lr if name == "distill" else 0.0,
         train_dataset=data[0],
         eval_dataset=data[1].spread(settings.eval_tokens) if len(data[1]) else None,
         callbacks=[Lines(stage, say)],

@@ -69,6 +69,8 @@ class TrainSettings:
         accumulation: Forward passes of a step, on each process.
         lr: Learning rate of the stage distill.
         transfer_lr: Learning rate of the stage transfer.
+        scale_lr: Learning rate of the logarithm of each head's read-out length, see `ahn.training.optimizer`; it
+            follows the schedule of the others. For the stage distill; 0 leaves plain AdamW.
         schedule: Learning rate schedule, a name of transformers.
         warmup: Share of the steps over which the learning rate rises.
         weight_decay: Of AdamW, on matrices.
@@ -134,6 +136,7 @@ class TrainSettings:
     accumulation: int = 1
     lr: float = 1e-4
     transfer_lr: float = 1e-3
+    scale_lr: float = 0.0
     schedule: str = "cosine"
     warmup: float = 0.1
     weight_decay: float = 0.1
@@ -162,7 +165,7 @@ class TrainSettings:
             object.__setattr__(self, field.name, _typed(field.name, getattr(self, field.name), hints[field.name]))
         for name in _COUNTS:
             _at_least(name, getattr(self, name), 1)
-        for name in ("eval_every", "report_tokens", "weight_decay", "max_grad_norm", "warmup"):
+        for name in ("eval_every", "report_tokens", "weight_decay", "max_grad_norm", "warmup", "scale_lr"):
             _at_least(name, getattr(self, name), 0)
         for name in ("lr", "transfer_lr"):
             if not 0 < getattr(self, name) < math.inf:
@@ -185,6 +188,8 @@ class TrainSettings:
             raise ConfigError(f"loss_share must be a share above 0 and at most 1, not {self.loss_share}")
         if self.teacher_cache is not None and self.losses.get("attention"):
             raise ConfigError("teacher_cache does not serve the loss attention; leave one of the two out")
+        if self.scale_lr and "optim" in self.arguments:
+            raise ConfigError("scale_lr is a setting of our own AdamW; leave it or the argument optim out")
         low, high = self.initial_decay or (0, 1)
         if not 0 <= low <= high < math.inf or high == 0:
             raise ConfigError(f"initial_decay must be a range of rates from 0 on, not {list(self.initial_decay or ())}")

@@ -17,6 +17,7 @@ from ahn.errors import CheckpointError, ConfigError
 from ahn.training.batches import collate
 from ahn.training.distiller import Distiller, Stage
 from ahn.training.draws import Span, SpanDraw, thinned
+from ahn.training.optimizer import HeadScaledAdamW
 from ahn.training.saving import load_adapter, save_adapter, staged
 
 _STATE = "trainer_state.json"
@@ -40,6 +41,7 @@ class AHNTrainer(Trainer):
         loss_share: Share of the labelled tokens of each training sequence that the losses on distributions look at,
             drawn anew in every step.
         slice_tokens: As for `distillation_loss`, if the model is no `Distiller`.
+        scale_lr: Learning rate of the length of each head's read-out, by `HeadScaledAdamW`; 0 for what `args` name.
         **others: As for `Trainer`; datasets give `input_ids` and, optionally, `labels` and `attention_mask`.
 
     Raises:
@@ -60,6 +62,7 @@ class AHNTrainer(Trainer):
         evaluation_span: Span | None = None,
         loss_share: float = 1.0,
         slice_tokens: int | None = None,
+        scale_lr: float = 0.0,
         **others: Any,
     ) -> None:
         distiller = model if isinstance(model, Distiller) else Distiller(model, weights, stage, slice_tokens)
@@ -79,6 +82,11 @@ class AHNTrainer(Trainer):
         self._sums = torch.zeros(len(distiller.weights), dtype=torch.float64)
         self._counts = torch.zeros(len(distiller.weights), dtype=torch.float64)
         others.setdefault("data_collator", collate)
+        if scale_lr:
+            others["optimizer_cls_and_kwargs"] = (
+                HeadScaledAdamW,
+                _adam_values(args) | {"scale_ratio": scale_lr / args.learning_rate},
+            )
         super().__init__(model=distiller, args=args, **others)
         self.model_accepts_loss_kwargs = True  # transformers before 5.23: losses are divided by us
 
@@ -217,6 +225,11 @@ class AHNTrainer(Trainer):
     def _load_best_model(self) -> None:
         if self.state.best_model_checkpoint is not None:
             load_adapter(self.distiller.model, self.state.best_model_checkpoint)
+
+
+def _adam_values(args: TrainingArguments) -> dict[str, Any]:
+    """Arguments of AdamW."""
+    return {"lr": args.learning_rate, "betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon}
 
 
 def _lengths(batch: Mapping[str, torch.Tensor]) -> list[int]:

@@ -1,0 +1,54 @@
+"""AdamW that also learns one factor for each head of the read-outs, which a noisy gradient of its elements hides."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+
+class HeadScaledAdamW(torch.optim.AdamW):
+    """AdamW, and after each of its steps a step of Adam on the logarithm of the length of every head's read-out.
+
+    The gradient of one element of a read-out is almost all noise, and AdamW's step on it is as long as one on a signal;
+    how far a head should speak up as a whole is one number, whose gradient `<G, W>` sums thousands of elements and is
+    much clearer. Read-outs are the parameters of three dimensions, `[H, V, V]`.
+
+    Args:
+        params: As for `AdamW`.
+        scale_ratio: Learning rate of the logarithms over that of the elements, so that both follow one schedule.
+        **others: As for `AdamW`.
+    """
+
+    def __init__(self, params: Any, scale_ratio: float = 0.0, **others: Any) -> None:
+        super().__init__(params, **others)
+        for group in self.param_groups:
+            group["scale_ratio"] = scale_ratio
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> Any:
+        """As `AdamW.step`."""
+        slopes = {
+            p: (p.grad * p).sum((1, 2), keepdim=True)  # by the logarithm of each head's length, [H, 1, 1]
+            for group in self.param_groups
+            for p in group["params"]
+            if p.dim() == 3 and p.grad is not None
+        }
+        loss = super().step(closure)
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter in slopes:
+                    self._rescale(parameter, slopes[parameter], group)
+        return loss
+
+    def _rescale(self, parameter: torch.Tensor, slope: torch.Tensor, group: dict[str, Any]) -> None:
+        state, (beta, beta_square) = self.state[parameter], group["betas"]
+        if "slope" not in state:
+            state["slope"], state["slope_square"] = torch.zeros_like(slope), torch.zeros_like(slope)
+        state["slope"].lerp_(slope, 1 - beta)
+        state["slope_square"].lerp_(slope.square(), 1 - beta_square)
+        step = float(state["step"])
+        mean, square = state["slope"] / (1 - beta**step), state["slope_square"] / (1 - beta_square**step)
+        change = mean / (square.sqrt() + group["eps"])
+        parameter.mul_(torch.exp(-group["lr"] * group["scale_ratio"] * change))
