@@ -30,7 +30,7 @@ help:
 	@echo "make demo    a small model reads a long text past its window"
 	@echo "make test    lint, types and the fast tests"
 	@echo "make slow    the slow tests"
-	@echo "make results what the shipped memories win back (TEXTS=FOLDER of unseen texts)"
+	@echo "make results every number of docs/results.md (TEXTS=FOLDER of unseen texts)"
 	@echo "make lint    ruff and mypy only"
 	@echo "make format  rewrite the files in house style"
 	@echo "make clean   remove .venv and everything built"
@@ -46,7 +46,7 @@ slow: $(HAVE_DEV) $(HAVE_MODEL)
 
 results: $(HAVE_AHN) $(HAVE_MODEL)
 	@[ -n "$(TEXTS)" ] || { echo "name a folder of texts that no memory was trained on: make results TEXTS=FOLDER"; exit 1; }
-	@$(PY) benchmarks/shipped_memories.py --texts "$(TEXTS)" $(ARGS)
+	@$(PY) benchmarks/results.py --texts "$(TEXTS)" $(ARGS)
 
 lint: $(HAVE_DEV)
 	@$(PY) -m ruff check --quiet .

@@ -1,7 +1,7 @@
 """How much of what a window loses do the shipped memories win back? Held-out text, by window and length.
 
     python benchmarks/shipped_memories.py --texts FOLDER            # about 40 minutes on two cores
-    make results TEXTS=FOLDER                                       # the same
+    make results TEXTS=FOLDER ARGS="--only memories page"            # the same, and the page of results
 
 Every text is cut into pieces of the greatest length, from which as many as asked for are taken at even distances over
 all texts. A piece is read once in each mode and at each window; what is read up to a length is what a piece of that

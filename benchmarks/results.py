@@ -1,0 +1,209 @@
+"""Every number and picture of docs/results.md, from one command.
+
+    make results TEXTS=FOLDER          # about an hour and a half on two cores; the same command again goes on
+    make results TEXTS=FOLDER ARGS="--only page"     # draws the page anew from what was measured before
+
+FOLDER holds books that no memory was trained on. Measured are, with the memories that ship: what they win back, by
+window and length too (`shipped_memories.py`), a whole book (`ahn eval perplexity`), hidden facts (`ahn eval recall`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from ahn.evaluation.report import write_whole
+
+HERE = Path(__file__).parent
+KEPT, IMAGES, PAGE = HERE / "results", HERE.parent / "docs" / "images", HERE.parent / "docs" / "results.md"
+WORK = HERE.parent / ".results"
+STEPS = ("memories", "book", "recall", "page")
+ARMS = "full,window,ahn,ct_max,ct_mean,tail"
+LENGTHS = "1024,2048,4096,8192"
+TASKS = ("number", "word")
+MEMORIES, GRID, BOOK, RECALL = "shipped_memories.json", "shipped_memories_grid.json", "book.json", "recall.json"
+BOOK_BYTES = 500_000  # more than 100,000 tokens
+_AHN = (sys.executable, "-m", "ahn", "eval")
+_OPENING = """# Results
+
+SmolLM2-135M-Instruct with the memories that ship, all of it measured and drawn by `make results TEXTS=FOLDER` on texts
+that no memory was trained on. `full` is the base model with full attention, `window` sinks and a sliding window alone,
+`ahn` both with the memory, `ct_max` and `ct_mean` the Compressive Transformer with as many bytes, `tail` the base model
+given sinks and window as its whole input.
+"""
+
+
+def measure_memories(texts: Path) -> None:
+    """What the memories win back where they were trained, and by window and length."""
+    script = (sys.executable, str(HERE / "shipped_memories.py"), "--texts", str(texts))
+    _run(*script, "--windows", "256", "--lengths", "2048", "--pieces", "12", "--json", str(KEPT / MEMORIES))
+    _run(*script, "--pieces", "2", "--json", str(KEPT / GRID))
+
+
+def measure_book(texts: Path) -> None:
+    """A text from beginning to end."""
+    out = WORK / "book"
+    _run(*_AHN, "perplexity", str(find_book(texts)), "--arms", "window,ahn", "--window", "256", "--out", str(out))
+    shutil.copy(out / "report.json", KEPT / BOOK)
+    _take_picture(out / "perplexity.png", "results_book.png")
+
+
+def measure_recall(texts: Path) -> None:
+    """Facts hidden in the same text."""
+    out = WORK / "recall"
+    haystack = ("--haystack", str(find_book(texts)), "--lengths", LENGTHS, "--items", "1", "--window", "256")
+    _run(*_AHN, "recall", "--tasks", ",".join(TASKS), *haystack, "--arms", ARMS, "--out", str(out))
+    shutil.copy(out / "report.json", KEPT / RECALL)
+    for name in TASKS:
+        _take_picture(out / f"recall_{name}.png", f"results_recall_{name}.png")
+
+
+def find_book(texts: Path) -> Path:
+    """The shortest text of 500,000 bytes at least, or the longest if there is none."""
+    sizes = sorted((file.stat().st_size, file) for file in texts.rglob("*.txt"))
+    return next((file for size, file in sizes if size >= BOOK_BYTES), sizes[-1][1])
+
+
+def write_page(texts: Path) -> None:
+    """The page, from what was measured."""
+    memories, grid, book, recall = (
+        json.loads((KEPT / name).read_text(encoding="utf-8")) for name in (MEMORIES, GRID, BOOK, RECALL)
+    )
+    IMAGES.mkdir(exist_ok=True)
+    _draw(grid).savefig(IMAGES / "results_memories.png", dpi=150)
+    parts = [_OPENING, _memories_part(memories), _grid_part(grid), _book_part(book), _recall_part(recall)]
+    write_whole(PAGE, "\n".join(parts))
+
+
+def _memories_part(found: dict) -> str:
+    return "\n".join(
+        [
+            "## What a memory wins back\n",
+            f"Nats per token beyond {found['sinks']} sinks and the window, and the share of the gap between `window` "
+            "and `full` that the memory closes, with a 95 % bootstrap interval over "
+            f"{found['pieces']} pieces at even distances ({_where(found)}).\n",
+            *_rows(found),
+            "",
+        ]
+    )
+
+
+def _grid_part(found: dict) -> str:
+    return "\n".join(
+        [
+            "## Other windows, longer texts\n",
+            f"The same over {found['pieces']} pieces, read once in each mode and at each window ({_where(found)}).\n",
+            "![share of the gap that is closed, by window and length](images/results_memories.png)\n",
+            *_rows(found),
+            "",
+        ]
+    )
+
+
+def _rows(found: dict) -> list[str]:
+    names = list(found["rows"][0]["closed"])
+    lines = [
+        f"| tokens | window | full | window alone | {' | '.join(names)} |",
+        "|---|---|---|---|" + "---|" * len(names),
+    ]
+    for row in found["rows"]:
+        cells = [f"{row['nll'][name]:.4f} ({_share(*row['closed'][name])})" for name in names]
+        exact = f"{row['nll']['full']:.4f} | {row['nll']['window']:.4f}"
+        lines.append(f"| {row['length']:,} | {row['window']:,} | {exact} | {' | '.join(cells)} |")
+    return lines
+
+
+def _book_part(found: dict) -> str:
+    document, of = found["results"]["documents"][0], found["settings"]
+    lines = [
+        "## A whole book\n",
+        f"`{document['name']}`, {document['tokens']:,} tokens, {of['sinks']} sinks, window {of['window']} "
+        f"({_where(found['environment'])}).\n",
+        "![score, cache and memory against position](images/results_book.png)\n",
+        "| arm | nats per token | perplexity | cache, MB |",
+        "|---|---|---|---|",
+    ]
+    for name, row in found["results"]["arms"].items():
+        scores = f"{row['nll']['beyond']:.4f} | {row['perplexity']['beyond']:.2f}"
+        lines.append(f"| {name} | {scores} | {row['cache_bytes'] / 1e6:.1f} |")
+    return "\n".join([*lines, ""])
+
+
+def _recall_part(found: dict) -> str:
+    arms = found["settings"]["arms"]
+    lines = [
+        "## Hidden facts\n",
+        "Answers that hold the fact, of all that were asked, by where the fact is when the question begins "
+        f"(window {found['settings']['window']}, {_where(found['environment'])}).\n",
+        *(f"![{task}](images/results_recall_{task}.png)\n" for task in TASKS),
+        f"| task | tokens | where | {' | '.join(arms)} |",
+        "|---|---|---|" + "---|" * len(arms),
+    ]
+    rows: dict[tuple, dict[str, str]] = {}
+    for cell in found["results"]["cells"]:
+        key = cell["task"], cell["length"], cell["label"]
+        rows.setdefault(key, {})[cell["arm"]] = f"{cell['hits']}/{cell['values']}"
+    for (task, length, label), row in rows.items():
+        lines.append(f"| {task} | {length:,} | {label} | {' | '.join(row[arm] for arm in arms)} |")
+    return "\n".join([*lines, "", *(f"- {sentence}" for sentence in found["results"]["verdicts"])]) + "\n"
+
+
+def _draw(found: dict) -> object:
+    """Share of the gap that is closed against the window, a panel for each length."""
+    from matplotlib.figure import Figure
+
+    lengths = sorted({row["length"] for row in found["rows"]})
+    figure = Figure(figsize=(4 * len(lengths), 3.6), layout="constrained")
+    for panel, length in zip(figure.subplots(1, len(lengths), sharey=True, squeeze=False)[0], lengths, strict=True):
+        rows = [row for row in found["rows"] if row["length"] == length]
+        for shift, name in enumerate(rows[0]["closed"]):
+            share, low, high = ([100 * row["closed"][name][part] for row in rows] for part in range(3))
+            places = [number + 0.08 * (shift - 1) for number in range(len(rows))]
+            error = [[a - b for a, b in zip(share, low)], [b - a for a, b in zip(share, high)]]
+            panel.errorbar(places, share, error, marker="o", capsize=3, label=name)
+        panel.axhline(0, color="black", linewidth=1)
+        panel.set_xticks(range(len(rows)), [f"{row['window']:,}" for row in rows])
+        panel.set(title=f"{length:,} tokens", xlabel="window", ylabel="gap closed, %" if length == lengths[0] else "")
+        panel.grid(alpha=0.3)
+        panel.spines[["top", "right"]].set_visible(False)
+    panel.legend()
+    return figure
+
+
+def _share(share: float, low: float, high: float) -> str:
+    return f"{100 * share:.0f} %, {100 * low:.0f} to {100 * high:.0f}"
+
+
+def _where(facts: dict) -> str:
+    versions = ", ".join(f"{name} {facts[name]}" for name in ("torch", "transformers"))
+    return f"{facts['date']}, {facts['device']}, {versions}"
+
+
+def _run(*command: str) -> None:
+    if code := subprocess.run(command).returncode:
+        raise SystemExit(code)
+
+
+def _take_picture(source: Path, name: str) -> None:
+    IMAGES.mkdir(exist_ok=True)
+    shutil.copy(source, IMAGES / name)
+
+
+def main() -> None:
+    arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    arguments.add_argument("--texts", required=True, type=Path, help="folder of texts that no memory was trained on")
+    arguments.add_argument("--only", nargs="*", choices=STEPS, default=STEPS)
+    options = arguments.parse_args()
+    if not any(options.texts.rglob("*.txt")):
+        raise SystemExit(f"{options.texts}: there are no .txt files in it; name a folder of texts")
+    steps = dict(zip(STEPS, (measure_memories, measure_book, measure_recall, write_page), strict=True))
+    for name in options.only:
+        steps[name](options.texts)
+
+
+if __name__ == "__main__":
+    main()
