@@ -13,13 +13,16 @@ from ahn._compat import CACHE
 from ahn.cache.anchors import Ballot, _Anchors, elect
 from ahn.cache.exact import NEVER
 from ahn.scores import NEAR, SCORES
-from tests.tiny import MEMORIES, read, text, tiny, with_memory
+from tests.tiny import MEMORIES, give_votes, read, text, tiny, with_memory
 
 SINKS, WINDOW, ANCHORS = 5, 16, 6
 
 
 def anchored(family: str = "llama", memory: str = "gated_delta_net", **settings: Any) -> Any:
-    return with_memory(family, memory, **{"anchors": ANCHORS, **settings})
+    model = with_memory(family, memory, **{"anchors": ANCHORS, **settings})
+    if settings.get("anchor_score") == "learned":
+        give_votes(model)
+    return model
 
 
 def held_after(scores: list[float], tokens: list[int], anchors: int) -> list[set[int]]:

@@ -11,6 +11,8 @@ from torch import nn
 import ahn
 from ahn._compat import CACHE
 from ahn.attachment import attachment_of
+from ahn.scores import AnchorGate
+from ahn.surgery import set_gate
 
 SIZES = {
     "vocab_size": 128,
@@ -110,6 +112,14 @@ def awaken(model: nn.Module) -> None:
                 parameter.data.normal_(std=0.4, generator=generator)
             if name == "A_log":
                 parameter.data.uniform_(-3, 0, generator=generator)
+
+
+def give_votes(model: nn.Module, layers: tuple[int, ...] = (0, 2)) -> None:
+    """Learned votes of random weights for some layers."""
+    torch.manual_seed(17)
+    for site in attachment_of(model).sites:
+        if site.index in layers:
+            set_gate(site, AnchorGate(site.shape.hidden_size, 4))
 
 
 def text(batch: int = 1, tokens: int = 75, seed: int = 3) -> torch.Tensor:

@@ -8,7 +8,7 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from ahn.attachment import mode
     from ahn.cache import HippocampalCache
-    from ahn.checkpoint import from_pretrained, load, save
+    from ahn.checkpoint import from_pretrained, load, load_anchors, save, save_anchors
     from ahn.config import AHNConfig
     from ahn.errors import AHNError
     from ahn.surgery import attach, attached, detach
@@ -23,8 +23,10 @@ __all__ = [
     "detach",
     "from_pretrained",
     "load",
+    "load_anchors",
     "mode",
     "save",
+    "save_anchors",
 ]
 
 _ROOMS = {
@@ -36,8 +38,10 @@ _ROOMS = {
     "detach": "surgery",
     "from_pretrained": "checkpoint",
     "load": "checkpoint",
+    "load_anchors": "checkpoint",
     "mode": "attachment",
     "save": "checkpoint",
+    "save_anchors": "checkpoint",
 }
 
 

@@ -19,7 +19,7 @@ from ahn.config import AHNConfig, Mode, RunSettings, SinkPositions
 from ahn.errors import ConfigError, ModelError
 from ahn.memories import Memory, MemoryShape
 from ahn.positions import Rotation
-from ahn.scores import NEAR, SCORES, UNROTATED, find_score
+from ahn.scores import LEARNED, NEAR, SCORES, UNROTATED, AnchorGate, find_score
 
 _OVERRIDES: ContextVar[Mapping[int, RunSettings]] = ContextVar("ahn_modes", default={})  # noqa: B039 (never mutated)
 _ATTRIBUTE = "_ahn_attachment"
@@ -36,6 +36,7 @@ class Site:
         sliding_window: Tokens that the base model's layer itself sees, or `None` for full attention.
         memory: Its memory, or `None` where the layer keeps the base model's own attention.
         rotation: How to undo its rotary positions; `None` where it has none or nothing asks for it.
+        anchor_gate: Its learned vote on anchors, or `None` where it has none.
     """
 
     module: nn.Module
@@ -44,6 +45,7 @@ class Site:
     sliding_window: int | None
     memory: Memory | None = None
     rotation: Rotation | None = None
+    anchor_gate: AnchorGate | None = None
 
 
 @dataclasses.dataclass(eq=False)
@@ -111,6 +113,20 @@ class Attachment:
                     f"{settings.sinks} sinks leave no window in layer {site.index}, which slides over "
                     f"{site.sliding_window} tokens by itself; use fewer sinks or leave it out with layers="
                 )
+
+    def check_votes(self, settings: RunSettings) -> None:
+        """Checks that there is a layer to vote on anchors.
+
+        Raises:
+            ConfigError: The score is a learned one, and no layer has weights for it.
+        """
+        if not settings.has_anchors or settings.anchor_score not in LEARNED:
+            return
+        if all(site.anchor_gate is None for site in self.sites):
+            raise ConfigError(
+                f'anchor_score="{settings.anchor_score}" has no weights on this model; load some with '
+                "ahn.load_anchors(model, name), or choose anchors by key_diff"
+            )
 
     def _check_anchors(self, settings: RunSettings) -> None:
         find_score(settings.anchor_score)

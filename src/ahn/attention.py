@@ -23,7 +23,7 @@ from ahn.errors import ModelError
 from ahn.memories import Memory
 from ahn.plan import Plan
 from ahn.positions import Rotation, Tables
-from ahn.scores import UNROTATED, NewTokens, find_score
+from ahn.scores import LEARNED, UNROTATED, NewTokens, find_score
 from ahn.softmax import Softmax, local_attention
 
 IMPLEMENTATION = "ahn"
@@ -91,20 +91,27 @@ class LayerCall:
         return self.rotary.rotation.bounded(query, self.rotary.tables, self.rotary.positions)
 
     @torch.no_grad()
-    def vote(self, key: torch.Tensor) -> torch.Tensor:
-        """How much each new token should be an anchor, in the eyes of this layer, `[B, T]`; its keys are remembered."""
-        settings, seen = self.plan.settings, self.store.exact.seen
-        if self.rotary is not None and settings.anchor_score in UNROTATED:
-            key = self.rotary.rotation.undo(key, self.rotary.tables)
-        key = key.float()
+    def vote(self, key: torch.Tensor) -> torch.Tensor | None:
+        """How much each new token should be an anchor, in the eyes of this layer, `[B, T]`; `None` if it has no say."""
+        name, gate = self.plan.settings.anchor_score, self.site.anchor_gate
+        if name in LEARNED and gate is None:
+            return None
         pads = torch.zeros(1, dtype=torch.long) if self.plan.padding is None else self.plan.padding.counts
+        seen = self.store.exact.seen
         tokens = torch.arange(seen, seen + key.size(2), device=key.device) - pads.to(key.device)[:, None]
+        mean = None
+        if name in UNROTATED:
+            key = self.rotary.rotation.undo(key, self.rotary.tables) if self.rotary is not None else key
+            mean = self._mean_key(key.float(), tokens)
+        votes = find_score(name)(NewTokens(key.float(), tokens, self.hidden, mean, gate))
+        return votes.expand(key.size(0), -1)
+
+    def _mean_key(self, key: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+        """Mean of all unit keys up to each new one, `[B, G, T, K]`; their sum is remembered."""
         unit = functional.normalize(key, dim=-1) * (tokens >= 0)[:, None, :, None]
         total = unit.cumsum(2) if self.store.key_total is None else self.store.key_total + unit.cumsum(2)
         self.store.key_total = total[:, :, -1:].clone()
-        mean = total / (tokens + 1).clamp(min=1)[:, None, :, None]
-        votes = find_score(settings.anchor_score)(NewTokens(key, mean, tokens))
-        return votes.expand(key.size(0), -1)
+        return total / (tokens + 1).clamp(min=1)[:, None, :, None]
 
     def read_memory(self, query: torch.Tensor, view: View, seen: int) -> torch.Tensor:
         """Folds what left the window into the state; what the memory adds for the last E queries, `[B, E, H, V]`."""
@@ -170,7 +177,8 @@ def attention_function(
     seen = store.exact.seen + new.length
     choice = None
     if (election := ahn.plan.election) is not None:
-        election.votes.append(ahn.vote(key))
+        if (vote := ahn.vote(key)) is not None:
+            election.votes.append(vote)
         choice = election.choices.get(store.exact.window)
     view = store.append(new, padding, choice) if ahn.kept else store.view(new, padding)
     sink_queries = ahn.sink_queries(query, seen)

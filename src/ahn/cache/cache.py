@@ -61,7 +61,12 @@ class HippocampalCache(Cache):
         self.begin(attachment, settings)
 
     def begin(self, attachment: Attachment, settings: RunSettings) -> None:
-        """Sets up an empty cache with settings that were checked before."""
+        """Sets up an empty cache with settings that were checked before.
+
+        Raises:
+            ConfigError: The anchors are chosen by a learned score, and the model has no weights for it.
+        """
+        attachment.check_votes(settings)
         self.attachment = attachment
         self.settings = settings
         self.padding: Padding | None = None

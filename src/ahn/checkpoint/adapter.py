@@ -1,4 +1,6 @@
-"""The library's own format: a folder with `ahn_config.json` and `ahn.safetensors`, which belong together by a checksum.
+"""The library's own format: a folder with a JSON file and a safetensors file, which belong together by a checksum.
+
+A memory is `ahn_config.json` and `ahn.safetensors`; the weights of a learned score go by other names, see `Pair`.
 
 Writing is one atomic step, the replacing of the config: it names the checksum of its weights, which lie ready under a
 name of their own until then and take the place of the old ones right after.
@@ -14,7 +16,7 @@ import time
 import uuid
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -25,8 +27,21 @@ from ahn.checkpoint.files import Stored, failure, read_json, stored_tensors, wri
 from ahn.config import AHNConfig
 from ahn.errors import CheckpointError
 
-CONFIG = "ahn_config.json"
-WEIGHTS = "ahn.safetensors"
+
+class Pair(NamedTuple):
+    """Names of the two files of a folder that belong together.
+
+    Attributes:
+        config: The JSON file, whose replacing makes the folder new.
+        weights: The safetensors file.
+    """
+
+    config: str
+    weights: str
+
+
+MEMORY = Pair("ahn_config.json", "ahn.safetensors")
+CONFIG = MEMORY.config
 FORMAT_VERSION = 1
 _TEMPORARY = ".ahn-"
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -50,17 +65,34 @@ def save(model: nn.Module, path: str | os.PathLike[str], dtype: str | torch.dtyp
             this dtype).
     """
     attachment = attachment_of(model)
+    tensors = storable(path, memory_tensors(model), dtype)
+    write_adapter(path, attachment.config, Base.of_model(inner_model(model)), tensors)
+
+
+def storable(
+    path: str | os.PathLike[str], tensors: Mapping[str, torch.Tensor], dtype: str | torch.dtype | None
+) -> dict[str, torch.Tensor]:
+    """Copies of weights on the CPU in the dtype that they are to be stored in.
+
+    Args:
+        path: Where they are to go, for messages.
+        tensors: The weights.
+        dtype: As for `save`.
+
+    Raises:
+        CheckpointError: The dtype is none that is stored, or a weight is not finite in it.
+    """
     wanted = _dtype(dtype)
-    tensors: dict[str, torch.Tensor] = {}
-    for key, tensor in memory_tensors(model).items():
-        tensors[key] = tensor.detach().to(device="cpu", dtype=wanted or tensor.dtype)
-        if not bool(tensors[key].isfinite().all()):
+    found: dict[str, torch.Tensor] = {}
+    for key, tensor in tensors.items():
+        found[key] = tensor.detach().to(device="cpu", dtype=wanted or tensor.dtype)
+        if not bool(found[key].isfinite().all()):
             raise failure(
                 path,
-                f"nothing was saved: {key} is not finite in {_name(tensors[key].dtype)}",
+                f"nothing was saved: {key} is not finite in {_name(found[key].dtype)}",
                 "The training has diverged (lower its learning rate), or float16 is too small for it (use bfloat16)",
             )
-    write_adapter(path, attachment.config, Base.of_model(inner_model(model)), tensors)
+    return found
 
 
 def write_adapter(
@@ -77,6 +109,36 @@ def write_adapter(
     Raises:
         CheckpointError: It cannot be written.
     """
+    write_pair(path, MEMORY, {**about(base), "config": config.to_dict()}, tensors)
+
+
+def about(base: Base) -> dict[str, Any]:
+    """What every folder of ours says: version of the format and of the library, and the base model."""
+    try:
+        library = importlib.metadata.version("ahn")
+    except importlib.metadata.PackageNotFoundError:
+        library = None
+    return {
+        "format_version": FORMAT_VERSION,
+        "ahn_version": library,
+        "base": {key: value for key, value in vars(base).items() if value is not None},
+    }
+
+
+def write_pair(
+    path: str | os.PathLike[str], pair: Pair, values: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]
+) -> None:
+    """Writes both files of a folder in one atomic step.
+
+    Args:
+        path: The folder.
+        pair: Names of the files.
+        values: What the JSON file says, beside the checksum of the weights.
+        tensors: The weights, on the CPU.
+
+    Raises:
+        CheckpointError: The folder cannot be written.
+    """
     folder = Path(path).expanduser()
     part = folder / f"{_TEMPORARY}{uuid.uuid4().hex}.tmp"
     with writing(path):
@@ -87,12 +149,12 @@ def write_adapter(
             checksum = _checksum(part)
             ready = folder / _ready_name(checksum)
             os.replace(part, ready)
-            write_json(_describe(config, base, checksum), part)
-            os.replace(part, folder / CONFIG)  # from here on the folder is the new adapter
+            write_json({**values, "weights": {"file": pair.weights, "sha256": checksum}}, part)
+            os.replace(part, folder / pair.config)  # from here on the folder is the new one
         finally:
             part.unlink(missing_ok=True)
         with contextlib.suppress(FileNotFoundError):  # another process wrote the same weights and was faster
-            os.replace(ready, folder / WEIGHTS)
+            os.replace(ready, folder / pair.weights)
 
 
 def read_adapter(where: str, folder: Path) -> Content:
@@ -105,23 +167,7 @@ def read_adapter(where: str, folder: Path) -> Content:
     Raises:
         CheckpointError: A file is missing or damaged, the two do not belong together, the format is unknown.
     """
-    values = read_json(folder / CONFIG)
-    version = values.get("format_version")
-    if version != FORMAT_VERSION or isinstance(version, bool):
-        raise failure(
-            where,
-            f"its format version is {version!r}, and this library reads {FORMAT_VERSION}",
-            "Upgrade this library if the adapter is newer, or download the adapter again",
-        )
-    stored = _matching_weights(where, folder, values)
-    if stored is None and (again := read_json(folder / CONFIG)) != values:  # it was saved anew while we looked
-        values, stored = again, _matching_weights(where, folder, again)
-    if stored is None:
-        raise failure(
-            where,
-            f"{WEIGHTS} is damaged or not the one that {CONFIG} was saved with (the checksums differ)",
-            "Copy or save both files together",
-        )
+    values, stored = read_pair(where, folder, MEMORY)
     base = values.get("base")
     return Content(
         where,
@@ -129,37 +175,54 @@ def read_adapter(where: str, folder: Path) -> Content:
         memory_config(where, values.get("config")),
         Base.of_dict(base if isinstance(base, dict) else {}),
         stored,
-        version,
+        values["format_version"],
         str(values.get("ahn_version") or "") or None,
     )
 
 
-def _matching_weights(where: str, folder: Path, values: Mapping[str, Any]) -> dict[str, Stored] | None:
+def read_pair(where: str, folder: Path, pair: Pair) -> tuple[dict[str, Any], dict[str, Stored]]:
+    """What the JSON file of a folder says, and the weights that it names.
+
+    Args:
+        where: The name that the user gave, for messages.
+        folder: The folder.
+        pair: Names of the files.
+
+    Raises:
+        CheckpointError: A file is missing or damaged, the two do not belong together, the format is unknown.
+    """
+    values = read_json(folder / pair.config)
+    version = values.get("format_version")
+    if version != FORMAT_VERSION or isinstance(version, bool):
+        raise failure(
+            where,
+            f"its format version is {version!r}, and this library reads {FORMAT_VERSION}",
+            "Upgrade this library if the adapter is newer, or download the adapter again",
+        )
+    stored = _matching_weights(where, folder, pair, values)
+    if stored is None and (again := read_json(folder / pair.config)) != values:  # it was saved anew while we looked
+        values, stored = again, _matching_weights(where, folder, pair, again)
+    if stored is None:
+        raise failure(
+            where,
+            f"{pair.weights} is damaged or not the one that {pair.config} was saved with (the checksums differ)",
+            "Copy or save both files together",
+        )
+    return values, stored
+
+
+def _matching_weights(where: str, folder: Path, pair: Pair, values: Mapping[str, Any]) -> dict[str, Stored] | None:
     """The weights that the config names, or `None` if others lie in their place."""
     weights = values.get("weights")
     checksum = weights.get("sha256") if isinstance(weights, dict) else None
     if not isinstance(checksum, str) or not checksum.isalnum():
-        raise failure(where, f"{CONFIG} names no checksum of the weights", "Copy or download the folder again")
+        raise failure(where, f"{pair.config} names no checksum of the weights", "Copy or download the folder again")
     # A process that died while saving may have left the weights where they lay ready.
-    files = [file for name in (WEIGHTS, _ready_name(checksum)) if (file := folder / name).is_file()]
+    files = [file for name in (pair.weights, _ready_name(checksum)) if (file := folder / name).is_file()]
     if not files:
-        raise failure(where, f"{WEIGHTS} is missing", "Copy or download the folder again, weights included")
+        raise failure(where, f"{pair.weights} is missing", "Copy or download the folder again, weights included")
     stored_tensors(files[:1])  # that a file is cut off says more than that its checksum differs
     return next((stored_tensors([file]) for file in files if _checksum(file) == checksum), None)
-
-
-def _describe(config: AHNConfig, base: Base, checksum: str) -> dict[str, Any]:
-    try:
-        library = importlib.metadata.version("ahn")
-    except importlib.metadata.PackageNotFoundError:
-        library = None
-    return {
-        "format_version": FORMAT_VERSION,
-        "ahn_version": library,
-        "base": {key: value for key, value in vars(base).items() if value is not None},
-        "config": config.to_dict(),
-        "weights": {"file": WEIGHTS, "sha256": checksum},
-    }
 
 
 def _ready_name(checksum: str) -> str:

@@ -139,18 +139,7 @@ class Content:
         Raises:
             CheckpointError: The family or a size differs.
         """
-        if facts := self.base.unlike(base):
-            raise failure(
-                self.where,
-                f"its memory was made for {self.base.text(facts)}, but this is {base.text(facts)}",
-                "Use its own base model",
-            )
-        if self.base.name and base.name and _bare(self.base.name) != _bare(base.name):
-            warnings.warn(
-                f"{self.where}: its memory was trained for {self.base.name}, but the model is {base.name}; the shapes "
-                "fit, yet the memory is of use only if both have the same weights",
-                stacklevel=stacklevel,
-            )
+        check_base(self.where, self.base, base, "its memory was", stacklevel + 1)
 
     def check_sizes(self) -> None:
         """Checks the shapes of all tensors against what the base model's sizes ask for, where they are known.
@@ -170,6 +159,31 @@ class Content:
             CheckpointError: They cannot be read or are not finite.
         """
         return read_tensors(self.stored)
+
+
+def check_base(where: str, made_for: Base, base: Base, what: str, stacklevel: int) -> None:
+    """Checks that something was made for this base model; only another name is no more than a warning.
+
+    Args:
+        where: The name that the user gave, for messages.
+        made_for: The base model that it was made for.
+        base: The base model that it is to serve.
+        what: What was made, as the beginning of a sentence: "its memory was".
+        stacklevel: Whose line the warning names: 2 is the caller of this function.
+
+    Raises:
+        CheckpointError: The family or a size differs.
+    """
+    if facts := made_for.unlike(base):
+        raise failure(
+            where, f"{what} made for {made_for.text(facts)}, but this is {base.text(facts)}", "Use its own base model"
+        )
+    if made_for.name and base.name and _bare(made_for.name) != _bare(base.name):
+        warnings.warn(
+            f"{where}: {what} trained for {made_for.name}, but the model is {base.name}; the shapes fit, yet it is of "
+            "use only if both have the same weights",
+            stacklevel=stacklevel,
+        )
 
 
 def memory_tensors(model: nn.Module) -> dict[str, torch.Tensor]:

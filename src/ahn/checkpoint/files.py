@@ -71,9 +71,9 @@ def brief(error: BaseException) -> str:
     return (text if len(text) <= 200 else f"{text[:197]}...").rstrip(".")
 
 
-def shipped() -> list[str]:
-    """Names of the adapters that come with the library."""
-    return sorted(file.parent.relative_to(SHIPPED).as_posix() for file in SHIPPED.glob("*/*/ahn_config.json"))
+def shipped(config: str = "ahn_config.json") -> list[str]:
+    """Names of what comes with the library: of all folders that hold such a file."""
+    return sorted(file.parent.relative_to(SHIPPED).as_posix() for file in SHIPPED.glob(f"*/*/{config}"))
 
 
 def shipped_for(model: str) -> str | None:
@@ -82,12 +82,13 @@ def shipped_for(model: str) -> str | None:
     return usual if usual in shipped() else None
 
 
-def locate(name: str | os.PathLike[str], revision: str | None = None) -> Path:
+def locate(name: str | os.PathLike[str], revision: str | None = None, config: str = "ahn_config.json") -> Path:
     """The folder that an adapter's name stands for; one on the hub is downloaded.
 
     Args:
-        name: A local folder, a name in `shipped()`, or a hub id `owner/name`, tried in this order.
+        name: A local folder, a name in `shipped(config)`, or a hub id `owner/name`, tried in this order.
         revision: Branch, tag or commit on the hub; only the hub looks at it.
+        config: The file that what is wanted has.
 
     Raises:
         CheckpointError: There is nothing of this name, or the hub cannot be reached.
@@ -98,11 +99,11 @@ def locate(name: str | os.PathLike[str], revision: str | None = None) -> Path:
         return path
     if path.is_file():
         raise failure(name, "this is a file", "Give the folder that holds it and its config")
-    if name in shipped():
+    if name in shipped(config):
         return SHIPPED / name
     owner = name.partition("/")[0]
     if not is_hub_id(name) or owner in KNOWN or owner in (".", ".."):
-        known = ", ".join(shipped()) or "none yet"
+        known = ", ".join(shipped(config)) or "none yet"
         raise failure(
             name, "there is no such folder", f"Check the path, or name one that ships with this library ({known})"
         )

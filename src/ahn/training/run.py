@@ -260,7 +260,8 @@ def _run_stage(
         load_adapter(model, folder)
         return read_history(folder / _STATE)
     name: Stage = "transfer" if stage == "transfer" else "distill"
-    teacher = None if settings.teacher_cache is None else TeacherCache(settings.teacher_cache, model)
+    cached = settings.teacher_cache if name == "distill" else None
+    teacher = None if cached is None else TeacherCache(cached, model)
     distiller = Distiller(model, settings.losses, name, settings.slice_tokens, settings.recomputed != "none", teacher)
     if settings.recomputed == "layers" and name == "distill":
         distiller.activation_checkpointing_enable()

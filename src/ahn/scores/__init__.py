@@ -7,10 +7,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
 from ahn.errors import ConfigError
+from ahn.scores.gate import AnchorGate
+
+__all__ = ["LEARNED", "NEAR", "SCORES", "UNROTATED", "AnchorGate", "NewTokens", "find_score"]
 
 NEAR = 3
 """Neighbours on each side that a token's score is averaged over. Those behind it are still in the window."""
@@ -21,19 +25,23 @@ class NewTokens:
     """The new tokens of a layer, as the scores see them.
 
     Attributes:
-        keys: Keys as they were before their rotation, `[B, G, T, K]` float32.
-        mean: Mean of all unit keys up to and including each token's, likewise.
+        keys: Keys, `[B, G, T, K]` float32; as they were before their rotation for the scores in `UNROTATED`.
         tokens: Their indices from each row's first real token, `[B, T]`.
+        hidden: What the layer read, `[B, T, D]`.
+        mean: For the scores in `UNROTATED`: the mean of all unit keys up to and including each token's, as `keys`.
+        gate: For the scores in `LEARNED`: the layer's gate.
     """
 
     keys: torch.Tensor
-    mean: torch.Tensor
     tokens: torch.Tensor
+    hidden: torch.Tensor
+    mean: torch.Tensor | None = None
+    gate: AnchorGate | None = None
 
 
 def key_diff(new: NewTokens) -> torch.Tensor:
     """How much a key differs from the mean key: minus their cosine. Source: KeyDiff, arXiv 2504.15364."""
-    cosine: torch.Tensor = torch.cosine_similarity(new.keys, new.mean, dim=-1)
+    cosine: torch.Tensor = torch.cosine_similarity(new.keys, _there(new.mean), dim=-1)
     return -cosine.mean(1)
 
 
@@ -41,6 +49,12 @@ def key_norm(new: NewTokens) -> torch.Tensor:
     """Minus the length of the key: short keys draw attention. Source: arXiv 2406.11430."""
     length: torch.Tensor = torch.linalg.vector_norm(new.keys, dim=-1)
     return -length.mean(1)
+
+
+def learned(new: NewTokens) -> torch.Tensor:
+    """What a small network says that was trained to foresee how much later text looks at a token."""
+    votes: torch.Tensor = _there(new.gate)(new.hidden)
+    return votes
 
 
 def recent(new: NewTokens) -> torch.Tensor:
@@ -57,13 +71,17 @@ def random(new: NewTokens) -> torch.Tensor:
 SCORES: dict[str, Callable[[NewTokens], torch.Tensor]] = {
     "key_diff": key_diff,
     "key_norm": key_norm,
+    "learned": learned,
     "recent": recent,
     "random": random,
 }
 """Scores by name: of new tokens to votes, `[B, T]`, the higher the better. A new one is a function and a line here."""
 
 UNROTATED = ("key_diff",)
-"""Scores that need keys as they were before their rotation; that of others does not change by it."""
+"""Scores that need keys as they were before their rotation, and the mean of those so far."""
+
+LEARNED = ("learned",)
+"""Scores that need weights. Only the layers that have some vote."""
 
 
 def find_score(name: str) -> Callable[[NewTokens], torch.Tensor]:
@@ -75,3 +93,10 @@ def find_score(name: str) -> Callable[[NewTokens], torch.Tensor]:
     if name not in SCORES:
         raise ConfigError(f"unknown anchor_score {name!r}; known are {', '.join(SCORES)}")
     return SCORES[name]
+
+
+def _there(value: Any) -> Any:
+    """A value that the layer found for this score."""
+    if value is None:
+        raise ConfigError("a layer was asked for a score that it has nothing to give for")
+    return value

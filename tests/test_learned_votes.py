@@ -1,0 +1,117 @@
+"""Learned votes on anchors: who votes, and weights that come and go."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import ahn
+from ahn.attachment import attachment_of
+from ahn.scores import NEAR
+from tests.tiny import give_votes, read, text, with_memory
+
+SINKS, WINDOW, ANCHORS = 5, 16, 6
+
+
+def learned(layers: tuple[int, ...] = (0, 2), family: str = "llama", **settings: Any) -> Any:
+    model = with_memory(family, **{"anchors": ANCHORS, "anchor_score": "learned", **settings})
+    give_votes(model, layers)
+    return model
+
+
+def test_the_layers_with_a_gate_vote() -> None:
+    """The choice against one made of what both layers read, spelled out."""
+    model, ids = learned(), text(1, 75)
+    cache = ahn.HippocampalCache(model)
+    seen: dict[int, list[torch.Tensor]] = {0: [], 2: []}
+    for layer, inputs in seen.items():
+        norm = model.model.layers[layer].input_layernorm
+        norm.register_forward_hook(lambda module, args, output, inputs=inputs: inputs.append(output))
+    read(model, ids, [13] * 5 + [10], cache=cache)
+    gates = [attachment_of(model).site(layer).anchor_gate for layer in seen]
+    with torch.no_grad():
+        votes = torch.stack([gate(torch.cat(parts, 1)) for gate, parts in zip(gates, seen.values()) if gate]).mean(0)[0]
+    scores = {j: float(votes[max(0, j - NEAR) : j + NEAR + 1].mean()) for j in range(SINKS, 75 - WINDOW)}
+    best = sorted(scores, key=lambda j: -scores[j])[:ANCHORS]
+    assert cache.ballot is not None
+    assert sorted(cache.ballot.held[f"tokens.{WINDOW}"][0].tolist()) == sorted(best)
+
+
+@pytest.mark.parametrize("dtype", [None, "bfloat16"])
+def test_saved_votes_read_alike(tmp_path: Path, dtype: Any) -> None:
+    model, ids = learned(), text(1, 75)
+    ahn.save_anchors(model, tmp_path / "votes", dtype)
+    assert sorted(file.name for file in (tmp_path / "votes").iterdir()) == [
+        "anchors.safetensors",
+        "anchors_config.json",
+    ]
+    other = with_memory(anchors=ANCHORS, anchor_score="learned")
+    give_votes(other, (0, 1))  # they are replaced
+    ahn.load_anchors(other, tmp_path / "votes")
+    assert attachment_of(other).site(1).anchor_gate is None
+    if dtype is None:
+        assert torch.equal(read(other, ids), read(model, ids))
+    else:
+        ours, theirs = (attachment_of(each).site(2).anchor_gate for each in (model, other))
+        assert ours is not None
+        assert theirs is not None
+        assert torch.equal(theirs.inner.weight, ours.inner.weight.bfloat16().float())
+
+
+def test_votes_go_with_the_memory() -> None:
+    model = learned()
+    assert any("anchor_gate" in name for name in model.state_dict())
+    assert not any(p.requires_grad for name, p in model.named_parameters() if "anchor_gate" in name)
+    ahn.detach(model)
+    assert not any("anchor_gate" in name for name in model.state_dict())
+
+
+def test_a_copied_model_has_votes_of_its_own() -> None:
+    model, ids = learned(), text(1, 75)
+    copied, expected = copy.deepcopy(model), read(model, ids)
+    give_votes(model, ())
+    gate = attachment_of(model).site(0).anchor_gate
+    assert gate is not None
+    gate.inner.weight.data.neg_()
+    assert torch.equal(read(copied, ids), expected)
+
+
+class TestErrors:
+    def test_no_votes(self, tmp_path: Path) -> None:
+        model = with_memory(anchors=ANCHORS, anchor_score="learned")
+        with pytest.raises(ahn.AHNError, match=r"no weights on this model; load some with ahn\.load_anchors"):
+            read(model, text(1, 75))
+        with ahn.mode(model, "ahn", anchor_score="recent"):
+            read(model, text(1, 75))
+        with pytest.raises(ahn.AHNError, match="no learned votes on anchors to save"):
+            ahn.save_anchors(model, tmp_path)
+
+    def test_no_such_folder(self, tmp_path: Path) -> None:
+        with pytest.raises(ahn.AHNError, match="there is no such folder"):
+            ahn.load_anchors(with_memory(), tmp_path / "nothing")
+        ahn.save(learned(), tmp_path / "memory")
+        with pytest.raises(ahn.AHNError, match=r"holds no anchors_config\.json"):
+            ahn.load_anchors(with_memory(), tmp_path / "memory")
+
+    def test_another_base(self, tmp_path: Path) -> None:
+        ahn.save_anchors(learned(), tmp_path / "votes")
+        with pytest.raises(ahn.AHNError, match="its votes were made for"):
+            ahn.load_anchors(with_memory("qwen3"), tmp_path / "votes")
+
+    def test_a_layer_without_memory(self, tmp_path: Path) -> None:
+        ahn.save_anchors(learned(), tmp_path / "votes")
+        model = with_memory(layers=(0, 1))
+        with pytest.raises(ahn.AHNError, match="it votes in layer 2, which has no memory"):
+            ahn.load_anchors(model, tmp_path / "votes")
+        assert attachment_of(model).site(0).anchor_gate is None
+
+    def test_a_folder_that_is_damaged(self, tmp_path: Path) -> None:
+        ahn.save_anchors(learned(), tmp_path / "votes")
+        file = tmp_path / "votes" / "anchors.safetensors"
+        file.write_bytes(file.read_bytes()[:-4] + b"abcd")
+        with pytest.raises(ahn.AHNError, match="checksums differ"):
+            ahn.load_anchors(with_memory(), tmp_path / "votes")
