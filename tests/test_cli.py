@@ -22,7 +22,7 @@ from tests.tiny import MEMORIES, text, tiny, with_memory
 
 SURFACE = {
     "demo": [
-        "--tokens", "--seconds", "--file", "--question", "--modes", "--window", "--sinks", "--sink-positions",
+        "--tokens", "--seconds", "--file", "--question", "--fact", "--modes", "--window", "--sinks", "--sink-positions",
         "--adapter", "--model", "--max-new-tokens", "--seed",
     ],
     "generate": [
@@ -184,8 +184,8 @@ EARLY = [
     ("demo --tokens some", "--tokens must be a number of at least 2, or all, not 'some'"),
     ("demo --tokens -5", "--tokens must be"),
     ("demo --seconds 0", "--seconds must be at least 1"),
-    ("demo --modes ahn,half", "--modes must be ahn, window or full, not 'half'"),
-    ("demo --modes ,", "--modes must be ahn, window or full, not ''"),
+    ("demo --modes ahn,half", "--modes must be ahn, window, full or ahn+64 (so many anchors), not 'half'"),
+    ("demo --modes ,", "--modes must be ahn, window, full or ahn+64 (so many anchors), not ''"),
     ("demo --file missing.txt", "--file missing.txt does not exist"),
     ("demo --window 0", "--window must be at least 1"),
     ("inspect", "Missing argument 'PATH'"),

@@ -13,7 +13,7 @@ from rich.console import Console
 import ahn
 from ahn import prompts
 from ahn.cli import comparison, loading, main, show, writing
-from ahn.cli.texts import reference
+from ahn.cli.texts import reference, with_fact
 from ahn.reading import Reader
 from tests.test_cli import as_before, place  # noqa: F401 (fixtures)
 from tests.test_models import needs_smollm2
@@ -36,7 +36,7 @@ def run(place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixt
 
 def rows(out: str) -> dict[str, list[str]]:
     """The cells of the table's rows, without the mode."""
-    found = re.findall(r"^ (ahn|window|full)  ([ \d.,-]+)$", out, re.M)
+    found = re.findall(r"^ (ahn\+\d+|ahn|window|full)  ([ \d.,-]+)$", out, re.M)
     return {mode: cells.split() for mode, cells in found}
 
 
@@ -50,7 +50,7 @@ class TestTable:
         assert "past the first 36 (sinks + window)" in out
         assert re.search(r"Read 600 of [\d,]+ tokens; --tokens all reads all, in about \d+ min\.", out)
         cells = rows(out)
-        assert list(cells) == ["ahn", "window", "full"]
+        assert list(cells) == ["ahn+64", "ahn", "window", "full"]
         assert all(row[0] == "600" for row in cells.values())
         assert cells["ahn"][-1] == cells["window"][-1] != cells["full"][-1]
         assert "Question: And so?" in out
@@ -96,10 +96,22 @@ class TestTable:
         assert "Question" not in out
 
     def test_own_text(self, run):
-        status, out, _ = run(*TINY, "--file", "text.txt", "--tokens", "all")
+        status, out, _ = run(*TINY, "--file", "text.txt", "--tokens", "all", "--question", "")
         assert status == 0
         assert "./chatty reads text.txt: 656 tokens" in out
         assert "--tokens all" not in out
+
+    def test_a_fact_is_hidden(self, run):
+        status, out, _ = run(*TINY, "--tokens", "600", "--fact", "The door is blue.", "--question", "Which colour?")
+        assert status == 0
+        assert 'Hidden near its beginning: "The door is blue."' in out
+        assert "The hidden sentence has left the window." in out
+        _, out, _ = run(*TINY, "--tokens", "30")
+        assert "Hidden near its beginning" in out
+        assert "has left the window" not in out
+        text = with_fact("One. " * 2000, "The door is blue.")
+        assert text.count("One. ") == 2000
+        assert 0 < text.index("The door is blue.") <= len(text) / 10 + 5
 
     def test_time_is_limited(self, run, monkeypatch):
         began = time.monotonic()

@@ -38,6 +38,19 @@ def several_of(option: str, given: str, known: tuple[str, ...]) -> list[str]:
     return found
 
 
+def demo_modes(option: str, given: str) -> list[str]:
+    """Modes joined by commas, each once, `ahn` with a number of anchors where wanted: "ahn+64,ahn"."""
+    from ahn.evaluation.arm_names import find_arm
+
+    found = words(given)
+    for name in found or [""]:
+        way, _, added = name.partition("+")
+        if way not in MODES or (added and way != "ahn"):
+            raise UsageError(f"{option} must be {', '.join(MODES)} or ahn+64 (so many anchors), not '{name}'.")
+        find_arm(name)
+    return found
+
+
 def span(window: int | None, sinks: int | None, sink_positions: str | None) -> None:
     """Checks the settings of a run that every command has."""
     at_least("--window", window, 1)

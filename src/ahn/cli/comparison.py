@@ -12,6 +12,7 @@ import ahn
 from ahn import prompts
 from ahn.attachment import attachment_of
 from ahn.cli import writing
+from ahn.evaluation.arm_names import find_arm
 from ahn.reading import Reader, automatic_chunk, cache_bytes, full_cache_bytes
 
 if TYPE_CHECKING:
@@ -30,7 +31,7 @@ class Plan:
     """What to do.
 
     Attributes:
-        modes: Names of the modes.
+        modes: Names of the modes; `ahn+64` keeps so many anchors.
         limit: Most tokens to read, or `None` for all.
         deadline: Time of `time.monotonic()` after which nothing more is read, or `None`.
         answer_tokens: Most tokens of an answer.
@@ -61,7 +62,9 @@ class Arm:
 
     def reading(self) -> AbstractContextManager[None]:
         """The mode, for as long as a `with` block lasts."""
-        return ahn.mode(self.model, self.mode)  # type: ignore[arg-type]
+        arm = find_arm(self.mode)
+        anchors = {"anchors": arm.added} if arm.added else {}
+        return ahn.mode(self.model, arm.way, **anchors)  # type: ignore[arg-type]
 
     def feed(self, ids: Any) -> None:
         """Reads on, up to the arm's limit."""
@@ -166,7 +169,7 @@ class Comparison:
         return limit if self.plan.deadline is None else min(limit, FULL_IN_A_HURRY)
 
 
-def run(loaded: Loaded, text: str, question: str, plan: Plan, screen: Screen, title: str, remark: str = "") -> None:
+def run(loaded: Loaded, text: str, question: str, plan: Plan, screen: Screen, title: str, fact: str = "") -> None:
     """Reads, asks, and shows both on the screen; interrupted, it shows how far it came.
 
     Args:
@@ -176,11 +179,11 @@ def run(loaded: Loaded, text: str, question: str, plan: Plan, screen: Screen, ti
         plan: What to do.
         screen: Where to show it.
         title: What the text is called.
-        remark: What to say about the question.
+        fact: A sentence that was hidden in the text near its beginning, or nothing.
     """
     chat = prompts.has_chat(loaded.tokenizer)
     comparison = Comparison(loaded, prompts.passage(loaded.tokenizer, text, question, chat), plan)
-    screen.opening(comparison, title)
+    screen.opening(comparison, title, fact)
     try:
         with screen.live(comparison):
             comparison.read(screen)
@@ -188,6 +191,7 @@ def run(loaded: Loaded, text: str, question: str, plan: Plan, screen: Screen, ti
         screen.table(comparison)
     screen.remarks(comparison)
     if question.strip():
+        gone = fact if comparison.read_tokens > 2 * comparison.exact else ""
         with screen.thinking():
             comparison.answer()
-        screen.answers(comparison, question, remark)
+        screen.answers(comparison, question, gone)

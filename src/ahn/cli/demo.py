@@ -1,4 +1,4 @@
-"""`ahn demo`: a small model reads a long text in three modes, and answers a question about it."""
+"""`ahn demo`: a small model reads a long text in several modes, and is asked for a fact from its beginning."""
 
 from __future__ import annotations
 
@@ -18,11 +18,8 @@ ahn demo --tokens all --modes window  [dim]# far past the trained context[/dim]
 
 ahn demo --file book.txt --question "Who tells the story?"
 """
-QUESTION = "What does an assert statement do in Python?"
-REMARK = (
-    "The reference explains it at its very beginning, which has left the window; a model of 135 million parameters "
-    "also knows some of it by itself, and answers weakly either way."
-)
+FACT = "The secret number of the quiet-harbour is 4815162."
+QUESTION = "What is the secret number of the quiet-harbour?"
 
 
 def command(
@@ -36,8 +33,17 @@ def command(
     file: Annotated[
         str | None, typer.Option(help="A text; - for standard input.  [dim]\\[default: Python's reference][/dim]")
     ] = None,
-    question: Annotated[str, typer.Option(help="What to ask at the end; empty for nothing.")] = QUESTION,
-    modes: Annotated[str, typer.Option(help="Modes to compare, joined by commas.")] = "ahn,window,full",
+    question: Annotated[
+        str | None,
+        typer.Option(help="What to ask at the end; empty for nothing.  [dim]\\[default: for a hidden fact][/dim]"),
+    ] = None,
+    fact: Annotated[
+        str | None,
+        typer.Option(help="A sentence to hide near the beginning; none without it where --question is given."),
+    ] = None,
+    modes: Annotated[
+        str, typer.Option(help="Modes to compare, joined by commas; ahn+64 keeps 64 anchors.")
+    ] = "ahn+64,ahn,window,full",
     window: Annotated[int, typer.Option(help="Tokens of the window.")] = 1024,
     sinks: Annotated[int, typer.Option(help="First tokens that are kept for ever.")] = 32,
     sink_positions: Annotated[
@@ -50,9 +56,9 @@ def command(
     max_new_tokens: Annotated[int, typer.Option(help="Most tokens of an answer.")] = 48,
     seed: Annotated[int, typer.Option(help="Of the weights of an untrained memory.")] = 0,
 ) -> None:
-    """A small model reads a long text in the modes ahn, window and full, and answers a question about it."""
+    """A small model reads a long text in several modes, and is asked for a fact that was hidden near its beginning."""
     started = time.monotonic()
-    names = checks.several_of("--modes", modes, checks.MODES)
+    names = checks.demo_modes("--modes", modes)
     checks.span(window, sinks, sink_positions)
     checks.at_least("--seconds", seconds, 1)
     checks.at_least("--max-new-tokens", max_new_tokens, 1)
@@ -60,15 +66,17 @@ def command(
     limit = _limit(tokens)
     text = None if file is None else checks.text_file("--file", file)
     from ahn.cli import comparison, loading, show
-    from ahn.cli.texts import reference
+    from ahn.cli.texts import reference, with_fact
 
     screen = show.Screen(output())
     loading.seed(seed)
     loaded = loading.load(model, adapter, window, sinks, sink_positions)
     plan = comparison.Plan(names, limit, started + seconds if tokens is None else None, max_new_tokens)
-    remark = REMARK if text is None and question == QUESTION and model == "smollm2-135m" else ""
     title = "Python's language reference" if text is None else "standard input" if file == "-" else str(file)
-    comparison.run(loaded, reference() if text is None else text, question, plan, screen, title, remark)
+    hidden = fact if fact is not None else FACT if question is None else ""
+    whole = reference() if text is None else text
+    asked = QUESTION if question is None else question
+    comparison.run(loaded, with_fact(whole, hidden) if hidden else whole, asked, plan, screen, title, hidden)
 
 
 def _limit(tokens: str | None) -> int | None:

@@ -35,7 +35,7 @@ class Screen:
         self._live: Live | None = None
         self._last = time.monotonic()
 
-    def opening(self, comparison: Comparison, title: str) -> None:
+    def opening(self, comparison: Comparison, title: str, fact: str = "") -> None:
         """Says what will happen."""
         loaded, attachment = comparison.loaded, attachment_of(comparison.loaded.model)
         name = loaded.name
@@ -52,6 +52,8 @@ class Screen:
                 "its cost shows.",
                 "yellow",
             )
+        if fact:
+            self.say(f'Hidden near its beginning: "{fact}"')
 
     @contextlib.contextmanager
     def live(self, comparison: Comparison) -> Iterator[None]:
@@ -100,12 +102,15 @@ class Screen:
         with self.console.status("Answering ...") if self.console.is_terminal else contextlib.nullcontext():
             yield
 
-    def answers(self, comparison: Comparison, question: str, remark: str = "") -> None:
-        """The answers beside one another, or below one another where that is too narrow."""
+    def answers(self, comparison: Comparison, question: str, gone: str = "") -> None:
+        """The answers beside one another, or below one another where that is too narrow; after a fact that is gone."""
         self.console.print()
         self.say(f"Question: {question}", "bold")
-        if remark and comparison.read_tokens > 2 * comparison.exact:
-            self.say(remark)
+        if gone:
+            self.say(
+                "The hidden sentence has left the window. A state of fixed size does not bring it back word for word; "
+                "anchors (ahn+64) are tokens that were kept exactly because they stood out when they were read."
+            )
         arms = comparison.arms
         if self.console.width >= _SIDE_BY_SIDE:
             shown = Table(*[f"{arm.mode}" for arm in arms], box=box.SIMPLE_HEAD, pad_edge=False, expand=True)

@@ -11,6 +11,20 @@ def reference() -> str:
     return "\n\n".join(f"{title}\n\n{text}" for title, text in topics.items())
 
 
+def with_fact(text: str, fact: str, letters: int = 1500) -> str:
+    """A text with a sentence hidden in it, where a line or a sentence ends.
+
+    Args:
+        text: The text.
+        fact: The sentence.
+        letters: Characters before it, about; a tenth of the text at most.
+    """
+    start = min(letters, len(text) // 10)
+    found = [place + len(end) for end in (". ", ".\n", "\n\n") if (place := text.find(end, start)) >= 0]
+    place = min(found, default=start)
+    return f"{text[:place]}{fact} {text[place:]}"
+
+
 def lighthouse() -> str:
     """A short story, 400 tokens of SmolLM2, whose end needs names and numbers from its beginning."""
     return _LIGHTHOUSE
