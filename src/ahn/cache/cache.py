@@ -80,6 +80,14 @@ class HippocampalCache(Cache):
         return cast("list[AnyLayer]", self.layers)
 
     @property
+    def anchor_tokens(self) -> list[set[int]]:
+        """For each row the tokens that are anchors of the layers with the longest window, as places in the row."""
+        held = None if self.ballot is None else self.ballot.held.get(f"tokens.{max(self.ballot.windows)}")
+        if held is None:
+            return [set() for _ in range(self.rows or 0)]
+        return [{token for token in row if token >= 0} for row in held.tolist()]
+
+    @property
     def seen_tokens(self) -> int:
         """Number of tokens read so far, padding included."""
         return self.get_seq_length()

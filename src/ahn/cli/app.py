@@ -24,11 +24,11 @@ COMMANDS = {
     "cost": cost,
     "convert": convert,
     "merge": merge,
-    "train": train,
     "probe": probe,
 }
 for name, module in COMMANDS.items():
     app.command(name, epilog=module.EXAMPLES)(module.command)
+app.add_typer(train.app, name="train")
 app.add_typer(evaluation.app, name="eval")
 
 

@@ -74,7 +74,18 @@ def load(
         config = replace(config, **{key: value for key, value in changes.items() if value is not None})
         tokenizer = load_tokenizer(name)
         model = from_pretrained(name, chosen, config)
+        _load_votes(model, name)
     return Loaded(name, model, tokenizer, config, chosen or (name if saved else None))
+
+
+def _load_votes(model: PreTrainedModel, name: str) -> None:
+    """Loads the learned score for anchors that ships for a model, if one does."""
+    from ahn.checkpoint import load_anchors
+    from ahn.checkpoint.anchors import ANCHORS
+    from ahn.checkpoint.files import shipped
+
+    if f"{name}/anchors" in shipped(ANCHORS.config):
+        load_anchors(model, f"{name}/anchors")
 
 
 def quiet() -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ahn.cli import checks
+from ahn.cli import checks, train_anchors
 from ahn.cli.terminal import UsageError, notes, output, say
 
 if TYPE_CHECKING:
@@ -23,11 +23,14 @@ ahn train --out my-memory --resume  [dim]# go on after a stop, however it came[/
 ahn train --base Qwen/Qwen2.5-3B-Instruct --data chats.jsonl --out big --config train.yaml
 
 torchrun --nproc-per-node 8 --no-python ahn train --config train.yaml
+
+ahn train anchors --data texts --out anchors  [dim]# the learned score for anchors[/dim]
 """
 _FILE = "train.yaml"
 
 
 def command(
+    context: typer.Context,
     data: Annotated[
         list[str] | None,
         typer.Option(help="Text, JSONL, a folder of them, or a dataset's name; may be given several times."),
@@ -108,7 +111,9 @@ def command(
     seed: Annotated[int | None, typer.Option(help="Of all random numbers.  [dim]\\[default: 0][/dim]")] = None,
 ) -> None:
     """Train a memory for a model by self-distillation, the base model being the teacher of itself."""
-    given = {name: value for name, value in locals().items() if name not in ("config", "resume")}
+    given = {name: value for name, value in locals().items() if name not in ("context", "config", "resume")}
+    if context.invoked_subcommand is not None:
+        return
     options = {name: value for name, value in given.items() if value not in (None, [])}
     checks.file_to_read("--config", config)
     values = _values(options, config, resume)
@@ -125,6 +130,11 @@ def command(
     outcome = train(settings, resume, say if main_process else None, progress=main_process and notes().is_terminal)
     if main_process:
         _show(outcome)
+
+
+app = typer.Typer(rich_markup_mode="rich", context_settings={"help_option_names": ["-h", "--help"]})
+app.callback(invoke_without_command=True, epilog=EXAMPLES)(command)
+app.command("anchors", epilog=train_anchors.EXAMPLES)(train_anchors.command)
 
 
 def _values(options: dict[str, Any], config: Path | None, resume: bool) -> dict[str, Any]:

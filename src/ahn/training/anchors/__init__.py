@@ -1,0 +1,5 @@
+"""Training of the learned score for anchors: which tokens will later text look at, once they have left the window?"""
+
+from ahn.training.anchors.run import AnchorReport, AnchorSettings, check_anchor_settings, train_anchors
+
+__all__ = ["AnchorReport", "AnchorSettings", "check_anchor_settings", "train_anchors"]

@@ -1,0 +1,171 @@
+"""Texts with facts hidden in them and questions about those at the end, so that late tokens need early ones."""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+import re
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+
+from ahn import prompts
+from ahn.errors import AHNError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_PEOPLE = (
+    "Anna",
+    "Peter",
+    "Mr. Holt",
+    "Lady Ames",
+    "the captain",
+    "Dr. Reyes",
+    "the gardener",
+    "Miss Orde",
+    "her aunt",
+)
+_THINGS = ("the blue house", "the old safe", "the boat", "the garden gate", "the clock", "his cabin", "the archive")
+_QUOTED = (40, 160)  # characters of a sentence that is asked for
+_BEFORE = 0.6  # share of the sentences that facts are hidden among
+_ENDS = re.compile(r"[.!?][\"'’”)\]]*\s+|\n\s*")
+_LEAST_ENDS = 4
+
+
+class UnfitText(AHNError):
+    """Nothing can be hidden in a text."""
+
+
+class Fact(NamedTuple):
+    """A sentence to hide, what asks for it, and the answer.
+
+    Attributes:
+        sentence: The sentence, without its full stop.
+        question: The question.
+        answer: The whole answer.
+        value: The part of the sentence that nobody could guess.
+    """
+
+    sentence: str
+    question: str
+    answer: str
+    value: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Document:
+    """A text and the questions about it, as tokens.
+
+    Attributes:
+        ids: All token ids, `[T]`.
+        text: Tokens up to the end of the text, where the questions begin.
+        values: For each fact its format and the tokens of its value, as places in `ids`.
+    """
+
+    ids: torch.Tensor
+    text: int
+    values: tuple[tuple[str, tuple[int, ...]], ...]
+
+
+def _code(rng: random.Random) -> Fact:
+    thing, number = rng.choice(_THINGS), _number(rng)
+    said = f"The code for {thing} is {number}"
+    return Fact(said, f"What is the code for {thing}?", said, number)
+
+
+def _letter(rng: random.Random) -> Fact:
+    who, place = rng.choice(_PEOPLE), _name(rng)
+    said = f"{who} had hidden the letter in {place}"
+    return Fact(said, f"Where had {who} hidden the letter?", said, place)
+
+
+def _fare(rng: random.Random) -> Fact:
+    who, place, number = rng.choice(_PEOPLE), _name(rng), _number(rng)
+    question = f"How many shillings did {who} pay on the train to {place}?"
+    return Fact(f"On the train to {place}, {who} paid {number} shillings", question, f"{number} shillings", number)
+
+
+def _setting(rng: random.Random) -> Fact:
+    name, number = _name(rng).lower(), _number(rng)
+    return Fact(f"{name} = {number}", f"What is the value of {name}?", f"{name} = {number}", number)
+
+
+def _called(rng: random.Random) -> Fact:
+    who, name = rng.choice(_PEOPLE), _name(rng)
+    return Fact(f"the dog of {who} was called {name}", f"What was the dog of {who} called?", f"It was {name}", name)
+
+
+FORMATS: dict[str, Callable[[random.Random], Fact]] = {
+    "code": _code,
+    "letter": _letter,
+    "fare": _fare,
+    "setting": _setting,
+    "called": _called,
+}
+"""Kinds of facts by name. Beside them, sentences of the text itself are asked for."""
+
+
+def make_document(
+    text: str, tokenizer: PreTrainedTokenizerBase, rng: random.Random, formats: Sequence[str], quotes: bool
+) -> Document:
+    """Hides one to three facts in the first part of a text and asks for them at its end.
+
+    Args:
+        text: The text.
+        tokenizer: The model's tokenizer; its chat template is used if it has one.
+        rng: What is drawn from.
+        formats: Names of the kinds of facts.
+        quotes: Whether to ask for a sentence of the text itself, too.
+
+    Raises:
+        UnfitText: The text has no sentences to hide something between.
+    """
+    ends = [match.end() for match in _ENDS.finditer(text)]
+    early = ends[: max(1, int(len(ends) * _BEFORE))]
+    if len(ends) < _LEAST_ENDS:
+        raise UnfitText(f"a text has fewer than {_LEAST_ENDS} sentences, so nothing can be hidden in it")
+    asked = [quoted] if quotes and (quoted := _quote(text[: early[-1]], rng)) else []
+    hidden = [(name, FORMATS[name](rng)) for name in rng.choices(formats, k=rng.randint(1, 3))]
+    whole = text
+    for place, (_, fact) in zip(sorted(rng.choices(early, k=len(hidden)), reverse=True), hidden):
+        whole = f"{whole[:place]}{fact.sentence}. {whole[place:]}"
+    asked += [(fact.question, fact.answer) for _, fact in hidden]
+    rng.shuffle(asked)
+    chat = prompts.has_chat(tokenizer)
+    first = prompts.passage(tokenizer, whole, asked[0][0], chat)
+    parts = [first.opening, first.text, first.closing, prompts.tokens(tokenizer, f" {asked[0][1]}")]
+    for question, answer in asked[1:]:
+        turn = prompts.follow_up(tokenizer, "", question, chat)
+        parts += [turn.opening, turn.closing, prompts.tokens(tokenizer, f" {answer}")]
+    shift = first.opening.numel()
+    values = tuple((name, _places(tokenizer, whole, fact, shift)) for name, fact in hidden)
+    return Document(torch.cat(parts), shift + first.text.numel(), values)
+
+
+def _quote(text: str, rng: random.Random) -> tuple[str, str] | None:
+    """A question for a sentence by its beginning, and the sentence."""
+    fitting = [each for each in _ENDS.split(text) if _QUOTED[0] < len(each) < _QUOTED[1]]
+    if not fitting:
+        return None
+    words = rng.choice(fitting).split()
+    return f'How does the sentence that begins with "{" ".join(words[:4])}" go on?', " ".join(words)
+
+
+def _places(tokenizer: PreTrainedTokenizerBase, text: str, fact: Fact, shift: int) -> tuple[int, ...]:
+    """Tokens of a fact's value, as places in the document."""
+    start = text.index(fact.value, text.index(fact.sentence))
+    before = tokenizer(text[:start].rstrip(" "), add_special_tokens=False)["input_ids"]
+    until = tokenizer(text[: start + len(fact.value)], add_special_tokens=False)["input_ids"]
+    return tuple(range(shift + len(before), shift + len(until)))
+
+
+def _number(rng: random.Random) -> str:
+    return str(rng.randrange(10 ** rng.choice((3, 4, 5, 6)), 10**7))
+
+
+def _name(rng: random.Random) -> str:
+    """A word that no language has, such as "Tavoreb"."""
+    syllables = (rng.choice("bcdfghklmnprstvw") + rng.choice("aeiou") for _ in range(rng.choice((2, 3))))
+    return "".join(syllables).capitalize() + rng.choice(("", "n", "r", "s"))

@@ -1,0 +1,87 @@
+"""From what layers read and what was needed later to the weights of a vote.
+
+Legend of shapes: N tokens, D hidden size, M width.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from ahn.scores import AnchorGate
+
+_RIDGE = 0.1  # of the variance of an input
+_EPOCHS, _BATCH = 6, 256
+_LR, _WEIGHT_DECAY = 1e-3, 0.1
+
+
+class Fit(NamedTuple):
+    """A vote of one layer.
+
+    Attributes:
+        gate: The vote, in float32 on the CPU.
+        ridge: Share of the variance on held-out tokens that a linear map explains.
+        explained: The same of the vote.
+    """
+
+    gate: AnchorGate
+    ridge: float
+    explained: float
+
+
+def fit(hidden_ND: torch.Tensor, needed_N: torch.Tensor, held_N: torch.Tensor, width: int, seed: int) -> Fit:
+    """Learns to foresee how much a token is needed, by least squares.
+
+    Args:
+        hidden_ND: What the layer read, `[N, D]`.
+        needed_N: How much each token was needed, `[N]`.
+        held_N: Which tokens are held out, `[N]` bool.
+        width: Units of the network, M.
+        seed: What its start and the order of the tokens depend on.
+    """
+    target_N = (needed_N - needed_N[~held_N].mean()) / needed_N[~held_N].std().clamp(min=1e-6)
+    inputs_ND = hidden_ND.float()
+    mean_D, spread_D = inputs_ND[~held_N].mean(0), inputs_ND[~held_N].std(0).clamp(min=1e-3)
+    inputs_ND = (inputs_ND - mean_D) / spread_D
+    learned = inputs_ND[~held_N], target_N[~held_N]
+    linear_D = _ridge(*learned)
+    gate = _network(*learned, width, seed)
+    with torch.no_grad():
+        found = gate(inputs_ND[held_N])
+    shares = (_explained(each, target_N[held_N]) for each in (inputs_ND[held_N] @ linear_D, found))
+    return Fit(_on_raw_inputs(gate, mean_D, spread_D), *shares)
+
+
+def _ridge(inputs_ND: torch.Tensor, target_N: torch.Tensor) -> torch.Tensor:
+    count, size = inputs_ND.shape
+    square_DD = inputs_ND.T @ inputs_ND + _RIDGE * count * torch.eye(size)
+    solution_D: torch.Tensor = torch.linalg.solve(square_DD, inputs_ND.T @ target_N)
+    return solution_D
+
+
+def _network(inputs_ND: torch.Tensor, target_N: torch.Tensor, width: int, seed: int) -> AnchorGate:
+    generator = torch.Generator().manual_seed(seed)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        gate = AnchorGate(inputs_ND.size(1), width)
+    optimizer = torch.optim.AdamW(gate.parameters(), lr=_LR, weight_decay=_WEIGHT_DECAY)
+    for _ in range(_EPOCHS):
+        for batch in torch.randperm(len(target_N), generator=generator).split(_BATCH):
+            loss = (gate(inputs_ND[batch]) - target_N[batch]).square().mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+    return gate
+
+
+def _explained(found_N: torch.Tensor, target_N: torch.Tensor) -> float:
+    return 1 - float((found_N - target_N).square().mean() / target_N.var().clamp(min=1e-12))
+
+
+@torch.no_grad()
+def _on_raw_inputs(gate: AnchorGate, mean_D: torch.Tensor, spread_D: torch.Tensor) -> AnchorGate:
+    """The same vote on inputs that are not standardised."""
+    gate.inner.weight.div_(spread_D)
+    gate.inner.bias.sub_(gate.inner.weight @ mean_D)
+    return gate

@@ -1,0 +1,216 @@
+"""The whole training of a learned score: documents, one reading of each, a small network for a few layers, a check."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import random
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import ahn
+from ahn.attachment import attachment_of
+from ahn.checkpoint.anchors import ANCHORS
+from ahn.errors import ConfigError
+from ahn.models import load_model, load_tokenizer, resolve
+from ahn.reading import read
+from ahn.surgery import remove_gate, set_gate
+from ahn.texts import evenly
+from ahn.training.anchors.documents import FORMATS, Document, UnfitText, make_document
+from ahn.training.anchors.fit import fit
+from ahn.training.anchors.later import observe
+from ahn.training.data import Cut, load_pieces
+from ahn.training.log import Say
+from ahn.training.sources import check_places
+
+_HELD_OUT = 6  # every sixth document
+_QUESTIONS = 200  # tokens of a document that are left for them
+_SINKS = 4
+_TOP = 64  # tokens of a document that are learned from because they were needed most
+_OTHERS = 320  # and others
+KEPT = (32, 64, 128)
+"""Numbers of anchors that the closing table is about."""
+
+
+@dataclasses.dataclass(frozen=True)
+class AnchorSettings:
+    """Settings of the training of a learned score.
+
+    Attributes:
+        data: Files, folders and datasets to hide facts in.
+        out: Folder for the weights.
+        base: The base model, as for `ahn.from_pretrained`.
+        documents: Texts that are read.
+        length: Tokens of each, its questions included.
+        window: Tokens that count as near.
+        voters: Layers that vote, evenly spread over the middle half of the model.
+        width: Units of a vote.
+        left_out: Kind of fact that is kept for the closing table alone, a name of `FORMATS`.
+        seed: What all random numbers depend on.
+
+    Raises:
+        ConfigError: A value is out of range.
+    """
+
+    data: tuple[str, ...]
+    out: str
+    base: str = "smollm2-135m"
+    documents: int = 60
+    length: int = 1280
+    window: int = 256
+    voters: int = 3
+    width: int = 32
+    left_out: str = "fare"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        least = {"documents": _HELD_OUT, "window": 8, "length": self.window + _QUESTIONS + 64, "voters": 1, "width": 1}
+        for name, value in least.items():
+            if getattr(self, name) < value:
+                raise ConfigError(f"{name} must be at least {value}, not {getattr(self, name)}")
+        if self.left_out not in FORMATS:
+            raise ConfigError(f"left_out must be one of {', '.join(FORMATS)}, not {self.left_out!r}")
+
+
+@dataclasses.dataclass(frozen=True)
+class AnchorReport:
+    """What came of it.
+
+    Attributes:
+        layers: For each layer that votes, the share of the variance that a linear map explains, and its vote.
+        kept: By score and kind of fact, the share of the values' tokens that are among so many anchors, `KEPT`.
+        facts: Facts of each kind in held-out documents.
+    """
+
+    layers: dict[int, tuple[float, float]]
+    kept: dict[str, dict[str, list[float]]]
+    facts: dict[str, int]
+
+
+def check_anchor_settings(settings: AnchorSettings) -> None:
+    """Checks all that can be checked before anything is loaded.
+
+    Raises:
+        ConfigError: There is no data, or the folder is in use.
+        DataError: Data cannot be found.
+        ModelError: There is no base model of this name.
+    """
+    if not settings.data:
+        raise ConfigError("there is no data to hide facts in; name a file, a folder or a dataset")
+    out = Path(settings.out).expanduser()
+    if out.exists() and (not out.is_dir() or any(file.name != ANCHORS.config for file in out.iterdir())):
+        raise ConfigError(f"{settings.out} is not empty; name another folder")
+    check_places(settings.data)
+    resolve(settings.base)
+
+
+def train_anchors(settings: AnchorSettings, say: Say | None = None) -> AnchorReport:
+    """Trains a learned score and writes it into a folder, for `ahn.load_anchors`.
+
+    Args:
+        settings: The settings.
+        say: Is given a line of text now and then.
+
+    Raises:
+        ConfigError: A setting cannot work.
+        DataError: The data cannot be found or read, or holds too little.
+        ModelError: The base model cannot be loaded or given a memory.
+        CheckpointError: The folder cannot be written.
+    """
+    say = say or (lambda text: None)
+    check_anchor_settings(settings)
+    tokenizer = load_tokenizer(settings.base)
+    made = _documents(settings, tokenizer)
+    model = load_model(settings.base)
+    ahn.attach(model, ahn.AHNConfig(window=settings.window, sinks=_SINKS))
+    served = [site for site in attachment_of(model).sites if site.memory is not None]
+    middle = served[len(served) // 4 : 3 * len(served) // 4 + 1]
+    voters = sorted({site.index for site in evenly(middle, min(settings.voters, len(middle)))})
+    generator = torch.Generator().manual_seed(settings.seed)
+    inputs: dict[int, list[torch.Tensor]] = {layer: [] for layer in voters}
+    needed, held = [], []
+    for number, document in enumerate(made):
+        seen = observe(model, document.ids, settings.window, voters)
+        chosen = _chosen(seen.needed_T, document, settings.window, generator)
+        needed.append(seen.needed_T[chosen])
+        held.append(torch.full((len(chosen),), number % _HELD_OUT == _HELD_OUT - 1))
+        for layer in voters:
+            inputs[layer].append(seen.hidden[layer][chosen])
+        if (number + 1) % 10 == 0:
+            say(f"read {number + 1} of {len(made)} documents")
+    layers: dict[int, tuple[float, float]] = {}
+    for site in served:
+        remove_gate(site)
+        if site.index in voters:
+            found = fit(
+                torch.cat(inputs[site.index]), torch.cat(needed), torch.cat(held), settings.width, settings.seed
+            )
+            set_gate(site, found.gate)
+            layers[site.index] = found.ridge, found.explained
+    ahn.save_anchors(model, settings.out, dtype="float16")
+    say("looking which facts of held-out documents are kept")
+    kept, facts = _kept(model, made[_HELD_OUT - 1 :: _HELD_OUT], settings.window)
+    return AnchorReport(layers, kept, facts)
+
+
+def _documents(settings: AnchorSettings, tokenizer: Any) -> list[Document]:
+    """Documents with facts; the kind that is left out stands in held-out ones alone."""
+    length = settings.length - _QUESTIONS
+    pieces, _ = load_pieces(settings.data, tokenizer, Cut(length, length // 2, per_document=200))
+    if not len(pieces):
+        raise ConfigError(f"no text has {length // 2:,} tokens; give longer ones, or a smaller length")
+    rng = random.Random(settings.seed)
+    made: list[Document] = []
+    candidates = evenly(range(len(pieces)), 2 * settings.documents)  # tables and the like are left out
+    for index in rng.sample(candidates, len(candidates)):
+        if len(made) == settings.documents:
+            break
+        held = len(made) % _HELD_OUT == _HELD_OUT - 1
+        kinds = list(FORMATS) if held else [name for name in FORMATS if name != settings.left_out]
+        text = tokenizer.decode(pieces[index]["input_ids"].tolist(), skip_special_tokens=True)
+        with contextlib.suppress(UnfitText):
+            made.append(make_document(text, tokenizer, rng, kinds, quotes=not held))
+    if len(made) < settings.documents:
+        raise ConfigError(f"only {len(made)} texts have sentences to hide facts between; give more running text")
+    return made
+
+
+def _chosen(needed_T: torch.Tensor, document: Document, window: int, generator: torch.Generator) -> torch.Tensor:
+    """Tokens of the text to learn from: those that were needed most, and others at random."""
+    last = min(document.text, len(document.ids) - window)
+    most = needed_T[_SINKS:last].topk(min(_TOP, last - _SINKS)).indices + _SINKS
+    others = torch.randperm(last - _SINKS, generator=generator)[:_OTHERS] + _SINKS
+    chosen: torch.Tensor = torch.cat((most, others)).unique()
+    return chosen
+
+
+def _kept(
+    model: Any, documents: list[Document], window: int
+) -> tuple[dict[str, dict[str, list[float]]], dict[str, int]]:
+    """Shares of the values' tokens that are in the bank when a question begins."""
+    facts = dict.fromkeys(FORMATS, 0)
+    shares: dict[str, dict[str, list[list[float]]]] = {}
+    for document in documents:
+        gone = [(name, places) for name, places in document.values if places[-1] < document.text - window]
+        for name, _ in gone:
+            facts[name] += 1
+        for score in ("key_diff", "learned"):
+            banks = [_bank(model, document, score, anchors, window) for anchors in KEPT]
+            for name, places in gone:
+                found = [len(bank & set(places)) / len(places) for bank in banks]
+                shares.setdefault(score, {}).setdefault(name, []).append(found)
+    means = {
+        score: {name: torch.tensor(each).mean(0).tolist() for name, each in by_kind.items()}
+        for score, by_kind in shares.items()
+    }
+    return means, facts
+
+
+def _bank(model: Any, document: Document, score: str, anchors: int, window: int) -> set[int]:
+    """Tokens that are anchors at the end of the text."""
+    with ahn.mode(model, "ahn", window=window, sinks=_SINKS, anchors=anchors, anchor_score=score):
+        cache = ahn.HippocampalCache(model)
+        read(model, document.ids[: document.text], cache=cache, score=False)
+    return cache.anchor_tokens[0]

@@ -1,0 +1,148 @@
+"""Training of the learned score: documents, what is looked at later, the fit, and all of it on a tiny model."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import ahn
+from ahn.cli import main
+from ahn.errors import ConfigError
+from ahn.models import load_tokenizer
+from ahn.training.anchors import AnchorSettings, train_anchors
+from ahn.training.anchors.documents import FORMATS, UnfitText, make_document
+from ahn.training.anchors.fit import fit
+from ahn.training.anchors.later import observe
+from tests.tiny import text, tiny, with_memory
+from tests.training.common import write_base
+
+STORY = "It was late. The rain had stopped before the evening came at last. Nobody came to the house any more. " * 5
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("learned") / "base"
+    write_base(folder)
+    return folder
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_a_document_hides_facts_and_asks_for_them(base: Path, kind: str) -> None:
+    tokenizer = load_tokenizer(str(base))
+    made = make_document(STORY, tokenizer, random.Random(4), [kind], quotes=True)
+    whole = tokenizer.decode(made.ids.tolist())
+    assert whole.count("?") >= len(made.values) + 1  # one asks for a sentence of the text
+    assert made.values
+    for name, places in made.values:
+        assert name == kind
+        assert places[-1] < made.text
+        value = tokenizer.decode(made.ids[list(places)].tolist()).strip()
+        assert whole.count(value) > 1  # it is in the answer too
+        assert value not in STORY
+
+
+def test_a_text_without_sentences(base: Path) -> None:
+    with pytest.raises(UnfitText, match="fewer than 4 sentences"):
+        make_document("words " * 50, load_tokenizer(str(base)), random.Random(0), ["code"], quotes=False)
+
+
+def test_what_is_looked_at_later_against_a_loop() -> None:
+    window, ids = 12, text(1, 40)[0]
+    model = with_memory("llama")
+    plain = tiny("llama", attn_implementation="eager")
+    with torch.no_grad():
+        output = plain(ids[None], output_attentions=True, output_hidden_states=True)
+    total = torch.zeros(40, dtype=torch.float64)
+    for layer, (weights, hidden) in enumerate(zip(output.attentions, output.hidden_states)):
+        attention = plain.model.layers[layer].self_attn
+        value = attention.v_proj(plain.model.layers[layer].input_layernorm(hidden))[0].unflatten(-1, (-1, 8))
+        heads = weights.size(1)
+        most = torch.zeros(40, dtype=torch.float64)
+        for head in range(heads):
+            out = attention.o_proj.weight[:, head * 8 : head * 8 + 8]
+            for i in range(40):
+                moved = float((out @ value[i, head * value.size(1) // heads]).norm())
+                for j in range(i + window, 40):
+                    share = float(weights[0, head, j, i]) * moved / float(hidden[0, j].norm())
+                    most[i] = max(float(most[i]), share)
+        total += most / len(output.attentions)
+    seen = observe(model, ids, window, [1])
+    torch.testing.assert_close(seen.needed_T.double(), total.clamp(min=1e-6).log(), rtol=1e-4, atol=1e-4)
+    assert list(seen.hidden) == [1]
+    norm = plain.model.layers[1].input_layernorm(output.hidden_states[1])[0]
+    torch.testing.assert_close(seen.hidden[1], norm, rtol=1e-4, atol=1e-4)
+
+
+def test_the_fit_foresees_what_can_be_foreseen() -> None:
+    generator = torch.Generator().manual_seed(0)
+    inputs = 3 + 2 * torch.randn(30000, 6, generator=generator)
+    target = (inputs[:, 0] - inputs[:, 1]) * 0.5 + (inputs[:, 2] - 3).abs()  # the last part is not linear
+    found = fit(inputs, target, torch.arange(30000) % 6 == 5, 16, seed=1)
+    again = fit(inputs, target, torch.arange(30000) % 6 == 5, 16, seed=1)
+    assert 0.3 < found.ridge < 0.7
+    assert found.explained > 0.85
+    with torch.no_grad():
+        votes = found.gate(inputs)
+        assert torch.equal(votes, again.gate(inputs))
+    assert float(torch.corrcoef(torch.stack((votes, target)))[0, 1]) > 0.9
+
+
+def test_a_training_writes_votes_that_load(base: Path, tmp_path: Path) -> None:
+    (tmp_path / "story.txt").write_text(STORY * 40, encoding="utf-8")
+    said: list[str] = []
+    settings = AnchorSettings((str(tmp_path / "story.txt"),), str(tmp_path / "out"), str(base), 12, 400, 16, voters=2)
+    report = train_anchors(settings, said.append)
+    assert len(report.layers) == 2
+    assert set(report.kept) == {"key_diff", "learned"}
+    assert sum(report.facts.values()) > 0
+    assert all(0 <= share <= 1 for kinds in report.kept.values() for each in kinds.values() for share in each)
+    assert said[0] == "read 10 of 12 documents"
+    model = ahn.from_pretrained(base, config=ahn.AHNConfig(window=16, sinks=4, anchors=4, anchor_score="learned"))
+    ahn.load_anchors(model, tmp_path / "out")
+    cache = ahn.HippocampalCache(model)
+    model(text(1, 60), cache=cache)
+    assert len(cache.anchor_tokens[0]) == 4
+    with pytest.raises(ConfigError, match="not empty"):
+        train_anchors(AnchorSettings((str(tmp_path / "story.txt"),), str(tmp_path), str(base), 12, 400, 16))
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"documents": 5}, "documents must be at least 6"),
+        ({"length": 400}, "length must be at least 520"),
+        ({"left_out": "poem"}, "left_out must be one of code"),
+        ({"voters": 0}, "voters must be at least 1"),
+    ],
+)
+def test_settings_that_cannot_work(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        AnchorSettings(("x",), "y", **values)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--out", "o"], "there is nothing to hide facts in"),
+        (["--data", "story.txt"], "there is no folder to write to"),
+        (["--data", "missing", "--out", "o"], "missing"),
+        (["--data", "story.txt", "--out", "full"], "full is not empty"),
+        (["--data", "story.txt", "--out", "o", "--base", "nothing"], "no model named 'nothing'"),
+        (["--data", "story.txt", "--out", "o", "--documents", "2"], "documents must be at least 6"),
+    ],
+)
+def test_bad_input(
+    words: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "story.txt").write_text(STORY, encoding="utf-8")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "notes.md").write_text("mine")
+    assert main(["train", "anchors", *words]) == 2
+    said = capsys.readouterr().err
+    assert message in said
+    assert said.count("\n") == 1
