@@ -22,9 +22,9 @@ HERE = Path(__file__).parent
 KEPT, IMAGES, PAGE = HERE / "results", HERE.parent / "docs" / "images", HERE.parent / "docs" / "results.md"
 WORK = HERE.parent / ".results"
 STEPS = ("memories", "book", "recall", "page")
-ARMS = "full,window,ahn,ct_max,ct_mean,tail"
+ARMS = "full,window,ahn,ahn+64:learned,ct_max,ct_mean,tail"
 LENGTHS = "1024,2048,4096,8192"
-TASKS = ("number", "word")
+TASKS = ("number",)
 MEMORIES, GRID, BOOK, RECALL = "shipped_memories.json", "shipped_memories_grid.json", "book.json", "recall.json"
 BOOK_BYTES = 500_000  # more than 100,000 tokens
 _AHN = (sys.executable, "-m", "ahn", "eval")
@@ -33,7 +33,7 @@ _OPENING = """# Results
 SmolLM2-135M-Instruct with the memories that ship, all of it measured and drawn by `make results TEXTS=FOLDER` on texts
 that no memory was trained on. `full` is the base model with full attention, `window` sinks and a sliding window alone,
 `ahn` both with the memory, `ct_max` and `ct_mean` the Compressive Transformer with as many bytes, `tail` the base model
-given sinks and window as its whole input.
+given sinks and window as its whole input, `ahn+64:learned` the memory and 64 anchors chosen by the learned score.
 """
 
 
@@ -70,12 +70,11 @@ def find_book(texts: Path) -> Path:
 
 def write_page(texts: Path) -> None:
     """The page, from what was measured."""
-    memories, grid, book, recall = (
-        json.loads((KEPT / name).read_text(encoding="utf-8")) for name in (MEMORIES, GRID, BOOK, RECALL)
-    )
+    found = {file: json.loads((KEPT / file).read_text(encoding="utf-8")) for file in PARTS if (KEPT / file).is_file()}
     IMAGES.mkdir(exist_ok=True)
-    _draw(grid).savefig(IMAGES / "results_memories.png", dpi=150)
-    parts = [_OPENING, _memories_part(memories), _grid_part(grid), _book_part(book), _recall_part(recall)]
+    if GRID in found:
+        _draw(found[GRID]).savefig(IMAGES / "results_memories.png", dpi=150)
+    parts = [_OPENING, *(part(found[file]) for file, part in PARTS.items() if file in found)]
     write_whole(PAGE, "\n".join(parts))
 
 
@@ -150,6 +149,10 @@ def _recall_part(found: dict) -> str:
     for (task, length, label), row in rows.items():
         lines.append(f"| {task} | {length:,} | {label} | {' | '.join(row[arm] for arm in arms)} |")
     return "\n".join([*lines, "", *(f"- {sentence}" for sentence in found["results"]["verdicts"])]) + "\n"
+
+
+PARTS = {MEMORIES: _memories_part, GRID: _grid_part, BOOK: _book_part, RECALL: _recall_part}
+"""Parts of the page by the file that each is made of; a part whose file is missing is left out."""
 
 
 def _draw(found: dict) -> object:

@@ -74,7 +74,8 @@ def train(settings: TrainSettings, resume: bool = False, say: Say | None = None,
     tokenizer = load_tokenizer(settings.base)
     pieces, held = _data(settings, tokenizer, say)
     _write_settings(settings, folder)
-    model = _model(settings, pieces, say)
+    begun = any(_is_begun(Path(str(args.output_dir))) for args in arguments.values())
+    model = _model(settings, pieces, say, begun)
     curves = {}
     for stage, args in arguments.items():
         curves[stage] = _run_stage(model, settings, stage, args, (pieces, held), say)
@@ -215,13 +216,20 @@ def _data(settings: TrainSettings, tokenizer: PreTrainedTokenizerBase, say: Say)
     return pieces, held
 
 
-def _model(settings: TrainSettings, pieces: Pieces | PieceStream, say: Say) -> Any:
-    """The base model with the memory as it is before the first step."""
+def _is_begun(folder: Path) -> bool:
+    """Whether a stage has left weights to go on from."""
+    return (folder / "ahn_config.json").is_file() or _last_checkpoint(folder) is not None
+
+
+def _model(settings: TrainSettings, pieces: Pieces | PieceStream, say: Say, begun: bool) -> Any:
+    """The base model with the memory as it is before the first step; any memory if its weights come later."""
     half = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
     dtype = ("bfloat16" if half else "float32") if settings.dtype == "auto" else settings.dtype
     model = load_model(settings.base, dtype)
     torch.manual_seed(settings.seed)
     ahn.attach(model, settings.memory_config())
+    if begun:
+        return model
     if settings.adapter is not None and describe(settings.adapter).memory == settings.memory:
         ahn.load(model, settings.adapter)
         return model
