@@ -190,11 +190,13 @@ def test_votes_are_those_of_all_layers() -> None:
     best = sorted(scores, key=lambda j: -scores[j])[:ANCHORS]
     assert cache.ballot is not None
     assert sorted(cache.ballot.held[f"tokens.{WINDOW}"][0].tolist()) == sorted(best)
+    assert cache.anchor_tokens == [best]
 
 
 def test_without_anchors_nothing_is_kept_for_them() -> None:
     cache = ahn.HippocampalCache(with_memory())
     assert cache.ballot is None
+    assert cache.anchor_tokens == []
     with ahn.mode(model := anchored(), "window"):
         assert ahn.HippocampalCache(model).ballot is None
 

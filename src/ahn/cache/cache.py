@@ -80,12 +80,14 @@ class HippocampalCache(Cache):
         return cast("list[AnyLayer]", self.layers)
 
     @property
-    def anchor_tokens(self) -> list[set[int]]:
-        """For each row the tokens that are anchors of the layers with the longest window, as places in the row."""
-        held = None if self.ballot is None else self.ballot.held.get(f"tokens.{max(self.ballot.windows)}")
-        if held is None:
-            return [set() for _ in range(self.rows or 0)]
-        return [{token for token in row if token >= 0} for row in held.tolist()]
+    def anchor_tokens(self) -> list[list[int]]:
+        """For each row the anchors of the layers with the longest window, as places in the row, the best first."""
+        name = "" if self.ballot is None else str(max(self.ballot.windows))
+        if self.ballot is None or f"tokens.{name}" not in self.ballot.held:
+            return [[] for _ in range(self.rows or 0)]
+        order = self.ballot.held[f"scores.{name}"].argsort(dim=1, descending=True, stable=True)
+        ranked = self.ballot.held[f"tokens.{name}"].gather(1, order)
+        return [[token for token in row if token >= 0] for row in ranked.tolist()]
 
     @property
     def seen_tokens(self) -> int:

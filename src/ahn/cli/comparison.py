@@ -63,8 +63,8 @@ class Arm:
     def reading(self) -> AbstractContextManager[None]:
         """The mode, for as long as a `with` block lasts."""
         arm = find_arm(self.mode)
-        anchors = {"anchors": arm.added} if arm.added else {}
-        return ahn.mode(self.model, arm.way, **anchors)  # type: ignore[arg-type]
+        settings = arm.settings(0) if arm.added else {}
+        return ahn.mode(self.model, arm.way, **settings)  # type: ignore[arg-type]
 
     def feed(self, ids: Any) -> None:
         """Reads on, up to the arm's limit."""

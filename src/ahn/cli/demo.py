@@ -42,8 +42,12 @@ def command(
         typer.Option(help="A sentence to hide near the beginning; none without it where --question is given."),
     ] = None,
     modes: Annotated[
-        str, typer.Option(help="Modes to compare, joined by commas; ahn+64 keeps 64 anchors.")
-    ] = "ahn+64,ahn,window,full",
+        str | None,
+        typer.Option(
+            help="Modes to compare, joined by commas; ahn+64 keeps 64 anchors.  "
+            "[dim]\\[default: ahn with anchors, ahn, window, full][/dim]"
+        ),
+    ] = None,
     window: Annotated[int, typer.Option(help="Tokens of the window.")] = 1024,
     sinks: Annotated[int, typer.Option(help="First tokens that are kept for ever.")] = 32,
     sink_positions: Annotated[
@@ -58,7 +62,7 @@ def command(
 ) -> None:
     """A small model reads a long text in several modes, and is asked for a fact that was hidden near its beginning."""
     started = time.monotonic()
-    names = checks.demo_modes("--modes", modes)
+    names = None if modes is None else checks.demo_modes("--modes", modes)
     checks.span(window, sinks, sink_positions)
     checks.at_least("--seconds", seconds, 1)
     checks.at_least("--max-new-tokens", max_new_tokens, 1)
@@ -71,7 +75,13 @@ def command(
     screen = show.Screen(output())
     loading.seed(seed)
     loaded = loading.load(model, adapter, window, sinks, sink_positions)
-    plan = comparison.Plan(names, limit, started + seconds if tokens is None else None, max_new_tokens)
+    anchored = "ahn+64:learned" if loading.votes_for(model) else "ahn+64"
+    plan = comparison.Plan(
+        names or [anchored, "ahn", "window", "full"],
+        limit,
+        started + seconds if tokens is None else None,
+        max_new_tokens,
+    )
     title = "Python's language reference" if text is None else "standard input" if file == "-" else str(file)
     hidden = fact if fact is not None else FACT if question is None else ""
     whole = reference() if text is None else text

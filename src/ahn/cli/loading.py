@@ -63,7 +63,7 @@ def load(
     """
     quiet()
     with notes().status(f"Loading {name} ..."):
-        from ahn.checkpoint import from_pretrained
+        from ahn.checkpoint import from_pretrained, load_anchors
         from ahn.models import load_tokenizer, resolve
 
         resolve(name)  # first, because what follows takes seconds
@@ -74,18 +74,18 @@ def load(
         config = replace(config, **{key: value for key, value in changes.items() if value is not None})
         tokenizer = load_tokenizer(name)
         model = from_pretrained(name, chosen, config)
-        _load_votes(model, name)
+        if (votes := votes_for(name)) is not None:
+            load_anchors(model, votes)
     return Loaded(name, model, tokenizer, config, chosen or (name if saved else None))
 
 
-def _load_votes(model: PreTrainedModel, name: str) -> None:
-    """Loads the learned score for anchors that ships for a model, if one does."""
-    from ahn.checkpoint import load_anchors
+def votes_for(name: str) -> str | None:
+    """The name of the learned score for anchors that ships for a model, if one does."""
     from ahn.checkpoint.anchors import ANCHORS
     from ahn.checkpoint.files import shipped
 
-    if f"{name}/anchors" in shipped(ANCHORS.config):
-        load_anchors(model, f"{name}/anchors")
+    usual = f"{name}/anchors"
+    return usual if usual in shipped(ANCHORS.config) else None
 
 
 def quiet() -> None:

@@ -109,7 +109,7 @@ class Screen:
         if gone:
             self.say(
                 "The hidden sentence has left the window. A state of fixed size does not bring it back word for word; "
-                "anchors (ahn+64) are tokens that were kept exactly because they stood out when they were read."
+                "anchors are tokens that were kept exactly because something in them stood out when they were read."
             )
         arms = comparison.arms
         if self.console.width >= _SIDE_BY_SIDE:

@@ -197,7 +197,8 @@ def _kept(
         for name, _ in gone:
             facts[name] += 1
         for score in ("key_diff", "learned"):
-            banks = [_bank(model, document, score, anchors, window) for anchors in KEPT]
+            ranked = _ranked(model, document, score, window)
+            banks = [set(ranked[:anchors]) for anchors in KEPT]  # a smaller bank is the best part of a larger one
             for name, places in gone:
                 found = [len(bank & set(places)) / len(places) for bank in banks]
                 shares.setdefault(score, {}).setdefault(name, []).append(found)
@@ -208,9 +209,9 @@ def _kept(
     return means, facts
 
 
-def _bank(model: Any, document: Document, score: str, anchors: int, window: int) -> set[int]:
-    """Tokens that are anchors at the end of the text."""
-    with ahn.mode(model, "ahn", window=window, sinks=_SINKS, anchors=anchors, anchor_score=score):
+def _ranked(model: Any, document: Document, score: str, window: int) -> list[int]:
+    """Tokens that are anchors at the end of the text, the best first."""
+    with ahn.mode(model, "ahn", window=window, sinks=_SINKS, anchors=max(KEPT), anchor_score=score):
         cache = ahn.HippocampalCache(model)
         read(model, document.ids[: document.text], cache=cache, score=False)
     return cache.anchor_tokens[0]
