@@ -23,7 +23,7 @@ KEPT, IMAGES, PAGE = HERE / "results", HERE.parent / "docs" / "images", HERE.par
 WORK = HERE.parent / ".results"
 STEPS = ("memories", "book", "recall", "page")
 ARMS = "full,window,ahn,ahn+64:learned,ct_max,ct_mean,tail"
-LENGTHS = "1024,2048,4096,8192"
+LENGTHS = "2048,8192"
 TASKS = ("number",)
 MEMORIES, GRID, BOOK, RECALL = "shipped_memories.json", "shipped_memories_grid.json", "book.json", "recall.json"
 BOOK_BYTES = 500_000  # more than 100,000 tokens
@@ -69,13 +69,22 @@ def find_book(texts: Path) -> Path:
 
 
 def write_page(texts: Path) -> None:
-    """The page, from what was measured."""
-    found = {file: json.loads((KEPT / file).read_text(encoding="utf-8")) for file in PARTS if (KEPT / file).is_file()}
-    IMAGES.mkdir(exist_ok=True)
+    """The page and the picture that is drawn of numbers alone, from what was measured."""
+    found = measured()
     if GRID in found:
+        IMAGES.mkdir(exist_ok=True)
         _draw(found[GRID]).savefig(IMAGES / "results_memories.png", dpi=150)
-    parts = [_OPENING, *(part(found[file]) for file, part in PARTS.items() if file in found)]
-    write_whole(PAGE, "\n".join(parts))
+    write_whole(PAGE, page(found))
+
+
+def measured() -> dict[str, dict]:
+    """What was measured before, by file."""
+    return {file: json.loads((KEPT / file).read_text(encoding="utf-8")) for file in PARTS if (KEPT / file).is_file()}
+
+
+def page(found: dict[str, dict]) -> str:
+    """The text of the page."""
+    return "\n".join([_OPENING, *(part(found[file]) for file, part in PARTS.items() if file in found)])
 
 
 def _memories_part(found: dict) -> str:

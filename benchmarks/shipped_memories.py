@@ -13,16 +13,14 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import time
-from datetime import date
 from pathlib import Path
 
 import numpy as np
 import torch
-import transformers
 
 import ahn
+from ahn.evaluation.report import environment
 from ahn.memories import memory_names
 from ahn.models import load_model, load_tokenizer
 from ahn.reading import read
@@ -114,15 +112,7 @@ def main() -> None:
             rows.append({"length": length, "window": window, "nll": means, "closed": shares})
     print(table(rows, options.memories))
     if options.json:
-        facts = {
-            "date": date.today().isoformat(),
-            "device": platform.processor() or platform.machine(),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "base": options.base,
-            "sinks": options.sinks,
-            "pieces": len(texts),
-        }
+        facts = {**environment(model), "base": options.base, "sinks": options.sinks, "pieces": len(texts)}
         options.json.write_text(json.dumps({**facts, "rows": rows}, indent=1) + "\n")
 
 
