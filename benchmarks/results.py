@@ -55,7 +55,18 @@ def measure_book(texts: Path) -> None:
 def measure_recall(texts: Path) -> None:
     """Facts hidden in the same text."""
     out = WORK / "recall"
-    haystack = ("--haystack", str(find_book(texts)), "--lengths", LENGTHS, "--items", "1", "--window", "256")
+    haystack = (
+        "--haystack",
+        str(find_book(texts)),
+        "--lengths",
+        LENGTHS,
+        "--items",
+        "1",
+        "--depths",
+        "3",
+        "--window",
+        "256",
+    )
     _run(*_AHN, "recall", "--tasks", ",".join(TASKS), *haystack, "--arms", ARMS, "--out", str(out))
     shutil.copy(out / "report.json", KEPT / RECALL)
     for name in TASKS:
