@@ -48,7 +48,7 @@ def measure_book(texts: Path) -> None:
     """A text from beginning to end."""
     out = WORK / "book"
     _run(*_AHN, "perplexity", str(find_book(texts)), "--arms", "window,ahn", "--window", "256", "--out", str(out))
-    shutil.copy(out / "report.json", KEPT / BOOK)
+    _keep(out / "report.json", KEPT / BOOK, texts)
     _take_picture(out / "perplexity.png", "results_book.png")
 
 
@@ -68,7 +68,7 @@ def measure_recall(texts: Path) -> None:
         "256",
     )
     _run(*_AHN, "recall", "--tasks", ",".join(TASKS), *haystack, "--arms", ARMS, "--out", str(out))
-    shutil.copy(out / "report.json", KEPT / RECALL)
+    _keep(out / "report.json", KEPT / RECALL, texts)
     for name in TASKS:
         _take_picture(out / f"recall_{name}.png", f"results_recall_{name}.png")
 
@@ -209,6 +209,11 @@ def _where(facts: dict) -> str:
 def _run(*command: str) -> None:
     if code := subprocess.run(command).returncode:
         raise SystemExit(code)
+
+
+def _keep(source: Path, target: Path, texts: Path) -> None:
+    """Copies a report without the folder that the texts lie in."""
+    write_whole(target, source.read_text(encoding="utf-8").replace(f"{texts}/", ""))
 
 
 def _take_picture(source: Path, name: str) -> None:

@@ -71,6 +71,7 @@ def _finish(panel: Any, title: str, unit: str, exact: int) -> None:
     panel.set_xlim(left=0)
     if unit == "MB":
         panel.set_ylim(bottom=0)
+    panel.locator_params(axis="x", nbins=4)
     panel.xaxis.set_major_formatter(lambda tokens, _: f"{tokens:,.0f}")
     panel.grid(alpha=0.3)
     panel.spines[["top", "right"]].set_visible(False)
