@@ -17,6 +17,7 @@ from transformers.modeling_utils import AttentionInterface
 
 import ahn
 from ahn.attachment import Site, attachment_of
+from ahn.attention import attention_function
 from ahn.plan import mask_function
 from ahn.probe import find_backbone, implementation
 
@@ -62,9 +63,6 @@ class _Watch:
         self.needed.append(most_T)
 
 
-_WATCH: list[_Watch] = []
-
-
 @torch.no_grad()
 def observe(model: nn.Module, ids: torch.Tensor, window: int, layers: Sequence[int]) -> Observation:
     """Reads a text with full attention and looks at what its tokens need of those beyond the window.
@@ -94,12 +92,10 @@ def _watched(backbone: nn.Module, sites: Sequence[Site], watch: _Watch) -> Itera
     for site in sites:
         around = backbone.get_submodule(names[site.module].rpartition(".")[0])
         handles.append(around.register_forward_pre_hook(_note_length(site, watch), with_kwargs=True))
-        handles.append(site.module.register_forward_pre_hook(_note_input(site, watch), with_kwargs=True))
-    _WATCH.append(watch)
+        handles.append(site.module.register_forward_pre_hook(_bring(site, watch), with_kwargs=True))
     try:
         yield
     finally:
-        _WATCH.pop()
         for handle in handles:
             handle.remove()
 
@@ -112,11 +108,14 @@ def _note_length(site: Site, watch: _Watch) -> Callable[..., None]:
     return hook
 
 
-def _note_input(site: Site, watch: _Watch) -> Callable[..., None]:
-    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+def _bring(site: Site, watch: _Watch) -> Callable[..., Any]:
+    """A hook that keeps what a layer reads, and sends the watch along to the attention function."""
+
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if site.index in watch.layers:
             hidden = args[0] if args else kwargs["hidden_states"]
             watch.hidden[site.index] = hidden[0].cpu()
+        return args, {**kwargs, LATER: (watch, site)}
 
     return hook
 
@@ -139,14 +138,12 @@ def _attend(
     key: torch.Tensor,
     value: torch.Tensor,
     attention_mask: Any,
+    ahn_later: tuple[_Watch, Site],
     scaling: float | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    from ahn.attention import attention_function
-
-    scaling = query.size(-1) ** -0.5 if scaling is None else scaling
-    site = next(site for site in attachment_of(module).sites if site.module is module)
-    _WATCH[-1].look(site, query, key, value, scaling)
+    watch, site = ahn_later
+    watch.look(site, query, key, value, query.size(-1) ** -0.5 if scaling is None else scaling)
     return attention_function(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
 
 

@@ -16,7 +16,7 @@ from ahn.checkpoint.anchors import ANCHORS
 from ahn.errors import ConfigError
 from ahn.models import load_model, load_tokenizer, resolve
 from ahn.reading import read
-from ahn.surgery import remove_gate, set_gate
+from ahn.surgery import set_gate
 from ahn.texts import evenly
 from ahn.training.anchors.documents import FORMATS, Document, UnfitText, make_document
 from ahn.training.anchors.fit import fit
@@ -135,14 +135,13 @@ def train_anchors(settings: AnchorSettings, say: Say | None = None) -> AnchorRep
         seen = observe(model, document.ids, settings.window, voters)
         chosen = _chosen(seen.needed_T, document, settings.window, generator)
         needed.append(seen.needed_T[chosen])
-        held.append(torch.full((len(chosen),), number % _HELD_OUT == _HELD_OUT - 1))
+        held.append(torch.full((len(chosen),), _is_held_out(number)))
         for layer in voters:
             inputs[layer].append(seen.hidden[layer][chosen])
         if (number + 1) % 10 == 0:
             say(f"read {number + 1} of {len(made)} documents")
     layers: dict[int, tuple[float, float]] = {}
     for site in served:
-        remove_gate(site)
         if site.index in voters:
             found = fit(
                 torch.cat(inputs[site.index]), torch.cat(needed), torch.cat(held), settings.width, settings.seed
@@ -167,7 +166,7 @@ def _documents(settings: AnchorSettings, tokenizer: Any) -> list[Document]:
     for index in rng.sample(candidates, len(candidates)):
         if len(made) == settings.documents:
             break
-        held = len(made) % _HELD_OUT == _HELD_OUT - 1
+        held = _is_held_out(len(made))
         kinds = list(FORMATS) if held else [name for name in FORMATS if name != settings.left_out]
         text = tokenizer.decode(pieces[index]["input_ids"].tolist(), skip_special_tokens=True)
         with contextlib.suppress(UnfitText):
@@ -175,6 +174,10 @@ def _documents(settings: AnchorSettings, tokenizer: Any) -> list[Document]:
     if len(made) < settings.documents:
         raise ConfigError(f"only {len(made)} texts have sentences to hide facts between; give more running text")
     return made
+
+
+def _is_held_out(number: int) -> bool:
+    return number % _HELD_OUT == _HELD_OUT - 1
 
 
 def _chosen(needed_T: torch.Tensor, document: Document, window: int, generator: torch.Generator) -> torch.Tensor:
