@@ -17,8 +17,10 @@ from torch.nn import functional
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ahn.attachment import Site, find_attachment
+from ahn.cache.anchors import Choice
 from ahn.cache.exact import Padding, Tokens, View
 from ahn.cache.layer import HippocampalLayer
+from ahn.decoding import Step
 from ahn.errors import ModelError
 from ahn.memories import Memory
 from ahn.plan import Plan
@@ -89,6 +91,14 @@ class LayerCall:
         if near or self.plan.settings.sink_positions != "bounded" or self.rotary is None:
             return None
         return self.rotary.rotation.bounded(query, self.rotary.tables, self.rotary.positions)
+
+    def elect(self, key: torch.Tensor) -> Choice | None:
+        """Hands in the layer's votes on the new tokens; which of those that leave become anchors, if there are any."""
+        if (election := self.plan.election) is None:
+            return None
+        if (vote := self.vote(key)) is not None:
+            election.votes.append(vote)
+        return election.choices.get(self.store.exact.window)
 
     @torch.no_grad()
     def vote(self, key: torch.Tensor) -> torch.Tensor | None:
@@ -173,19 +183,32 @@ def attention_function(
     scaling = query.size(-1) ** -0.5 if scaling is None else scaling
     softmax = Softmax(scaling, dropout, kwargs.get("softcap"), kwargs.get("s_aux"))
     store, padding = ahn.store, ahn.plan.padding
+    if ahn.plan.step is not None:
+        return _decode(ahn, ahn.plan.step, query, key, value, softmax), None
     new = Tokens(key, value, ahn.side(key))
     seen = store.exact.seen + new.length
-    choice = None
-    if (election := ahn.plan.election) is not None:
-        if (vote := ahn.vote(key)) is not None:
-            election.votes.append(vote)
-        choice = election.choices.get(store.exact.window)
+    choice = ahn.elect(key)
     view = store.append(new, padding, choice) if ahn.kept else store.view(new, padding)
     sink_queries = ahn.sink_queries(query, seen)
     local = local_attention(query, sink_queries, view, ahn.plan, store.exact.window, seen, softmax)
     if ahn.gates is None or not view.evicted.length:
         return local, None
     return _added_to_last(local, ahn.read_memory(query, view, seen)), None
+
+
+def _decode(
+    call: LayerCall, step: Step, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, softmax: Softmax
+) -> torch.Tensor:
+    """Attention of the one token of a step, `[B, 1, H, V]`: what leaves the window is in the state already."""
+    step.hidden[call.site.index] = call.hidden
+    store = call.store
+    view = store.append_key(key, value, call.elect(key))
+    seen = store.exact.seen
+    local = local_attention(query, call.sink_queries(query, seen), view, call.plan, store.exact.window, seen, softmax)
+    if store.state is None:
+        return local
+    read = call.memory.read(query.transpose(1, 2), store.state)
+    return local + call.memory.read_out(read, call.hidden).to(local.dtype)
 
 
 def _without_padding(gates_BENH: torch.Tensor, first: int, sinks: int, padding: Padding) -> torch.Tensor:

@@ -18,6 +18,7 @@ from ahn.cache import HippocampalCache, HippocampalLayer, Padding
 from ahn.cache.anchors import Ballot, Election
 from ahn.cache.cache import check_cache, new_cascade
 from ahn.config import RunSettings
+from ahn.decoding import begin_step
 from ahn.errors import CacheError
 from ahn.pieces import joined, read_first_pieces
 from ahn.plan import CURRENT, Plan, find_padding
@@ -40,6 +41,8 @@ def before_call(backbone: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
     if isinstance(cache, HippocampalCache) and cache.ballot is not None and inputs is not None:
         plan.before, kwargs = read_first_pieces(backbone, cache.seen_tokens, cache.ballot.longest_call, kwargs)
         plan.election = _election(cache, cache.ballot, _inputs(kwargs).size(1))
+    if isinstance(cache, HippocampalCache) and inputs is not None:
+        plan.step = begin_step(cache, _inputs(kwargs).size(1))
     plan.token = CURRENT.set(plan)
     return (), kwargs
 
@@ -52,6 +55,8 @@ def after_call(backbone: Any, args: Any, output: Any) -> Any:
     CURRENT.reset(plan.token)
     if output is not None and plan.election is not None:
         plan.election.close()
+    if output is not None and plan.step is not None:
+        plan.step.close()
     return joined([*plan.before, output]) if output is not None and plan.before else None
 
 
@@ -123,7 +128,7 @@ def before_layer(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     if not isinstance(plan, Plan) or site.memory is None:
         return None
     hidden = args[0] if args else kwargs["hidden_states"]
-    gates = site.memory.gates(hidden) if plan.settings.mode == "ahn" else None
+    gates = site.memory.gates(hidden) if plan.settings.mode == "ahn" and plan.step is None else None
     store = _store(_compat.find_cache(kwargs), site)
     kept = store is not None
     store = store or new_cascade(site, site.memory, plan.settings)

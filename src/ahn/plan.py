@@ -17,6 +17,7 @@ from ahn.attachment import Attachment
 from ahn.cache.anchors import Election
 from ahn.cache.exact import Extra, Padding, View
 from ahn.config import RunSettings
+from ahn.decoding import Step
 from ahn.errors import CacheError
 
 CURRENT: ContextVar[Plan | None] = ContextVar("ahn_plan", default=None)
@@ -33,6 +34,7 @@ class Plan:
         base_mask: Mask for layers without a memory, as the base model's implementation wants it.
         masks: Block masks made so far, shared by the layers.
         election: The choice of anchors in this call; `None` where there are none.
+        step: What all layers do at once, in a call of one token; `None` in others.
         before: Outputs of the pieces of a long call that were read before this, its last one.
         token: What ends the call.
     """
@@ -43,6 +45,7 @@ class Plan:
     base_mask: Any = None
     masks: dict[tuple[object, ...], torch.Tensor] = dataclasses.field(default_factory=dict)
     election: Election | None = None
+    step: Step | None = None
     before: list[Any] = dataclasses.field(default_factory=list)
     token: Token[Plan | None] | None = None
 

@@ -23,6 +23,8 @@ from ahn.memories import Memory
 if TYPE_CHECKING:
     from typing_extensions import Self
 
+    from ahn.decoding import Group
+
 AnyLayer = HippocampalLayer | DynamicLayer
 
 
@@ -47,6 +49,7 @@ class HippocampalCache(Cache):
         settings: Mode, window and sinks, fixed for the life of the cache.
         padding: Padding at the left of the rows, or `None`.
         ballot: The choice of the anchors, where there are any.
+        groups: Layers that decode together; found when decoding begins.
     """
 
     def __init__(self, model: nn.Module, *, window: int | None = None, sinks: int | None = None) -> None:
@@ -70,6 +73,7 @@ class HippocampalCache(Cache):
         self.attachment = attachment
         self.settings = settings
         self.padding: Padding | None = None
+        self.groups: list[Group] = []
         super().__init__(layers=[new_layer(site, settings) for site in attachment.sites])
         windows = {layer.exact.window for layer in self.cascades if isinstance(layer, HippocampalLayer)}
         self.ballot = Ballot(settings.anchors, settings.sinks, windows) if settings.has_anchors else None

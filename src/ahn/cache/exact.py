@@ -11,7 +11,7 @@ Buffers grow by doubling until they hold S + W tokens and keep that size from th
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -205,13 +205,48 @@ class ExactStore:
 
     def _append_one(self, new: Tokens) -> View:
         """The step of decoding: one slot is read out, overwritten, and the ring is read as it lies."""
-        buffer, slot = self._reserved(self.seen + 1, new), self._slot(self.seen)
         leaves = self.seen - self.window >= self.sinks
-        evicted = buffer.span(slot, slot + leaves).map(torch.clone)
-        buffer.write(slot, new)
+        evicted = self.leaving().map(torch.clone) if leaves else new.span(0, 0)
+        self._reserved(self.seen + 1, new).write(self._slot(self.seen), new)
+        return self._after_one(evicted)
+
+    def append_key(self, key: torch.Tensor, value: torch.Tensor, keep_evicted: bool) -> View:
+        """Stores the key and value of one token; its side values come later, by `write_side`.
+
+        Args:
+            key: `[B, G, 1, K]`.
+            value: `[B, G, 1, V]`.
+            keep_evicted: Whether the view shall hold the token that leaves.
+        """
+        leaves = keep_evicted and self.seen - self.window >= self.sinks
+        evicted = self.leaving().map(torch.clone) if leaves else self._ring.span(0, 0)
+        slot = self._slot(self.seen)
+        buffer = self._reserved(self.seen + 1, self._ring)
+        buffer.keys[:, :, slot : slot + 1] = key
+        buffer.values[:, :, slot : slot + 1] = value
+        return self._after_one(evicted)
+
+    def write_side(self, side_BF: torch.Tensor) -> None:
+        """Stores the side values of the token that came last."""
+        self._ring.side[:, 0, self._slot(self.seen - 1)] = side_BF
+
+    def leaving(self) -> Tokens:
+        """The token that leaves a full window when the next one comes, as views."""
+        slot = self._slot(self.seen)
+        return self._ring.span(slot, slot + 1)
+
+    def _after_one(self, evicted: Tokens) -> View:
+        """What the query of a token that was just stored reads: all slots as they lie."""
         self.seen += 1
-        used = buffer.span(0, min(self.seen, self.sinks + self.window))
-        return View(buffer.span(0, self.sinks), used, max(self.sinks, self.seen - self.window), False, evicted)
+        used = min(self.seen, self.sinks + self.window)
+        local = self._ring if used == self._ring.length else self._ring.span(0, used)
+        first = max(self.sinks, self.seen - self.window)
+        return View(self._ring.span(0, self.sinks), local, first, False, evicted)
+
+    @property
+    def _ring(self) -> Tokens:
+        """The buffer, once tokens have come."""
+        return cast("Tokens", self.buffer)
 
     def _store(self, new: Tokens, sinks: Tokens | None) -> None:
         """Writes the sinks, if they changed, and as many new tokens as the window holds."""

@@ -81,6 +81,19 @@ class HippocampalLayer(CacheLayerMixin):
             return view
         return view._replace(extra=self.pooled.append(view.evicted, self._first(view, self.exact.seen), padding))
 
+    def append_key(self, key: torch.Tensor, value: torch.Tensor, choice: Choice | None) -> View:
+        """Stores a single token as `append` does, for layers that decode together and bring its side values later.
+
+        Args:
+            key: `[B, G, 1, K]`.
+            value: `[B, G, 1, V]`.
+            choice: Whether the token that leaves becomes an anchor; `None` where there are none.
+        """
+        view = self.exact.append_key(key, value, keep_evicted=choice is not None)
+        if self.bank is None or choice is None:
+            return view
+        return view._replace(extra=self.bank.append(view.evicted, choice))
+
     def _first(self, view: View, seen: int) -> int:
         """Index of the first evicted token after `seen` tokens."""
         return seen - self.exact.window - view.evicted.length

@@ -7,6 +7,7 @@ N gates per head.
 from __future__ import annotations
 
 import abc
+from collections.abc import Sequence
 from typing import ClassVar, NamedTuple
 
 import torch
@@ -49,8 +50,9 @@ class Memory(nn.Module, abc.ABC):
 
     It reuses the attention's own queries, keys and values and learns only gates and a read-out. A subclass declares
     `gate_count` and `state_products` and implements `gates`, `gating`, `scan`, `normalise` and `state_shape`; gates of
-    zero must leave the state unchanged, which is how padding is kept out of it. The output projection starts at zero,
-    so that an untrained memory changes nothing.
+    zero must leave the state unchanged, which is how padding is kept out of it. `gates_of_layers`, `fold` and `read` do
+    the same for decoding, and follow from these; a subclass has its own only to be fast. The output projection starts
+    at zero, so that an untrained memory changes nothing.
 
     Args:
         shape: Sizes of the attention layer.
@@ -116,6 +118,55 @@ class Memory(nn.Module, abc.ABC):
             What each query read, `[B, T, H, V]` float32, and the state after the last token.
         """
 
+    @classmethod
+    def gates_of_layers(cls, memories: Sequence[Memory], x_LBD: torch.Tensor) -> torch.Tensor:
+        """Gates of one token in several layers at once, as `gates` gives them one by one; for decoding, no gradients.
+
+        Args:
+            memories: The memories of L layers, of one kind and shape.
+            x_LBD: Inputs of their attention layers at the token, `[L, B, D]`.
+
+        Returns:
+            Gates, `[L, B, N, H]`, float32 (float64 for a float64 model).
+        """
+        return torch.stack([memory.gates(x_BD[:, None])[:, 0] for memory, x_BD in zip(memories, x_LBD, strict=True)])
+
+    @classmethod
+    def fold(
+        cls,
+        memories: Sequence[Memory],
+        k_LBGK: torch.Tensor,
+        v_LBGV: torch.Tensor,
+        gates_LBNH: torch.Tensor,
+        state_LB: torch.Tensor,
+    ) -> None:
+        """Folds one evicted token into the states of several layers at once, in place; for decoding, no gradients.
+
+        Args:
+            memories: The memories of L layers, of one kind and shape.
+            k_LBGK: The token's keys, `[L, B, G, K]`.
+            v_LBGV: Its values, `[L, B, G, V]`.
+            gates_LBNH: Its gates, `[L, B, N, H]`.
+            state_LB: The states, `[L, B, *state_shape()]` float32, contiguous.
+        """
+        heads = memories[0].shape.query_heads
+        q_B1HK = k_LBGK.new_zeros(k_LBGK.size(1), 1, heads, k_LBGK.size(3))
+        for memory, k, v, gates, state in zip(memories, k_LBGK, v_LBGV, gates_LBNH, state_LB, strict=True):
+            state.copy_(memory.scan(q_B1HK, k[:, None], v[:, None], gates[:, None], state)[1])
+
+    def read(self, q_BTHK: torch.Tensor, state: torch.Tensor) -> torch.Tensor:
+        """What queries read from a state as it is, `[B, T, H, V]` float32; for decoding.
+
+        Args:
+            q_BTHK: Queries, `[B, T, H, K]`.
+            state: The state, `[B, *state_shape()]` float32.
+        """
+        batch, length = q_BTHK.shape[:2]
+        _, heads, kv_heads, key_size, value_size = self.shape
+        key, value = (q_BTHK.new_zeros(batch, length, kv_heads, size) for size in (key_size, value_size))
+        nothing = state.new_zeros(batch, length, self.gate_count, heads)
+        return self.scan(q_BTHK, key, value, nothing, state)[0]
+
     @abc.abstractmethod
     def normalise(self, read_BTHV: torch.Tensor, x_BTD: torch.Tensor) -> torch.Tensor:
         """Gated norm of what was read, `[B, T, H, V]` float32, before the output projection.
@@ -136,11 +187,17 @@ class Memory(nn.Module, abc.ABC):
             `[B, T, H, V]` in the dtype of the model. Zero wherever the state was still empty.
         """
         normed_BTHV = self.normalise(read_BTHV, x_BTD).to(self.o_proj.dtype)
-        return torch.einsum("bthv,hvw->bthw", normed_BTHV, self.o_proj)
+        out_HXV = torch.bmm(normed_BTHV.flatten(0, 1).transpose(0, 1), self.o_proj)
+        return out_HXV.transpose(0, 1).view(normed_BTHV.shape)
 
     def empty_state(self, batch: int, device: torch.device) -> torch.Tensor:
         """An empty state, `[B, *state_shape()]` float32."""
         return torch.zeros(batch, *self.state_shape(), device=device)
+
+
+def read_rows(q_BTHK: torch.Tensor, state_BHKV: torch.Tensor) -> torch.Tensor:
+    """Queries times the state, `[B, T, H, V]`, in the dtype of the state."""
+    return torch.matmul(q_BTHK.transpose(1, 2).to(state_BHKV.dtype), state_BHKV).transpose(1, 2)
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float = 1e-5) -> torch.Tensor:
@@ -174,6 +231,21 @@ def draw_step(heads: int) -> nn.Parameter:
     low, high = torch.tensor(0.001).log(), torch.tensor(0.1).log()
     step = (torch.rand(heads) * (high - low) + low).exp()
     return nn.Parameter(inverse_softplus(step))
+
+
+def project_layers(x_LBD: torch.Tensor, linears: Sequence[Sequence[nn.Linear]]) -> tuple[torch.Tensor, ...]:
+    """Several linear maps of each layer's hidden state at once.
+
+    Args:
+        x_LBD: Hidden states of L layers, `[L, B, D]`.
+        linears: For each layer its maps, from D to the same size each.
+
+    Returns:
+        What each of a layer's maps gives, `[L, B, H]`.
+    """
+    weights = torch.stack([linear.weight for row in linears for linear in row])  # [L * maps, H, D]
+    out_LBR = torch.bmm(x_LBD, weights.view(x_LBD.size(0), -1, x_LBD.size(2)).mT)
+    return out_LBR.chunk(len(linears[0]), dim=-1)
 
 
 def gate_projection(hidden_size: int, heads: int, bias: bool = False) -> nn.Linear:

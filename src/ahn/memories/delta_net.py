@@ -2,12 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import cast
+
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ahn.memories.base import Gating, Memory, MemoryShape, at_least_float32, gate_projection, rms_norm, unit
-from ahn.ops import delta_rule
+from ahn.memories.base import (
+    Gating,
+    Memory,
+    MemoryShape,
+    at_least_float32,
+    gate_projection,
+    project_layers,
+    read_rows,
+    rms_norm,
+    unit,
+)
+from ahn.ops import delta_rule, write_delta_
 
 
 class DeltaNet(Memory):
@@ -33,6 +46,12 @@ class DeltaNet(Memory):
         """Write strength beta in (0, 1), `[B, T, 1, H]`."""
         return at_least_float32(torch.sigmoid(self.b_proj(x_BTD))).unsqueeze(-2)
 
+    @classmethod
+    def gates_of_layers(cls, memories: Sequence[Memory], x_LBD: torch.Tensor) -> torch.Tensor:
+        """See `Memory.gates_of_layers`."""
+        (b_LBH,) = project_layers(x_LBD, [(memory.b_proj,) for memory in cast("Sequence[DeltaNet]", memories)])
+        return at_least_float32(torch.sigmoid(b_LBH)).unsqueeze(-2)
+
     def gating(self, gates_BTNH: torch.Tensor) -> Gating:
         """Write strength beta; nothing decays."""
         return Gating(gates_BTNH.squeeze(-2), None)
@@ -48,6 +67,23 @@ class DeltaNet(Memory):
         """See `Memory.scan`; keys and queries are l2-normalised, queries also divided by sqrt(K)."""
         q_BTHK = unit(q_BTHK) * self.shape.key_size**-0.5
         return delta_rule(q_BTHK, unit(k_BTGK), at_least_float32(v_BTGV), gates_BTNH.squeeze(-2), state)
+
+    @classmethod
+    def fold(
+        cls,
+        memories: Sequence[Memory],
+        k_LBGK: torch.Tensor,
+        v_LBGV: torch.Tensor,
+        gates_LBNH: torch.Tensor,
+        state_LB: torch.Tensor,
+    ) -> None:
+        """See `Memory.fold`."""
+        k, v, gates, state = (x.flatten(0, 1) for x in (unit(k_LBGK), v_LBGV, gates_LBNH, state_LB))
+        write_delta_(k, at_least_float32(v), None, gates[:, 0], state)
+
+    def read(self, q_BTHK: torch.Tensor, state: torch.Tensor) -> torch.Tensor:
+        """See `Memory.read`."""
+        return read_rows(unit(q_BTHK) * self.shape.key_size**-0.5, state)
 
     def normalise(self, read_BTHV: torch.Tensor, x_BTD: torch.Tensor) -> torch.Tensor:
         """RMS norm per head times silu of one gate per head."""

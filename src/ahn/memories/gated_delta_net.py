@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import cast
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -14,10 +17,12 @@ from ahn.memories.base import (
     draw_decay,
     draw_step,
     gate_projection,
+    project_layers,
+    read_rows,
     rms_norm,
     unit,
 )
-from ahn.ops import gated_delta_rule
+from ahn.ops import gated_delta_rule, write_delta_
 
 
 class GatedDeltaNet(Memory):
@@ -45,9 +50,15 @@ class GatedDeltaNet(Memory):
 
     def gates(self, x_BTD: torch.Tensor) -> torch.Tensor:
         """Log decay (natural, <= 0) and write strength beta in (0, 1), `[B, T, 2, H]`."""
-        beta = at_least_float32(torch.sigmoid(self.b_proj(x_BTD)))
-        step = F.softplus(at_least_float32(self.a_proj(x_BTD)) + self.dt_bias)
-        return torch.stack((-at_least_float32(self.A_log).exp() * step, beta), dim=-2)
+        return _gates(self.a_proj(x_BTD), self.b_proj(x_BTD), self.A_log, self.dt_bias)
+
+    @classmethod
+    def gates_of_layers(cls, memories: Sequence[Memory], x_LBD: torch.Tensor) -> torch.Tensor:
+        """See `Memory.gates_of_layers`."""
+        mine = cast("Sequence[GatedDeltaNet]", memories)
+        a_LBH, b_LBH = project_layers(x_LBD, [(memory.a_proj, memory.b_proj) for memory in mine])
+        A_log, dt_bias = (torch.stack(each)[:, None] for each in zip(*((m.A_log, m.dt_bias) for m in mine)))
+        return _gates(a_LBH, b_LBH, A_log, dt_bias)
 
     def gating(self, gates_BTNH: torch.Tensor) -> Gating:
         """Write strength beta and decay alpha."""
@@ -67,7 +78,30 @@ class GatedDeltaNet(Memory):
         g_BTH, beta_BTH = gates_BTNH.unbind(-2)
         return gated_delta_rule(q_BTHK, unit(k_BTGK), at_least_float32(v_BTGV), g_BTH, beta_BTH, state)
 
+    @classmethod
+    def fold(
+        cls,
+        memories: Sequence[Memory],
+        k_LBGK: torch.Tensor,
+        v_LBGV: torch.Tensor,
+        gates_LBNH: torch.Tensor,
+        state_LB: torch.Tensor,
+    ) -> None:
+        """See `Memory.fold`."""
+        k, v, gates, state = (x.flatten(0, 1) for x in (unit(k_LBGK), v_LBGV, gates_LBNH, state_LB))
+        write_delta_(k, at_least_float32(v), gates[:, 0].exp(), gates[:, 1], state)
+
+    def read(self, q_BTHK: torch.Tensor, state: torch.Tensor) -> torch.Tensor:
+        """See `Memory.read`."""
+        return read_rows(unit(q_BTHK) * self.shape.key_size**-0.5, state)
+
     def normalise(self, read_BTHV: torch.Tensor, x_BTD: torch.Tensor) -> torch.Tensor:
         """RMS norm per head times silu of one gate per head."""
         gate_BTH = F.silu(at_least_float32(self.g_proj(x_BTD)))
         return rms_norm(read_BTHV, self.o_norm) * gate_BTH[..., None]
+
+
+def _gates(a: torch.Tensor, b: torch.Tensor, A_log: torch.Tensor, dt_bias: torch.Tensor) -> torch.Tensor:
+    """Log decay and write strength from what the projections give, side by side as the last dimension but one."""
+    step = F.softplus(at_least_float32(a) + dt_bias)
+    return torch.stack((-at_least_float32(A_log).exp() * step, at_least_float32(torch.sigmoid(b))), dim=-2)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import cast
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -14,10 +17,12 @@ from ahn.memories.base import (
     draw_decay,
     draw_step,
     gate_projection,
+    project_layers,
+    read_rows,
     rms_norm,
     unit,
 )
-from ahn.ops import state_space
+from ahn.ops import state_space, write_state_space_
 
 
 class Mamba2(Memory):
@@ -63,6 +68,34 @@ class Mamba2(Memory):
         dt_BTH = gates_BTNH.squeeze(-2)
         g_BTH = self._log_decay(dt_BTH)
         return state_space(unit(q_BTHK), unit(k_BTGK), at_least_float32(v_BTGV), g_BTH, dt_BTH, state)
+
+    @classmethod
+    def gates_of_layers(cls, memories: Sequence[Memory], x_LBD: torch.Tensor) -> torch.Tensor:
+        """See `Memory.gates_of_layers`."""
+        mine = cast("Sequence[Mamba2]", memories)
+        (dt_LBH,) = project_layers(x_LBD, [(memory.dt_proj,) for memory in mine])
+        bias, dt_bias = (torch.stack(each)[:, None] for each in zip(*((m.dt_proj.bias, m.dt_bias) for m in mine)))
+        return F.softplus(at_least_float32(dt_LBH + bias) + dt_bias).unsqueeze(-2)
+
+    @classmethod
+    def fold(
+        cls,
+        memories: Sequence[Memory],
+        k_LBGK: torch.Tensor,
+        v_LBGV: torch.Tensor,
+        gates_LBNH: torch.Tensor,
+        state_LB: torch.Tensor,
+    ) -> None:
+        """See `Memory.fold`."""
+        A_log = torch.stack([memory.A_log for memory in cast("Sequence[Mamba2]", memories)])
+        dt_LBH = gates_LBNH.squeeze(-2)
+        decay_LBH = (-at_least_float32(A_log).exp()[:, None] * dt_LBH).exp()
+        k, v, decay, dt, state = (x.flatten(0, 1) for x in (unit(k_LBGK), v_LBGV, decay_LBH, dt_LBH, state_LB))
+        write_state_space_(k, at_least_float32(v), decay, dt, state)
+
+    def read(self, q_BTHK: torch.Tensor, state: torch.Tensor) -> torch.Tensor:
+        """See `Memory.read`."""
+        return read_rows(unit(q_BTHK), state.mT)
 
     def normalise(self, read_BTHV: torch.Tensor, x_BTD: torch.Tensor) -> torch.Tensor:
         """RMS norm over all heads at once, after multiplying with silu of one gate per head."""

@@ -20,8 +20,17 @@ from torch import Tensor
 from ahn.errors import ConfigError
 from ahn.ops import chunked, cuda, naive, step
 from ahn.ops._shared import check_shapes
+from ahn.ops.step import write_delta_, write_state_space_
 
-__all__ = ["backend", "delta_rule", "gated_delta_rule", "state_space"]
+__all__ = [
+    "backend",
+    "delta_rule",
+    "gated_delta_rule",
+    "is_automatic",
+    "state_space",
+    "write_delta_",
+    "write_state_space_",
+]
 
 _NAMES = ("auto", "naive", "chunked", "cuda")
 _chosen: ContextVar[str] = ContextVar("ahn_ops_backend", default="auto")
@@ -48,6 +57,11 @@ def backend(name: str) -> Iterator[None]:
         yield
     finally:
         _chosen.reset(token)
+
+
+def is_automatic() -> bool:
+    """Tell whether the backend is picked per call, as it is outside of every `backend` block."""
+    return _chosen.get() == "auto"
 
 
 def gated_delta_rule(

@@ -44,6 +44,41 @@ def state_space(
     return o_XV1.view(B, 1, H, V), S_XVK.view(B, H, V, K)
 
 
+def write_delta_(k_BGK: Tensor, v_BGV: Tensor, decay_BH: Tensor | None, beta_BH: Tensor, state_BHKV: Tensor) -> None:
+    """Write one token into a state of the (gated) delta rule, in place and without reading it.
+
+    Args:
+        k_BGK: Keys, `[B, G, K]`.
+        v_BGV: Values, `[B, G, V]`.
+        decay_BH: Share of the state that stays, `[B, H]`, in [0, 1]; None for all of it.
+        beta_BH: Writing strength, `[B, H]`.
+        state_BHKV: The state, `[B, H, K, V]`, contiguous.
+    """
+    B, H, K, V = state_BHKV.shape
+    S_XKV = state_BHKV.view(B * H, K, V)
+    if decay_BH is not None:
+        S_XKV.mul_(decay_BH.reshape(B * H, 1, 1))
+    k_X1K, v_X1V = _rows(k_BGK.unsqueeze(1), H), _rows(v_BGV.unsqueeze(1), H)
+    u_X1V = torch.baddbmm(v_X1V, k_X1K, S_XKV, alpha=-1).mul_(beta_BH.reshape(B * H, 1, 1))
+    S_XKV.baddbmm_(k_X1K.mT, u_X1V)
+
+
+def write_state_space_(k_BGK: Tensor, v_BGV: Tensor, decay_BH: Tensor, dt_BH: Tensor, state_BHVK: Tensor) -> None:
+    """Write one token into a state of the state space recurrence, in place and without reading it.
+
+    Args:
+        k_BGK: Keys, `[B, G, K]`.
+        v_BGV: Values, `[B, G, V]`.
+        decay_BH: Share of the state that stays, `[B, H]`, in [0, 1].
+        dt_BH: Step size, `[B, H]`, at least 0.
+        state_BHVK: The state, `[B, H, V, K]`, contiguous.
+    """
+    B, H, V, K = state_BHVK.shape
+    S_XVK = state_BHVK.view(B * H, V, K).mul_(decay_BH.reshape(B * H, 1, 1))
+    v_XV1 = _rows(v_BGV.unsqueeze(1), H).mT * dt_BH.reshape(B * H, 1, 1)
+    S_XVK.baddbmm_(v_XV1, _rows(k_BGK.unsqueeze(1), H))
+
+
 def _delta(q_BTHK: Tensor, k_BTGK: Tensor, v_BTGV: Tensor, beta_BTH: Tensor, S_BHKV: Tensor) -> tuple[Tensor, Tensor]:
     """Correct what the (already decayed) state recalls for the key, then read it."""
     q_BTHK, k_BTGK, v_BTGV, beta_BTH = in_compute_dtype(q_BTHK, k_BTGK, v_BTGV, beta_BTH)
