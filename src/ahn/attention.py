@@ -9,11 +9,10 @@ from __future__ import annotations
 import dataclasses
 import sys
 from contextvars import ContextVar
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NoReturn
 
 import torch
 from torch import nn
-from torch.nn import functional
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ahn.attachment import Site, find_attachment
@@ -24,31 +23,16 @@ from ahn.decoding import Step
 from ahn.errors import ModelError
 from ahn.memories import Memory
 from ahn.plan import Plan
-from ahn.positions import Rotation, Tables
-from ahn.scores import LEARNED, UNROTATED, NewTokens, find_score
+from ahn.positions import Rotary
+from ahn.scores import LEARNED
 from ahn.softmax import Softmax, local_attention
+from ahn.voting import Voter, cast_votes
 
 IMPLEMENTATION = "ahn"
 """Name under which the attention and the mask function are registered with transformers."""
 
 TRACE: ContextVar[set[int] | None] = ContextVar("ahn_trace", default=None)
 """Where the check after attaching collects the layers that a memory serves."""
-
-
-class Rotary(NamedTuple):
-    """The rotation of the new tokens of a call.
-
-    Attributes:
-        rotation: How to undo and redo it.
-        tables: The model's tables for the new tokens.
-        positions: Their positions, `[B or 1, T]`.
-        unrotates: Whether the memory takes queries and keys as they were before their rotation.
-    """
-
-    rotation: Rotation
-    tables: Tables
-    positions: torch.Tensor
-    unrotates: bool
 
 
 @dataclasses.dataclass
@@ -90,38 +74,24 @@ class LayerCall:
         near = seen <= self.plan.attachment.trained_context or self.store.exact.sinks == 0
         if near or self.plan.settings.sink_positions != "bounded" or self.rotary is None:
             return None
-        return self.rotary.rotation.bounded(query, self.rotary.tables, self.rotary.positions)
+        rotation, tables, positions, _ = self.rotary
+        turn = self.plan.shared("bounding", tables[0], lambda: rotation.bounding(tables, positions))
+        return rotation.apply(query, turn)
 
     def elect(self, key: torch.Tensor) -> Choice | None:
         """Hands in the layer's votes on the new tokens; which of those that leave become anchors, if there are any."""
-        if (election := self.plan.election) is None:
+        plan = self.plan
+        if plan.election is None:
             return None
-        if (vote := self.vote(key)) is not None:
-            election.votes.append(vote)
-        return election.choices.get(self.store.exact.window)
-
-    @torch.no_grad()
-    def vote(self, key: torch.Tensor) -> torch.Tensor | None:
-        """How much each new token should be an anchor, in the eyes of this layer, `[B, T]`; `None` if it has no say."""
-        name, gate = self.plan.settings.anchor_score, self.site.anchor_gate
-        if name in LEARNED and gate is None:
-            return None
-        pads = torch.zeros(1, dtype=torch.long) if self.plan.padding is None else self.plan.padding.counts
-        seen = self.store.exact.seen
-        tokens = torch.arange(seen, seen + key.size(2), device=key.device) - pads.to(key.device)[:, None]
-        mean = None
-        if name in UNROTATED:
-            key = self.rotary.rotation.undo(key, self.rotary.tables) if self.rotary is not None else key
-            mean = self._mean_key(key.float(), tokens)
-        votes = find_score(name)(NewTokens(key.float(), tokens, self.hidden, mean, gate))
-        return votes.expand(key.size(0), -1)
-
-    def _mean_key(self, key: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-        """Mean of all unit keys up to each new one, `[B, G, T, K]`; their sum is remembered."""
-        unit = functional.normalize(key, dim=-1) * (tokens >= 0)[:, None, :, None]
-        total = unit.cumsum(2) if self.store.key_total is None else self.store.key_total + unit.cumsum(2)
-        self.store.key_total = total[:, :, -1:].clone()
-        return total / (tokens + 1).clamp(min=1)[:, None, :, None]
+        score, gate = plan.settings.anchor_score, self.site.anchor_gate
+        if score not in LEARNED or gate is not None:
+            voter = Voter(self.store, key, self.hidden, gate, self.rotary)
+            if plan.step is not None:
+                plan.step.voters[self.site.index] = voter
+            else:
+                plan.election.votes += cast_votes([voter], score, self.store.exact.seen, plan.padding)
+        choice: Choice | None = plan.election.choices.get(self.store.exact.window)
+        return choice
 
     def read_memory(self, query: torch.Tensor, view: View, seen: int) -> torch.Tensor:
         """Folds what left the window into the state; what the memory adds for the last E queries, `[B, E, H, V]`."""

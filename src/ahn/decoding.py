@@ -18,7 +18,9 @@ from torch import nn
 
 from ahn import ops
 from ahn.cache import HippocampalCache, HippocampalLayer
+from ahn.cache.anchors import Election
 from ahn.memories import Memory
+from ahn.voting import Voter, cast_votes
 
 
 @dataclasses.dataclass(eq=False)
@@ -70,19 +72,38 @@ class Step:
 
     Args:
         groups: The layers that work together.
+        cache: The cache of the call.
 
     Attributes:
         hidden: What each attention layer has read so far in this call, `[B, 1, D]`, by layer index.
+        voters: What each layer has to vote by, by layer index; none where each votes for itself.
     """
 
-    def __init__(self, groups: list[Group]) -> None:
+    def __init__(self, groups: list[Group], cache: HippocampalCache) -> None:
         self.groups = groups
         self.hidden: dict[int, torch.Tensor] = {}
+        self.voters: dict[int, Voter] = {}
+        self._settings, self._padding, self._seen = cache.settings, cache.padding, cache.seen_tokens
 
-    def close(self) -> None:
-        """Ends the call, in which every layer has read the token."""
+    def close(self, election: Election | None) -> None:
+        """Ends the call, in which every layer has read the token.
+
+        Args:
+            election: The choice of anchors, where there are any.
+        """
         for group in self.groups:
-            group.write_gates(self.hidden)
+            if self._settings.mode == "ahn":
+                group.write_gates(self.hidden)
+            if election is not None:
+                election.votes += self._votes([self.voters[i] for i in group.indices if i in self.voters])
+
+    def _votes(self, voters: list[Voter]) -> list[torch.Tensor]:
+        """Votes of layers of one shape, those with the same rotation at once."""
+        alike: dict[int, list[Voter]] = {}
+        for voter in voters:
+            alike.setdefault(id(voter.rotary and voter.rotary.tables[0]), []).append(voter)
+        score = self._settings.anchor_score
+        return [vote for each in alike.values() for vote in cast_votes(each, score, self._seen, self._padding)]
 
 
 def begin_step(cache: HippocampalCache, new: int) -> Step | None:
@@ -102,13 +123,13 @@ def begin_step(cache: HippocampalCache, new: int) -> Step | None:
     if not all(_is_here(group) and group.stores[0].exact.seen >= max(1, begun) for group in groups):
         return None
     if settings.mode == "window":
-        return Step([])
+        return Step(groups, cache)
     leaving = [group for group in groups if group.leaves(settings.sinks)]
     if not all(group.leaves(begun) and _has_states(group) for group in leaving):
         return None
     for group in leaving:
         group.fold()
-    return Step(groups)
+    return Step(groups, cache)
 
 
 def _groups(cache: HippocampalCache) -> list[Group]:

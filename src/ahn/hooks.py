@@ -13,7 +13,7 @@ from torch import nn
 
 from ahn import _compat
 from ahn.attachment import Attachment, Site, attachment_of
-from ahn.attention import LayerCall, Rotary
+from ahn.attention import LayerCall
 from ahn.cache import HippocampalCache, HippocampalLayer, Padding
 from ahn.cache.anchors import Ballot, Election
 from ahn.cache.cache import check_cache, new_cascade
@@ -22,6 +22,7 @@ from ahn.decoding import begin_step
 from ahn.errors import CacheError
 from ahn.pieces import joined, read_first_pieces
 from ahn.plan import CURRENT, Plan, find_padding
+from ahn.positions import Rotary
 
 
 def before_call(backbone: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -53,10 +54,10 @@ def after_call(backbone: Any, args: Any, output: Any) -> Any:
     if plan is None or plan.token is None:
         return None
     CURRENT.reset(plan.token)
+    if output is not None and plan.step is not None:
+        plan.step.close(plan.election)
     if output is not None and plan.election is not None:
         plan.election.close()
-    if output is not None and plan.step is not None:
-        plan.step.close()
     return joined([*plan.before, output]) if output is not None and plan.before else None
 
 

@@ -7,8 +7,9 @@ checkpointing runs a layer again. Legend of shapes: B batch, S sinks, W window.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from contextvars import ContextVar, Token
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
@@ -19,6 +20,8 @@ from ahn.cache.exact import Extra, Padding, View
 from ahn.config import RunSettings
 from ahn.decoding import Step
 from ahn.errors import CacheError
+
+Found = TypeVar("Found")
 
 CURRENT: ContextVar[Plan | None] = ContextVar("ahn_plan", default=None)
 
@@ -33,6 +36,7 @@ class Plan:
         padding: Padding at the left of the rows, or `None`.
         base_mask: Mask for layers without a memory, as the base model's implementation wants it.
         masks: Block masks made so far, shared by the layers.
+        made: What `shared` has made so far.
         election: The choice of anchors in this call; `None` where there are none.
         step: What all layers do at once, in a call of one token; `None` in others.
         before: Outputs of the pieces of a long call that were read before this, its last one.
@@ -44,6 +48,7 @@ class Plan:
     padding: Padding | None
     base_mask: Any = None
     masks: dict[tuple[object, ...], torch.Tensor] = dataclasses.field(default_factory=dict)
+    made: dict[tuple[str, int], tuple[object, object]] = dataclasses.field(default_factory=dict)
     election: Election | None = None
     step: Step | None = None
     before: list[Any] = dataclasses.field(default_factory=list)
@@ -93,6 +98,39 @@ class Plan:
         """
         allowed = extra.allowed(*block)
         return _additive(allowed[:, None] if allowed.size(0) > 1 else allowed[0], repeats, like)
+
+    def one_mask(self, extra: Extra, seen: int, like: torch.Tensor) -> torch.Tensor | None:
+        """Additive mask of a single query over extra keys, `[1, C]`, made once for all layers.
+
+        Args:
+            extra: The keys, C of them.
+            seen: Tokens seen, that of the query included.
+            like: A tensor of the dtype and device to use.
+
+        Returns:
+            The mask, or `None` where rows differ or the query reads none of them.
+        """
+        if extra.born.size(0) > 1:
+            return None
+
+        def make() -> torch.Tensor | None:
+            mask = self.extra_mask(extra, (seen - 1, seen), 1, like)
+            return mask if bool((mask == 0).any()) else None
+
+        return self.shared("one mask", extra.born, make)
+
+    def shared(self, name: str, source: object, make: Callable[[], Found]) -> Found:
+        """What is made of one thing, once for all layers of the call.
+
+        Args:
+            name: What it is.
+            source: What it is made of.
+            make: Makes it.
+        """
+        key = name, id(source)
+        if key not in self.made:
+            self.made[key] = source, make()  # the source too, so that nothing else gets its id
+        return cast("Found", self.made[key][1])
 
     def slot_mask(self, view: View, seen: int, window: int, like: torch.Tensor) -> torch.Tensor | None:
         """Mask of a single query over the raw slots of a ring, `[B, 1, 1, slots]`, or `None` if it may read all."""

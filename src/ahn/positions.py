@@ -10,6 +10,7 @@ from __future__ import annotations
 import inspect
 import sys
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -65,16 +66,17 @@ class Rotation:
         squared_scale = cos.square() + sin.square()
         return self.apply(x_BHTK, (cos / squared_scale, -sin / squared_scale))
 
-    def bounded(self, q_BHTK: torch.Tensor, tables: Tables, positions: torch.Tensor) -> torch.Tensor:
-        """Queries as seen from no further than the last trained position.
+    def bounding(self, tables: Tables, positions: torch.Tensor) -> Tables:
+        """Tables that turn queries as if they came from no further than the last trained position.
 
         Args:
-            q_BHTK: Rotated queries, `[B, H, T, K]`.
             tables: Tables of their positions.
             positions: Their positions, `[B or 1, T]`.
         """
-        near = self.tables(positions.clamp(max=self.trained_context - 1))
-        return self.apply(self.undo(q_BHTK, tables), near)
+        cos, sin = (table.float() for table in tables)
+        near_cos, near_sin = self.tables(positions.clamp(max=self.trained_context - 1))
+        squared_scale = cos.square() + sin.square()
+        return (near_cos * cos + near_sin * sin) / squared_scale, (near_sin * cos - near_cos * sin) / squared_scale
 
     def record(self, tables: Tables, positions: torch.Tensor, batch: int) -> torch.Tensor:
         """What must be kept of each token to undo its rotation later, `[B, T, 1]` or `[B, T, 2R]` float32.
@@ -90,6 +92,22 @@ class Rotation:
             cos, sin = record_BTR.chunk(2, dim=-1)
             return self.undo(k_BHTK, (cos, sin))
         return self.undo(k_BHTK, self.tables(record_BTR.squeeze(-1)))
+
+
+class Rotary(NamedTuple):
+    """The rotation of the new tokens of a call.
+
+    Attributes:
+        rotation: How to undo and redo it.
+        tables: The model's tables for the new tokens.
+        positions: Their positions, `[B or 1, T]`.
+        unrotates: Whether the memory takes queries and keys as they were before their rotation.
+    """
+
+    rotation: Rotation
+    tables: Tables
+    positions: torch.Tensor
+    unrotates: bool
 
 
 def find_rotary(backbone: nn.Module) -> nn.Module | None:

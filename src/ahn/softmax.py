@@ -35,6 +35,10 @@ class Softmax:
     s_aux: torch.Tensor | None = None
 
 
+_Part = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]
+"""Keys, values and their additive mask."""
+
+
 def local_attention(
     q_BHTK: torch.Tensor,
     sink_q_BHTK: torch.Tensor | None,
@@ -78,17 +82,27 @@ def _attend_one(
     seen: int,
     softmax: Softmax,
 ) -> torch.Tensor:
-    """A single query over the slots of the ring as they lie, after keys from elsewhere, `[B, H, 1, V]`."""
+    """A single query over the slots of the ring as they lie, and keys from elsewhere, `[B, H, 1, V]`."""
     mask = plan.slot_mask(view, seen, window, q_BHTK)
-    keys, values, far = view.local.keys, view.local.values, view.sinks.length
-    if view.extra is not None:
-        extra = view.extra.reached(seen - 1, seen)
-        if mask is not None or extra.born.size(0) > 1:
-            mask = keys.new_zeros(1, keys.size(2)) if mask is None else mask
-            mask = _beside(plan.extra_mask(extra, (seen - 1, seen), 1, q_BHTK), mask)
-        keys, values = torch.cat((extra.keys, keys), dim=2), torch.cat((extra.values, values), dim=2)
-        far += extra.keys.size(2)
-    return _attend(q_BHTK, sink_q_BHTK, keys, values, mask, slice(0, far), softmax)
+    keys, values, sinks = view.local.keys, view.local.values, view.sinks.length
+    if view.extra is None:
+        return _attend(q_BHTK, sink_q_BHTK, keys, values, mask, slice(0, sinks), softmax)
+    extra, extra_mask = view.extra, plan.one_mask(view.extra, seen, q_BHTK) if q_BHTK.device.type == "cpu" else None
+    if mask is None and extra_mask is not None and _can_merge(q_BHTK, extra_mask, softmax):
+        # The window is large and lies apart: it is not copied to stand beside a few keys.
+        far = extra.keys, extra.values, extra_mask
+        if sink_q_BHTK is None:
+            return _merged(q_BHTK, (keys, values, None), q_BHTK, far, softmax)
+        far_keys, far_values = (
+            torch.cat((held[:, :, :sinks], own), dim=2) for held, own in ((keys, extra.keys), (values, extra.values))
+        )
+        far = far_keys, far_values, F.pad(extra_mask, (sinks, 0))
+        return _merged(q_BHTK, (keys[:, :, sinks:], values[:, :, sinks:], None), sink_q_BHTK, far, softmax)
+    extra = extra.reached(seen - 1, seen)
+    mask = keys.new_zeros(1, keys.size(2)) if mask is None else mask
+    mask = _beside(plan.extra_mask(extra, (seen - 1, seen), 1, q_BHTK), mask)
+    keys, values = torch.cat((extra.keys, keys), dim=2), torch.cat((extra.values, values), dim=2)
+    return _attend(q_BHTK, sink_q_BHTK, keys, values, mask, slice(0, extra.keys.size(2) + sinks), softmax)
 
 
 def _attend_block(
@@ -164,16 +178,28 @@ def _attend_in_two(
 ) -> torch.Tensor:
     """Window and sinks by the fused kernel with their own queries each, merged by the size of their denominators."""
     window = slice(sinks.stop, None) if sinks.start == 0 else slice(0, sinks.start)
+    near, far = (
+        (k_BGNK[:, :, keys], v_BGNV[:, :, keys], None if mask is None else mask[..., keys]) for keys in (window, sinks)
+    )
+    return _merged(q_BHTK, near, sink_q_BHTK, far, softmax)
 
-    def part(query: torch.Tensor, keys: slice) -> tuple[torch.Tensor, torch.Tensor]:
-        reach = None if mask is None else mask[..., keys]
-        k, v = k_BGNK[:, :, keys], v_BGNV[:, :, keys]
-        fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-        out, log_sum = fused(query, k, v, 0.0, False, attn_mask=reach, scale=softmax.scaling)
-        return out, log_sum
 
-    (near, near_sum), (far, far_sum) = part(q_BHTK, window), part(sink_q_BHTK, sinks)
-    return torch.lerp(near, far, torch.sigmoid(far_sum - near_sum)[..., None].to(near.dtype))
+def _merged(q_BHTK: torch.Tensor, near: _Part, far_q_BHTK: torch.Tensor, far: _Part, softmax: Softmax) -> torch.Tensor:
+    """One softmax over two sets of keys by the fused kernel, merged by the size of their denominators."""
+    near_out, near_sum = _fused(q_BHTK, near, softmax)
+    far_out, far_sum = _fused(far_q_BHTK, far, softmax)
+    return torch.lerp(near_out, far_out, torch.sigmoid(far_sum - near_sum)[..., None].to(near_out.dtype))
+
+
+def _fused(q_BHTK: torch.Tensor, part: _Part, softmax: Softmax) -> tuple[torch.Tensor, torch.Tensor]:
+    """Output of the fused kernel on CPU, `[B, H, T, V]`, and the logarithm of its denominators, `[B, H, T]`."""
+    keys, values, mask = part
+    query = q_BHTK
+    if query.size(2) == 1:  # query heads stacked on their kv head: its keys are read once
+        query = query.reshape(query.size(0), keys.size(1), -1, query.size(3))
+    kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    out, log_sum = kernel(query, keys, values, 0.0, False, attn_mask=mask, scale=softmax.scaling)
+    return out.reshape(*q_BHTK.shape[:3], -1), log_sum.reshape(q_BHTK.shape[:3])
 
 
 def _can_merge(q: torch.Tensor, mask: torch.Tensor | None, softmax: Softmax) -> bool:

@@ -57,10 +57,11 @@ class Bank(LaterStore):
             evicted: The tokens that leave the window, oldest first.
             choice: What was chosen of them.
         """
-        keys, values = (
-            torch.cat((self._place(name, new), new.index_select(2, choice.entering.to(new.device))), dim=2)
-            for name, new in (("anchor_keys", evicted.keys), ("anchor_values", evicted.values))
-        )
+        keys, values = self._place("anchor_keys", evicted.keys), self._place("anchor_values", evicted.values)
+        if choice.entering.numel():
+            entering = choice.entering.to(keys.device)
+            keys = torch.cat((keys, evicted.keys.index_select(2, entering)), dim=2)
+            values = torch.cat((values, evicted.values.index_select(2, entering)), dim=2)
         if choice.source is not None:
             source = choice.source.to(keys.device)[:, None, :, None]
             for name, all_ in (("anchor_keys", keys), ("anchor_values", values)):

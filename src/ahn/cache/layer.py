@@ -89,7 +89,8 @@ class HippocampalLayer(CacheLayerMixin):
             value: `[B, G, 1, V]`.
             choice: Whether the token that leaves becomes an anchor; `None` where there are none.
         """
-        view = self.exact.append_key(key, value, keep_evicted=choice is not None)
+        enters = choice is not None and choice.entering.numel() > 0
+        view = self.exact.append_key(key, value, keep_evicted=enters)
         if self.bank is None or choice is None:
             return view
         return view._replace(extra=self.bank.append(view.evicted, choice))

@@ -27,14 +27,14 @@ class NewTokens:
     Attributes:
         keys: Keys, `[B, G, T, K]` float32; as they were before their rotation for the scores in `UNROTATED`.
         tokens: Their indices from each row's first real token, `[B, T]`.
-        hidden: What the layer read, `[B, T, D]`.
+        hidden: For the scores in `LEARNED`: what the layer read, `[B, T, D]`.
         mean: For the scores in `UNROTATED`: the mean of all unit keys up to and including each token's, as `keys`.
         gate: For the scores in `LEARNED`: the layer's gate.
     """
 
     keys: torch.Tensor
     tokens: torch.Tensor
-    hidden: torch.Tensor
+    hidden: torch.Tensor | None = None
     mean: torch.Tensor | None = None
     gate: AnchorGate | None = None
 
@@ -53,7 +53,7 @@ def key_norm(new: NewTokens) -> torch.Tensor:
 
 def learned(new: NewTokens) -> torch.Tensor:
     """What a small network says that was trained to foresee how much later text looks at a token."""
-    votes: torch.Tensor = _there(new.gate)(new.hidden)
+    votes: torch.Tensor = _there(new.gate)(_there(new.hidden))
     return votes
 
 
