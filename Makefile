@@ -24,13 +24,14 @@ HAVE_MODEL := $(VENV)/.have-smollm2-0.1.2
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help demo test slow results lint format clean
+.PHONY: help demo test slow results bench lint format clean
 
 help:
 	@echo "make demo    a small model reads a long text past its window"
 	@echo "make test    lint, types and the fast tests"
 	@echo "make slow    the slow tests"
 	@echo "make results every number of docs/results.md (TEXTS=FOLDER of unseen texts)"
+	@echo "make bench   speed of reading and writing, side by side (docs/performance.md)"
 	@echo "make lint    ruff and mypy only"
 	@echo "make format  rewrite the files in house style"
 	@echo "make clean   remove .venv and everything built"
@@ -44,9 +45,12 @@ test: lint $(HAVE_MODEL)
 slow: $(HAVE_DEV) $(HAVE_MODEL)
 	@$(PY) -m pytest -q -m "slow and not gpu and not network" --timeout 3600 $(ARGS)
 
-results: $(HAVE_AHN) $(HAVE_MODEL)
+results: $(HAVE_DEV) $(HAVE_MODEL)
 	@[ -n "$(TEXTS)" ] || { echo "name a folder of texts that no memory was trained on: make results TEXTS=FOLDER"; exit 1; }
 	@$(PY) benchmarks/results.py --texts "$(TEXTS)" $(ARGS)
+
+bench: $(HAVE_DEV) $(HAVE_MODEL)
+	@$(PY) benchmarks/speed.py $(ARGS)
 
 lint: $(HAVE_DEV)
 	@$(PY) -m ruff check --quiet .

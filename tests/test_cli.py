@@ -34,6 +34,10 @@ SURFACE = {
         "MODEL", "--context", "--window", "--sinks", "--convention", "--dtype", "--memory-positions", "--plot",
         "--json",
     ],
+    "bench": [
+        "--model", "--adapter", "--arms", "--contexts", "--window", "--sinks", "--sink-positions", "--rounds", "--plot",
+        "--json",
+    ],
     "convert": ["SOURCE", "TARGET", "--to", "--base", "--force"],
     "merge": ["BASE", "ADAPTER", "TARGET", "--force"],
     "probe": [
@@ -462,6 +466,25 @@ class TestProbe:
         status, out, _ = run("probe", "--model", "./model", "--window", "32", "--tokens", "40")
         assert status == 0
         assert "the first 40 tokens of a short story" in out
+
+
+class TestBench:
+    def test_tables_and_files(self, run, tmp_path, monkeypatch):
+        monkeypatch.setenv("COLUMNS", "80")
+        data, plot = tmp_path / "speed.json", tmp_path / "speed.svg"
+        given = "bench --model ./model --adapter adapter --window 16 --sinks 4 --sink-positions absolute --rounds 1"
+        words = (*given.split(), "--contexts", "40,9", "--arms", "window,ahn+4,ahn")
+        status, out, err = run(*words, "--json", str(data), "--plot", str(plot))
+        assert status == 0
+        assert "Writing one token" in out
+        assert "x window" in out
+        assert "…" not in out
+        assert [line.split()[0] for line in out.splitlines() if " ahn+4 " in line] == ["9", "40"] * 2
+        assert f"wrote {plot}" in err
+        facts = json.loads(data.read_text(encoding="utf-8"))
+        assert [row["context"] for row in facts["decoding"]] == [9] * 3 + [40] * 3
+        assert facts["settings"]["window"] == 16
+        assert "<svg" in plot.read_text(encoding="utf-8")
 
 
 class TestCost:

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 from typer.main import get_command
 
-from ahn.cli import convert, cost, demo, evaluation, generate, inspect, merge, probe, train
+from ahn.cli import bench, convert, cost, demo, evaluation, generate, inspect, merge, probe, train
 
 app = typer.Typer(
     name="ahn",
@@ -22,6 +22,7 @@ COMMANDS = {
     "generate": generate,
     "inspect": inspect,
     "cost": cost,
+    "bench": bench,
     "convert": convert,
     "merge": merge,
     "probe": probe,

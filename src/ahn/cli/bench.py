@@ -1,0 +1,156 @@
+"""`ahn bench`: how fast a model reads and writes in each arm on this machine, next to what the hardware allows."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ahn.cli import checks
+from ahn.cli.evaluation.options import (
+    MODEL,
+    SINK_POSITIONS,
+    SINKS,
+    WINDOW,
+    Adapter,
+    Model,
+    SinkPositions,
+    Sinks,
+    Window,
+)
+from ahn.cli.terminal import UsageError, megabytes, notes, output, say
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from rich.table import Table
+
+    from ahn.speed import Speed, Timing
+
+EXAMPLES = """Examples:
+
+ahn bench  [dim]# some minutes[/dim]
+
+ahn bench --contexts 2048,32768 --arms full,window,ahn,ahn+64 --plot speed.png
+
+ahn bench --model ./my-model --adapter ./my-memory --window 4096 --json speed.json
+"""
+
+
+def command(
+    model: Model = MODEL,
+    adapter: Adapter = None,
+    arms: Annotated[str, typer.Option(help="Ways of reading, joined by commas; compared with the first.")] = (
+        "full,window,ahn"
+    ),
+    contexts: Annotated[str, typer.Option(help="Numbers of tokens read before, joined by commas.")] = "2048,8192",
+    window: Window = WINDOW,
+    sinks: Sinks = SINKS,
+    sink_positions: SinkPositions = SINK_POSITIONS,
+    rounds: Annotated[int, typer.Option(help="How often each has its turn.")] = 5,
+    plot: Annotated[
+        list[Path] | None, typer.Option(help="Draw it to a .png or .svg file; may be given several times.")
+    ] = None,
+    as_json: Annotated[Path | None, typer.Option("--json", help="Write the numbers to this file.")] = None,
+) -> None:
+    """Time reading and writing in several arms side by side, next to the floor that the hardware sets."""
+    names, places = _arms(arms), _contexts(contexts)
+    checks.span(window, sinks, sink_positions)
+    checks.at_least("--rounds", rounds, 1)
+    checks.adapter(adapter)
+    checks.file_to_write("--json", as_json)
+    files = [path.expanduser() for path in plot or []]
+    for path in files:
+        checks.plot_to_write("--plot", path)
+    from ahn.cli import loading
+    from ahn.cli.progress import work_bar
+
+    loaded = loading.load(model, adapter, window, sinks, sink_positions)
+    from ahn.speed import measure
+
+    done, total = itertools.count(1), 2 * (rounds + 1) * len(places)
+    with work_bar(notes(), total, "rounds", "timed") as show:
+        speed = measure(loaded.model.eval(), names, places, rounds, on_round=lambda: show(next(done)))
+    title = f"{loaded.name}, sinks {loaded.config.sinks:,}, window {loaded.config.window:,}, {loaded.config.memory}"
+    _show(speed, title, rounds)
+    if files:
+        from ahn.speed.plot import plot_speed
+
+        plot_speed(speed, title, files)
+    if as_json is not None:
+        from ahn.evaluation.report import environment, plain, write_whole
+
+        settings = {"arms": names, "contexts": places, "rounds": rounds, **dataclasses.asdict(loaded.config)}
+        facts = {"environment": environment(loaded.model), "model": loaded.name, "settings": settings}
+        write_whole(as_json, json.dumps(plain({**facts, **dataclasses.asdict(speed)}), indent=1) + "\n")
+    for path in [*files, *([as_json] if as_json else [])]:
+        say(f"wrote {path}", console=notes())
+
+
+def _arms(given: str) -> list[str]:
+    from ahn.evaluation.arm_names import find_arm
+
+    names = checks.words(given)
+    for name in names or [""]:
+        if find_arm(name).way == "tail":
+            raise UsageError(
+                "--arms: tail begins its text anew again and again, which has no time per token. Leave it out."
+            )
+    return names
+
+
+def _contexts(given: str) -> list[int]:
+    words = checks.words(given)
+    if not words or not all(word.isdecimal() and int(word) > 0 for word in words):
+        raise UsageError(f"--contexts must be numbers of at least 1 joined by commas, as in 2048,8192, not '{given}'.")
+    return sorted(map(int, words))
+
+
+def _show(speed: Speed, title: str, rounds: int) -> None:
+    """The tables for people."""
+    from rich.text import Text
+
+    screen, machine = output(), speed.machine
+    screen.print(Text(title), soft_wrap=True)
+    screen.print(
+        Text(
+            f"This machine copies {machine.bandwidth / 1e9:.1f} GB/s and multiplies {machine.flops / 1e9:,.0f} "
+            f"GFLOP/s, which sets the floor. Medians of {rounds} rounds in which the arms take turns."
+        ),
+        soft_wrap=True,
+    )
+    screen.print("", _table("Writing one token", speed.decoding), "", sep="\n")
+    screen.print(_table(f"Reading {speed.chunk:,} tokens, time per token", speed.reading))
+
+
+def _table(what: str, rows: Sequence[Timing]) -> Table:
+    from rich import box
+    from rich.table import Table
+
+    first = rows[0].arm
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True, show_edge=False, header_style="bold")
+    table.title, table.title_justify, table.title_style = what, "left", "bold"
+    table.add_column("after", justify="right", no_wrap=True)
+    table.add_column("arm", no_wrap=True)
+    for title in ("ms", "floor", "tokens/s", f"x {first}", "cache, MB"):
+        table.add_column(title, justify="right", no_wrap=True)
+    for row in rows:
+        table.add_row(*_cells(row))
+    return table
+
+
+def _cells(row: Timing) -> list[Any]:
+    seconds = row.seconds.median
+    return [
+        f"{row.context:,}",
+        row.arm,
+        f"{1e3 * seconds:.1f}",
+        f"{1e3 * row.floor:.1f}",
+        f"{1 / seconds:.1f}",
+        f"{row.of_first.median:.2f}",
+        megabytes(row.cache_bytes),
+    ]

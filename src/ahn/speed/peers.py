@@ -1,0 +1,156 @@
+"""The ways of reading that are timed against each other, each with a cache as it is after a text of some length.
+
+What a token costs does not depend on what the text says. So the keys and values of full attention are random numbers,
+and a bounded memory reads a text that fills its window and is then told that it has read more.
+"""
+
+from __future__ import annotations
+
+import abc
+import copy
+from typing import Any, cast
+
+import torch
+from transformers.cache_utils import Cache, DynamicCache
+
+import ahn
+from ahn import _compat
+from ahn.attachment import attachment_of
+from ahn.cache import HippocampalCache, HippocampalLayer
+from ahn.cache.cache import AnyLayer, layer_tensors, set_layer_tensors
+from ahn.config import Mode
+from ahn.evaluation.arm_names import find_arm
+from ahn.reading import automatic_chunk, cache_bytes
+from ahn.speed.turns import timed
+
+STEPS = 2
+"""Tokens that are decoded in a turn, after one that is not timed."""
+
+
+def bare_copy(model: Any) -> Any:
+    """The base model without what is attached to it, of modules of its own that share every weight with the other."""
+    base = copy.deepcopy(model, {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())})
+    ahn.detach(base)
+    return base
+
+
+class Peer(abc.ABC):
+    """A way of reading at one context.
+
+    Args:
+        model: The model that reads.
+
+    Attributes:
+        cache_bytes: Bytes that its cache holds.
+    """
+
+    cache_bytes: int
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+        self._ids = torch.randint(3, model.config.get_text_config().vocab_size, (1, 4096), device=model.device)
+
+    @abc.abstractmethod
+    def _placed(self) -> Cache:
+        """A cache that has read the context."""
+
+    @torch.no_grad()
+    def decode(self) -> float:
+        """Seconds of one decoded token."""
+        cache = self._placed()
+        self._read(cache, 1)
+        return timed(lambda: self._read(cache, *[1] * STEPS)) / STEPS
+
+    @torch.no_grad()
+    def read(self, tokens: int) -> float:
+        """Seconds of reading so many tokens in one forward pass, of which the last one's logits are computed."""
+        cache = self._placed()
+        return timed(lambda: self._read(cache, tokens))
+
+    def _read(self, cache: Cache, *sizes: int) -> None:
+        """Reads forward passes of so many tokens."""
+        for tokens in sizes:
+            arguments = {"input_ids": self._ids[:, :tokens], "use_cache": True, "logits_to_keep": 1}
+            self.model(**_compat.with_cache(self.model, arguments, cache))
+
+
+class FullPeer(Peer):
+    """The base model with the cache of transformers.
+
+    Args:
+        model: The base model, with nothing attached.
+        attached: A model with the same layers and a memory attached, which knows their sizes.
+        context: Tokens read.
+    """
+
+    def __init__(self, model: Any, attached: Any, context: int) -> None:
+        super().__init__(model)
+        self._cache = DynamicCache(config=model.config)
+        self._context = context
+        for site, layer in zip(attachment_of(attached).sites, cast("list[AnyLayer]", self._cache.layers), strict=True):
+            held = context if site.sliding_window is None else min(context, site.sliding_window - 1)
+            _fill(layer, site.shape, held, context, self.model)
+        self._kept = [layer_tensors(layer) for layer in cast("list[AnyLayer]", self._cache.layers)]
+        self.cache_bytes = cache_bytes(self._cache)
+
+    def _placed(self) -> Cache:
+        # Each token makes new tensors and leaves those of before as they were.
+        for layer, kept in zip(cast("list[AnyLayer]", self._cache.layers), self._kept, strict=True):
+            set_layer_tensors(layer, kept, self._context)
+        return self._cache
+
+
+class ArmPeer(Peer):
+    """A model with a memory attached, in one of the arms.
+
+    Args:
+        model: The model; window and sinks are those of its current settings.
+        arm: Name of the arm, as for `ahn.evaluation.arm_names.find_arm`.
+        context: Tokens read.
+    """
+
+    def __init__(self, model: Any, arm: str, context: int) -> None:
+        super().__init__(model)
+        found, now = find_arm(arm), attachment_of(model).settings
+        settings = found.settings(now.window)
+        with ahn.mode(model, cast(Mode, found.way), **settings), torch.no_grad():
+            self._cache = HippocampalCache(model)
+            exact = self._cache.settings.sinks + self._cache.settings.window
+            real = min(context, exact + 8)
+            for start in range(0, real, chunk := automatic_chunk(model)):
+                self._read(self._cache, min(chunk, real - start))
+        for site, layer in zip(attachment_of(model).sites, self._cache.cascades, strict=True):
+            if isinstance(layer, HippocampalLayer):
+                layer.exact.seen = context
+            elif site.sliding_window is None:
+                _fill(layer, site.shape, context - real, context, model)
+        self.cache_bytes = cache_bytes(self._cache)
+
+    def _placed(self) -> Cache:
+        return self._cache.fork()
+
+
+def peers(base: Any, model: Any, arms: list[str], context: int) -> dict[str, Peer]:
+    """A peer for each arm, by its name, `full` being the base model with nothing attached.
+
+    Args:
+        base: The base model, as `bare_copy` gives it.
+        model: The same with a memory attached.
+        arms: Names of the arms; `tail` is none that is timed.
+        context: Tokens read.
+    """
+    return {arm: FullPeer(base, model, context) if arm == "full" else ArmPeer(model, arm, context) for arm in arms}
+
+
+def _fill(layer: AnyLayer, shape: Any, tokens: int, seen: int, model: Any) -> None:
+    """Random keys and values for so many tokens."""
+    rows = (1, shape.kv_heads, tokens)
+    keys, values = (
+        torch.randn(*rows, size, device=model.device, dtype=model.dtype) for size in (shape.key_size, shape.value_size)
+    )
+    held = layer_tensors(layer)
+    joined = {
+        name: torch.cat((held[name], new), dim=2) if name in held else new
+        for name, new in (("keys", keys), ("values", values))
+    }
+    set_layer_tensors(layer, joined, seen)

@@ -1,0 +1,72 @@
+"""Timing several things side by side: each has its turn in every round, so that what else the machine does hits all."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+import torch
+
+
+class Spread(NamedTuple):
+    """Times of one thing over all rounds, in seconds.
+
+    Attributes:
+        median: Median.
+        low: Lower quartile.
+        high: Upper quartile.
+    """
+
+    median: float
+    low: float
+    high: float
+
+
+def take_turns(
+    cases: Mapping[str, Callable[[], float]], rounds: int, on_round: Callable[[], None] | None = None
+) -> dict[str, list[float]]:
+    """Seconds of each case in each round.
+
+    Args:
+        cases: By name, what prepares itself, does the work and says how many seconds the work took.
+        rounds: How often each has its turn. One more round goes before, which is not counted.
+        on_round: Called after every round.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in cases}
+    for number in range(rounds + 1):
+        for name, case in cases.items():
+            taken = case()
+            if number:
+                seconds[name].append(taken)
+        if on_round is not None:
+            on_round()
+    return seconds
+
+
+def timed(work: Callable[[], object]) -> float:
+    """Seconds that something takes, work that it left to a GPU included."""
+    _wait()
+    start = time.perf_counter()
+    work()
+    _wait()
+    return time.perf_counter() - start
+
+
+def spread(seconds: list[float]) -> Spread:
+    """Median and quartiles."""
+    if len(seconds) == 1:
+        return Spread(*seconds * 3)
+    low, median, high = statistics.quantiles(seconds, n=4, method="inclusive")
+    return Spread(median, low, high)
+
+
+def ratio(slower: list[float], faster: list[float]) -> Spread:
+    """How many times as long one thing takes as another: median and quartiles of the ratio of each round."""
+    return spread([a / b for a, b in zip(slower, faster, strict=True)])
+
+
+def _wait() -> None:
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        torch.cuda.synchronize()
