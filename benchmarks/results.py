@@ -193,6 +193,8 @@ def _draw(found: dict) -> object:
         panel.set(title=f"{length:,} tokens", xlabel="window", ylabel="gap closed, %" if length == lengths[0] else "")
         panel.grid(alpha=0.3)
         panel.spines[["top", "right"]].set_visible(False)
+    # Where the gap is nearly nothing its share is noise, and would squeeze all others.
+    panel.set_ylim(-50, 150)
     panel.legend()
     return figure
 

@@ -12,7 +12,8 @@ import ahn
 from ahn._compat import CACHE
 from ahn.cache.anchors import Ballot, _Anchors, elect
 from ahn.cache.exact import NEVER
-from ahn.scores import NEAR, SCORES
+from ahn.errors import ConfigError
+from ahn.scores import NEAR, SCORES, usual_voters
 from tests.tiny import MEMORIES, give_votes, read, text, tiny, with_memory
 
 SINKS, WINDOW, ANCHORS = 5, 16, 6
@@ -170,10 +171,12 @@ def test_a_long_call_returns_all_that_a_short_one_does() -> None:
     assert torch.isfinite(output.loss)
 
 
-def test_votes_are_those_of_all_layers() -> None:
-    """The choice against one made of the keys of all layers, spelled out."""
+@pytest.mark.parametrize("voters", [None, (0, 1, 2), (2,)])
+def test_votes_are_those_of_the_chosen_layers(voters: tuple[int, ...] | None) -> None:
+    """The choice against one made of the keys of these layers, spelled out."""
     model, ids = anchored(), text(1, 75)
-    cache = ahn.HippocampalCache(model)
+    with ahn.mode(model, "ahn", anchor_layers=voters):
+        cache = ahn.HippocampalCache(model)
     keys: list[torch.Tensor] = []
     hooks = [
         layer.self_attn.k_proj.register_forward_hook(lambda module, args, output: keys.append(output))
@@ -185,12 +188,26 @@ def test_votes_are_those_of_all_layers() -> None:
     layers = torch.stack([torch.cat(keys[layer::3], 1) for layer in range(3)])[:, 0].unflatten(-1, (2, 8))
     unit = layers / layers.norm(dim=-1, keepdim=True)
     mean = unit.cumsum(1) / torch.arange(1, 76)[:, None, None]
-    votes = -torch.cosine_similarity(layers, mean, dim=-1).mean((0, 2))
+    votes = -torch.cosine_similarity(layers, mean, dim=-1)[list(voters or (0, 1))].mean((0, 2))
     scores = {j: float(votes[max(0, j - NEAR) : j + NEAR + 1].mean()) for j in range(SINKS, 75 - WINDOW)}
     best = sorted(scores, key=lambda j: -scores[j])[:ANCHORS]
     assert cache.ballot is not None
     assert sorted(cache.ballot.held[f"tokens.{WINDOW}"][0].tolist()) == sorted(best)
     assert cache.anchor_tokens == [best]
+
+
+def test_usual_voters() -> None:
+    assert usual_voters("key_diff", range(30)) == [5, 6, 12]
+    assert usual_voters("key_diff", [1, 4, 7]) == [1, 4]
+    assert usual_voters("random", [1, 4, 7]) == [1, 4, 7]
+
+
+def test_layers_that_cannot_vote_are_named() -> None:
+    model = anchored()
+    with pytest.raises(ConfigError, match=r"anchor_layers names \[3\], but the layers with a memory are \[0, 1, 2\]"):
+        ahn.mode(model, "ahn", anchor_layers=(1, 3)).__enter__()
+    with pytest.raises(ConfigError, match="anchor_layers must name at least one layer"):
+        ahn.mode(model, "ahn", anchor_layers=()).__enter__()
 
 
 def test_without_anchors_nothing_is_kept_for_them() -> None:
@@ -202,7 +219,7 @@ def test_without_anchors_nothing_is_kept_for_them() -> None:
 
 
 def test_longest_call_leaves_room_for_the_neighbours() -> None:
-    assert Ballot(4, 5, {16, 9}).longest_call == 9 - NEAR
+    assert Ballot(4, 5, {16, 9}, frozenset()).longest_call == 9 - NEAR
     assert NEVER > 2**60
 
 

@@ -170,7 +170,7 @@ EARLY = [
     ("generate x --chunk 0", "--chunk must be at least 1"),
     ("generate x --temperature -1", "--temperature must be at least 0"),
     ("generate x --temperature nan", "--temperature must be at least 0"),
-    ("generate x --mode half", "--mode must be ahn, window or full, not 'half'"),
+    ("generate x --mode half", "--mode must be ahn, window, full or ahn+64 (so many anchors), not 'half'"),
     ("generate x --sink-positions far", "--sink-positions must be bounded or absolute"),
     ("generate x --adapter ./missing", "--adapter ./missing does not exist"),
     ("generate x --adapter missing", "--adapter missing does not exist"),
@@ -344,6 +344,17 @@ class TestGenerate:
         text = ("generate", "and so?", "--file", "text.txt", *TINY, "--mode")
         assert run(*text, "window")[1] == run(*text, "ahn")[1]
         assert run(*text, "ahn", "--adapter", "adapter")[1] != run(*text, "ahn")[1]
+
+    def test_anchors_are_kept_with_the_cache(self, run, tmp_path):
+        cache = str(tmp_path / "text.cache")
+        text = ("generate", "--file", "text.txt", *TINY, "--mode", "ahn+4")
+        whole = run(*text, "and so?")
+        assert whole[0] == 0
+        assert whole[1] != run(*text[:-1], "ahn", "and so?")[1]
+        assert run(*text, "--cache-out", cache)[0] == 0
+        ask = ("generate", "\n\nand so?", "--model", "./model", "--max-new-tokens", "8", "--cache-in", cache)
+        assert run(*ask, "--adapter", "none")[1] == whole[1]
+        check_error(run(*text[:-1], "ahn+4:learned", "and so?"), "has no weights on this model")
 
     def test_says_what_it_read(self, run):
         status, _, err = run("generate", "and so?", "--file", "text.txt", *TINY)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from typing import Any
 
@@ -19,7 +19,7 @@ from ahn.config import AHNConfig, Mode, RunSettings, SinkPositions
 from ahn.errors import ConfigError, ModelError
 from ahn.memories import Memory, MemoryShape
 from ahn.positions import Rotation
-from ahn.scores import LEARNED, NEAR, SCORES, UNROTATED, AnchorGate, find_score
+from ahn.scores import LEARNED, NEAR, SCORES, UNROTATED, AnchorGate, find_score, usual_voters
 
 _OVERRIDES: ContextVar[Mapping[int, RunSettings]] = ContextVar("ahn_modes", default={})  # noqa: B039 (never mutated)
 _ATTRIBUTE = "_ahn_attachment"
@@ -114,24 +114,37 @@ class Attachment:
                     f"{site.sliding_window} tokens by itself; use fewer sinks or leave it out with layers="
                 )
 
-    def check_votes(self, settings: RunSettings) -> None:
-        """Checks that there is a layer to vote on anchors.
+    def voters(self, settings: RunSettings) -> frozenset[int]:
+        """Indices of the layers that vote on anchors.
 
         Raises:
             ConfigError: The score is a learned one, and no layer has weights for it.
         """
-        if not settings.has_anchors or settings.anchor_score not in LEARNED:
-            return
-        if all(site.anchor_gate is None for site in self.sites):
+        learned = settings.anchor_score in LEARNED
+        able = [site.index for site in self._served() if not learned or site.anchor_gate is not None]
+        if settings.anchor_layers is not None:
+            able = [index for index in able if index in settings.anchor_layers]
+        elif not learned:
+            able = usual_voters(settings.anchor_score, able)
+        if not able:
+            where = "this model" if settings.anchor_layers is None else f"layers {list(settings.anchor_layers)}"
             raise ConfigError(
-                f'anchor_score="{settings.anchor_score}" has no weights on this model; load some with '
+                f'anchor_score="{settings.anchor_score}" has no weights on {where}; load some with '
                 "ahn.load_anchors(model, name), or choose anchors by key_diff"
             )
+        return frozenset(able)
+
+    def _served(self) -> list[Site]:
+        """Layers with a memory."""
+        return [site for site in self.sites if site.memory is not None]
 
     def _check_anchors(self, settings: RunSettings) -> None:
         find_score(settings.anchor_score)
         if not settings.anchors:
             return
+        served = [site.index for site in self._served()]
+        if unknown := sorted(set(settings.anchor_layers or ()) - set(served)):
+            raise ConfigError(f"anchor_layers names {unknown}, but the layers with a memory are {served}")
         if settings.anchor_score in UNROTATED and self.rotation_problem:
             others = ", ".join(name for name in SCORES if name not in UNROTATED)
             raise ConfigError(
@@ -177,6 +190,7 @@ def mode(
     sink_positions: SinkPositions | None = None,
     anchors: int | None = None,
     anchor_score: str | None = None,
+    anchor_layers: Sequence[int] | None = None,
 ) -> Iterator[None]:
     """Reads in another mode, or with another window, inside a `with` block.
 
@@ -193,6 +207,7 @@ def mode(
         sink_positions: "absolute" or "bounded"; as before if left out.
         anchors: Number of anchors; as before if left out.
         anchor_score: What they are chosen by; as before if left out.
+        anchor_layers: Layers that vote on them; as before if left out.
 
     Raises:
         ModelError: No memory is attached.
@@ -205,6 +220,7 @@ def mode(
         "sink_positions": sink_positions,
         "anchors": anchors,
         "anchor_score": anchor_score,
+        "anchor_layers": None if anchor_layers is None else tuple(anchor_layers),
     }
     given = {key: value for key, value in changes.items() if value is not None}
     settings = dataclasses.replace(attachment.settings, mode=name, **given)

@@ -24,7 +24,6 @@ from ahn.errors import ModelError
 from ahn.memories import Memory
 from ahn.plan import Plan
 from ahn.positions import Rotary
-from ahn.scores import LEARNED
 from ahn.softmax import Softmax, local_attention
 from ahn.voting import Voter, cast_votes
 
@@ -83,13 +82,14 @@ class LayerCall:
         plan = self.plan
         if plan.election is None:
             return None
-        score, gate = plan.settings.anchor_score, self.site.anchor_gate
-        if score not in LEARNED or gate is not None:
-            voter = Voter(self.store, key, self.hidden, gate, self.rotary)
+        if self.site.index in plan.election.ballot.voters:
+            voter = Voter(self.store, key, self.hidden, self.site.anchor_gate, self.rotary)
             if plan.step is not None:
                 plan.step.voters[self.site.index] = voter
             else:
-                plan.election.votes += cast_votes([voter], score, self.store.exact.seen, plan.padding)
+                plan.election.votes += cast_votes(
+                    [voter], plan.settings.anchor_score, self.store.exact.seen, plan.padding
+                )
         choice: Choice | None = plan.election.choices.get(self.store.exact.window)
         return choice
 

@@ -30,6 +30,8 @@ class AHNConfig:
             the rotation, so that what is stored does not depend on where it stood. A property of the weights.
         anchors: Tokens that stay exact beyond the window, chosen as they leave it; 0 for none. A setting of a run.
         anchor_score: What they are chosen by, a key of `ahn.scores.SCORES`; looked up when it is attached.
+        anchor_layers: Indices of the layers that vote on anchors; `None` takes those that the score does best with, see
+            `ahn.scores.usual_voters`.
 
     Raises:
         ConfigError: A value is out of range.
@@ -45,6 +47,7 @@ class AHNConfig:
     memory_positions: MemoryPositions = "rope"
     anchors: int = 0
     anchor_score: str = "key_diff"
+    anchor_layers: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.memory, str) or not self.memory:
@@ -53,15 +56,13 @@ class AHNConfig:
         _choice("memory_positions", self.memory_positions, get_args(MemoryPositions))
         check_span(self.window, self.sinks)
         check_anchors(self.anchors, self.anchor_score)
-        if self.layers is not None:
-            object.__setattr__(self, "layers", _layer_indices(self.layers))
+        for name in ("layers", "anchor_layers"):
+            _set_layer_indices(self, name)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, ready for JSON."""
         values = dataclasses.asdict(self)
-        if self.layers is not None:
-            values["layers"] = list(self.layers)
-        return values
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> AHNConfig:
@@ -88,6 +89,7 @@ class RunSettings:
         sink_positions: See `AHNConfig`.
         anchors: See `AHNConfig`; read in mode "ahn" only.
         anchor_score: See `AHNConfig`.
+        anchor_layers: See `AHNConfig`.
     """
 
     mode: Mode
@@ -96,17 +98,20 @@ class RunSettings:
     sink_positions: SinkPositions = "absolute"
     anchors: int = 0
     anchor_score: str = "key_diff"
+    anchor_layers: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         _choice("mode", self.mode, get_args(Mode))
         _choice("sink_positions", self.sink_positions, get_args(SinkPositions))
         check_span(self.window, self.sinks)
         check_anchors(self.anchors, self.anchor_score)
+        _set_layer_indices(self, "anchor_layers")
 
     @classmethod
     def of(cls, config: AHNConfig, mode: Mode = "ahn") -> RunSettings:
         """The run that a config asks for."""
-        return cls(mode, config.window, config.sinks, config.sink_positions, config.anchors, config.anchor_score)
+        names = [field.name for field in dataclasses.fields(cls) if field.name != "mode"]
+        return cls(mode, **{name: getattr(config, name) for name in names})
 
     @property
     def has_anchors(self) -> bool:
@@ -143,10 +148,14 @@ def _choice(name: str, value: object, known: Iterable[str]) -> None:
         raise ConfigError(f"{name} must be one of {', '.join(known)}, not {value!r}")
 
 
-def _layer_indices(layers: Iterable[int]) -> tuple[int, ...]:
+def _set_layer_indices(settings: object, name: str) -> None:
+    """Sorts the layers that a setting names, if it names any."""
+    layers = getattr(settings, name)
+    if layers is None:
+        return
     indices = tuple(layers)
     if not indices or any(not isinstance(i, int) or isinstance(i, bool) or i < 0 for i in indices):
-        raise ConfigError(f"layers must name at least one layer by its index from 0, not {indices!r}")
+        raise ConfigError(f"{name} must name at least one layer by its index from 0, not {indices!r}")
     if len(set(indices)) != len(indices):
-        raise ConfigError(f"layers names a layer twice: {indices!r}")
-    return tuple(sorted(indices))
+        raise ConfigError(f"{name} names a layer twice: {indices!r}")
+    object.__setattr__(settings, name, tuple(sorted(indices)))

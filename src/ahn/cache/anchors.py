@@ -85,15 +85,17 @@ class Ballot:
         anchors: Number of anchors, N.
         sinks: Sinks of each row, which never leave.
         windows: Windows of the layers, in tokens.
+        voters: Indices of the layers that vote.
 
     Attributes:
         held: Every tensor held, by name: `votes` `[B, R]` float32, and for each window w `scores.w` `[B, N]` float32
             and `tokens.w` `[B, N]` int64, -1 at places without an anchor.
     """
 
-    def __init__(self, anchors: int, sinks: int, windows: set[int]) -> None:
+    def __init__(self, anchors: int, sinks: int, windows: set[int], voters: frozenset[int]) -> None:
         self.anchors = anchors
         self.sinks = sinks
+        self.voters = voters
         self.windows = windows
         self.places = max(windows) + NEAR
         self.held: dict[str, torch.Tensor] = {}

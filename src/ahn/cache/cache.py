@@ -69,14 +69,14 @@ class HippocampalCache(Cache):
         Raises:
             ConfigError: The anchors are chosen by a learned score, and the model has no weights for it.
         """
-        attachment.check_votes(settings)
+        voters = attachment.voters(settings) if settings.has_anchors else frozenset()
         self.attachment = attachment
         self.settings = settings
         self.padding: Padding | None = None
         self.groups: list[Group] = []
         super().__init__(layers=[new_layer(site, settings) for site in attachment.sites])
         windows = {layer.exact.window for layer in self.cascades if isinstance(layer, HippocampalLayer)}
-        self.ballot = Ballot(settings.anchors, settings.sinks, windows) if settings.has_anchors else None
+        self.ballot = Ballot(settings.anchors, settings.sinks, windows, voters) if settings.has_anchors else None
 
     @property
     def cascades(self) -> list[AnyLayer]:

@@ -38,16 +38,23 @@ def several_of(option: str, given: str, known: tuple[str, ...]) -> list[str]:
     return found
 
 
-def demo_modes(option: str, given: str) -> list[str]:
-    """Modes joined by commas, each once, `ahn` with a number of anchors where wanted: "ahn+64,ahn"."""
+def mode(option: str, name: str | None) -> None:
+    """Checks a mode that may be left out, `ahn` with a number of anchors where wanted: "ahn+64"."""
     from ahn.evaluation.arm_names import find_arm
 
+    if name is None:
+        return
+    way, _, added = name.partition("+")
+    if way not in MODES or (added and way != "ahn"):
+        raise UsageError(f"{option} must be {', '.join(MODES)} or ahn+64 (so many anchors), not '{name}'.")
+    find_arm(name)
+
+
+def modes(option: str, given: str) -> list[str]:
+    """Modes joined by commas, each once."""
     found = words(given)
     for name in found or [""]:
-        way, _, added = name.partition("+")
-        if way not in MODES or (added and way != "ahn"):
-            raise UsageError(f"{option} must be {', '.join(MODES)} or ahn+64 (so many anchors), not '{name}'.")
-        find_arm(name)
+        mode(option, name)
     return found
 
 

@@ -62,7 +62,7 @@ def command(
 ) -> None:
     """A small model reads a long text in several modes, and is asked for a fact that was hidden near its beginning."""
     started = time.monotonic()
-    names = None if modes is None else checks.demo_modes("--modes", modes)
+    names = None if modes is None else checks.modes("--modes", modes)
     checks.span(window, sinks, sink_positions)
     checks.at_least("--seconds", seconds, 1)
     checks.at_least("--max-new-tokens", max_new_tokens, 1)

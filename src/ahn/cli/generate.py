@@ -25,6 +25,8 @@ ahn generate "Who tells the story?" --file book.txt
 
 git log | ahn generate "What has changed?" --file - --window 2048
 
+ahn generate "Who is Ishmael?" --file moby.txt --mode ahn+64:learned  [dim]# anchors too[/dim]
+
 ahn generate --file book.txt --cache-out book.cache  [dim]# read once,[/dim]
 
 ahn generate "Where does it begin?" --cache-in book.cache  [dim]# ask often[/dim]
@@ -58,7 +60,11 @@ def command(
     model: Annotated[str, typer.Option(help="A built-in name, a folder, or a hub id owner/name.")] = "smollm2-135m",
     file: Annotated[str | None, typer.Option(help="A text to read before the prompt; - for standard input.")] = None,
     mode: Annotated[
-        str | None, typer.Option(metavar="ahn|window|full", help="What to read with.  [dim]\\[default: ahn][/dim]")
+        str | None,
+        typer.Option(
+            metavar="ahn|window|full",
+            help="What to read with; ahn+64 keeps 64 anchors too.  [dim]\\[default: ahn][/dim]",
+        ),
     ] = None,
     window: Annotated[
         int | None, typer.Option(help="Tokens of the window.  [dim]\\[default: the adapter's or 1024][/dim]")
@@ -89,7 +95,7 @@ def command(
 ) -> None:
     """Read a prompt, or a text of any length and a question about it, and write the answer."""
     checks.span(window, sinks, sink_positions)
-    checks.one_of("--mode", mode, checks.MODES)
+    checks.mode("--mode", mode)
     checks.at_least("--max-new-tokens", max_new_tokens, 1)
     checks.at_least("--chunk", chunk, 1)
     checks.at_least("--temperature", temperature, 0)
@@ -175,11 +181,13 @@ def _read(loaded: Loaded, request: Request, ids: Any) -> Reader:
     """Reads all tokens, with a progress bar on a terminal and a closing line anywhere."""
     import ahn
     from ahn.cli.progress import reading_bar, summary
+    from ahn.evaluation.arm_names import find_arm
     from ahn.reading import Reader, automatic_chunk
 
     if ids.numel() == 0:
         raise UsageError("the tokenizer makes no token of this text. Give a longer one.")
-    with ahn.mode(loaded.model, request.mode or "ahn"):  # type: ignore[arg-type]
+    arm = find_arm(request.mode or "ahn")
+    with ahn.mode(loaded.model, arm.way, **arm.settings(loaded.config.window)):  # type: ignore[arg-type]
         cache = None if request.cache_in is None else ahn.HippocampalCache.load(request.cache_in, loaded.model)
         reader = Reader(loaded.model, cache, score=False)
         with reading_bar(notes(), ids.numel()) as show:

@@ -22,7 +22,7 @@ caption { text-align: left; padding-bottom: .4rem; opacity: .8; }
 th, td { padding: .3rem .7rem; border-bottom: 1px solid var(--line); text-align: left; vertical-align: top; }
 thead th { background: var(--soft); white-space: nowrap; } .number { text-align: right; white-space: nowrap; }
 figure { margin: 1rem 0; } figure svg { width: 100%; height: auto; background: #fff; border-radius: 6px; }
-figcaption { opacity: .8; } td, th, p { overflow-wrap: anywhere; }
+figcaption { opacity: .8; } p { overflow-wrap: anywhere; }
 """
 _NUMBER = re.compile(r"[-+−]?\d[\d.,]*( ?\S{1,8})?( \(.*\))?|-|")
 
