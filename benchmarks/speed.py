@@ -6,7 +6,7 @@
 All that is compared takes turns within one run; ratios are medians of the ratios of each round. Parts: `model` (writing
 and reading in every arm and context), `long` (a token after 8,192 tokens and after 100,000), `layer` (what a memory
 adds to layers of the shape of Qwen2.5-3B), `ops` (the recurrences against those in transformers), `memory` (peak
-memory of reading 32,768 tokens).
+memory of reading 32,768 tokens). On a machine with a GPU the first three run there, in bfloat16, and are kept apart.
 """
 
 from __future__ import annotations
@@ -34,18 +34,20 @@ from ahn.speed.plot import plot_speed
 from ahn.speed.turns import Spread, ratio, take_turns
 
 HERE = Path(__file__).parent
-KEPT, OPS = HERE / "results" / "speed.json", HERE / "results" / "ops.json"
+ON_GPU = torch.cuda.is_available()
+KEPT, OPS = HERE / "results" / ("speed_cuda.json" if ON_GPU else "speed.json"), HERE / "results" / "ops.json"
 PAGE, PICTURE = HERE.parent / "docs" / "performance.md", HERE.parent / "docs" / "images" / "speed.png"
 BEGIN, END = "<!-- measured by make bench -->", "<!-- end of what was measured -->"
 SPAN = {"window": 2048, "sinks": 32}
 ARMS = ["full", "window", "ahn", "ahn+64:learned", "ahn+64:key_diff"]
 CONTEXTS = [32, 2048, 8192, 32768]
-PARTS = ("model", "long", "layer", "ops", "memory")
+PARTS = ("model", "long", "layer") if ON_GPU else ("model", "long", "layer", "ops", "memory")
+DEVICE, DTYPE = ("cuda", torch.bfloat16) if ON_GPU else ("cpu", torch.float32)
 
 
 def smollm2() -> Any:
     """SmolLM2 with the memory and the votes that ship."""
-    model = load_model("smollm2-135m", "float32")
+    model = load_model("smollm2-135m", DTYPE).to(DEVICE)
     ahn.load(model, "smollm2-135m/gated_delta_net")
     ahn.load_anchors(model, "smollm2-135m/anchors")
     return model.eval()
@@ -72,7 +74,7 @@ def time_long() -> dict[str, Any]:
 def time_layer() -> dict[str, Any]:
     """What a memory adds to reading in two layers of the shape of Qwen2.5-3B, of random weights."""
     config = AutoConfig.for_model(**{**SHAPES["qwen2.5-3b"], "num_hidden_layers": 2, "vocab_size": 1024})
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    model = AutoModelForCausalLM.from_config(config, dtype=DTYPE).to(DEVICE).eval()
     ahn.attach(model, ahn.AHNConfig("gated_delta_net", **SPAN))
     with ahn.mode(model, "ahn", **SPAN):
         speed = measure(model, ["window", "ahn"], [8192], rounds=7)
@@ -200,7 +202,7 @@ def main() -> None:
             write_whole(KEPT, json.dumps(found, indent=1) + "\n")
     for what, target, measured in lines(found):
         print(f"{measured:>8}  {what}" + (f" (target {target})" if target else ""))
-    if "page" in options.only:
+    if "page" in options.only and not ON_GPU:
         write_page(found)
 
 
