@@ -19,7 +19,7 @@ from ahn.config import AHNConfig, Mode, RunSettings, SinkPositions
 from ahn.errors import ConfigError, ModelError
 from ahn.memories import Memory, MemoryShape
 from ahn.positions import Rotation
-from ahn.scores import LEARNED, NEAR, SCORES, UNROTATED, AnchorGate, find_score, usual_voters
+from ahn.scores import LEARNED, NEAR, SCORES, UNROTATED, AnchorGate, find_score, usual_voters, vote_delay
 
 _OVERRIDES: ContextVar[Mapping[int, RunSettings]] = ContextVar("ahn_modes", default={})  # noqa: B039 (never mutated)
 _ATTRIBUTE = "_ahn_attachment"
@@ -151,8 +151,9 @@ class Attachment:
                 f"the rotary positions of this model cannot be undone ({self.rotation_problem}), as anchor_score="
                 f'"{settings.anchor_score}" asks; use one of {others}'
             )
-        if settings.window <= NEAR:
-            raise ConfigError(f"anchors need a window of more than {NEAR} tokens, not {settings.window}")
+        needed = NEAR + vote_delay(settings.anchor_score, settings.window)
+        if settings.window <= needed:
+            raise ConfigError(f"anchors need a window of more than {needed} tokens, not {settings.window}")
 
 
 def set_attachment(model: nn.Module, attachment: Attachment | None) -> None:

@@ -87,9 +87,8 @@ class LayerCall:
             if plan.step is not None:
                 plan.step.voters[self.site.index] = voter
             else:
-                plan.election.votes += cast_votes(
-                    [voter], plan.settings.anchor_score, self.store.exact.seen, plan.padding
-                )
+                score, seen, delay = plan.settings.anchor_score, self.store.exact.seen, plan.election.ballot.delay
+                plan.election.votes += cast_votes([voter], score, seen, delay, plan.padding)
         choice: Choice | None = plan.election.choices.get(self.store.exact.window)
         return choice
 

@@ -95,15 +95,17 @@ class Step:
             if self._settings.mode == "ahn":
                 group.write_gates(self.hidden)
             if election is not None:
-                election.votes += self._votes([self.voters[i] for i in group.indices if i in self.voters])
+                election.votes += self._votes(
+                    [self.voters[i] for i in group.indices if i in self.voters], election.ballot.delay
+                )
 
-    def _votes(self, voters: list[Voter]) -> list[torch.Tensor]:
+    def _votes(self, voters: list[Voter], delay: int) -> list[torch.Tensor]:
         """Votes of layers of one shape, those with the same rotation at once."""
         alike: dict[int, list[Voter]] = {}
         for voter in voters:
             alike.setdefault(id(voter.rotary and voter.rotary.tables[0]), []).append(voter)
         score = self._settings.anchor_score
-        return [vote for each in alike.values() for vote in cast_votes(each, score, self._seen, self._padding)]
+        return [vote for each in alike.values() for vote in cast_votes(each, score, self._seen, delay, self._padding)]
 
 
 def begin_step(cache: HippocampalCache, new: int) -> Step | None:

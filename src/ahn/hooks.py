@@ -41,6 +41,7 @@ def before_call(backbone: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
     plan = Plan(attachment, settings, padding)
     if isinstance(cache, HippocampalCache) and cache.ballot is not None and inputs is not None:
         plan.before, kwargs = read_first_pieces(backbone, cache.seen_tokens, cache.ballot.longest_call, kwargs)
+        cache.padding = padding  # of which the pieces saw their parts
         plan.election = _election(cache, cache.ballot, _inputs(kwargs).size(1))
     if isinstance(cache, HippocampalCache) and inputs is not None:
         plan.step = begin_step(cache, _inputs(kwargs).size(1))

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 from torch.nn import functional
 
+from ahn.cache.anchors import Tally
 from ahn.cache.exact import Padding
 from ahn.cache.layer import HippocampalLayer
 from ahn.positions import Rotary
@@ -36,14 +37,20 @@ class Voter(NamedTuple):
 
 
 @torch.no_grad()
-def cast_votes(voters: Sequence[Voter], score: str, seen: int, padding: Padding | None) -> list[torch.Tensor]:
-    """How much each new token should be an anchor, `[B, T]` for every layer.
+def cast_votes(
+    voters: Sequence[Voter], score: str, seen: int, delay: int, padding: Padding | None
+) -> list[torch.Tensor]:
+    """How much each token should be an anchor, for every layer: the new ones or, with a delay, as many before them.
 
     Args:
         voters: Layers of one shape and rotation, each with a gate if the score is a learned one.
         score: What they vote by.
         seen: Tokens read before the call.
+        delay: Tokens after which a token is voted on.
         padding: Padding at the left of the rows, or `None` where there is none.
+
+    Returns:
+        Votes, `[B, T]` each, on the tokens from `seen - delay` (or 0) on; fewer while the first are still too new.
     """
     votes, rows, length = find_score(score), voters[0].key.size(0), voters[0].key.size(2)
     place = torch.arange(seen, seen + length, device=voters[0].key.device)
@@ -54,7 +61,7 @@ def cast_votes(voters: Sequence[Voter], score: str, seen: int, padding: Padding 
     tokens = tokens.repeat(len(voters) if tokens.size(0) > 1 else 1, 1)
     if score in UNROTATED:
         keys = _unrotated(keys, len(voters), voters[0].rotary)
-        mean = _mean_key([voter.store for voter in voters], keys, tokens)
+        keys, mean = _with_mean([voter.store.tally for voter in voters], keys, tokens, seen, delay)
     return list(votes(NewTokens(keys, tokens, mean=mean)).expand(keys.size(0), -1).split(rows))
 
 
@@ -66,12 +73,20 @@ def _unrotated(keys: torch.Tensor, layers: int, rotary: Rotary | None) -> torch.
     return rotary.rotation.undo(keys, (cos, sin))
 
 
-def _mean_key(stores: Sequence[HippocampalLayer], keys: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-    """Mean of all unit keys of a layer up to each new one, `[L * B, G, T, K]`; their sum is remembered."""
-    total = (functional.normalize(keys, dim=-1) * (tokens >= 0)[:, None, :, None]).cumsum(2)
-    before = [store.key_total for store in stores if store.key_total is not None]
-    if before:
-        total = torch.cat(before) + total
-    for store, last in zip(stores, total[:, :, -1:].clone().chunk(len(stores)), strict=True):
-        store.key_total = last
-    return total / (tokens + 1).clamp(min=1)[:, None, :, None]
+def _with_mean(
+    tallies: Sequence[Tally], new: torch.Tensor, tokens: torch.Tensor, seen: int, delay: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Unit keys that are voted on now, and for each the mean of all up to `delay` tokens later, `[L * B, G, T, K]`."""
+    real = (tokens >= 0)[:, None, :, None]
+    unit = functional.normalize(new, dim=-1) * real
+    total, line = unit.cumsum(2), unit
+    if tallies[0].held:
+        total = torch.cat([tally.held["key_total"] for tally in tallies]) + total
+        line = torch.cat((torch.cat([tally.held["key_recent"] for tally in tallies]), unit), dim=2)
+    kept = {"key_total": total[:, :, -1:], "key_recent": line[:, :, max(0, line.size(2) - delay) :]}
+    parts = {name: tensor.clone().chunk(len(tallies)) for name, tensor in kept.items()}
+    for number, tally in enumerate(tallies):
+        tally.held = {name: part[number] for name, part in parts.items()}
+    due = max(0, delay - seen)  # new tokens whose coming makes no token old enough
+    mean = total / (tokens + 1).clamp(min=1)[:, None, :, None]
+    return line[:, :, : max(0, new.size(2) - due)], mean[:, :, due:]

@@ -75,6 +75,12 @@ class Bank(LaterStore):
         return self.held[name]
 
 
+class Tally(LaterStore):
+    """Unit keys of a layer before their rotation, `[B, G, _, K]` float32: the sum of all, and the last ones."""
+
+    names = ("key_total", "key_recent")
+
+
 class Ballot:
     """The votes on the tokens of a cache, and which of them are anchors.
 
@@ -86,16 +92,18 @@ class Ballot:
         sinks: Sinks of each row, which never leave.
         windows: Windows of the layers, in tokens.
         voters: Indices of the layers that vote.
+        delay: Tokens after which a token is voted on.
 
     Attributes:
         held: Every tensor held, by name: `votes` `[B, R]` float32, and for each window w `scores.w` `[B, N]` float32
             and `tokens.w` `[B, N]` int64, -1 at places without an anchor.
     """
 
-    def __init__(self, anchors: int, sinks: int, windows: set[int], voters: frozenset[int]) -> None:
+    def __init__(self, anchors: int, sinks: int, windows: set[int], voters: frozenset[int], delay: int) -> None:
         self.anchors = anchors
         self.sinks = sinks
         self.voters = voters
+        self.delay = delay
         self.windows = windows
         self.places = max(windows) + NEAR
         self.held: dict[str, torch.Tensor] = {}
@@ -103,18 +111,19 @@ class Ballot:
     @property
     def longest_call(self) -> int:
         """Tokens of the longest call whose leaving tokens, and their neighbours, have all been voted on before."""
-        return min(self.windows) - NEAR
+        return min(self.windows) - NEAR - self.delay
 
     def count(self, votes_BT: torch.Tensor, seen: int) -> None:
-        """Keeps the votes on new tokens.
+        """Keeps the votes that a call gave.
 
         Args:
-            votes_BT: Their mean over the layers, `[B, T]`.
-            seen: Tokens read before them.
+            votes_BT: Their mean over the layers, `[B, T]`: on the new tokens or, with a delay, on as many before them.
+            seen: Tokens read before the call.
         """
         if "votes" not in self.held:
             self.held["votes"] = votes_BT.new_zeros(votes_BT.size(0), self.places, dtype=torch.float32)
-        place = torch.arange(seen, seen + votes_BT.size(1), device=votes_BT.device) % self.places
+        first = max(0, seen - self.delay)
+        place = torch.arange(first, first + votes_BT.size(1), device=votes_BT.device) % self.places
         self.held["votes"].index_copy_(1, place, votes_BT.detach().float())
 
     def choose(self, seen: int, new: int, padding: Padding | None) -> dict[int, Choice]:
@@ -170,7 +179,7 @@ class Election:
         ballot: Where the votes go when the call ends.
         seen: Tokens read before the call.
         choices: By window, which of the tokens that leave become anchors.
-        votes: What the layers voted on the new tokens, `[B, T]` each.
+        votes: What the layers voted in this call, `[B, T]` each.
     """
 
     ballot: Ballot

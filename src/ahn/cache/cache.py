@@ -19,6 +19,7 @@ from ahn.cache.pooled import state_slots
 from ahn.config import RunSettings
 from ahn.errors import CacheError, ConfigError
 from ahn.memories import Memory
+from ahn.scores import vote_delay
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -76,7 +77,7 @@ class HippocampalCache(Cache):
         self.groups: list[Group] = []
         super().__init__(layers=[new_layer(site, settings) for site in attachment.sites])
         windows = {layer.exact.window for layer in self.cascades if isinstance(layer, HippocampalLayer)}
-        self.ballot = Ballot(settings.anchors, settings.sinks, windows, voters) if settings.has_anchors else None
+        self.ballot = _ballot(settings, windows, voters) if settings.has_anchors else None
 
     @property
     def cascades(self) -> list[AnyLayer]:
@@ -197,6 +198,11 @@ class HippocampalCache(Cache):
         if self.padding:
             counts = self.padding.counts
             self.padding = Padding(counts[rows.to(counts.device)], self.padding.most)
+
+
+def _ballot(settings: RunSettings, windows: set[int], voters: frozenset[int]) -> Ballot:
+    delay = vote_delay(settings.anchor_score, min(windows))
+    return Ballot(settings.anchors, settings.sinks, windows, voters, delay)
 
 
 def new_layer(site: Site, settings: RunSettings) -> AnyLayer:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from transformers.cache_utils import CacheLayerMixin
 
-from ahn.cache.anchors import Bank, Choice
+from ahn.cache.anchors import Bank, Choice, Tally
 from ahn.cache.exact import ExactStore, LaterStore, Padding, Tokens, View
 from ahn.cache.pooled import POOLINGS, PooledStore
 from ahn.config import RunSettings
@@ -31,7 +31,7 @@ class HippocampalLayer(CacheLayerMixin):
         exact: Sinks and window.
         pooled: Slots, in the modes of a Compressive Transformer.
         bank: Anchors, where there are any.
-        key_total: Sum of all unit keys before their rotation, `[B, G, 1, K]` float32, for the votes on anchors.
+        tally: Keys before their rotation, for votes on anchors.
         state: State of the memory, `[B, *state_shape]` float32, or `None` before the first eviction.
     """
 
@@ -55,7 +55,7 @@ class HippocampalLayer(CacheLayerMixin):
         pooling = POOLINGS.get(settings.mode)
         self.pooled = PooledStore(slots, pooling, settings.sinks, window) if pooling and slots else None
         self.bank = Bank(settings.anchors) if settings.has_anchors else None
-        self.key_total: torch.Tensor | None = None
+        self.tally = Tally()
         self.state: torch.Tensor | None = None
 
     def view(self, new: Tokens, padding: Padding | None) -> View:
@@ -100,7 +100,7 @@ class HippocampalLayer(CacheLayerMixin):
         return seen - self.exact.window - view.evicted.length
 
     def _later_stores(self) -> list[LaterStore]:
-        stores: tuple[LaterStore | None, ...] = (self.pooled, self.bank)
+        stores: tuple[LaterStore | None, ...] = (self.pooled, self.bank, self.tally)
         return [store for store in stores if store is not None]
 
     def tensors(self) -> dict[str, torch.Tensor]:
@@ -108,8 +108,6 @@ class HippocampalLayer(CacheLayerMixin):
         held = {} if self.exact.buffer is None else self.exact.buffer._asdict()
         for store in self._later_stores():
             held |= store.tensors()
-        if self.key_total is not None:
-            held["key_total"] = self.key_total
         return held if self.state is None else {**held, "state": self.state}
 
     def set_tensors(self, tensors: dict[str, torch.Tensor], seen: int) -> None:
@@ -117,7 +115,6 @@ class HippocampalLayer(CacheLayerMixin):
         self.state = tensors.get("state")
         if "keys" in tensors:
             self.exact.buffer = Tokens(tensors["keys"], tensors["values"], tensors["side"])
-        self.key_total = tensors.get("key_total")
         for store in self._later_stores():
             store.set_tensors(tensors)
         self.exact.seen = seen
@@ -127,8 +124,6 @@ class HippocampalLayer(CacheLayerMixin):
         """Replaces every tensor by the function's result on it."""
         if self.exact.buffer is not None:
             self.exact.buffer = self.exact.buffer.map(function)
-        if self.key_total is not None:
-            self.key_total = function(self.key_total)
         for store in self._later_stores():
             store.map_tensors(function)
         if self.state is not None:
@@ -160,7 +155,7 @@ class HippocampalLayer(CacheLayerMixin):
         self.exact = ExactStore(self.exact.sinks, self.exact.window)
         for store in self._later_stores():
             store.reset()
-        self.state = self.key_total = None
+        self.state = None
         self.is_initialized = False
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:

@@ -14,7 +14,17 @@ import torch
 from ahn.errors import ConfigError
 from ahn.scores.gate import AnchorGate
 
-__all__ = ["LEARNED", "NEAR", "SCORES", "UNROTATED", "AnchorGate", "NewTokens", "find_score", "usual_voters"]
+__all__ = [
+    "LEARNED",
+    "NEAR",
+    "SCORES",
+    "UNROTATED",
+    "AnchorGate",
+    "NewTokens",
+    "find_score",
+    "usual_voters",
+    "vote_delay",
+]
 
 NEAR = 3
 """Neighbours on each side that a token's score is averaged over. Those behind it are still in the window."""
@@ -28,7 +38,7 @@ class NewTokens:
         keys: Keys, `[B, G, T, K]` float32; as they were before their rotation for the scores in `UNROTATED`.
         tokens: Their indices from each row's first real token, `[B, T]`.
         hidden: For the scores in `LEARNED`: what the layer read, `[B, T, D]`.
-        mean: For the scores in `UNROTATED`: the mean of all unit keys up to and including each token's, as `keys`.
+        mean: For the scores in `UNROTATED`: the mean of all unit keys up to some tokens behind each, as `keys`.
         gate: For the scores in `LEARNED`: the layer's gate.
     """
 
@@ -78,10 +88,24 @@ SCORES: dict[str, Callable[[NewTokens], torch.Tensor]] = {
 """Scores by name: of new tokens to votes, `[B, T]`, the higher the better. A new one is a function and a line here."""
 
 UNROTATED = ("key_diff",)
-"""Scores that need keys as they were before their rotation, and the mean of those so far."""
+"""Scores that need keys as they were before their rotation, and their mean."""
 
 LEARNED = ("learned",)
 """Scores that need weights. Only the layers that have some vote."""
+
+
+_DELAY = 64
+"""Tokens after which scores in `UNROTATED` vote: near the beginning of a text a mean of the keys so far says little."""
+
+
+def vote_delay(score: str, window: int) -> int:
+    """Tokens after which a token is voted on, while it is still in the window.
+
+    Args:
+        score: Name of the score.
+        window: Tokens of the shortest window.
+    """
+    return min(_DELAY, window // 4) if score in UNROTATED else 0
 
 
 def usual_voters(score: str, layers: Sequence[int]) -> list[int]:
