@@ -19,6 +19,7 @@ ahn demo --tokens all --modes window  [dim]# far past the trained context[/dim]
 ahn demo --file book.txt --question "Who tells the story?"
 """
 FACT = "The secret number of the quiet-harbour is 4815162."
+ANCHORS = 128  # with half of them the number stays, but not what it is the number of
 QUESTION = "What is the secret number of the quiet-harbour?"
 
 
@@ -75,7 +76,7 @@ def command(
     screen = show.Screen(output())
     loading.seed(seed)
     loaded = loading.load(model, adapter, window, sinks, sink_positions)
-    anchored = "ahn+64:learned" if loading.votes_for(model) else "ahn+64"
+    anchored = f"ahn+{ANCHORS}:learned" if loading.votes_for(model) else f"ahn+{ANCHORS}"
     plan = comparison.Plan(
         names or [anchored, "ahn", "window", "full"],
         limit,
