@@ -119,7 +119,7 @@ def _show(speed: Speed, title: str, rounds: int) -> None:
     screen.print(
         Text(
             f"This machine copies {machine.bandwidth / 1e9:.1f} GB/s and multiplies {machine.flops / 1e9:,.0f} "
-            f"GFLOP/s, which sets the floor. Medians of {rounds} rounds in which the arms take turns."
+            f"GFLOP/s, which sets the floor. Medians over rounds ({rounds}) in which the arms take turns."
         ),
         soft_wrap=True,
     )
