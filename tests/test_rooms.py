@@ -23,6 +23,8 @@ ROOMS = (
     "attachment",
     "cache",
     "_compat",  # it names the caches that transformers brings, to tell them from ours
+    "voting",
+    "decoding",
     "plan",
     "pieces",
     "softmax",
@@ -39,6 +41,7 @@ ROOMS = (
     "distillation",
     "training",
     "evaluation",
+    "speed",
     "serving",
     "cli",
     "__main__",

@@ -45,7 +45,7 @@ class LayerCall:
         store: The layer's cascade; a fresh one where no cache is kept.
         kept: Whether the store lives on after the call.
         hidden: Input of the attention layer, `[B, T, D]`.
-        gates: The new tokens' gates, `[B, T, N, H]`, or `None` where the memory is silent.
+        gates: The new tokens' gates, `[B, T, N, H]`; `None` where the memory is silent or layers decode together.
         rotary: Their rotation, where bounded sinks or the memory must undo it.
     """
 

@@ -121,7 +121,8 @@ def _listening(sites: list[Site]) -> Iterator[dict[int, list[Gating]]]:
 
     def note(module: nn.Module, args: Any, kwargs: Any) -> None:
         call = kwargs["ahn"]  # the library's own hook, which runs first, has put it there
-        heard[call.site.index].append(call.memory.gating(call.gates))
+        gates = call.memory.gates(call.hidden) if call.gates is None else call.gates  # a single token brings none
+        heard[call.site.index].append(call.memory.gating(gates))
 
     handles = [site.module.register_forward_pre_hook(note, with_kwargs=True) for site in sites]
     try:
