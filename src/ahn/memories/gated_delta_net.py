@@ -18,21 +18,19 @@ from ahn.memories.base import (
     draw_step,
     gate_projection,
     project_layers,
-    read_rows,
-    rms_norm,
     unit,
 )
-from ahn.ops import gated_delta_rule, write_delta_
+from ahn.memories.delta_rule import DeltaRule
+from ahn.ops import gated_delta_rule
 
 
-class GatedDeltaNet(Memory):
+class GatedDeltaNet(DeltaRule):
     """S <- alpha (I - beta k k^T) S + beta k v^T, with beta and alpha from the evicted token's hidden state.
 
     Source: arXiv 2510.07318, equations 5 to 8; the rule is that of arXiv 2412.06464.
     """
 
     gate_count = 2
-    state_products = 3  # what the state recalls of the key, the write, the read
 
     def __init__(self, shape: MemoryShape) -> None:
         super().__init__(shape)
@@ -43,10 +41,6 @@ class GatedDeltaNet(Memory):
         self.b_proj = gate_projection(hidden, heads)
         self.g_proj = gate_projection(hidden, heads)
         self.o_norm = nn.Parameter(torch.ones(shape.value_size))
-
-    def state_shape(self) -> tuple[int, int, int]:
-        """`[H, K, V]`."""
-        return self.shape.query_heads, self.shape.key_size, self.shape.value_size
 
     def gates(self, x_BTD: torch.Tensor) -> torch.Tensor:
         """Log decay (natural, <= 0) and write strength beta in (0, 1), `[B, T, 2, H]`."""
@@ -74,31 +68,8 @@ class GatedDeltaNet(Memory):
         state: torch.Tensor | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """See `Memory.scan`; keys and queries are l2-normalised, queries also divided by sqrt(K)."""
-        q_BTHK = unit(q_BTHK) * self.shape.key_size**-0.5
         g_BTH, beta_BTH = gates_BTNH.unbind(-2)
-        return gated_delta_rule(q_BTHK, unit(k_BTGK), at_least_float32(v_BTGV), g_BTH, beta_BTH, state)
-
-    @classmethod
-    def fold(
-        cls,
-        memories: Sequence[Memory],
-        k_LBGK: torch.Tensor,
-        v_LBGV: torch.Tensor,
-        gates_LBNH: torch.Tensor,
-        state_LB: torch.Tensor,
-    ) -> None:
-        """See `Memory.fold`."""
-        k, v, gates, state = (x.flatten(0, 1) for x in (unit(k_LBGK), v_LBGV, gates_LBNH, state_LB))
-        write_delta_(k, at_least_float32(v), gates[:, 0].exp(), gates[:, 1], state)
-
-    def read(self, q_BTHK: torch.Tensor, state: torch.Tensor) -> torch.Tensor:
-        """See `Memory.read`."""
-        return read_rows(unit(q_BTHK) * self.shape.key_size**-0.5, state)
-
-    def normalise(self, read_BTHV: torch.Tensor, x_BTD: torch.Tensor) -> torch.Tensor:
-        """RMS norm per head times silu of one gate per head."""
-        gate_BTH = F.silu(at_least_float32(self.g_proj(x_BTD)))
-        return rms_norm(read_BTHV, self.o_norm) * gate_BTH[..., None]
+        return gated_delta_rule(self.queries(q_BTHK), unit(k_BTGK), at_least_float32(v_BTGV), g_BTH, beta_BTH, state)
 
 
 def _gates(a: torch.Tensor, b: torch.Tensor, A_log: torch.Tensor, dt_bias: torch.Tensor) -> torch.Tensor:
