@@ -13,7 +13,7 @@ from ahn._compat import CACHE
 from ahn.cache.anchors import Ballot, _Anchors, elect
 from ahn.cache.exact import NEVER
 from ahn.errors import ConfigError
-from ahn.scores import NEAR, SCORES, usual_voters
+from ahn.scores import NEAR, SCORES, told, usual_voters
 from tests.tiny import MEMORIES, give_votes, read, text, tiny, with_memory
 
 SINKS, WINDOW, ANCHORS = 5, 16, 6
@@ -222,6 +222,16 @@ def test_without_anchors_nothing_is_kept_for_them() -> None:
 def test_longest_call_leaves_room_for_the_neighbours() -> None:
     assert Ballot(4, 5, {16, 9}, frozenset(), delay=2).longest_call == 9 - NEAR - 2
     assert NEVER > 2**60
+
+
+def test_what_is_told_is_kept() -> None:
+    model, wanted = with_memory(), set(range(20, 29))
+    with told(wanted), ahn.mode(model, "ahn", anchors=9, anchor_score="oracle"):
+        cache = ahn.HippocampalCache(model)
+        read(model, text(1, 70), [29, 1, 1, 39], cache=cache)
+        assert set(cache.anchor_tokens[0]) == wanted
+    with pytest.raises(ConfigError, match="unknown anchor_score 'oracle'"):
+        with_memory(anchors=4, anchor_score="oracle")
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import ahn
 from ahn.attachment import attachment_of
 from tests.tiny import FAMILIES, MEMORIES, awaken, read, text, tiny
 
-TOLERANCE = 1e-4
+TOLERANCE = 1.5e-4  # the random weights are large: rounding grows from layer to layer
 SINKS, WINDOW = 5, 16
 
 

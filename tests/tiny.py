@@ -31,6 +31,7 @@ EXPERTS = {"num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2, "
 
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {},
+    "llama:wide": {"head_dim": 16},  # the kernels in C take heads of a multiple of 16; the others run in torch
     "qwen2": {"head_dim": None},
     "qwen3": {},
     "qwen3_moe": {**EXPERTS, "decoder_sparse_step": 1},
@@ -81,7 +82,7 @@ def tiny(family: str = "llama", **changes: Any) -> Any:
     settings = {key: value for key, value in {**sizes, **changes}.items() if value is not None}
     if family in ("mistral", "mixtral", "phi3", "starcoder2") and settings.get("sliding_window") is None:
         settings["sliding_window"] = None
-    config = transformers.AutoConfig.for_model(family, **settings)
+    config = transformers.AutoConfig.for_model(family.partition(":")[0], **settings)
     torch.manual_seed(7)
     # Before transformers 5.23, sdpa silently left out Gemma 2's softcap.
     implementation = {"attn_implementation": "eager"} if family == "gemma2" else {}

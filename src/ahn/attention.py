@@ -176,8 +176,7 @@ def _decode(
     local = local_attention(query, call.sink_queries(query, seen), view, call.plan, store.exact.window, seen, softmax)
     if store.state is None:
         return local
-    read = call.memory.read(query.transpose(1, 2), store.state)
-    return local + call.memory.read_out(read, call.hidden).to(local.dtype)
+    return call.memory.add_answer(local, query.transpose(1, 2), call.hidden, store.state)
 
 
 def _without_padding(gates_BENH: torch.Tensor, first: int, sinks: int, padding: Padding) -> torch.Tensor:

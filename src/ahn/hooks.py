@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ahn import _compat
+from ahn import _compat, linears
 from ahn.attachment import Attachment, Site, attachment_of
 from ahn.attention import LayerCall
 from ahn.cache import HippocampalCache, HippocampalLayer, Padding
@@ -45,6 +45,7 @@ def before_call(backbone: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
         plan.election = _election(cache, cache.ballot, _inputs(kwargs).size(1))
     if isinstance(cache, HippocampalCache) and inputs is not None:
         plan.step = begin_step(cache, _inputs(kwargs).size(1))
+    linears.note_call(plan.step is not None)
     plan.token = CURRENT.set(plan)
     return (), kwargs
 

@@ -1,5 +1,7 @@
 """Local attention: one softmax over sinks and window, in blocks of queries, so that no tensor has L x L elements.
 
+In C where that is possible (`ahn.compiled_attention`), else in torch, here.
+
 Legend of shapes: B batch, T queries, H query heads, G key/value heads (H a multiple), K key size, V value size,
 N keys in reach of a block.
 """
@@ -12,6 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from ahn.cache.exact import Extra, Tokens, View
+from ahn.compiled_attention import compiled_attention
 from ahn.plan import Plan
 
 # torch 2.13 has no public function that returns the log-sum of a fused softmax beside its output.
@@ -63,6 +66,10 @@ def local_attention(
         `[B, T, H, V]` in the dtype of the values.
     """
     new = q_BHTK.size(2)
+    if softmax == Softmax(softmax.scaling):
+        out = compiled_attention(q_BHTK, sink_q_BHTK, view, plan, window, seen, softmax.scaling)
+        if out is not None:
+            return out
     if not view.ordered:
         return _attend_one(q_BHTK, sink_q_BHTK, view, plan, window, seen, softmax).transpose(1, 2)
     blocks = []

@@ -12,7 +12,7 @@ from torch import nn
 from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import AttentionInterface
 
-from ahn import _compat
+from ahn import _compat, linears
 from ahn.attachment import Attachment, Site, attachment_of, find_attachment, mode, set_attachment
 from ahn.attention import IMPLEMENTATION, TRACE, attention_function
 from ahn.config import AHNConfig
@@ -100,6 +100,7 @@ def detach(model: nn.Module) -> None:
     attachment = attachment_of(model)
     for handle in attachment.handles:
         handle.remove()
+    linears.restore(model)
     for site in attachment.sites:
         if site.memory is not None:
             delattr(site.module, MODULE)
@@ -212,6 +213,7 @@ def _install(model: Any, backbone: Any, attachment: Attachment) -> None:
     """Hooks, memories and names: everything that `detach` takes back."""
     for module in {id(each): each for each in (model, backbone, *(site.module for site in attachment.sites))}.values():
         set_attachment(module, attachment)
+    linears.speed_up(model)
     handles = attachment.handles
     handles.append(backbone.register_forward_pre_hook(before_call, with_kwargs=True))
     handles.append(backbone.register_forward_hook(after_call, always_call=True))

@@ -129,7 +129,7 @@ class TestRun:
         model = tiny("qwen3", vocab_size=259, head_dim=8)
         ahn.attach(model, ahn.AHNConfig(window=220, sinks=10))
         ids = torch.randint(3, 259, (700,), generator=torch.Generator().manual_seed(0))
-        item = Item(tuple(ids.tolist()), (), Exact(10, 220, 700, 760), 0.0, 0)
+        item = Item(tuple(ids.tolist()), (), frozenset(), Exact(10, 220, 700, 760), 0.0, 0)
         whole, part = (arm_reader(model, "tail", score=False) for _ in range(2))
         whole.feed(ids)
         part.feed(torch.tensor(run._read_by("tail", item)))

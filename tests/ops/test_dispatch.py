@@ -33,6 +33,10 @@ def tensors(T: int = 3, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]
     }
 
 
+def pick(given: dict[str, Tensor], kind: type[Tensor] = Tensor) -> object:
+    return ops._pick(*(x.as_subclass(kind) for x in given.values()))
+
+
 @pytest.fixture
 def fla(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[dict[str, Any]]]:
     """A stand-in for fla that records its calls and answers with the loop over tokens."""
@@ -74,7 +78,7 @@ def no_fla(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 @pytest.mark.parametrize(("T", "expected"), [(0, chunked), (1, step), (2, chunked)], ids=["0", "1", "2"])
 def test_cpu_tensors_choose_by_length(T: int, expected: ModuleType) -> None:
-    assert ops._pick(tensors(T)["q"]) is expected
+    assert pick(tensors(T)) is expected
 
 
 def test_cpu_tensors_never_reach_fla(fla: list[dict[str, Any]]) -> None:
@@ -83,32 +87,32 @@ def test_cpu_tensors_never_reach_fla(fla: list[dict[str, Any]]) -> None:
 
 
 def test_cuda_tensors_choose_fla(fla: list[dict[str, Any]]) -> None:
-    assert ops._pick(tensors(2)["q"].as_subclass(OnCuda)) is cuda
-    assert ops._pick(tensors(1)["q"].as_subclass(OnCuda)) is step
+    assert pick(tensors(2), OnCuda) is cuda
+    assert pick(tensors(1), OnCuda) is step
 
 
 def test_cuda_tensors_without_fla_run_in_plain_torch(no_fla: None) -> None:
-    assert ops._pick(tensors()["q"].as_subclass(OnCuda)) is chunked
+    assert pick(tensors(), OnCuda) is chunked
 
 
 def test_backend_holds_inside_its_block_only() -> None:
-    q = tensors()["q"]
+    given = tensors()
     with ops.backend("naive"):
-        assert ops._pick(q) is naive
+        assert pick(given) is naive
         with ops.backend("chunked"):
-            assert ops._pick(q) is chunked
-        assert ops._pick(q) is naive
-    assert ops._pick(q) is chunked
+            assert pick(given) is chunked
+        assert pick(given) is naive
+    assert pick(given) is chunked
 
 
 def test_backend_ends_after_an_error() -> None:
     with pytest.raises(RuntimeError), ops.backend("naive"):
         raise RuntimeError
-    assert ops._pick(tensors()["q"]) is chunked
+    assert pick(tensors()) is chunked
 
 
 def test_unknown_backend_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"'triton'.*auto, naive, chunked, cuda"), ops.backend("triton"):
+    with pytest.raises(ConfigError, match=r"'triton'.*auto, naive, chunked, compiled, cuda"), ops.backend("triton"):
         pass
 
 
@@ -117,7 +121,7 @@ def test_forced_cuda_says_what_is_missing(no_fla: None) -> None:
         with pytest.raises(ConfigError, match="needs tensors on a CUDA device, got cpu"):
             ops.gated_delta_rule(*tensors().values())
         with pytest.raises(ConfigError, match="pip install"):
-            ops._pick(tensors()["q"].as_subclass(OnCuda))
+            pick(tensors(), OnCuda)
 
 
 @pytest.mark.parametrize("rule", ["gated_delta_rule", "delta_rule", "state_space"])

@@ -171,6 +171,7 @@ class ExactStore:
         self.window = window
         self.seen = 0
         self.buffer: Tokens | None = None
+        self._views: tuple[Tokens, Tokens, Tokens] | None = None  # of a buffer: that buffer, its sinks, nothing of it
 
     def view(self, new: Tokens, padding: Padding | None) -> View:
         """What the queries of new tokens may read, without storing anything; gradients flow through it.
@@ -219,7 +220,7 @@ class ExactStore:
             keep_evicted: Whether the view shall hold the token that leaves.
         """
         leaves = keep_evicted and self.seen - self.window >= self.sinks
-        evicted = self.leaving().map(torch.clone) if leaves else self._ring.span(0, 0)
+        evicted = self.leaving().map(torch.clone) if leaves else None
         slot = self._slot(self.seen)
         buffer = self._reserved(self.seen + 1, self._ring)
         buffer.keys[:, :, slot : slot + 1] = key
@@ -235,13 +236,16 @@ class ExactStore:
         slot = self._slot(self.seen)
         return self._ring.span(slot, slot + 1)
 
-    def _after_one(self, evicted: Tokens) -> View:
+    def _after_one(self, evicted: Tokens | None) -> View:
         """What the query of a token that was just stored reads: all slots as they lie."""
         self.seen += 1
+        if self._views is None or self._views[0] is not self.buffer:
+            self._views = self._ring, self._ring.span(0, self.sinks), self._ring.span(0, 0)
+        _, sinks, nothing = self._views
         used = min(self.seen, self.sinks + self.window)
         local = self._ring if used == self._ring.length else self._ring.span(0, used)
         first = max(self.sinks, self.seen - self.window)
-        return View(self._ring.span(0, self.sinks), local, first, False, evicted)
+        return View(sinks, local, first, False, nothing if evicted is None else evicted)
 
     @property
     def _ring(self) -> Tokens:

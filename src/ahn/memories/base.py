@@ -13,6 +13,8 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import nn
 
+from ahn import native
+
 
 class MemoryShape(NamedTuple):
     """Sizes of the attention layer that a memory serves.
@@ -50,9 +52,9 @@ class Memory(nn.Module, abc.ABC):
 
     It reuses the attention's own queries, keys and values and learns only gates and a read-out. A subclass declares
     `gate_count` and `state_products` and implements `gates`, `gating`, `scan`, `normalise` and `state_shape`; gates of
-    zero must leave the state unchanged, which is how padding is kept out of it. `gates_of_layers`, `fold` and `read` do
-    the same for decoding, and follow from these; a subclass has its own only to be fast. The output projection starts
-    at zero, so that an untrained memory changes nothing.
+    zero must leave the state unchanged, which is how padding is kept out of it. `gates_of_layers`, `fold`, `read` and
+    `add_answer` do the same for decoding, and follow from these; a subclass has its own only to be fast. The output
+    projection starts at zero, so that an untrained memory changes nothing.
 
     Args:
         shape: Sizes of the attention layer.
@@ -167,6 +169,19 @@ class Memory(nn.Module, abc.ABC):
         nothing = state.new_zeros(batch, length, self.gate_count, heads)
         return self.scan(q_BTHK, key, value, nothing, state)[0]
 
+    def add_answer(
+        self, local_B1HV: torch.Tensor, q_B1HK: torch.Tensor, x_B1D: torch.Tensor, state: torch.Tensor
+    ) -> torch.Tensor:
+        """The attention output of one token with what the memory adds to it, `[B, 1, H, V]`; for decoding.
+
+        Args:
+            local_B1HV: Output of the attention over exact tokens; it may be overwritten.
+            q_B1HK: The token's query, `[B, 1, H, K]`.
+            x_B1D: Input of the attention layer, `[B, 1, D]`.
+            state: The state, `[B, *state_shape()]` float32.
+        """
+        return local_B1HV + self.read_out(self.read(q_B1HK, state), x_B1D).to(local_B1HV.dtype)
+
     @abc.abstractmethod
     def normalise(self, read_BTHV: torch.Tensor, x_BTD: torch.Tensor) -> torch.Tensor:
         """Gated norm of what was read, `[B, T, H, V]` float32, before the output projection.
@@ -243,7 +258,10 @@ def project_layers(x_LBD: torch.Tensor, linears: Sequence[Sequence[nn.Linear]]) 
     Returns:
         What each of a layer's maps gives, `[L, B, H]`.
     """
-    weights = torch.stack([linear.weight for row in linears for linear in row])  # [L * maps, H, D]
+    maps = [linear.weight for row in linears for linear in row]
+    if x_LBD.size(1) <= native.MOST_VECTORS and native.ready(x_LBD, *maps) and x_LBD.size(2) % 8 == 0:
+        return native.linear_each(x_LBD, maps).unbind(1)
+    weights = torch.stack(maps)  # [L * maps, H, D]
     out_LBR = torch.bmm(x_LBD, weights.view(x_LBD.size(0), -1, x_LBD.size(2)).mT)
     return out_LBR.chunk(len(linears[0]), dim=-1)
 

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ahn import native
 from ahn.memories.base import (
     Gating,
     Memory,
@@ -96,6 +97,16 @@ class Mamba2(Memory):
     def read(self, q_BTHK: torch.Tensor, state: torch.Tensor) -> torch.Tensor:
         """See `Memory.read`."""
         return read_rows(unit(q_BTHK), state.mT)
+
+    def add_answer(
+        self, local_B1HV: torch.Tensor, q_B1HK: torch.Tensor, x_B1D: torch.Tensor, state: torch.Tensor
+    ) -> torch.Tensor:
+        """See `Memory.add_answer`."""
+        weights = native.ReadOut(self.g_proj.weight, self.g_proj.bias, self.norm, self.o_proj)
+        if not native.can_read_out(local_B1HV, q_B1HK, x_B1D, state, weights):
+            return super().add_answer(local_B1HV, q_B1HK, x_B1D, state)
+        native.read_out_(local_B1HV, q_B1HK, x_B1D, state, weights, 1.0, per_head=False)
+        return local_B1HV
 
     def normalise(self, read_BTHV: torch.Tensor, x_BTD: torch.Tensor) -> torch.Tensor:
         """RMS norm over all heads at once, after multiplying with silu of one gate per head."""

@@ -1,7 +1,8 @@
 """The recurrences of the memories as pure functions of tensors.
 
 Every call picks its backend from the tensors it is given: one token goes to a short path for decoding, CUDA tensors
-to the kernels of flash-linear-attention where that is installed, everything else to the chunked form in plain torch.
+to the kernels of flash-linear-attention where that is installed, float32 on a CPU without gradients to kernels in C
+where these can be compiled, everything else to the chunked form in plain torch.
 
 Shapes: B batch, T tokens, H query heads, G kv heads (H = r * G; query head h uses kv head h // r), K key size,
 V value size.
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ahn.errors import ConfigError
-from ahn.ops import chunked, cuda, naive, step
+from ahn.ops import chunked, compiled, cuda, naive, step
 from ahn.ops._shared import check_shapes
 from ahn.ops.step import write_delta_, write_state_space_
 
@@ -32,7 +33,7 @@ __all__ = [
     "write_state_space_",
 ]
 
-_NAMES = ("auto", "naive", "chunked", "cuda")
+_NAMES = ("auto", "naive", "chunked", "compiled", "cuda")
 _chosen: ContextVar[str] = ContextVar("ahn_ops_backend", default="auto")
 
 
@@ -41,7 +42,7 @@ def backend(name: str) -> Iterator[None]:
     """Run every recurrence of this thread or task with one backend; meant for tests and comparisons.
 
     Args:
-        name: "auto" (pick per call), "naive" (the loop, the ground truth), "chunked" or "cuda".
+        name: "auto" (pick per call), "naive" (the loop, the ground truth), "chunked", "compiled" (C) or "cuda".
 
     Raises:
         ConfigError: There is no such backend.
@@ -92,7 +93,9 @@ def gated_delta_rule(
     """
     check_shapes(q_BTHK, k_BTGK, v_BTGV, {"g": g_BTH, "beta": beta_BTH}, state_BHKV, value_first=False)
     with _full_precision(q_BTHK):
-        return _pick(q_BTHK).gated_delta_rule(q_BTHK, k_BTGK, v_BTGV, g_BTH, beta_BTH, state_BHKV)
+        return _pick(q_BTHK, k_BTGK, v_BTGV, g_BTH, beta_BTH, state_BHKV).gated_delta_rule(
+            q_BTHK, k_BTGK, v_BTGV, g_BTH, beta_BTH, state_BHKV
+        )
 
 
 def delta_rule(
@@ -117,7 +120,9 @@ def delta_rule(
     """
     check_shapes(q_BTHK, k_BTGK, v_BTGV, {"beta": beta_BTH}, state_BHKV, value_first=False)
     with _full_precision(q_BTHK):
-        return _pick(q_BTHK).delta_rule(q_BTHK, k_BTGK, v_BTGV, beta_BTH, state_BHKV)
+        return _pick(q_BTHK, k_BTGK, v_BTGV, beta_BTH, state_BHKV).delta_rule(
+            q_BTHK, k_BTGK, v_BTGV, beta_BTH, state_BHKV
+        )
 
 
 def state_space(
@@ -146,7 +151,9 @@ def state_space(
     """
     check_shapes(q_BTHK, k_BTGK, v_BTGV, {"g": g_BTH, "dt": dt_BTH}, state_BHVK, value_first=True)
     with _full_precision(q_BTHK):
-        return _pick(q_BTHK).state_space(q_BTHK, k_BTGK, v_BTGV, g_BTH, dt_BTH, state_BHVK)
+        return _pick(q_BTHK, k_BTGK, v_BTGV, g_BTH, dt_BTH, state_BHVK).state_space(
+            q_BTHK, k_BTGK, v_BTGV, g_BTH, dt_BTH, state_BHVK
+        )
 
 
 class _Backend(Protocol):
@@ -165,7 +172,7 @@ class _Backend(Protocol):
     ) -> tuple[Tensor, Tensor]: ...
 
 
-def _pick(q_BTHK: Tensor) -> _Backend:
+def _pick(q_BTHK: Tensor, k_BTGK: Tensor, v_BTGV: Tensor, *others: Tensor | None) -> _Backend:
     """Choose the backend of one call."""
     name = _chosen.get()
     if name == "naive":
@@ -178,9 +185,18 @@ def _pick(q_BTHK: Tensor) -> _Backend:
         if not cuda.available():
             raise ConfigError("backend 'cuda' needs flash-linear-attention: pip install 'ahn[cuda]', or use 'auto'")
         return cuda
+    if name == "compiled":
+        if not compiled.available(q_BTHK, k_BTGK, v_BTGV, *others):
+            raise ConfigError(
+                "backend 'compiled' needs float32 on a CPU without gradients, values of a multiple of 16 numbers and a "
+                "C compiler; use 'auto'"
+            )
+        return compiled
     if q_BTHK.shape[1] == 1:
         return step
-    return cuda if q_BTHK.is_cuda and cuda.available() else chunked
+    if q_BTHK.is_cuda:
+        return cuda if cuda.available() else chunked
+    return compiled if compiled.available(q_BTHK, k_BTGK, v_BTGV, *others) else chunked
 
 
 def _full_precision(q_BTHK: Tensor) -> AbstractContextManager[object]:

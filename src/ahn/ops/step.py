@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ahn import native
 from ahn.ops._shared import first_state, in_compute_dtype
 
 
@@ -56,9 +57,14 @@ def write_delta_(k_BGK: Tensor, v_BGV: Tensor, decay_BH: Tensor | None, beta_BH:
     """
     B, H, K, V = state_BHKV.shape
     S_XKV = state_BHKV.view(B * H, K, V)
+    k_X1K, v_X1V = _rows(k_BGK.unsqueeze(1), H), _rows(v_BGV.unsqueeze(1), H)
+    gates = [beta_BH] if decay_BH is None else [beta_BH, decay_BH]
+    if native.ready(k_X1K, v_X1V, S_XKV, *gates, sizes=(V,)):
+        decay_X = None if decay_BH is None else decay_BH.reshape(-1)
+        native.write_delta_(k_X1K, v_X1V, decay_X, beta_BH.reshape(-1), S_XKV)
+        return
     if decay_BH is not None:
         S_XKV.mul_(decay_BH.reshape(B * H, 1, 1))
-    k_X1K, v_X1V = _rows(k_BGK.unsqueeze(1), H), _rows(v_BGV.unsqueeze(1), H)
     u_X1V = torch.baddbmm(v_X1V, k_X1K, S_XKV, alpha=-1).mul_(beta_BH.reshape(B * H, 1, 1))
     S_XKV.baddbmm_(k_X1K.mT, u_X1V)
 
@@ -74,9 +80,13 @@ def write_state_space_(k_BGK: Tensor, v_BGV: Tensor, decay_BH: Tensor, dt_BH: Te
         state_BHVK: The state, `[B, H, V, K]`, contiguous.
     """
     B, H, V, K = state_BHVK.shape
-    S_XVK = state_BHVK.view(B * H, V, K).mul_(decay_BH.reshape(B * H, 1, 1))
-    v_XV1 = _rows(v_BGV.unsqueeze(1), H).mT * dt_BH.reshape(B * H, 1, 1)
-    S_XVK.baddbmm_(v_XV1, _rows(k_BGK.unsqueeze(1), H))
+    S_XVK = state_BHVK.view(B * H, V, K)
+    k_X1K, v_X1V = _rows(k_BGK.unsqueeze(1), H), _rows(v_BGV.unsqueeze(1), H)
+    if native.ready(k_X1K, v_X1V, S_XVK, decay_BH, dt_BH, sizes=(K,)):
+        native.write_state_space_(k_X1K, v_X1V, decay_BH.reshape(-1), dt_BH.reshape(-1), S_XVK)
+        return
+    S_XVK.mul_(decay_BH.reshape(B * H, 1, 1))
+    S_XVK.baddbmm_(v_X1V.mT * dt_BH.reshape(B * H, 1, 1), k_X1K)
 
 
 def _delta(q_BTHK: Tensor, k_BTGK: Tensor, v_BTGV: Tensor, beta_BTH: Tensor, S_BHKV: Tensor) -> tuple[Tensor, Tensor]:

@@ -6,7 +6,9 @@ Legend of shapes: B batch, T new tokens, G key/value heads, K key size.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -17,11 +19,13 @@ from ahn.scores.gate import AnchorGate
 __all__ = [
     "LEARNED",
     "NEAR",
+    "ORACLE",
     "SCORES",
     "UNROTATED",
     "AnchorGate",
     "NewTokens",
     "find_score",
+    "told",
     "usual_voters",
     "vote_delay",
 ]
@@ -87,6 +91,11 @@ SCORES: dict[str, Callable[[NewTokens], torch.Tensor]] = {
 }
 """Scores by name: of new tokens to votes, `[B, T]`, the higher the better. A new one is a function and a line here."""
 
+ORACLE = "oracle"
+"""A score that is not in the table: the tokens that `told` names, for the bound of what a choice can bring."""
+
+_told: ContextVar[frozenset[int] | None] = ContextVar("ahn_told", default=None)
+
 UNROTATED = ("key_diff",)
 """Scores that need keys as they were before their rotation, and their mean."""
 
@@ -124,12 +133,33 @@ def usual_voters(score: str, layers: Sequence[int]) -> list[int]:
     return sorted({layers[place] for place in (count // 6, count // 5, 2 * count // 5)})
 
 
+@contextmanager
+def told(tokens: Iterable[int]) -> Iterator[None]:
+    """Makes known the score "oracle" inside a `with` block: it votes for these tokens alone.
+
+    Args:
+        tokens: Their indices from each row's first real token.
+    """
+    token = _told.set(frozenset(tokens))
+    try:
+        yield
+    finally:
+        _told.reset(token)
+
+
+def _oracle(new: NewTokens) -> torch.Tensor:
+    wanted = torch.tensor(sorted(_there(_told.get())), dtype=torch.long, device=new.tokens.device)
+    return torch.isin(new.tokens, wanted).float()
+
+
 def find_score(name: str) -> Callable[[NewTokens], torch.Tensor]:
     """The score of a name.
 
     Raises:
         ConfigError: There is none.
     """
+    if name == ORACLE and _told.get() is not None:
+        return _oracle
     if name not in SCORES:
         raise ConfigError(f"unknown anchor_score {name!r}; known are {', '.join(SCORES)}")
     return SCORES[name]

@@ -62,6 +62,7 @@ class Item:
     Attributes:
         context: Token ids of the chat's opening and the text.
         asks: The questions.
+        needles: Tokens of the needles that are asked for, places in `context`.
         exact: What sinks and window hold when the questions are answered.
         window_begins: Depth in the text at which the window begins; 0 or less if all of it is in the window.
         moved: Needles that straddled two spans and were moved.
@@ -69,6 +70,7 @@ class Item:
 
     context: tuple[int, ...]
     asks: tuple[Asked, ...]
+    needles: frozenset[int]
     exact: Exact
     window_begins: float
     moved: int
@@ -137,7 +139,8 @@ class Builder:
             for ask in sheet.asks
         )
         begins = (exact().window_begins - before) / len(text.ids)
-        return Item((*self.opening, *text.ids), tuple(asks), exact(), begins, moved)
+        needles = frozenset(before + place for index in asked for place in range(*text.spans[index]))
+        return Item((*self.opening, *text.ids), tuple(asks), needles, exact(), begins, moved)
 
     def fits(self, sheet: Sheet, length: int) -> bool:
         """Whether the needles and questions of a sheet fit into a length, with half as much text around them."""

@@ -12,6 +12,7 @@ from ahn.evaluation.arms import ArmReader, arm_reader
 from ahn.evaluation.recall.items import Asked, Item, Target
 from ahn.evaluation.recall.plan import Place, Plan
 from ahn.evaluation.recall.scoring import found, log_probability, rank
+from ahn.scores import told
 
 if TYPE_CHECKING:
     from ahn.evaluation.journal import Journal
@@ -73,8 +74,14 @@ def _answered(model: Any, plan: Plan, arm: str, item: Item, stop: Collection[int
     scored = [ask for ask in item.asks if any(target.label is not None for target in ask.targets)]
     if not scored:
         return {"values": [], "answers": [], "seconds": 0.0, "cache_bytes": 0}
-    reader = arm_reader(model, arm, score=False)
-    reader.feed(torch.tensor(_read_by(arm, item)))
+    with told(item.needles):
+        reader = arm_reader(model, arm, score=False)
+        reader.feed(torch.tensor(_read_by(arm, item)))
+        return _asked(plan, reader, scored, stop)
+
+
+def _asked(plan: Plan, reader: ArmReader, scored: Sequence[Asked], stop: Collection[int]) -> Record:
+    """Asks what counts of a reader that has read the context."""
     values, answers = [], []
     for ask in scored:
         ranks = _ranks(reader, ask)

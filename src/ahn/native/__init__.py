@@ -1,0 +1,360 @@
+"""Kernels in C for float32 on a CPU, without gradients; the torch forms they stand for are always there too.
+
+They are compiled when the first tensors come that they can work on, for the machine at hand. Where that is not possible
+(no C compiler, Windows), or where `AHN_NATIVE=0` is set, everything runs in torch, more slowly.
+
+Legend of shapes: B batch, T tokens, H query heads, G key/value heads, K key size, V value size, D hidden size,
+X states, N places of a stretch.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ahn.native import build
+
+__all__ = [
+    "MOST_VECTORS",
+    "ReadOut",
+    "Stretch",
+    "attend",
+    "attend_one",
+    "can_read_out",
+    "linear",
+    "linear_each",
+    "read_out_",
+    "ready",
+    "scan",
+    "scan_state_space",
+    "switched_off",
+    "why_not",
+    "write_delta_",
+    "write_state_space_",
+]
+
+_log = logging.getLogger(__name__)
+_off: ContextVar[bool] = ContextVar("ahn_native_off", default=False)
+_INT, _FLOAT, _POINTER = ctypes.c_int64, ctypes.c_float, ctypes.c_void_p
+_ARGUMENTS = {
+    "ahn_scan": [*[_INT] * 6, *[_POINTER] * 7, ctypes.c_int],
+    "ahn_attend": [*[_INT] * 10, _FLOAT, _POINTER, _INT, _POINTER],
+    "ahn_attend_one": [*[_INT] * 6, _FLOAT, _POINTER, _INT, _POINTER],
+    "ahn_write_delta": [*[_INT] * 3, *[_POINTER] * 5],
+    "ahn_write_state_space": [*[_INT] * 3, *[_POINTER] * 5],
+    "ahn_linear": [*[_INT] * 3, *[_POINTER] * 4],
+    "ahn_linear_each": [*[_INT] * 5, *[_POINTER] * 3],
+    "ahn_read_out": [*[_INT] * 5, *[_POINTER] * 7, _FLOAT, ctypes.c_int, _POINTER],
+}
+
+
+MOST_VECTORS = 4
+"""Vectors that `linear` multiplies at once."""
+
+
+class Stretch(NamedTuple):
+    """Keys and values of consecutive places, with the queries that read them.
+
+    Attributes:
+        queries: `[B, H, T, K]`.
+        keys: `[B, G, N, K]`, the last dimension dense.
+        values: `[B, G, N, V]`, likewise.
+        first: Index of the token at the first place; the others follow it.
+        reach: A query reads that many tokens up to its own.
+        lives: For places without an order, instead of these two: index of the first token whose query reads each, and
+            of the first whose query reads it no more, `[B or 1, N]` int64 each.
+        mask: For a single query: added to its scores, `[B, N]`, or `None`.
+    """
+
+    queries: Tensor
+    keys: Tensor
+    values: Tensor
+    first: int = 0
+    reach: int = 2**62
+    lives: tuple[Tensor, Tensor] | None = None
+    mask: Tensor | None = None
+
+
+class _Stretch(ctypes.Structure):
+    """`Stretch` of attention.c."""
+
+    _fields_ = (
+        *((name, _POINTER) for name in ("queries", "keys", "values")),
+        *((name, _INT) for name in ("key_batch", "key_head", "key_place", "value_batch", "value_head", "value_place")),
+        *((name, _INT) for name in ("count", "first", "reach")),
+        *((name, _POINTER) for name in ("born", "died")),
+        ("life_batch", _INT),
+        ("mask", _POINTER),
+        ("mask_batch", _INT),
+    )
+
+
+@contextmanager
+def switched_off() -> Iterator[None]:
+    """Runs everything of this thread or task in torch; meant for tests and comparisons."""
+    token = _off.set(True)
+    try:
+        yield
+    finally:
+        _off.reset(token)
+
+
+def ready(*tensors: Tensor, sizes: Sequence[int] = ()) -> bool:
+    """Whether the kernels can work on tensors.
+
+    Args:
+        *tensors: All that they would be given.
+        sizes: Sizes of keys and values, which must fill whole vectors.
+
+    Returns:
+        True for plain float32 tensors on a CPU of which no gradient is asked, where the kernels could be compiled.
+    """
+    for tensor in tensors:
+        if tensor.dtype is not torch.float32 or not tensor.is_cpu or type(tensor) not in (Tensor, nn.Parameter):
+            return False
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+        return False
+    if _off.get() or torch.compiler.is_compiling() or not isinstance(_kernels(), ctypes.CDLL):
+        return False
+    return all(size % _panel() == 0 for size in sizes)
+
+
+def why_not() -> str | None:
+    """Why there are no kernels on this machine, or `None` where there are; compiles them if need be."""
+    kernels = _kernels()
+    return None if isinstance(kernels, ctypes.CDLL) else kernels
+
+
+def scan(
+    q_BTHK: Tensor, k_BTGK: Tensor, v_BTGV: Tensor, log_decay_BTH: Tensor | None, write_BTH: Tensor, state: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The (gated) delta rule over tokens; see `ahn.ops.gated_delta_rule`.
+
+    Args:
+        q_BTHK: Queries.
+        k_BTGK: Keys.
+        v_BTGV: Values.
+        log_decay_BTH: Log decay per token; `None` where nothing decays.
+        write_BTH: Writing strength per token.
+        state: State before the first token, `[B, H, K, V]`. It is not changed.
+
+    Returns:
+        The outputs, `[B, T, H, V]`, and the state after the last token.
+    """
+    return _scan(q_BTHK, k_BTGK, v_BTGV, log_decay_BTH, write_BTH, state, is_delta=True)
+
+
+def scan_state_space(
+    q_BTHK: Tensor, k_BTGK: Tensor, v_BTGV: Tensor, log_decay_BTH: Tensor, step_BTH: Tensor, state: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The state space recurrence over tokens, state `[B, H, V, K]`; see `ahn.ops.state_space`."""
+    return _scan(q_BTHK, k_BTGK, v_BTGV, log_decay_BTH, step_BTH, state, is_delta=False)
+
+
+def _scan(
+    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, write: Tensor, state: Tensor, *, is_delta: bool
+) -> tuple[Tensor, Tensor]:
+    B, T, H, K = q.shape
+    G, V = v.shape[2:]
+    after = state.clone(memory_format=torch.contiguous_format)
+    out = q.new_empty(B, T, H, V)
+    q, k, v, write = (x.contiguous() for x in (q, k, v, write))
+    log_decay = None if log_decay is None else log_decay.contiguous()
+    _run("ahn_scan", B, T, H, G, K, V, q, k, v, log_decay, write, after, out, int(is_delta))
+    return out, after
+
+
+def attend(stretches: Sequence[Stretch], seen: int, scaling: float) -> Tensor:
+    """One softmax of many queries over several stretches of keys.
+
+    Args:
+        stretches: The keys; every query reads at least one of them. The queries of all lie in memory alike.
+        seen: Index of the first query's token.
+        scaling: Factor on the products of queries and keys.
+
+    Returns:
+        `[B, T, H, V]`.
+    """
+    q_BHTK, v_BGNV = stretches[0].queries, stretches[0].values
+    B, H, T, K = q_BHTK.shape
+    G, V = v_BGNV.size(1), v_BGNV.size(3)
+    out = q_BHTK.new_empty(B, T, H, V)
+    described = (_Stretch * len(stretches))(*map(_described, stretches))
+    strides = q_BHTK.stride()[:3]
+    _run("ahn_attend", B, T, H, G, K, V, *strides, seen, scaling, ctypes.addressof(described), len(stretches), out)
+    return out
+
+
+def attend_one(stretches: Sequence[Stretch], seen: int, scaling: float) -> Tensor:
+    """One softmax of a single query over several stretches of keys, of which those without `lives` are read whole.
+
+    Args:
+        stretches: The keys; the queries are `[B, H, 1, K]`, dense.
+        seen: Index of the query's token.
+        scaling: Factor on the products of queries and keys.
+
+    Returns:
+        `[B, 1, H, V]`.
+    """
+    q_BH1K, v_BGNV = stretches[0].queries, stretches[0].values
+    B, H, _, K = q_BH1K.shape
+    G, V = v_BGNV.size(1), v_BGNV.size(3)
+    out = q_BH1K.new_empty(B, 1, H, V)
+    described = (_Stretch * len(stretches))(*map(_described, stretches))
+    _run("ahn_attend_one", B, H, G, K, V, seen, scaling, ctypes.addressof(described), len(stretches), out)
+    return out
+
+
+def write_delta_(k_XK: Tensor, v_XV: Tensor, decay_X: Tensor | None, write_X: Tensor, state_XKV: Tensor) -> None:
+    """Writes one token into states of the (gated) delta rule, in place; see `ahn.ops.write_delta_`. All dense."""
+    _run("ahn_write_delta", *state_XKV.shape, k_XK, v_XV, decay_X, write_X, state_XKV)
+
+
+def write_state_space_(k_XK: Tensor, v_XV: Tensor, decay_X: Tensor, step_X: Tensor, state_XVK: Tensor) -> None:
+    """Writes one token into states of the state space recurrence, in place; see `ahn.ops.write_state_space_`. Dense."""
+    X, V, K = state_XVK.shape
+    _run("ahn_write_state_space", X, K, V, k_XK, v_XV, decay_X, step_X, state_XVK)
+
+
+class ReadOut(NamedTuple):
+    """Weights of a memory's read-out.
+
+    Attributes:
+        gate: Weight of the gate per head, `[H, D]`.
+        gate_bias: Its bias, `[H]`, or `None`.
+        norm: Weight of the norm, `[V]` where it is taken per head, or `[H * V]`.
+        o_proj: Output projection, `[H, V, V]`.
+    """
+
+    gate: Tensor
+    gate_bias: Tensor | None
+    norm: Tensor
+    o_proj: Tensor
+
+
+def can_read_out(local_B1HV: Tensor, q_B1HK: Tensor, x_B1D: Tensor, state: Tensor, weights: ReadOut) -> bool:
+    """Whether `read_out_` can work on these."""
+    tensors = [x for x in weights if x is not None]
+    sizes = q_B1HK.size(3), local_B1HV.size(3)
+    return local_B1HV.is_contiguous() and ready(local_B1HV, q_B1HK, x_B1D, state, *tensors, sizes=sizes)
+
+
+def read_out_(
+    local_B1HV: Tensor,
+    q_B1HK: Tensor,
+    x_B1D: Tensor,
+    state: Tensor,
+    weights: ReadOut,
+    scale: float,
+    *,
+    per_head: bool,
+) -> None:
+    """Adds what a memory says to one query per row, in place; see `ahn.memories.base.Memory.add_answer`.
+
+    Args:
+        local_B1HV: What to add to, dense.
+        q_B1HK: Queries, which are brought to length 1.
+        x_B1D: Input of the attention layer.
+        state: `[B, H, K, V]` with `per_head`, else `[B, H, V, K]`.
+        weights: Of the read-out.
+        scale: Factor on the queries.
+        per_head: Whether the norm is taken per head and before the gate, as by the delta rules, rather than over all
+            heads and after it, as by Mamba2.
+    """
+    B, _, H, K = q_B1HK.shape
+    V, D = local_B1HV.size(3), x_B1D.size(2)
+    q, x, state = q_B1HK.contiguous(), x_B1D.contiguous(), state.contiguous()
+    _run("ahn_read_out", B, H, K, V, D, q, x, state, *weights, scale, int(per_head), local_B1HV)
+
+
+def linear(x: Tensor, weight_ND: Tensor, bias_N: Tensor | None) -> Tensor:
+    """A linear map of a few vectors, `[..., N]`.
+
+    Args:
+        x: At most `MOST_VECTORS` vectors, `[..., D]`, D a multiple of 8.
+        weight_ND: The weight, dense.
+        bias_N: The bias, if there is one.
+    """
+    N, D = weight_ND.shape
+    x = x.contiguous()
+    out = x.new_empty(*x.shape[:-1], N)
+    _run("ahn_linear", x.numel() // D, N, D, x, weight_ND, bias_N, out)
+    return out
+
+
+def linear_each(x_LMD: Tensor, weights: Sequence[Tensor]) -> Tensor:
+    """Several linear maps of each of several layers, `[L, maps, M, N]`.
+
+    Args:
+        x_LMD: At most `MOST_VECTORS` vectors of each layer, D a multiple of 8.
+        weights: The layers' maps, those of the first layer first, `[N, D]` each.
+    """
+    L, M, D = x_LMD.shape
+    N = weights[0].size(0)
+    maps = len(weights) // L
+    weights = [weight.contiguous() for weight in weights]
+    x, out = x_LMD.contiguous(), x_LMD.new_empty(L, maps, M, N)
+    addresses = (_POINTER * len(weights))(*(weight.data_ptr() for weight in weights))
+    _run("ahn_linear_each", L, maps, M, N, D, x, ctypes.addressof(addresses), out)
+    return out
+
+
+def _described(stretch: Stretch) -> _Stretch:
+    """A stretch as the kernels take it; the tensors must outlive the call."""
+    queries, keys, values, first, reach, lives, mask = stretch
+    born, died = lives or (None, None)
+    return _Stretch(
+        queries.data_ptr(),
+        keys.data_ptr(),
+        values.data_ptr(),
+        *keys.stride()[:3],
+        *values.stride()[:3],
+        keys.size(2),
+        first,
+        reach,
+        None if born is None else born.data_ptr(),
+        None if died is None else died.data_ptr(),
+        0 if born is None or born.size(0) == 1 else born.stride(0),
+        None if mask is None else mask.data_ptr(),
+        0 if mask is None or mask.size(0) == 1 else mask.stride(0),
+    )
+
+
+def _run(name: str, *arguments: Any) -> None:
+    """Calls a kernel; tensors go as addresses."""
+    plain = (x.data_ptr() if isinstance(x, Tensor) else x for x in arguments)
+    if getattr(_kernels(), name)(*plain):
+        raise MemoryError(f"{name} found no memory to work in")
+
+
+@lru_cache(maxsize=1)
+def _kernels() -> ctypes.CDLL | str:
+    """The kernels, or why there are none."""
+    if os.environ.get("AHN_NATIVE") == "0":
+        return "AHN_NATIVE=0 is set"
+    try:
+        kernels = build.load()
+    except build.CannotBuild as error:
+        _log.warning("the CPU kernels are not used, which is slower but changes no result: %s", error)
+        return str(error)
+    for name, arguments in _ARGUMENTS.items():
+        getattr(kernels, name).argtypes = arguments
+    for name in ("ahn_write_delta", "ahn_write_state_space", "ahn_linear", "ahn_linear_each"):
+        getattr(kernels, name).restype = None
+    return kernels
+
+
+@lru_cache(maxsize=1)
+def _panel() -> int:
+    """Numbers that a size must be a multiple of."""
+    panel: int = _kernels().ahn_panel()  # type: ignore[union-attr]
+    return panel

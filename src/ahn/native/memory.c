@@ -1,0 +1,106 @@
+/* A single token of decoding: written into the states of all layers, and answered from the state of one.
+ *
+ * Legend of shapes: X states, B batch, H query heads, G kv heads, K key size, V value size (a multiple of PANEL), D hidden
+ * size.
+ */
+#include "vector.h"
+
+#define UNIT_EPSILON 1e-6f /* as in ahn.memories.base: of a vector's squared length */
+#define NORM_EPSILON 1e-5f /* of its mean square */
+
+int ahn_panel(void) { return PANEL; }
+
+/* S <- decay S + k (write (v - decay S^T k))^T for each state [K, V]; see ahn.ops.write_delta_. */
+void ahn_write_delta(index_t states, index_t K, index_t V, const float *k, const float *v, const float *decay,
+                     const float *write, float *state)
+{
+#pragma omp parallel for schedule(static)
+    for (index_t x = 0; x < states; x++) {
+        float keep = decay ? decay[x] : 1;
+        for (index_t column = 0; column < V; column += PANEL) {
+            float *mine = state + x * K * V + column;
+            vec left = {0}, right = {0};
+            for (index_t d = 0; d < K; d++) {
+                vec key = splat(k[x * K + d]);
+                left += key * load(mine + d * V);
+                right += key * load(mine + d * V + LANES);
+            }
+            const float *value = v + x * V + column;
+            left = splat(write[x]) * (load(value) - splat(keep) * left);
+            right = splat(write[x]) * (load(value + LANES) - splat(keep) * right);
+            for (index_t d = 0; d < K; d++) {
+                vec key = splat(k[x * K + d]);
+                store(mine + d * V, splat(keep) * load(mine + d * V) + key * left);
+                store(mine + d * V + LANES, splat(keep) * load(mine + d * V + LANES) + key * right);
+            }
+        }
+    }
+}
+
+/* S <- decay S + step v k^T for each state [V, K]; see ahn.ops.write_state_space_. */
+void ahn_write_state_space(index_t states, index_t K, index_t V, const float *k, const float *v, const float *decay,
+                           const float *step, float *state)
+{
+#pragma omp parallel for schedule(static)
+    for (index_t x = 0; x < states; x++)
+        for (index_t row = 0; row < V; row++) {
+            float *mine = state + (x * V + row) * K, factor = step[x] * v[x * V + row];
+            for (index_t d = 0; d < K; d += LANES)
+                store(mine + d, splat(decay[x]) * load(mine + d) + splat(factor) * load(k + x * K + d));
+        }
+}
+
+INLINE float silu(float x) { return x / (1 + expf(-x)); }
+
+/* What a query [K] reads from a state, [V]; it is brought to length `scale` first. */
+static void recall(const float *query, const float *state, index_t K, index_t V, float scale, int per_head, float *to)
+{
+    float length = scale / sqrtf(dot(query, query, K) + UNIT_EPSILON);
+    if (per_head) {
+        for (index_t v = 0; v < V; v += PANEL) tile(1, K, query, K, state + v, V, to + v, V, 0);
+        for (index_t v = 0; v < V; v += LANES) store(to + v, load(to + v) * splat(length));
+    } else {
+        for (index_t v = 0; v < V; v++) to[v] = dot(query, state + v * K, K) * length;
+    }
+}
+
+/* out [B, H, V] += what the memory says to the queries [B, H, K], as Memory.read and Memory.read_out do it in steps.
+ *
+ * x [B, D] is what the attention layer read; gate_weight [H, D] and gate_bias [H] (or NULL) give a gate per head, through
+ * silu. With `per_head` states are [K, V], and the norm is taken per head before the gate, weight [V]; else they are
+ * [V, K], and it is taken over all heads after the gate, weight [H, V]. o_proj is [H, V, V]. Returns 0, or 1 where there
+ * is no memory for the scratch. */
+int ahn_read_out(index_t B, index_t H, index_t K, index_t V, index_t D, const float *q, const float *x,
+                 const float *state, const float *gate_weight, const float *gate_bias, const float *norm_weight,
+                 const float *o_proj, float scale, int per_head, float *out)
+{
+    float *read = scratch(B * H * V);
+    if (!read) return 1;
+#pragma omp parallel
+    {
+#pragma omp for schedule(static)
+        for (index_t row = 0; row < B * H; row++) {
+            float *mine = read + row * V;
+            recall(q + row * K, state + row * K * V, K, V, scale, per_head, mine);
+            float gate = dot(x + row / H * D, gate_weight + row % H * D, D) + (gate_bias ? gate_bias[row % H] : 0);
+            gate = silu(gate);
+            if (per_head) gate /= sqrtf(dot(mine, mine, V) / (float)V + NORM_EPSILON);
+            for (index_t v = 0; v < V; v++) mine[v] *= gate;
+        }
+#pragma omp for schedule(static)
+        for (index_t row = 0; row < B * H; row++) {
+            float normed[V], shrink = 1;
+            if (!per_head) {
+                const float *all = read + row / H * H * V;
+                shrink = 1 / sqrtf(dot(all, all, H * V) / (float)(H * V) + NORM_EPSILON);
+            }
+            const float *weight = norm_weight + (per_head ? 0 : row % H * V);
+            for (index_t v = 0; v < V; v++) normed[v] = read[row * V + v] * shrink * weight[v];
+            const float *project = o_proj + row % H * V * V;
+            for (index_t v = 0; v < V; v += PANEL)
+                tile(1, V, normed, V, project + v, V, out + row * V + v, V, 1);
+        }
+    }
+    free(read);
+    return 0;
+}

@@ -1,0 +1,47 @@
+"""The recurrences by the kernels in C: float32 on a CPU, no gradients. See `ahn.native`.
+
+Shapes: B batch, T tokens, H query heads, G kv heads (H = r * G; query head h uses kv head h // r), K key size,
+V value size.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from ahn import native
+from ahn.ops._shared import first_state
+
+
+def available(q_BTHK: Tensor, k_BTGK: Tensor, v_BTGV: Tensor, *others: Tensor | None) -> bool:
+    """Tell whether the kernels can work on these tensors; the others are gates and the state, if there is one."""
+    there = [x for x in others if x is not None]
+    return native.ready(q_BTHK, k_BTGK, v_BTGV, *there, sizes=(v_BTGV.shape[-1],))
+
+
+def gated_delta_rule(
+    q_BTHK: Tensor, k_BTGK: Tensor, v_BTGV: Tensor, g_BTH: Tensor, beta_BTH: Tensor, state_BHKV: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Gated delta rule in C; see `ahn.ops.gated_delta_rule` for the arguments."""
+    return _delta(q_BTHK, k_BTGK, v_BTGV, g_BTH, beta_BTH, state_BHKV)
+
+
+def delta_rule(
+    q_BTHK: Tensor, k_BTGK: Tensor, v_BTGV: Tensor, beta_BTH: Tensor, state_BHKV: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Delta rule in C; see `ahn.ops.delta_rule` for the arguments."""
+    return _delta(q_BTHK, k_BTGK, v_BTGV, None, beta_BTH, state_BHKV)
+
+
+def state_space(
+    q_BTHK: Tensor, k_BTGK: Tensor, v_BTGV: Tensor, g_BTH: Tensor, dt_BTH: Tensor, state_BHVK: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """State space recurrence in C; see `ahn.ops.state_space` for the arguments."""
+    S_BHVK = first_state(state_BHVK, q_BTHK, v_BTGV.shape[3], q_BTHK.shape[3])
+    return native.scan_state_space(q_BTHK, k_BTGK, v_BTGV, g_BTH, dt_BTH, S_BHVK)
+
+
+def _delta(
+    q_BTHK: Tensor, k_BTGK: Tensor, v_BTGV: Tensor, g_BTH: Tensor | None, beta_BTH: Tensor, state_BHKV: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    S_BHKV = first_state(state_BHKV, q_BTHK, q_BTHK.shape[3], v_BTGV.shape[3])
+    return native.scan(q_BTHK, k_BTGK, v_BTGV, g_BTH, beta_BTH, S_BHKV)

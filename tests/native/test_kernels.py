@@ -1,0 +1,231 @@
+"""Every kernel in C computes what the plain loop or the spelled-out softmax does, in float64."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ahn import native, ops
+from ahn.memories import MEMORIES, MemoryShape, build_memory
+from ahn.native import Stretch
+
+pytestmark = pytest.mark.skipif(native.why_not() is not None, reason=f"no kernels here: {native.why_not()}")
+
+RULES = ["gated_delta_rule", "delta_rule", "state_space"]
+
+
+def inputs(rule: str, T: int, H: int, G: int, K: int, V: int, B: int = 2) -> list[Tensor]:
+    random = torch.Generator().manual_seed(T * 1000 + H * 100 + V)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=random)
+
+    q, k, v = F.normalize(normal(B, T, H, K), dim=-1), F.normalize(normal(B, T, G, K), dim=-1), normal(B, T, G, V)
+    g, strength = -F.softplus(normal(B, T, H)), torch.sigmoid(normal(B, T, H))
+    state = normal(B, H, V, K) if rule == "state_space" else normal(B, H, K, V)
+    return [q, k, v, *([strength] if rule == "delta_rule" else [g, strength]), state]
+
+
+def run(name: str, rule: str, tensors: list[Tensor]) -> tuple[Tensor, Tensor]:
+    with ops.backend(name):
+        return getattr(ops, rule)(*tensors)
+
+
+def assert_equal_naive(rule: str, tensors: list[Tensor], tolerance: float = 2e-5) -> None:
+    expected = run("naive", rule, [x.double() for x in tensors])
+    for got, wanted in zip(run("compiled", rule, tensors), expected, strict=True):
+        torch.testing.assert_close(got, wanted.float(), atol=tolerance, rtol=tolerance)
+
+
+@pytest.mark.parametrize("T", [1, 2, 31, 32, 33, 64, 130])
+@pytest.mark.parametrize(("H", "G", "K", "V"), [(2, 2, 16, 16), (6, 2, 24, 32), (3, 1, 7, 48), (4, 4, 64, 64)])
+@pytest.mark.parametrize("rule", RULES)
+def test_recurrences(rule: str, T: int, H: int, G: int, K: int, V: int) -> None:
+    assert_equal_naive(rule, inputs(rule, T, H, G, K, V))
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_recurrences_of_any_layout(rule: str) -> None:
+    tensors = inputs(rule, 40, 4, 2, 16, 16)
+    assert_equal_naive(rule, [x.movedim(0, -1).contiguous().movedim(-1, 0) for x in tensors])
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_recurrences_without_tokens_or_state(rule: str) -> None:
+    *tensors, state = inputs(rule, 33, 2, 1, 16, 16)
+    assert_equal_naive(rule, [*tensors, torch.zeros_like(state)])
+    torch.testing.assert_close(
+        run("compiled", rule, tensors), run("compiled", rule, [*tensors, torch.zeros_like(state)]), atol=0, rtol=0
+    )
+    o, after = run("compiled", rule, [*(x[:, :0] for x in tensors), state])
+    assert o.shape == (2, 0, 2, 16)
+    assert torch.equal(after, state)
+    assert after.data_ptr() != state.data_ptr()
+
+
+@pytest.mark.parametrize("rule", ["gated_delta_rule", "state_space"])
+@pytest.mark.parametrize("decay", [-50.0, -1e4, -math.inf])
+def test_strong_decays(rule: str, decay: float) -> None:
+    tensors = inputs(rule, 70, 2, 2, 16, 16)
+    tensors[3] = torch.where(torch.arange(70)[:, None] % 7 == 3, decay, 0.1 * tensors[3])
+    assert_equal_naive(rule, tensors)
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_zero_gates_leave_the_state_bit_identical(rule: str) -> None:
+    q, k, v, *gates, state = inputs(rule, 65, 2, 2, 16, 16)
+    _, after = run("compiled", rule, [q, k, v, *(torch.zeros_like(x) for x in gates), state])
+    assert torch.equal(after, state)
+
+
+def test_the_same_key_again_and_again() -> None:
+    q, k, v, g, beta, state = inputs("gated_delta_rule", 130, 2, 2, 16, 16)
+    same = k[:, :1].expand_as(k)
+    assert_equal_naive("gated_delta_rule", [q, same, v, 0 * g, torch.full_like(beta, 0.99), state], 1e-4)
+
+
+@pytest.mark.parametrize("kind", MEMORIES)
+@pytest.mark.parametrize("B", [1, 3])
+def test_a_decoded_token(kind: str, B: int) -> None:
+    torch.manual_seed(0)
+    shape = MemoryShape(24, 6, 2, 32, 16)
+    memories = [build_memory(kind, shape) for _ in range(3)]
+    for memory in memories:
+        torch.nn.init.normal_(memory.o_proj)
+    k, v = torch.randn(3, B, 2, 32), torch.randn(3, B, 2, 16)
+    gates = torch.stack([memory.gates(torch.randn(B, 1, 24))[:, 0] for memory in memories]).detach()
+    state = torch.randn(3, B, *memories[0].state_shape())
+    q, x, local = torch.randn(B, 6, 1, 32), torch.randn(B, 1, 24), torch.randn(B, 1, 6, 16)
+
+    def decode() -> tuple[Tensor, Tensor]:
+        after = state.clone()
+        type(memories[0]).fold(memories, k, v, gates, after)
+        return after, memories[1].add_answer(local.clone(), q.transpose(1, 2), x, after[1])
+
+    with torch.no_grad():
+        got = decode()
+        with native.switched_off():
+            expected = decode()
+    for mine, other in zip(got, expected, strict=True):
+        torch.testing.assert_close(mine, other, atol=1e-5, rtol=1e-5)
+    assert not torch.equal(got[1], local)
+
+
+def softmax(stretches: list[Stretch], allowed: list[Tensor], scaling: float) -> Tensor:
+    """The softmax spelled out in float64; `allowed` is `[B or 1, T, N]` for each stretch."""
+    scores, values = [], []
+    for stretch, mask in zip(stretches, allowed, strict=True):
+        repeats = stretch.queries.size(1) // stretch.keys.size(1)
+        keys, value = (x.double().repeat_interleave(repeats, 1) for x in (stretch.keys, stretch.values))
+        score = scaling * stretch.queries.double() @ keys.mT
+        if stretch.mask is not None:
+            score = score + stretch.mask.double()[:, None, None]
+        scores.append(score.masked_fill(~mask[:, None], -math.inf))
+        values.append(value)
+    return (torch.cat(scores, -1).softmax(-1) @ torch.cat(values, 2)).transpose(1, 2)
+
+
+@pytest.mark.parametrize("heads", [(2, 2), (3, 1), (6, 2), (10, 2), (64, 1)], ids=str)
+@pytest.mark.parametrize(
+    ("T", "seen", "window"), [(1, 40, 16), (70, 0, 16), (3, 7, 300), (130, 500, 300), (33, 90, 64)]
+)
+def test_many_queries(heads: tuple[int, int], T: int, seen: int, window: int) -> None:
+    torch.manual_seed(T)
+    (H, G), B, K, V, S = heads, 2, 32, 48, 5
+    sinks, first = min(S, seen + T), max(S, seen - window + 1)
+    local, extra = max(0, seen + T - first), 37
+    near = torch.randn(B, T, H, K).transpose(1, 2)
+    far = torch.randn(B, T, H, K).transpose(1, 2)
+    born = torch.randint(0, seen + T + 1, (B, extra))
+    died = born + torch.randint(0, T + 9, (B, extra))
+
+    def held(count: int) -> tuple[Tensor, Tensor]:  # not dense, as they come from a model
+        return torch.randn(B, count, G, K).transpose(1, 2), torch.randn(B, count, G, V).transpose(1, 2)
+
+    stretches = [
+        Stretch(far, *held(sinks)),
+        Stretch(far, *held(extra), lives=(born, died)),
+        Stretch(near, *held(local), first=first, reach=window),
+    ]
+    query = torch.arange(seen, seen + T)[:, None]
+    key = torch.arange(first, first + local)
+    allowed = [
+        (torch.arange(sinks) <= query)[None],
+        (born[:, None] <= query) & (query < died[:, None]),
+        ((key <= query) & (key > query - window))[None],
+    ]
+    torch.testing.assert_close(
+        native.attend(stretches, seen, 0.3), softmax(stretches, allowed, 0.3).float(), atol=2e-5, rtol=2e-5
+    )
+
+
+@pytest.mark.parametrize("heads", [(1, 1), (6, 2), (3, 1), (8, 2), (10, 2)], ids=str)
+@pytest.mark.parametrize("slots", [1, 7, 255, 256, 257, 600])
+def test_a_single_query(heads: tuple[int, int], slots: int) -> None:
+    torch.manual_seed(slots)
+    (H, G), B, K, V, S = heads, 2, 32, 48, min(5, slots)
+    near, far = torch.randn(B, H, 1, K), torch.randn(B, H, 1, K)
+    keys, values = torch.randn(B, G, 700, K), torch.randn(B, G, 700, V)
+    mask = torch.where(torch.rand(B, slots) < 0.3, -math.inf, 0.0)
+    mask[:, 0] = 0.0
+    born = torch.randint(0, 100, (1, 40))
+    stretches = [
+        Stretch(far, keys[:, :, :S], values[:, :, :S], mask=mask[:, :S]),
+        Stretch(near, keys[:, :, S:slots], values[:, :, S:slots], mask=mask[:, S:]),
+        Stretch(far, torch.randn(B, G, 40, K), torch.randn(B, G, 40, V), lives=(born, born + 30)),
+    ]
+    everything = torch.ones(1, 1, slots, dtype=torch.bool)
+    allowed = [everything[..., :S], everything[..., S:], ((born <= 60) & (born + 30 > 60))[:, None]]
+    torch.testing.assert_close(
+        native.attend_one(stretches, 60, 0.3), softmax(stretches, allowed, 0.3).float(), atol=2e-5, rtol=2e-5
+    )
+
+
+@pytest.mark.parametrize("huge", [1e4, -1e4])
+def test_scores_of_any_size(huge: float) -> None:
+    queries, keys, values = torch.full((1, 1, 1, 16), huge), torch.randn(1, 1, 300, 16), torch.randn(1, 1, 300, 16)
+    everything = [torch.ones(1, 1, 300, dtype=torch.bool)]
+    for attend in (native.attend, native.attend_one):
+        stretches = [Stretch(queries, keys, values)]
+        expected = softmax(stretches, everything, 1.0).float()
+        torch.testing.assert_close(attend(stretches, 500, 1.0), expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("rows", [1, 2, 3, 4])
+@pytest.mark.parametrize(("D", "N"), [(8, 1), (32, 7), (576, 64), (64, 131)])
+def test_linear_maps(rows: int, D: int, N: int, bias: bool) -> None:
+    torch.manual_seed(N)
+    linear, x = torch.nn.Linear(D, N, bias=bias), torch.randn(1, rows, 2 * D)[..., ::2]
+    with torch.no_grad():
+        got = native.linear(x, linear.weight, linear.bias)
+        torch.testing.assert_close(got, linear(x), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("N", [1, 9, 70])
+def test_linear_maps_of_several_layers(rows: int, N: int) -> None:
+    torch.manual_seed(N)
+    x, weights = torch.randn(3, rows, 24), [torch.randn(N, 24) for _ in range(6)]
+    got = native.linear_each(x, weights)
+    for layer in range(3):
+        for each in range(2):
+            expected = x[layer] @ weights[2 * layer + each].T
+            torch.testing.assert_close(got[layer, each], expected, atol=1e-5, rtol=1e-5)
+
+
+def test_threads_change_nothing() -> None:
+    torch.manual_seed(0)
+    stretches = [Stretch(torch.randn(1, 6, 100, 32), torch.randn(1, 2, 400, 32), torch.randn(1, 2, 400, 32))]
+    tensors = inputs("gated_delta_rule", 70, 4, 2, 16, 16)
+    threads, found = torch.get_num_threads(), []
+    try:
+        for number in (1, 2, 5):
+            torch.set_num_threads(number)
+            found.append((native.attend(stretches, 300, 0.2), *run("compiled", "gated_delta_rule", tensors)))
+    finally:
+        torch.set_num_threads(threads)
+    for other in found[1:]:
+        assert all(torch.equal(x, y) for x, y in zip(found[0], other, strict=True))
