@@ -45,7 +45,7 @@ def restore(model: nn.Module) -> None:
 
 
 def _forward(linear: nn.Linear, x: torch.Tensor) -> torch.Tensor:
-    if _decodes.get() and x.numel() <= native.MOST_VECTORS * linear.in_features:
+    if not torch.compiler.is_compiling() and _decodes.get() and x.numel() <= native.MOST_VECTORS * linear.in_features:
         bias = [] if linear.bias is None else [linear.bias]
         if linear.in_features % 8 == 0 and native.ready(x, linear.weight, *bias) and linear.weight.is_contiguous():
             return native.linear(x, linear.weight, linear.bias)

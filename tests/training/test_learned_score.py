@@ -51,7 +51,7 @@ def test_a_text_without_sentences(base: Path) -> None:
 
 
 def test_what_is_looked_at_later_against_a_loop() -> None:
-    window, ids = 12, text(1, 40)[0]
+    window, asked, ids = 12, 31, text(1, 40)[0]
     model = with_memory("llama")
     plain = tiny("llama", attn_implementation="eager")
     with torch.no_grad():
@@ -66,11 +66,11 @@ def test_what_is_looked_at_later_against_a_loop() -> None:
             out = attention.o_proj.weight[:, head * 8 : head * 8 + 8]
             for i in range(40):
                 moved = float((out @ value[i, head * value.size(1) // heads]).norm())
-                for j in range(i + window, 40):
+                for j in range(max(asked, i + window), 40):
                     share = float(weights[0, head, j, i]) * moved / float(hidden[0, j].norm())
                     most[i] = max(float(most[i]), share)
         total += most / len(output.attentions)
-    seen = observe(model, ids, window, [1])
+    seen = observe(model, ids, asked, window, [1])
     torch.testing.assert_close(seen.needed_T.double(), total.clamp(min=1e-6).log(), rtol=1e-4, atol=1e-4)
     assert list(seen.hidden) == [1]
     norm = plain.model.layers[1].input_layernorm(output.hidden_states[1])[0]

@@ -70,11 +70,14 @@ def command(
     from ahn.cli.progress import work_bar
 
     loaded = loading.load(model, adapter, window, sinks, sink_positions)
+    from ahn import native
     from ahn.speed import measure
 
     done, total = itertools.count(1), 2 * (rounds + 1) * len(places)
     with work_bar(notes(), total, "rounds", "timed") as show:
         speed = measure(loaded.model.eval(), names, places, rounds, on_round=lambda: show(next(done)))
+    if loaded.model.device.type == "cpu" and (reason := native.why_not()) is not None:
+        say(f"measured without the kernels in C, which are faster: {reason}", "yellow")
     title = f"{loaded.name}, sinks {loaded.config.sinks:,}, window {loaded.config.window:,}, {loaded.config.memory}"
     _show(speed, title, rounds)
     if files:

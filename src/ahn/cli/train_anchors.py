@@ -27,7 +27,7 @@ def command(
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Folder for the weights.")] = None,
     base: Annotated[str, typer.Option(help="A built-in name, a folder, or a hub id.")] = "smollm2-135m",
-    documents: Annotated[int, typer.Option(help="Texts to read; every sixth is held out.")] = 60,
+    documents: Annotated[int, typer.Option(help="Texts to read; every sixth is held out.")] = 120,
     length: Annotated[int, typer.Option(help="Tokens of a text with its questions.")] = 1280,
     window: Annotated[int, typer.Option(help="Tokens behind each token that count as near.")] = 256,
     voters: Annotated[int, typer.Option(help="Layers that vote.")] = 3,

@@ -87,10 +87,14 @@ def environment(model: Any = None, seed: int | None = None) -> dict[str, Any]:
     if model is not None:
         import torch
 
+        from ahn import native
+
         weights = model.get_input_embeddings().weight
         if weights.is_cuda:
             facts["device"] = torch.cuda.get_device_name(weights.device)
         facts |= {"dtype": str(weights.dtype).removeprefix("torch."), "threads": torch.get_num_threads()}
+        if not weights.is_cuda:
+            facts["kernels"] = "torch" if native.why_not() else "C"
     return facts if seed is None else {**facts, "seed": seed}
 
 

@@ -118,12 +118,14 @@ def ready(*tensors: Tensor, sizes: Sequence[int] = ()) -> bool:
     Returns:
         True for plain float32 tensors on a CPU of which no gradient is asked, where the kernels could be compiled.
     """
+    if torch.compiler.is_compiling():
+        return False
     for tensor in tensors:
         if tensor.dtype is not torch.float32 or not tensor.is_cpu or type(tensor) not in (Tensor, nn.Parameter):
             return False
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
         return False
-    if _off.get() or torch.compiler.is_compiling() or not isinstance(_kernels(), ctypes.CDLL):
+    if _off.get() or not isinstance(_kernels(), ctypes.CDLL):
         return False
     return all(size % _panel() == 0 for size in sizes)
 

@@ -97,12 +97,19 @@ def _called(rng: random.Random) -> Fact:
     return Fact(f"the dog of {who} was called {name}", f"What was the dog of {who} called?", f"It was {name}", name)
 
 
+def _serial(rng: random.Random) -> Fact:
+    thing, serial = rng.choice(_THINGS), _letters_and_digits(rng)
+    said = f"The serial of {thing} reads {serial}"
+    return Fact(said, f"What does the serial of {thing} read?", said, serial)
+
+
 FORMATS: dict[str, Callable[[random.Random], Fact]] = {
     "code": _code,
     "letter": _letter,
     "fare": _fare,
     "setting": _setting,
     "called": _called,
+    "serial": _serial,
 }
 """Kinds of facts by name. Beside them, sentences of the text itself are asked for."""
 
@@ -169,3 +176,12 @@ def _name(rng: random.Random) -> str:
     """A word that no language has, such as "Tavoreb"."""
     syllables = (rng.choice("bcdfghklmnprstvw") + rng.choice("aeiou") for _ in range(rng.choice((2, 3))))
     return "".join(syllables).capitalize() + rng.choice(("", "n", "r", "s"))
+
+
+def _letters_and_digits(rng: random.Random) -> str:
+    """Groups of letters and digits such as "7f3-k20e"."""
+    letters = rng.choice(
+        ("0123456789abcdef", "0123456789abcdefghijklmnopqrstuvwxyz", "0123456789ABCDEFGHJKLMNPQRSTUVWXYZ")
+    )
+    groups = ("".join(rng.choices(letters, k=rng.randint(2, 6))) for _ in range(rng.randint(1, 5)))
+    return rng.choice(("-", "-", "/", ".")).join(groups)

@@ -1,6 +1,6 @@
-"""What the model itself looks back at: how much the tokens beyond the window attend to each one, in full attention.
+"""What the model itself looks back at: how much questions attend to each token beyond the window, in full attention.
 
-Legend of shapes: T tokens, D hidden size, H query heads, K key size, V value size.
+Legend of shapes: T tokens, Q of them in questions, D hidden size, H query heads, K key size, V value size.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class Observation:
     """What one reading showed.
 
     Attributes:
-        needed_T: Log of how much later tokens need each one, the mean over layers, `[T]`.
+        needed_T: Log of how much questions need each token, the mean over layers, `[T]`.
         hidden: What the wanted layers read, `[T, D]`, by layer.
     """
 
@@ -42,42 +42,45 @@ class Observation:
 @dataclasses.dataclass(eq=False)
 class _Watch:
     window: int
+    asked: int
     layers: frozenset[int]
     lengths: dict[nn.Module, torch.Tensor] = dataclasses.field(default_factory=dict)
     hidden: dict[int, torch.Tensor] = dataclasses.field(default_factory=dict)
     needed: list[torch.Tensor] = dataclasses.field(default_factory=list)
 
     def look(self, site: Site, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float) -> None:
-        """Adds what the queries of a layer look at; `[1, H, T, K]`, `[1, G, T, K]`, `[1, G, T, V]`."""
+        """Adds what the questions look at in a layer; `[1, H, T, K]`, `[1, G, T, K]`, `[1, G, T, V]`."""
         groups = query.size(1) // key.size(1)
         moved_HT = _moved(site.module, value[0].repeat_interleave(groups, 0).float())
         tokens = torch.arange(query.size(2), device=query.device)
-        apart = tokens[:, None] - tokens
+        apart = tokens[self.asked :, None] - tokens
         seen = (apart >= 0) if site.sliding_window is None else (apart >= 0) & (apart < site.sliding_window)
         most_T = torch.zeros(len(tokens), device=query.device)
         for head in range(query.size(1)):
-            scores = (query[0, head] @ key[0, head // groups].T).float() * scaling
-            weights_TT = scores.masked_fill(~seen, float("-inf")).softmax(-1).masked_fill(apart < self.window, 0.0)
-            share_T = (weights_TT / self.lengths[site.module][:, None]).amax(0) * moved_HT[head]
+            scores = (query[0, head, self.asked :] @ key[0, head // groups].T).float() * scaling
+            weights_QT = scores.masked_fill(~seen, float("-inf")).softmax(-1).masked_fill(apart < self.window, 0.0)
+            share_T = (weights_QT / self.lengths[site.module][self.asked :, None]).amax(0) * moved_HT[head]
             most_T = torch.maximum(most_T, share_T)
         self.needed.append(most_T)
 
 
 @torch.no_grad()
-def observe(model: nn.Module, ids: torch.Tensor, window: int, layers: Sequence[int]) -> Observation:
-    """Reads a text with full attention and looks at what its tokens need of those beyond the window.
+def observe(model: nn.Module, ids: torch.Tensor, asked: int, window: int, layers: Sequence[int]) -> Observation:
+    """Reads a text with full attention and looks at what the questions at its end need of it beyond the window.
 
-    A token i is needed as much as the largest share that it has in a later token's residual stream:
-    `max over heads and j >= i + window of a_ji |W_O v_i| / |h_j|`; layers are averaged before the logarithm.
+    A token i is needed as much as the largest share that it has in the residual stream of a token of a question or its
+    answer: `max over heads and j >= i + window of a_ji |W_O v_i| / |h_j|`; layers are averaged before the logarithm.
+    What the text itself looks at does not count: it looks at its first tokens, whatever these say.
 
     Args:
         model: A model with a memory attached.
         ids: Token ids, `[T]`.
+        asked: Place of the first token of the questions; what comes behind it are questions and answers.
         window: Tokens behind each query that do not count, for the window holds them.
         layers: Layers whose inputs are wanted.
     """
     attachment, backbone = attachment_of(model), find_backbone(model)
-    watch = _Watch(window, frozenset(layers))
+    watch = _Watch(window, asked, frozenset(layers))
     device = next(backbone.parameters()).device
     with ahn.mode(model, "full"), _watched(backbone, attachment.sites, watch), implementation(backbone, LATER):
         backbone(input_ids=ids[None].to(device), use_cache=False)

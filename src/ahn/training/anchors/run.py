@@ -57,7 +57,7 @@ class AnchorSettings:
     data: tuple[str, ...]
     out: str
     base: str = "smollm2-135m"
-    documents: int = 60
+    documents: int = 120
     length: int = 1280
     window: int = 256
     voters: int = 3
@@ -132,7 +132,7 @@ def train_anchors(settings: AnchorSettings, say: Say | None = None) -> AnchorRep
     inputs: dict[int, list[torch.Tensor]] = {layer: [] for layer in voters}
     needed, held = [], []
     for number, document in enumerate(made):
-        seen = observe(model, document.ids, settings.window, voters)
+        seen = observe(model, document.ids, document.text, settings.window, voters)
         chosen = _chosen(seen.needed_T, document, settings.window, generator)
         needed.append(seen.needed_T[chosen])
         held.append(torch.full((len(chosen),), _is_held_out(number)))
