@@ -124,6 +124,7 @@ class ArmPeer(Peer):
                 layer.exact.seen = context
             elif site.sliding_window is None:
                 _fill(layer, site.shape, context - real, context, model)
+        _settle(self._cache, real)
         self.cache_bytes = cache_bytes(self._cache)
 
     def _placed(self) -> Cache:
@@ -140,6 +141,15 @@ def peers(base: Any, model: Any, arms: list[str], context: int) -> dict[str, Pee
         context: Tokens read.
     """
     return {arm: FullPeer(base, model, context) if arm == "full" else ArmPeer(model, arm, context) for arm in arms}
+
+
+def _settle(cache: HippocampalCache, read: int) -> None:
+    """Fills the bank of anchors, as it is after a long text, where next to no token enters it any more."""
+    for name, held in cache.ballot.held.items() if cache.ballot is not None else ():
+        if name.startswith("scores."):
+            held.fill_(torch.finfo(held.dtype).max)
+        if name.startswith("tokens."):
+            held.copy_(torch.arange(held.size(1)).expand_as(held) % read)
 
 
 def _fill(layer: AnyLayer, shape: Any, tokens: int, seen: int, model: Any) -> None:
