@@ -113,6 +113,20 @@ def test_a_decoded_token(kind: str, B: int) -> None:
     assert not torch.equal(got[1], local)
 
 
+@pytest.mark.parametrize("G", [6, 2])
+def test_a_token_of_any_layout_is_written(G: int) -> None:
+    torch.manual_seed(0)
+    k, v = (torch.randn(16, G, 3).permute(2, 1, 0) for _ in range(2))
+    decay, write = (torch.rand(6, 3).T for _ in range(2))
+    for rule in (ops.write_delta_, ops.write_state_space_):
+        state = torch.randn(3, 6, 16, 16)
+        expected = state.clone()
+        rule(k, v, decay, write, state)
+        with native.switched_off():
+            rule(k, v, decay, write, expected)
+        torch.testing.assert_close(state, expected, atol=1e-5, rtol=1e-5)
+
+
 def softmax(stretches: list[Stretch], allowed: list[Tensor], scaling: float) -> Tensor:
     """The softmax spelled out in float64; `allowed` is `[B or 1, T, N]` for each stretch."""
     scores, values = [], []
@@ -191,6 +205,18 @@ def test_scores_of_any_size(huge: float) -> None:
         stretches = [Stretch(queries, keys, values)]
         expected = softmax(stretches, everything, 1.0).float()
         torch.testing.assert_close(attend(stretches, 500, 1.0), expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("what", ["key", "value", "query"])
+def test_what_is_not_a_number_shows(what: str) -> None:
+    tensors = {
+        "query": torch.randn(1, 1, 1, 16),
+        "key": torch.randn(1, 1, 300, 16),
+        "value": torch.randn(1, 1, 300, 16),
+    }
+    tensors[what][0, 0, 0, 3] = math.nan
+    for attend in (native.attend, native.attend_one):
+        assert attend([Stretch(*tensors.values())], 500, 1.0).isnan().any()
 
 
 @pytest.mark.parametrize("bias", [True, False])

@@ -217,14 +217,17 @@ def attend_one(stretches: Sequence[Stretch], seen: int, scaling: float) -> Tenso
 
 
 def write_delta_(k_XK: Tensor, v_XV: Tensor, decay_X: Tensor | None, write_X: Tensor, state_XKV: Tensor) -> None:
-    """Writes one token into states of the (gated) delta rule, in place; see `ahn.ops.write_delta_`. All dense."""
-    _run("ahn_write_delta", *state_XKV.shape, k_XK, v_XV, decay_X, write_X, state_XKV)
+    """Writes one token into states of the (gated) delta rule, dense, in place; see `ahn.ops.write_delta_`."""
+    k, v, write = k_XK.contiguous(), v_XV.contiguous(), write_X.contiguous()
+    decay = None if decay_X is None else decay_X.contiguous()
+    _run("ahn_write_delta", *state_XKV.shape, k, v, decay, write, state_XKV)
 
 
 def write_state_space_(k_XK: Tensor, v_XV: Tensor, decay_X: Tensor, step_X: Tensor, state_XVK: Tensor) -> None:
-    """Writes one token into states of the state space recurrence, in place; see `ahn.ops.write_state_space_`. Dense."""
+    """Writes one token into states of the state space recurrence, dense, in place; see `ahn.ops.write_state_space_`."""
     X, V, K = state_XVK.shape
-    _run("ahn_write_state_space", X, K, V, k_XK, v_XV, decay_X, step_X, state_XVK)
+    k, v, decay, step = (x.contiguous() for x in (k_XK, v_XV, decay_X, step_X))
+    _run("ahn_write_state_space", X, K, V, k, v, decay, step, state_XVK)
 
 
 class ReadOut(NamedTuple):
@@ -245,9 +248,9 @@ class ReadOut(NamedTuple):
 
 def can_read_out(local_B1HV: Tensor, q_B1HK: Tensor, x_B1D: Tensor, state: Tensor, weights: ReadOut) -> bool:
     """Whether `read_out_` can work on these."""
-    tensors = [x for x in weights if x is not None]
+    there = [x for x in (local_B1HV, *weights) if x is not None]
     sizes = q_B1HK.size(3), local_B1HV.size(3)
-    return local_B1HV.is_contiguous() and ready(local_B1HV, q_B1HK, x_B1D, state, *tensors, sizes=sizes)
+    return all(x.is_contiguous() for x in there) and ready(*there, q_B1HK, x_B1D, state, sizes=sizes)
 
 
 def read_out_(

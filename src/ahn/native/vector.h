@@ -27,7 +27,7 @@ typedef vec loose_vec __attribute__((aligned(4), may_alias)); /* may lie anywher
 INLINE vec load(const float *from) { return *(const loose_vec *)from; }
 INLINE void store(float *to, vec x) { *(loose_vec *)to = x; }
 INLINE vec splat(float x) { return x - (vec){0}; }
-INLINE vec max_vec(vec a, vec b)
+INLINE vec max_vec(vec a, vec b) /* b where one of them is NaN */
 {
     ivec larger = a > b;
     return (vec)(((ivec)a & larger) | ((ivec)b & ~larger));
@@ -63,12 +63,12 @@ INLINE float max_lanes(vec x)
     return most;
 }
 
-/* exp(x) for x <= 0 and not below -87.3, where it gives 0: 2^n times a polynomial of degree 6 (relative error 2e-7). */
+/* exp(x) for x <= 0; 0 below -87.3, NaN for NaN. 2^n times a polynomial of degree 6 (relative error 2e-7). */
 INLINE vec exp_vec(vec x)
 {
     const vec log2e = splat(1.44269504f), magic = splat(12582912.f); /* 1.5 * 2^23: adding it rounds to an integer */
-    ivec there = x > -87.3f;
-    x = max_vec(x, splat(-87.3f));
+    ivec there = ~(x <= splat(-87.3f));
+    x = max_vec(splat(-87.3f), x);
     vec n = x * log2e + magic;
     ivec exponent = (ivec)n << 23;
     n -= magic;

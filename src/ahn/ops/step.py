@@ -59,7 +59,7 @@ def write_delta_(k_BGK: Tensor, v_BGV: Tensor, decay_BH: Tensor | None, beta_BH:
     S_XKV = state_BHKV.view(B * H, K, V)
     k_X1K, v_X1V = _rows(k_BGK.unsqueeze(1), H), _rows(v_BGV.unsqueeze(1), H)
     gates = [beta_BH] if decay_BH is None else [beta_BH, decay_BH]
-    if native.ready(k_X1K, v_X1V, S_XKV, *gates, sizes=(V,)):
+    if S_XKV.is_contiguous() and native.ready(k_X1K, v_X1V, S_XKV, *gates, sizes=(V,)):
         decay_X = None if decay_BH is None else decay_BH.reshape(-1)
         native.write_delta_(k_X1K, v_X1V, decay_X, beta_BH.reshape(-1), S_XKV)
         return
@@ -82,7 +82,7 @@ def write_state_space_(k_BGK: Tensor, v_BGV: Tensor, decay_BH: Tensor, dt_BH: Te
     B, H, V, K = state_BHVK.shape
     S_XVK = state_BHVK.view(B * H, V, K)
     k_X1K, v_X1V = _rows(k_BGK.unsqueeze(1), H), _rows(v_BGV.unsqueeze(1), H)
-    if native.ready(k_X1K, v_X1V, S_XVK, decay_BH, dt_BH, sizes=(K,)):
+    if S_XVK.is_contiguous() and native.ready(k_X1K, v_X1V, S_XVK, decay_BH, dt_BH, sizes=(K,)):
         native.write_state_space_(k_X1K, v_X1V, decay_BH.reshape(-1), dt_BH.reshape(-1), S_XVK)
         return
     S_XVK.mul_(decay_BH.reshape(B * H, 1, 1))

@@ -26,6 +26,8 @@ ahn eval recall --window 256 --lengths 1024 --items 1  [dim]# a first look[/dim]
 ahn eval recall --tasks number,multi_key --lengths 2048,4096 --out recall
 
 ahn eval recall --tasks capacity --facts 4,8,16,32,64 --arms full,window,ahn
+
+ahn eval recall --arms full,window+64,ahn+64,ahn+64:random,ahn+64:oracle  [dim]# oracle: told which tokens to keep[/dim]
 """
 ARMS = ",".join(arm_names.ARMS)
 
