@@ -16,6 +16,7 @@ from transformers import FalconConfig, PreTrainedTokenizerFast
 from transformers.utils import logging
 
 import ahn
+from ahn import native
 from ahn.cli import checks, loading, main
 from ahn.cli.app import command
 from tests.tiny import MEMORIES, text, tiny, with_memory
@@ -496,6 +497,15 @@ class TestBench:
         assert [row["context"] for row in facts["decoding"]] == [9] * 3 + [40] * 3
         assert facts["settings"]["window"] == 16
         assert "<svg" in plot.read_text(encoding="utf-8")
+        assert ("without the kernels" in err) == (native.why_not() is not None)
+        assert facts["environment"]["kernels"] == ("torch" if native.why_not() else "C")
+
+    def test_says_when_the_kernels_are_missing(self, run, monkeypatch):
+        monkeypatch.setattr(native, "_kernels", lambda: "there is no C compiler; install gcc or clang")
+        given = "bench --model ./model --window 16 --sinks 4 --rounds 1 --contexts 9 --arms window"
+        status, _, err = run(*given.split())
+        assert status == 0
+        assert "measured without the kernels in C, which are faster: there is no C compiler" in " ".join(err.split())
 
 
 class TestCost:

@@ -8,10 +8,6 @@
 #define CHUNK 32
 #define LEAST_LOG_DECAY -104.f /* exp of it is 0, and differences of running sums keep their digits */
 
-typedef struct {
-    index_t batch, tokens, query_heads, kv_heads, key_size, value_size;
-} Sizes;
-
 /* Scratch of one head. */
 typedef struct {
     float *query, *key;         /* [C, K] */
@@ -46,7 +42,8 @@ static void gather(float *to, const float *from, index_t count, index_t size, in
     memset(to + count * size, 0, (size_t)((CHUNK - count) * size) * sizeof(float));
 }
 
-/* x[i, j] *= factor[i] * (decay after token j, up to and including token i), and 0 where j comes later than `last`. */
+/* x[i, j] *= factor[i] * (decay after token j, up to and including token i); 0 for j > i and, without `diagonal`, for
+ * j = i. */
 static void weigh(float *x, const Head *head, const float *factor, int diagonal)
 {
     for (int i = 0; i < CHUNK; i++) {
@@ -97,7 +94,7 @@ static void read_gates(Head *head, const float *log_decay, const float *write, i
     }
 }
 
-/* What the chunk writes, `update`: the corrections of the delta rule, or the plain values. */
+/* What the chunk writes, `update`: the corrections of the delta rule, or the plain values. Overwrites the keys. */
 static void find_update(Head *head, index_t K, index_t V, int is_delta)
 {
     if (!is_delta) {
@@ -106,7 +103,6 @@ static void find_update(Head *head, index_t K, index_t V, int is_delta)
     }
     product(CHUNK, CHUNK, K, head->key, K, head->key_columns, CHUNK, PANEL, head->system, CHUNK, 0);
     weigh(head->system, head, head->write, 0);
-    /* The keys are needed no more as they are. */
     float erase[CHUNK];
     for (int t = 0; t < CHUNK; t++) erase[t] = -head->write[t] * head->since_start[t];
     scale_rows(head->update, head->write, V);
@@ -116,6 +112,7 @@ static void find_update(Head *head, index_t K, index_t V, int is_delta)
     solve(head->system, head->update, V);
 }
 
+/* Reads and writes a chunk: out [count, V] rows lie `out_step` apart. Overwrites the queries. */
 static void run_chunk(Head *head, index_t count, index_t K, index_t V, int is_delta, float *out, index_t out_step)
 {
     for (int t = 0; t < CHUNK; t++)
@@ -136,8 +133,8 @@ static void run_chunk(Head *head, index_t count, index_t K, index_t V, int is_de
 
 /* Both recurrences; see ahn/native/__init__.py. Returns 0, or 1 where there is no memory for the scratch.
  *
- * q [B, T, H, K], k [B, T, G, K], v [B, T, G, V] and the gates [B, T, H] lie densely, `log_decay` may be NULL; the state
- * [B, H, K, V] of the delta rules, or [B, H, V, K] where `is_delta` is 0, is overwritten; out is [B, T, H, V]. */
+ * q [B, T, H, K], k [B, T, G, K], v [B, T, G, V] and the gates [B, T, H] lie densely, `log_decay` may be NULL; the
+ * state [B, H, K, V] of the delta rules, or [B, H, V, K] where `is_delta` is 0, is overwritten; out is [B, T, H, V]. */
 int ahn_scan(index_t B, index_t T, index_t H, index_t G, index_t K, index_t V, const float *q, const float *k,
              const float *v, const float *log_decay, const float *write, float *state, float *out, int is_delta)
 {
@@ -155,7 +152,7 @@ int ahn_scan(index_t B, index_t T, index_t H, index_t G, index_t K, index_t V, c
                 continue;
             }
             for (index_t d = 0; d < K; d++)
-                for (index_t x = 0; x < V; x++) head.state[d * V + x] = is_delta ? mine[d * V + x] : mine[x * K + d];
+                for (index_t x = 0; x < V; x++) head.state[d * V + x] = mine[is_delta ? d * V + x : x * K + d];
             for (index_t t = 0; t < T; t += CHUNK) {
                 index_t count = T - t < CHUNK ? T - t : CHUNK, row = b * T + t;
                 gather(head.query, q + (row * H + h) * K, count, K, H * K);
@@ -165,7 +162,7 @@ int ahn_scan(index_t B, index_t T, index_t H, index_t G, index_t K, index_t V, c
                 run_chunk(&head, count, K, V, is_delta, out + (row * H + h) * V, H * V);
             }
             for (index_t d = 0; d < K; d++)
-                for (index_t x = 0; x < V; x++) *(is_delta ? mine + d * V + x : mine + x * K + d) = head.state[d * V + x];
+                for (index_t x = 0; x < V; x++) mine[is_delta ? d * V + x : x * K + d] = head.state[d * V + x];
         }
         free(memory);
     }
