@@ -129,7 +129,8 @@ static void read_stretch(const Call *call, const Stretch *stretch, const float *
 
 /* Attention of many queries; see ahn/native/__init__.py. Returns 0, or 1 where there is no memory for the scratch. */
 int ahn_attend(index_t B, index_t T, index_t H, index_t G, index_t K, index_t V, index_t query_batch,
-               index_t query_head, index_t query_token, index_t seen, float scaling, const Stretch *stretches, index_t count, float *out)
+               index_t query_head, index_t query_token, index_t seen, float scaling, const Stretch *stretches,
+               index_t count, float *out)
 {
     Call call = {T, H, H / G, K, V, query_batch, query_head, query_token, seen, scaling};
     index_t block = ROW_BLOCK / call.R > 0 ? ROW_BLOCK / call.R : 1, blocks = (T + block - 1) / block;

@@ -143,8 +143,8 @@ INLINE void product(index_t rows, index_t columns, index_t depth, const float *a
 
 /* out[i, j] = factor * (x[i] . rows[j]), for `count` rows of `size` numbers, eight of them at a time.
  *
- * The number of vectors x, at most MOST_VECTORS, is a constant where this is inlined, and size a multiple of LANES. Rows
- * lie `step` apart; those `ahead` of the current ones are fetched meanwhile, for no page of memory fetches the next one.
+ * The number of vectors x, at most MOST_VECTORS, is a constant where this is inlined; size is a multiple of LANES. Rows
+ * lie `step` apart; those `ahead` of the current ones are fetched meanwhile: no page of memory fetches the next.
  * out[i] has room for `count` rounded up to LANES. */
 INLINE void products(const int vectors, const float *x, index_t x_step, const float *rows, index_t step, index_t count,
                      index_t size, const index_t ahead, float factor, float *out, index_t out_step)
