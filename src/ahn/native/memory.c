@@ -68,8 +68,8 @@ static void recall(const float *query, const float *state, index_t K, index_t V,
  *
  * x [B, D] is what the attention layer read; gate_weight [H, D] and gate_bias [H] (or NULL) give a gate per head,
  * through silu. With `per_head` states are [K, V], and the norm is taken per head before the gate, weight [V]; else
- * they are [V, K], and it is taken over all heads after the gate, weight [H, V]. o_proj is [H, V, V]. Returns 0, or 1 where
- * there is no memory for the scratch. */
+ * they are [V, K], and it is taken over all heads after the gate, weight [H, V]. o_proj is [H, V, V]. Returns 0, or 1
+ * where there is no memory for the scratch. */
 int ahn_read_out(index_t B, index_t H, index_t K, index_t V, index_t D, const float *q, const float *x,
                  const float *state, const float *gate_weight, const float *gate_bias, const float *norm_weight,
                  const float *o_proj, float scale, int per_head, float *out)
