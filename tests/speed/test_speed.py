@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import ahn
-from ahn import speed
+from ahn import _compat, speed
 from ahn.reading import cache_bytes, read
 from ahn.speed.machine import Machine
 from ahn.speed.measure import Timing, read_seconds
@@ -100,3 +100,14 @@ def test_the_machine_is_faster_than_any_model(model: Any) -> None:
     assert isinstance(machine, Machine)
     assert machine.bandwidth > 1e8
     assert machine.flops > 1e8
+
+
+def test_the_bank_of_a_peer_is_full_and_stays_as_it_is(model: Any) -> None:
+    peer = peers(None, model, ["ahn+4"], 90)["ahn+4"]
+    placed = peer._placed()
+    before = placed.anchor_tokens
+    assert sorted(before[0]) == [0, 1, 2, 3]
+    with torch.no_grad():
+        for _ in range(9):
+            model(**_compat.with_cache(model, {"input_ids": torch.tensor([[5]])}, placed))
+    assert placed.anchor_tokens == before
