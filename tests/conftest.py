@@ -23,6 +23,8 @@ import pytest
 import torch
 from torch.utils import _device
 
+from ahn import native
+
 GOLDEN = Path(__file__).parent / "fixtures" / "golden"
 
 # Tiny tensors: a second thread costs more than it helps, above all beside other work.
@@ -45,6 +47,12 @@ def _poisoned(make: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
         return tensor
 
     return wrapper
+
+
+@pytest.fixture(autouse=True, scope="session")
+def kernels_are_compiled() -> None:
+    """Before any test, so that none of them sees the note that they are being compiled."""
+    native.why_not()
 
 
 @pytest.fixture(autouse=True, scope="session")
