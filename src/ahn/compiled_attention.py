@@ -40,17 +40,17 @@ def compiled_attention(
     tensors += [] if view.extra is None else [view.extra.keys, view.extra.values]
     if not ready(*tensors, sizes=(view.local.keys.size(3), view.local.values.size(3))):
         return None
+    first = seen - q_BHTK.size(2)
+    if view.ordered and plan.padding and first < plan.padding.most + view.sinks.length + window:
+        return None
     near_q = q_BHTK.contiguous() if q_BHTK.stride(3) != 1 or not view.ordered else q_BHTK
     far_q = near_q if sink_q_BHTK is None else sink_q_BHTK
     if far_q.stride() != near_q.stride():
         near_q, far_q = near_q.contiguous(), far_q.contiguous()
-    first = seen - q_BHTK.size(2)
     beside = _beside(view, far_q)
     if not view.ordered:
         mask = plan.slot_mask(view, seen, window, q_BHTK)
         return attend_one([*_ring(view, near_q, far_q, mask), *beside], first, scaling)
-    if plan.padding and first < plan.padding.most + view.sinks.length + window:
-        return None
     sinks = Stretch(far_q, _dense(view.sinks.keys), _dense(view.sinks.values))
     local = Stretch(near_q, _dense(view.local.keys), _dense(view.local.values), first=view.first, reach=window)
     return attend([sinks, *beside, local], first, scaling)

@@ -45,8 +45,9 @@ def restore(model: nn.Module) -> None:
 
 
 def _forward(linear: nn.Linear, x: torch.Tensor) -> torch.Tensor:
-    if not torch.compiler.is_compiling() and _decodes.get() and x.numel() <= native.MOST_VECTORS * linear.in_features:
+    size = linear.in_features
+    if not torch.compiler.is_compiling() and _decodes.get() and native.can_multiply(x.numel() // size, size):
         bias = [] if linear.bias is None else [linear.bias]
-        if linear.in_features % 8 == 0 and native.ready(x, linear.weight, *bias) and linear.weight.is_contiguous():
+        if native.ready(x, linear.weight, *bias) and linear.weight.is_contiguous():
             return native.linear(x, linear.weight, linear.bias)
     return functional.linear(x, linear.weight, linear.bias)

@@ -52,9 +52,9 @@ class Memory(nn.Module, abc.ABC):
 
     It reuses the attention's own queries, keys and values and learns only gates and a read-out. A subclass declares
     `gate_count` and `state_products` and implements `gates`, `gating`, `scan`, `normalise` and `state_shape`; gates of
-    zero must leave the state unchanged, which is how padding is kept out of it. `gates_of_layers`, `fold`, `read` and
-    `add_answer` do the same for decoding, and follow from these; a subclass has its own only to be fast. The output
-    projection starts at zero, so that an untrained memory changes nothing.
+    zero must leave the state unchanged, which is how padding is kept out of it. `gates_of_layers`, `fold`, `read`,
+    `add_answer` and `compiled_read_out` serve decoding and follow from these; a subclass has its own only to be fast.
+    The output projection starts at zero, so that an untrained memory changes nothing.
 
     Args:
         shape: Sizes of the attention layer.
@@ -180,7 +180,15 @@ class Memory(nn.Module, abc.ABC):
             x_B1D: Input of the attention layer, `[B, 1, D]`.
             state: The state, `[B, *state_shape()]` float32.
         """
+        how = self.compiled_read_out()
+        if how is not None and native.can_read_out(local_B1HV, q_B1HK, x_B1D, state, how):
+            native.read_out_(local_B1HV, q_B1HK, x_B1D, state, how)
+            return local_B1HV
         return local_B1HV + self.read_out(self.read(q_B1HK, state), x_B1D).to(local_B1HV.dtype)
+
+    def compiled_read_out(self) -> native.ReadOut | None:
+        """What the kernel of `add_answer` needs to know, or `None` where there is no kernel for this memory."""
+        return None
 
     @abc.abstractmethod
     def normalise(self, read_BTHV: torch.Tensor, x_BTD: torch.Tensor) -> torch.Tensor:
@@ -259,7 +267,7 @@ def project_layers(x_LBD: torch.Tensor, linears: Sequence[Sequence[nn.Linear]]) 
         What each of a layer's maps gives, `[L, B, H]`.
     """
     maps = [linear.weight for row in linears for linear in row]
-    if x_LBD.size(1) <= native.MOST_VECTORS and native.ready(x_LBD, *maps) and x_LBD.size(2) % 8 == 0:
+    if native.can_multiply(*x_LBD.shape[1:]) and native.ready(x_LBD, *maps):
         return native.linear_each(x_LBD, maps).unbind(1)
     weights = torch.stack(maps)  # [L * maps, H, D]
     out_LBR = torch.bmm(x_LBD, weights.view(x_LBD.size(0), -1, x_LBD.size(2)).mT)

@@ -47,15 +47,10 @@ class DeltaRule(Memory):
         """See `Memory.read`."""
         return read_rows(self.queries(q_BTHK), state)
 
-    def add_answer(
-        self, local_B1HV: torch.Tensor, q_B1HK: torch.Tensor, x_B1D: torch.Tensor, state: torch.Tensor
-    ) -> torch.Tensor:
-        """See `Memory.add_answer`."""
-        weights = native.ReadOut(self.g_proj.weight, self.g_proj.bias, self.o_norm, self.o_proj)
-        if not native.can_read_out(local_B1HV, q_B1HK, x_B1D, state, weights):
-            return super().add_answer(local_B1HV, q_B1HK, x_B1D, state)
-        native.read_out_(local_B1HV, q_B1HK, x_B1D, state, weights, self.shape.key_size**-0.5, per_head=True)
-        return local_B1HV
+    def compiled_read_out(self) -> native.ReadOut:
+        """See `Memory.compiled_read_out`."""
+        scale = self.shape.key_size**-0.5
+        return native.ReadOut(self.g_proj.weight, self.g_proj.bias, self.o_norm, self.o_proj, scale, per_head=True)
 
     def normalise(self, read_BTHV: torch.Tensor, x_BTD: torch.Tensor) -> torch.Tensor:
         """RMS norm per head times silu of one gate per head."""

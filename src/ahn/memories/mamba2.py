@@ -98,15 +98,9 @@ class Mamba2(Memory):
         """See `Memory.read`."""
         return read_rows(unit(q_BTHK), state.mT)
 
-    def add_answer(
-        self, local_B1HV: torch.Tensor, q_B1HK: torch.Tensor, x_B1D: torch.Tensor, state: torch.Tensor
-    ) -> torch.Tensor:
-        """See `Memory.add_answer`."""
-        weights = native.ReadOut(self.g_proj.weight, self.g_proj.bias, self.norm, self.o_proj)
-        if not native.can_read_out(local_B1HV, q_B1HK, x_B1D, state, weights):
-            return super().add_answer(local_B1HV, q_B1HK, x_B1D, state)
-        native.read_out_(local_B1HV, q_B1HK, x_B1D, state, weights, 1.0, per_head=False)
-        return local_B1HV
+    def compiled_read_out(self) -> native.ReadOut:
+        """See `Memory.compiled_read_out`."""
+        return native.ReadOut(self.g_proj.weight, self.g_proj.bias, self.norm, self.o_proj, scale=1.0, per_head=False)
 
     def normalise(self, read_BTHV: torch.Tensor, x_BTD: torch.Tensor) -> torch.Tensor:
         """RMS norm over all heads at once, after multiplying with silu of one gate per head."""

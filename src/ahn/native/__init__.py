@@ -29,6 +29,7 @@ __all__ = [
     "Stretch",
     "attend",
     "attend_one",
+    "can_multiply",
     "can_read_out",
     "linear",
     "linear_each",
@@ -231,54 +232,52 @@ def write_state_space_(k_XK: Tensor, v_XV: Tensor, decay_X: Tensor, step_X: Tens
 
 
 class ReadOut(NamedTuple):
-    """Weights of a memory's read-out.
+    """The read-out of a memory: its weights and its order.
 
     Attributes:
         gate: Weight of the gate per head, `[H, D]`.
         gate_bias: Its bias, `[H]`, or `None`.
         norm: Weight of the norm, `[V]` where it is taken per head, or `[H * V]`.
         o_proj: Output projection, `[H, V, V]`.
+        scale: Factor on the queries, once they are brought to length 1.
+        per_head: Whether the norm is taken per head and before the gate, as by the delta rules, rather than over all
+            heads and after it, as by Mamba2.
     """
 
     gate: Tensor
     gate_bias: Tensor | None
     norm: Tensor
     o_proj: Tensor
+    scale: float
+    per_head: bool
 
 
-def can_read_out(local_B1HV: Tensor, q_B1HK: Tensor, x_B1D: Tensor, state: Tensor, weights: ReadOut) -> bool:
+def can_read_out(local_B1HV: Tensor, q_B1HK: Tensor, x_B1D: Tensor, state: Tensor, how: ReadOut) -> bool:
     """Whether `read_out_` can work on these."""
-    there = [x for x in (local_B1HV, *weights) if x is not None]
+    there = [x for x in (local_B1HV, how.gate, how.gate_bias, how.norm, how.o_proj) if x is not None]
     sizes = q_B1HK.size(3), local_B1HV.size(3)
     return all(x.is_contiguous() for x in there) and ready(*there, q_B1HK, x_B1D, state, sizes=sizes)
 
 
-def read_out_(
-    local_B1HV: Tensor,
-    q_B1HK: Tensor,
-    x_B1D: Tensor,
-    state: Tensor,
-    weights: ReadOut,
-    scale: float,
-    *,
-    per_head: bool,
-) -> None:
+def read_out_(local_B1HV: Tensor, q_B1HK: Tensor, x_B1D: Tensor, state: Tensor, how: ReadOut) -> None:
     """Adds what a memory says to one query per row, in place; see `ahn.memories.base.Memory.add_answer`.
 
     Args:
         local_B1HV: What to add to, dense.
-        q_B1HK: Queries, which are brought to length 1.
+        q_B1HK: Queries.
         x_B1D: Input of the attention layer.
-        state: `[B, H, K, V]` with `per_head`, else `[B, H, V, K]`.
-        weights: Of the read-out.
-        scale: Factor on the queries.
-        per_head: Whether the norm is taken per head and before the gate, as by the delta rules, rather than over all
-            heads and after it, as by Mamba2.
+        state: `[B, H, K, V]` with `how.per_head`, else `[B, H, V, K]`.
+        how: The read-out.
     """
     B, _, H, K = q_B1HK.shape
     V, D = local_B1HV.size(3), x_B1D.size(2)
     q, x, state = q_B1HK.contiguous(), x_B1D.contiguous(), state.contiguous()
-    _run("ahn_read_out", B, H, K, V, D, q, x, state, *weights, scale, int(per_head), local_B1HV)
+    _run("ahn_read_out", B, H, K, V, D, q, x, state, *how[:4], how.scale, int(how.per_head), local_B1HV)
+
+
+def can_multiply(vectors: int, size: int) -> bool:
+    """Whether `linear` and `linear_each` take so many vectors of a size."""
+    return vectors <= MOST_VECTORS and size % 8 == 0
 
 
 def linear(x: Tensor, weight_ND: Tensor, bias_N: Tensor | None) -> Tensor:
