@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from ahn.cli import main
 from ahn.errors import ConfigError
 from ahn.models import load_tokenizer
 from ahn.training.anchors import AnchorSettings, train_anchors
-from ahn.training.anchors.documents import FORMATS, UnfitText, make_document
+from ahn.training.anchors.documents import FORMATS, UnfitText, _facts, make_document
 from ahn.training.anchors.fit import fit
 from ahn.training.anchors.later import observe
 from tests.tiny import text, tiny, with_memory
@@ -43,6 +44,37 @@ def test_a_document_hides_facts_and_asks_for_them(base: Path, kind: str) -> None
         value = tokenizer.decode(made.ids[list(places)].tolist()).strip()
         assert whole.count(value) > 1  # it is in the answer too
         assert value not in STORY
+
+
+def test_many_texts_have_several_facts_of_one_kind_and_no_question_has_two_answers(base: Path) -> None:
+    tokenizer, alike = load_tokenizer(str(base)), 0
+    for seed in range(40):
+        made = make_document(STORY, tokenizer, random.Random(seed), list(FORMATS), quotes=False)
+        asked = re.findall(r"[^\n>]*\?", tokenizer.decode(made.ids[made.text :].tolist()))
+        assert len(asked) == len(set(asked)) == len(made.values)
+        kinds = [kind for kind, _ in made.values]
+        alike += len(kinds) > 1 and len(set(kinds)) == 1
+    assert 10 < alike < 30
+
+
+def test_passwords_are_made_of_words_of_the_text(base: Path) -> None:
+    tokenizer = load_tokenizer(str(base))
+    made = make_document(STORY, tokenizer, random.Random(2), ["password"], quotes=False)
+    for _, places in made.values:
+        words = re.findall(r"[a-z]+", tokenizer.decode(made.ids[list(places)].tolist()))
+        assert len(words) == 2
+        assert all(word in STORY for word in words)
+
+
+def test_passwords_in_other_scripts() -> None:
+    source = "Было поздно. Дождь прекратился ещё до вечера. Никто больше не приходил в этот дом. Всё молчало."
+    [(_, fact), *_] = _facts(source, random.Random(0), ["password"])
+    assert all(word in source for word in re.split("[ -]", fact.value))
+
+
+def test_a_text_without_words(base: Path) -> None:
+    with pytest.raises(UnfitText, match="fewer than 8 words"):
+        make_document("I. " * 50, load_tokenizer(str(base)), random.Random(0), ["code"], quotes=False)
 
 
 def test_a_text_without_sentences(base: Path) -> None:

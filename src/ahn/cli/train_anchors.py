@@ -1,4 +1,4 @@
-"""`ahn train anchors`: a model learns which tokens later text will look back at."""
+"""`ahn train anchors`: a model learns which tokens questions will look back at."""
 
 from __future__ import annotations
 

@@ -11,7 +11,7 @@ from torch.nn import functional
 
 
 class AnchorGate(nn.Module):
-    """How much later text will look at a token, from the hidden state that a layer reads.
+    """How much questions will look at a token, from the hidden state that a layer reads.
 
     Args:
         hidden_size: Size of the hidden state, D.

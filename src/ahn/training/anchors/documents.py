@@ -32,6 +32,9 @@ _QUOTED = (40, 160)  # characters of a sentence that is asked for
 _BEFORE = 0.6  # share of the sentences that facts are hidden among
 _ENDS = re.compile(r"[.!?][\"'’”)\]]*\s+|\n\s*")
 _LEAST_ENDS = 4
+_WORDS = re.compile(r"\b[a-z]{4,10}\b"), re.compile(r"[^\W\d_]{2,10}")  # the second for other scripts
+_LEAST_WORDS = 8
+_ALIKE = 0.5  # share of the texts whose facts are all of one kind
 
 
 class UnfitText(AHNError):
@@ -69,47 +72,66 @@ class Document:
     values: tuple[tuple[str, tuple[int, ...]], ...]
 
 
-def _code(rng: random.Random) -> Fact:
-    thing, number = rng.choice(_THINGS), _number(rng)
+class Source(NamedTuple):
+    """What facts are made from.
+
+    Attributes:
+        rng: What is drawn from.
+        words: Ordinary words of the text that they are hidden in, so that nothing but their place tells them from it.
+    """
+
+    rng: random.Random
+    words: Sequence[str]
+
+
+def _code(source: Source) -> Fact:
+    thing, number = _thing(source), _number(source.rng)
     said = f"The code for {thing} is {number}"
     return Fact(said, f"What is the code for {thing}?", said, number)
 
 
-def _letter(rng: random.Random) -> Fact:
-    who, place = rng.choice(_PEOPLE), _name(rng)
+def _letter(source: Source) -> Fact:
+    who, place = source.rng.choice(_PEOPLE), _name(source.rng)
     said = f"{who} had hidden the letter in {place}"
     return Fact(said, f"Where had {who} hidden the letter?", said, place)
 
 
-def _fare(rng: random.Random) -> Fact:
-    who, place, number = rng.choice(_PEOPLE), _name(rng), _number(rng)
+def _fare(source: Source) -> Fact:
+    who, place, number = source.rng.choice(_PEOPLE), _name(source.rng), _number(source.rng)
     question = f"How many shillings did {who} pay on the train to {place}?"
     return Fact(f"On the train to {place}, {who} paid {number} shillings", question, f"{number} shillings", number)
 
 
-def _setting(rng: random.Random) -> Fact:
-    name, number = _name(rng).lower(), _number(rng)
+def _setting(source: Source) -> Fact:
+    name, number = _name(source.rng).lower(), _number(source.rng)
     return Fact(f"{name} = {number}", f"What is the value of {name}?", f"{name} = {number}", number)
 
 
-def _called(rng: random.Random) -> Fact:
-    who, name = rng.choice(_PEOPLE), _name(rng)
+def _called(source: Source) -> Fact:
+    who, name = source.rng.choice(_PEOPLE), _name(source.rng)
     return Fact(f"the dog of {who} was called {name}", f"What was the dog of {who} called?", f"It was {name}", name)
 
 
-def _serial(rng: random.Random) -> Fact:
-    thing, serial = rng.choice(_THINGS), _letters_and_digits(rng)
+def _serial(source: Source) -> Fact:
+    thing, serial = _thing(source), _letters_and_digits(source.rng)
     said = f"The serial of {thing} reads {serial}"
     return Fact(said, f"What does the serial of {thing} read?", said, serial)
 
 
-FORMATS: dict[str, Callable[[random.Random], Fact]] = {
+def _password(source: Source) -> Fact:
+    thing, words = _thing(source), source.rng.choice((" ", "-")).join(source.rng.sample(source.words, 2))
+    said = f"The password of {thing} is {words}"
+    return Fact(said, f"What is the password of {thing}?", said, words)
+
+
+FORMATS: dict[str, Callable[[Source], Fact]] = {
     "code": _code,
     "letter": _letter,
     "fare": _fare,
     "setting": _setting,
     "called": _called,
     "serial": _serial,
+    "password": _password,
 }
 """Kinds of facts by name. Beside them, sentences of the text itself are asked for."""
 
@@ -117,7 +139,10 @@ FORMATS: dict[str, Callable[[random.Random], Fact]] = {
 def make_document(
     text: str, tokenizer: PreTrainedTokenizerBase, rng: random.Random, formats: Sequence[str], quotes: bool
 ) -> Document:
-    """Hides one to three facts in the first part of a text and asks for them at its end.
+    """Hides facts in the first part of a text and asks for them at its end.
+
+    In half of the texts all are of one kind, two to four of them, so that what they are about matters as much as what
+    they say; in the others one to three of any kinds.
 
     Args:
         text: The text.
@@ -127,14 +152,14 @@ def make_document(
         quotes: Whether to ask for a sentence of the text itself, too.
 
     Raises:
-        UnfitText: The text has no sentences to hide something between.
+        UnfitText: The text has no sentences to hide something between, or no words.
     """
     ends = [match.end() for match in _ENDS.finditer(text)]
     early = ends[: max(1, int(len(ends) * _BEFORE))]
     if len(ends) < _LEAST_ENDS:
         raise UnfitText(f"a text has fewer than {_LEAST_ENDS} sentences, so nothing can be hidden in it")
     asked = [quoted] if quotes and (quoted := _quote(text[: early[-1]], rng)) else []
-    hidden = [(name, FORMATS[name](rng)) for name in rng.choices(formats, k=rng.randint(1, 3))]
+    hidden = _facts(text, rng, formats)
     whole = text
     for place, (_, fact) in zip(sorted(rng.choices(early, k=len(hidden)), reverse=True), hidden):
         whole = f"{whole[:place]}{fact.sentence}. {whole[place:]}"
@@ -149,6 +174,18 @@ def make_document(
     shift = first.opening.numel()
     values = tuple((name, _places(tokenizer, whole, fact, shift)) for name, fact in hidden)
     return Document(torch.cat(parts), shift + first.text.numel(), values)
+
+
+def _facts(text: str, rng: random.Random, formats: Sequence[str]) -> list[tuple[str, Fact]]:
+    """Facts, each with the name of its kind; no two answer the same question."""
+    found = (sorted(set(words.findall(text))) for words in _WORDS)
+    source = Source(rng, next((words for words in found if len(words) >= _LEAST_WORDS), []))
+    if not source.words:
+        raise UnfitText(f"a text has fewer than {_LEAST_WORDS} words, so nothing can be made of them")
+    alike = rng.random() < _ALIKE
+    kinds = [rng.choice(formats)] * rng.randint(2, 4) if alike else rng.choices(formats, k=rng.randint(1, 3))
+    made = [(kind, FORMATS[kind](source)) for kind in kinds]
+    return list({fact.question: (kind, fact) for kind, fact in made}.values())
 
 
 def _quote(text: str, rng: random.Random) -> tuple[str, str] | None:
@@ -166,6 +203,11 @@ def _places(tokenizer: PreTrainedTokenizerBase, text: str, fact: Fact, shift: in
     before = tokenizer(text[:start].rstrip(" "), add_special_tokens=False)["input_ids"]
     until = tokenizer(text[: start + len(fact.value)], add_special_tokens=False)["input_ids"]
     return tuple(range(shift + len(before), shift + len(until)))
+
+
+def _thing(source: Source) -> str:
+    """What a fact is about: one of a few things, or a word of the text."""
+    return source.rng.choice((source.rng.choice(_THINGS), f"the {source.rng.choice(source.words)}"))
 
 
 def _number(rng: random.Random) -> str:
