@@ -27,6 +27,7 @@ ROOMS = (
     "voting",
     "decoding",
     "plan",
+    "lookup",
     "pieces",
     "compiled_attention",
     "softmax",

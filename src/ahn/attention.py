@@ -21,6 +21,7 @@ from ahn.cache.exact import Padding, Tokens, View
 from ahn.cache.layer import HippocampalLayer
 from ahn.decoding import Step
 from ahn.errors import ModelError
+from ahn.lookup import Lookup
 from ahn.memories import Memory
 from ahn.plan import Plan
 from ahn.positions import Rotary
@@ -158,8 +159,8 @@ def attention_function(
     seen = store.exact.seen + new.length
     choice = ahn.elect(key)
     view = store.append(new, padding, choice) if ahn.kept else store.view(new, padding)
-    sink_queries = ahn.sink_queries(query, seen)
-    local = local_attention(query, sink_queries, view, ahn.plan, store.exact.window, seen, softmax)
+    lookup = Lookup(query, ahn.sink_queries(query, seen), view, ahn.plan, store.exact.window, seen)
+    local = local_attention(lookup, softmax)
     if ahn.gates is None or not view.evicted.length:
         return local, None
     return _added_to_last(local, ahn.read_memory(query, view, seen)), None
@@ -173,7 +174,8 @@ def _decode(
     store = call.store
     view = store.append_key(key, value, call.elect(key))
     seen = store.exact.seen
-    local = local_attention(query, call.sink_queries(query, seen), view, call.plan, store.exact.window, seen, softmax)
+    lookup = Lookup(query, call.sink_queries(query, seen), view, call.plan, store.exact.window, seen)
+    local = local_attention(lookup, softmax)
     if store.state is None:
         return local
     return call.memory.add_answer(local, query.transpose(1, 2), call.hidden, store.state)

@@ -8,52 +8,43 @@ from __future__ import annotations
 import torch
 
 from ahn.cache.exact import View
+from ahn.lookup import Lookup
 from ahn.native import Stretch, attend, attend_one, ready
-from ahn.plan import Plan
 
 
-def compiled_attention(
-    q_BHTK: torch.Tensor,
-    sink_q_BHTK: torch.Tensor | None,
-    view: View,
-    plan: Plan,
-    window: int,
-    seen: int,
-    scaling: float,
-) -> torch.Tensor | None:
+def compiled_attention(lookup: Lookup, scaling: float) -> torch.Tensor | None:
     """As `ahn.softmax.local_attention` with a plain softmax, or `None` where the kernels cannot do it.
 
     Args:
-        q_BHTK: Queries of the new tokens, `[B, H, T, K]`.
-        sink_q_BHTK: Queries for sinks and extra keys where these differ, or `None`.
-        view: What the queries may read.
-        plan: The call, for its padding.
-        window: Tokens of the layer's window.
-        seen: Tokens seen, the new ones included.
+        lookup: Queries, and what they may read.
         scaling: Factor on the products of queries and keys.
 
     Returns:
         `[B, T, H, V]`.
     """
-    tensors = [q_BHTK, view.local.keys, view.local.values, view.sinks.keys, view.sinks.values]
-    tensors += [] if sink_q_BHTK is None else [sink_q_BHTK]
+    view, plan, window = lookup.view, lookup.plan, lookup.window
+    tensors = [lookup.queries, view.local.keys, view.local.values, view.sinks.keys, view.sinks.values]
+    tensors += [] if lookup.far_queries is None else [lookup.far_queries]
     tensors += [] if view.extra is None else [view.extra.keys, view.extra.values]
     if not ready(*tensors, sizes=(view.local.keys.size(3), view.local.values.size(3))):
         return None
-    first = seen - q_BHTK.size(2)
-    if view.ordered and plan.padding and first < plan.padding.most + view.sinks.length + window:
+    if view.ordered and plan.padding and lookup.first < plan.padding.most + view.sinks.length + window:
         return None
-    near_q = q_BHTK.contiguous() if q_BHTK.stride(3) != 1 or not view.ordered else q_BHTK
-    far_q = near_q if sink_q_BHTK is None else sink_q_BHTK
-    if far_q.stride() != near_q.stride():
-        near_q, far_q = near_q.contiguous(), far_q.contiguous()
+    near_q, far_q = _queries(lookup)
     beside = _beside(view, far_q)
     if not view.ordered:
-        mask = plan.slot_mask(view, seen, window, q_BHTK)
-        return attend_one([*_ring(view, near_q, far_q, mask), *beside], first, scaling)
+        mask = plan.slot_mask(view, lookup.seen, window, near_q)
+        return attend_one([*_ring(view, near_q, far_q, mask), *beside], lookup.first, scaling)
     sinks = Stretch(far_q, _dense(view.sinks.keys), _dense(view.sinks.values))
     local = Stretch(near_q, _dense(view.local.keys), _dense(view.local.values), first=view.first, reach=window)
-    return attend([sinks, *beside, local], first, scaling)
+    return attend([sinks, *beside, local], lookup.first, scaling)
+
+
+def _queries(lookup: Lookup) -> tuple[torch.Tensor, torch.Tensor]:
+    """Queries for the window and those for sinks and extra keys, which may be the same, alike in memory."""
+    near = _dense(lookup.queries) if lookup.view.ordered else lookup.queries.contiguous()
+    far = near if lookup.far_queries is None else lookup.far_queries
+    return (near, far) if far.stride() == near.stride() else (near.contiguous(), far.contiguous())
 
 
 def _ring(view: View, near_q: torch.Tensor, far_q: torch.Tensor, mask_B11N: torch.Tensor | None) -> list[Stretch]:
@@ -79,5 +70,5 @@ def _beside(view: View, far_q: torch.Tensor) -> list[Stretch]:
 
 
 def _dense(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor with the numbers of a key or value side by side."""
+    """The tensor with the numbers of a query, key or value side by side."""
     return tensor if tensor.stride(3) == 1 else tensor.contiguous()

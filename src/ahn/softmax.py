@@ -13,9 +13,9 @@ import dataclasses
 import torch
 import torch.nn.functional as F
 
-from ahn.cache.exact import Extra, Tokens, View
+from ahn.cache.exact import Extra, Tokens
 from ahn.compiled_attention import compiled_attention
-from ahn.plan import Plan
+from ahn.lookup import Lookup
 
 # torch 2.13 has no public function that returns the log-sum of a fused softmax beside its output.
 _HAS_LOG_SUM = hasattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu")
@@ -42,104 +42,73 @@ _Part = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]
 """Keys, values and their additive mask."""
 
 
-def local_attention(
-    q_BHTK: torch.Tensor,
-    sink_q_BHTK: torch.Tensor | None,
-    view: View,
-    plan: Plan,
-    window: int,
-    seen: int,
-    softmax: Softmax,
-) -> torch.Tensor:
-    """Attention of new tokens over sinks and window.
+def local_attention(lookup: Lookup, softmax: Softmax) -> torch.Tensor:
+    """Attention of new tokens over sinks, extra keys and window.
 
     Args:
-        q_BHTK: Queries of the new tokens, `[B, H, T, K]`.
-        sink_q_BHTK: Queries for sinks and extra keys where these differ (bounded positions), or `None`.
-        view: What the queries may read.
-        plan: The call, for its masks.
-        window: Tokens of the layer's window, W.
-        seen: Tokens seen, the new ones included.
+        lookup: Queries, and what they may read.
         softmax: The layer's softmax.
 
     Returns:
         `[B, T, H, V]` in the dtype of the values.
     """
-    new = q_BHTK.size(2)
     if softmax == Softmax(softmax.scaling):
-        out = compiled_attention(q_BHTK, sink_q_BHTK, view, plan, window, seen, softmax.scaling)
+        out = compiled_attention(lookup, softmax.scaling)
         if out is not None:
             return out
-    if not view.ordered:
-        return _attend_one(q_BHTK, sink_q_BHTK, view, plan, window, seen, softmax).transpose(1, 2)
-    blocks = []
-    size = _block_size(window, q_BHTK)
-    for start in range(seen - new, seen, size):
-        stop = min(start + size, seen)
-        blocks.append(_attend_block(q_BHTK, sink_q_BHTK, view, plan, window, (start, stop), seen - new, softmax))
+    if not lookup.view.ordered:
+        return _attend_one(lookup, softmax).transpose(1, 2)
+    size = _block_size(lookup.window, lookup.queries)
+    starts = range(lookup.first, lookup.seen, size)
+    blocks = [_attend_block(lookup, start, min(start + size, lookup.seen), softmax) for start in starts]
     return (blocks[0] if len(blocks) == 1 else torch.cat(blocks, dim=2)).transpose(1, 2)
 
 
-def _attend_one(
-    q_BHTK: torch.Tensor,
-    sink_q_BHTK: torch.Tensor | None,
-    view: View,
-    plan: Plan,
-    window: int,
-    seen: int,
-    softmax: Softmax,
-) -> torch.Tensor:
+def _attend_one(lookup: Lookup, softmax: Softmax) -> torch.Tensor:
     """A single query over the slots of the ring as they lie, and keys from elsewhere, `[B, H, 1, V]`."""
-    mask = plan.slot_mask(view, seen, window, q_BHTK)
+    query, far_query, view, plan, seen = lookup.queries, lookup.far_queries, lookup.view, lookup.plan, lookup.seen
+    mask = plan.slot_mask(view, seen, lookup.window, query)
     keys, values, sinks = view.local.keys, view.local.values, view.sinks.length
     if view.extra is None:
-        return _attend(q_BHTK, sink_q_BHTK, keys, values, mask, slice(0, sinks), softmax)
-    extra, extra_mask = view.extra, plan.one_mask(view.extra, seen, q_BHTK) if q_BHTK.device.type == "cpu" else None
-    if mask is None and extra_mask is not None and _can_merge(q_BHTK, extra_mask, softmax):
+        return _attend(query, far_query, keys, values, mask, slice(0, sinks), softmax)
+    extra, extra_mask = view.extra, plan.one_mask(view.extra, seen, query) if query.device.type == "cpu" else None
+    if mask is None and extra_mask is not None and _can_merge(query, extra_mask, softmax):
         # The window is large and lies apart: it is not copied to stand beside a few keys.
         far = extra.keys, extra.values, extra_mask
-        if sink_q_BHTK is None:
-            return _merged(q_BHTK, (keys, values, None), q_BHTK, far, softmax)
+        if far_query is None:
+            return _merged(query, (keys, values, None), query, far, softmax)
         far_keys, far_values = (
             torch.cat((held[:, :, :sinks], own), dim=2) for held, own in ((keys, extra.keys), (values, extra.values))
         )
         far = far_keys, far_values, F.pad(extra_mask, (sinks, 0))
-        return _merged(q_BHTK, (keys[:, :, sinks:], values[:, :, sinks:], None), sink_q_BHTK, far, softmax)
+        return _merged(query, (keys[:, :, sinks:], values[:, :, sinks:], None), far_query, far, softmax)
     extra = extra.reached(seen - 1, seen)
     mask = keys.new_zeros(1, keys.size(2)) if mask is None else mask
-    mask = _beside(plan.extra_mask(extra, (seen - 1, seen), 1, q_BHTK), mask)
+    mask = _beside(plan.extra_mask(extra, (seen - 1, seen), 1, query), mask)
     keys, values = torch.cat((extra.keys, keys), dim=2), torch.cat((extra.values, values), dim=2)
-    return _attend(q_BHTK, sink_q_BHTK, keys, values, mask, slice(0, extra.keys.size(2) + sinks), softmax)
+    return _attend(query, far_query, keys, values, mask, slice(0, extra.keys.size(2) + sinks), softmax)
 
 
-def _attend_block(
-    q_BHTK: torch.Tensor,
-    sink_q_BHTK: torch.Tensor | None,
-    view: View,
-    plan: Plan,
-    window: int,
-    block: tuple[int, int],
-    offset: int,
-    softmax: Softmax,
-) -> torch.Tensor:
-    """The queries of one block, `[B, H, stop - start, V]`."""
-    start, stop = block
-    rows = slice(start - offset, stop - offset)
-    keys_from = max(view.first, start - window + 1)
+def _attend_block(lookup: Lookup, start: int, stop: int, softmax: Softmax) -> torch.Tensor:
+    """The queries of one block of tokens, `[B, H, stop - start, V]`."""
+    view, plan, far_queries = lookup.view, lookup.plan, lookup.far_queries
+    rows = slice(start - lookup.first, stop - lookup.first)
+    query = lookup.queries[:, :, rows]
+    keys_from = max(view.first, start - lookup.window + 1)
     reach = view.local.span(keys_from - view.first, max(keys_from, stop) - view.first)
-    repeats = q_BHTK.size(1) // reach.keys.size(1) if _stacks_heads(q_BHTK) else 1
-    mask = plan.block_mask(block, keys_from, view.sinks.length, window, repeats, q_BHTK)
+    repeats = query.size(1) // reach.keys.size(1) if _stacks_heads(query) else 1
+    mask = plan.block_mask((start, stop), keys_from, view.sinks.length, lookup.window, repeats, query)
     parts: list[Tokens | Extra] = [reach, view.sinks]
     if view.extra is not None and (extra := view.extra.reached(start, stop)).keys.size(2):
-        mask = _beside(mask, plan.extra_mask(extra, block, repeats, q_BHTK))
+        mask = _beside(mask, plan.extra_mask(extra, (start, stop), repeats, query))
         parts.append(extra)
     keys, values = (torch.cat([part[index] for part in parts], dim=2) for index in (0, 1))
     # Within the trained context both queries are the same, so that blocks before its end need one of them only.
-    near = sink_q_BHTK is None or stop <= plan.attachment.trained_context
-    sink_q = None if near or sink_q_BHTK is None else sink_q_BHTK[:, :, rows]
+    near = far_queries is None or stop <= plan.attachment.trained_context
+    far_query = None if near or far_queries is None else far_queries[:, :, rows]
     # Queries among the sinks see no token of the window, whose log-sum alone would be undefined.
-    attend = _attend_explicitly if sink_q is not None and start < view.sinks.length else _attend
-    return attend(q_BHTK[:, :, rows], sink_q, keys, values, mask, slice(reach.length, None), softmax)
+    attend = _attend_explicitly if far_query is not None and start < view.sinks.length else _attend
+    return attend(query, far_query, keys, values, mask, slice(reach.length, None), softmax)
 
 
 def _attend(
