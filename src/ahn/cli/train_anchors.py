@@ -62,12 +62,13 @@ def _show(report: AnchorReport, left_out: str) -> None:
     layers = Table("layer", "linear", "vote", title="Variance explained on held-out tokens", title_justify="left")
     for layer, (ridge, explained) in report.layers.items():
         layers.add_row(str(layer), f"{ridge:.2f}", f"{explained:.2f}")
-    kept = Table("fact", "facts", title="Share of the fact's tokens kept, held-out texts", title_justify="left")
+    kept = Table("fact", "n", title="Share of the fact's tokens kept, held-out texts", title_justify="left")
+    kept.caption, kept.caption_justify = "n: facts of this kind.  *: a kind that was not trained on.", "left"
     for score in report.kept:
         for anchors in KEPT:
             kept.add_column(f"{score}\n{anchors}", justify="right")
     for kind, count in report.facts.items():
         cells = [f"{share:.2f}" for by_kind in report.kept.values() for share in by_kind.get(kind, [])]
-        kept.add_row(f"{kind} (not trained on)" if kind == left_out else kind, str(count), *cells)
+        kept.add_row(f"{kind}*" if kind == left_out else kind, str(count), *cells)
     for table in (layers, kept):
         output().print(table)
