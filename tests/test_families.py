@@ -110,7 +110,7 @@ def test_full_mode_is_bit_identical(base: Any) -> None:
         assert torch.equal(base(ids).logits, logits)
 
 
-REFUSED = {"bloom", "falcon", "gptj", "codegen", "mpt", "t5", "bert", "mamba", "jamba"} - FAMILIES.keys()
+REFUSED = {"bloom", "falcon", "gptj", "codegen", "mpt", "t5", "bert", "mamba", "jamba", "falcon_h1"} - FAMILIES.keys()
 
 
 @pytest.mark.parametrize("family", sorted(REFUSED))
@@ -120,8 +120,9 @@ def test_refused_by_name_with_the_reason(family: str) -> None:
     sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 64}
     other = {"n_embd": 32, "n_layer": 2, "n_head": 4, "rotary_dim": 4, "d_model": 32, "n_heads": 4, "n_layers": 2}
     more = {"d_kv": 8, "d_ff": 32, "num_layers": 2, "num_heads": 4, "state_size": 4, "intermediate_size": 32}
+    hybrid = {"mamba_d_ssm": 64, "mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 8}
     config = transformers.AutoConfig.for_model(family)
-    for key, value in {**sizes, **other, **more, "num_key_value_heads": 2, "bos_token_id": 1}.items():
+    for key, value in {**sizes, **other, **more, **hybrid, "num_key_value_heads": 2, "bos_token_id": 1}.items():
         if hasattr(config, key):
             setattr(config, key, value)
     kind = transformers.AutoModelForSeq2SeqLM if family == "t5" else transformers.AutoModelForCausalLM

@@ -236,14 +236,14 @@ def _position_limit(backbone: Any) -> int | None:
     return known if any(known <= table.num_embeddings <= known + 8 for table in tables) else None
 
 
-def _read_sample(backbone: Any, attachment: Attachment) -> torch.Tensor:
+def _read_sample(backbone: Any, attachment: Attachment, use_cache: bool = False) -> torch.Tensor:
     """Last hidden state on a text that fits into sinks and window, `[1, T, D]` float32."""
     tokens = min(4, *(_exact_tokens(attachment, site) for site in attachment.sites))
     training = backbone.training
     backbone.eval()
     try:
         with torch.no_grad():
-            output = backbone(input_ids=sample(backbone, tokens), use_cache=False)
+            output = backbone(input_ids=sample(backbone, tokens), use_cache=use_cache)
     finally:
         backbone.train(training)
     hidden: torch.Tensor = output.last_hidden_state
@@ -266,7 +266,7 @@ def _verify(backbone: Any, attachment: Attachment, expected: torch.Tensor) -> No
     token = TRACE.set(served)
     try:
         with mode(backbone, "ahn", anchors=0):  # there are none within the window, and their score may have no weights
-            actual = _read_sample(backbone, attachment)
+            actual = _read_sample(backbone, attachment, use_cache=True)  # a model may want more of it than keys
     except AHNError:
         raise
     except Exception as error:
