@@ -50,7 +50,7 @@ class TestTable:
         assert "past the first 36 (sinks + window)" in out
         assert re.search(r"Read 600 of [\d,]+ tokens; --tokens all reads all, in about \d+ min\.", out)
         cells = rows(out)
-        assert list(cells) == ["ahn+128", "ahn", "window", "full"]
+        assert list(cells) == ["ahn+64", "ahn", "window", "full"]
         assert all(row[0] == "600" for row in cells.values())
         assert cells["ahn"][-1] == cells["window"][-1] != cells["full"][-1]
         assert "Question: And so?" in out

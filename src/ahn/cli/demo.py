@@ -19,7 +19,7 @@ ahn demo --tokens all --modes window  [dim]# far past the trained context[/dim]
 ahn demo --file book.txt --question "Who tells the story?"
 """
 FACT = "The secret number of the quiet-harbour is 4815162."
-ANCHORS = 128  # with half of them the number stays, but not what it is the number of
+ANCHORS = 64
 QUESTION = "What is the secret number of the quiet-harbour?"
 
 
