@@ -78,6 +78,10 @@ class LayerCall:
         turn = self.plan.shared("bounding", tables[0], lambda: rotation.bounding(tables, positions))
         return rotation.apply(query, turn)
 
+    def lookup(self, query: torch.Tensor, view: View, seen: int) -> Lookup:
+        """What the new tokens look up in this layer, once `seen` tokens have come."""
+        return Lookup(query, self.sink_queries(query, seen), view, self.plan, self.store.exact.window, seen)
+
     def elect(self, key: torch.Tensor) -> Choice | None:
         """Hands in the layer's votes on the new tokens; which of those that leave become anchors, if there are any."""
         plan = self.plan
@@ -159,8 +163,7 @@ def attention_function(
     seen = store.exact.seen + new.length
     choice = ahn.elect(key)
     view = store.append(new, padding, choice) if ahn.kept else store.view(new, padding)
-    lookup = Lookup(query, ahn.sink_queries(query, seen), view, ahn.plan, store.exact.window, seen)
-    local = local_attention(lookup, softmax)
+    local = local_attention(ahn.lookup(query, view, seen), softmax)
     if ahn.gates is None or not view.evicted.length:
         return local, None
     return _added_to_last(local, ahn.read_memory(query, view, seen)), None
@@ -174,8 +177,7 @@ def _decode(
     store = call.store
     view = store.append_key(key, value, call.elect(key))
     seen = store.exact.seen
-    lookup = Lookup(query, call.sink_queries(query, seen), view, call.plan, store.exact.window, seen)
-    local = local_attention(lookup, softmax)
+    local = local_attention(call.lookup(query, view, seen), softmax)
     if store.state is None:
         return local
     return call.memory.add_answer(local, query.transpose(1, 2), call.hidden, store.state)
