@@ -21,7 +21,7 @@ SINKS, WINDOW, ANCHORS = 5, 16, 6
 
 def anchored(family: str = "llama", memory: str = "gated_delta_net", **settings: Any) -> Any:
     model = with_memory(family, memory, **{"anchors": ANCHORS, **settings})
-    if settings.get("anchor_score") == "learned":
+    if settings.get("anchor_score") in ("asked", "learned"):
         give_votes(model)
     return model
 
@@ -102,9 +102,10 @@ def test_the_most_recent_anchors_are_a_larger_window(chunks: Any, sink_positions
     assert not torch.allclose(read(model, ids, chunks), expected, atol=1e-3)
 
 
+@pytest.mark.parametrize("score", ["key_diff", "asked"])
 @pytest.mark.parametrize("sink_positions", ["absolute", "bounded"])
-def test_padded_rows_read_as_alone(sink_positions: Any) -> None:
-    model = anchored(model={"max_position_embeddings": 40}, sink_positions=sink_positions)
+def test_padded_rows_read_as_alone(sink_positions: Any, score: str) -> None:
+    model = anchored(model={"max_position_embeddings": 40}, sink_positions=sink_positions, anchor_score=score)
     ids, mask = text(2, 80), torch.ones(2, 80, dtype=torch.long)
     mask[1, :23] = 0
     positions = (mask.cumsum(1) - 1).clamp(min=0)
@@ -220,7 +221,7 @@ def test_without_anchors_nothing_is_kept_for_them() -> None:
 
 
 def test_longest_call_leaves_room_for_the_neighbours() -> None:
-    assert Ballot(4, 5, {16, 9}, frozenset(), delay=2).longest_call == 9 - NEAR - 2
+    assert Ballot(4, 5, {16, 9}, frozenset(), SCORES["recent"], delay=2).longest_call == 9 - NEAR - 2
     assert NEVER > 2**60
 
 

@@ -29,8 +29,14 @@ def both(memory: str, **settings: Any) -> tuple[Any, Any]:
 @pytest.mark.parametrize("memory", MEMORIES)
 @pytest.mark.parametrize(
     "settings",
-    [{}, {"anchors": 6}, {"anchors": 6, "anchor_score": "learned"}, {"sink_positions": "bounded"}],
-    ids=["plain", "anchors", "learned", "bounded"],
+    [
+        {},
+        {"anchors": 6},
+        {"anchors": 6, "anchor_score": "asked"},
+        {"anchors": 6, "anchor_score": "learned"},
+        {"sink_positions": "bounded"},
+    ],
+    ids=["plain", "anchors", "asked", "learned", "bounded"],
 )
 def test_logits(memory: str, settings: dict[str, Any]) -> None:
     on_cpu, on_gpu = both(memory, **settings)

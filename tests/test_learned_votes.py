@@ -1,4 +1,4 @@
-"""Learned votes on anchors: who votes, and weights that come and go."""
+"""Votes on anchors that need weights: who votes, and weights that come and go."""
 
 from __future__ import annotations
 
@@ -32,13 +32,36 @@ def test_the_layers_with_a_gate_vote() -> None:
         norm = model.model.layers[layer].input_layernorm
         norm.register_forward_hook(lambda module, args, output, inputs=inputs: inputs.append(output))
     read(model, ids, [13] * 5 + [10], cache=cache)
-    gates = [attachment_of(model).site(layer).anchor_gate for layer in seen]
+    gates = [attachment_of(model).site(layer).votes_by("learned") for layer in seen]
     with torch.no_grad():
         votes = torch.stack([gate(torch.cat(parts, 1)) for gate, parts in zip(gates, seen.values()) if gate]).mean(0)[0]
     scores = {j: float(votes[max(0, j - NEAR) : j + NEAR + 1].mean()) for j in range(SINKS, 75 - WINDOW)}
     best = sorted(scores, key=lambda j: -scores[j])[:ANCHORS]
     assert cache.ballot is not None
     assert sorted(cache.ballot.held[f"tokens.{WINDOW}"][0].tolist()) == sorted(best)
+
+
+def test_asked_adds_up_the_shares_of_all_layers() -> None:
+    """The choice against one made of the keys of both layers, spelled out."""
+    model, ids = with_memory(anchors=ANCHORS, anchor_score="asked"), text(1, 75)
+    give_votes(model, (0, 2))
+    cache = ahn.HippocampalCache(model)
+    seen: dict[int, list[torch.Tensor]] = {0: [], 2: []}
+    for layer, keys in seen.items():
+        project = model.model.layers[layer].self_attn.k_proj
+        project.register_forward_hook(lambda module, args, output, keys=keys: keys.append(output))
+    read(model, ids, [13] * 5 + [10], cache=cache)
+    shares = torch.zeros(75, dtype=torch.float64)
+    for layer, parts in seen.items():
+        weights = attachment_of(model).site(layer).votes_by("asked")
+        assert weights is not None
+        for token, key in enumerate(torch.cat(parts, 1)[0].unflatten(-1, (-1, 8)).double()):
+            products = (weights.queries.double() * key[:, None]).sum(-1) + weights.offsets.double()
+            shares[token] += products.max().exp()
+    votes = shares.log()
+    scores = {j: float(votes[max(0, j - NEAR) : j + NEAR + 1].mean()) for j in range(SINKS, 75 - WINDOW)}
+    best = sorted(scores, key=lambda j: -scores[j])[:ANCHORS]
+    assert cache.anchor_tokens == [best]
 
 
 @pytest.mark.parametrize("dtype", [None, "bfloat16"])
@@ -52,11 +75,11 @@ def test_saved_votes_read_alike(tmp_path: Path, dtype: Any) -> None:
     other = with_memory(anchors=ANCHORS, anchor_score="learned")
     give_votes(other, (0, 1))  # they are replaced
     ahn.load_anchors(other, tmp_path / "votes")
-    assert attachment_of(other).site(1).anchor_gate is None
+    assert attachment_of(other).site(1).votes_by("learned") is None
     if dtype is None:
         assert torch.equal(read(other, ids), read(model, ids))
     else:
-        ours, theirs = (attachment_of(each).site(2).anchor_gate for each in (model, other))
+        ours, theirs = (attachment_of(each).site(2).votes_by("learned") for each in (model, other))
         assert ours is not None
         assert theirs is not None
         assert torch.equal(theirs.inner.weight, ours.inner.weight.bfloat16().float())
@@ -64,17 +87,17 @@ def test_saved_votes_read_alike(tmp_path: Path, dtype: Any) -> None:
 
 def test_votes_go_with_the_memory() -> None:
     model = learned()
-    assert any("anchor_gate" in name for name in model.state_dict())
-    assert not any(p.requires_grad for name, p in model.named_parameters() if "anchor_gate" in name)
+    assert any("anchor_votes" in name for name in model.state_dict())
+    assert not any(p.requires_grad for name, p in model.named_parameters() if "anchor_votes" in name)
     ahn.detach(model)
-    assert not any("anchor_gate" in name for name in model.state_dict())
+    assert not any("anchor_votes" in name for name in model.state_dict())
 
 
 def test_a_copied_model_has_votes_of_its_own() -> None:
     model, ids = learned(), text(1, 75)
     copied, expected = copy.deepcopy(model), read(model, ids)
     give_votes(model, ())
-    gate = attachment_of(model).site(0).anchor_gate
+    gate = attachment_of(model).site(0).votes_by("learned")
     assert gate is not None
     gate.inner.weight.data.neg_()
     assert torch.equal(read(copied, ids), expected)
@@ -87,7 +110,7 @@ class TestErrors:
             read(model, text(1, 75))
         with ahn.mode(model, "ahn", anchor_score="recent"):
             read(model, text(1, 75))
-        with pytest.raises(ahn.AHNError, match="no learned votes on anchors to save"):
+        with pytest.raises(ahn.AHNError, match="no weights for votes on anchors to save"):
             ahn.save_anchors(model, tmp_path)
 
     def test_no_such_folder(self, tmp_path: Path) -> None:
@@ -107,7 +130,7 @@ class TestErrors:
         model = with_memory(layers=(0, 1))
         with pytest.raises(ahn.AHNError, match="it votes in layer 2, which has no memory"):
             ahn.load_anchors(model, tmp_path / "votes")
-        assert attachment_of(model).site(0).anchor_gate is None
+        assert attachment_of(model).site(0).votes_by("learned") is None
 
     def test_a_folder_that_is_damaged(self, tmp_path: Path) -> None:
         ahn.save_anchors(learned(), tmp_path / "votes")

@@ -11,8 +11,8 @@ from torch import nn
 import ahn
 from ahn._compat import CACHE
 from ahn.attachment import attachment_of
-from ahn.scores import AnchorGate
-from ahn.surgery import set_gate
+from ahn.scores import AnchorGate, AnchorQueries
+from ahn.surgery import set_votes
 
 SIZES = {
     "vocab_size": 128,
@@ -130,11 +130,14 @@ def awaken(model: nn.Module) -> None:
 
 
 def give_votes(model: nn.Module, layers: tuple[int, ...] = (0, 2)) -> None:
-    """Learned votes of random weights for some layers."""
+    """Random weights for votes on anchors, of every score that takes some, for some layers."""
     torch.manual_seed(17)
     for site in attachment_of(model).sites:
         if site.index in layers:
-            set_gate(site, AnchorGate(site.shape.hidden_size, 4))
+            queries = AnchorQueries(site.shape.kv_heads, 3, site.shape.key_size)
+            queries.queries.normal_()
+            queries.offsets[:, :2].normal_()
+            set_votes(site, {"learned": AnchorGate(site.shape.hidden_size, 4), "asked": queries})
 
 
 def text(batch: int = 1, tokens: int = 75, seed: int = 3) -> torch.Tensor:

@@ -19,7 +19,7 @@ from ahn.config import AHNConfig, Mode, RunSettings, SinkPositions
 from ahn.errors import ConfigError, ModelError
 from ahn.memories import Memory, MemoryShape
 from ahn.positions import Rotation
-from ahn.scores import LEARNED, NEAR, SCORES, UNROTATED, AnchorGate, find_score, usual_voters, vote_delay
+from ahn.scores import NEAR, SCORES, find_score, usual_voters, vote_delay
 
 _OVERRIDES: ContextVar[Mapping[int, RunSettings]] = ContextVar("ahn_modes", default={})  # noqa: B039 (never mutated)
 _ATTRIBUTE = "_ahn_attachment"
@@ -36,7 +36,7 @@ class Site:
         sliding_window: Tokens that the base model's layer itself sees, or `None` for full attention.
         memory: Its memory, or `None` where the layer keeps the base model's own attention.
         rotation: How to undo its rotary positions; `None` where it has none or nothing asks for it.
-        anchor_gate: Its learned vote on anchors, or `None` where it has none.
+        anchor_votes: Its weights for votes on anchors, by score; `None` where it has none.
     """
 
     module: nn.Module
@@ -45,7 +45,11 @@ class Site:
     sliding_window: int | None
     memory: Memory | None = None
     rotation: Rotation | None = None
-    anchor_gate: AnchorGate | None = None
+    anchor_votes: nn.ModuleDict | None = None
+
+    def votes_by(self, score: str) -> nn.Module | None:
+        """Its weights for votes by a score, or `None` where it has none."""
+        return self.anchor_votes[score] if self.anchor_votes is not None and score in self.anchor_votes else None
 
 
 @dataclasses.dataclass(eq=False)
@@ -118,18 +122,19 @@ class Attachment:
         """Indices of the layers that vote on anchors.
 
         Raises:
-            ConfigError: The score is a learned one, and no layer has weights for it.
+            ConfigError: The score needs weights, and no layer has any.
         """
-        learned = settings.anchor_score in LEARNED
-        able = [site.index for site in self._served() if not learned or site.anchor_gate is not None]
+        score = settings.anchor_score
+        weighted = find_score(score).weights is not None
+        able = [site.index for site in self._served() if not weighted or site.votes_by(score) is not None]
         if settings.anchor_layers is not None:
             able = [index for index in able if index in settings.anchor_layers]
-        elif not learned:
-            able = usual_voters(settings.anchor_score, able)
+        elif not weighted:
+            able = usual_voters(score, able)
         if not able:
             where = "this model" if settings.anchor_layers is None else f"layers {list(settings.anchor_layers)}"
             raise ConfigError(
-                f'anchor_score="{settings.anchor_score}" has no weights on {where}; load some with '
+                f'anchor_score="{score}" has no weights on {where}; load some with '
                 "ahn.load_anchors(model, name), or choose anchors by key_diff"
             )
         return frozenset(able)
@@ -139,14 +144,14 @@ class Attachment:
         return [site for site in self.sites if site.memory is not None]
 
     def _check_anchors(self, settings: RunSettings) -> None:
-        find_score(settings.anchor_score)
+        score = find_score(settings.anchor_score)
         if not settings.anchors:
             return
         served = [site.index for site in self._served()]
         if unknown := sorted(set(settings.anchor_layers or ()) - set(served)):
             raise ConfigError(f"anchor_layers names {unknown}, but the layers with a memory are {served}")
-        if settings.anchor_score in UNROTATED and self.rotation_problem:
-            others = ", ".join(name for name in SCORES if name not in UNROTATED)
+        if score.unrotated and self.rotation_problem:
+            others = ", ".join(name for name, other in SCORES.items() if not other.unrotated)
             raise ConfigError(
                 f"the rotary positions of this model cannot be undone ({self.rotation_problem}), as anchor_score="
                 f'"{settings.anchor_score}" asks; use one of {others}'

@@ -88,7 +88,8 @@ class LayerCall:
         if plan.election is None:
             return None
         if self.site.index in plan.election.ballot.voters:
-            voter = Voter(self.store, key, self.hidden, self.site.anchor_gate, self.rotary)
+            weights = self.site.votes_by(plan.settings.anchor_score)
+            voter = Voter(self.store, key, self.hidden, weights, self.rotary)
             if plan.step is not None:
                 plan.step.voters[self.site.index] = voter
             else:

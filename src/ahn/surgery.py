@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -22,7 +22,6 @@ from ahn.memories import MemoryShape, build_memory
 from ahn.plan import mask_function
 from ahn.positions import Rotation, find_rotary
 from ahn.probe import Seen, check_rotations, find_backbone, probe, sample
-from ahn.scores import AnchorGate
 
 AttentionInterface.register(IMPLEMENTATION, attention_function)
 AttentionMaskInterface.register(IMPLEMENTATION, mask_function)
@@ -30,8 +29,8 @@ AttentionMaskInterface.register(IMPLEMENTATION, mask_function)
 MODULE = "memory"
 """Name of the memory inside its attention module, hence in the model's state dict."""
 
-GATE = "anchor_gate"
-"""Name of the learned vote on anchors likewise."""
+VOTES = "anchor_votes"
+"""Name of the weights for votes on anchors likewise."""
 
 
 def attach(model: nn.Module, config: AHNConfig | None = None) -> None:
@@ -104,7 +103,7 @@ def detach(model: nn.Module) -> None:
     for site in attachment.sites:
         if site.memory is not None:
             delattr(site.module, MODULE)
-        remove_gate(site)
+        set_votes(site, {})
         set_attachment(site.module, None)
     for config, before in attachment.implementations:
         _compat.set_implementation(config, before)
@@ -113,23 +112,20 @@ def detach(model: nn.Module) -> None:
         set_attachment(module, None)
 
 
-def set_gate(site: Site, gate: AnchorGate) -> None:
-    """Gives a layer a learned vote on anchors, in place of one that it has.
+def set_votes(site: Site, votes: Mapping[str, nn.Module]) -> None:
+    """Gives a layer weights for votes on anchors, in place of all that it has.
 
     Args:
         site: A layer with a memory.
-        gate: The vote, on any device.
+        votes: The weights by score, on any device; none takes away what it has.
     """
-    weight = next(site.module.parameters())
-    site.anchor_gate = gate.to(device=weight.device, dtype=weight.dtype).eval().requires_grad_(False)
-    site.module.add_module(GATE, site.anchor_gate)
-
-
-def remove_gate(site: Site) -> None:
-    """Takes a layer's learned vote away, if it has one."""
-    if site.anchor_gate is not None:
-        delattr(site.module, GATE)
-        site.anchor_gate = None
+    if site.anchor_votes is not None:
+        delattr(site.module, VOTES)
+        site.anchor_votes = None
+    if votes:
+        device = next(site.module.parameters()).device
+        site.anchor_votes = nn.ModuleDict(votes).to(device).eval().requires_grad_(False)
+        site.module.add_module(VOTES, site.anchor_votes)
 
 
 @contextlib.contextmanager

@@ -9,13 +9,14 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
+from torch import nn
 from torch.nn import functional
 
 from ahn.cache.anchors import Tally
 from ahn.cache.exact import Padding
 from ahn.cache.layer import HippocampalLayer
 from ahn.positions import Rotary
-from ahn.scores import LEARNED, UNROTATED, AnchorGate, NewTokens, find_score
+from ahn.scores import NewTokens, find_score
 
 
 class Voter(NamedTuple):
@@ -25,14 +26,14 @@ class Voter(NamedTuple):
         store: Its cascade.
         key: Their keys, rotated, `[B, G, T, K]`.
         hidden: What it reads, `[B, T, D]`.
-        gate: Its learned vote, or `None` where it has none.
+        weights: Its weights for the score, or `None` for a score that needs none.
         rotary: The rotation of the keys, or `None` where nothing asks to undo it.
     """
 
     store: HippocampalLayer
     key: torch.Tensor
     hidden: torch.Tensor
-    gate: AnchorGate | None
+    weights: nn.Module | None
     rotary: Rotary | None
 
 
@@ -43,7 +44,7 @@ def cast_votes(
     """How much each token should be an anchor, for every layer: the new ones or, with a delay, as many before them.
 
     Args:
-        voters: Layers of one shape and rotation, each with a gate if the score is a learned one.
+        voters: Layers of one shape and rotation, each with weights if the score asks for some.
         score: What they vote by.
         seen: Tokens read before the call.
         delay: Tokens after which a token is voted on.
@@ -52,17 +53,19 @@ def cast_votes(
     Returns:
         Votes, `[B, T]` each, on the tokens from `seen - delay` (or 0) on; fewer while the first are still too new.
     """
-    votes, rows, length = find_score(score), voters[0].key.size(0), voters[0].key.size(2)
+    chosen, rows, length = find_score(score), voters[0].key.size(0), voters[0].key.size(2)
     place = torch.arange(seen, seen + length, device=voters[0].key.device)
     tokens = place[None] if padding is None else place - padding.counts.to(place.device)[:, None]
-    if score in LEARNED:
-        return [votes(NewTokens(voter.key, tokens, voter.hidden, gate=voter.gate)) for voter in voters]
     keys, mean = torch.cat([voter.key for voter in voters]).float(), None
-    tokens = tokens.repeat(len(voters) if tokens.size(0) > 1 else 1, 1)
-    if score in UNROTATED:
+    if chosen.unrotated:
         keys = _unrotated(keys, len(voters), voters[0].rotary)
+    if chosen.weights is not None:
+        by_layer = zip(voters, keys.split(rows))
+        return [chosen.votes(NewTokens(own, tokens, voter.hidden, weights=voter.weights)) for voter, own in by_layer]
+    tokens = tokens.repeat(len(voters) if tokens.size(0) > 1 else 1, 1)
+    if chosen.compares:
         keys, mean = _with_mean([voter.store.tally for voter in voters], keys, tokens, seen, delay)
-    return list(votes(NewTokens(keys, tokens, mean=mean)).expand(keys.size(0), -1).split(rows))
+    return list(chosen.votes(NewTokens(keys, tokens, mean=mean)).expand(keys.size(0), -1).split(rows))
 
 
 def _unrotated(keys: torch.Tensor, layers: int, rotary: Rotary | None) -> torch.Tensor:

@@ -129,15 +129,18 @@ def test_a_training_writes_votes_that_load(base: Path, tmp_path: Path) -> None:
     settings = AnchorSettings((str(tmp_path / "story.txt"),), str(tmp_path / "out"), str(base), 12, 400, 16, voters=2)
     report = train_anchors(settings, said.append)
     assert len(report.layers) == 2
-    assert set(report.kept) == {"key_diff", "learned"}
+    assert set(report.kept) == {"key_diff", "asked", "learned"}
+    assert sum(report.asked.values()) > 0
     assert sum(report.facts.values()) > 0
     assert all(0 <= share <= 1 for kinds in report.kept.values() for each in kinds.values() for share in each)
-    assert said[0] == "read 10 of 12 documents"
-    model = ahn.from_pretrained(base, config=ahn.AHNConfig(window=16, sinks=4, anchors=4, anchor_score="learned"))
+    assert said[:2] == ["looking at what questions look at", "read 10 of 12 documents"]
+    model = ahn.from_pretrained(base, config=ahn.AHNConfig(window=16, sinks=4))
     ahn.load_anchors(model, tmp_path / "out")
-    cache = ahn.HippocampalCache(model)
-    model(text(1, 60), cache=cache)
-    assert len(cache.anchor_tokens[0]) == 4
+    for score in ("asked", "learned"):
+        with ahn.mode(model, "ahn", anchors=4, anchor_score=score):
+            cache = ahn.HippocampalCache(model)
+            model(text(1, 60), cache=cache)
+        assert len(cache.anchor_tokens[0]) == 4
     with pytest.raises(ConfigError, match="not empty"):
         train_anchors(AnchorSettings((str(tmp_path / "story.txt"),), str(tmp_path), str(base), 12, 400, 16))
 
@@ -149,6 +152,7 @@ def test_a_training_writes_votes_that_load(base: Path, tmp_path: Path) -> None:
         ({"length": 400}, "length must be at least 520"),
         ({"left_out": "poem"}, "left_out must be one of code"),
         ({"voters": 0}, "voters must be at least 1"),
+        ({"scores": ()}, "scores must be some of asked, learned, not none"),
     ],
 )
 def test_settings_that_cannot_work(values: dict[str, Any], message: str) -> None:
@@ -165,6 +169,7 @@ def test_settings_that_cannot_work(values: dict[str, Any], message: str) -> None
         (["--data", "story.txt", "--out", "full"], "full is not empty"),
         (["--data", "story.txt", "--out", "o", "--base", "nothing"], "no model named 'nothing'"),
         (["--data", "story.txt", "--out", "o", "--documents", "2"], "documents must be at least 6"),
+        (["--data", "story.txt", "--out", "o", "--scores", "luck"], "scores must be some of asked, learned, not luck"),
     ],
 )
 def test_bad_input(

@@ -1,8 +1,8 @@
 """The store of anchors: a bank of exact tokens, chosen as they leave the window, read by the same softmax.
 
 All layers share one choice. Each votes on a token when it is read; when the token leaves the window, its score is the
-mean vote of all layers over it and its neighbours, and the bank holds the best scores so far. As votes are frozen when
-they are given, the bank depends on the text alone, not on the chunks in which it was read.
+mean of the layers' common vote over it and its neighbours, and the bank holds the best scores so far. As votes are
+frozen when they are given, the bank depends on the text alone, not on the chunks in which it was read.
 
 Legend of shapes: B batch, E tokens that leave the window in a call, C of them that enter the bank of some row, G
 key/value heads, K key size, V value size, N anchors, R places in the ring of votes.
@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 
 from ahn.cache.exact import NEVER, Extra, LaterStore, Padding, Tokens
-from ahn.scores import NEAR
+from ahn.scores import NEAR, Score
 
 
 class Choice(NamedTuple):
@@ -92,6 +92,7 @@ class Ballot:
         sinks: Sinks of each row, which never leave.
         windows: Windows of the layers, in tokens.
         voters: Indices of the layers that vote.
+        score: What they vote by.
         delay: Tokens after which a token is voted on.
 
     Attributes:
@@ -99,10 +100,13 @@ class Ballot:
             and `tokens.w` `[B, N]` int64, -1 at places without an anchor.
     """
 
-    def __init__(self, anchors: int, sinks: int, windows: set[int], voters: frozenset[int], delay: int) -> None:
+    def __init__(
+        self, anchors: int, sinks: int, windows: set[int], voters: frozenset[int], score: Score, delay: int
+    ) -> None:
         self.anchors = anchors
         self.sinks = sinks
         self.voters = voters
+        self.score = score
         self.delay = delay
         self.windows = windows
         self.places = max(windows) + NEAR
@@ -117,7 +121,7 @@ class Ballot:
         """Keeps the votes that a call gave.
 
         Args:
-            votes_BT: Their mean over the layers, `[B, T]`: on the new tokens or, with a delay, on as many before them.
+            votes_BT: Those of all layers as one, `[B, T]`: on the new tokens or, with a delay, on as many before them.
             seen: Tokens read before the call.
         """
         if "votes" not in self.held:
@@ -190,7 +194,8 @@ class Election:
     def close(self) -> None:
         """Hands the votes in."""
         device = self.votes[0].device
-        self.ballot.count(torch.stack([votes.to(device) for votes in self.votes]).mean(0), self.seen)
+        votes_LBT = torch.stack([votes.to(device) for votes in self.votes])
+        self.ballot.count(self.ballot.score.together(votes_LBT), self.seen)
 
 
 class _Anchors(NamedTuple):

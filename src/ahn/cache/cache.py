@@ -19,7 +19,7 @@ from ahn.cache.pooled import state_slots
 from ahn.config import RunSettings
 from ahn.errors import CacheError, ConfigError
 from ahn.memories import Memory
-from ahn.scores import vote_delay
+from ahn.scores import find_score, vote_delay
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -202,7 +202,7 @@ class HippocampalCache(Cache):
 
 def _ballot(settings: RunSettings, windows: set[int], voters: frozenset[int]) -> Ballot:
     delay = vote_delay(settings.anchor_score, min(windows))
-    return Ballot(settings.anchors, settings.sinks, windows, voters, delay)
+    return Ballot(settings.anchors, settings.sinks, windows, voters, find_score(settings.anchor_score), delay)
 
 
 def new_layer(site: Site, settings: RunSettings) -> AnyLayer:

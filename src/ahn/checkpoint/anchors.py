@@ -1,26 +1,31 @@
-"""The weights of a learned score for anchors, in a folder of their own: they serve any memory of the same base."""
+"""The weights of scores for anchors, in a folder of their own: they serve any memory of the same base."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from ahn.attachment import attachment_of
+from ahn.attachment import Attachment, attachment_of
 from ahn.checkpoint.adapter import Pair, about, read_pair, storable, write_pair
 from ahn.checkpoint.content import Base, check_base, check_keys, check_shapes, inner_model, layer_of
 from ahn.checkpoint.files import failure, locate, read_tensors
 from ahn.errors import ConfigError
-from ahn.scores import AnchorGate
-from ahn.surgery import remove_gate, set_gate
+from ahn.memories import MemoryShape
+from ahn.scores import AnchorGate, AnchorQueries
+from ahn.surgery import set_votes
 
 ANCHORS = Pair("anchors_config.json", "anchors.safetensors")
 
+_NAMES = {"learned": tuple(AnchorGate(1, 1).state_dict()), "asked": tuple(AnchorQueries(1, 1, 1).state_dict())}
+"""Names of the weights of each score."""
+
 
 def save_anchors(model: nn.Module, path: str | os.PathLike[str], dtype: str | torch.dtype | None = None) -> None:
-    """Saves the learned votes on anchors that a model has, for `load_anchors`.
+    """Saves the weights for votes on anchors that a model has, of all scores, for `load_anchors`.
 
     Args:
         model: A model with a memory attached.
@@ -29,20 +34,22 @@ def save_anchors(model: nn.Module, path: str | os.PathLike[str], dtype: str | to
 
     Raises:
         ModelError: No memory is attached.
-        ConfigError: The model has no learned votes.
+        ConfigError: The model has no weights for votes.
         CheckpointError: As for `save`.
     """
-    gates = {site.index: site.anchor_gate for site in attachment_of(model).sites if site.anchor_gate is not None}
-    if not gates:
-        raise ConfigError("this model has no learned votes on anchors to save; train some with `ahn train anchors`")
     tensors = {
-        f"layers.{index}.{name}": each for index, gate in gates.items() for name, each in gate.state_dict().items()
+        f"layers.{site.index}.{name}": tensor
+        for site in attachment_of(model).sites
+        for votes in (site.anchor_votes or {}).values()
+        for name, tensor in votes.state_dict().items()
     }
+    if not tensors:
+        raise ConfigError("this model has no weights for votes on anchors to save; make some with `ahn train anchors`")
     write_pair(path, ANCHORS, about(Base.of_model(inner_model(model))), storable(path, tensors, dtype))
 
 
 def load_anchors(model: nn.Module, path_or_hub_id: str | os.PathLike[str], revision: str | None = None) -> None:
-    """Gives a model learned votes on anchors, which `anchor_score="learned"` then chooses by.
+    """Gives a model weights for votes on anchors, which `anchor_score="asked"` and `"learned"` then choose by.
 
     All is checked first: if anything is wrong, the model is what it was before. Votes that it had are replaced.
 
@@ -57,24 +64,18 @@ def load_anchors(model: nn.Module, path_or_hub_id: str | os.PathLike[str], revis
         CheckpointError: There is no such folder, it is damaged, or it does not fit the model.
 
     Warns:
-        UserWarning: The votes were trained for a base model of the same sizes but another name.
+        UserWarning: The votes were made for a base model of the same sizes but another name.
     """
     attachment, where = attachment_of(model), os.fspath(path_or_hub_id)
-    base = Base.of_model(inner_model(model))
-    gates = _read(where, locate(where, revision, ANCHORS.config), base)
-    served = {site.index: site for site in attachment.sites if site.memory is not None}
-    if missing := sorted(set(gates) - set(served)):
-        raise failure(
-            where, f"it votes in layer {missing[0]}, which has no memory here", "Attach a memory to that layer too"
-        )
-    for index, site in served.items():
-        remove_gate(site)
-        if index in gates:
-            set_gate(site, gates[index])
+    folder = locate(where, revision, ANCHORS.config)
+    votes = _read(where, folder, attachment, Base.of_model(inner_model(model)))
+    for site in attachment.sites:
+        if site.memory is not None:
+            set_votes(site, votes.get(site.index, {}))
 
 
-def _read(where: str, folder: Path, base: Base) -> dict[int, AnchorGate]:
-    """The votes in a folder, by layer."""
+def _read(where: str, folder: Path, attachment: Attachment, base: Base) -> dict[int, dict[str, nn.Module]]:
+    """The votes in a folder, by layer and score."""
     if not (folder / ANCHORS.config).is_file():
         raise failure(where, f"it holds no {ANCHORS.config}", "Give a folder that ahn.save_anchors wrote")
     values, stored = read_pair(where, folder, ANCHORS)
@@ -82,15 +83,39 @@ def _read(where: str, folder: Path, base: Base) -> dict[int, AnchorGate]:
     check_base(
         where, Base.of_dict(made_for if isinstance(made_for, dict) else {}), base, "its votes were", stacklevel=4
     )
-    layers = sorted({layer for key in stored if (layer := layer_of(key)) is not None})
-    names = tuple(AnchorGate(1, 1).state_dict())
-    check_keys(where, stored, {f"layers.{layer}.{name}" for layer in layers or [0] for name in names})
+    found = {layer: _scores(stored, layer) for key in stored if (layer := layer_of(key)) is not None}
+    served = {site.index: site for site in attachment.sites if site.memory is not None}
+    if missing := sorted(set(found) - set(served)):
+        raise failure(
+            where, f"it votes in layer {missing[0]}, which has no memory here", "Attach a memory to that layer too"
+        )
+    needed = found or {0: ["learned"]}
+    check_keys(
+        where,
+        stored,
+        {f"layers.{layer}.{name}" for layer, scores in needed.items() for score in scores for name in _NAMES[score]},
+    )
     tensors = read_tensors(stored)
-    gates = {}
-    for layer in layers:
-        own = {name: tensors[f"layers.{layer}.{name}"] for name in names}
-        gate = AnchorGate(base.hidden_size or 0, own["inner.weight"].size(0))
-        check_shapes(where, own, {name: tuple(each.shape) for name, each in gate.state_dict().items()})
-        gate.load_state_dict(own)
-        gates[layer] = gate
-    return gates
+    votes: dict[int, dict[str, nn.Module]] = {}
+    for layer, scores in found.items():
+        for score in scores:
+            own = {name: tensors[f"layers.{layer}.{name}"] for name in _NAMES[score]}
+            made = _empty(score, served[layer].shape, own)
+            check_shapes(where, own, {name: tuple(each.shape) for name, each in made.state_dict().items()})
+            made.load_state_dict(own)
+            votes.setdefault(layer, {})[score] = made
+    return votes
+
+
+def _scores(stored: Mapping[str, object], layer: int) -> list[str]:
+    """Scores that some weights of a layer are for."""
+    return [
+        score for score, names in _NAMES.items() if any(f"layers.{layer}.{name}" in stored for name in names)
+    ] or list(_NAMES)
+
+
+def _empty(score: str, shape: MemoryShape, own: Mapping[str, torch.Tensor]) -> nn.Module:
+    """Weights of a score as a layer of this shape has them, of the count that is stored."""
+    if score == "learned":
+        return AnchorGate(shape.hidden_size, own["inner.bias"].numel())
+    return AnchorQueries(shape.kv_heads, own["offsets"].size(-1), shape.key_size)

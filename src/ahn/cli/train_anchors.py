@@ -1,4 +1,4 @@
-"""`ahn train anchors`: a model learns which tokens questions will look back at."""
+"""`ahn train anchors`: which tokens will questions look back at?"""
 
 from __future__ import annotations
 
@@ -16,6 +16,8 @@ EXAMPLES = """Examples:
 
 ahn train anchors --data texts --out my-anchors  [dim]# a quarter of an hour on a laptop[/dim]
 
+ahn train anchors --data texts --out my-anchors --scores asked  [dim]# trains nothing, a minute or two[/dim]
+
 ahn train anchors --base Qwen/Qwen2.5-0.5B-Instruct --data texts --out anchors --documents 120
 """
 
@@ -27,14 +29,15 @@ def command(
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Folder for the weights.")] = None,
     base: Annotated[str, typer.Option(help="A built-in name, a folder, or a hub id.")] = "smollm2-135m",
+    scores: Annotated[str, typer.Option(help="Joined by commas: asked (trains nothing), learned.")] = "asked,learned",
     documents: Annotated[int, typer.Option(help="Texts to read; every sixth is held out.")] = 120,
     length: Annotated[int, typer.Option(help="Tokens of a text with its questions.")] = 1280,
     window: Annotated[int, typer.Option(help="Tokens behind each token that count as near.")] = 256,
-    voters: Annotated[int, typer.Option(help="Layers that vote.")] = 3,
+    voters: Annotated[int, typer.Option(help="Layers that vote by learned.")] = 3,
     left_out: Annotated[str, typer.Option(help="Kind of fact that only the closing table knows.")] = "fare",
     seed: Annotated[int, typer.Option(help="Of all random numbers.")] = 0,
 ) -> None:
-    """Train the learned score for anchors: which tokens will be needed once they have left the window?"""
+    """Make the scores for anchors that need weights: which tokens will be needed once they have left the window?"""
     if not data:
         raise UsageError("there is nothing to hide facts in. Name a file, a folder or a dataset with --data.")
     if out is None:
@@ -42,8 +45,9 @@ def command(
     from ahn.cli.loading import quiet
     from ahn.training.anchors import AnchorSettings, check_anchor_settings, train_anchors
 
+    names = tuple(name.strip() for name in scores.split(",") if name.strip())
     settings = AnchorSettings(
-        tuple(data), str(out), base, documents, length, window, voters, left_out=left_out, seed=seed
+        tuple(data), str(out), base, documents, length, window, voters, left_out=left_out, seed=seed, scores=names
     )
     check_anchor_settings(settings)
     quiet()
@@ -54,21 +58,27 @@ def command(
 
 
 def _show(report: AnchorReport, left_out: str) -> None:
-    """How well each layer foresees, and which facts are kept."""
+    """Who votes, how well each layer foresees, and which facts are kept."""
     from rich.table import Table
 
     from ahn.training.anchors.run import KEPT
 
-    layers = Table("layer", "linear", "vote", title="Variance explained on held-out tokens", title_justify="left")
-    for layer, (ridge, explained) in report.layers.items():
-        layers.add_row(str(layer), f"{ridge:.2f}", f"{explained:.2f}")
-    kept = Table("fact", "n", title="Share of the fact's tokens kept, held-out texts", title_justify="left")
-    kept.caption, kept.caption_justify = "n: facts of this kind.  *: a kind that was not trained on.", "left"
+    if report.asked:
+        layers = ", ".join(f"{layer} ({count})" for layer, count in sorted(report.asked.items()))
+        say(f"asked: layers that vote, and their queries: {layers}", console=output())
+    if report.layers:
+        learned = Table("layer", "linear", "vote", title="learned: variance explained on held-out tokens")
+        learned.title_justify = "left"
+        for layer, (ridge, explained) in report.layers.items():
+            learned.add_row(str(layer), f"{ridge:.2f}", f"{explained:.2f}")
+        output().print(learned)
+    among = " / ".join(map(str, KEPT))
+    kept = Table("fact", "n", title=f"Share of a fact's tokens among {among} anchors, held-out texts")
+    kept.title_justify, kept.caption_justify = "left", "left"
+    kept.caption = "n: facts of this kind.  *: a kind that no score was made with."
     for score in report.kept:
-        for anchors in KEPT:
-            kept.add_column(f"{score}\n{anchors}", justify="right")
+        kept.add_column(score, no_wrap=True)
     for kind, count in report.facts.items():
-        cells = [f"{share:.2f}" for by_kind in report.kept.values() for share in by_kind.get(kind, [])]
+        cells = [" / ".join(f"{share:.2f}" for share in by_kind.get(kind, [])) for by_kind in report.kept.values()]
         kept.add_row(f"{kind}*" if kind == left_out else kind, str(count), *cells)
-    for table in (layers, kept):
-        output().print(table)
+    output().print(kept)

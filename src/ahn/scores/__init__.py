@@ -12,18 +12,20 @@ from contextvars import ContextVar
 from typing import Any
 
 import torch
+from torch import nn
 
 from ahn.errors import ConfigError
 from ahn.scores.gate import AnchorGate
+from ahn.scores.queries import AnchorQueries
 
 __all__ = [
-    "LEARNED",
     "NEAR",
     "ORACLE",
     "SCORES",
-    "UNROTATED",
     "AnchorGate",
+    "AnchorQueries",
     "NewTokens",
+    "Score",
     "find_score",
     "told",
     "usual_voters",
@@ -39,18 +41,18 @@ class NewTokens:
     """The new tokens of a layer, as the scores see them.
 
     Attributes:
-        keys: Keys, `[B, G, T, K]` float32; as they were before their rotation for the scores in `UNROTATED`.
+        keys: Keys, `[B, G, T, K]` float32; as they were before their rotation for the scores that are `unrotated`.
         tokens: Their indices from each row's first real token, `[B, T]`.
-        hidden: For the scores in `LEARNED`: what the layer read, `[B, T, D]`.
-        mean: For the scores in `UNROTATED`: the mean of all unit keys up to some tokens behind each, as `keys`.
-        gate: For the scores in `LEARNED`: the layer's gate.
+        hidden: What the layer read, `[B, T, D]`; for scores with weights.
+        mean: The mean of all unit keys up to some tokens behind each, as `keys`; for the scores that compare with it.
+        weights: The layer's weights, of the score's own kind; for scores with weights.
     """
 
     keys: torch.Tensor
     tokens: torch.Tensor
     hidden: torch.Tensor | None = None
     mean: torch.Tensor | None = None
-    gate: AnchorGate | None = None
+    weights: nn.Module | None = None
 
 
 def key_diff(new: NewTokens) -> torch.Tensor:
@@ -65,9 +67,15 @@ def key_norm(new: NewTokens) -> torch.Tensor:
     return -length.mean(1)
 
 
+def asked(new: NewTokens) -> torch.Tensor:
+    """How much the queries of example questions would look at a key. Nothing is trained; see `AnchorQueries`."""
+    votes: torch.Tensor = _there(new.weights)(new.keys)
+    return votes
+
+
 def learned(new: NewTokens) -> torch.Tensor:
     """What a small network says that was trained to foresee how much questions look at a token."""
-    votes: torch.Tensor = _there(new.gate)(_there(new.hidden))
+    votes: torch.Tensor = _there(new.weights)(_there(new.hidden))
     return votes
 
 
@@ -82,29 +90,50 @@ def random(new: NewTokens) -> torch.Tensor:
     return hashed.float() / 2**32
 
 
-SCORES: dict[str, Callable[[NewTokens], torch.Tensor]] = {
-    "key_diff": key_diff,
-    "key_norm": key_norm,
-    "learned": learned,
-    "recent": recent,
-    "random": random,
+@dataclasses.dataclass(frozen=True)
+class Score:
+    """A way to choose anchors.
+
+    Attributes:
+        votes: From new tokens to votes, `[B, T]`, the higher the better.
+        unrotated: Whether it needs keys as they were before their rotation.
+        compares: Whether it needs their mean, for which it votes some tokens later.
+        weights: What a layer must have to vote; `None` for a score that needs nothing.
+        shares: Whether its votes are logarithms of shares, which layers add up; of others the mean is taken.
+    """
+
+    votes: Callable[[NewTokens], torch.Tensor]
+    unrotated: bool = False
+    compares: bool = False
+    weights: type[AnchorGate] | type[AnchorQueries] | None = None
+    shares: bool = False
+
+    def together(self, votes_LBT: torch.Tensor) -> torch.Tensor:
+        """The votes of all layers as one, `[B, T]`.
+
+        Args:
+            votes_LBT: The layers' votes, `[L, B, T]`.
+        """
+        return votes_LBT.logsumexp(0) if self.shares else votes_LBT.mean(0)
+
+
+SCORES = {
+    "key_diff": Score(key_diff, unrotated=True, compares=True),
+    "key_norm": Score(key_norm),
+    "asked": Score(asked, unrotated=True, weights=AnchorQueries, shares=True),
+    "learned": Score(learned, weights=AnchorGate),
+    "recent": Score(recent),
+    "random": Score(random),
 }
-"""Scores by name: of new tokens to votes, `[B, T]`, the higher the better. A new one is a function and a line here."""
+"""Scores by name. A new one is a function and a line here."""
 
 ORACLE = "oracle"
 """A score that is not in the table: the tokens that `told` names, for the bound of what a choice can bring."""
 
 _told: ContextVar[frozenset[int] | None] = ContextVar("ahn_told", default=None)
 
-UNROTATED = ("key_diff",)
-"""Scores that need keys as they were before their rotation, and their mean."""
-
-LEARNED = ("learned",)
-"""Scores that need weights. Only the layers that have some vote."""
-
-
 _DELAY = 64
-"""Tokens after which scores in `UNROTATED` vote: near the beginning of a text a mean of the keys so far says little."""
+"""Tokens after which scores vote that compare with a mean, which says little near the beginning of a text."""
 
 
 def vote_delay(score: str, window: int) -> int:
@@ -114,7 +143,7 @@ def vote_delay(score: str, window: int) -> int:
         score: Name of the score.
         window: Tokens of the shortest window.
     """
-    return min(_DELAY, window // 4) if score in UNROTATED else 0
+    return min(_DELAY, window // 4) if find_score(score).compares else 0
 
 
 def usual_voters(score: str, layers: Sequence[int]) -> list[int]:
@@ -127,7 +156,7 @@ def usual_voters(score: str, layers: Sequence[int]) -> list[int]:
         score: Name of the score.
         layers: Indices of the layers that could vote, in order.
     """
-    if score not in UNROTATED:
+    if not find_score(score).compares:
         return list(layers)
     count = len(layers)
     return sorted({layers[place] for place in (3 * count // 5, 2 * count // 3)})
@@ -152,14 +181,14 @@ def _oracle(new: NewTokens) -> torch.Tensor:
     return torch.isin(new.tokens, wanted).float()
 
 
-def find_score(name: str) -> Callable[[NewTokens], torch.Tensor]:
+def find_score(name: str) -> Score:
     """The score of a name.
 
     Raises:
         ConfigError: There is none.
     """
     if name == ORACLE and _told.get() is not None:
-        return _oracle
+        return Score(_oracle)
     if name not in SCORES:
         raise ConfigError(f"unknown anchor_score {name!r}; known are {', '.join(SCORES)}")
     return SCORES[name]

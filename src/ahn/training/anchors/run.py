@@ -1,14 +1,16 @@
-"""The whole training of a learned score: documents, one reading of each, a small network for a few layers, a check."""
+"""The making of scores for anchors: documents, one reading of each, weights for some layers, a check."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
 import random
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 import ahn
 from ahn.attachment import attachment_of
@@ -16,10 +18,11 @@ from ahn.checkpoint.anchors import ANCHORS
 from ahn.errors import ConfigError
 from ahn.models import load_model, load_tokenizer, resolve
 from ahn.reading import read
-from ahn.surgery import set_gate
+from ahn.surgery import set_votes
 from ahn.texts import evenly
+from ahn.training.anchors.asked import collect
 from ahn.training.anchors.documents import FORMATS, Document, UnfitText, make_document
-from ahn.training.anchors.fit import fit
+from ahn.training.anchors.fit import Fit, fit
 from ahn.training.anchors.later import observe
 from ahn.training.data import Cut, load_pieces
 from ahn.training.log import Say
@@ -28,27 +31,31 @@ from ahn.training.sources import check_places
 _HELD_OUT = 6  # every sixth document
 _QUESTIONS = 200  # tokens of a document that are left for them
 _SINKS = 4
+_ASKED = 24  # documents whose queries are kept
 _TOP = 64  # tokens of a document that are learned from because they were needed most
 _OTHERS = 320  # and others
 KEPT = (32, 64, 128)
 """Numbers of anchors that the closing table is about."""
+MADE = ("asked", "learned")
+"""Scores that are made here."""
 
 
 @dataclasses.dataclass(frozen=True)
 class AnchorSettings:
-    """Settings of the training of a learned score.
+    """Settings of the making of scores.
 
     Attributes:
         data: Files, folders and datasets to hide facts in.
         out: Folder for the weights.
         base: The base model, as for `ahn.from_pretrained`.
-        documents: Texts that are read.
+        documents: Texts that facts are hidden in.
         length: Tokens of each, its questions included.
         window: Tokens that count as near.
-        voters: Layers that vote, evenly spread over the middle half of the model.
+        voters: Layers that vote by "learned", evenly spread over the middle half of the model.
         width: Units of a vote.
         left_out: Kind of fact that is kept for the closing table alone, a name of `FORMATS`.
         seed: What all random numbers depend on.
+        scores: Which scores are made, names of `MADE`. "asked" reads a fifth of the texts and trains nothing.
 
     Raises:
         ConfigError: A value is out of range.
@@ -64,12 +71,15 @@ class AnchorSettings:
     width: int = 32
     left_out: str = "fare"
     seed: int = 0
+    scores: tuple[str, ...] = MADE
 
     def __post_init__(self) -> None:
         least = {"documents": _HELD_OUT, "window": 8, "length": self.window + _QUESTIONS + 64, "voters": 1, "width": 1}
         for name, value in least.items():
             if getattr(self, name) < value:
                 raise ConfigError(f"{name} must be at least {value}, not {getattr(self, name)}")
+        if not self.scores or not set(self.scores) <= set(MADE):
+            raise ConfigError(f"scores must be some of {', '.join(MADE)}, not {', '.join(self.scores) or 'none'}")
         if self.left_out not in FORMATS:
             raise ConfigError(f"left_out must be one of {', '.join(FORMATS)}, not {self.left_out!r}")
 
@@ -79,12 +89,15 @@ class AnchorReport:
     """What came of it.
 
     Attributes:
-        layers: For each layer that votes, the share of the variance that a linear map explains, and its vote.
+        layers: For each layer that votes by "learned", the share of the variance that a linear map explains, and its
+            vote.
+        asked: For each layer that votes by "asked", its number of queries.
         kept: By score and kind of fact, the share of the values' tokens that are among so many anchors, `KEPT`.
         facts: Facts of each kind in held-out documents.
     """
 
     layers: dict[int, tuple[float, float]]
+    asked: dict[int, int]
     kept: dict[str, dict[str, list[float]]]
     facts: dict[str, int]
 
@@ -107,7 +120,7 @@ def check_anchor_settings(settings: AnchorSettings) -> None:
 
 
 def train_anchors(settings: AnchorSettings, say: Say | None = None) -> AnchorReport:
-    """Trains a learned score and writes it into a folder, for `ahn.load_anchors`.
+    """Makes scores for anchors and writes their weights into a folder, for `ahn.load_anchors`.
 
     Args:
         settings: The settings.
@@ -121,10 +134,33 @@ def train_anchors(settings: AnchorSettings, say: Say | None = None) -> AnchorRep
     """
     say = say or (lambda text: None)
     check_anchor_settings(settings)
-    tokenizer = load_tokenizer(settings.base)
-    made = _documents(settings, tokenizer)
+    made = _documents(settings, load_tokenizer(settings.base))
     model = load_model(settings.base)
     ahn.attach(model, ahn.AHNConfig(window=settings.window, sinks=_SINKS))
+    votes: dict[int, dict[str, nn.Module]] = {}
+    queries, fits = {}, {}
+    if "asked" in settings.scores:
+        say("looking at what questions look at")
+        known = [document for number, document in enumerate(made) if not _is_held_out(number)]
+        queries = collect(model, known[:_ASKED], settings.window)
+        for layer, weights in queries.items():
+            votes.setdefault(layer, {})["asked"] = weights
+    if "learned" in settings.scores:
+        fits = _fits(model, made, settings, say)
+        for layer, found in fits.items():
+            votes.setdefault(layer, {})["learned"] = found.gate
+    for site in attachment_of(model).sites:
+        set_votes(site, votes.get(site.index, {}))
+    ahn.save_anchors(model, settings.out, dtype="float16")
+    say("looking which facts of held-out documents are kept")
+    scores = ("key_diff", *(score for score in MADE if score in settings.scores))
+    kept, facts = _kept(model, made[_HELD_OUT - 1 :: _HELD_OUT], scores, settings.window)
+    explained = {layer: (found.ridge, found.explained) for layer, found in fits.items()}
+    return AnchorReport(explained, {layer: weights.count for layer, weights in queries.items()}, kept, facts)
+
+
+def _fits(model: nn.Module, made: list[Document], settings: AnchorSettings, say: Say) -> dict[int, Fit]:
+    """Learned votes of some layers of the middle half."""
     served = [site for site in attachment_of(model).sites if site.memory is not None]
     middle = served[len(served) // 4 : 3 * len(served) // 4 + 1]
     voters = sorted({site.index for site in evenly(middle, min(settings.voters, len(middle)))})
@@ -140,18 +176,8 @@ def train_anchors(settings: AnchorSettings, say: Say | None = None) -> AnchorRep
             inputs[layer].append(seen.hidden[layer][chosen])
         if (number + 1) % 10 == 0:
             say(f"read {number + 1} of {len(made)} documents")
-    layers: dict[int, tuple[float, float]] = {}
-    for site in served:
-        if site.index in voters:
-            found = fit(
-                torch.cat(inputs[site.index]), torch.cat(needed), torch.cat(held), settings.width, settings.seed
-            )
-            set_gate(site, found.gate)
-            layers[site.index] = found.ridge, found.explained
-    ahn.save_anchors(model, settings.out, dtype="float16")
-    say("looking which facts of held-out documents are kept")
-    kept, facts = _kept(model, made[_HELD_OUT - 1 :: _HELD_OUT], settings.window)
-    return AnchorReport(layers, kept, facts)
+    target, held_out = torch.cat(needed), torch.cat(held)
+    return {layer: fit(torch.cat(inputs[layer]), target, held_out, settings.width, settings.seed) for layer in voters}
 
 
 def _documents(settings: AnchorSettings, tokenizer: Any) -> list[Document]:
@@ -190,7 +216,7 @@ def _chosen(needed_T: torch.Tensor, document: Document, window: int, generator: 
 
 
 def _kept(
-    model: Any, documents: list[Document], window: int
+    model: Any, documents: list[Document], scores: Sequence[str], window: int
 ) -> tuple[dict[str, dict[str, list[float]]], dict[str, int]]:
     """Shares of the values' tokens that are in the bank when a question begins."""
     facts = dict.fromkeys(FORMATS, 0)
@@ -199,7 +225,7 @@ def _kept(
         gone = [(name, places) for name, places in document.values if places[-1] < document.text - window]
         for name, _ in gone:
             facts[name] += 1
-        for score in ("key_diff", "learned"):
+        for score in scores:
             ranked = _ranked(model, document, score, window)
             banks = [set(ranked[:anchors]) for anchors in KEPT]  # a smaller bank is the best part of a larger one
             for name, places in gone:

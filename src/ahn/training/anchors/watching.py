@@ -1,0 +1,158 @@
+"""Reading a text with full attention while somebody looks at what every layer sees.
+
+Legend of shapes: T tokens, D hidden size, H query heads, G key/value heads, K key size, V value size.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.masking_utils import AttentionMaskInterface
+from transformers.modeling_utils import AttentionInterface
+
+import ahn
+from ahn.attachment import Site, attachment_of
+from ahn.attention import attention_function
+from ahn.plan import mask_function
+from ahn.positions import Tables
+from ahn.probe import find_backbone, implementation
+
+WATCHED = "ahn_watched"
+_LEAST = 1e-6
+_OUTPUTS = ("o_proj", "out_proj", "dense", "c_proj")
+
+
+@dataclasses.dataclass(eq=False)
+class Sight:
+    """What a layer sees of a text.
+
+    Attributes:
+        site: The layer.
+        hidden_TD: What it reads, `[T, D]`.
+        length_T: Lengths of the tokens' vectors in the residual stream before it, `[T]`.
+        tables: The rotation of its queries and keys; `None` where it has none.
+        query_HTK: Queries as they are compared with keys, `[H, T, K]`.
+        key_GTK: Keys, `[G, T, K]`.
+        value_GTV: Values, `[G, T, V]`.
+        scaling: Factor on the products of both.
+    """
+
+    site: Site
+    hidden_TD: torch.Tensor
+    length_T: torch.Tensor
+    tables: Tables | None = None
+    query_HTK: torch.Tensor = dataclasses.field(default_factory=lambda: torch.empty(0))
+    key_GTK: torch.Tensor = dataclasses.field(default_factory=lambda: torch.empty(0))
+    value_GTV: torch.Tensor = dataclasses.field(default_factory=lambda: torch.empty(0))
+    scaling: float = 1.0
+
+    def scores(self, head: int, first: int) -> torch.Tensor:
+        """Products of the queries from `first` on with all keys, `[T - first, T]`; -inf where they do not see them.
+
+        Args:
+            head: The query head.
+            first: The first token whose query is meant.
+        """
+        groups = self.query_HTK.size(0) // self.key_GTK.size(0)
+        tokens = torch.arange(self.query_HTK.size(1), device=self.query_HTK.device)
+        apart = tokens[first:, None] - tokens
+        seen = apart >= 0
+        if self.site.sliding_window is not None:
+            seen &= apart < self.site.sliding_window
+        products = (self.query_HTK[head, first:] @ self.key_GTK[head // groups].T).float() * self.scaling
+        return products.masked_fill(~seen, float("-inf"))
+
+    def moved(self) -> torch.Tensor:
+        """How far a token's value moves the residual stream through each query head, `[H, T]`.
+
+        Its own length where the output projection is not found.
+        """
+        heads, size = self.query_HTK.size(0), self.value_GTV.size(-1)
+        value_HTV = self.value_GTV.repeat_interleave(heads // self.value_GTV.size(0), 0).float()
+        for name in _OUTPUTS:
+            output = getattr(self.site.module, name, None)
+            if isinstance(output, nn.Linear) and output.in_features == heads * size:
+                parts: torch.Tensor = output.weight.float().view(-1, heads, size)
+                return torch.stack([(value_HTV[head] @ parts[:, head].T).norm(dim=-1) for head in range(heads)])
+        lengths: torch.Tensor = value_HTV.norm(dim=-1)
+        return lengths
+
+
+Look = Callable[[Sight], None]
+
+
+@torch.no_grad()
+def watch(model: nn.Module, ids: torch.Tensor, look: Look) -> None:
+    """Reads a text with full attention.
+
+    Args:
+        model: A model with a memory attached.
+        ids: Token ids, `[T]`.
+        look: Is given what each layer sees, in their order.
+    """
+    attachment, backbone = attachment_of(model), find_backbone(model)
+    device = next(backbone.parameters()).device
+    with ahn.mode(model, "full"), _watched(backbone, attachment.sites, look), implementation(backbone, WATCHED):
+        backbone(input_ids=ids[None].to(device), use_cache=False)
+
+
+@contextlib.contextmanager
+def _watched(backbone: nn.Module, sites: tuple[Site, ...], look: Look) -> Iterator[None]:
+    names = {module: name for name, module in backbone.named_modules()}
+    lengths: dict[nn.Module, torch.Tensor] = {}
+    handles = []
+    for site in sites:
+        around = backbone.get_submodule(names[site.module].rpartition(".")[0])
+        handles.append(around.register_forward_pre_hook(_note_length(site, lengths), with_kwargs=True))
+        handles.append(site.module.register_forward_pre_hook(_bring(site, lengths, look), with_kwargs=True))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _note_length(site: Site, lengths: dict[nn.Module, torch.Tensor]) -> Callable[..., None]:
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        hidden = args[0] if args else kwargs["hidden_states"]
+        lengths[site.module] = hidden[0].float().norm(dim=-1).clamp(min=_LEAST)
+
+    return hook
+
+
+def _bring(site: Site, lengths: dict[nn.Module, torch.Tensor], look: Look) -> Callable[..., Any]:
+    """A hook that sends what is known before a layer along to the attention function, which knows the rest."""
+
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        hidden = args[0] if args else kwargs["hidden_states"]
+        tables = kwargs.get("position_embeddings") if site.rotation is not None else None
+        sight = Sight(site, hidden[0], lengths[site.module], tables)
+        return args, {**kwargs, WATCHED: (sight, look)}
+
+    return hook
+
+
+def _attend(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: Any,
+    ahn_watched: tuple[Sight, Look],
+    scaling: float | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    sight, look = ahn_watched
+    sight.query_HTK, sight.key_GTK, sight.value_GTV = query[0], key[0], value[0]
+    sight.scaling = query.size(-1) ** -0.5 if scaling is None else scaling
+    look(sight)
+    return attention_function(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+
+
+AttentionInterface.register(WATCHED, _attend)
+AttentionMaskInterface.register(WATCHED, mask_function)

@@ -1,0 +1,109 @@
+"""The score that keeps queries: which are kept, against a loop, and that they find what answers would look at."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+
+from ahn.errors import ConfigError
+from ahn.scores import AnchorQueries
+from ahn.scores.queries import NEVER_ASKED
+from ahn.training.anchors.asked import collect
+from ahn.training.anchors.documents import Document
+from tests.tiny import text, tiny, with_memory
+
+ASKED, WINDOW = 31, 12
+
+
+def documents(count: int = 3) -> list[Document]:
+    return [Document(text(1, 40, seed)[0], ASKED, (("code", (7 + seed, 8 + seed)),)) for seed in range(count)]
+
+
+def test_votes_against_a_loop() -> None:
+    weights = AnchorQueries(2, 3, 8)
+    weights.queries.normal_(generator=torch.Generator().manual_seed(1))
+    weights.offsets[0] = torch.tensor([0.5, -1.0, NEVER_ASKED])
+    weights.offsets[1, 0] = 0.25
+    keys = torch.randn(2, 2, 5, 8, generator=torch.Generator().manual_seed(2))
+    votes = weights(keys)
+    assert weights.count == 3
+    for row in range(2):
+        for token in range(5):
+            asked = [(0, 0), (0, 1), (1, 0)]
+            best = max(
+                float(keys[row, g, token].double() @ weights.queries[g, m].double() + weights.offsets[g, m])
+                for g, m in asked
+            )
+            assert float(votes[row, token]) == pytest.approx(best, abs=1e-5)
+
+
+def test_what_is_kept_against_a_loop() -> None:
+    """Queries and offsets of the layer that looks at facts most, made by hand from attention weights."""
+    plain, made = tiny("llama", attn_implementation="eager"), documents()
+    layers, heads, groups = 3, plain.config.num_attention_heads, plain.config.num_key_value_heads
+    looked: dict[int, list[float]] = {layer: [] for layer in range(layers)}
+    kept: dict[int, list[tuple[int, int, torch.Tensor, float]]] = {layer: [] for layer in range(layers)}
+    keys: dict[int, list[torch.Tensor]] = {layer: [] for layer in range(layers)}
+    for number, document in enumerate(made):
+        with torch.no_grad():
+            output = plain(document.ids[None], output_attentions=True, output_hidden_states=True)
+            for layer, (weights, hidden) in enumerate(zip(output.attentions, output.hidden_states)):
+                attention = plain.model.layers[layer].self_attn
+                read = plain.model.layers[layer].input_layernorm(hidden)
+                query = attention.q_proj(read)[0].unflatten(-1, (heads, 8)).transpose(0, 1)
+                key = attention.k_proj(read)[0].unflatten(-1, (groups, 8)).transpose(0, 1)
+                value = attention.v_proj(read)[0].unflatten(-1, (groups, 8)).transpose(0, 1)
+                keys[layer].append(key[:, 4:ASKED])
+                found = set()
+                for fact in document.values[0][1]:
+                    best = (-1.0, 0, 0)
+                    for head in range(heads):
+                        out = attention.o_proj.weight[:, head * 8 : head * 8 + 8]
+                        moved = float((out @ value[head * groups // heads, fact]).norm())
+                        for asking in range(ASKED, 40):
+                            share = float(weights[0, head, asking, fact]) * moved / float(hidden[0, asking].norm())
+                            best = max(best, (share, head, asking))
+                    looked[layer].append(math.log(best[0]))
+                    found.add(best[1:])
+                for head, asking in found:
+                    turned = placed(plain, query[head, asking], WINDOW) / math.sqrt(8)
+                    there = placed(plain, query[head, asking], asking) / math.sqrt(8)
+                    group = head * groups // heads
+                    rest = sum(math.exp(float(there @ placed(plain, key[group, place], place))) for place in range(4))
+                    kept[layer].append((group, number, turned, rest))
+    layer = max(looked, key=lambda each: sum(looked[each]))
+    result = collect(with_memory("llama"), made, WINDOW)
+    assert set(result) == {layer}
+    assert result[layer].count == len(kept[layer])
+    for group, number, query, rest in kept[layer]:
+        others = torch.cat([key[group] for other, key in enumerate(keys[layer]) if other != number])
+        usual = float((others @ query).double().exp().mean()) * 1024
+        gap = (result[layer].queries[group] - query).abs().amax(-1)
+        assert float(gap.min()) < 1e-4
+        assert float(result[layer].offsets[group, gap.argmin()]) == pytest.approx(-math.log(rest + usual), abs=1e-3)
+
+
+def placed(model: Any, vector: torch.Tensor, position: int) -> torch.Tensor:
+    """A query or key turned to a position."""
+    cos, sin = model.model.rotary_emb(vector, torch.tensor([[position]]))
+    turned, _ = apply_rotary_pos_emb(vector[None, None, None], vector[None, None, None], cos, sin)
+    return turned[0, 0, 0]
+
+
+@pytest.mark.parametrize("family", ["gpt2", "qwen3", "gemma2", "gpt_oss"])
+def test_other_families(family: str) -> None:
+    positions = {"memory_positions": "rope"} if family == "gpt2" else {}
+    found = collect(with_memory(family, **positions), documents(), WINDOW)
+    assert found
+    assert all(0 < weights.count <= 6 for weights in found.values())
+    assert all(torch.isfinite(weights.queries).all() for weights in found.values())
+
+
+def test_a_rotation_that_cannot_be_undone() -> None:
+    settings = {"sink_positions": "absolute", "memory_positions": "rope"}
+    with pytest.raises(ConfigError, match='as the score "asked" needs; make "learned" alone'):
+        collect(with_memory("deepseek_v3", **settings), documents(), WINDOW)
