@@ -2,10 +2,10 @@
 
 A text with facts is read with full attention, and asked for them at its end. For each token of a fact and each layer
 the query is kept that looked at it most. Put to the keys of another text it looks at what it would take for an answer
-there, whatever is asked. The layers that looked at facts most vote.
+there, whatever is asked. The layers vote whose queries find facts best in texts that they do not come from.
 
-Legend of shapes: T tokens, Q of them in questions, F tokens of facts, N kept queries, H query heads, G key/value heads,
-M of a head's queries, K key size.
+Legend of shapes: T tokens, Q of them in questions, F tokens of facts, S other tokens of a text, N kept queries, H query
+heads, G key/value heads, K key size.
 """
 
 from __future__ import annotations
@@ -27,59 +27,102 @@ from ahn.training.anchors.watching import Sight, watch
 _SINKS = 4  # first tokens, which queries rest on
 _SAMPLE = 128  # tokens of a text that stand for all of it
 _AMONG = 1024  # tokens of a text that a query's share of attention is reckoned for
-_VOTERS = 4  # one layer of so many votes
-_LEAST = 1e-6  # of a token that nothing looks at
+_VOTERS = 5  # one layer of so many votes
+_BEST = 0.05  # share of a text's tokens that a fact must be among to be found
 
 
 @dataclasses.dataclass(eq=False)
 class _Asked:
-    """The queries of one text's answers in one layer, turned as if they stood one window behind every key.
+    """What one text's answers looked at in one layer.
 
     Attributes:
         layer: The layer's index.
-        queries_HQK: The queries, times the factor on products.
-        rests_HQ: Log of what they give the first tokens of their text.
+        queries_HQK: Their queries, times the factor on products, turned to stand one window behind every key.
+        rests_HQ: Log of what they gave the first tokens of the text.
         shares_HQF: The share of each token of a fact in the residual stream of the token that asks.
-        sample_GSK: Some keys of the text as they were before their rotation.
+        facts_GFK: Keys of the facts as they were before their rotation.
+        sample_GSK: Those of some tokens of the text.
     """
 
     layer: int
     queries_HQK: torch.Tensor
     rests_HQ: torch.Tensor
     shares_HQF: torch.Tensor
+    facts_GFK: torch.Tensor
     sample_GSK: torch.Tensor
 
 
 @dataclasses.dataclass(eq=False)
-class _Kept:
-    """One query that is kept.
-
-    Attributes:
-        group: Key/value head that it looks at.
-        text: Number of its text.
-        query_K: The query.
-        rest: Log of what it gave the first tokens of its text.
-    """
-
-    group: int
-    text: int
-    query_K: torch.Tensor
-    rest: torch.Tensor
-
-
-@dataclasses.dataclass(eq=False)
 class _Layer:
-    """What a layer has shown so far.
+    """What a layer has kept of all texts so far.
 
     Attributes:
-        kept: Its queries.
+        queries: Its queries, `[K]` each.
+        heads: The key/value head that each looks at.
+        texts: The number of its text.
+        rests: Log of what it gave the first tokens of that text.
+        facts: Keys of the facts of each text, `[G, F, K]`.
         samples: Some keys of each text, `[G, S, K]`.
-        looked: Logs of the largest share of each token of a fact, `[F]` for each text.
     """
 
-    kept: list[_Kept] = dataclasses.field(default_factory=list)
+    queries: list[torch.Tensor] = dataclasses.field(default_factory=list)
+    heads: list[int] = dataclasses.field(default_factory=list)
+    texts: list[int] = dataclasses.field(default_factory=list)
+    rests: list[torch.Tensor] = dataclasses.field(default_factory=list)
+    facts: list[torch.Tensor] = dataclasses.field(default_factory=list)
     samples: list[torch.Tensor] = dataclasses.field(default_factory=list)
-    looked: list[torch.Tensor] = dataclasses.field(default_factory=list)
+
+    def keep(self, asked: _Asked) -> None:
+        """Keeps, for each token of a fact, the query that looked at it most."""
+        query_heads, questions = asked.rests_HQ.shape
+        for index in asked.shares_HQF.flatten(0, 1).argmax(0).unique().tolist():
+            head, place = divmod(index, questions)
+            self.queries.append(asked.queries_HQK[head, place].cpu())
+            self.heads.append(head * asked.sample_GSK.size(0) // query_heads)
+            self.texts.append(len(self.samples))
+            self.rests.append(asked.rests_HQ[head, place].cpu())
+        self.facts.append(asked.facts_GFK.cpu())
+        self.samples.append(asked.sample_GSK.cpu())
+
+    def offsets(self) -> torch.Tensor:
+        """Minus the log of what each query gives the first tokens of its text and average ones of others, `[N]`."""
+        text_S = torch.cat([torch.full((sample.size(1),), text) for text, sample in enumerate(self.samples)])
+        sample_GSK, offsets = torch.cat(self.samples, dim=1), []
+        for query_K, head, text, rest in zip(self.queries, self.heads, self.texts, self.rests):
+            given_S = (sample_GSK[head] @ query_K)[text_S != text]
+            usual = given_S.logsumexp(0) - math.log(len(given_S)) + math.log(_AMONG)
+            offsets.append(-torch.logaddexp(rest, usual))
+        return torch.stack(offsets)
+
+    def weights(self, offsets_N: torch.Tensor, besides: int | None = None) -> AnchorQueries:
+        """The weights of the layer's vote.
+
+        Args:
+            offsets_N: What `offsets` gives.
+            besides: Number of a text whose queries are left out.
+        """
+        head_N, text_N = torch.tensor(self.heads), torch.tensor(self.texts)
+        queries_NK, key_heads = torch.stack(self.queries), self.samples[0].size(0)
+        chosen = [(head_N == head) & (text_N != (-1 if besides is None else besides)) for head in range(key_heads)]
+        weights = AnchorQueries(key_heads, max(int(each.sum()) for each in chosen), queries_NK.size(1))
+        for head, each in enumerate(chosen):
+            weights.queries[head, : int(each.sum())] = queries_NK[each]
+            weights.offsets[head, : int(each.sum())] = offsets_N[each]
+        return weights
+
+    def found(self, kinds: Sequence[Sequence[str]]) -> float:
+        """Share of the facts' tokens that queries of other texts find, the mean over kinds of facts.
+
+        Args:
+            kinds: For each text the kind of fact that each of its facts' tokens belongs to.
+        """
+        offsets_N, shares = self.offsets(), dict[str, list[float]]()
+        for text, (facts_GFK, sample_GSK) in enumerate(zip(self.facts, self.samples)):
+            weights = self.weights(offsets_N, besides=text)
+            least = weights(sample_GSK[None])[0].quantile(1 - _BEST)
+            for kind, vote in zip(kinds[text], weights(facts_GFK[None])[0]):
+                shares.setdefault(kind, []).append(float(vote > least))
+        return sum(sum(each) / len(each) for each in shares.values()) / len(shares)
 
 
 def collect(model: nn.Module, documents: Sequence[Document], window: int) -> dict[int, AnchorQueries]:
@@ -94,7 +137,7 @@ def collect(model: nn.Module, documents: Sequence[Document], window: int) -> dic
         window: Tokens by which a query stands behind a key that it is put to.
 
     Returns:
-        The weights of the score by layer: of the quarter of the layers that looked at facts most.
+        The weights of the score by layer: of the fifth of the layers whose queries find facts best.
 
     Raises:
         ConfigError: The rotary positions of this model cannot be undone.
@@ -106,23 +149,22 @@ def collect(model: nn.Module, documents: Sequence[Document], window: int) -> dic
             '"asked" needs; make "learned" alone'
         )
     layers: dict[int, _Layer] = {}
-    for number, document in enumerate(documents):
+    for document in documents:
         for asked in _read(model, document, window):
-            layer = layers.setdefault(asked.layer, _Layer())
-            layer.kept += _best(asked, number)
-            layer.samples.append(asked.sample_GSK)
-            layer.looked.append(asked.shares_HQF.amax((0, 1)).clamp(min=_LEAST).log().cpu())
-    by_look = sorted(layers, key=lambda index: -float(torch.cat(layers[index].looked).mean()))
-    return {index: _weights(layers[index]) for index in sorted(by_look[: max(1, len(layers) // _VOTERS)])}
+            layers.setdefault(asked.layer, _Layer()).keep(asked)
+    kinds = [[kind for kind, places in document.values for _ in places] for document in documents]
+    found = {index: layer.found(kinds) for index, layer in layers.items()}
+    best = sorted(found, key=lambda index: -found[index])[: max(1, len(found) // _VOTERS)]
+    return {index: layers[index].weights(layers[index].offsets()) for index in sorted(best)}
 
 
 def _read(model: nn.Module, document: Document, window: int) -> list[_Asked]:
-    facts = sorted({place for _, places in document.values for place in places})
+    facts = torch.tensor([place for _, places in document.values for place in places])
     seen: list[_Asked] = []
 
     def look(sight: Sight) -> None:
         if sight.site.memory is not None:
-            seen.append(_look(sight, document.text, torch.tensor(facts, device=sight.length_T.device), window))
+            seen.append(_look(sight, document.text, facts.to(sight.length_T.device), window))
 
     watch(model, document.ids, look)
     return seen
@@ -136,11 +178,10 @@ def _look(sight: Sight, asked: int, fact_F: torch.Tensor, window: int) -> _Asked
         shares.append(weights_QF * moved_HT[head, fact_F] / sight.length_T[asked:, None])
         rests.append(scores_QT[:, :_SINKS].logsumexp(-1))
     places = torch.linspace(_SINKS, asked - 1, min(_SAMPLE, asked - _SINKS), device=fact_F.device).long()
-    queries_HQK = _turned(sight, sight.query_HTK[:, asked:], torch.arange(asked, moved_HT.size(1)), window)
-    sample_GSK = _turned(sight, sight.key_GTK[:, places], places, 0)
-    return _Asked(
-        sight.site.index, queries_HQK * sight.scaling, torch.stack(rests), torch.stack(shares), sample_GSK.cpu()
-    )
+    asking = torch.arange(asked, moved_HT.size(1), device=fact_F.device)
+    queries_HQK = _turned(sight, sight.query_HTK[:, asking], asking, window) * sight.scaling
+    facts_GFK, sample_GSK = (_turned(sight, sight.key_GTK[:, each], each, 0) for each in (fact_F, places))
+    return _Asked(sight.site.index, queries_HQK, torch.stack(rests), torch.stack(shares), facts_GFK, sample_GSK)
 
 
 def _turned(sight: Sight, x_HTK: torch.Tensor, places_T: torch.Tensor, to: int) -> torch.Tensor:
@@ -153,28 +194,3 @@ def _turned(sight: Sight, x_HTK: torch.Tensor, places_T: torch.Tensor, to: int) 
     if to:
         x_1HTK = rotation.apply(x_1HTK, rotation.tables(torch.tensor([[to]], device=x_HTK.device)))
     return x_1HTK[0]
-
-
-def _best(asked: _Asked, text: int) -> list[_Kept]:
-    """For each token of a fact the query of a layer that looked at it most."""
-    heads, questions = asked.rests_HQ.shape
-    found = []
-    for index in asked.shares_HQF.flatten(0, 1).argmax(0).unique().tolist():
-        head, place = divmod(index, questions)
-        group = head * asked.sample_GSK.size(0) // heads
-        found.append(_Kept(group, text, asked.queries_HQK[head, place].cpu(), asked.rests_HQ[head, place].cpu()))
-    return found
-
-
-def _weights(layer: _Layer) -> AnchorQueries:
-    """The weights of a layer, of all its queries."""
-    heads, _, key_size = layer.samples[0].shape
-    by_head = [[each for each in layer.kept if each.group == group] for group in range(heads)]
-    weights = AnchorQueries(heads, max(map(len, by_head)), key_size)
-    for group, queries in enumerate(by_head):
-        for place, each in enumerate(queries):
-            others = torch.cat([sample[group] for text, sample in enumerate(layer.samples) if text != each.text])
-            usual = (others @ each.query_K).logsumexp(0) - math.log(len(others)) + math.log(_AMONG)
-            weights.queries[group, place] = each.query_K
-            weights.offsets[group, place] = -torch.logaddexp(each.rest, usual)
-    return weights
