@@ -138,6 +138,7 @@ COMMANDS = (
     "train anchors --data text.txt --out notes",
     "train anchors --data text.txt --out out --documents 2",
     "train anchors --data text.txt --out out --left-out poem",
+    "train anchors --data text.txt --out out --scores luck",
     "train anchors --data text.txt --out out --base ./nowhere",
     "eval perplexity nowhere.txt",
     "eval perplexity notes/empty",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from ahn.cli.terminal import say
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 EVICTED = "evicted"
+LABELS = 32
+"""Characters of a table beside its arms."""
 COLUMNS = ("task", "tokens", "facts", "span", "arm", "texts", "values", "in the answer", "ranked first", "mean rank")
 
 
@@ -71,9 +74,10 @@ def show(console: Console, found: Found, settings: dict[str, Any]) -> None:
     """Prints the tables, and below them what must not be overlooked."""
     opening = f"window {settings['window']:,}, sinks {settings['sinks']:,}; spans are those when the question begins"
     say(opening, console=console)
-    console.print(_table(found, "In the answer, of all", _hits))
     chance = f"{found.settings.chance:.0%}"
-    console.print(_table(found, f"Ranked first, % (chance {chance})", _first))
+    for title, shown in (("In the answer, of all", _hits), (f"Ranked first, % (chance {chance})", _first)):
+        for arms in _fitting(found.settings.arms, console.width - LABELS):
+            console.print(_table(found, arms, title, shown))
     for sentence in found.verdicts:
         say(sentence, "bold red" if "NONE" in sentence else "bold", console=console)
     for sentence in found.remarks:
@@ -134,25 +138,39 @@ def _page(found: Found, settings: dict[str, Any], where: dict[str, Any], figures
     return page
 
 
-def _table(found: Found, title: str, shown: Any) -> Table:
+def _fitting(arms: Sequence[str], width: int) -> list[list[str]]:
+    """The arms in groups whose columns fit into so many characters."""
+    groups: list[list[str]] = [[]]
+    left = width
+    for arm in arms:
+        needed = max(map(len, arm.split(":"))) + 2
+        if groups[-1] and needed > left:
+            groups.append([])
+            left = width
+        groups[-1].append(arm)
+        left -= needed
+    return groups
+
+
+def _table(found: Found, arms: Sequence[str], title: str, shown: Any) -> Table:
     """A row for every task, length and span, a column for every arm; zeros of evicted needles stand out."""
     from rich import box
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
+    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, padding=0)
     for name in ("task", "tokens", "span"):
         table.add_column(name, justify="right" if name == "tokens" else "left", no_wrap=True)
-    for arm in found.settings.arms:
-        table.add_column(arm, justify="right", no_wrap=True)
+    for arm in arms:
+        table.add_column(arm.replace(":", ":\n"), justify="right", no_wrap=True)
     last = None
     for (task, length, number, label), row in found.rows.items():
         if last not in (None, task):
             table.add_section()
         last = task
         named = task if number is None else f"{task} {number}"
-        scores = [shown(row[arm]) for arm in found.settings.arms]
-        styles = ["bold red" if label == EVICTED and not row[arm].hits else "" for arm in found.settings.arms]
+        scores = [shown(row[arm]) for arm in arms]
+        styles = ["bold red" if label == EVICTED and not row[arm].hits else "" for arm in arms]
         table.add_row(named, f"{length:,}", label, *map(Text, scores, styles))
     return table
 
