@@ -133,7 +133,7 @@ def test_a_training_writes_votes_that_load(base: Path, tmp_path: Path) -> None:
     assert sum(report.asked.values()) > 0
     assert sum(report.facts.values()) > 0
     assert all(0 <= share <= 1 for kinds in report.kept.values() for each in kinds.values() for share in each)
-    assert said[:2] == ["looking at what questions look at", "read 10 of 12 documents"]
+    assert said[:2] == ["asked: read 10 of 10 documents", "learned: read 10 of 12 documents"]
     model = ahn.from_pretrained(base, config=ahn.AHNConfig(window=16, sinks=4))
     ahn.load_anchors(model, tmp_path / "out")
     for score in ("asked", "learned"):

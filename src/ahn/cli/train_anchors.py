@@ -14,9 +14,9 @@ if TYPE_CHECKING:
 
 EXAMPLES = """Examples:
 
-ahn train anchors --data texts --out my-anchors  [dim]# a quarter of an hour on a laptop[/dim]
+ahn train anchors --data texts --out my-anchors  [dim]# half an hour on a laptop[/dim]
 
-ahn train anchors --data texts --out my-anchors --scores asked  [dim]# trains nothing, a minute or two[/dim]
+ahn train anchors --data texts --out my-anchors --scores asked  [dim]# trains nothing, five minutes[/dim]
 
 ahn train anchors --base Qwen/Qwen2.5-0.5B-Instruct --data texts --out anchors --documents 120
 """

@@ -23,6 +23,7 @@ from ahn.positions import Tables
 from ahn.scores import AnchorQueries
 from ahn.training.anchors.documents import Document
 from ahn.training.anchors.watching import Sight, watch
+from ahn.training.log import Say
 
 _SINKS = 4  # first tokens, which queries rest on
 _SAMPLE = 128  # tokens of a text that stand for all of it
@@ -125,7 +126,9 @@ class _Layer:
         return sum(sum(each) / len(each) for each in shares.values()) / len(shares)
 
 
-def collect(model: nn.Module, documents: Sequence[Document], window: int) -> dict[int, AnchorQueries]:
+def collect(
+    model: nn.Module, documents: Sequence[Document], window: int, say: Say | None = None
+) -> dict[int, AnchorQueries]:
     """Reads texts with questions and keeps the queries that found the answers.
 
     The offset of a query is minus the logarithm of what it gave the first tokens of its own text and gives 1,024
@@ -135,6 +138,7 @@ def collect(model: nn.Module, documents: Sequence[Document], window: int) -> dic
         model: A model with a memory attached.
         documents: The texts, at least two.
         window: Tokens by which a query stands behind a key that it is put to.
+        say: Is given a line of text now and then.
 
     Returns:
         The weights of the score by layer: of the fifth of the layers whose queries find facts best.
@@ -149,9 +153,11 @@ def collect(model: nn.Module, documents: Sequence[Document], window: int) -> dic
             '"asked" needs; make "learned" alone'
         )
     layers: dict[int, _Layer] = {}
-    for document in documents:
+    for number, document in enumerate(documents, 1):
         for asked in _read(model, document, window):
             layers.setdefault(asked.layer, _Layer()).keep(asked)
+        if say is not None and number % 10 == 0:
+            say(f"asked: read {number} of {len(documents)} documents")
     kinds = [[kind for kind, places in document.values for _ in places] for document in documents]
     found = {index: layer.found(kinds) for index, layer in layers.items()}
     best = sorted(found, key=lambda index: -found[index])[: max(1, len(found) // _VOTERS)]

@@ -140,9 +140,8 @@ def train_anchors(settings: AnchorSettings, say: Say | None = None) -> AnchorRep
     votes: dict[int, dict[str, nn.Module]] = {}
     queries, fits = {}, {}
     if "asked" in settings.scores:
-        say("looking at what questions look at")
         known = [document for number, document in enumerate(made) if not _is_held_out(number)]
-        queries = collect(model, known[:_ASKED], settings.window)
+        queries = collect(model, known[:_ASKED], settings.window, say)
         for layer, weights in queries.items():
             votes.setdefault(layer, {})["asked"] = weights
     if "learned" in settings.scores:
@@ -175,7 +174,7 @@ def _fits(model: nn.Module, made: list[Document], settings: AnchorSettings, say:
         for layer in voters:
             inputs[layer].append(seen.hidden[layer][chosen])
         if (number + 1) % 10 == 0:
-            say(f"read {number + 1} of {len(made)} documents")
+            say(f"learned: read {number + 1} of {len(made)} documents")
     target, held_out = torch.cat(needed), torch.cat(held)
     return {layer: fit(torch.cat(inputs[layer]), target, held_out, settings.width, settings.seed) for layer in voters}
 
