@@ -58,8 +58,9 @@ def test_asked_adds_up_the_shares_of_all_layers() -> None:
         for token, key in enumerate(torch.cat(parts, 1)[0].unflatten(-1, (-1, 8)).double()):
             products = (weights.queries.double() * key[:, None]).sum(-1) + weights.offsets.double()
             shares[token] += products.max().exp()
-    votes = shares.log()
-    scores = {j: float(votes[max(0, j - NEAR) : j + NEAR + 1].mean()) for j in range(SINKS, 75 - WINDOW)}
+    votes, lead = shares.log(), WINDOW // 4
+    means = [float(votes[max(0, j - NEAR) : j + NEAR + 1].mean()) for j in range(75)]
+    scores = {j: max(means[j + k] - 0.2 * k for k in range(lead + 1)) for j in range(SINKS, 75 - WINDOW)}
     best = sorted(scores, key=lambda j: -scores[j])[:ANCHORS]
     assert cache.anchor_tokens == [best]
 

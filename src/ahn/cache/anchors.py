@@ -1,8 +1,9 @@
 """The store of anchors: a bank of exact tokens, chosen as they leave the window, read by the same softmax.
 
 All layers share one choice. Each votes on a token when it is read; when the token leaves the window, its score is the
-mean of the layers' common vote over it and its neighbours, and the bank holds the best scores so far. As votes are
-frozen when they are given, the bank depends on the text alone, not on the chunks in which it was read.
+mean of the layers' common vote over it and its neighbours, and the bank holds the best scores so far. Some scores lend
+what a token has to the few before it, which say what it is about. As votes are frozen when they are given, the bank
+depends on the text alone, not on the chunks in which it was read.
 
 Legend of shapes: B batch, E tokens that leave the window in a call, C of them that enter the bank of some row, G
 key/value heads, K key size, V value size, N anchors, R places in the ring of votes.
@@ -16,7 +17,7 @@ from typing import NamedTuple
 import torch
 
 from ahn.cache.exact import NEVER, Extra, LaterStore, Padding, Tokens
-from ahn.scores import NEAR, Score
+from ahn.scores import FADE, NEAR, Score
 
 
 class Choice(NamedTuple):
@@ -94,6 +95,7 @@ class Ballot:
         voters: Indices of the layers that vote.
         score: What they vote by.
         delay: Tokens after which a token is voted on.
+        lead: Tokens before one with a high vote that are kept with it.
 
     Attributes:
         held: Every tensor held, by name: `votes` `[B, R]` float32, and for each window w `scores.w` `[B, N]` float32
@@ -101,13 +103,21 @@ class Ballot:
     """
 
     def __init__(
-        self, anchors: int, sinks: int, windows: set[int], voters: frozenset[int], score: Score, delay: int
+        self,
+        anchors: int,
+        sinks: int,
+        windows: set[int],
+        voters: frozenset[int],
+        score: Score,
+        delay: int = 0,
+        lead: int = 0,
     ) -> None:
         self.anchors = anchors
         self.sinks = sinks
         self.voters = voters
         self.score = score
         self.delay = delay
+        self.lead = lead
         self.windows = windows
         self.places = max(windows) + NEAR
         self.held: dict[str, torch.Tensor] = {}
@@ -115,7 +125,7 @@ class Ballot:
     @property
     def longest_call(self) -> int:
         """Tokens of the longest call whose leaving tokens, and their neighbours, have all been voted on before."""
-        return min(self.windows) - NEAR - self.delay
+        return min(self.windows) - NEAR - self.delay - self.lead
 
     def count(self, votes_BT: torch.Tensor, seen: int) -> None:
         """Keeps the votes that a call gave.
@@ -165,14 +175,15 @@ class Ballot:
         return choice
 
     def _scores(self, token_E: torch.Tensor, padding: Padding | None) -> torch.Tensor:
-        """Mean votes of tokens and their neighbours, `[B, E]`; -inf for padding and sinks."""
+        """Mean votes of tokens and their neighbours, or what later ones lend, `[B, E]`; -inf for padding and sinks."""
         votes = self.held["votes"]
         begin = torch.zeros(1, dtype=torch.long) if padding is None else padding.counts
         begin = begin.to(votes.device)[:, None, None]
-        near = token_E[:, None] + torch.arange(-NEAR, NEAR + 1, device=votes.device)  # [E, neighbours]
+        near = token_E[:, None] + torch.arange(-NEAR, NEAR + self.lead + 1, device=votes.device)  # [E, neighbours]
         real = (near >= begin).to(votes.dtype)
-        mean = (votes[:, near % self.places] * real).sum(-1) / real.sum(-1).clamp(min=1)
-        return mean.masked_fill(token_E < begin[..., 0] + self.sinks, float("-inf"))
+        sums, counts = ((x.unfold(-1, 2 * NEAR + 1, 1).sum(-1)) for x in (votes[:, near % self.places] * real, real))
+        lent = sums / counts.clamp(min=1) - FADE * torch.arange(self.lead + 1, device=votes.device)
+        return lent.amax(-1).masked_fill(token_E < begin[..., 0] + self.sinks, float("-inf"))
 
 
 @dataclasses.dataclass

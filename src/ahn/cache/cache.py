@@ -19,7 +19,7 @@ from ahn.cache.pooled import state_slots
 from ahn.config import RunSettings
 from ahn.errors import CacheError, ConfigError
 from ahn.memories import Memory
-from ahn.scores import find_score, vote_delay
+from ahn.scores import find_score, vote_delay, vote_lead
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -201,8 +201,9 @@ class HippocampalCache(Cache):
 
 
 def _ballot(settings: RunSettings, windows: set[int], voters: frozenset[int]) -> Ballot:
-    delay = vote_delay(settings.anchor_score, min(windows))
-    return Ballot(settings.anchors, settings.sinks, windows, voters, find_score(settings.anchor_score), delay)
+    score, shortest = settings.anchor_score, min(windows)
+    delay, lead = vote_delay(score, shortest), vote_lead(score, shortest)
+    return Ballot(settings.anchors, settings.sinks, windows, voters, find_score(score), delay, lead)
 
 
 def new_layer(site: Site, settings: RunSettings) -> AnyLayer:

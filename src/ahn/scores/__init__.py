@@ -19,6 +19,7 @@ from ahn.scores.gate import AnchorGate
 from ahn.scores.queries import AnchorQueries
 
 __all__ = [
+    "FADE",
     "NEAR",
     "ORACLE",
     "SCORES",
@@ -30,10 +31,15 @@ __all__ = [
     "told",
     "usual_voters",
     "vote_delay",
+    "vote_lead",
 ]
 
 NEAR = 3
 """Neighbours on each side that a token's score is averaged over. Those behind it are still in the window."""
+
+
+FADE = 0.2
+"""How much of a score is lost with every token by which it is lent to those before it."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,6 +106,7 @@ class Score:
         compares: Whether it needs their mean, for which it votes some tokens later.
         weights: What a layer must have to vote; `None` for a score that needs nothing.
         shares: Whether its votes are logarithms of shares, which layers add up; of others the mean is taken.
+        lead: Tokens before one with a high vote that are kept with it, because they say what it is about.
     """
 
     votes: Callable[[NewTokens], torch.Tensor]
@@ -107,6 +114,7 @@ class Score:
     compares: bool = False
     weights: type[AnchorGate] | type[AnchorQueries] | None = None
     shares: bool = False
+    lead: int = 0
 
     def together(self, votes_LBT: torch.Tensor) -> torch.Tensor:
         """The votes of all layers as one, `[B, T]`.
@@ -120,7 +128,7 @@ class Score:
 SCORES = {
     "key_diff": Score(key_diff, unrotated=True, compares=True),
     "key_norm": Score(key_norm),
-    "asked": Score(asked, unrotated=True, weights=AnchorQueries, shares=True),
+    "asked": Score(asked, unrotated=True, weights=AnchorQueries, shares=True, lead=12),
     "learned": Score(learned, weights=AnchorGate),
     "recent": Score(recent),
     "random": Score(random),
@@ -144,6 +152,16 @@ def vote_delay(score: str, window: int) -> int:
         window: Tokens of the shortest window.
     """
     return min(_DELAY, window // 4) if find_score(score).compares else 0
+
+
+def vote_lead(score: str, window: int) -> int:
+    """Tokens before one with a high vote that are kept with it, all of them still in the window when it is voted on.
+
+    Args:
+        score: Name of the score.
+        window: Tokens of the shortest window.
+    """
+    return min(find_score(score).lead, window // 4)
 
 
 def usual_voters(score: str, layers: Sequence[int]) -> list[int]:
