@@ -32,7 +32,7 @@ class AnchorQueries(nn.Module):
     @property
     def count(self) -> int:
         """Number of queries, of all heads together."""
-        return int((self.offsets > NEVER_ASKED).sum())
+        return int((self.offsets > NEVER_ASKED / 2).sum())
 
     def forward(self, keys_BGTK: torch.Tensor) -> torch.Tensor:
         """Votes, `[B, T]` float32.
