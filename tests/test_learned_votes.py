@@ -60,7 +60,7 @@ def test_asked_adds_up_the_shares_of_all_layers() -> None:
             shares[token] += products.max().exp()
     votes, lead = shares.log(), WINDOW // 4
     means = [float(votes[max(0, j - NEAR) : j + NEAR + 1].mean()) for j in range(75)]
-    scores = {j: max(means[j + k] - 0.2 * k for k in range(lead + 1)) for j in range(SINKS, 75 - WINDOW)}
+    scores = {j: max(means[j + k] - 0.2 * abs(k) for k in range(-2, lead + 1)) for j in range(SINKS, 75 - WINDOW)}
     best = sorted(scores, key=lambda j: -scores[j])[:ANCHORS]
     assert cache.anchor_tokens == [best]
 

@@ -2,8 +2,8 @@
 
 All layers share one choice. Each votes on a token when it is read; when the token leaves the window, its score is the
 mean of the layers' common vote over it and its neighbours, and the bank holds the best scores so far. Some scores lend
-what a token has to the few before it, which say what it is about. As votes are frozen when they are given, the bank
-depends on the text alone, not on the chunks in which it was read.
+what a token has to a few around it. As votes are frozen when they are given, the bank depends on the text alone, not on
+the chunks in which it was read.
 
 Legend of shapes: B batch, E tokens that leave the window in a call, C of them that enter the bank of some row, G
 key/value heads, K key size, V value size, N anchors, R places in the ring of votes.
@@ -95,7 +95,7 @@ class Ballot:
         voters: Indices of the layers that vote.
         score: What they vote by.
         delay: Tokens after which a token is voted on.
-        lead: Tokens before one with a high vote that are kept with it.
+        lends: Tokens before and behind one with a high vote that are kept with it.
 
     Attributes:
         held: Every tensor held, by name: `votes` `[B, R]` float32, and for each window w `scores.w` `[B, N]` float32
@@ -110,22 +110,22 @@ class Ballot:
         voters: frozenset[int],
         score: Score,
         delay: int = 0,
-        lead: int = 0,
+        lends: tuple[int, int] = (0, 0),
     ) -> None:
         self.anchors = anchors
         self.sinks = sinks
         self.voters = voters
         self.score = score
         self.delay = delay
-        self.lead = lead
+        self.before, self.behind = lends
         self.windows = windows
-        self.places = max(windows) + NEAR
+        self.places = max(windows) + NEAR + self.behind
         self.held: dict[str, torch.Tensor] = {}
 
     @property
     def longest_call(self) -> int:
         """Tokens of the longest call whose leaving tokens, and their neighbours, have all been voted on before."""
-        return min(self.windows) - NEAR - self.delay - self.lead
+        return min(self.windows) - NEAR - self.delay - self.before
 
     def count(self, votes_BT: torch.Tensor, seen: int) -> None:
         """Keeps the votes that a call gave.
@@ -175,14 +175,16 @@ class Ballot:
         return choice
 
     def _scores(self, token_E: torch.Tensor, padding: Padding | None) -> torch.Tensor:
-        """Mean votes of tokens and their neighbours, or what later ones lend, `[B, E]`; -inf for padding and sinks."""
+        """Mean votes of tokens and their neighbours, or what others lend, `[B, E]`; -inf for padding and sinks."""
         votes = self.held["votes"]
         begin = torch.zeros(1, dtype=torch.long) if padding is None else padding.counts
         begin = begin.to(votes.device)[:, None, None]
-        near = token_E[:, None] + torch.arange(-NEAR, NEAR + self.lead + 1, device=votes.device)  # [E, neighbours]
+        apart = torch.arange(-self.behind, self.before + 1, device=votes.device)
+        near = torch.arange(-NEAR - self.behind, NEAR + self.before + 1, device=votes.device)
+        near = token_E[:, None] + near  # [E, neighbours]
         real = (near >= begin).to(votes.dtype)
         sums, counts = ((x.unfold(-1, 2 * NEAR + 1, 1).sum(-1)) for x in (votes[:, near % self.places] * real, real))
-        lent = sums / counts.clamp(min=1) - FADE * torch.arange(self.lead + 1, device=votes.device)
+        lent = (sums / counts.clamp(min=1) - FADE * apart.abs()).masked_fill(counts == 0, float("-inf"))
         return lent.amax(-1).masked_fill(token_E < begin[..., 0] + self.sinks, float("-inf"))
 
 

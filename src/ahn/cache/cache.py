@@ -19,7 +19,7 @@ from ahn.cache.pooled import state_slots
 from ahn.config import RunSettings
 from ahn.errors import CacheError, ConfigError
 from ahn.memories import Memory
-from ahn.scores import find_score, vote_delay, vote_lead
+from ahn.scores import find_score, vote_delay, vote_lends
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -202,8 +202,8 @@ class HippocampalCache(Cache):
 
 def _ballot(settings: RunSettings, windows: set[int], voters: frozenset[int]) -> Ballot:
     score, shortest = settings.anchor_score, min(windows)
-    delay, lead = vote_delay(score, shortest), vote_lead(score, shortest)
-    return Ballot(settings.anchors, settings.sinks, windows, voters, find_score(score), delay, lead)
+    delay, lends = vote_delay(score, shortest), vote_lends(score, shortest)
+    return Ballot(settings.anchors, settings.sinks, windows, voters, find_score(score), delay, lends)
 
 
 def new_layer(site: Site, settings: RunSettings) -> AnyLayer:

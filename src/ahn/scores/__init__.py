@@ -31,7 +31,7 @@ __all__ = [
     "told",
     "usual_voters",
     "vote_delay",
-    "vote_lead",
+    "vote_lends",
 ]
 
 NEAR = 3
@@ -39,7 +39,7 @@ NEAR = 3
 
 
 FADE = 0.2
-"""How much of a score is lost with every token by which it is lent to those before it."""
+"""How much of a score is lost with every token by which it is lent to those around it."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,7 +106,8 @@ class Score:
         compares: Whether it needs their mean, for which it votes some tokens later.
         weights: What a layer must have to vote; `None` for a score that needs nothing.
         shares: Whether its votes are logarithms of shares, which layers add up; of others the mean is taken.
-        lead: Tokens before one with a high vote that are kept with it, because they say what it is about.
+        lends: Tokens before one with a high vote that are kept with it, because they say what it is about, and behind
+            it, because the mean over neighbours is low where a fact ends.
     """
 
     votes: Callable[[NewTokens], torch.Tensor]
@@ -114,7 +115,7 @@ class Score:
     compares: bool = False
     weights: type[AnchorGate] | type[AnchorQueries] | None = None
     shares: bool = False
-    lead: int = 0
+    lends: tuple[int, int] = (0, 0)
 
     def together(self, votes_LBT: torch.Tensor) -> torch.Tensor:
         """The votes of all layers as one, `[B, T]`.
@@ -128,7 +129,7 @@ class Score:
 SCORES = {
     "key_diff": Score(key_diff, unrotated=True, compares=True),
     "key_norm": Score(key_norm),
-    "asked": Score(asked, unrotated=True, weights=AnchorQueries, shares=True, lead=12),
+    "asked": Score(asked, unrotated=True, weights=AnchorQueries, shares=True, lends=(12, 2)),
     "learned": Score(learned, weights=AnchorGate),
     "recent": Score(recent),
     "random": Score(random),
@@ -154,14 +155,15 @@ def vote_delay(score: str, window: int) -> int:
     return min(_DELAY, window // 4) if find_score(score).compares else 0
 
 
-def vote_lead(score: str, window: int) -> int:
-    """Tokens before one with a high vote that are kept with it, all of them still in the window when it is voted on.
+def vote_lends(score: str, window: int) -> tuple[int, int]:
+    """Tokens before and behind one with a high vote that are kept with it.
 
     Args:
         score: Name of the score.
-        window: Tokens of the shortest window.
+        window: Tokens of the shortest window, of which those before it take no more than a quarter.
     """
-    return min(find_score(score).lead, window // 4)
+    before, behind = find_score(score).lends
+    return min(before, window // 4), behind
 
 
 def usual_voters(score: str, layers: Sequence[int]) -> list[int]:
