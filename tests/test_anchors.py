@@ -221,7 +221,7 @@ def test_without_anchors_nothing_is_kept_for_them() -> None:
 
 
 def test_longest_call_leaves_room_for_the_neighbours() -> None:
-    assert Ballot(4, 5, {16, 9}, frozenset(), SCORES["recent"], delay=2).longest_call == 9 - NEAR - 2
+    assert Ballot(4, 5, {16, 9}, frozenset(), SCORES["key_diff"]).longest_call == 9 - NEAR - 2
     assert NEVER > 2**60
 
 

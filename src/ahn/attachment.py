@@ -19,7 +19,7 @@ from ahn.config import AHNConfig, Mode, RunSettings, SinkPositions
 from ahn.errors import ConfigError, ModelError
 from ahn.memories import Memory, MemoryShape
 from ahn.positions import Rotation
-from ahn.scores import NEAR, SCORES, find_score, usual_voters, vote_delay, vote_lends
+from ahn.scores import NEAR, SCORES, find_score, usual_voters
 
 _OVERRIDES: ContextVar[Mapping[int, RunSettings]] = ContextVar("ahn_modes", default={})  # noqa: B039 (never mutated)
 _ATTRIBUTE = "_ahn_attachment"
@@ -156,8 +156,7 @@ class Attachment:
                 f"the rotary positions of this model cannot be undone ({self.rotation_problem}), as anchor_score="
                 f'"{settings.anchor_score}" asks; use one of {others}'
             )
-        needed = NEAR + vote_delay(settings.anchor_score, settings.window)
-        needed += vote_lends(settings.anchor_score, settings.window)[0]
+        needed = NEAR + score.delay(settings.window) + score.lends_within(settings.window)[0]
         if settings.window <= needed:
             raise ConfigError(f"anchors need a window of more than {needed} tokens, not {settings.window}")
 

@@ -56,13 +56,17 @@ def cast_votes(
     chosen, rows, length = find_score(score), voters[0].key.size(0), voters[0].key.size(2)
     place = torch.arange(seen, seen + length, device=voters[0].key.device)
     tokens = place[None] if padding is None else place - padding.counts.to(place.device)[:, None]
+    if chosen.weights is not None:
+        own = [voter.key for voter in voters]  # as they are: the learned score does not look at them
+        if chosen.unrotated:
+            own = list(_unrotated(torch.cat(own).float(), len(voters), voters[0].rotary).split(rows))
+        return [
+            chosen.votes(NewTokens(key, tokens, voter.hidden, weights=voter.weights)) for voter, key in zip(voters, own)
+        ]
     keys, mean = torch.cat([voter.key for voter in voters]).float(), None
+    tokens = tokens.repeat(len(voters) if tokens.size(0) > 1 else 1, 1)
     if chosen.unrotated:
         keys = _unrotated(keys, len(voters), voters[0].rotary)
-    if chosen.weights is not None:
-        by_layer = zip(voters, keys.split(rows))
-        return [chosen.votes(NewTokens(own, tokens, voter.hidden, weights=voter.weights)) for voter, own in by_layer]
-    tokens = tokens.repeat(len(voters) if tokens.size(0) > 1 else 1, 1)
     if chosen.compares:
         keys, mean = _with_mean([voter.store.tally for voter in voters], keys, tokens, seen, delay)
     return list(chosen.votes(NewTokens(keys, tokens, mean=mean)).expand(keys.size(0), -1).split(rows))

@@ -94,30 +94,22 @@ class Ballot:
         windows: Windows of the layers, in tokens.
         voters: Indices of the layers that vote.
         score: What they vote by.
-        delay: Tokens after which a token is voted on.
-        lends: Tokens before and behind one with a high vote that are kept with it.
 
     Attributes:
+        delay: Tokens after which a token is voted on.
+        before: Tokens before one with a high vote that are kept with it.
+        behind: And behind it.
         held: Every tensor held, by name: `votes` `[B, R]` float32, and for each window w `scores.w` `[B, N]` float32
             and `tokens.w` `[B, N]` int64, -1 at places without an anchor.
     """
 
-    def __init__(
-        self,
-        anchors: int,
-        sinks: int,
-        windows: set[int],
-        voters: frozenset[int],
-        score: Score,
-        delay: int = 0,
-        lends: tuple[int, int] = (0, 0),
-    ) -> None:
+    def __init__(self, anchors: int, sinks: int, windows: set[int], voters: frozenset[int], score: Score) -> None:
         self.anchors = anchors
         self.sinks = sinks
         self.voters = voters
         self.score = score
-        self.delay = delay
-        self.before, self.behind = lends
+        self.delay = score.delay(min(windows))
+        self.before, self.behind = score.lends_within(min(windows))
         self.windows = windows
         self.places = max(windows) + NEAR + self.behind
         self.held: dict[str, torch.Tensor] = {}

@@ -19,7 +19,7 @@ from ahn.cache.pooled import state_slots
 from ahn.config import RunSettings
 from ahn.errors import CacheError, ConfigError
 from ahn.memories import Memory
-from ahn.scores import find_score, vote_delay, vote_lends
+from ahn.scores import find_score
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -68,7 +68,7 @@ class HippocampalCache(Cache):
         """Sets up an empty cache with settings that were checked before.
 
         Raises:
-            ConfigError: The anchors are chosen by a learned score, and the model has no weights for it.
+            ConfigError: The anchors are chosen by a score that needs weights, and the model has none for it.
         """
         voters = attachment.voters(settings) if settings.has_anchors else frozenset()
         self.attachment = attachment
@@ -77,7 +77,10 @@ class HippocampalCache(Cache):
         self.groups: list[Group] = []
         super().__init__(layers=[new_layer(site, settings) for site in attachment.sites])
         windows = {layer.exact.window for layer in self.cascades if isinstance(layer, HippocampalLayer)}
-        self.ballot = _ballot(settings, windows, voters) if settings.has_anchors else None
+        self.ballot: Ballot | None = None
+        if settings.has_anchors:
+            score = find_score(settings.anchor_score)
+            self.ballot = Ballot(settings.anchors, settings.sinks, windows, voters, score)
 
     @property
     def cascades(self) -> list[AnyLayer]:
@@ -198,12 +201,6 @@ class HippocampalCache(Cache):
         if self.padding:
             counts = self.padding.counts
             self.padding = Padding(counts[rows.to(counts.device)], self.padding.most)
-
-
-def _ballot(settings: RunSettings, windows: set[int], voters: frozenset[int]) -> Ballot:
-    score, shortest = settings.anchor_score, min(windows)
-    delay, lends = vote_delay(score, shortest), vote_lends(score, shortest)
-    return Ballot(settings.anchors, settings.sinks, windows, voters, find_score(score), delay, lends)
 
 
 def new_layer(site: Site, settings: RunSettings) -> AnyLayer:

@@ -30,8 +30,6 @@ __all__ = [
     "find_score",
     "told",
     "usual_voters",
-    "vote_delay",
-    "vote_lends",
 ]
 
 NEAR = 3
@@ -96,6 +94,10 @@ def random(new: NewTokens) -> torch.Tensor:
     return hashed.float() / 2**32
 
 
+_DELAY = 64
+"""Tokens after which scores vote that compare with a mean, which says little near the beginning of a text."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Score:
     """A way to choose anchors.
@@ -116,6 +118,22 @@ class Score:
     weights: type[AnchorGate] | type[AnchorQueries] | None = None
     shares: bool = False
     lends: tuple[int, int] = (0, 0)
+
+    def delay(self, window: int) -> int:
+        """Tokens after which a token is voted on, while it is still in the window.
+
+        Args:
+            window: Tokens of the shortest window.
+        """
+        return min(_DELAY, window // 4) if self.compares else 0
+
+    def lends_within(self, window: int) -> tuple[int, int]:
+        """`lends` as they fit a window, of which those before a token take no more than a quarter.
+
+        Args:
+            window: Tokens of the shortest window.
+        """
+        return min(self.lends[0], window // 4), self.lends[1]
 
     def together(self, votes_LBT: torch.Tensor) -> torch.Tensor:
         """The votes of all layers as one, `[B, T]`.
@@ -140,30 +158,6 @@ ORACLE = "oracle"
 """A score that is not in the table: the tokens that `told` names, for the bound of what a choice can bring."""
 
 _told: ContextVar[frozenset[int] | None] = ContextVar("ahn_told", default=None)
-
-_DELAY = 64
-"""Tokens after which scores vote that compare with a mean, which says little near the beginning of a text."""
-
-
-def vote_delay(score: str, window: int) -> int:
-    """Tokens after which a token is voted on, while it is still in the window.
-
-    Args:
-        score: Name of the score.
-        window: Tokens of the shortest window.
-    """
-    return min(_DELAY, window // 4) if find_score(score).compares else 0
-
-
-def vote_lends(score: str, window: int) -> tuple[int, int]:
-    """Tokens before and behind one with a high vote that are kept with it.
-
-    Args:
-        score: Name of the score.
-        window: Tokens of the shortest window, of which those before it take no more than a quarter.
-    """
-    before, behind = find_score(score).lends
-    return min(before, window // 4), behind
 
 
 def usual_voters(score: str, layers: Sequence[int]) -> list[int]:

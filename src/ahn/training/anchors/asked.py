@@ -111,13 +111,14 @@ class _Layer:
             weights.offsets[head, : int(each.sum())] = offsets_N[each]
         return weights
 
-    def found(self, kinds: Sequence[Sequence[str]]) -> float:
+    def found(self, offsets_N: torch.Tensor, kinds: Sequence[Sequence[str]]) -> float:
         """Share of the facts' tokens that queries of other texts find, the mean over kinds of facts.
 
         Args:
+            offsets_N: What `offsets` gives.
             kinds: For each text the kind of fact that each of its facts' tokens belongs to.
         """
-        offsets_N, shares = self.offsets(), dict[str, list[float]]()
+        shares: dict[str, list[float]] = {}
         for text, (facts_GFK, sample_GSK) in enumerate(zip(self.facts, self.samples)):
             weights = self.weights(offsets_N, besides=text)
             least = weights(sample_GSK[None])[0].quantile(1 - _BEST)
@@ -159,9 +160,10 @@ def collect(
         if say is not None and number % 10 == 0:
             say(f"asked: read {number} of {len(documents)} documents")
     kinds = [[kind for kind, places in document.values for _ in places] for document in documents]
-    found = {index: layer.found(kinds) for index, layer in layers.items()}
+    offsets = {index: layer.offsets() for index, layer in layers.items()}
+    found = {index: layer.found(offsets[index], kinds) for index, layer in layers.items()}
     best = sorted(found, key=lambda index: -found[index])[: max(1, len(found) // _VOTERS)]
-    return {index: layers[index].weights(layers[index].offsets()) for index in sorted(best)}
+    return {index: layers[index].weights(offsets[index]) for index in sorted(best)}
 
 
 def _read(model: nn.Module, document: Document, window: int) -> list[_Asked]:

@@ -18,6 +18,7 @@ from ahn.checkpoint.anchors import ANCHORS
 from ahn.errors import ConfigError
 from ahn.models import load_model, load_tokenizer, resolve
 from ahn.reading import read
+from ahn.scores import SCORES
 from ahn.surgery import set_votes
 from ahn.texts import evenly
 from ahn.training.anchors.asked import collect
@@ -36,7 +37,7 @@ _TOP = 64  # tokens of a document that are learned from because they were needed
 _OTHERS = 320  # and others
 KEPT = (32, 64, 128)
 """Numbers of anchors that the closing table is about."""
-MADE = ("asked", "learned")
+MADE = tuple(name for name, score in SCORES.items() if score.weights is not None)
 """Scores that are made here."""
 
 
