@@ -240,7 +240,7 @@ def test_what_is_told_is_kept() -> None:
     [
         ({"anchors": -1}, "at least 0"),
         ({"anchors": 2.5}, "whole number"),
-        ({"anchors": 4, "anchor_score": "luck"}, "known are key_diff"),
+        ({"anchors": 4, "anchor_score": "luck"}, "known are auto, key_diff"),
         ({"anchors": 4, "window": 3}, "more than 3"),
     ],
 )

@@ -139,3 +139,35 @@ class TestErrors:
         file.write_bytes(file.read_bytes()[:-4] + b"abcd")
         with pytest.raises(ahn.AHNError, match="checksums differ"):
             ahn.load_anchors(with_memory(), tmp_path / "votes")
+
+
+def test_auto_takes_what_the_model_has_weights_for() -> None:
+    model = with_memory(anchors=ANCHORS)
+    attachment = attachment_of(model)
+    assert attachment.given.anchor_score == "auto"
+    assert attachment.usual_score == ahn.HippocampalCache(model).settings.anchor_score == "key_diff"
+    give_votes(model, (0, 2))
+    assert attachment.usual_score == ahn.HippocampalCache(model).settings.anchor_score == "learned"
+    del attachment.site(0).anchor_votes["learned"]  # type: ignore[union-attr]
+    with ahn.mode(model, "ahn", anchor_layers=[0]):
+        assert ahn.HippocampalCache(model).settings.anchor_score == "asked"
+    with ahn.mode(model, "ahn", anchor_layers=[1]):
+        assert ahn.HippocampalCache(model).settings.anchor_score == "key_diff"
+        with ahn.mode(model, "ahn", anchor_score="recent"), ahn.mode(model, "ahn", anchor_score="auto"):
+            assert attachment.settings.anchor_score == "key_diff"
+
+
+def test_auto_is_decided_when_a_text_begins(tmp_path: Path) -> None:
+    model, ids = with_memory(anchors=ANCHORS), text(1, 90)
+    begun = ahn.HippocampalCache(model)
+    read(model, ids[:, :50], [50], cache=begun)
+    begun.save(tmp_path / "cache")
+    with ahn.mode(model, "ahn", anchor_score="key_diff"):
+        wanted = read(model, ids, [50, 40])
+    give_votes(model)
+    with ahn.mode(model, "ahn", anchor_score="learned"):
+        other = read(model, ids, [50, 40])
+    again = ahn.HippocampalCache.load(tmp_path / "cache", model)
+    assert torch.equal(read(model, ids[:, 50:], [40], cache=again), wanted[:, 50:])
+    assert torch.equal(read(model, ids, [50, 40]), other)
+    assert not torch.equal(wanted, other)

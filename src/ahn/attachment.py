@@ -15,11 +15,11 @@ from typing import Any
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from ahn.config import AHNConfig, Mode, RunSettings, SinkPositions
+from ahn.config import AUTO, AHNConfig, Mode, RunSettings, SinkPositions
 from ahn.errors import ConfigError, ModelError
 from ahn.memories import Memory, MemoryShape
 from ahn.positions import Rotation
-from ahn.scores import NEAR, SCORES, find_score, usual_voters
+from ahn.scores import PREFERRED, SCORES, find_score, usual_voters
 
 _OVERRIDES: ContextVar[Mapping[int, RunSettings]] = ContextVar("ahn_modes", default={})  # noqa: B039 (never mutated)
 _ATTRIBUTE = "_ahn_attachment"
@@ -79,8 +79,12 @@ class Attachment:
     @property
     def settings(self) -> RunSettings:
         """Settings of a run that starts now: those of the innermost `mode`, or the config's."""
-        default = RunSettings.of(self.config)
-        return _OVERRIDES.get().get(id(self), default)
+        return self._decided(self.given)
+
+    @property
+    def given(self) -> RunSettings:
+        """The same as they were given: with anchors, the score may be "auto"."""
+        return _OVERRIDES.get().get(id(self), RunSettings.of(self.config))
 
     def site(self, index: int) -> Site:
         """The site of a layer."""
@@ -90,6 +94,11 @@ class Attachment:
     def keeps_base_layers(self) -> bool:
         """Whether some layers have no memory."""
         return any(site.memory is None for site in self.sites)
+
+    @property
+    def usual_score(self) -> str:
+        """The score that anchors are chosen by where none is named: what "auto" stands for now."""
+        return self._usual_score(None)
 
     def check(self, settings: RunSettings) -> None:
         """Checks that this model can be read with these settings.
@@ -110,7 +119,7 @@ class Attachment:
                 f"sinks + window = {span} exceed the {self.trained_context} positions that the base model was trained "
                 'on, so bounded sinks cannot precede the window; use a smaller window or sink_positions="absolute"'
             )
-        self._check_anchors(settings)
+        self._check_anchors(self._decided(settings))
         for site in self.sites:
             if site.memory is not None and site.sliding_window is not None and site.sliding_window <= settings.sinks:
                 raise ConfigError(
@@ -143,7 +152,23 @@ class Attachment:
         """Layers with a memory."""
         return [site for site in self.sites if site.memory is not None]
 
+    def _decided(self, settings: RunSettings) -> RunSettings:
+        """Settings that name the score, where there are anchors."""
+        if not settings.anchors or settings.anchor_score != AUTO:
+            return settings
+        return dataclasses.replace(settings, anchor_score=self._usual_score(settings.anchor_layers))
+
+    def _usual_score(self, layers: Sequence[int] | None) -> str:
+        voters = [site for site in self._served() if layers is None or site.index in layers]
+        return next(
+            name
+            for name in PREFERRED
+            if SCORES[name].weights is None or any(site.votes_by(name) is not None for site in voters)
+        )
+
     def _check_anchors(self, settings: RunSettings) -> None:
+        if settings.anchor_score == AUTO:
+            return
         score = find_score(settings.anchor_score)
         if not settings.anchors:
             return
@@ -156,7 +181,7 @@ class Attachment:
                 f"the rotary positions of this model cannot be undone ({self.rotation_problem}), as anchor_score="
                 f'"{settings.anchor_score}" asks; use one of {others}'
             )
-        needed = NEAR + score.delay(settings.window) + score.lends_within(settings.window)[0]
+        needed = score.span(settings.window)
         if settings.window <= needed:
             raise ConfigError(f"anchors need a window of more than {needed} tokens, not {settings.window}")
 
@@ -229,7 +254,7 @@ def mode(
         "anchor_layers": None if anchor_layers is None else tuple(anchor_layers),
     }
     given = {key: value for key, value in changes.items() if value is not None}
-    settings = dataclasses.replace(attachment.settings, mode=name, **given)
+    settings = dataclasses.replace(attachment.given, mode=name, **given)
     attachment.check(settings)
     token = _OVERRIDES.set({**_OVERRIDES.get(), id(attachment): settings})
     try:

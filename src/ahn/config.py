@@ -13,6 +13,10 @@ SinkPositions = Literal["absolute", "bounded"]
 MemoryPositions = Literal["rope", "none"]
 
 
+AUTO = "auto"
+"""The `anchor_score` that leaves it to the model, which decides when a text begins."""
+
+
 @dataclasses.dataclass(frozen=True)
 class AHNConfig:
     """Settings of a memory and the defaults of the runs that use it.
@@ -29,7 +33,8 @@ class AHNConfig:
         memory_positions: "rope" gives the memory the rotated queries and keys (as published); "none" takes them before
             the rotation, so that what is stored does not depend on where it stood. A property of the weights.
         anchors: Tokens that stay exact beyond the window, chosen as they leave it; 0 for none. A setting of a run.
-        anchor_score: What they are chosen by, a key of `ahn.scores.SCORES`; looked up when it is attached.
+        anchor_score: What they are chosen by, a key of `ahn.scores.SCORES`; looked up when it is attached. "auto" takes
+            what the model has weights for, `learned` before `asked`, and `key_diff` where it has none.
         anchor_layers: Indices of the layers that vote on anchors; `None` takes those that the score does best with, see
             `ahn.scores.usual_voters`.
 
@@ -46,7 +51,7 @@ class AHNConfig:
     sink_positions: SinkPositions = "absolute"
     memory_positions: MemoryPositions = "rope"
     anchors: int = 0
-    anchor_score: str = "key_diff"
+    anchor_score: str = AUTO
     anchor_layers: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
@@ -97,7 +102,7 @@ class RunSettings:
     sinks: int
     sink_positions: SinkPositions = "absolute"
     anchors: int = 0
-    anchor_score: str = "key_diff"
+    anchor_score: str = AUTO
     anchor_layers: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:

@@ -149,16 +149,18 @@ class TestRun:
         ]
 
     def test_command(self, capsys: pytest.CaptureFixture[str]) -> None:
-        assert main([*TASKS, *TINY, "--arms", ",".join(ARMS), "--out", "out"]) == 0
+        arms = (*ARMS, "ahn+4", "window+4")
+        assert main([*TASKS, *TINY, "--arms", ",".join(arms), "--out", "out"]) == 0
         shown = capsys.readouterr().out
         assert "passkey" in shown
         assert "average of 1 of 11, 16k" in shown
+        assert "…" not in shown
         report = read_report("out/report.json")
         assert report.settings["tasks"] == ["passkey", "factrecall_en_16k"]
         found = report.results["benchmarks"]
         assert [(each["task"], each["items"]) for each in found["sets"]] == [("factrecall_en", 1), ("passkey", 2)]
-        assert set(found["sets"][0]["scores"]) == set(ARMS)
-        assert set(found["sets"][0]["differences"]) == set(ARMS) - {"window"}
+        assert set(found["sets"][0]["scores"]) == set(arms)
+        assert set(found["sets"][0]["differences"]) == set(arms) - {"window"}
         assert found["arms"]["full"]["cache_bytes"] > found["arms"]["window"]["cache_bytes"]
         page = Path("out/report.html").read_text()
         assert "<svg" in page

@@ -16,7 +16,8 @@ from ahn.evaluation import arms
 from ahn.evaluation.arm_names import GRAMMAR
 from ahn.evaluation.page import Page
 from ahn.evaluation.report import Report, read_report
-from tests.tiny import awaken, with_memory
+from ahn.scores import AnchorQueries
+from tests.tiny import awaken, give_votes, with_memory
 
 GOOD: dict[str, Any] = {
     "model": "tiny",
@@ -106,6 +107,17 @@ def test_weights_checksum() -> None:
     next(attachment_of(model).sites[0].memory.parameters()).data.add_(1)
     assert options.weights_checksum(model) != before
     assert options.weights_checksum(with_memory().bfloat16()) != before
+
+
+def test_votes_checksum() -> None:
+    model = with_memory()
+    give_votes(model)
+    before = options.votes_checksum(model)
+    assert before != options.votes_checksum(with_memory())
+    votes = attachment_of(model).sites[0].votes_by("asked")
+    assert isinstance(votes, AnchorQueries)
+    votes.queries.add_(1)
+    assert options.votes_checksum(model) != before
 
 
 def test_arms_are_those_of_evaluation() -> None:

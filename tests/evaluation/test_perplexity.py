@@ -297,9 +297,16 @@ class TestCommand:
         assert "gap closed" not in shown
 
     def test_all_arms(self, run: Any) -> None:
-        status, shown, _ = run("perplexity", "text.txt", *TINY, "--arms", "full,window,ahn,ct_max,ct_mean,tail")
+        status, shown, _ = run(
+            "perplexity", "text.txt", *TINY, "--arms", "full,window,ahn,ct_max,ct_mean,tail,window+4"
+        )
         assert status == 0
         assert " ct_mean " in shown
+
+    def test_the_report_says_what_anchors_are_chosen_by(self, run: Any, tmp_path: Path) -> None:
+        for arm, chosen in (("ahn+4", "key_diff"), ("ahn+4:recent", None)):
+            assert run("perplexity", "text.txt", *TINY, "--arms", arm, "--out", str(tmp_path / arm))[0] == 0
+            assert read_report(tmp_path / arm / "report.json").settings.get("anchor_score") == chosen
 
     def test_short_documents_are_left_out(self, run: Any) -> None:
         Path("short.md").write_text("Too short.")

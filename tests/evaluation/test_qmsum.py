@@ -166,18 +166,19 @@ def test_results_by_hand() -> None:
 
 class TestCommand:
     def test_report_and_going_on(self, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-        assert main([*LINE, "--answers", "3", "--out", "out"]) == 0
+        line = [*LINE, "--answers", "3", "--arms", "window,ahn,tail,ahn+4,window+4", "--out", "out"]
+        assert main(line) == 0
         table = capsys.readouterr().out
         assert "nats per token" in table
         assert "ROUGE-L" in table
         report = read_report("out/report.json")
         assert report.results["groups"]["all"]["queries"] == 6
         assert report.results["groups"]["whole"]["queries"] == 2
-        assert set(report.results["groups"]["all"]["difference"]) == {"ahn", "tail"}
+        assert set(report.results["groups"]["all"]["difference"]) == {"ahn", "tail", "ahn+4", "window+4"}
         assert "<svg" in Path("out/report.html").read_text()
         assert Path("out/differences.png").is_file()
         monkeypatch.setattr(qmsum_run, "arm_reader", lambda *_, **__: 1 / 0)
-        assert main([*LINE, "--answers", "3", "--out", "out"]) == 0
+        assert main(line) == 0
         assert capsys.readouterr().out == table
 
     def test_long_meetings_are_left_out(self, capsys: Any) -> None:

@@ -117,7 +117,7 @@ class Ballot:
     @property
     def longest_call(self) -> int:
         """Tokens of the longest call whose leaving tokens, and their neighbours, have all been voted on before."""
-        return min(self.windows) - NEAR - self.delay - self.before
+        return min(self.windows) - self.score.span(min(self.windows))
 
     def count(self, votes_BT: torch.Tensor, seen: int) -> None:
         """Keeps the votes that a call gave.

@@ -76,9 +76,8 @@ def command(
     screen = show.Screen(output())
     loading.seed(seed)
     loaded = loading.load(model, adapter, window, sinks, sink_positions)
-    anchored = f"ahn+{ANCHORS}:learned" if loading.votes_for(model) else f"ahn+{ANCHORS}"
     plan = comparison.Plan(
-        names or [anchored, "ahn", "window", "full"],
+        names or [f"ahn+{ANCHORS}", "ahn", "window", "full"],
         limit,
         started + seconds if tokens is None else None,
         max_new_tokens,

@@ -25,7 +25,7 @@ ahn generate "Who tells the story?" --file book.txt
 
 git log | ahn generate "What has changed?" --file - --window 2048
 
-ahn generate "Who is Ishmael?" --file moby.txt --mode ahn+64:learned  [dim]# anchors too[/dim]
+ahn generate "Who is Ishmael?" --file moby.txt --mode ahn+64  [dim]# anchors too[/dim]
 
 ahn generate --file book.txt --cache-out book.cache  [dim]# read once,[/dim]
 

@@ -80,7 +80,7 @@ def load(
 
 
 def votes_for(name: str) -> str | None:
-    """The name of the learned score for anchors that ships for a model, if one does."""
+    """The name of the weights for votes on anchors that ship for a model, if some do."""
     from ahn.checkpoint.anchors import ANCHORS
     from ahn.checkpoint.files import shipped
 

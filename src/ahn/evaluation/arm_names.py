@@ -29,6 +29,11 @@ class Arm(NamedTuple):
     added: int = 0
     anchor_score: str | None = None
 
+    @property
+    def has_anchors(self) -> bool:
+        """Whether it keeps anchors."""
+        return self.way == "ahn" and self.added > 0
+
     def settings(self, window: int) -> dict[str, Any]:
         """Settings for `ahn.mode`, where the window that all arms share is this.
 

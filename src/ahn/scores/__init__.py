@@ -22,6 +22,7 @@ __all__ = [
     "FADE",
     "NEAR",
     "ORACLE",
+    "PREFERRED",
     "SCORES",
     "AnchorGate",
     "AnchorQueries",
@@ -135,6 +136,14 @@ class Score:
         """
         return min(self.lends[0], window // 4), self.lends[1]
 
+    def span(self, window: int) -> int:
+        """Tokens that must be in the window behind one that leaves, so that all it depends on has been voted on.
+
+        Args:
+            window: Tokens of the shortest window.
+        """
+        return NEAR + self.delay(window) + self.lends_within(window)[0]
+
     def together(self, votes_LBT: torch.Tensor) -> torch.Tensor:
         """The votes of all layers as one, `[B, T]`.
 
@@ -195,6 +204,10 @@ def _oracle(new: NewTokens) -> torch.Tensor:
     return torch.isin(new.tokens, wanted).float()
 
 
+PREFERRED = ("learned", "asked", "key_diff")
+"""Scores that are taken where none is named: the first that a model has weights for, or that needs none."""
+
+
 def find_score(name: str) -> Score:
     """The score of a name.
 
@@ -204,7 +217,7 @@ def find_score(name: str) -> Score:
     if name == ORACLE and _told.get() is not None:
         return Score(_oracle)
     if name not in SCORES:
-        raise ConfigError(f"unknown anchor_score {name!r}; known are {', '.join(SCORES)}")
+        raise ConfigError(f"unknown anchor_score {name!r}; known are auto, {', '.join(SCORES)}")
     return SCORES[name]
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -17,6 +17,8 @@ from ahn.errors import ConfigError
 from ahn.evaluation.arm_names import ARMS, GRAMMAR, find_arm
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from ahn.cli.loading import Loaded
     from ahn.evaluation.journal import Journal
     from ahn.evaluation.page import Page
@@ -63,15 +65,23 @@ class Run:
     def load(self) -> Loaded:
         """Loads the model and its memory, and checks that the weights are those that the journal was begun with.
 
+        What arms such as `ahn+64` choose anchors by goes into the settings.
+
         Raises:
-            AHNError: Anything about the names, the files or the settings is wrong, or the memory's weights changed.
+            AHNError: Anything about the names, the files or the settings is wrong, or weights of the memory or of the
+                votes on anchors changed.
         """
+        from ahn.attachment import attachment_of
         from ahn.cli import loading
 
         of = self.settings
         loading.seed(of["seed"])
         loaded = loading.load(of["model"], of["adapter"], of["window"], of["sinks"], of["sink_positions"])
         self.journal.pin("memory weights", weights_checksum(loaded.model))
+        if anchored := [arm for arm in map(find_arm, self.arms) if arm.has_anchors]:
+            self.journal.pin("votes on anchors", votes_checksum(loaded.model))
+            if any(arm.anchor_score is None for arm in anchored):
+                of["anchor_score"] = attachment_of(loaded.model).usual_score
         return loaded
 
     @contextlib.contextmanager
@@ -186,16 +196,28 @@ def _check_arm(name: str) -> None:
 
 def weights_checksum(model: Any) -> str:
     """SHA-256 of all weights of a model's memories, in hexadecimal."""
+    from ahn.attachment import attachment_of
+
+    return _checksum((site.index, site.memory) for site in attachment_of(model).sites)
+
+
+def votes_checksum(model: Any) -> str:
+    """SHA-256 of all weights of a model's votes on anchors, in hexadecimal."""
+    from ahn.attachment import attachment_of
+
+    return _checksum((site.index, site.anchor_votes) for site in attachment_of(model).sites)
+
+
+def _checksum(parts: Iterable[tuple[int, nn.Module | None]]) -> str:
+    """SHA-256 of all weights of modules, each with the index of its layer."""
     import hashlib
 
     import torch
 
-    from ahn.attachment import attachment_of
-
     checksum = hashlib.sha256()
-    for site in attachment_of(model).sites:
-        for name, weights in site.memory.named_parameters() if site.memory is not None else ():
-            checksum.update(f"{site.index} {name} {tuple(weights.shape)}".encode())
+    for index, module in parts:
+        for name, weights in module.state_dict().items() if module is not None else ():
+            checksum.update(f"{index} {name} {tuple(weights.shape)}".encode())
             checksum.update(weights.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
     return checksum.hexdigest()
 

@@ -4,17 +4,25 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from ahn.cli.evaluation.by_arms import add_arms, print_by_arms
 from ahn.cli.terminal import megabytes, output, say
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
     from ahn.cli.loading import Loaded
     from ahn.evaluation.page import Page
     from ahn.evaluation.perplexity.documents import Document
     from ahn.evaluation.perplexity.measure import Plan
     from ahn.evaluation.report import Report
 
+Made = tuple[list[str], list[list[str]], str]
+"""Columns, rows and caption of a table."""
+_BESIDE = 2  # columns beside those of the arms, in tables that have some for them
+_NARROWEST = 16  # characters of the first column of these, which may be wrapped
 _GROUPS = {
     "evicted": "repeats what left the window",
     "window": "repeats what is in the window",
@@ -56,20 +64,38 @@ def opening(loaded: Loaded, documents: Sequence[Document], plan: Plan, left_out:
 
 
 def print_results(report: Report) -> None:
-    """Prints both tables, and what must be known to read them."""
+    """Prints all tables, and what must be known to read them."""
+    arms = list(report.results["arms"])
+    for table in tables(report):
+        say(f"\n{table[2]}", console=output())
+        if table[0][_BESIDE:] == arms:
+            print_by_arms(output(), arms, partial(_shown, table))
+        else:
+            output().print(_shown(table))
+    for line in remarks(report):
+        say(line, console=output())
+
+
+def _shown(table: Made, arms: Sequence[str] | None = None) -> Table:
+    """A table for the terminal; of one with columns for arms, those of some arms."""
     from rich import box
     from rich.table import Table
 
-    for columns, rows, caption in tables(report):
-        shown = Table(box=box.SIMPLE_HEAD, pad_edge=False, header_style="bold")
-        for number, name in enumerate(columns):
-            shown.add_column(name, justify="right" if number else "left", no_wrap=bool(number))
-        for row in rows:
-            shown.add_row(*row)
-        say(f"\n{caption}", console=output())
-        output().print(shown)
-    for line in remarks(report):
-        say(line, console=output())
+    columns, rows, _ = table
+    labels = columns if arms is None else columns[:_BESIDE]
+    shown = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True, header_style="bold")
+    for number, name in enumerate(labels):
+        shown.add_column(
+            name,
+            justify="right" if number else "left",
+            no_wrap=bool(number),
+            min_width=_NARROWEST if arms and not number else None,
+            overflow="fold",
+        )
+    add_arms(shown, arms or ())
+    for row in rows:
+        shown.add_row(*row[: len(labels)], *(row[columns.index(arm)] for arm in arms or ()))
+    return shown
 
 
 def page(report: Report, lines: Sequence[str]) -> tuple[Page, Any]:
@@ -107,13 +133,13 @@ def page(report: Report, lines: Sequence[str]) -> tuple[Page, Any]:
     return made, figure
 
 
-def tables(report: Report) -> list[tuple[list[str], list[list[str]], str]]:
+def tables(report: Report) -> list[Made]:
     """Columns, rows and caption of each table."""
     results, of = report.results, report.settings
     spans = [span for span in ("beyond", "after") if any(row["scored"][span] for row in results["arms"].values())]
     closed = any(row["closed"] for row in results["arms"].values())
     columns = ["arm", "nats", "perplexity", *(["gap closed\n(95 %)"] if closed else [])]
-    columns += [*(["nats\nafter full"] if "after" in spans else []), "cache\nMB", "tokens/s"]
+    columns += [*(["nats\nafter full"] if "after" in spans else []), "cache\nMB", "tokens\nper s"]
     rows = []
     for arm, row in results["arms"].items():
         cells = [arm, _number(row["nll"]["beyond"], 4), _number(row["perplexity"]["beyond"], 2)]
@@ -139,9 +165,7 @@ def remarks(report: Report) -> list[str]:
     return [f"The interval is a bootstrap over the {count:,} documents."]
 
 
-def _group_table(
-    groups: dict[str, Any], arms: list[str], of: dict[str, Any], where: str
-) -> tuple[list[str], list[list[str]], str]:
+def _group_table(groups: dict[str, Any], arms: list[str], of: dict[str, Any], where: str) -> Made:
     rows = [
         [f"{group}: {_GROUPS[group]}", f"{each['tokens']:,}", *(_number(each["nll"][arm], 4) for arm in arms)]
         for group, each in groups.items()

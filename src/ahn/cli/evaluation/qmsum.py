@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -9,6 +10,7 @@ import typer
 
 from ahn.cli import checks
 from ahn.cli.evaluation import options
+from ahn.cli.evaluation.by_arms import print_by_arms
 from ahn.cli.progress import work_bar
 from ahn.cli.terminal import UsageError, notes, output, say
 
@@ -101,7 +103,7 @@ def _run(run: Run, meetings: Sequence[Meeting], max_tokens: int | None) -> None:
         new_tokens = run.settings["answers"]
         records = measure(loaded.model, loaded.tokenizer, items, run.arms, run.journal, progress, new_tokens)
     found = results(records, run.arms)
-    output().print(_table(found, run.arms))
+    print_by_arms(output(), run.arms, partial(_table, found))
     if run.out is not None:
         report = Report("qmsum", run.settings, found, environment(loaded.model, run.settings["seed"]))
         figure = show.figure(found)
@@ -128,7 +130,7 @@ def _table(found: Results, arms: Sequence[str]) -> Table:
     """Nats per token of every group and arm; ROUGE-L below where answers were written."""
     from ahn.cli.evaluation.run_tables import empty
 
-    table = empty("evidence", "questions", *arms)
+    table = empty(["evidence", "questions"], arms)
     for name, title, digits in (("nats", "nats per token", 3), ("rouge_l", "ROUGE-L", 1)):
         if name in found["groups"]["all"]:
             table.add_section()

@@ -5,8 +5,10 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from ahn.cli.evaluation.by_arms import add_arms, print_by_arms
 from ahn.cli.terminal import say
 from ahn.evaluation.page import Page
 from ahn.evaluation.recall.plan import Settings
@@ -20,8 +22,6 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 EVICTED = "evicted"
-LABELS = 32
-"""Characters of a table beside its arms."""
 COLUMNS = ("task", "tokens", "facts", "span", "arm", "texts", "values", "in the answer", "ranked first", "mean rank")
 
 
@@ -76,8 +76,7 @@ def show(console: Console, found: Found, settings: dict[str, Any]) -> None:
     say(opening, console=console)
     chance = f"{found.settings.chance:.0%}"
     for title, shown in (("In the answer, of all", _hits), (f"Ranked first, % (chance {chance})", _first)):
-        for arms in _fitting(found.settings.arms, console.width - LABELS):
-            console.print(_table(found, arms, title, shown))
+        print_by_arms(console, found.settings.arms, partial(_table, found, title, shown))
     for sentence in found.verdicts:
         say(sentence, "bold red" if "NONE" in sentence else "bold", console=console)
     for sentence in found.remarks:
@@ -138,21 +137,7 @@ def _page(found: Found, settings: dict[str, Any], where: dict[str, Any], figures
     return page
 
 
-def _fitting(arms: Sequence[str], width: int) -> list[list[str]]:
-    """The arms in groups whose columns fit into so many characters."""
-    groups: list[list[str]] = [[]]
-    left = width
-    for arm in arms:
-        needed = max(map(len, arm.split(":"))) + 2
-        if groups[-1] and needed > left:
-            groups.append([])
-            left = width
-        groups[-1].append(arm)
-        left -= needed
-    return groups
-
-
-def _table(found: Found, arms: Sequence[str], title: str, shown: Any) -> Table:
+def _table(found: Found, title: str, shown: Any, arms: Sequence[str]) -> Table:
     """A row for every task, length and span, a column for every arm; zeros of evicted needles stand out."""
     from rich import box
     from rich.table import Table
@@ -161,8 +146,7 @@ def _table(found: Found, arms: Sequence[str], title: str, shown: Any) -> Table:
     table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, padding=0)
     for name in ("task", "tokens", "span"):
         table.add_column(name, justify="right" if name == "tokens" else "left", no_wrap=True)
-    for arm in arms:
-        table.add_column(arm.replace(":", ":\n"), justify="right", no_wrap=True)
+    add_arms(table, arms)
     last = None
     for (task, length, number, label), row in found.rows.items():
         if last not in (None, task):

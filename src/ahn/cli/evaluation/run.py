@@ -14,6 +14,7 @@ import typer
 
 from ahn.cli import checks
 from ahn.cli.evaluation import options, run_tables
+from ahn.cli.evaluation.by_arms import print_by_arms
 from ahn.cli.evaluation.options import Run
 from ahn.cli.evaluation.score import SCORINGS
 from ahn.cli.progress import work_bar
@@ -173,10 +174,10 @@ def _run(run: Run, sets: Sequence[QuestionSet], way: Way, chat: bool | None, har
     found: dict[str, Any] = {}
     if sets:
         found["benchmarks"] = _ask(run, loaded, sets, way)
-        output().print(run_tables.scores(found["benchmarks"], run.arms))
+        print_by_arms(output(), run.arms, partial(run_tables.scores, found["benchmarks"]))
     if harness_tasks:
         found["harness"] = _evaluate(run, loaded, harness_tasks, way)
-        output().print(run_tables.harness(found["harness"], run.arms))
+        print_by_arms(output(), run.arms, partial(run_tables.harness, found["harness"]))
     if run.out is not None:
         report = Report("run", run.settings, found, environment(loaded.model, run.settings["seed"]))
         figures = {"scores": show.figure(found["benchmarks"])} if sets else {}

@@ -5,14 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-_COLOURS = {
-    "full": "black",
-    "window": "tab:blue",
-    "ahn": "tab:orange",
-    "ct_max": "tab:green",
-    "ct_mean": "tab:olive",
-    "tail": "tab:gray",
-}
+from ahn.evaluation.arm_colours import arm_colours
+
 _HEADROOM = 2.5  # times what the arms hold, up to which the line of full attention is drawn
 
 
@@ -35,10 +29,11 @@ def plot(results: Mapping[str, Any], title: str, exact: int) -> Any:
     scores, cache, resident = figure.subplots(1, 3)
     _scores(scores, results["positions"])
     points = results["points"]
+    colours = arm_colours(list(points["arms"]))
     for arm, each in points["arms"].items():
         for panel, name in ((cache, "cache_bytes"), (resident, "resident_bytes")):
             megabytes = [value / 1e6 for value in each[name]]
-            panel.plot(each["tokens"], megabytes, color=_COLOURS[arm], label=f"{arm}: {megabytes[-1]:,.1f}")
+            panel.plot(each["tokens"], megabytes, color=colours[arm], label=f"{arm}: {megabytes[-1]:,.1f}")
     _full_cache(cache, points)
     _finish(cache, "Cache", "MB", exact)
     _finish(resident, "Memory of the process", "MB", exact)
@@ -48,10 +43,10 @@ def plot(results: Mapping[str, Any], title: str, exact: int) -> Any:
 
 
 def _scores(panel: Any, positions: Mapping[str, Any]) -> None:
-    width = positions["bin_tokens"]
+    width, colours = positions["bin_tokens"], arm_colours(list(positions["nll"]))
     for arm, means in positions["nll"].items():
         middles = [(number + 0.5) * width for number in range(len(means))]
-        panel.plot(middles, means, color=_COLOURS[arm], label=arm, linewidth=1.3)
+        panel.plot(middles, means, color=colours[arm], label=arm, linewidth=1.3)
 
 
 def _full_cache(panel: Any, points: Mapping[str, Any]) -> None:

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from typing import Any
 
+from ahn.evaluation.arm_colours import arm_colours
 from ahn.evaluation.recall.plan import Settings
 from ahn.evaluation.recall.results import Cell, Record, by_depth, is_first, is_found
 from ahn.evaluation.recall.spans import LABELS
 
-_COLOURS = ("black", "tab:blue", "tab:orange", "tab:green", "tab:purple", "tab:brown", "tab:pink", "tab:olive")
 _WRITTEN = 8  # columns up to which each cell of a map has its number written in it
 
 
@@ -63,7 +63,7 @@ def capacity_curve(found: Sequence[Cell], settings: Settings) -> Any:
     panels = figure.subplots(len(lengths), len(labels), sharey=True, squeeze=False)
     for line, length in zip(panels, lengths):
         for panel, label in zip(line, labels):
-            for arm, colour in zip(settings.arms, _colours(settings.arms)):
+            for arm, colour in arm_colours(settings.arms).items():
                 here = [c for c in mine if (c.length, c.label, c.arm) == (length, label, arm)]
                 _curve(panel, arm, here, colour)
             panel.set_title(f"{length:,} tokens, {label}", fontsize=10)
@@ -132,7 +132,3 @@ def _curve(panel: Any, arm: str, here: Sequence[Cell], colour: str) -> None:
     )
     panel.set_xscale("log", base=2)
     panel.xaxis.set_major_formatter(lambda number, _: f"{number:.0f}")
-
-
-def _colours(arms: Sequence[str]) -> list[str]:
-    return [_COLOURS[index % len(_COLOURS)] for index in range(len(arms))]
