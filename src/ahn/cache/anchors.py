@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 
 from ahn.cache.exact import NEVER, Extra, LaterStore, Padding, Tokens
-from ahn.scores import FADE, NEAR, Score
+from ahn.scores import NEAR, Score
 
 
 class Choice(NamedTuple):
@@ -176,7 +176,7 @@ class Ballot:
         near = token_E[:, None] + near  # [E, neighbours]
         real = (near >= begin).to(votes.dtype)
         sums, counts = ((x.unfold(-1, 2 * NEAR + 1, 1).sum(-1)) for x in (votes[:, near % self.places] * real, real))
-        lent = (sums / counts.clamp(min=1) - FADE * apart.abs()).masked_fill(counts == 0, float("-inf"))
+        lent = (sums / counts.clamp(min=1) - self.score.fade * apart.abs()).masked_fill(counts == 0, float("-inf"))
         return lent.amax(-1).masked_fill(token_E < begin[..., 0] + self.sinks, float("-inf"))
 
 

@@ -19,7 +19,6 @@ from ahn.scores.gate import AnchorGate
 from ahn.scores.queries import AnchorQueries
 
 __all__ = [
-    "FADE",
     "NEAR",
     "ORACLE",
     "PREFERRED",
@@ -35,10 +34,6 @@ __all__ = [
 
 NEAR = 3
 """Neighbours on each side that a token's score is averaged over. Those behind it are still in the window."""
-
-
-FADE = 0.2
-"""How much of a score is lost with every token by which it is lent to those around it."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,8 +104,9 @@ class Score:
         compares: Whether it needs their mean, for which it votes some tokens later.
         weights: What a layer must have to vote; `None` for a score that needs nothing.
         shares: Whether its votes are logarithms of shares, which layers add up; of others the mean is taken.
-        lends: Tokens before one with a high vote that are kept with it, because they say what it is about, and behind
-            it, because the mean over neighbours is low where a fact ends.
+        lends: Tokens before one with a high score that are lent some of it, because they say what it is about, and
+            behind it, because the mean over neighbours is low where a fact ends.
+        fade: How much of a score is lost with every token by which it is lent.
     """
 
     votes: Callable[[NewTokens], torch.Tensor]
@@ -119,6 +115,7 @@ class Score:
     weights: type[AnchorGate] | type[AnchorQueries] | None = None
     shares: bool = False
     lends: tuple[int, int] = (0, 0)
+    fade: float = 0.0
 
     def delay(self, window: int) -> int:
         """Tokens after which a token is voted on, while it is still in the window.
@@ -156,8 +153,8 @@ class Score:
 SCORES = {
     "key_diff": Score(key_diff, unrotated=True, compares=True),
     "key_norm": Score(key_norm),
-    "asked": Score(asked, unrotated=True, weights=AnchorQueries, shares=True, lends=(12, 2)),
-    "learned": Score(learned, weights=AnchorGate),
+    "asked": Score(asked, unrotated=True, weights=AnchorQueries, shares=True, lends=(12, 2), fade=0.1),
+    "learned": Score(learned, weights=AnchorGate, lends=(12, 2), fade=0.07),
     "recent": Score(recent),
     "random": Score(random),
 }
