@@ -23,11 +23,13 @@ def learned(layers: tuple[int, ...] = (0, 2), family: str = "llama", **settings:
     return model
 
 
-def best_tokens(votes_T: torch.Tensor, fade: float) -> list[int]:
-    """Those with the best scores, a quarter of a window and two tokens around a high one lent some of it."""
+def best_tokens(votes_T: torch.Tensor, behind: int, fade: float) -> list[int]:
+    """Those with the best scores, of which tokens a quarter of a window before and some behind are lent some."""
     means = [float(votes_T[max(0, j - NEAR) : j + NEAR + 1].mean()) for j in range(75)]
-    lent = range(-2, WINDOW // 4 + 1)
-    scores = {j: max(means[j + k] - fade * abs(k) for k in lent) for j in range(SINKS, 75 - WINDOW)}
+    scores = {
+        j: max(means[k] - fade * abs(k - j) for k in range(max(0, j - behind), j + WINDOW // 4 + 1))
+        for j in range(SINKS, 75 - WINDOW)
+    }
     return sorted(scores, key=lambda j: -scores[j])[:ANCHORS]
 
 
@@ -43,7 +45,7 @@ def test_the_layers_with_a_gate_vote() -> None:
     gates = [attachment_of(model).site(layer).votes_by("learned") for layer in seen]
     with torch.no_grad():
         votes = torch.stack([gate(torch.cat(parts, 1)) for gate, parts in zip(gates, seen.values()) if gate]).mean(0)[0]
-    assert cache.anchor_tokens == [best_tokens(votes, 0.07)]
+    assert cache.anchor_tokens == [best_tokens(votes, 2, 0.07)]
 
 
 def test_asked_adds_up_the_shares_of_all_layers() -> None:
@@ -63,7 +65,7 @@ def test_asked_adds_up_the_shares_of_all_layers() -> None:
         for token, key in enumerate(torch.cat(parts, 1)[0].unflatten(-1, (-1, 8)).double()):
             products = (weights.queries.double() * key[:, None]).sum(-1) + weights.offsets.double()
             shares[token] += products.max().exp()
-    assert cache.anchor_tokens == [best_tokens(shares.log(), 0.1)]
+    assert cache.anchor_tokens == [best_tokens(shares.log(), 6, 0.1)]
 
 
 @pytest.mark.parametrize("dtype", [None, "bfloat16"])
