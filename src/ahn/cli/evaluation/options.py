@@ -14,7 +14,7 @@ import typer
 from ahn.cli import checks
 from ahn.cli.terminal import UsageError, notes, output, say
 from ahn.errors import ConfigError
-from ahn.evaluation.arm_names import ARMS, GRAMMAR, find_arm
+from ahn.evaluation.arm_names import ARMS, GRAMMAR, Arm, find_arm
 
 if TYPE_CHECKING:
     from torch import nn
@@ -79,10 +79,23 @@ class Run:
         loaded = loading.load(of["model"], of["adapter"], of["window"], of["sinks"], of["sink_positions"])
         self.journal.pin("memory weights", weights_checksum(loaded.model))
         if anchored := [arm for arm in map(find_arm, self.arms) if arm.has_anchors]:
+            self._check_scores(loaded.model, anchored)
             self.journal.pin("votes on anchors", votes_checksum(loaded.model))
             if any(arm.anchor_score is None for arm in anchored):
                 of["anchor_score"] = attachment_of(loaded.model).usual_score
         return loaded
+
+    def _check_scores(self, model: Any, anchored: Iterable[Arm]) -> None:
+        """Checks that the model can choose anchors as each arm asks, before one of them has read for an hour."""
+        from ahn.attachment import attachment_of, mode
+        from ahn.scores import ORACLE
+
+        attachment = attachment_of(model)
+        for arm in anchored:
+            if arm.anchor_score == ORACLE and self.settings["command"] == "recall":
+                continue  # it alone tells which tokens
+            with mode(model, "ahn", **arm.settings(self.settings["window"])):
+                attachment.voters(attachment.settings)
 
     @contextlib.contextmanager
     def working(self) -> Iterator[None]:

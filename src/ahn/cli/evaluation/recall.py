@@ -104,7 +104,7 @@ def _run(run: options.Run, settings: Settings, text: str) -> None:
         say("the memory is untrained: ahn answers as window does", "yellow")
     plan = _plan(loaded, run, settings, text)
     say(
-        f"{len(plan.places):,} texts, {len(settings.arms)} arms: {plan.tokens:,} tokens to read, and the questions",
+        f"texts: {len(plan.places):,}, arms: {len(settings.arms)}, {plan.tokens:,} tokens to read, and the questions",
         console=notes(),
     )
     with run.working(), work_bar(notes(), plan.tokens, "tokens", "read") as show:
