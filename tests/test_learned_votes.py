@@ -148,9 +148,9 @@ def test_auto_takes_what_the_model_has_weights_for() -> None:
     model = with_memory(anchors=ANCHORS)
     attachment = attachment_of(model)
     assert attachment.given.anchor_score == "auto"
-    assert attachment.usual_score == ahn.HippocampalCache(model).settings.anchor_score == "key_diff"
+    assert attachment.settings.anchor_score == ahn.HippocampalCache(model).settings.anchor_score == "key_diff"
     give_votes(model, (0, 2))
-    assert attachment.usual_score == ahn.HippocampalCache(model).settings.anchor_score == "learned"
+    assert attachment.settings.anchor_score == ahn.HippocampalCache(model).settings.anchor_score == "learned"
     del attachment.site(0).anchor_votes["learned"]  # type: ignore[union-attr]
     with ahn.mode(model, "ahn", anchor_layers=[0]):
         assert ahn.HippocampalCache(model).settings.anchor_score == "asked"

@@ -95,11 +95,6 @@ class Attachment:
         """Whether some layers have no memory."""
         return any(site.memory is None for site in self.sites)
 
-    @property
-    def usual_score(self) -> str:
-        """The score that anchors are chosen by where none is named: what "auto" stands for now."""
-        return self._usual_score(None)
-
     def check(self, settings: RunSettings) -> None:
         """Checks that this model can be read with these settings.
 
@@ -156,15 +151,14 @@ class Attachment:
         """Settings that name the score, where there are anchors."""
         if not settings.anchors or settings.anchor_score != AUTO:
             return settings
-        return dataclasses.replace(settings, anchor_score=self._usual_score(settings.anchor_layers))
-
-    def _usual_score(self, layers: Sequence[int] | None) -> str:
+        layers = settings.anchor_layers
         voters = [site for site in self._served() if layers is None or site.index in layers]
-        return next(
+        able = (
             name
             for name in PREFERRED
             if SCORES[name].weights is None or any(site.votes_by(name) is not None for site in voters)
         )
+        return dataclasses.replace(settings, anchor_score=next(able))
 
     def _check_anchors(self, settings: RunSettings) -> None:
         if settings.anchor_score == AUTO:

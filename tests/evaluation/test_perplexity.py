@@ -297,11 +297,12 @@ class TestCommand:
         assert "gap closed" not in shown
 
     def test_all_arms(self, run: Any) -> None:
-        status, shown, _ = run(
-            "perplexity", "text.txt", *TINY, "--arms", "full,window,ahn,ct_max,ct_mean,tail,window+4"
-        )
+        arms = "full,window,ahn,ct_max,ct_mean,tail,ahn+4:key_norm,window+4"
+        status, shown, _ = run("perplexity", "text.txt", *TINY, "--arms", arms)
         assert status == 0
         assert " ct_mean " in shown
+        assert "…" not in shown
+        assert all(shown.count(f" {arm} ") >= 2 for arm in ("full", "ct_mean", "tail", "window+4"))
 
     def test_the_report_says_what_anchors_are_chosen_by(self, run: Any, tmp_path: Path) -> None:
         for arm, chosen in (("ahn+4", "key_diff"), ("ahn+4:recent", None)):

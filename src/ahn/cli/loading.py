@@ -74,12 +74,12 @@ def load(
         config = replace(config, **{key: value for key, value in changes.items() if value is not None})
         tokenizer = load_tokenizer(name)
         model = from_pretrained(name, chosen, config)
-        if (votes := votes_for(name)) is not None:
+        if (votes := _votes_for(name)) is not None:
             load_anchors(model, votes)
     return Loaded(name, model, tokenizer, config, chosen or (name if saved else None))
 
 
-def votes_for(name: str) -> str | None:
+def _votes_for(name: str) -> str | None:
     """The name of the weights for votes on anchors that ship for a model, if some do."""
     from ahn.checkpoint.anchors import ANCHORS
     from ahn.checkpoint.files import shipped

@@ -1,4 +1,4 @@
-"""Colours of arms in pictures: an arm of a plain name has the same one everywhere."""
+"""Colours of arms in the pictures of perplexity and recall: an arm of a plain name has the same one in both."""
 
 from __future__ import annotations
 

@@ -71,7 +71,6 @@ class Run:
             AHNError: Anything about the names, the files or the settings is wrong, or weights of the memory or of the
                 votes on anchors changed.
         """
-        from ahn.attachment import attachment_of
         from ahn.cli import loading
 
         of = self.settings
@@ -81,12 +80,13 @@ class Run:
         if anchored := [arm for arm in map(find_arm, self.arms) if arm.has_anchors]:
             self._check_scores(loaded.model, anchored)
             self.journal.pin("votes on anchors", votes_checksum(loaded.model))
-            if any(arm.anchor_score is None for arm in anchored):
-                of["anchor_score"] = attachment_of(loaded.model).usual_score
         return loaded
 
     def _check_scores(self, model: Any, anchored: Iterable[Arm]) -> None:
-        """Checks that the model can choose anchors as each arm asks, before one of them has read for an hour."""
+        """Checks that the model can choose anchors as each arm asks, before one of them has read for an hour.
+
+        What those choose by that name no score goes into the settings.
+        """
         from ahn.attachment import attachment_of, mode
         from ahn.scores import ORACLE
 
@@ -96,6 +96,8 @@ class Run:
                 continue  # it alone tells which tokens
             with mode(model, "ahn", **arm.settings(self.settings["window"])):
                 attachment.voters(attachment.settings)
+                if arm.anchor_score is None:
+                    self.settings["anchor_score"] = attachment.settings.anchor_score
 
     @contextlib.contextmanager
     def working(self) -> Iterator[None]:

@@ -76,13 +76,13 @@ def print_results(report: Report) -> None:
         say(line, console=output())
 
 
-def _shown(table: Made, arms: Sequence[str] | None = None) -> Table:
+def _shown(table: Made, arms: Sequence[str] = ()) -> Table:
     """A table for the terminal; of one with columns for arms, those of some arms."""
     from rich import box
     from rich.table import Table
 
     columns, rows, _ = table
-    labels = columns if arms is None else columns[:_BESIDE]
+    labels = columns[:_BESIDE] if arms else columns
     shown = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True, header_style="bold")
     for number, name in enumerate(labels):
         shown.add_column(
@@ -92,9 +92,9 @@ def _shown(table: Made, arms: Sequence[str] | None = None) -> Table:
             min_width=_NARROWEST if arms and not number else None,
             overflow="fold",
         )
-    add_arms(shown, arms or ())
+    add_arms(shown, arms)
     for row in rows:
-        shown.add_row(*row[: len(labels)], *(row[columns.index(arm)] for arm in arms or ()))
+        shown.add_row(*row[: len(labels)], *(row[columns.index(arm)] for arm in arms))
     return shown
 
 

@@ -27,9 +27,8 @@ def plot(results: Mapping[str, Any], title: str, exact: int) -> Any:
     figure = Figure(figsize=(12.5, 4.2), layout="constrained")
     FigureCanvasAgg(figure)
     scores, cache, resident = figure.subplots(1, 3)
-    _scores(scores, results["positions"])
-    points = results["points"]
-    colours = arm_colours(list(points["arms"]))
+    points, colours = results["points"], arm_colours(list(results["points"]["arms"]))
+    _scores(scores, results["positions"], colours)
     for arm, each in points["arms"].items():
         for panel, name in ((cache, "cache_bytes"), (resident, "resident_bytes")):
             megabytes = [value / 1e6 for value in each[name]]
@@ -42,8 +41,8 @@ def plot(results: Mapping[str, Any], title: str, exact: int) -> Any:
     return figure
 
 
-def _scores(panel: Any, positions: Mapping[str, Any]) -> None:
-    width, colours = positions["bin_tokens"], arm_colours(list(positions["nll"]))
+def _scores(panel: Any, positions: Mapping[str, Any], colours: Mapping[str, str]) -> None:
+    width = positions["bin_tokens"]
     for arm, means in positions["nll"].items():
         middles = [(number + 0.5) * width for number in range(len(means))]
         panel.plot(middles, means, color=colours[arm], label=arm, linewidth=1.3)
