@@ -24,13 +24,14 @@ HAVE_MODEL := $(VENV)/.have-smollm2-0.1.2
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help demo test slow results bench lint format clean
+.PHONY: help demo test slow results recall bench lint format clean
 
 help:
 	@echo "make demo    a small model reads a long text past its window"
 	@echo "make test    lint, types and the fast tests"
 	@echo "make slow    the slow tests"
 	@echo "make results every number of docs/results.md (TEXTS=FOLDER of unseen texts)"
+	@echo "make recall  every count of docs/recall.md (TEXTS=FOLDER of unseen texts)"
 	@echo "make bench   speed of reading and writing, side by side (docs/performance.md)"
 	@echo "make lint    ruff and mypy only"
 	@echo "make format  rewrite the files in house style"
@@ -48,6 +49,10 @@ slow: $(HAVE_DEV) $(HAVE_MODEL)
 results: $(HAVE_DEV) $(HAVE_MODEL)
 	@[ -n "$(TEXTS)" ] || { echo "name a folder of texts that no memory was trained on: make results TEXTS=FOLDER"; exit 1; }
 	@$(PY) benchmarks/results.py --texts "$(TEXTS)" $(ARGS)
+
+recall: $(HAVE_DEV) $(HAVE_MODEL)
+	@[ -n "$(TEXTS)" ] || { echo "name a folder of texts that no memory was trained on: make recall TEXTS=FOLDER"; exit 1; }
+	@$(PY) benchmarks/recall.py --texts "$(TEXTS)" $(ARGS)
 
 bench: $(HAVE_DEV) $(HAVE_MODEL)
 	@$(PY) benchmarks/speed.py $(ARGS)
