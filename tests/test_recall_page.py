@@ -45,7 +45,7 @@ def test_a_table_stands_between_its_marks(driver: Any) -> None:
         "b\n<!-- capacity -->\n| facts in the text | `full` | `ahn+64:asked` |\n|---|---|---|\n"
         "| 1 | 7 of 8 | 7 of 8 |\n| 2 | 6 of 8 | 6 of 8 |\n<!-- /capacity -->\n"
     )
-    with pytest.raises(SystemExit, match="<!-- single -->.*are missing"):
+    with pytest.raises(SystemExit, match=r"<!-- single -->.*are missing"):
         driver.page("a page", found)
 
 
