@@ -48,7 +48,7 @@ def test_the_layers_with_a_gate_vote() -> None:
     assert cache.anchor_tokens == [best_tokens(votes, 2, 0.07)]
 
 
-def test_asked_adds_up_the_shares_of_all_layers() -> None:
+def test_asked_takes_the_mean_over_layers_of_the_most_that_a_query_would_look() -> None:
     """The choice against one made of the keys of both layers, spelled out."""
     model, ids = with_memory(anchors=ANCHORS, anchor_score="asked"), text(1, 75)
     give_votes(model, (0, 2))
@@ -58,14 +58,14 @@ def test_asked_adds_up_the_shares_of_all_layers() -> None:
         project = model.model.layers[layer].self_attn.k_proj
         project.register_forward_hook(lambda module, args, output, keys=keys: keys.append(output))
     read(model, ids, [13] * 5 + [10], cache=cache)
-    shares = torch.zeros(75, dtype=torch.float64)
+    votes = torch.zeros(75, dtype=torch.float64)
     for layer, parts in seen.items():
         weights = attachment_of(model).site(layer).votes_by("asked")
         assert weights is not None
         for token, key in enumerate(torch.cat(parts, 1)[0].unflatten(-1, (-1, 8)).double()):
             products = (weights.queries.double() * key[:, None]).sum(-1) + weights.offsets.double()
-            shares[token] += products.max().exp()
-    assert cache.anchor_tokens == [best_tokens(shares.log(), 6, 0.1)]
+            votes[token] += products.max() / 2
+    assert cache.anchor_tokens == [best_tokens(votes, 6, 0.03)]
 
 
 @pytest.mark.parametrize("dtype", [None, "bfloat16"])

@@ -12,7 +12,7 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 from ahn.errors import ConfigError
 from ahn.scores import AnchorQueries
 from ahn.scores.queries import NEVER_ASKED
-from ahn.training.anchors.asked import collect
+from ahn.training.anchors.asked import _Layer, _read, collect
 from ahn.training.anchors.documents import Document
 from tests.tiny import text, tiny, with_memory
 
@@ -81,6 +81,13 @@ def test_what_is_kept_against_a_loop() -> None:
             others = torch.cat([key[group, 4:ASKED] for other, key in enumerate(keys[layer]) if other != number])
             usual = float((others @ query).double().exp().mean()) * 1024
             by_hand[layer].append((group, number, query, -math.log(rest + usual)))
+        most = [
+            max(float(key[g, t] @ q) + offset for g, text_, q, offset in by_hand[layer] if text_ != number)
+            for number, key in enumerate(keys[layer])
+            for t in range(4, ASKED)
+        ]
+        rare = float(torch.tensor(most).quantile(1 - 0.005))
+        by_hand[layer] = [(group, number, query, offset - rare) for group, number, query, offset in by_hand[layer]]
         hits = []
         for number, document in enumerate(made):
             votes = [
@@ -123,3 +130,33 @@ def test_a_rotation_that_cannot_be_undone() -> None:
     settings = {"sink_positions": "absolute", "memory_positions": "rope"}
     with pytest.raises(ConfigError, match='as the score "asked" needs; make "learned" alone'):
         collect(with_memory("deepseek_v3", **settings), documents(), WINDOW)
+
+
+def test_layers_that_are_named_vote() -> None:
+    model, made = with_memory("llama"), documents()
+    named = collect(model, made, WINDOW, voters=(2, 0))
+    assert list(named) == [0, 2]
+    [(layer, weights)] = collect(model, made, WINDOW).items()
+    assert layer not in named or torch.equal(weights.queries, named[layer].queries)
+    with pytest.raises(ConfigError, match=r"asked_layers names \[7\], but the layers with a memory are \[0, 1, 2\]"):
+        collect(model, made, WINDOW, voters=(2, 7))
+
+
+def test_the_queries_of_every_kind_look_as_rarely_at_other_texts() -> None:
+    """Two kinds of facts; with many texts, what each kind's queries give one in 500 of their tokens is nothing."""
+    model, layer = with_memory("llama"), _Layer()
+    for seed, kind in enumerate(["code", "letter", "code", "letter"]):
+        document = Document(text(1, 40, seed)[0], ASKED, ((kind, (7, 8)),))
+        (asked,) = (each for each in _read(model, document, WINDOW) if each.layer == 1)
+        layer.keep(asked, [kind, kind])
+    offsets = layer.offsets()
+    for kind in ("code", "letter"):
+        most = []
+        for number, sample in enumerate(layer.samples):
+            looks = [
+                sample[head].double() @ query.double() + offset
+                for query, head, own, each, offset in zip(layer.queries, layer.heads, layer.texts, layer.kinds, offsets)
+                if each == kind and own != number
+            ]
+            most.append(torch.stack(looks).amax(0))
+        assert float(torch.cat(most).quantile(1 - 0.005)) == pytest.approx(0, abs=1e-4)

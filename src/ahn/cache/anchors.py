@@ -200,7 +200,7 @@ class Election:
         """Hands the votes in."""
         device = self.votes[0].device
         votes_LBT = torch.stack([votes.to(device) for votes in self.votes])
-        self.ballot.count(self.ballot.score.together(votes_LBT), self.seen)
+        self.ballot.count(votes_LBT.mean(0), self.seen)
 
 
 class _Anchors(NamedTuple):

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from ahn.cli.checks import words
 from ahn.cli.terminal import UsageError, notes, output, say
 
 if TYPE_CHECKING:
@@ -33,7 +34,11 @@ def command(
     documents: Annotated[int, typer.Option(help="Texts to read; every sixth is held out.")] = 120,
     length: Annotated[int, typer.Option(help="Tokens of a text with its questions.")] = 1280,
     window: Annotated[int, typer.Option(help="Tokens behind each token that count as near.")] = 256,
-    voters: Annotated[int, typer.Option(help="Layers that vote by learned.")] = 3,
+    voters: Annotated[int, typer.Option(help="How many layers vote by learned.")] = 3,
+    asked_layers: Annotated[
+        str,
+        typer.Option(help="Layers that vote by asked, joined by commas.  [dim]\\[default: that find most][/dim]"),
+    ] = "",
     left_out: Annotated[str, typer.Option(help="Kind of fact that only the closing table knows.")] = "fare",
     seed: Annotated[int, typer.Option(help="Of all random numbers.")] = 0,
 ) -> None:
@@ -46,8 +51,20 @@ def command(
     from ahn.training.anchors import AnchorSettings, check_anchor_settings, train_anchors
 
     names = tuple(name.strip() for name in scores.split(",") if name.strip())
+    if not all(layer.isdecimal() for layer in words(asked_layers)):
+        raise UsageError(f"--asked-layers must be indices of layers joined by commas, not '{asked_layers}'.")
     settings = AnchorSettings(
-        tuple(data), str(out), base, documents, length, window, voters, left_out=left_out, seed=seed, scores=names
+        data=tuple(data),
+        out=str(out),
+        base=base,
+        documents=documents,
+        length=length,
+        window=window,
+        voters=voters,
+        left_out=left_out,
+        seed=seed,
+        scores=names,
+        asked_layers=tuple(int(layer) for layer in words(asked_layers)),
     )
     check_anchor_settings(settings)
     quiet()

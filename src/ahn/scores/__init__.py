@@ -103,7 +103,6 @@ class Score:
         unrotated: Whether it needs keys as they were before their rotation.
         compares: Whether it needs their mean, for which it votes some tokens later.
         weights: What a layer must have to vote; `None` for a score that needs nothing.
-        shares: Whether its votes are logarithms of shares, which layers add up; of others the mean is taken.
         lends: Tokens before one with a high score that are lent some of it, because they say what it is about, and
             behind it, because the mean over neighbours is low where a fact ends.
         fade: How much of a score is lost with every token by which it is lent.
@@ -113,7 +112,6 @@ class Score:
     unrotated: bool = False
     compares: bool = False
     weights: type[AnchorGate] | type[AnchorQueries] | None = None
-    shares: bool = False
     lends: tuple[int, int] = (0, 0)
     fade: float = 0.0
 
@@ -141,19 +139,11 @@ class Score:
         """
         return NEAR + self.delay(window) + self.lends_within(window)[0]
 
-    def together(self, votes_LBT: torch.Tensor) -> torch.Tensor:
-        """The votes of all layers as one, `[B, T]`.
-
-        Args:
-            votes_LBT: The layers' votes, `[L, B, T]`.
-        """
-        return votes_LBT.logsumexp(0) if self.shares else votes_LBT.mean(0)
-
 
 SCORES = {
     "key_diff": Score(key_diff, unrotated=True, compares=True),
     "key_norm": Score(key_norm),
-    "asked": Score(asked, unrotated=True, weights=AnchorQueries, shares=True, lends=(12, 6), fade=0.1),
+    "asked": Score(asked, unrotated=True, weights=AnchorQueries, lends=(12, 6), fade=0.03),
     "learned": Score(learned, weights=AnchorGate, lends=(12, 2), fade=0.07),
     "recent": Score(recent),
     "random": Score(random),

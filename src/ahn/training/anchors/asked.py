@@ -2,7 +2,9 @@
 
 A text with facts is read with full attention, and asked for them at its end. For each token of a fact and each layer
 the query is kept that looked at it most. Put to the keys of another text it looks at what it would take for an answer
-there, whatever is asked. The layers vote whose queries find facts best in texts that they do not come from.
+there, whatever is asked. What the queries of one kind of fact give one in 200 tokens of other texts is taken from their
+votes, so that no kind fills the bank with what only looks like it. The layers vote whose queries find facts best in
+texts that they do not come from, or those that are named.
 
 Legend of shapes: T tokens, Q of them in questions, F tokens of facts, S other tokens of a text, N kept queries, H query
 heads, G key/value heads, K key size.
@@ -28,6 +30,7 @@ from ahn.training.log import Say
 _SINKS = 4  # first tokens, which queries rest on
 _SAMPLE = 128  # tokens of a text that stand for all of it
 _AMONG = 1024  # tokens of a text that a query's share of attention is reckoned for
+_RARE = 0.005  # share of other texts' tokens that the queries of a kind of fact give a positive vote
 _VOTERS = 5  # one layer of so many votes
 _BEST = 0.05  # share of a text's tokens that a fact must be among to be found
 
@@ -60,6 +63,7 @@ class _Layer:
     Attributes:
         queries: Its queries, `[K]` each.
         heads: The key/value head that each looks at.
+        kinds: The kind of fact that it found.
         texts: The number of its text.
         rests: Log of what it gave the first tokens of that text.
         facts: Keys of the facts of each text, `[G, F, K]`.
@@ -68,16 +72,24 @@ class _Layer:
 
     queries: list[torch.Tensor] = dataclasses.field(default_factory=list)
     heads: list[int] = dataclasses.field(default_factory=list)
+    kinds: list[str] = dataclasses.field(default_factory=list)
     texts: list[int] = dataclasses.field(default_factory=list)
     rests: list[torch.Tensor] = dataclasses.field(default_factory=list)
     facts: list[torch.Tensor] = dataclasses.field(default_factory=list)
     samples: list[torch.Tensor] = dataclasses.field(default_factory=list)
 
-    def keep(self, asked: _Asked) -> None:
-        """Keeps, for each token of a fact, the query that looked at it most."""
+    def keep(self, asked: _Asked, kinds: Sequence[str]) -> None:
+        """Keeps, for each token of a fact, the query that looked at it most.
+
+        Args:
+            asked: What the layer saw of a text.
+            kinds: The kind of fact that each of the facts' tokens belongs to.
+        """
         query_heads, questions = asked.rests_HQ.shape
-        for index in asked.shares_HQF.flatten(0, 1).argmax(0).unique().tolist():
+        best = dict(zip(asked.shares_HQF.flatten(0, 1).argmax(0).tolist(), kinds))
+        for index, kind in best.items():
             head, place = divmod(index, questions)
+            self.kinds.append(kind)
             self.queries.append(asked.queries_HQK[head, place].cpu())
             self.heads.append(head * asked.sample_GSK.size(0) // query_heads)
             self.texts.append(len(self.samples))
@@ -86,14 +98,23 @@ class _Layer:
         self.samples.append(asked.sample_GSK.cpu())
 
     def offsets(self) -> torch.Tensor:
-        """Minus the log of what each query gives the first tokens of its text and average ones of others, `[N]`."""
+        """What is added to the products of each query so that its vote says how rarely it looks so hard, `[N]`.
+
+        That is minus the log of what it gives the first tokens of its text and average ones of others, and minus what
+        the queries of its kind give one in 200 tokens of other texts.
+        """
         text_S = torch.cat([torch.full((sample.size(1),), text) for text, sample in enumerate(self.samples)])
-        sample_GSK, offsets = torch.cat(self.samples, dim=1), []
-        for query_K, head, text, rest in zip(self.queries, self.heads, self.texts, self.rests):
-            given_S = (sample_GSK[head] @ query_K)[text_S != text]
-            usual = given_S.logsumexp(0) - math.log(len(given_S)) + math.log(_AMONG)
-            offsets.append(-torch.logaddexp(rest, usual))
-        return torch.stack(offsets)
+        sample_GSK = torch.cat(self.samples, dim=1)
+        given_NS = torch.stack([sample_GSK[head] @ query_K for query_K, head in zip(self.queries, self.heads)])
+        given_NS = given_NS.masked_fill(torch.tensor(self.texts)[:, None] == text_S, float("-inf"))
+        others_N = given_NS.isfinite().sum(1)
+        usual_N = given_NS.logsumexp(1) - others_N.log() + math.log(_AMONG)
+        offsets_N = -torch.logaddexp(torch.stack(self.rests), usual_N)
+        for kind in set(self.kinds):
+            alike_N = torch.tensor([each == kind for each in self.kinds])
+            most_S = (given_NS[alike_N] + offsets_N[alike_N, None]).amax(0)
+            offsets_N[alike_N] -= most_S[most_S.isfinite()].quantile(1 - _RARE)
+        return offsets_N
 
     def weights(self, offsets_N: torch.Tensor, besides: int | None = None) -> AnchorQueries:
         """The weights of the layer's vote.
@@ -128,24 +149,30 @@ class _Layer:
 
 
 def collect(
-    model: nn.Module, documents: Sequence[Document], window: int, say: Say | None = None
+    model: nn.Module,
+    documents: Sequence[Document],
+    window: int,
+    say: Say | None = None,
+    voters: Sequence[int] = (),
 ) -> dict[int, AnchorQueries]:
     """Reads texts with questions and keeps the queries that found the answers.
 
     The offset of a query is minus the logarithm of what it gave the first tokens of its own text and gives 1,024
-    average ones of the others, so that its score of a key is the share of attention that it would spend on it.
+    average ones of the others, so that its score of a key is the share of attention that it would spend on it; and
+    minus the share that queries of its kind spend on one in 200 tokens of texts that they do not come from.
 
     Args:
         model: A model with a memory attached.
         documents: The texts, at least two.
         window: Tokens by which a query stands behind a key that it is put to.
         say: Is given a line of text now and then.
+        voters: Indices of the layers that vote; none for the fifth of the layers whose queries find facts best.
 
     Returns:
-        The weights of the score by layer: of the fifth of the layers whose queries find facts best.
+        The weights of the score by layer.
 
     Raises:
-        ConfigError: The rotary positions of this model cannot be undone.
+        ConfigError: The rotary positions of this model cannot be undone, or a layer has no memory.
     """
     attachment = attachment_of(model)
     if attachment.rotation_problem:
@@ -153,17 +180,26 @@ def collect(
             f"the rotary positions of this model cannot be undone ({attachment.rotation_problem}), as the score "
             '"asked" needs; make "learned" alone'
         )
+    served = {site.index for site in attachment.sites if site.memory is not None}
+    if unknown := sorted(set(voters) - served):
+        raise ConfigError(f"asked_layers names {unknown}, but the layers with a memory are {sorted(served)}")
     layers: dict[int, _Layer] = {}
+    kinds = [[kind for kind, places in document.values for _ in places] for document in documents]
     for number, document in enumerate(documents, 1):
         for asked in _read(model, document, window):
-            layers.setdefault(asked.layer, _Layer()).keep(asked)
+            if asked.layer in (voters or served):
+                layers.setdefault(asked.layer, _Layer()).keep(asked, kinds[number - 1])
         if say is not None and number % 10 == 0:
             say(f"asked: read {number} of {len(documents)} documents")
-    kinds = [[kind for kind, places in document.values for _ in places] for document in documents]
     offsets = {index: layer.offsets() for index, layer in layers.items()}
+    best = sorted(voters) or _best(layers, offsets, kinds)
+    return {index: layers[index].weights(offsets[index]) for index in best}
+
+
+def _best(layers: dict[int, _Layer], offsets: dict[int, torch.Tensor], kinds: Sequence[Sequence[str]]) -> list[int]:
+    """The layers whose queries find facts best."""
     found = {index: layer.found(offsets[index], kinds) for index, layer in layers.items()}
-    best = sorted(found, key=lambda index: -found[index])[: max(1, len(found) // _VOTERS)]
-    return {index: layers[index].weights(offsets[index]) for index in sorted(best)}
+    return sorted(sorted(found, key=lambda index: -found[index])[: max(1, len(found) // _VOTERS)])
 
 
 def _read(model: nn.Module, document: Document, window: int) -> list[_Asked]:

@@ -32,7 +32,6 @@ from ahn.training.sources import check_places
 _HELD_OUT = 6  # every sixth document
 _QUESTIONS = 200  # tokens of a document that are left for them
 _SINKS = 4
-_ASKED = 24  # documents whose queries are kept
 _TOP = 64  # tokens of a document that are learned from because they were needed most
 _OTHERS = 320  # and others
 KEPT = (32, 64, 128)
@@ -56,7 +55,8 @@ class AnchorSettings:
         width: Units of a vote.
         left_out: Kind of fact that is kept for the closing table alone, a name of `FORMATS`.
         seed: What all random numbers depend on.
-        scores: Which scores are made, names of `MADE`. "asked" reads a fifth of the texts and trains nothing.
+        scores: Which scores are made, names of `MADE`. "asked" trains nothing.
+        asked_layers: Indices of the layers that vote by "asked"; none for those whose queries find facts best.
 
     Raises:
         ConfigError: A value is out of range.
@@ -73,6 +73,7 @@ class AnchorSettings:
     left_out: str = "fare"
     seed: int = 0
     scores: tuple[str, ...] = MADE
+    asked_layers: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         least = {"documents": _HELD_OUT, "window": 8, "length": self.window + _QUESTIONS + 64, "voters": 1, "width": 1}
@@ -142,7 +143,7 @@ def train_anchors(settings: AnchorSettings, say: Say | None = None) -> AnchorRep
     queries, fits = {}, {}
     if "asked" in settings.scores:
         known = [document for number, document in enumerate(made) if not _is_held_out(number)]
-        queries = collect(model, known[:_ASKED], settings.window, say)
+        queries = collect(model, known, settings.window, say, settings.asked_layers)
         for layer, weights in queries.items():
             votes.setdefault(layer, {})["asked"] = weights
     if "learned" in settings.scores:
