@@ -12,7 +12,7 @@ from torch import nn
 class AnchorQueries(nn.Module):
     """How much questions would look at a token, from its key: the most that any of the kept queries would.
 
-    A query's offset takes away what it gives everything, so that the score is the logarithm of a share of attention, and
+    A query's offset takes away what it gives everything, so that the score is the log of a share of attention, and
     what queries of its kind give few tokens of other texts, so that all kinds are as rare. Nothing here is trained.
 
     Args:
