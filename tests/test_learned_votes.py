@@ -63,8 +63,8 @@ def test_asked_takes_the_mean_over_layers_of_the_most_that_a_query_would_look() 
         weights = attachment_of(model).site(layer).votes_by("asked")
         assert weights is not None
         for token, key in enumerate(torch.cat(parts, 1)[0].unflatten(-1, (-1, 8)).double()):
-            products = (weights.queries.double() * key[:, None]).sum(-1) + weights.offsets.double()
-            votes[token] += products.max() / 2
+            parts = zip(weights.queries.double().split(weights.counts), weights.offsets.double(), key)
+            votes[token] += max((asking @ own + offset[: len(asking)]).max() for asking, offset, own in parts) / 2
     assert cache.anchor_tokens == [best_tokens(votes, 6, 0.03)]
 
 

@@ -134,9 +134,10 @@ def give_votes(model: nn.Module, layers: tuple[int, ...] = (0, 2)) -> None:
     torch.manual_seed(17)
     for site in attachment_of(model).sites:
         if site.index in layers:
-            queries = AnchorQueries(site.shape.kv_heads, 3, site.shape.key_size)
+            queries = AnchorQueries([3] + [2] * (site.shape.kv_heads - 1), site.shape.key_size)
             queries.queries.normal_()
             queries.offsets[:, :2].normal_()
+            queries.offsets[0].normal_()
             set_votes(site, {"learned": AnchorGate(site.shape.hidden_size, 4), "asked": queries})
 
 

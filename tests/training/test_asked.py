@@ -24,19 +24,18 @@ def documents(count: int = 4) -> list[Document]:
 
 
 def test_votes_against_a_loop() -> None:
-    weights = AnchorQueries(2, 3, 8)
+    weights = AnchorQueries((2, 0, 1), 8)
     weights.queries.normal_(generator=torch.Generator().manual_seed(1))
-    weights.offsets[0] = torch.tensor([0.5, -1.0, NEVER_ASKED])
-    weights.offsets[1, 0] = 0.25
-    keys = torch.randn(2, 2, 5, 8, generator=torch.Generator().manual_seed(2))
+    weights.offsets[0] = torch.tensor([0.5, -1.0])
+    weights.offsets[2, 0] = 0.25
+    keys = torch.randn(2, 3, 5, 8, generator=torch.Generator().manual_seed(2))
     votes = weights(keys)
-    assert weights.count == 3
+    assert weights.offsets.tolist()[1:] == [[NEVER_ASKED, NEVER_ASKED], [0.25, NEVER_ASKED]]
     for row in range(2):
         for token in range(5):
-            asked = [(0, 0), (0, 1), (1, 0)]
             best = max(
-                float(keys[row, g, token].double() @ weights.queries[g, m].double() + weights.offsets[g, m])
-                for g, m in asked
+                float(keys[row, head, token].double() @ weights.queries[n].double()) + offset
+                for n, (head, offset) in enumerate(((0, 0.5), (0, -1.0), (2, 0.25)))
             )
             assert float(votes[row, token]) == pytest.approx(best, abs=1e-5)
 
@@ -103,9 +102,9 @@ def test_what_is_kept_against_a_loop() -> None:
         found[layer] = sum(hits) / len(hits)
     [(layer, weights)] = collect(with_memory("llama"), made, WINDOW).items()
     assert found[layer] == max(found.values())
-    assert weights.count == len(kept[layer])
+    assert sum(weights.counts) == len(kept[layer])
     for group, _, query, offset in by_hand[layer]:
-        gap = (weights.queries[group] - query).abs().amax(-1)
+        gap = (weights.queries.split(weights.counts)[group] - query).abs().amax(-1)
         assert float(gap.min()) < 1e-4
         assert float(weights.offsets[group, gap.argmin()]) == pytest.approx(offset, abs=1e-3)
 
@@ -122,7 +121,7 @@ def test_other_families(family: str) -> None:
     positions = {"memory_positions": "rope"} if family == "gpt2" else {}
     found = collect(with_memory(family, **positions), documents(), WINDOW)
     assert found
-    assert all(0 < weights.count <= 8 for weights in found.values())
+    assert all(0 < sum(weights.counts) <= 8 for weights in found.values())
     assert all(torch.isfinite(weights.queries).all() for weights in found.values())
 
 

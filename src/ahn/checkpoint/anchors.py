@@ -16,11 +16,12 @@ from ahn.checkpoint.files import failure, locate, read_tensors
 from ahn.errors import ConfigError
 from ahn.memories import MemoryShape
 from ahn.scores import AnchorGate, AnchorQueries
+from ahn.scores.queries import count_asked
 from ahn.surgery import set_votes
 
 ANCHORS = Pair("anchors_config.json", "anchors.safetensors")
 
-_NAMES = {"learned": tuple(AnchorGate(1, 1).state_dict()), "asked": tuple(AnchorQueries(1, 1, 1).state_dict())}
+_NAMES = {"learned": tuple(AnchorGate(1, 1).state_dict()), "asked": tuple(AnchorQueries((1,), 1).state_dict())}
 """Names of the weights of each score."""
 
 
@@ -118,4 +119,5 @@ def _empty(score: str, shape: MemoryShape, own: Mapping[str, torch.Tensor]) -> n
     """Weights of a score as a layer of this shape has them, of the count that is stored."""
     if score == "learned":
         return AnchorGate(shape.hidden_size, own["inner.bias"].numel())
-    return AnchorQueries(shape.kv_heads, own["offsets"].size(-1), shape.key_size)
+    counts = count_asked(torch.atleast_2d(own["offsets"]).flatten(0, -2))  # shapes are checked later
+    return AnchorQueries((counts + shape.kv_heads * [1])[: shape.kv_heads], shape.key_size)

@@ -1,9 +1,11 @@
 """The asked vote: queries that a model itself has once answered questions with, kept and put to every key.
 
-Legend of shapes: B batch, G key/value heads, T tokens, K key size, M queries of a head.
+Legend of shapes: B batch, G key/value heads, T tokens, K key size, N queries of all heads, M most queries of a head.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import nn
@@ -16,23 +18,22 @@ class AnchorQueries(nn.Module):
     what queries of its kind give few tokens of other texts, so that all kinds are as rare. Nothing here is trained.
 
     Args:
-        heads: Key/value heads, G.
-        count: Queries of each, M; heads that have fewer are filled up with some that never win.
+        counts: Queries of each key/value head, G numbers, not all of them 0.
         key_size: Size of a key, K.
+
+    Attributes:
+        queries: The queries, those of the first head first, `[N, K]`.
+        offsets: What is added to the product of each with a key, `[G, M]`; `NEVER_ASKED` behind the last of a head.
     """
 
     queries: torch.Tensor
     offsets: torch.Tensor
 
-    def __init__(self, heads: int, count: int, key_size: int) -> None:
+    def __init__(self, counts: Sequence[int], key_size: int) -> None:
         super().__init__()
-        self.register_buffer("queries", torch.zeros(heads, count, key_size))
-        self.register_buffer("offsets", torch.full((heads, count), NEVER_ASKED))
-
-    @property
-    def count(self) -> int:
-        """Number of queries, of all heads together."""
-        return int((self.offsets > NEVER_ASKED / 2).sum())
+        self.counts = tuple(counts)
+        self.register_buffer("queries", torch.zeros(sum(counts), key_size))
+        self.register_buffer("offsets", torch.full((len(counts), max(counts)), NEVER_ASKED))
 
     def forward(self, keys_BGTK: torch.Tensor) -> torch.Tensor:
         """Votes, `[B, T]` float32.
@@ -40,10 +41,19 @@ class AnchorQueries(nn.Module):
         Args:
             keys_BGTK: Keys as they were before their rotation.
         """
-        queries_GKM = self.queries.float().transpose(1, 2)
-        shares_BGTM = keys_BGTK.float() @ queries_GKM + self.offsets.float()[:, None]
-        return shares_BGTM.amax((1, 3))
+        votes = []
+        for head, queries_NK in enumerate(self.queries.float().split(self.counts)):
+            if len(queries_NK):
+                shares_BTN = keys_BGTK[:, head].float() @ queries_NK.T + self.offsets[head, : len(queries_NK)].float()
+                votes.append(shares_BTN.amax(-1))
+        return torch.stack(votes).amax(0)
 
 
 NEVER_ASKED = -1e4
 """Offset of a place without a query."""
+
+
+def count_asked(offsets_GM: torch.Tensor) -> list[int]:
+    """Queries of each head, of the offsets that were stored."""
+    counts: list[int] = (offsets_GM > NEVER_ASKED / 2).sum(-1).tolist()
+    return counts

@@ -123,13 +123,12 @@ class _Layer:
             offsets_N: What `offsets` gives.
             besides: Number of a text whose queries are left out.
         """
-        head_N, text_N = torch.tensor(self.heads), torch.tensor(self.texts)
-        queries_NK, key_heads = torch.stack(self.queries), self.samples[0].size(0)
-        chosen = [(head_N == head) & (text_N != (-1 if besides is None else besides)) for head in range(key_heads)]
-        weights = AnchorQueries(key_heads, max(int(each.sum()) for each in chosen), queries_NK.size(1))
-        for head, each in enumerate(chosen):
-            weights.queries[head, : int(each.sum())] = queries_NK[each]
-            weights.offsets[head, : int(each.sum())] = offsets_N[each]
+        kept = [n for n, text in enumerate(self.texts) if text != besides]
+        own = [[n for n in kept if self.heads[n] == head] for head in range(self.samples[0].size(0))]
+        weights = AnchorQueries([len(each) for each in own], self.queries[0].numel())
+        weights.queries.copy_(torch.stack([self.queries[n] for each in own for n in each]))
+        for head, each in enumerate(own):
+            weights.offsets[head, : len(each)] = offsets_N[each]
         return weights
 
     def found(self, offsets_N: torch.Tensor, kinds: Sequence[Sequence[str]]) -> float:
