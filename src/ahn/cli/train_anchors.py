@@ -37,7 +37,7 @@ def command(
     voters: Annotated[int, typer.Option(help="How many layers vote by learned.")] = 3,
     asked_layers: Annotated[
         str,
-        typer.Option(help="Layers that vote by asked, joined by commas.  [dim]\\[default: that find most][/dim]"),
+        typer.Option(help="Layers that vote by asked, joined by commas.  [dim]\\[default: those that find most][/dim]"),
     ] = "",
     left_out: Annotated[str, typer.Option(help="Kind of fact that only the closing table knows.")] = "fare",
     seed: Annotated[int, typer.Option(help="Of all random numbers.")] = 0,

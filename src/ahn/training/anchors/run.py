@@ -82,6 +82,8 @@ class AnchorSettings:
                 raise ConfigError(f"{name} must be at least {value}, not {getattr(self, name)}")
         if not self.scores or not set(self.scores) <= set(MADE):
             raise ConfigError(f"scores must be some of {', '.join(MADE)}, not {', '.join(self.scores) or 'none'}")
+        if self.asked_layers and "asked" not in self.scores:
+            raise ConfigError('asked_layers is for the score "asked"; make it, or name no layers')
         if self.left_out not in FORMATS:
             raise ConfigError(f"left_out must be one of {', '.join(FORMATS)}, not {self.left_out!r}")
 
