@@ -143,7 +143,7 @@ class Score:
 SCORES = {
     "key_diff": Score(key_diff, unrotated=True, compares=True),
     "key_norm": Score(key_norm),
-    "asked": Score(asked, unrotated=True, weights=AnchorQueries, lends=(12, 9), fade=0.03),
+    "asked": Score(asked, unrotated=True, weights=AnchorQueries, lends=(12, 6), fade=0.03),
     "learned": Score(learned, weights=AnchorGate, lends=(12, 2), fade=0.07),
     "recent": Score(recent),
     "random": Score(random),
