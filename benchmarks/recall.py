@@ -271,7 +271,10 @@ def main() -> None:
             if chosen and part.length in (of.lengths or [part.length]) and part.arm in (of.arms or [part.arm]):
                 measure(part, file)
     keep()
-    write_whole(PAGE, page(PAGE.read_text(encoding="utf-8"), measured()))
+    found = measured()
+    write_whole(PAGE, page(PAGE.read_text(encoding="utf-8"), found))
+    done, all_ = sum(map(len, found.values())), len(list(parts()))
+    print(f"docs/{PAGE.name}: {done} of {all_} parts are measured")
 
 
 if __name__ == "__main__":
