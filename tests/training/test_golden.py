@@ -101,4 +101,8 @@ def test_other_slices_change_nothing(golden: Any) -> None:
         loss.mean({"kl": 1, "ce": 2}).backward()
         found.append([p.grad.clone() for p in memory_tensors(model).values()])
     for other in found[1:]:
-        torch.testing.assert_close(found[0], other, rtol=1e-4, atol=1e-6)
+        for expected, gradient in zip(found[0], other, strict=True):
+            # Sums in another order: small elements are off by rounding errors of the large ones.
+            torch.testing.assert_close(
+                gradient, expected, rtol=1e-4, atol=max(1e-6, 1e-5 * float(expected.abs().max()))
+            )
