@@ -160,20 +160,21 @@ def measure(part: Part, file: Path) -> None:
         raise SystemExit(code)
 
 
-def keep() -> None:
-    """Gathers what was measured in one file, arm by arm, and draws the pictures."""
+def keep() -> dict[str, dict[str, Any]]:
+    """Gathers what was measured in one file, arm by arm, and draws the pictures; what the file then holds."""
     before = measured()
     found: dict[str, dict[str, Any]] = {}
     records: dict[str, list[Record]] = {name: [] for name in GROUPS}
     for part in parts():
         name = f"{part.task}/{part.length}/{part.arm}"
-        if part.finished:
-            records[part.group] += part.records
-            found.setdefault(part.group, {})[name] = {**part.where, "cells": _evicted(part.records)}
+        if own := part.records:
+            records[part.group] += own
+            found.setdefault(part.group, {})[name] = {**part.where, "cells": _evicted(own)}
         elif kept := before.get(part.group, {}).get(name):
             found.setdefault(part.group, {})[name] = kept
     write_whole(KEPT, json.dumps(found, indent=1) + "\n")
     _draw(records)
+    return found
 
 
 def _evicted(records: list[Record]) -> list[dict[str, int | None]]:
@@ -270,8 +271,7 @@ def main() -> None:
             chosen = part.group in of.groups and part.task in of.tasks
             if chosen and part.length in (of.lengths or [part.length]) and part.arm in (of.arms or [part.arm]):
                 measure(part, file)
-    keep()
-    found = measured()
+    found = keep()
     write_whole(PAGE, page(PAGE.read_text(encoding="utf-8"), found))
     done, all_ = sum(map(len, found.values())), len(list(parts()))
     print(f"docs/{PAGE.name}: {done} of {all_} parts are measured")

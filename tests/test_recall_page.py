@@ -2,27 +2,19 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from ahn.evaluation.arm_names import find_arm
-
-ROOT = Path(__file__).parents[1]
+from tests.scripts import ROOT, load_script
 
 
 @pytest.fixture
 def driver(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
     """`benchmarks/recall.py` as a module that works in a folder of its own."""
-    spec = importlib.util.spec_from_file_location("recall_driver", ROOT / "benchmarks" / "recall.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "recall_driver", module)  # its dataclasses look themselves up there
-    spec.loader.exec_module(module)
+    module = load_script("recall")
     monkeypatch.setattr(module, "WORK", tmp_path / "work")
     return module
 

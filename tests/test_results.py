@@ -2,25 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
-from typing import Any
 
-ROOT = Path(__file__).parents[1]
-
-
-def driver() -> Any:
-    """`benchmarks/results.py` as a module."""
-    spec = importlib.util.spec_from_file_location("results", ROOT / "benchmarks" / "results.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+from tests.scripts import ROOT, load_script
 
 
 def test_the_page_is_made_of_what_is_kept() -> None:
-    found = driver()
+    found = load_script("results")
     written = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
     assert written == found.page(found.measured()), "run: make results TEXTS=FOLDER ARGS='--only page'"
     pictures = [line.split("(")[1].rstrip(")") for line in written.splitlines() if line.startswith("![")]
@@ -30,7 +18,7 @@ def test_the_page_is_made_of_what_is_kept() -> None:
 def test_the_book_is_the_shortest_long_text(tmp_path: Path) -> None:
     for name, size in (("a", 400_000), ("b", 900_000), ("c", 600_000)):
         (tmp_path / f"{name}.txt").write_text("x" * size)
-    assert driver().find_book(tmp_path).name == "c.txt"
+    assert load_script("results").find_book(tmp_path).name == "c.txt"
     (tmp_path / "c.txt").unlink()
     (tmp_path / "b.txt").unlink()
-    assert driver().find_book(tmp_path).name == "a.txt"
+    assert load_script("results").find_book(tmp_path).name == "a.txt"

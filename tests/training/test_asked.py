@@ -142,7 +142,7 @@ def test_layers_that_are_named_vote() -> None:
 
 
 def test_the_queries_of_every_kind_look_as_rarely_at_other_texts() -> None:
-    """Two kinds of facts; with many texts, what each kind's queries give one in 500 of their tokens is nothing."""
+    """Two kinds of facts; with many texts, what each kind's queries give one in 200 of their tokens is nothing."""
     model, layer = with_memory("llama"), _Layer()
     for seed, kind in enumerate(["code", "letter", "code", "letter"]):
         document = Document(text(1, 40, seed)[0], ASKED, ((kind, (7, 8)),))

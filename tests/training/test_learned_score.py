@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import random
 import re
 from pathlib import Path
@@ -127,8 +126,8 @@ def test_the_fit_foresees_what_can_be_foreseen() -> None:
 def test_a_training_writes_votes_that_load(base: Path, tmp_path: Path) -> None:
     (tmp_path / "story.txt").write_text(STORY * 40, encoding="utf-8")
     said: list[str] = []
-    settings = AnchorSettings((str(tmp_path / "story.txt"),), str(tmp_path / "out"), str(base), 12, 400, 16, voters=2)
-    settings = dataclasses.replace(settings, asked_layers=(1,))
+    story, out = str(tmp_path / "story.txt"), str(tmp_path / "out")
+    settings = AnchorSettings((story,), out, str(base), 12, 400, 16, voters=2, asked_layers=(1,))
     report = train_anchors(settings, said.append)
     assert len(report.layers) == 2
     assert set(report.kept) == {"key_diff", "asked", "learned"}

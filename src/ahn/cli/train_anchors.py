@@ -50,8 +50,8 @@ def command(
     from ahn.cli.loading import quiet
     from ahn.training.anchors import AnchorSettings, check_anchor_settings, train_anchors
 
-    names = tuple(name.strip() for name in scores.split(",") if name.strip())
-    if not all(layer.isdecimal() for layer in words(asked_layers)):
+    layers = words(asked_layers)
+    if not all(layer.isdecimal() for layer in layers):
         raise UsageError(f"--asked-layers must be indices of layers joined by commas, not '{asked_layers}'.")
     settings = AnchorSettings(
         data=tuple(data),
@@ -63,8 +63,8 @@ def command(
         voters=voters,
         left_out=left_out,
         seed=seed,
-        scores=names,
-        asked_layers=tuple(int(layer) for layer in words(asked_layers)),
+        scores=tuple(words(scores)),
+        asked_layers=tuple(int(layer) for layer in layers),
     )
     check_anchor_settings(settings)
     quiet()

@@ -179,15 +179,12 @@ def collect(
             f"the rotary positions of this model cannot be undone ({attachment.rotation_problem}), as the score "
             '"asked" needs; make "learned" alone'
         )
-    served = {site.index for site in attachment.sites if site.memory is not None}
-    if unknown := sorted(set(voters) - served):
-        raise ConfigError(f"asked_layers names {unknown}, but the layers with a memory are {sorted(served)}")
+    attachment.check_layers("asked_layers", voters)
     layers: dict[int, _Layer] = {}
     kinds = [[kind for kind, places in document.values for _ in places] for document in documents]
     for number, document in enumerate(documents, 1):
-        for asked in _read(model, document, window):
-            if asked.layer in (voters or served):
-                layers.setdefault(asked.layer, _Layer()).keep(asked, kinds[number - 1])
+        for asked in _read(model, document, window, voters):
+            layers.setdefault(asked.layer, _Layer()).keep(asked, kinds[number - 1])
         if say is not None and number % 10 == 0:
             say(f"asked: read {number} of {len(documents)} documents")
     offsets = {index: layer.offsets() for index, layer in layers.items()}
@@ -201,12 +198,13 @@ def _best(layers: dict[int, _Layer], offsets: dict[int, torch.Tensor], kinds: Se
     return sorted(sorted(found, key=lambda index: -found[index])[: max(1, len(found) // _VOTERS)])
 
 
-def _read(model: nn.Module, document: Document, window: int) -> list[_Asked]:
+def _read(model: nn.Module, document: Document, window: int, layers: Sequence[int] = ()) -> list[_Asked]:
+    """What the answers looked at in each layer, or in those that are named alone."""
     facts = torch.tensor([place for _, places in document.values for place in places])
     seen: list[_Asked] = []
 
     def look(sight: Sight) -> None:
-        if sight.site.memory is not None:
+        if sight.site.index in layers or (not layers and sight.site.memory is not None):
             seen.append(_look(sight, document.text, facts.to(sight.length_T.device), window))
 
     watch(model, document.ids, look)
