@@ -104,5 +104,5 @@ def test_other_slices_change_nothing(golden: Any) -> None:
         for expected, gradient in zip(found[0], other, strict=True):
             # Sums in another order: small elements are off by rounding errors of the large ones.
             torch.testing.assert_close(
-                gradient, expected, rtol=1e-4, atol=max(1e-6, 1e-5 * float(expected.abs().max()))
+                gradient, expected, rtol=1e-4, atol=max(1e-6, 4e-6 * float(expected.abs().max()))
             )
