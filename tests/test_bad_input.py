@@ -140,7 +140,6 @@ COMMANDS = (
     "train anchors --data text.txt --out out --documents 2",
     "train anchors --data text.txt --out out --left-out poem",
     "train anchors --data text.txt --out out --scores luck",
-    "train anchors --data text.txt --out out --asked-layers last",
     "train anchors --data text.txt --out out --base ./nowhere",
     "eval perplexity nowhere.txt",
     "eval perplexity notes/empty",

@@ -11,7 +11,9 @@ import torch
 
 import ahn
 from ahn.attachment import attachment_of
-from ahn.scores import NEAR
+from ahn.errors import CheckpointError
+from ahn.scores import NEAR, AnchorQueries
+from ahn.surgery import set_votes
 from tests.tiny import give_votes, read, text, with_memory
 
 SINKS, WINDOW, ANCHORS = 5, 16, 6
@@ -48,8 +50,8 @@ def test_the_layers_with_a_gate_vote() -> None:
     assert cache.anchor_tokens == [best_tokens(votes, 2, 0.07)]
 
 
-def test_asked_takes_the_mean_over_layers_of_the_most_that_a_query_would_look() -> None:
-    """The choice against one made of the keys of both layers, spelled out."""
+def test_asked_takes_the_best_kind_of_the_mean_over_layers_of_the_most_that_a_query_would_look() -> None:
+    """The choice against one made of the keys of both layers, spelled out; one layer votes by one kind alone."""
     model, ids = with_memory(anchors=ANCHORS, anchor_score="asked"), text(1, 75)
     give_votes(model, (0, 2))
     cache = ahn.HippocampalCache(model)
@@ -58,14 +60,44 @@ def test_asked_takes_the_mean_over_layers_of_the_most_that_a_query_would_look() 
         project = model.model.layers[layer].self_attn.k_proj
         project.register_forward_hook(lambda module, args, output, keys=keys: keys.append(output))
     read(model, ids, [13] * 5 + [10], cache=cache)
-    votes = torch.zeros(75, dtype=torch.float64)
+    shares: tuple[dict[int, list[float]], ...] = ({}, {})
     for layer, parts in seen.items():
         weights = attachment_of(model).site(layer).votes_by("asked")
-        assert weights is not None
+        assert isinstance(weights, AnchorQueries)
         for token, key in enumerate(torch.cat(parts, 1)[0].unflatten(-1, (-1, 8)).double()):
-            parts = zip(weights.queries.double().split(weights.counts), weights.offsets.double(), key)
-            votes[token] += max((asking @ own + offset[: len(asking)]).max() for asking, offset, own in parts) / 2
-    assert cache.anchor_tokens == [best_tokens(votes, 6, 0.03)]
+            asking, looks = iter(weights.queries.double()), ([], [])
+            for head, own in enumerate(key):
+                for kind, counts in enumerate(weights.counts):
+                    looks[kind].extend(
+                        float(next(asking) @ own + weights.offsets[kind, head, n]) for n in range(counts[head])
+                    )
+            for kind, look in enumerate(looks):
+                if look:
+                    shares[kind].setdefault(token, []).append(max(look))
+    assert [len(each[0]) for each in shares] == [2, 1]
+    votes = [max(sum(each[token]) / len(each[token]) for each in shares) for token in range(75)]
+    assert cache.anchor_tokens == [best_tokens(torch.tensor(votes, dtype=torch.float64), 9, 0.03)]
+
+
+def test_a_kind_that_no_voting_layer_asks_for_is_left_out() -> None:
+    model = with_memory(anchors=ANCHORS, anchor_score="asked", anchor_layers=(2,))
+    give_votes(model, (0, 2))
+    cache = ahn.HippocampalCache(model)
+    read(model, text(2, 75), cache=cache)
+    assert cache.ballot is not None
+    assert torch.isfinite(cache.ballot.held["votes"]).all()
+    assert all(len(tokens) == ANCHORS for tokens in cache.anchor_tokens)
+
+
+def test_layers_must_vote_by_the_same_kinds(tmp_path: Path) -> None:
+    model = with_memory(anchors=ANCHORS, anchor_score="asked")
+    give_votes(model, (0, 2))
+    queries = AnchorQueries([[1, 1]], 8)
+    queries.offsets.zero_()
+    set_votes(attachment_of(model).site(2), {"asked": queries})
+    ahn.save_anchors(model, tmp_path / "votes")
+    with pytest.raises(CheckpointError, match=r"its layers vote by different kinds of facts. Make it anew"):
+        ahn.load_anchors(model, tmp_path / "votes")
 
 
 @pytest.mark.parametrize("dtype", [None, "bfloat16"])

@@ -160,27 +160,15 @@ class Attachment:
         )
         return dataclasses.replace(settings, anchor_score=next(able))
 
-    def check_layers(self, setting: str, layers: Sequence[int]) -> None:
-        """Checks that layers which a setting names have a memory.
-
-        Args:
-            setting: Its name, for the message.
-            layers: Their indices.
-
-        Raises:
-            ConfigError: One has none.
-        """
-        served = [site.index for site in self._served()]
-        if unknown := sorted(set(layers) - set(served)):
-            raise ConfigError(f"{setting} names {unknown}, but the layers with a memory are {served}")
-
     def _check_anchors(self, settings: RunSettings) -> None:
         if settings.anchor_score == AUTO:
             return
         score = find_score(settings.anchor_score)
         if not settings.anchors:
             return
-        self.check_layers("anchor_layers", settings.anchor_layers or ())
+        served = [site.index for site in self._served()]
+        if unknown := sorted(set(settings.anchor_layers or ()) - set(served)):
+            raise ConfigError(f"anchor_layers names {unknown}, but the layers with a memory are {served}")
         if score.unrotated and self.rotation_problem:
             others = ", ".join(name for name, other in SCORES.items() if not other.unrotated)
             raise ConfigError(

@@ -51,7 +51,8 @@ def cast_votes(
         padding: Padding at the left of the rows, or `None` where there is none.
 
     Returns:
-        Votes, `[B, T]` each, on the tokens from `seen - delay` (or 0) on; fewer while the first are still too new.
+        Votes, `[B, T]` or `[B, T, C]` each as the score gives them, on the tokens from `seen - delay` (or 0) on; fewer
+        while the first are still too new.
     """
     chosen, rows, length = find_score(score), voters[0].key.size(0), voters[0].key.size(2)
     place = torch.arange(seen, seen + length, device=voters[0].key.device)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import Any
 
@@ -11,8 +12,8 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from ahn.errors import ConfigError
 from ahn.scores import AnchorQueries
-from ahn.scores.queries import NEVER_ASKED
-from ahn.training.anchors.asked import _Layer, _read, collect
+from ahn.scores.queries import count_asked
+from ahn.training.anchors.asked import _Layer, _Looks, _read, _voters, collect
 from ahn.training.anchors.documents import Document
 from tests.tiny import text, tiny, with_memory
 
@@ -24,20 +25,25 @@ def documents(count: int = 4) -> list[Document]:
 
 
 def test_votes_against_a_loop() -> None:
-    weights = AnchorQueries((2, 0, 1), 8)
+    weights = AnchorQueries(((2, 0, 1), (0, 1, 0), (0, 0, 0)), 8)
     weights.queries.normal_(generator=torch.Generator().manual_seed(1))
-    weights.offsets[0] = torch.tensor([0.5, -1.0])
-    weights.offsets[2, 0] = 0.25
+    weights.offsets[0, 0] = torch.tensor([0.5, -1.0])
+    weights.offsets[0, 2, 0] = 0.25
+    weights.offsets[1, 1, 0] = 0.75
     keys = torch.randn(2, 3, 5, 8, generator=torch.Generator().manual_seed(2))
     votes = weights(keys)
-    assert weights.offsets.tolist()[1:] == [[NEVER_ASKED, NEVER_ASKED], [0.25, NEVER_ASKED]]
+    assert votes.shape == (2, 5, 3)
+    assert votes[..., 2].isnan().all()
+    assert count_asked(weights.offsets) == [[2, 0, 1], [0, 1, 0], [0, 0, 0]]
+    placed = (((0, 0, 0.5), (1, 0, -1.0), (3, 2, 0.25)), ((2, 1, 0.75),))  # those of the first head come first
     for row in range(2):
         for token in range(5):
-            best = max(
-                float(keys[row, head, token].double() @ weights.queries[n].double()) + offset
-                for n, (head, offset) in enumerate(((0, 0.5), (0, -1.0), (2, 0.25)))
-            )
-            assert float(votes[row, token]) == pytest.approx(best, abs=1e-5)
+            for kind, own in enumerate(placed):
+                best = max(
+                    float(keys[row, head, token].double() @ weights.queries[n].double()) + offset
+                    for n, head, offset in own
+                )
+                assert float(votes[row, token, kind]) == pytest.approx(best, abs=1e-5)
 
 
 def test_what_is_kept_against_a_loop() -> None:
@@ -80,33 +86,24 @@ def test_what_is_kept_against_a_loop() -> None:
             others = torch.cat([key[group, 4:ASKED] for other, key in enumerate(keys[layer]) if other != number])
             usual = float((others @ query).double().exp().mean()) * 1024
             by_hand[layer].append((group, number, query, -math.log(rest + usual)))
-        most = [
-            max(float(key[g, t] @ q) + offset for g, text_, q, offset in by_hand[layer] if text_ != number)
-            for number, key in enumerate(keys[layer])
-            for t in range(4, ASKED)
-        ]
-        rare = float(torch.tensor(most).quantile(1 - 0.005))
+
+        def look(text_: int, token: int, layer: int = layer) -> float:
+            queries = [(g, q, offset) for g, own, q, offset in by_hand[layer] if own != text_]
+            return max(float(keys[layer][text_][g, token] @ q) + offset for g, q, offset in queries)
+
+        others = torch.tensor([look(number, token) for number in range(len(made)) for token in range(4, ASKED)])
+        facts = torch.tensor([look(number, at) for number, document in enumerate(made) for at in document.values[0][1]])
+        found[layer] = float((facts > others.quantile(1 - 0.02)).float().mean())
+        rare = float(others.quantile(1 - 0.003))
         by_hand[layer] = [(group, number, query, offset - rare) for group, number, query, offset in by_hand[layer]]
-        hits = []
-        for number, document in enumerate(made):
-            votes = [
-                max(
-                    float(keys[layer][number][g, t] @ q) + offset
-                    for g, text_, q, offset in by_hand[layer]
-                    if text_ != number
-                )
-                for t in range(ASKED)
-            ]
-            least = torch.tensor(votes[4:]).quantile(0.95)
-            hits += [votes[fact] > least for fact in document.values[0][1]]
-        found[layer] = sum(hits) / len(hits)
     [(layer, weights)] = collect(with_memory("llama"), made, WINDOW).items()
     assert found[layer] == max(found.values())
-    assert sum(weights.counts) == len(kept[layer])
+    (counts,) = weights.counts
+    assert sum(counts) == len(kept[layer])
     for group, _, query, offset in by_hand[layer]:
-        gap = (weights.queries.split(weights.counts)[group] - query).abs().amax(-1)
+        gap = (weights.queries.split(counts)[group] - query).abs().amax(-1)
         assert float(gap.min()) < 1e-4
-        assert float(weights.offsets[group, gap.argmin()]) == pytest.approx(offset, abs=1e-3)
+        assert float(weights.offsets[0, group, gap.argmin()]) == pytest.approx(offset, abs=1e-3)
 
 
 def placed(model: Any, vector: torch.Tensor, position: int) -> torch.Tensor:
@@ -121,7 +118,7 @@ def test_other_families(family: str) -> None:
     positions = {"memory_positions": "rope"} if family == "gpt2" else {}
     found = collect(with_memory(family, **positions), documents(), WINDOW)
     assert found
-    assert all(0 < sum(weights.counts) <= 8 for weights in found.values())
+    assert all(0 < sum(map(sum, weights.counts)) <= 8 for weights in found.values())
     assert all(torch.isfinite(weights.queries).all() for weights in found.values())
 
 
@@ -131,31 +128,60 @@ def test_a_rotation_that_cannot_be_undone() -> None:
         collect(with_memory("deepseek_v3", **settings), documents(), WINDOW)
 
 
-def test_layers_that_are_named_vote() -> None:
-    model, made = with_memory("llama"), documents()
-    named = collect(model, made, WINDOW, voters=(2, 0))
-    assert list(named) == [0, 2]
-    [(layer, weights)] = collect(model, made, WINDOW).items()
-    assert layer not in named or torch.equal(weights.queries, named[layer].queries)
-    with pytest.raises(ConfigError, match=r"asked_layers names \[7\], but the layers with a memory are \[0, 1, 2\]"):
-        collect(model, made, WINDOW, voters=(2, 7))
+def test_texts_without_a_kind_in_common() -> None:
+    made = [dataclasses.replace(each, values=((kind, (7, 8)),)) for each, kind in zip(documents(2), ("code", "letter"))]
+    with pytest.raises(ConfigError, match="no two texts have facts of one kind"):
+        collect(with_memory("llama"), made, WINDOW)
 
 
-def test_the_queries_of_every_kind_look_as_rarely_at_other_texts() -> None:
-    """Two kinds of facts; with many texts, what each kind's queries give one in 200 of their tokens is nothing."""
+class Seen(_Layer):
+    """A layer of which it is known how the queries of each kind look at texts."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(seed)
+        self.known = {
+            kind: _Looks(torch.rand(40, generator=generator) + 0.6, torch.rand(500, generator=generator))
+            for kind in ("code", "letter")
+        }
+        self.known["code"].sample_S[:7] = float("-inf")
+
+    def looks(self) -> dict[str, _Looks]:
+        return self.known
+
+
+def test_each_kind_has_the_layers_that_find_it_best_and_is_as_rare_as_the_others() -> None:
+    layers = {3 * number: Seen(number) for number in range(13)}
+    of_facts = ["code"] * 25 + ["letter"] * 15
+    voters = _voters(layers, ["code", "letter"], of_facts)
+    for kind, meant, first in (("code", slice(25), 7), ("letter", slice(25, 40), 0)):
+        found = {}
+        for index, layer in layers.items():
+            looks = layer.known[kind]
+            found[index] = float((looks.facts_F[meant] > looks.sample_S[first:].quantile(0.98)).float().mean())
+        best = {index for index, least in voters.items() if kind in least}
+        assert len(best) == 2
+        assert min(found[index] for index in best) >= sorted(found.values())[-2]
+        assert max(found.values()) > sorted(found.values())[-3]
+        mean = torch.stack([layers[index].known[kind].sample_S[first:] for index in best]).mean(0)
+        assert all(voters[index][kind] == pytest.approx(float(mean.quantile(0.997)), abs=1e-6) for index in best)
+
+
+def test_weights_hold_the_kinds_that_a_layer_votes_by() -> None:
     model, layer = with_memory("llama"), _Layer()
     for seed, kind in enumerate(["code", "letter", "code", "letter"]):
         document = Document(text(1, 40, seed)[0], ASKED, ((kind, (7, 8)),))
         (asked,) = (each for each in _read(model, document, WINDOW) if each.layer == 1)
         layer.keep(asked, [kind, kind])
-    offsets = layer.offsets()
-    for kind in ("code", "letter"):
-        most = []
-        for number, sample in enumerate(layer.samples):
-            looks = [
-                sample[head].double() @ query.double() + offset
-                for query, head, own, each, offset in zip(layer.queries, layer.heads, layer.texts, layer.kinds, offsets)
-                if each == kind and own != number
-            ]
-            most.append(torch.stack(looks).amax(0))
-        assert float(torch.cat(most).quantile(1 - 0.005)) == pytest.approx(0, abs=1e-4)
+    weights = layer.weights({"letter": 0.5}, ["code", "letter", "serial"])
+    assert [sum(each) for each in weights.counts] == [0, layer.kinds.count("letter"), 0]
+    expected = {
+        (head, round(float(offset) - 0.5, 4), round(float(query[0]), 4))
+        for query, head, kind, offset in zip(layer.queries, layer.heads, layer.kinds, layer.offsets())
+        if kind == "letter"
+    }
+    queries, found = iter(weights.queries), set()
+    for head, count in enumerate(weights.counts[1]):
+        for place in range(count):
+            found.add((head, round(float(weights.offsets[1, head, place]), 4), round(float(next(queries)[0]), 4)))
+    assert found == expected

@@ -23,6 +23,7 @@ from ahn.checkpoint.content import memory_tensors  # noqa: E402
 from ahn.training.batches import collate  # noqa: E402
 from ahn.training.distiller import Distiller  # noqa: E402
 from ahn.training.draws import Span  # noqa: E402
+from ahn.training.processes import part  # noqa: E402
 from ahn.training.saving import load_adapter, save_adapter  # noqa: E402
 from tests.tiny import with_memory  # noqa: E402
 from tests.training.common import gradients_of_a_step, pieces  # noqa: E402
@@ -67,4 +68,4 @@ def fsdp(out: Path) -> None:
 if __name__ == "__main__":
     ddp(Path(sys.argv[1]))
     fsdp(Path(sys.argv[1]))
-    distributed.destroy_process_group()
+    part()

@@ -188,7 +188,7 @@ class Election:
         ballot: Where the votes go when the call ends.
         seen: Tokens read before the call.
         choices: By window, which of the tokens that leave become anchors.
-        votes: What the layers voted in this call, `[B, T]` each.
+        votes: What the layers voted in this call, `[B, T]` each or, by kind, `[B, T, kinds]`.
     """
 
     ballot: Ballot
@@ -197,10 +197,12 @@ class Election:
     votes: list[torch.Tensor] = dataclasses.field(default_factory=list)
 
     def close(self) -> None:
-        """Hands the votes in."""
+        """Hands the votes in: the mean of the layers and, where they voted by kind, its best."""
         device = self.votes[0].device
-        votes_LBT = torch.stack([votes.to(device) for votes in self.votes])
-        self.ballot.count(votes_LBT.mean(0), self.seen)
+        votes = torch.stack([votes.to(device) for votes in self.votes]).nanmean(0)
+        if votes.dim() > 2:
+            votes = votes.nan_to_num(nan=float("-inf")).amax(-1)
+        self.ballot.count(votes, self.seen)
 
 
 class _Anchors(NamedTuple):

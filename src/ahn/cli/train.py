@@ -119,6 +119,7 @@ def command(
     values = _values(options, config, resume)
     _require_extra()
     from ahn.cli.loading import quiet
+    from ahn.training.processes import part
     from ahn.training.run import check, train
     from ahn.training.settings import TrainSettings
 
@@ -130,6 +131,7 @@ def command(
     outcome = train(settings, resume, say if main_process else None, progress=main_process and notes().is_terminal)
     if main_process:
         _show(outcome)
+    part()
 
 
 app = typer.Typer(rich_markup_mode="rich", context_settings={"help_option_names": ["-h", "--help"]})

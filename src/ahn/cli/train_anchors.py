@@ -35,10 +35,6 @@ def command(
     length: Annotated[int, typer.Option(help="Tokens of a text with its questions.")] = 1280,
     window: Annotated[int, typer.Option(help="Tokens behind each token that count as near.")] = 256,
     voters: Annotated[int, typer.Option(help="How many layers vote by learned.")] = 3,
-    asked_layers: Annotated[
-        str,
-        typer.Option(help="Layers that vote by asked, joined by commas.  [dim]\\[default: those that find most][/dim]"),
-    ] = "",
     left_out: Annotated[str, typer.Option(help="Kind of fact that only the closing table knows.")] = "fare",
     seed: Annotated[int, typer.Option(help="Of all random numbers.")] = 0,
 ) -> None:
@@ -50,9 +46,6 @@ def command(
     from ahn.cli.loading import quiet
     from ahn.training.anchors import AnchorSettings, check_anchor_settings, train_anchors
 
-    layers = words(asked_layers)
-    if not all(layer.isdecimal() for layer in layers):
-        raise UsageError(f"--asked-layers must be indices of layers joined by commas, not '{asked_layers}'.")
     settings = AnchorSettings(
         data=tuple(data),
         out=str(out),
@@ -64,7 +57,6 @@ def command(
         left_out=left_out,
         seed=seed,
         scores=tuple(words(scores)),
-        asked_layers=tuple(int(layer) for layer in layers),
     )
     check_anchor_settings(settings)
     quiet()

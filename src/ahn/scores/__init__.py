@@ -1,6 +1,6 @@
 """How a layer votes on the tokens it reads: which of them should be anchors once they leave the window.
 
-Legend of shapes: B batch, T new tokens, G key/value heads, K key size.
+Legend of shapes: B batch, T new tokens, C kinds of facts, G key/value heads, K key size.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def key_norm(new: NewTokens) -> torch.Tensor:
 
 
 def asked(new: NewTokens) -> torch.Tensor:
-    """How much the queries of example questions would look at a key. Nothing is trained; see `AnchorQueries`."""
+    """How much the queries of example questions would look at a key, by kind; nothing is trained: `AnchorQueries`."""
     votes: torch.Tensor = _there(new.weights)(new.keys)
     return votes
 
@@ -99,7 +99,8 @@ class Score:
     """A way to choose anchors.
 
     Attributes:
-        votes: From new tokens to votes, `[B, T]`, the higher the better.
+        votes: From new tokens to votes, `[B, T]`, the higher the better; or `[B, T, C]`, of which the best counts once
+            the layers have taken their mean, NaN for a kind by which a layer does not vote.
         unrotated: Whether it needs keys as they were before their rotation.
         compares: Whether it needs their mean, for which it votes some tokens later.
         weights: What a layer must have to vote; `None` for a score that needs nothing.
@@ -143,7 +144,7 @@ class Score:
 SCORES = {
     "key_diff": Score(key_diff, unrotated=True, compares=True),
     "key_norm": Score(key_norm),
-    "asked": Score(asked, unrotated=True, weights=AnchorQueries, lends=(12, 6), fade=0.03),
+    "asked": Score(asked, unrotated=True, weights=AnchorQueries, lends=(12, 9), fade=0.03),
     "learned": Score(learned, weights=AnchorGate, lends=(12, 2), fade=0.07),
     "recent": Score(recent),
     "random": Score(random),

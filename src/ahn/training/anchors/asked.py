@@ -2,9 +2,9 @@
 
 A text with facts is read with full attention, and asked for them at its end. For each token of a fact and each layer
 the query is kept that looked at it most. Put to the keys of another text it looks at what it would take for an answer
-there, whatever is asked. What the queries of one kind of fact give one in 200 tokens of other texts is taken from their
-votes, so that no kind fills the bank with what only looks like it. The layers vote whose queries find facts best in
-texts that they do not come from, or those that are named.
+there, whatever is asked. By the queries of each kind of fact those layers vote in which they find their kind best in
+texts that they do not come from; what they give one in 333 tokens of other texts is taken from their votes, so that no
+kind fills the bank with what only looks like it.
 
 Legend of shapes: T tokens, Q of them in questions, F tokens of facts, S other tokens of a text, N kept queries, H query
 heads, G key/value heads, K key size.
@@ -14,7 +14,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -30,9 +32,9 @@ from ahn.training.log import Say
 _SINKS = 4  # first tokens, which queries rest on
 _SAMPLE = 128  # tokens of a text that stand for all of it
 _AMONG = 1024  # tokens of a text that a query's share of attention is reckoned for
-_RARE = 0.005  # share of other texts' tokens that the queries of a kind of fact give a positive vote
-_VOTERS = 5  # one layer of so many votes
-_BEST = 0.05  # share of a text's tokens that a fact must be among to be found
+_RARE = 0.003  # share of other texts' tokens that the queries of a kind of fact give a positive vote
+_VOTERS = 6  # one layer of so many votes by the queries of a kind
+_BEST = 0.02  # share of other texts' tokens that a fact must be among to be found
 
 
 @dataclasses.dataclass(eq=False)
@@ -86,8 +88,7 @@ class _Layer:
             kinds: The kind of fact that each of the facts' tokens belongs to.
         """
         query_heads, questions = asked.rests_HQ.shape
-        best = dict(zip(asked.shares_HQF.flatten(0, 1).argmax(0).tolist(), kinds))
-        for index, kind in best.items():
+        for index, kind in sorted(set(zip(asked.shares_HQF.flatten(0, 1).argmax(0).tolist(), kinds))):
             head, place = divmod(index, questions)
             self.kinds.append(kind)
             self.queries.append(asked.queries_HQK[head, place].cpu())
@@ -98,113 +99,152 @@ class _Layer:
         self.samples.append(asked.sample_GSK.cpu())
 
     def offsets(self) -> torch.Tensor:
-        """What is added to the products of each query so that its vote says how rarely it looks so hard, `[N]`.
+        """What is added to the products of each query so that its vote is the log of a share of attention, `[N]`.
 
-        That is minus the log of what it gives the first tokens of its text and average ones of others, and minus what
-        the queries of its kind give one in 200 tokens of other texts.
+        That is minus the log of what it gives the first tokens of its text and average ones of others.
         """
-        text_S = torch.cat([torch.full((sample.size(1),), text) for text, sample in enumerate(self.samples)])
-        sample_GSK = torch.cat(self.samples, dim=1)
-        given_NS = torch.stack([sample_GSK[head] @ query_K for query_K, head in zip(self.queries, self.heads)])
-        given_NS = given_NS.masked_fill(torch.tensor(self.texts)[:, None] == text_S, float("-inf"))
+        given_NS = self._given(self.samples)
         others_N = given_NS.isfinite().sum(1)
         usual_N = given_NS.logsumexp(1) - others_N.log() + math.log(_AMONG)
-        offsets_N = -torch.logaddexp(torch.stack(self.rests), usual_N)
-        for kind in set(self.kinds):
-            alike_N = torch.tensor([each == kind for each in self.kinds])
-            most_S = (given_NS[alike_N] + offsets_N[alike_N, None]).amax(0)
-            offsets_N[alike_N] -= most_S[most_S.isfinite()].quantile(1 - _RARE)
-        return offsets_N
+        return -torch.logaddexp(torch.stack(self.rests), usual_N)
 
-    def weights(self, offsets_N: torch.Tensor, besides: int | None = None) -> AnchorQueries:
+    def looks(self) -> dict[str, _Looks]:
+        """How the queries of each kind look at texts that they do not come from."""
+        offsets_N1 = self.offsets()[:, None]
+        facts_NF, sample_NS = self._given(self.facts) + offsets_N1, self._given(self.samples) + offsets_N1
+        found = {}
+        for kind in set(self.kinds):
+            alike = [n for n, each in enumerate(self.kinds) if each == kind]
+            found[kind] = _Looks(facts_NF[alike].amax(0), sample_NS[alike].amax(0))
+        return found
+
+    def weights(self, least: Mapping[str, float], kinds: Sequence[str]) -> AnchorQueries:
         """The weights of the layer's vote.
 
         Args:
-            offsets_N: What `offsets` gives.
-            besides: Number of a text whose queries are left out.
+            least: The kinds that it votes by, and what is taken from the votes of each.
+            kinds: All kinds, by which any layer votes.
         """
-        kept = [n for n, text in enumerate(self.texts) if text != besides]
-        own = [[n for n in kept if self.heads[n] == head] for head in range(self.samples[0].size(0))]
-        weights = AnchorQueries([len(each) for each in own], self.queries[0].numel())
-        weights.queries.copy_(torch.stack([self.queries[n] for each in own for n in each]))
-        for head, each in enumerate(own):
-            weights.offsets[head, : len(each)] = offsets_N[each]
+        offsets_N, heads = self.offsets(), range(self.samples[0].size(0))
+        alike: dict[tuple[str, int], list[int]] = {(kind, head): [] for kind in kinds for head in heads}
+        for n, place in enumerate(zip(self.kinds, self.heads)):
+            if place[0] in least:
+                alike[place].append(n)
+        weights = AnchorQueries([[len(alike[kind, head]) for head in heads] for kind in kinds], self.queries[0].numel())
+        weights.queries.copy_(
+            torch.stack([self.queries[n] for head in heads for kind in kinds for n in alike[kind, head]])
+        )
+        for row, kind in enumerate(kinds):
+            for head in heads:
+                own = alike[kind, head]
+                weights.offsets[row, head, : len(own)] = offsets_N[own] - least.get(kind, 0.0)
         return weights
 
-    def found(self, offsets_N: torch.Tensor, kinds: Sequence[Sequence[str]]) -> float:
-        """Share of the facts' tokens that queries of other texts find, the mean over kinds of facts.
+    def _given(self, keys: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Products of each query with keys of each text, `[N, all of them]`; -inf for those of its own text."""
+        text_S = torch.cat([torch.full((own.size(1),), text) for text, own in enumerate(keys)])
+        keys_GSK = torch.cat(list(keys), dim=1)
+        given_NS = torch.stack([keys_GSK[head] @ query_K for query_K, head in zip(self.queries, self.heads)])
+        return given_NS.masked_fill(torch.tensor(self.texts)[:, None] == text_S, float("-inf"))
+
+
+class _Looks(NamedTuple):
+    """The most that the queries of a kind in a layer, those of other texts, give tokens; -inf where there are none.
+
+    Attributes:
+        facts_F: What they give the tokens of all facts of all texts.
+        sample_S: And other tokens of all texts.
+    """
+
+    facts_F: torch.Tensor
+    sample_S: torch.Tensor
+
+    def found(self, meant_F: torch.Tensor) -> float:
+        """Share of some facts' tokens that are given more than most others.
 
         Args:
-            offsets_N: What `offsets` gives.
-            kinds: For each text the kind of fact that each of its facts' tokens belongs to.
+            meant_F: Which facts' tokens are meant.
         """
-        shares: dict[str, list[float]] = {}
-        for text, (facts_GFK, sample_GSK) in enumerate(zip(self.facts, self.samples)):
-            weights = self.weights(offsets_N, besides=text)
-            least = weights(sample_GSK[None])[0].quantile(1 - _BEST)
-            for kind, vote in zip(kinds[text], weights(facts_GFK[None])[0]):
-                shares.setdefault(kind, []).append(float(vote > least))
-        return sum(sum(each) / len(each) for each in shares.values()) / len(shares)
+        return (self.facts_F[meant_F] > _rarest(self.sample_S, _BEST)).float().mean().item()
 
 
 def collect(
-    model: nn.Module,
-    documents: Sequence[Document],
-    window: int,
-    say: Say | None = None,
-    voters: Sequence[int] = (),
+    model: nn.Module, documents: Sequence[Document], window: int, say: Say | None = None
 ) -> dict[int, AnchorQueries]:
     """Reads texts with questions and keeps the queries that found the answers.
 
     The offset of a query is minus the logarithm of what it gave the first tokens of its own text and gives 1,024
     average ones of the others, so that its score of a key is the share of attention that it would spend on it; and
-    minus the share that queries of its kind spend on one in 200 tokens of texts that they do not come from.
+    minus the share that the queries of its kind, in the mean over their layers, spend on one in 333 tokens of texts
+    that they do not come from.
 
     Args:
         model: A model with a memory attached.
-        documents: The texts, at least two.
+        documents: The texts.
         window: Tokens by which a query stands behind a key that it is put to.
         say: Is given a line of text now and then.
-        voters: Indices of the layers that vote; none for the fifth of the layers whose queries find facts best.
 
     Returns:
         The weights of the score by layer.
 
     Raises:
-        ConfigError: The rotary positions of this model cannot be undone, or a layer has no memory.
+        ConfigError: The rotary positions of this model cannot be undone, or no two texts have facts of one kind.
     """
-    attachment = attachment_of(model)
-    if attachment.rotation_problem:
+    problem = attachment_of(model).rotation_problem
+    if problem:
         raise ConfigError(
-            f"the rotary positions of this model cannot be undone ({attachment.rotation_problem}), as the score "
-            '"asked" needs; make "learned" alone'
+            f'the rotary positions of this model cannot be undone ({problem}), as the score "asked" needs; make '
+            '"learned" alone'
         )
-    attachment.check_layers("asked_layers", voters)
+    in_texts = Counter(kind for document in documents for kind in {kind for kind, _ in document.values})
+    kinds = sorted(kind for kind, texts in in_texts.items() if texts > 1)
+    if not kinds:
+        raise ConfigError('no two texts have facts of one kind, as the score "asked" needs; give more documents')
     layers: dict[int, _Layer] = {}
-    kinds = [[kind for kind, places in document.values for _ in places] for document in documents]
+    of_facts: list[str] = []
     for number, document in enumerate(documents, 1):
-        for asked in _read(model, document, window, voters):
-            layers.setdefault(asked.layer, _Layer()).keep(asked, kinds[number - 1])
+        own = [kind for kind, places in document.values for _ in places]
+        of_facts += own
+        for asked in _read(model, document, window):
+            layers.setdefault(asked.layer, _Layer()).keep(asked, own)
         if say is not None and number % 10 == 0:
             say(f"asked: read {number} of {len(documents)} documents")
-    offsets = {index: layer.offsets() for index, layer in layers.items()}
-    best = sorted(voters) or _best(layers, offsets, kinds)
-    return {index: layers[index].weights(offsets[index]) for index in best}
+    least = _voters(layers, kinds, of_facts)
+    return {index: layers[index].weights(least[index], kinds) for index in sorted(least)}
 
 
-def _best(layers: dict[int, _Layer], offsets: dict[int, torch.Tensor], kinds: Sequence[Sequence[str]]) -> list[int]:
-    """The layers whose queries find facts best."""
-    found = {index: layer.found(offsets[index], kinds) for index, layer in layers.items()}
-    return sorted(sorted(found, key=lambda index: -found[index])[: max(1, len(found) // _VOTERS)])
+def _voters(layers: Mapping[int, _Layer], kinds: Sequence[str], of_facts: Sequence[str]) -> dict[int, dict[str, float]]:
+    """For each layer that votes the kinds it votes by, and what is taken from the votes of each.
+
+    Args:
+        layers: All layers.
+        kinds: All kinds.
+        of_facts: The kind of each fact's token of all texts.
+    """
+    looks = {index: layer.looks() for index, layer in layers.items()}
+    voters: dict[int, dict[str, float]] = {}
+    for kind in kinds:
+        meant_F = torch.tensor([each == kind for each in of_facts])
+        found = {index: look[kind].found(meant_F) for index, look in looks.items()}
+        best = sorted(found, key=lambda index: -found[index])[: max(1, len(found) // _VOTERS)]
+        least = _rarest(torch.stack([looks[index][kind].sample_S for index in best]).mean(0), _RARE)
+        for index in best:
+            voters.setdefault(index, {})[kind] = least
+    return voters
 
 
-def _read(model: nn.Module, document: Document, window: int, layers: Sequence[int] = ()) -> list[_Asked]:
-    """What the answers looked at in each layer, or in those that are named alone."""
+def _rarest(sample_S: torch.Tensor, share: float) -> float:
+    """What only this share of some votes exceed, those left out that nobody gave."""
+    return sample_S[sample_S.isfinite()].quantile(1 - share).item()
+
+
+def _read(model: nn.Module, document: Document, window: int) -> list[_Asked]:
+    """What the answers looked at in each layer with a memory."""
     facts = torch.tensor([place for _, places in document.values for place in places])
     seen: list[_Asked] = []
 
     def look(sight: Sight) -> None:
-        if sight.site.index in layers or (not layers and sight.site.memory is not None):
+        if sight.site.memory is not None:
             seen.append(_look(sight, document.text, facts.to(sight.length_T.device), window))
 
     watch(model, document.ids, look)

@@ -56,7 +56,6 @@ class AnchorSettings:
         left_out: Kind of fact that is kept for the closing table alone, a name of `FORMATS`.
         seed: What all random numbers depend on.
         scores: Which scores are made, names of `MADE`. "asked" trains nothing.
-        asked_layers: Indices of the layers that vote by "asked"; none for those whose queries find facts best.
 
     Raises:
         ConfigError: A value is out of range.
@@ -73,7 +72,6 @@ class AnchorSettings:
     left_out: str = "fare"
     seed: int = 0
     scores: tuple[str, ...] = MADE
-    asked_layers: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         least = {"documents": _HELD_OUT, "window": 8, "length": self.window + _QUESTIONS + 64, "voters": 1, "width": 1}
@@ -82,8 +80,6 @@ class AnchorSettings:
                 raise ConfigError(f"{name} must be at least {value}, not {getattr(self, name)}")
         if not self.scores or not set(self.scores) <= set(MADE):
             raise ConfigError(f"scores must be some of {', '.join(MADE)}, not {', '.join(self.scores) or 'none'}")
-        if self.asked_layers and "asked" not in self.scores:
-            raise ConfigError('asked_layers is for the score "asked"; make it, or name no layers')
         if self.left_out not in FORMATS:
             raise ConfigError(f"left_out must be one of {', '.join(FORMATS)}, not {self.left_out!r}")
 
@@ -145,7 +141,7 @@ def train_anchors(settings: AnchorSettings, say: Say | None = None) -> AnchorRep
     queries, fits = {}, {}
     if "asked" in settings.scores:
         known = [document for number, document in enumerate(made) if not _is_held_out(number)]
-        queries = collect(model, known, settings.window, say, settings.asked_layers)
+        queries = collect(model, known, settings.window, say)
         for layer, weights in queries.items():
             votes.setdefault(layer, {})["asked"] = weights
     if "learned" in settings.scores:
@@ -159,7 +155,9 @@ def train_anchors(settings: AnchorSettings, say: Say | None = None) -> AnchorRep
     scores = ("key_diff", *(score for score in MADE if score in settings.scores))
     kept, facts = _kept(model, made[_HELD_OUT - 1 :: _HELD_OUT], scores, settings.window)
     explained = {layer: (found.ridge, found.explained) for layer, found in fits.items()}
-    return AnchorReport(explained, {layer: sum(weights.counts) for layer, weights in queries.items()}, kept, facts)
+    return AnchorReport(
+        explained, {layer: sum(map(sum, weights.counts)) for layer, weights in queries.items()}, kept, facts
+    )
 
 
 def _fits(model: nn.Module, made: list[Document], settings: AnchorSettings, say: Say) -> dict[int, Fit]:
