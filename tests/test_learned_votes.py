@@ -65,12 +65,10 @@ def test_asked_takes_the_best_kind_of_the_mean_over_layers_of_the_most_that_a_qu
         weights = attachment_of(model).site(layer).votes_by("asked")
         assert isinstance(weights, AnchorQueries)
         for token, key in enumerate(torch.cat(parts, 1)[0].unflatten(-1, (-1, 8)).double()):
-            asking, looks = iter(weights.queries.double()), ([], [])
-            for head, own in enumerate(key):
-                for kind, counts in enumerate(weights.counts):
-                    looks[kind].extend(
-                        float(next(asking) @ own + weights.offsets[kind, head, n]) for n in range(counts[head])
-                    )
+            looks: tuple[list[float], ...] = ([], [])
+            for row, (asking, offsets) in enumerate(zip(weights.queries.double(), weights.offsets)):
+                head = row % len(key)  # give_votes
+                looks[int(weights.kinds[row].argmax())].append(float(asking @ key[head] + offsets[head]))
             for kind, look in enumerate(looks):
                 if look:
                     shares[kind].setdefault(token, []).append(max(look))
@@ -92,9 +90,7 @@ def test_a_kind_that_no_voting_layer_asks_for_is_left_out() -> None:
 def test_layers_must_vote_by_the_same_kinds(tmp_path: Path) -> None:
     model = with_memory(anchors=ANCHORS, anchor_score="asked")
     give_votes(model, (0, 2))
-    queries = AnchorQueries([[1, 1]], 8)
-    queries.offsets.zero_()
-    set_votes(attachment_of(model).site(2), {"asked": queries})
+    set_votes(attachment_of(model).site(2), {"asked": AnchorQueries([4], 2, 8)})
     ahn.save_anchors(model, tmp_path / "votes")
     with pytest.raises(CheckpointError, match=r"its layers vote by different kinds of facts. Make it anew"):
         ahn.load_anchors(model, tmp_path / "votes")

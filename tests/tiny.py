@@ -134,12 +134,10 @@ def give_votes(model: nn.Module, layers: tuple[int, ...] = (0, 2)) -> None:
     torch.manual_seed(17)
     for site in attachment_of(model).sites:
         if site.index in layers:
-            others = site.shape.kv_heads - 1
-            queries = AnchorQueries([[3] + [2] * others, [0 if site.index else 2] * (1 + others)], site.shape.key_size)
+            queries = AnchorQueries([5, 0 if site.index else 3], site.shape.kv_heads, site.shape.key_size)
             queries.queries.normal_()
-            for row, counts in enumerate(queries.counts):
-                for head, count in enumerate(counts):
-                    queries.offsets[row, head, :count].normal_()
+            for row, offsets in enumerate(queries.offsets):
+                offsets[row % len(offsets)].normal_()
             set_votes(site, {"learned": AnchorGate(site.shape.hidden_size, 4), "asked": queries})
 
 

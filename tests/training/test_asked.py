@@ -12,7 +12,7 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from ahn.errors import ConfigError
 from ahn.scores import AnchorQueries
-from ahn.scores.queries import count_asked
+from ahn.scores.queries import NEVER_ASKED
 from ahn.training.anchors.asked import _Layer, _Looks, _read, _voters, collect
 from ahn.training.anchors.documents import Document
 from tests.tiny import text, tiny, with_memory
@@ -25,20 +25,20 @@ def documents(count: int = 4) -> list[Document]:
 
 
 def test_votes_against_a_loop() -> None:
-    weights = AnchorQueries(((2, 0, 1), (0, 1, 0), (0, 0, 0)), 8)
+    weights = AnchorQueries((3, 1, 0), 3, 8)
     weights.queries.normal_(generator=torch.Generator().manual_seed(1))
-    weights.offsets[0, 0] = torch.tensor([0.5, -1.0])
-    weights.offsets[0, 2, 0] = 0.25
-    weights.offsets[1, 1, 0] = 0.75
+    looks = ((0, 0.5), (0, -1.0), (2, 0.25), (1, 0.75))
+    for row, (head, offset) in enumerate(looks):
+        weights.offsets[row, head] = offset
     keys = torch.randn(2, 3, 5, 8, generator=torch.Generator().manual_seed(2))
     votes = weights(keys)
     assert votes.shape == (2, 5, 3)
     assert votes[..., 2].isnan().all()
-    assert count_asked(weights.offsets) == [[2, 0, 1], [0, 1, 0], [0, 0, 0]]
-    placed = (((0, 0, 0.5), (1, 0, -1.0), (3, 2, 0.25)), ((2, 1, 0.75),))  # those of the first head come first
+    assert weights.kinds.tolist() == [[1, 0, 0], [1, 0, 0], [1, 0, 0], [0, 1, 0]]
+    placed = [(row, head, offset) for row, (head, offset) in enumerate(looks)]
     for row in range(2):
         for token in range(5):
-            for kind, own in enumerate(placed):
+            for kind, own in enumerate((placed[:3], placed[3:])):
                 best = max(
                     float(keys[row, head, token].double() @ weights.queries[n].double()) + offset
                     for n, head, offset in own
@@ -98,12 +98,12 @@ def test_what_is_kept_against_a_loop() -> None:
         by_hand[layer] = [(group, number, query, offset - rare) for group, number, query, offset in by_hand[layer]]
     [(layer, weights)] = collect(with_memory("llama"), made, WINDOW).items()
     assert found[layer] == max(found.values())
-    (counts,) = weights.counts
-    assert sum(counts) == len(kept[layer])
+    assert weights.counts == (len(weights.queries),) == (len(kept[layer]),)
     for group, _, query, offset in by_hand[layer]:
-        gap = (weights.queries.split(counts)[group] - query).abs().amax(-1)
+        gap = (weights.queries - query).abs().amax(-1)
         assert float(gap.min()) < 1e-4
-        assert float(weights.offsets[0, group, gap.argmin()]) == pytest.approx(offset, abs=1e-3)
+        assert float(weights.offsets[gap.argmin(), group]) == pytest.approx(offset, abs=1e-3)
+    assert int((weights.offsets > NEVER_ASKED).sum()) == len(weights.queries)
 
 
 def placed(model: Any, vector: torch.Tensor, position: int) -> torch.Tensor:
@@ -118,7 +118,7 @@ def test_other_families(family: str) -> None:
     positions = {"memory_positions": "rope"} if family == "gpt2" else {}
     found = collect(with_memory(family, **positions), documents(), WINDOW)
     assert found
-    assert all(0 < sum(map(sum, weights.counts)) <= 8 for weights in found.values())
+    assert all(0 < len(weights.queries) <= 8 for weights in found.values())
     assert all(torch.isfinite(weights.queries).all() for weights in found.values())
 
 
@@ -174,14 +174,10 @@ def test_weights_hold_the_kinds_that_a_layer_votes_by() -> None:
         (asked,) = (each for each in _read(model, document, WINDOW) if each.layer == 1)
         layer.keep(asked, [kind, kind])
     weights = layer.weights({"letter": 0.5}, ["code", "letter", "serial"])
-    assert [sum(each) for each in weights.counts] == [0, layer.kinds.count("letter"), 0]
-    expected = {
-        (head, round(float(offset) - 0.5, 4), round(float(query[0]), 4))
-        for query, head, kind, offset in zip(layer.queries, layer.heads, layer.kinds, layer.offsets())
-        if kind == "letter"
-    }
-    queries, found = iter(weights.queries), set()
-    for head, count in enumerate(weights.counts[1]):
-        for place in range(count):
-            found.add((head, round(float(weights.offsets[1, head, place]), 4), round(float(next(queries)[0]), 4)))
-    assert found == expected
+    assert weights.counts == (0, layer.kinds.count("letter"), 0)
+    meant = [n for n, kind in enumerate(layer.kinds) if kind == "letter"]
+    for row, n in enumerate(meant):
+        assert torch.equal(weights.queries[row], layer.queries[n])
+        expected = torch.full((weights.offsets.size(1),), NEVER_ASKED)
+        expected[layer.heads[n]] = layer.offsets()[n] - 0.5
+        torch.testing.assert_close(weights.offsets[row], expected)

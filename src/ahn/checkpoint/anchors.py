@@ -16,12 +16,11 @@ from ahn.checkpoint.files import failure, locate, read_tensors
 from ahn.errors import ConfigError
 from ahn.memories import MemoryShape
 from ahn.scores import AnchorGate, AnchorQueries
-from ahn.scores.queries import count_asked
 from ahn.surgery import set_votes
 
 ANCHORS = Pair("anchors_config.json", "anchors.safetensors")
 
-_NAMES = {"learned": tuple(AnchorGate(1, 1).state_dict()), "asked": tuple(AnchorQueries(((1,),), 1).state_dict())}
+_NAMES = {"learned": tuple(AnchorGate(1, 1).state_dict()), "asked": tuple(AnchorQueries((1,), 1, 1).state_dict())}
 """Names of the weights of each score."""
 
 
@@ -105,7 +104,7 @@ def _read(where: str, folder: Path, attachment: Attachment, base: Base) -> dict[
             check_shapes(where, own, {name: tuple(each.shape) for name, each in made.state_dict().items()})
             made.load_state_dict(own)
             votes.setdefault(layer, {})[score] = made
-    if len({tensors[f"layers.{layer}.offsets"].size(0) for layer, scores in found.items() if "asked" in scores}) > 1:
+    if len({tensors[f"layers.{layer}.kinds"].size(1) for layer, scores in found.items() if "asked" in scores}) > 1:
         raise failure(where, "its layers vote by different kinds of facts", "Make it anew with `ahn train anchors`")
     return votes
 
@@ -121,6 +120,5 @@ def _empty(score: str, shape: MemoryShape, own: Mapping[str, torch.Tensor]) -> n
     """Weights of a score as a layer of this shape has them, of the count that is stored."""
     if score == "learned":
         return AnchorGate(shape.hidden_size, own["inner.bias"].numel())
-    offsets = own["offsets"] if own["offsets"].dim() == 3 else torch.zeros(1, 1, 1)  # shapes are checked later
-    rows = [(row + shape.kv_heads * [1])[: shape.kv_heads] for row in count_asked(offsets)]
-    return AnchorQueries(rows, shape.key_size)
+    kinds = own["kinds"] if own["kinds"].dim() == 2 else torch.ones(1, 1)  # shapes are checked later
+    return AnchorQueries(kinds.float().sum(0).clamp(min=0).long().tolist(), shape.kv_heads, shape.key_size)

@@ -1,7 +1,6 @@
 """The asked vote: queries that a model itself has once answered questions with, kept and put to every key.
 
-Legend of shapes: B batch, C kinds of facts, G key/value heads, T tokens, K key size, N queries of all heads, M most
-queries of a kind in a head.
+Legend of shapes: B batch, C kinds of facts, G key/value heads, T tokens, K key size, N queries of a layer.
 """
 
 from __future__ import annotations
@@ -19,49 +18,47 @@ class AnchorQueries(nn.Module):
     what queries of its kind give few tokens of other texts, so that all kinds are as rare. Nothing here is trained.
 
     Args:
-        counts: Queries of each key/value head, G numbers, for each of C kinds; not all of them 0.
+        counts: Queries of each kind, C numbers, not all of them 0.
+        heads: Key/value heads, G.
         key_size: Size of a key, K.
 
     Attributes:
-        queries: The queries, those of the first head first, and in each those of the first kind, `[N, K]`.
-        offsets: What is added to the product of each with a key, `[C, G, M]`; `NEVER_ASKED` behind the last of a kind
-            in a head.
+        counts: As given.
+        queries: The queries, those of the first kind first, `[N, K]`.
+        kinds: Which kind each is of: 1 there, 0 for the others, `[N, C]`.
+        offsets: What is added to the product of each with a key of each head, `[N, G]`; `NEVER_ASKED` for all heads but
+            the one that it looks at.
     """
 
     queries: torch.Tensor
+    kinds: torch.Tensor
     offsets: torch.Tensor
 
-    def __init__(self, counts: Sequence[Sequence[int]], key_size: int) -> None:
+    def __init__(self, counts: Sequence[int], heads: int, key_size: int) -> None:
         super().__init__()
-        self.counts = tuple(tuple(each) for each in counts)
-        most = max(max(each) for each in self.counts)
-        self.register_buffer("queries", torch.zeros(sum(map(sum, self.counts)), key_size))
-        self.register_buffer("offsets", torch.full((len(self.counts), len(self.counts[0]), most), NEVER_ASKED))
+        self.counts = tuple(counts)
+        self.register_buffer("queries", torch.zeros(sum(counts), key_size))
+        self.register_buffer("kinds", torch.eye(len(counts)).repeat_interleave(torch.tensor(counts), 0))
+        self.register_buffer("offsets", torch.full((sum(counts), heads), NEVER_ASKED))
 
     def forward(self, keys_BGTK: torch.Tensor) -> torch.Tensor:
         """Votes by kind, `[B, T, C]` float32; NaN for kinds that nothing here asks for.
 
+        All queries are put to the keys of all heads, though each looks at one: a few products more, many calls less.
+
         Args:
             keys_BGTK: Keys as they were before their rotation.
         """
-        heads = list(zip(*self.counts))
-        votes = keys_BGTK.new_full((len(self.counts), keys_BGTK.size(0), keys_BGTK.size(2)), torch.nan).float()
-        for head, queries_NK in enumerate(self.queries.float().split([sum(each) for each in heads])):
-            keys_KBT = keys_BGTK[:, head].float().permute(2, 0, 1)
-            shares_NBT = (queries_NK @ keys_KBT.flatten(1)).unflatten(1, votes.shape[1:])
-            for kind, shares_MBT in enumerate(shares_NBT.split(heads[head])):
-                if len(shares_MBT):
-                    offsets_M = self.offsets[kind, head, : len(shares_MBT)].float()
-                    most_BT = (shares_MBT + offsets_M[:, None, None]).amax(0)
-                    votes[kind] = torch.fmax(votes[kind], most_BT)
-        return votes.permute(1, 2, 0)
+        batch, heads, tokens, size = keys_BGTK.shape
+        keys_KX = keys_BGTK.permute(3, 1, 0, 2).reshape(size, -1).float()
+        shares_NGX = (self.queries.float() @ keys_KX).view(-1, heads, batch * tokens)
+        shares_NGX = shares_NGX + self.offsets.float()[..., None]
+        votes = [
+            own.amax((0, 1)) if len(own) else own.new_full(own.shape[2:], torch.nan)
+            for own in shares_NGX.split(self.counts)
+        ]
+        return torch.stack(votes, dim=-1).view(batch, tokens, -1)
 
 
 NEVER_ASKED = -1e4
-"""Offset of a place without a query."""
-
-
-def count_asked(offsets_CGM: torch.Tensor) -> list[list[int]]:
-    """Queries of each kind in each head, of the offsets that were stored."""
-    counts: list[list[int]] = (offsets_CGM > NEVER_ASKED / 2).sum(-1).tolist()
-    return counts
+"""Offset where a query does not look."""

@@ -125,19 +125,12 @@ class _Layer:
             least: The kinds that it votes by, and what is taken from the votes of each.
             kinds: All kinds, by which any layer votes.
         """
-        offsets_N, heads = self.offsets(), range(self.samples[0].size(0))
-        alike: dict[tuple[str, int], list[int]] = {(kind, head): [] for kind in kinds for head in heads}
-        for n, place in enumerate(zip(self.kinds, self.heads)):
-            if place[0] in least:
-                alike[place].append(n)
-        weights = AnchorQueries([[len(alike[kind, head]) for head in heads] for kind in kinds], self.queries[0].numel())
-        weights.queries.copy_(
-            torch.stack([self.queries[n] for head in heads for kind in kinds for n in alike[kind, head]])
-        )
-        for row, kind in enumerate(kinds):
-            for head in heads:
-                own = alike[kind, head]
-                weights.offsets[row, head, : len(own)] = offsets_N[own] - least.get(kind, 0.0)
+        alike = [[n for n, each in enumerate(self.kinds) if each == kind and kind in least] for kind in kinds]
+        kept, offsets_N = [n for own in alike for n in own], self.offsets()
+        weights = AnchorQueries([len(own) for own in alike], self.samples[0].size(0), self.queries[0].numel())
+        for place, n in enumerate(kept):
+            weights.queries[place] = self.queries[n]
+            weights.offsets[place, self.heads[n]] = offsets_N[n] - least[self.kinds[n]]
         return weights
 
     def _given(self, keys: Sequence[torch.Tensor]) -> torch.Tensor:

@@ -155,9 +155,7 @@ def train_anchors(settings: AnchorSettings, say: Say | None = None) -> AnchorRep
     scores = ("key_diff", *(score for score in MADE if score in settings.scores))
     kept, facts = _kept(model, made[_HELD_OUT - 1 :: _HELD_OUT], scores, settings.window)
     explained = {layer: (found.ridge, found.explained) for layer, found in fits.items()}
-    return AnchorReport(
-        explained, {layer: sum(map(sum, weights.counts)) for layer, weights in queries.items()}, kept, facts
-    )
+    return AnchorReport(explained, {layer: len(weights.queries) for layer, weights in queries.items()}, kept, facts)
 
 
 def _fits(model: nn.Module, made: list[Document], settings: AnchorSettings, say: Say) -> dict[int, Fit]:
