@@ -23,6 +23,7 @@ from typing import Any
 from ahn.evaluation.recall.plan import Settings
 from ahn.evaluation.recall.plot import capacity_curve, heat_map
 from ahn.evaluation.recall.results import Record, cells
+from ahn.evaluation.recall.spans import EVICTED
 from ahn.evaluation.recall.tasks import TASKS
 from ahn.evaluation.report import write_whole
 
@@ -35,7 +36,6 @@ DEPTHS = 12  # with five texts each, fifty whose fact has left the window even w
 FACTS = (1, 2, 4, 8, 16, 32)
 PIECE_CHARACTERS, PIECES = 5_000, 60
 SINGLE = ("number", "word", "uuid")
-EVICTED = "evicted"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ahn.config import AUTO
 from ahn.errors import ConfigError
 from ahn.scores.gate import AnchorGate
 from ahn.scores.queries import AnchorQueries
@@ -205,7 +206,7 @@ def find_score(name: str) -> Score:
     if name == ORACLE and _told.get() is not None:
         return Score(_oracle)
     if name not in SCORES:
-        raise ConfigError(f"unknown anchor_score {name!r}; known are auto, {', '.join(SCORES)}")
+        raise ConfigError(f"unknown anchor_score {name!r}; known are {AUTO}, {', '.join(SCORES)}")
     return SCORES[name]
 
 

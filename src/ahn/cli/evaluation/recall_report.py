@@ -14,6 +14,7 @@ from ahn.evaluation.page import Page
 from ahn.evaluation.recall.plan import Settings
 from ahn.evaluation.recall.plot import capacity_curve, heat_map
 from ahn.evaluation.recall.results import Cell, Record, cells, facts, moved_and_dropped, verdicts
+from ahn.evaluation.recall.spans import EVICTED
 from ahn.evaluation.recall.tasks import TASKS
 from ahn.evaluation.report import Report, environment
 
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
-EVICTED = "evicted"
 COLUMNS = ("task", "tokens", "facts", "span", "arm", "texts", "values", "in the answer", "ranked first", "mean rank")
 
 

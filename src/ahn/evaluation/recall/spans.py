@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable
 
-LABELS = ("sinks", "window", "evicted")
+EVICTED = "evicted"
+LABELS = ("sinks", "window", EVICTED)
 """Spans of a text, in the order of tables."""
 
 
