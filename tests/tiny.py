@@ -134,7 +134,8 @@ def give_votes(model: nn.Module, layers: tuple[int, ...] = (0, 2)) -> None:
     torch.manual_seed(17)
     for site in attachment_of(model).sites:
         if site.index in layers:
-            queries = AnchorQueries([5, 0 if site.index else 3], site.shape.kv_heads, site.shape.key_size)
+            counts = [5, 0 if site.index else 3]
+            queries = AnchorQueries(counts, site.shape.kv_heads, site.shape.key_size, long=[True, False])
             queries.queries.normal_()
             for row, offsets in enumerate(queries.offsets):
                 offsets[row % len(offsets)].normal_()

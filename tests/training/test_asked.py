@@ -13,7 +13,7 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 from ahn.errors import ConfigError
 from ahn.scores import AnchorQueries
 from ahn.scores.queries import NEVER_ASKED
-from ahn.training.anchors.asked import _Layer, _Looks, _read, _voters, collect
+from ahn.training.anchors.asked import _Layer, _read, _Seen, _voters, collect
 from ahn.training.anchors.documents import Document
 from tests.tiny import text, tiny, with_memory
 
@@ -25,15 +25,18 @@ def documents(count: int = 4) -> list[Document]:
 
 
 def test_votes_against_a_loop() -> None:
-    weights = AnchorQueries((3, 1, 0), 3, 8)
+    weights = AnchorQueries((3, 1, 0), 3, 8, long=[False, True, True])
     weights.queries.normal_(generator=torch.Generator().manual_seed(1))
     looks = ((0, 0.5), (0, -1.0), (2, 0.25), (1, 0.75))
     for row, (head, offset) in enumerate(looks):
         weights.offsets[row, head] = offset
     keys = torch.randn(2, 3, 5, 8, generator=torch.Generator().manual_seed(2))
-    votes = weights(keys)
-    assert votes.shape == (2, 5, 3)
+    both = weights(keys)
+    assert both.shape == (2, 5, 3, 2)
+    votes, far = both.unbind(-1)
     assert votes[..., 2].isnan().all()
+    assert far[..., [0, 2]].isnan().all()
+    assert torch.equal(far[..., 1], votes[..., 1])
     assert weights.kinds.tolist() == [[1, 0, 0], [1, 0, 0], [1, 0, 0], [0, 1, 0]]
     placed = [(row, head, offset) for row, (head, offset) in enumerate(looks)]
     for row in range(2):
@@ -87,18 +90,27 @@ def test_what_is_kept_against_a_loop() -> None:
             usual = float((others @ query).double().exp().mean()) * 1024
             by_hand[layer].append((group, number, query, -math.log(rest + usual)))
 
-        def look(text_: int, token: int, layer: int = layer) -> float:
-            queries = [(g, q, offset) for g, own, q, offset in by_hand[layer] if own != text_]
-            return max(float(keys[layer][text_][g, token] @ q) + offset for g, q, offset in queries)
+        def look(text_: int, token: int, layer: int = layer) -> tuple[float, int]:
+            """The most that a query of another text gives a token, and which."""
+            return max(
+                (float(keys[layer][text_][g, token] @ q) + offset, n)
+                for n, (g, own, q, offset) in enumerate(by_hand[layer])
+                if own != text_
+            )
 
-        others = torch.tensor([look(number, token) for number in range(len(made)) for token in range(4, ASKED)])
-        facts = torch.tensor([look(number, at) for number, document in enumerate(made) for at in document.values[0][1]])
+        best = {look(number, at)[1] for number, document in enumerate(made) for at in document.values[0][1]}
+        by_hand[layer] = [query for n, query in enumerate(by_hand[layer]) if n in best]
+
+        others = torch.tensor([look(number, token)[0] for number in range(len(made)) for token in range(4, ASKED)])
+        facts = torch.tensor(
+            [look(number, at)[0] for number, document in enumerate(made) for at in document.values[0][1]]
+        )
         found[layer] = float((facts > others.quantile(1 - 0.02)).float().mean())
         rare = float(others.quantile(1 - 0.003))
         by_hand[layer] = [(group, number, query, offset - rare) for group, number, query, offset in by_hand[layer]]
     [(layer, weights)] = collect(with_memory("llama"), made, WINDOW).items()
     assert found[layer] == max(found.values())
-    assert weights.counts == (len(weights.queries),) == (len(kept[layer]),)
+    assert weights.counts == (len(weights.queries),) == (len(by_hand[layer]),)
     for group, _, query, offset in by_hand[layer]:
         gap = (weights.queries - query).abs().amax(-1)
         assert float(gap.min()) < 1e-4
@@ -134,36 +146,31 @@ def test_texts_without_a_kind_in_common() -> None:
         collect(with_memory("llama"), made, WINDOW)
 
 
-class Seen(_Layer):
-    """A layer of which it is known how the queries of each kind look at texts."""
-
-    def __init__(self, seed: int) -> None:
-        super().__init__()
-        generator = torch.Generator().manual_seed(seed)
-        self.known = {
-            kind: _Looks(torch.rand(40, generator=generator) + 0.6, torch.rand(500, generator=generator))
-            for kind in ("code", "letter")
-        }
-        self.known["code"].sample_S[:7] = float("-inf")
-
-    def looks(self) -> dict[str, _Looks]:
-        return self.known
+def seen(seed: int) -> dict[str, _Seen]:
+    """How the queries of two kinds look at texts."""
+    generator = torch.Generator().manual_seed(seed)
+    known = {
+        kind: _Seen([], torch.rand(40, generator=generator) + 0.6, torch.rand(500, generator=generator))
+        for kind in ("code", "letter")
+    }
+    known["code"].sample_S[:7] = float("-inf")
+    return known
 
 
 def test_each_kind_has_the_layers_that_find_it_best_and_is_as_rare_as_the_others() -> None:
-    layers = {3 * number: Seen(number) for number in range(13)}
+    layers = {3 * number: seen(number) for number in range(13)}
     of_facts = ["code"] * 25 + ["letter"] * 15
     voters = _voters(layers, ["code", "letter"], of_facts)
     for kind, meant, first in (("code", slice(25), 7), ("letter", slice(25, 40), 0)):
         found = {}
         for index, layer in layers.items():
-            looks = layer.known[kind]
+            looks = layer[kind]
             found[index] = float((looks.facts_F[meant] > looks.sample_S[first:].quantile(0.98)).float().mean())
         best = {index for index, least in voters.items() if kind in least}
         assert len(best) == 2
         assert min(found[index] for index in best) >= sorted(found.values())[-2]
         assert max(found.values()) > sorted(found.values())[-3]
-        mean = torch.stack([layers[index].known[kind].sample_S[first:] for index in best]).mean(0)
+        mean = torch.stack([layers[index][kind].sample_S[first:] for index in best]).mean(0)
         assert all(voters[index][kind] == pytest.approx(float(mean.quantile(0.997)), abs=1e-6) for index in best)
 
 
@@ -173,11 +180,14 @@ def test_weights_hold_the_kinds_that_a_layer_votes_by() -> None:
         document = Document(text(1, 40, seed)[0], ASKED, ((kind, (7, 8)),))
         (asked,) = (each for each in _read(model, document, WINDOW) if each.layer == 1)
         layer.keep(asked, [kind, kind])
-    weights = layer.weights({"letter": 0.5}, ["code", "letter", "serial"])
-    assert weights.counts == (0, layer.kinds.count("letter"), 0)
-    meant = [n for n, kind in enumerate(layer.kinds) if kind == "letter"]
+    looks = layer.looks(["code", "code", "letter", "letter"] * 2)
+    weights = layer.weights(looks, {"letter": 0.5}, {"code": False, "letter": True, "serial": False})
+    meant = looks.by_kind["letter"].queries
+    assert weights.counts == (0, len(meant), 0)
+    assert {layer.kinds[n] for n in meant} == {"letter"}
+    assert weights.long.tolist() == [0, 1, 0]
     for row, n in enumerate(meant):
         assert torch.equal(weights.queries[row], layer.queries[n])
         expected = torch.full((weights.offsets.size(1),), NEVER_ASKED)
-        expected[layer.heads[n]] = layer.offsets()[n] - 0.5
+        expected[layer.heads[n]] = looks.offsets_N[n] - 0.5
         torch.testing.assert_close(weights.offsets[row], expected)

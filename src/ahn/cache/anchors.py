@@ -1,12 +1,12 @@
 """The store of anchors: a bank of exact tokens, chosen as they leave the window, read by the same softmax.
 
 All layers share one choice. Each votes on a token when it is read; when the token leaves the window, its score is the
-mean of the layers' common vote over it and its neighbours, and the bank holds the best scores so far. Some scores lend
-what a token has to a few around it. As votes are frozen when they are given, the bank depends on the text alone, not on
-the chunks in which it was read.
+mean of the layers' common vote over it and its neighbours, and the bank holds the best scores so far. Some scores take
+means over several neighbourhoods, of which the highest counts, and lend what a token has to a few around it. As votes
+are frozen when they are given, the bank depends on the text alone, not on the chunks in which it was read.
 
 Legend of shapes: B batch, E tokens that leave the window in a call, C of them that enter the bank of some row, G
-key/value heads, K key size, V value size, N anchors, R places in the ring of votes.
+key/value heads, K key size, V value size, N anchors, P places in the ring of votes, R reaches of a score.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import torch
 
 from ahn.cache.exact import NEVER, Extra, LaterStore, Padding, Tokens
 from ahn.scores import NEAR, Score
+from ahn.scores.queries import NEVER_ASKED
 
 
 class Choice(NamedTuple):
@@ -97,9 +98,7 @@ class Ballot:
 
     Attributes:
         delay: Tokens after which a token is voted on.
-        before: Tokens before one with a high vote that are kept with it.
-        behind: And behind it.
-        held: Every tensor held, by name: `votes` `[B, R]` float32, and for each window w `scores.w` `[B, N]` float32
+        held: Every tensor held, by name: `votes` `[B, P, R]` float32, and for each window w `scores.w` `[B, N]` float32
             and `tokens.w` `[B, N]` int64, -1 at places without an anchor.
     """
 
@@ -109,9 +108,8 @@ class Ballot:
         self.voters = voters
         self.score = score
         self.delay = score.delay(min(windows))
-        self.before, self.behind = score.lends_within(min(windows))
         self.windows = windows
-        self.places = max(windows) + NEAR + self.behind
+        self.places = max(windows) + max(reach + score.behind(reach) for reach in score.reaches)
         self.held: dict[str, torch.Tensor] = {}
 
     @property
@@ -119,18 +117,19 @@ class Ballot:
         """Tokens of the longest call whose leaving tokens, and their neighbours, have all been voted on before."""
         return min(self.windows) - self.score.span(min(self.windows))
 
-    def count(self, votes_BT: torch.Tensor, seen: int) -> None:
+    def count(self, votes_BTR: torch.Tensor, seen: int) -> None:
         """Keeps the votes that a call gave.
 
         Args:
-            votes_BT: Those of all layers as one, `[B, T]`: on the new tokens or, with a delay, on as many before them.
+            votes_BTR: Those of all layers as one: on the new tokens or, with a delay, on as many before them.
             seen: Tokens read before the call.
         """
         if "votes" not in self.held:
-            self.held["votes"] = votes_BT.new_zeros(votes_BT.size(0), self.places, dtype=torch.float32)
+            rows, _, reaches = votes_BTR.shape
+            self.held["votes"] = votes_BTR.new_zeros(rows, self.places, reaches, dtype=torch.float32)
         first = max(0, seen - self.delay)
-        place = torch.arange(first, first + votes_BT.size(1), device=votes_BT.device) % self.places
-        self.held["votes"].index_copy_(1, place, votes_BT.detach().float())
+        place = torch.arange(first, first + votes_BTR.size(1), device=votes_BTR.device) % self.places
+        self.held["votes"].index_copy_(1, place, votes_BTR.detach().float())
 
     def choose(self, seen: int, new: int, padding: Padding | None) -> dict[int, Choice]:
         """The choice for the tokens that leave each window in a call, and keeps it.
@@ -167,17 +166,26 @@ class Ballot:
         return choice
 
     def _scores(self, token_E: torch.Tensor, padding: Padding | None) -> torch.Tensor:
-        """Mean votes of tokens and their neighbours, or what others lend, `[B, E]`; -inf for padding and sinks."""
-        votes = self.held["votes"]
+        """The highest score of each token, `[B, E]`; -inf for padding and sinks."""
         begin = torch.zeros(1, dtype=torch.long) if padding is None else padding.counts
-        begin = begin.to(votes.device)[:, None, None]
-        apart = torch.arange(-self.behind, self.before + 1, device=votes.device)
-        near = torch.arange(-NEAR - self.behind, NEAR + self.before + 1, device=votes.device)
-        near = token_E[:, None] + near  # [E, neighbours]
-        real = (near >= begin).to(votes.dtype)
-        sums, counts = ((x.unfold(-1, 2 * NEAR + 1, 1).sum(-1)) for x in (votes[:, near % self.places] * real, real))
-        lent = (sums / counts.clamp(min=1) - self.score.fade * apart.abs()).masked_fill(counts == 0, float("-inf"))
-        return lent.amax(-1).masked_fill(token_E < begin[..., 0] + self.sinks, float("-inf"))
+        begin_B1 = begin.to(token_E.device)[:, None]
+        highest_BE = self._means(token_E, 0, begin_B1)
+        for place in range(1, len(self.score.reaches)):
+            highest_BE = torch.maximum(highest_BE, self._means(token_E, place, begin_B1))
+        return highest_BE.masked_fill(token_E < begin_B1 + self.sinks, float("-inf"))
+
+    def _means(self, token_E: torch.Tensor, place: int, begin_B1: torch.Tensor) -> torch.Tensor:
+        """Mean votes of tokens and their neighbours within a reach, or what others lend, `[B, E]`."""
+        votes_BP, reach = self.held["votes"][..., place], self.score.reaches[place]
+        before, behind = self.score.before(min(self.windows)), self.score.behind(reach)
+        apart = torch.arange(-behind, before + 1, device=token_E.device)
+        near = token_E[:, None] + torch.arange(-reach - behind, reach + before + 1, device=token_E.device)
+        real = (near >= begin_B1[..., None]).to(votes_BP.dtype)
+        votes = votes_BP[:, near % self.places] * real
+        sums, counts = (x.unfold(-1, 2 * reach + 1, 1).sum(-1) for x in (votes, real))
+        means = sums / counts.clamp(min=1) + (self.score.gain if reach > NEAR else 0.0)
+        means = means - self.score.fade * apart.abs()
+        return means.masked_fill(counts == 0, float("-inf")).amax(-1)
 
 
 @dataclasses.dataclass
@@ -188,7 +196,7 @@ class Election:
         ballot: Where the votes go when the call ends.
         seen: Tokens read before the call.
         choices: By window, which of the tokens that leave become anchors.
-        votes: What the layers voted in this call, `[B, T]` each or, by kind, `[B, T, kinds]`.
+        votes: What the layers voted in this call, `[B, T]` each or, by kind and reach, `[B, T, kinds, R]`.
     """
 
     ballot: Ballot
@@ -201,8 +209,10 @@ class Election:
         device = self.votes[0].device
         votes = torch.stack([votes.to(device) for votes in self.votes]).nanmean(0)
         if votes.dim() > 2:
-            votes = votes.nan_to_num(nan=float("-inf")).amax(-1)
-        self.ballot.count(votes, self.seen)
+            best_BTR = votes.nan_to_num(nan=NEVER_ASKED).amax(2)
+        else:
+            best_BTR = votes[..., None]
+        self.ballot.count(best_BTR, self.seen)
 
 
 class _Anchors(NamedTuple):

@@ -1,6 +1,6 @@
 """How a layer votes on the tokens it reads: which of them should be anchors once they leave the window.
 
-Legend of shapes: B batch, T new tokens, C kinds of facts, G key/value heads, K key size.
+Legend of shapes: B batch, T new tokens, C kinds of facts, R reaches, G key/value heads, K key size.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from ahn.scores.gate import AnchorGate
 from ahn.scores.queries import AnchorQueries
 
 __all__ = [
+    "FAR",
     "NEAR",
     "ORACLE",
     "PREFERRED",
@@ -35,6 +36,8 @@ __all__ = [
 
 NEAR = 3
 """Neighbours on each side that a token's score is averaged over. Those behind it are still in the window."""
+FAR = 10
+"""And where facts are long, of some scores."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,13 +103,15 @@ class Score:
     """A way to choose anchors.
 
     Attributes:
-        votes: From new tokens to votes, `[B, T]`, the higher the better; or `[B, T, C]`, of which the best counts once
-            the layers have taken their mean, NaN for a kind by which a layer does not vote.
+        votes: From new tokens to votes, `[B, T]`, the higher the better; or, for R reaches, `[B, T, C, R]`, of which
+            the best kind counts once the layers have taken their mean, NaN where a layer does not vote.
         unrotated: Whether it needs keys as they were before their rotation.
         compares: Whether it needs their mean, for which it votes some tokens later.
         weights: What a layer must have to vote; `None` for a score that needs nothing.
+        reaches: Neighbours on each side that votes are averaged over, of which the highest mean counts.
+        gain: What means over more neighbours than `NEAR` have ahead, because those of many are seldom high.
         lends: Tokens before one with a high score that are lent some of it, because they say what it is about, and
-            behind it, because the mean over neighbours is low where a fact ends.
+            behind it, because the mean is low where a fact ends; behind a mean over more neighbours as many more.
         fade: How much of a score is lost with every token by which it is lent.
     """
 
@@ -114,6 +119,8 @@ class Score:
     unrotated: bool = False
     compares: bool = False
     weights: type[AnchorGate] | type[AnchorQueries] | None = None
+    reaches: tuple[int, ...] = (NEAR,)
+    gain: float = 0.0
     lends: tuple[int, int] = (0, 0)
     fade: float = 0.0
 
@@ -125,13 +132,21 @@ class Score:
         """
         return min(_DELAY, window // 4) if self.compares else 0
 
-    def lends_within(self, window: int) -> tuple[int, int]:
-        """`lends` as they fit a window, of which those before a token take no more than a quarter.
+    def before(self, window: int) -> int:
+        """Tokens before one with a high score that are lent some of it: no more than a quarter of a window.
 
         Args:
             window: Tokens of the shortest window.
         """
-        return min(self.lends[0], window // 4), self.lends[1]
+        return min(self.lends[0], window // 4)
+
+    def behind(self, reach: int) -> int:
+        """Tokens behind one with a high score that are lent some of it.
+
+        Args:
+            reach: Neighbours that its votes are averaged over.
+        """
+        return self.lends[1] + reach - NEAR
 
     def span(self, window: int) -> int:
         """Tokens that must be in the window behind one that leaves, so that all it depends on has been voted on.
@@ -139,13 +154,15 @@ class Score:
         Args:
             window: Tokens of the shortest window.
         """
-        return NEAR + self.delay(window) + self.lends_within(window)[0]
+        return max(self.reaches) + self.delay(window) + self.before(window)
 
 
 SCORES = {
     "key_diff": Score(key_diff, unrotated=True, compares=True),
     "key_norm": Score(key_norm),
-    "asked": Score(asked, unrotated=True, weights=AnchorQueries, lends=(12, 9), fade=0.03),
+    "asked": Score(
+        asked, unrotated=True, weights=AnchorQueries, reaches=(NEAR, FAR), gain=0.8, lends=(12, 4), fade=0.02
+    ),
     "learned": Score(learned, weights=AnchorGate, lends=(12, 2), fade=0.07),
     "recent": Score(recent),
     "random": Score(random),

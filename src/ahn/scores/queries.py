@@ -1,6 +1,6 @@
 """The asked vote: queries that a model itself has once answered questions with, kept and put to every key.
 
-Legend of shapes: B batch, C kinds of facts, G key/value heads, T tokens, K key size, N queries of a layer.
+Legend of shapes: B batch, C kinds of facts, R reaches, G key/value heads, T tokens, K key size, N queries of a layer.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ class AnchorQueries(nn.Module):
         counts: Queries of each kind, C numbers, not all of them 0.
         heads: Key/value heads, G.
         key_size: Size of a key, K.
+        long: For each kind whether its facts are long; none are where nothing is said.
 
     Attributes:
         counts: As given.
@@ -28,21 +29,26 @@ class AnchorQueries(nn.Module):
         kinds: Which kind each is of: 1 there, 0 for the others, `[N, C]`.
         offsets: What is added to the product of each with a key of each head, `[N, G]`; `NEVER_ASKED` for all heads but
             the one that it looks at.
+        long: For each kind whether its facts are long: 1 or 0, `[C]`.
     """
 
     queries: torch.Tensor
     kinds: torch.Tensor
     offsets: torch.Tensor
+    long: torch.Tensor
 
-    def __init__(self, counts: Sequence[int], heads: int, key_size: int) -> None:
+    def __init__(self, counts: Sequence[int], heads: int, key_size: int, long: Sequence[bool] | None = None) -> None:
         super().__init__()
         self.counts = tuple(counts)
         self.register_buffer("queries", torch.zeros(sum(counts), key_size))
         self.register_buffer("kinds", torch.eye(len(counts)).repeat_interleave(torch.tensor(counts), 0))
         self.register_buffer("offsets", torch.full((sum(counts), heads), NEVER_ASKED))
+        self.register_buffer("long", torch.tensor(long or [False] * len(counts)).float())
 
     def forward(self, keys_BGTK: torch.Tensor) -> torch.Tensor:
-        """Votes by kind, `[B, T, C]` float32; NaN for kinds that nothing here asks for.
+        """Votes by kind, `[B, T, C, R]` float32: for the mean over near neighbours, and for that over more of them.
+
+        They are NaN for kinds that nothing here asks for, and the second for kinds that are not long.
 
         All queries are put to the keys of all heads, though each looks at one: a few products more, many calls less.
 
@@ -57,7 +63,8 @@ class AnchorQueries(nn.Module):
             own.amax((0, 1)) if len(own) else own.new_full(own.shape[2:], torch.nan)
             for own in shares_NGX.split(self.counts)
         ]
-        return torch.stack(votes, dim=-1).view(batch, tokens, -1)
+        near_BTC = torch.stack(votes, dim=-1).view(batch, tokens, -1)
+        return torch.stack((near_BTC, near_BTC.masked_fill(self.long == 0, torch.nan)), dim=-1)
 
 
 NEVER_ASKED = -1e4

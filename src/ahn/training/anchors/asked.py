@@ -1,10 +1,11 @@
 """The queries of example questions, kept to be put to every key: a score for anchors that nothing is trained for.
 
 A text with facts is read with full attention, and asked for them at its end. For each token of a fact and each layer
-the query is kept that looked at it most. Put to the keys of another text it looks at what it would take for an answer
-there, whatever is asked. By the queries of each kind of fact those layers vote in which they find their kind best in
-texts that they do not come from; what they give one in 333 tokens of other texts is taken from their votes, so that no
-kind fills the bank with what only looks like it.
+the query is taken that looked at it most; those are kept that look at some token of another text's facts more than any
+other query of their kind. Put to the keys of another text such a query looks at what it would take for an answer there,
+whatever is asked. By the queries of each kind of fact those layers vote in which they find their kind best in texts
+that they do not come from; what they give one in 333 tokens of other texts is taken from their votes, so that no kind
+fills the bank with what only looks like it.
 
 Legend of shapes: T tokens, Q of them in questions, F tokens of facts, S other tokens of a text, N kept queries, H query
 heads, G key/value heads, K key size.
@@ -15,7 +16,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -34,6 +35,7 @@ _SAMPLE = 128  # tokens of a text that stand for all of it
 _AMONG = 1024  # tokens of a text that a query's share of attention is reckoned for
 _RARE = 0.003  # share of other texts' tokens that the queries of a kind of fact give a positive vote
 _VOTERS = 6  # one layer of so many votes by the queries of a kind
+_LONG = 10  # tokens of a fact, well over the neighbourhood that votes are averaged over
 _BEST = 0.02  # share of other texts' tokens that a fact must be among to be found
 
 
@@ -98,39 +100,44 @@ class _Layer:
         self.facts.append(asked.facts_GFK.cpu())
         self.samples.append(asked.sample_GSK.cpu())
 
-    def offsets(self) -> torch.Tensor:
-        """What is added to the products of each query so that its vote is the log of a share of attention, `[N]`.
+    def looks(self, of_facts: Sequence[str]) -> _Looks:
+        """How its queries look at texts that they do not come from, and their offsets.
 
-        That is minus the log of what it gives the first tokens of its text and average ones of others.
+        An offset makes a product the log of a share of attention: minus the log of what the query gives the first
+        tokens of its text and average ones of others.
+
+        Args:
+            of_facts: The kind of each fact's token of all texts.
         """
-        given_NS = self._given(self.samples)
-        others_N = given_NS.isfinite().sum(1)
-        usual_N = given_NS.logsumexp(1) - others_N.log() + math.log(_AMONG)
-        return -torch.logaddexp(torch.stack(self.rests), usual_N)
-
-    def looks(self) -> dict[str, _Looks]:
-        """How the queries of each kind look at texts that they do not come from."""
-        offsets_N1 = self.offsets()[:, None]
-        facts_NF, sample_NS = self._given(self.facts) + offsets_N1, self._given(self.samples) + offsets_N1
-        found = {}
+        facts_NF, sample_NS = self._given(self.facts), self._given(self.samples)
+        usual_N = sample_NS.logsumexp(1) - sample_NS.isfinite().sum(1).log() + math.log(_AMONG)
+        offsets_N = -torch.logaddexp(torch.stack(self.rests), usual_N)
+        by_kind = {}
         for kind in set(self.kinds):
-            alike = [n for n, each in enumerate(self.kinds) if each == kind]
-            found[kind] = _Looks(facts_NF[alike].amax(0), sample_NS[alike].amax(0))
-        return found
+            alike = torch.tensor([n for n, each in enumerate(self.kinds) if each == kind])
+            meant_F = torch.tensor([each == kind for each in of_facts])
+            looked_NF = facts_NF[alike] + offsets_N[alike, None]
+            best = looked_NF[:, meant_F].argmax(0).unique()
+            kept = alike[best]
+            by_kind[kind] = _Seen(
+                kept.tolist(), looked_NF[best].amax(0), (sample_NS[kept] + offsets_N[kept, None]).amax(0)
+            )
+        return _Looks(offsets_N, by_kind)
 
-    def weights(self, least: Mapping[str, float], kinds: Sequence[str]) -> AnchorQueries:
+    def weights(self, looks: _Looks, least: Mapping[str, float], kinds: Mapping[str, bool]) -> AnchorQueries:
         """The weights of the layer's vote.
 
         Args:
+            looks: How its queries look at texts.
             least: The kinds that it votes by, and what is taken from the votes of each.
-            kinds: All kinds, by which any layer votes.
+            kinds: All kinds, by which any layer votes, and whether their facts are long.
         """
-        alike = [[n for n, each in enumerate(self.kinds) if each == kind and kind in least] for kind in kinds]
-        kept, offsets_N = [n for own in alike for n in own], self.offsets()
-        weights = AnchorQueries([len(own) for own in alike], self.samples[0].size(0), self.queries[0].numel())
-        for place, n in enumerate(kept):
+        kept = [looks.by_kind[kind].queries if kind in least else [] for kind in kinds]
+        heads, size = self.samples[0].size(0), self.queries[0].numel()
+        weights = AnchorQueries([len(own) for own in kept], heads, size, list(kinds.values()))
+        for place, n in enumerate(n for own in kept for n in own):
             weights.queries[place] = self.queries[n]
-            weights.offsets[place, self.heads[n]] = offsets_N[n] - least[self.kinds[n]]
+            weights.offsets[place, self.heads[n]] = looks.offsets_N[n] - least[self.kinds[n]]
         return weights
 
     def _given(self, keys: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -141,14 +148,16 @@ class _Layer:
         return given_NS.masked_fill(torch.tensor(self.texts)[:, None] == text_S, float("-inf"))
 
 
-class _Looks(NamedTuple):
-    """The most that the queries of a kind in a layer, those of other texts, give tokens; -inf where there are none.
+class _Seen(NamedTuple):
+    """The queries of a kind that a layer keeps, and the most that those of other texts give tokens: -inf if none.
 
     Attributes:
+        queries: Their numbers: the best of the kind for some token of a fact of another text.
         facts_F: What they give the tokens of all facts of all texts.
         sample_S: And other tokens of all texts.
     """
 
+    queries: list[int]
     facts_F: torch.Tensor
     sample_S: torch.Tensor
 
@@ -159,6 +168,18 @@ class _Looks(NamedTuple):
             meant_F: Which facts' tokens are meant.
         """
         return (self.facts_F[meant_F] > _rarest(self.sample_S, _BEST)).float().mean().item()
+
+
+class _Looks(NamedTuple):
+    """How the queries of a layer look at texts.
+
+    Attributes:
+        offsets_N: What is added to the products of each.
+        by_kind: How those of each kind look at texts that they do not come from.
+    """
+
+    offsets_N: torch.Tensor
+    by_kind: dict[str, _Seen]
 
 
 def collect(
@@ -190,7 +211,7 @@ def collect(
             '"learned" alone'
         )
     in_texts = Counter(kind for document in documents for kind in {kind for kind, _ in document.values})
-    kinds = sorted(kind for kind, texts in in_texts.items() if texts > 1)
+    kinds = {kind: _is_long(kind, documents) for kind, texts in sorted(in_texts.items()) if texts > 1}
     if not kinds:
         raise ConfigError('no two texts have facts of one kind, as the score "asked" needs; give more documents')
     layers: dict[int, _Layer] = {}
@@ -202,19 +223,27 @@ def collect(
             layers.setdefault(asked.layer, _Layer()).keep(asked, own)
         if say is not None and number % 10 == 0:
             say(f"asked: read {number} of {len(documents)} documents")
-    least = _voters(layers, kinds, of_facts)
-    return {index: layers[index].weights(least[index], kinds) for index in sorted(least)}
+    looks = {index: layer.looks(of_facts) for index, layer in layers.items()}
+    least = _voters({index: look.by_kind for index, look in looks.items()}, kinds, of_facts)
+    return {index: layers[index].weights(looks[index], least[index], kinds) for index in sorted(least)}
 
 
-def _voters(layers: Mapping[int, _Layer], kinds: Sequence[str], of_facts: Sequence[str]) -> dict[int, dict[str, float]]:
+def _is_long(kind: str, documents: Sequence[Document]) -> bool:
+    """Whether the facts of a kind are long, in the mean."""
+    lengths = [len(places) for document in documents for each, places in document.values if each == kind]
+    return sum(lengths) > _LONG * len(lengths)
+
+
+def _voters(
+    looks: Mapping[int, Mapping[str, _Seen]], kinds: Iterable[str], of_facts: Sequence[str]
+) -> dict[int, dict[str, float]]:
     """For each layer that votes the kinds it votes by, and what is taken from the votes of each.
 
     Args:
-        layers: All layers.
+        looks: How the queries of each kind look at texts, by layer.
         kinds: All kinds.
         of_facts: The kind of each fact's token of all texts.
     """
-    looks = {index: layer.looks() for index, layer in layers.items()}
     voters: dict[int, dict[str, float]] = {}
     for kind in kinds:
         meant_F = torch.tensor([each == kind for each in of_facts])
