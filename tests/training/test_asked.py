@@ -13,7 +13,7 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 from ahn.errors import ConfigError
 from ahn.scores import AnchorQueries
 from ahn.scores.queries import NEVER_ASKED
-from ahn.training.anchors.asked import _Layer, _read, _Seen, _voters, collect
+from ahn.training.anchors.asked import _is_long, _Layer, _read, _Seen, _voters, collect
 from ahn.training.anchors.documents import Document
 from tests.tiny import text, tiny, with_memory
 
@@ -191,3 +191,11 @@ def test_weights_hold_the_kinds_that_a_layer_votes_by() -> None:
         expected = torch.full((weights.offsets.size(1),), NEVER_ASKED)
         expected[layer.heads[n]] = looks.offsets_N[n] - 0.5
         torch.testing.assert_close(weights.offsets[row], expected)
+
+
+def test_facts_that_fill_more_than_ten_tokens_in_the_mean_are_long() -> None:
+    ids = text(1, 40)[0]
+    values = (("serial", tuple(range(2, 11))), ("code", tuple(range(11, 21))))
+    made = [Document(ids, ASKED, values), Document(ids, ASKED, (("serial", tuple(range(2, 15))),))]
+    assert _is_long("serial", made)  # 9 and 13 tokens
+    assert not _is_long("code", made)  # 10
