@@ -17,9 +17,9 @@ EXAMPLES = """Examples:
 
 ahn train anchors --data texts --out my-anchors  [dim]# half an hour on a laptop[/dim]
 
-ahn train anchors --data texts --out my-anchors --scores asked  [dim]# trains nothing, minutes[/dim]
+ahn train anchors --data texts --out my-anchors --scores asked --documents 240  [dim]# trains nothing[/dim]
 
-ahn train anchors --base Qwen/Qwen2.5-0.5B-Instruct --data texts --out anchors --documents 120
+ahn train anchors --base Qwen/Qwen2.5-0.5B-Instruct --data texts --out anchors
 """
 
 
