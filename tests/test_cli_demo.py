@@ -113,6 +113,16 @@ class TestTable:
         assert text.count("One. ") == 2000
         assert 0 < text.index("The door is blue.") <= len(text) / 10 + 5
 
+    def test_a_hidden_fact_is_asked_for_where_full_attention_finds_it(self, run, monkeypatch):
+        monkeypatch.setattr(comparison, "IN_A_HURRY", 300)
+        read = {}
+        for name, arguments in {"hidden": (), "asked": ("--question", "So?"), "told": ("--tokens", "400")}.items():
+            status, out, _ = run(*TINY, "--seconds", "5", "--modes", "window", *arguments)
+            assert status == 0
+            read[name] = int(rows(out)["window"][0].replace(",", ""))
+        assert (read["hidden"], read["told"]) == (300, 400)
+        assert read["asked"] > 300
+
     def test_time_is_limited(self, run, monkeypatch):
         began = time.monotonic()
         status, out, _ = run(*TINY, "--seconds", "1", "--question", "")

@@ -26,7 +26,11 @@ QUESTION = "What is the secret number of the quiet-harbour?"
 def command(
     tokens: Annotated[
         str | None,
-        typer.Option(metavar="N|all", help="How many tokens to read.  [dim]\\[default: as --seconds allow][/dim]"),
+        typer.Option(
+            metavar="N|all",
+            help="How many tokens to read.  "
+            "[dim]\\[default: as --seconds allow, at most 4,096 if a fact is hidden][/dim]",
+        ),
     ] = None,
     seconds: Annotated[
         float, typer.Option(help="Without --tokens: start to answer after this time, loading included.")
@@ -76,14 +80,14 @@ def command(
     screen = show.Screen(output())
     loading.seed(seed)
     loaded = loading.load(model, adapter, window, sinks, sink_positions)
+    hidden = fact if fact is not None else FACT if question is None else ""
     plan = comparison.Plan(
         names or [f"ahn+{ANCHORS}", "ahn", "window", "full"],
-        limit,
+        comparison.IN_A_HURRY if tokens is None and hidden else limit,
         started + seconds if tokens is None else None,
         max_new_tokens,
     )
     title = "Python's language reference" if text is None else "standard input" if file == "-" else str(file)
-    hidden = fact if fact is not None else FACT if question is None else ""
     whole = reference() if text is None else text
     asked = QUESTION if question is None else question
     comparison.run(loaded, with_fact(whole, hidden) if hidden else whole, asked, plan, screen, title, hidden)
