@@ -159,8 +159,8 @@ def seen(seed: int) -> dict[str, _Seen]:
 
 def test_each_kind_has_the_layers_that_find_it_best_and_is_as_rare_as_the_others() -> None:
     layers = {3 * number: seen(number) for number in range(13)}
-    of_facts = ["code"] * 25 + ["letter"] * 15
-    voters = _voters(layers, ["code", "letter"], of_facts)
+    is_code = torch.arange(40) < 25
+    voters = _voters(layers, {"code": is_code, "letter": ~is_code})
     for kind, meant, first in (("code", slice(25), 7), ("letter", slice(25, 40), 0)):
         found = {}
         for index, layer in layers.items():
@@ -180,7 +180,8 @@ def test_weights_hold_the_kinds_that_a_layer_votes_by() -> None:
         document = Document(text(1, 40, seed)[0], ASKED, ((kind, (7, 8)),))
         (asked,) = (each for each in _read(model, document, WINDOW) if each.layer == 1)
         layer.keep(asked, [kind, kind])
-    looks = layer.looks(["code", "code", "letter", "letter"] * 2)
+    is_code = torch.tensor([True, True, False, False] * 2)
+    looks = layer.looks({"code": is_code, "letter": ~is_code})
     weights = layer.weights(looks, {"letter": 0.5}, {"code": False, "letter": True, "serial": False})
     meant = looks.by_kind["letter"].queries
     assert weights.counts == (0, len(meant), 0)

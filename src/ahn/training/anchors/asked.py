@@ -16,7 +16,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -100,28 +100,25 @@ class _Layer:
         self.facts.append(asked.facts_GFK.cpu())
         self.samples.append(asked.sample_GSK.cpu())
 
-    def looks(self, of_facts: Sequence[str]) -> _Looks:
+    def looks(self, meant: Mapping[str, torch.Tensor]) -> _Looks:
         """How its queries look at texts that they do not come from, and their offsets.
 
         An offset makes a product the log of a share of attention: minus the log of what the query gives the first
         tokens of its text and average ones of others.
 
         Args:
-            of_facts: The kind of each fact's token of all texts.
+            meant: For each kind which tokens of all facts of all texts are of it, `[F]`.
         """
         facts_NF, sample_NS = self._given(self.facts), self._given(self.samples)
         usual_N = sample_NS.logsumexp(1) - sample_NS.isfinite().sum(1).log() + math.log(_AMONG)
         offsets_N = -torch.logaddexp(torch.stack(self.rests), usual_N)
+        facts_NF += offsets_N[:, None]
+        sample_NS += offsets_N[:, None]
         by_kind = {}
-        for kind in set(self.kinds):
+        for kind, meant_F in meant.items():
             alike = torch.tensor([n for n, each in enumerate(self.kinds) if each == kind])
-            meant_F = torch.tensor([each == kind for each in of_facts])
-            looked_NF = facts_NF[alike] + offsets_N[alike, None]
-            best = looked_NF[:, meant_F].argmax(0).unique()
-            kept = alike[best]
-            by_kind[kind] = _Seen(
-                kept.tolist(), looked_NF[best].amax(0), (sample_NS[kept] + offsets_N[kept, None]).amax(0)
-            )
+            kept = alike[facts_NF[alike][:, meant_F].argmax(0).unique()]
+            by_kind[kind] = _Seen(kept.tolist(), facts_NF[kept].amax(0), sample_NS[kept].amax(0))
         return _Looks(offsets_N, by_kind)
 
     def weights(self, looks: _Looks, least: Mapping[str, float], kinds: Mapping[str, bool]) -> AnchorQueries:
@@ -223,8 +220,9 @@ def collect(
             layers.setdefault(asked.layer, _Layer()).keep(asked, own)
         if say is not None and number % 10 == 0:
             say(f"asked: read {number} of {len(documents)} documents")
-    looks = {index: layer.looks(of_facts) for index, layer in layers.items()}
-    least = _voters({index: look.by_kind for index, look in looks.items()}, kinds, of_facts)
+    meant = {kind: torch.tensor([each == kind for each in of_facts]) for kind in kinds}
+    looks = {index: layer.looks(meant) for index, layer in layers.items()}
+    least = _voters({index: look.by_kind for index, look in looks.items()}, meant)
     return {index: layers[index].weights(looks[index], least[index], kinds) for index in sorted(least)}
 
 
@@ -234,19 +232,15 @@ def _is_long(kind: str, documents: Sequence[Document]) -> bool:
     return sum(lengths) > _LONG * len(lengths)
 
 
-def _voters(
-    looks: Mapping[int, Mapping[str, _Seen]], kinds: Iterable[str], of_facts: Sequence[str]
-) -> dict[int, dict[str, float]]:
+def _voters(looks: Mapping[int, Mapping[str, _Seen]], meant: Mapping[str, torch.Tensor]) -> dict[int, dict[str, float]]:
     """For each layer that votes the kinds it votes by, and what is taken from the votes of each.
 
     Args:
         looks: How the queries of each kind look at texts, by layer.
-        kinds: All kinds.
-        of_facts: The kind of each fact's token of all texts.
+        meant: For each kind which tokens of all facts of all texts are of it, `[F]`.
     """
     voters: dict[int, dict[str, float]] = {}
-    for kind in kinds:
-        meant_F = torch.tensor([each == kind for each in of_facts])
+    for kind, meant_F in meant.items():
         found = {index: look[kind].found(meant_F) for index, look in looks.items()}
         best = sorted(found, key=lambda index: -found[index])[: max(1, len(found) // _VOTERS)]
         least = _rarest(torch.stack([looks[index][kind].sample_S for index in best]).mean(0), _RARE)
