@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 
 from ahn.cache.exact import NEVER, Extra, LaterStore, Padding, Tokens
-from ahn.scores import NEAR, Score
+from ahn.scores import Score
 from ahn.scores.queries import NEVER_ASKED
 
 
@@ -169,22 +169,19 @@ class Ballot:
         """The highest score of each token, `[B, E]`; -inf for padding and sinks."""
         begin = torch.zeros(1, dtype=torch.long) if padding is None else padding.counts
         begin_B1 = begin.to(token_E.device)[:, None]
-        highest_BE = self._means(token_E, 0, begin_B1)
-        for place in range(1, len(self.score.reaches)):
-            highest_BE = torch.maximum(highest_BE, self._means(token_E, place, begin_B1))
-        return highest_BE.masked_fill(token_E < begin_B1 + self.sinks, float("-inf"))
+        reaches = zip(self.held["votes"].unbind(-1), self.score.reaches, strict=True)
+        means = [self._means(votes_BP, reach, token_E, begin_B1) for votes_BP, reach in reaches]
+        return torch.stack(means).amax(0).masked_fill(token_E < begin_B1 + self.sinks, float("-inf"))
 
-    def _means(self, token_E: torch.Tensor, place: int, begin_B1: torch.Tensor) -> torch.Tensor:
+    def _means(self, votes_BP: torch.Tensor, reach: int, token_E: torch.Tensor, begin_B1: torch.Tensor) -> torch.Tensor:
         """Mean votes of tokens and their neighbours within a reach, or what others lend, `[B, E]`."""
-        votes_BP, reach = self.held["votes"][..., place], self.score.reaches[place]
         before, behind = self.score.before(min(self.windows)), self.score.behind(reach)
         apart = torch.arange(-behind, before + 1, device=token_E.device)
         near = token_E[:, None] + torch.arange(-reach - behind, reach + before + 1, device=token_E.device)
         real = (near >= begin_B1[..., None]).to(votes_BP.dtype)
         votes = votes_BP[:, near % self.places] * real
         sums, counts = (x.unfold(-1, 2 * reach + 1, 1).sum(-1) for x in (votes, real))
-        means = sums / counts.clamp(min=1) + (self.score.gain if reach > NEAR else 0.0)
-        means = means - self.score.fade * apart.abs()
+        means = sums / counts.clamp(min=1) + self.score.ahead(reach) - self.score.fade * apart.abs()
         return means.masked_fill(counts == 0, float("-inf")).amax(-1)
 
 

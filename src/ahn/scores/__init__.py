@@ -148,6 +148,14 @@ class Score:
         """
         return self.lends[1] + reach - NEAR
 
+    def ahead(self, reach: int) -> float:
+        """What a mean over so many neighbours has ahead.
+
+        Args:
+            reach: Neighbours on each side.
+        """
+        return self.gain if reach > NEAR else 0.0
+
     def span(self, window: int) -> int:
         """Tokens that must be in the window behind one that leaves, so that all it depends on has been voted on.
 
