@@ -55,16 +55,8 @@ def measure_book(texts: Path) -> None:
 def measure_recall(texts: Path) -> None:
     """Facts hidden in the same text."""
     out = WORK / "recall"
-    settings = {
-        "lengths": LENGTHS,
-        "items": "1",
-        "depths": "3",
-        "window": "256",
-        "tasks": ",".join(TASKS),
-        "arms": ARMS,
-    }
-    options = [word for name, value in settings.items() for word in (f"--{name}", value)]
-    _run(*_AHN, "recall", "--haystack", str(find_book(texts)), *options, "--out", str(out))
+    where = (f"--haystack={find_book(texts)}", f"--lengths={LENGTHS}", "--depths=3", "--items=1", "--window=256")
+    _run(*_AHN, "recall", *where, f"--tasks={','.join(TASKS)}", f"--arms={ARMS}", f"--out={out}")
     _keep(out / "report.json", KEPT / RECALL, texts)
     for name in TASKS:
         _take_picture(out / f"recall_{name}.png", f"results_recall_{name}.png")
