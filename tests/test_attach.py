@@ -14,7 +14,8 @@ from torch import nn
 import ahn
 from ahn.attachment import attachment_of
 from ahn.cache import HippocampalLayer
-from tests.tiny import MEMORIES, awaken, read, text, tiny, with_memory
+from ahn.checkpoint.content import memory_tensors
+from tests.tiny import MEMORIES, read, text, tiny, with_memory
 
 
 def message_of(action: Any) -> str:
@@ -181,11 +182,13 @@ def test_training_with_a_cache_cuts_the_graph_between_calls() -> None:
 
 @torch.no_grad()
 def test_bfloat16_stays_close() -> None:
-    model, ids = tiny(), text(1, 70)
-    expected = read(with_memory(), ids)
-    model.to(torch.bfloat16)
-    ahn.attach(model, ahn.AHNConfig(window=16, sinks=5))
-    awaken(model)
+    model, ids = with_memory(), text(1, 70)
+    expected = read(model, ids)
+    weights = {name: tensor.clone() for name, tensor in memory_tensors(model).items()}
+    ahn.detach(model)
+    ahn.attach(model.to(torch.bfloat16), ahn.AHNConfig(window=16, sinks=5))
+    for name, tensor in memory_tensors(model).items():
+        tensor.copy_(weights[name])
     actual, slowly = read(model, ids), read(model, ids, 1)
     assert actual.dtype == torch.bfloat16
     for logits in (actual, slowly):

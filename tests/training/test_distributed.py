@@ -40,7 +40,9 @@ def together(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def assert_same(actual: dict[str, Any], expected: dict[str, Any]) -> None:
     assert actual.keys() == expected.keys()
     for name, gradient in expected.items():
-        torch.testing.assert_close(actual[name], gradient, rtol=1e-5, atol=1e-7, msg=name)
+        # Sums of products in another order: their rounding is relative to the largest numbers of the tensor.
+        allowed = 4e-6 * float(gradient.abs().max())
+        torch.testing.assert_close(actual[name], gradient, rtol=1e-5, atol=allowed, msg=name)
 
 
 def test_ddp_gives_the_gradient_of_one_process(together: Path, tmp_path: Path) -> None:
