@@ -21,10 +21,10 @@ import torch
 
 import ahn
 from ahn.evaluation.report import environment
+from ahn.generation import read
 from ahn.memories import memory_names
 from ahn.models import load_model, load_tokenizer
-from ahn.reading import read
-from ahn.texts import evenly
+from ahn.models.text import evenly
 from ahn.training import Cut, load_pieces
 
 DRAWS = 10_000

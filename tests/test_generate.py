@@ -9,7 +9,7 @@ import torch
 import transformers
 
 import ahn
-from ahn._compat import CACHE
+from ahn.backbone.compat import CACHE
 from tests.test_families import padded
 from tests.tiny import MEMORIES, read, text, tiny, with_memory
 

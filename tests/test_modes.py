@@ -10,7 +10,7 @@ import torch
 import transformers
 
 import ahn
-from ahn._compat import CACHE
+from ahn.backbone.compat import CACHE
 from tests.tiny import read, text, tiny, with_memory
 
 IDS = text(1, 70)

@@ -9,9 +9,9 @@ import transformers
 from torch import nn
 
 import ahn
-from ahn._compat import CACHE
+from ahn.anchors.scores import AnchorGate, AnchorQueries
 from ahn.attachment import attachment_of
-from ahn.scores import AnchorGate, AnchorQueries
+from ahn.backbone.compat import CACHE
 from ahn.surgery import set_votes
 
 SIZES = {

@@ -15,11 +15,11 @@ from typing import Any
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
+from ahn.anchors.scores import PREFERRED, SCORES, find_score, usual_voters
+from ahn.backbone.rotary import Rotation
 from ahn.config import AUTO, AHNConfig, Mode, RunSettings, SinkPositions
 from ahn.errors import ConfigError, ModelError
 from ahn.memories import Memory, MemoryShape
-from ahn.positions import Rotation
-from ahn.scores import PREFERRED, SCORES, find_score, usual_voters
 
 _OVERRIDES: ContextVar[Mapping[int, RunSettings]] = ContextVar("ahn_modes", default={})  # noqa: B039 (never mutated)
 _ATTRIBUTE = "_ahn_attachment"
@@ -226,7 +226,7 @@ def mode(
         model: A model with a memory attached.
         name: "full" is the base model itself, "window" reads sinks and window with the memory silent, "ahn" reads all;
             "ct_max" and "ct_mean" read the slots of a Compressive Transformer in place of the memory, see
-            `ahn.cache.pooled`.
+            `ahn.cache.compressive`.
         window: Tokens of the window; as before if left out.
         sinks: Number of sinks; as before if left out.
         sink_positions: "absolute" or "bounded"; as before if left out.

@@ -33,10 +33,10 @@ class AHNConfig:
         memory_positions: "rope" gives the memory the rotated queries and keys (as published); "none" takes them before
             the rotation, so that what is stored does not depend on where it stood. A property of the weights.
         anchors: Tokens that stay exact beyond the window, chosen as they leave it; 0 for none. A setting of a run.
-        anchor_score: What they are chosen by, a key of `ahn.scores.SCORES`; looked up when it is attached. "auto" takes
-            what the model has weights for, `learned` before `asked`, and `key_diff` where it has none.
+        anchor_score: What they are chosen by, a key of `ahn.anchors.scores.SCORES`; looked up when it is attached.
+            "auto" takes what the model has weights for, `learned` before `asked`, and `key_diff` where it has none.
         anchor_layers: Indices of the layers that vote on anchors; `None` takes those that the score does best with, see
-            `ahn.scores.usual_voters`.
+            `ahn.anchors.scores.usual_voters`.
 
     Raises:
         ConfigError: A value is out of range.

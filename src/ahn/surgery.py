@@ -12,16 +12,16 @@ from torch import nn
 from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import AttentionInterface
 
-from ahn import _compat, linears
 from ahn.attachment import Attachment, Site, attachment_of, find_attachment, mode, set_attachment
-from ahn.attention import IMPLEMENTATION, TRACE, attention_function
+from ahn.attention.call import mask_function
+from ahn.attention.function import IMPLEMENTATION, TRACE, attention_function
+from ahn.attention.hooks import after_call, before_call, before_layer
+from ahn.backbone import compat, linear
+from ahn.backbone.rotary import Rotation, find_rotary
+from ahn.backbone.survey import Seen, check_rotations, find_backbone, probe, sample
 from ahn.config import AHNConfig
 from ahn.errors import AHNError, ConfigError, ModelError
-from ahn.hooks import after_call, before_call, before_layer
 from ahn.memories import MemoryShape, build_memory
-from ahn.plan import mask_function
-from ahn.positions import Rotation, find_rotary
-from ahn.probe import Seen, check_rotations, find_backbone, probe, sample
 
 AttentionInterface.register(IMPLEMENTATION, attention_function)
 AttentionMaskInterface.register(IMPLEMENTATION, mask_function)
@@ -99,15 +99,15 @@ def detach(model: nn.Module) -> None:
     attachment = attachment_of(model)
     for handle in attachment.handles:
         handle.remove()
-    linears.restore(model)
+    linear.restore(model)
     for site in attachment.sites:
         if site.memory is not None:
             delattr(site.module, MODULE)
         set_votes(site, {})
         set_attachment(site.module, None)
     for config, before in attachment.implementations:
-        _compat.set_implementation(config, before)
-    _compat.restore_generate(model)
+        compat.set_implementation(config, before)
+    compat.restore_generate(model)
     for module in (model, find_backbone(model)):
         set_attachment(module, None)
 
@@ -209,7 +209,7 @@ def _install(model: Any, backbone: Any, attachment: Attachment) -> None:
     """Hooks, memories and names: everything that `detach` takes back."""
     for module in {id(each): each for each in (model, backbone, *(site.module for site in attachment.sites))}.values():
         set_attachment(module, attachment)
-    linears.speed_up(model)
+    linear.speed_up(model)
     handles = attachment.handles
     handles.append(backbone.register_forward_pre_hook(before_call, with_kwargs=True))
     handles.append(backbone.register_forward_hook(after_call, always_call=True))
@@ -217,10 +217,10 @@ def _install(model: Any, backbone: Any, attachment: Attachment) -> None:
         if site.memory is not None:
             site.module.add_module(MODULE, site.memory)
             handles.append(site.module.register_forward_pre_hook(before_layer, with_kwargs=True))
-    for config in _compat.attention_configs(backbone):
+    for config in compat.attention_configs(backbone):
         attachment.implementations.append((config, config._attn_implementation))
-        _compat.set_implementation(config, IMPLEMENTATION)
-    _compat.make_generate_use_memory(model)
+        compat.set_implementation(config, IMPLEMENTATION)
+    compat.make_generate_use_memory(model)
 
 
 def _position_limit(backbone: Any) -> int | None:

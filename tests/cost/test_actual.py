@@ -11,13 +11,13 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import ahn
 from ahn.attachment import attachment_of
-from ahn.cache.pooled import POOLED
+from ahn.backbone.survey import PROBE, find_backbone, implementation
+from ahn.cache.compressive import POOLED
 from ahn.cost import Counting, cost_model, read_base
 from ahn.cost.counting import state_numbers
 from ahn.cost.pooling import slots_read
 from ahn.errors import ConfigError, ModelError
-from ahn.probe import PROBE, find_backbone, implementation
-from ahn.reading import cache_bytes
+from ahn.generation import cache_bytes
 from tests.tiny import FAMILIES, MEMORIES, text, tiny
 
 SINKS, WINDOW = 5, 100

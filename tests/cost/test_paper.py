@@ -10,7 +10,7 @@ import torch
 
 from ahn.cost import Counting, cost_model
 from ahn.cost.counting import Cost, parameters
-from ahn.cost.figures import fixed
+from ahn.cost.formatting import fixed
 from tests.tiny import tiny
 
 CONTEXT, SINKS, WINDOW = 128_000, 128, 32_640

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from ahn.evaluation.scoring import METRICS
+from ahn.evaluation.metrics import METRICS
 
 # Prediction, answers, score; between answers and score the keywords, where a metric looks at them.
 Row = tuple[Any, ...]

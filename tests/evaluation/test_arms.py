@@ -13,7 +13,7 @@ from torch.nn import functional
 import ahn
 from ahn.errors import ConfigError
 from ahn.evaluation.arms import ARMS, arm_reader
-from ahn.reading import read
+from ahn.generation import read
 from tests.tiny import text, with_memory
 
 SINKS, WINDOW = 5, 16

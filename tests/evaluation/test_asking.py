@@ -18,7 +18,7 @@ from ahn.evaluation.asking.run import Asking, ask
 from ahn.evaluation.asking.sets import QuestionSet, Way, check_sets
 from ahn.evaluation.journal import Journal
 from ahn.evaluation.report import read_report
-from tests.test_cli import as_before, place, write_tokenizer  # noqa: F401 (fixtures)
+from tests.cli.test_cli import as_before, place, write_tokenizer  # noqa: F401 (fixtures)
 from tests.tiny import with_memory
 
 SIZES = {"vocab_size": 259, "head_dim": 8, "max_position_embeddings": 512}

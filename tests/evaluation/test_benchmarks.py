@@ -15,7 +15,7 @@ from ahn.evaluation.benchmarks.base import Sample
 from ahn.evaluation.benchmarks.prompts import PLACEHOLDERS, build_prompt, fill, read_prompts
 from ahn.evaluation.benchmarks.truncation import truncate
 from ahn.evaluation.errors import EvaluationError
-from ahn.evaluation.scoring import METRICS
+from ahn.evaluation.metrics import METRICS
 
 TASKS = [task for benchmark in BENCHMARKS.values() for task in benchmark.tasks.values()]
 

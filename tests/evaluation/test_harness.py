@@ -21,7 +21,7 @@ from ahn.errors import ConfigError
 from ahn.evaluation.errors import EvaluationError
 from ahn.evaluation.journal import Journal
 from ahn.evaluation.report import read_report
-from tests.test_cli import ENVIRONMENT, as_before, place, write_tokenizer  # noqa: F401 (fixtures)
+from tests.cli.test_cli import ENVIRONMENT, as_before, place, write_tokenizer  # noqa: F401 (fixtures)
 from tests.tiny import with_memory
 
 pytestmark = [

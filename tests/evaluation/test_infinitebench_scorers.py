@@ -8,8 +8,8 @@ import pytest
 
 from ahn.evaluation.benchmarks.infinitebench import INFINITEBENCH
 from ahn.evaluation.errors import AnswerError
-from ahn.evaluation.scoring import METRICS
-from ahn.evaluation.scoring.options import with_letter
+from ahn.evaluation.metrics import METRICS
+from ahn.evaluation.metrics.options import with_letter
 from tests.evaluation.common import Row, by_hand, score
 
 PASSKEY: list[Row] = [

@@ -10,7 +10,7 @@ import pytest
 import ahn.evaluation
 from ahn.evaluation import libraries
 from ahn.evaluation.errors import EvaluationError
-from ahn.evaluation.scoring import METRICS
+from ahn.evaluation.metrics import METRICS
 
 REAL = importlib.import_module
 

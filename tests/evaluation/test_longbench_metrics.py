@@ -6,7 +6,7 @@ import pytest
 
 from ahn.evaluation.benchmarks import find
 from ahn.evaluation.errors import AnswerError
-from ahn.evaluation.scoring import METRICS
+from ahn.evaluation.metrics import METRICS
 from tests.evaluation.common import Row, by_hand, score
 
 F1_EN: list[Row] = [

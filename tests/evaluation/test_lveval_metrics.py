@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from ahn.evaluation.errors import AnswerError
-from ahn.evaluation.scoring import METRICS
-from ahn.evaluation.scoring.lveval import BLACKLIST_EN, BLACKLIST_ZH, keyword_recall
+from ahn.evaluation.metrics import METRICS
+from ahn.evaluation.metrics.lveval import BLACKLIST_EN, BLACKLIST_ZH, keyword_recall
 from tests.evaluation.common import Row, by_hand, rows, score
 
 FIVE, SIX = "alpha beta gamma delta epsilon", "alpha beta gamma delta epsilon zeta"

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from matplotlib.figure import Figure
 
+from ahn.anchors.scores import AnchorQueries
 from ahn.attachment import attachment_of
 from ahn.cli.evaluation import options
 from ahn.cli.terminal import UsageError
@@ -16,7 +17,6 @@ from ahn.evaluation import arms
 from ahn.evaluation.arm_names import GRAMMAR
 from ahn.evaluation.page import Page
 from ahn.evaluation.report import Report, read_report
-from ahn.scores import AnchorQueries
 from tests.tiny import awaken, give_votes, with_memory
 
 GOOD: dict[str, Any] = {

@@ -21,8 +21,8 @@ from ahn.evaluation.perplexity.measure import Plan, bin_tokens, key, make_plan, 
 from ahn.evaluation.perplexity.ngrams import GROUPS, group_tokens
 from ahn.evaluation.perplexity.results import closed_share, results
 from ahn.evaluation.report import read_report
-from ahn.reading import read
-from tests.test_cli import as_before, place  # noqa: F401 (fixtures)
+from ahn.generation import read
+from tests.cli.test_cli import as_before, place  # noqa: F401 (fixtures)
 from tests.tiny import tiny, with_memory
 
 SINKS, WINDOW = 5, 16
@@ -85,7 +85,7 @@ class TestDocuments:
     def test_pieces_are_those_of_training(self, tmp_path: Path, place: Path) -> None:  # noqa: F811
         """The rule by which the shipped memories were measured: full pieces, at even distances over all texts."""
         from ahn.models import load_tokenizer
-        from ahn.texts import evenly, opening_of, text_tokens
+        from ahn.models.text import evenly, opening_of, text_tokens
         from ahn.training import Cut, load_pieces
 
         tokenizer = load_tokenizer(str(place / "model"))

@@ -20,7 +20,7 @@ from ahn.evaluation.qmsum.meetings import Meeting, Query, checksum, read_meeting
 from ahn.evaluation.qmsum.results import results
 from ahn.evaluation.qmsum.run import item, measure
 from ahn.evaluation.report import read_report
-from tests.test_cli import as_before, place, write_tokenizer  # noqa: F401 (fixtures)
+from tests.cli.test_cli import as_before, place, write_tokenizer  # noqa: F401 (fixtures)
 from tests.tiny import with_memory
 
 SINKS, WINDOW = 5, 16

@@ -14,7 +14,7 @@ from ahn.evaluation.recall.haystack import sentences
 from ahn.evaluation.recall.items import Builder, Item
 from ahn.evaluation.recall.plan import Plan, Settings
 from ahn.evaluation.recall.tasks import TASKS
-from tests.test_cli import write_tokenizer
+from tests.cli.test_cli import write_tokenizer
 
 SINKS, WINDOW = 100, 900
 PIECES = sentences(reference()[:60_000])

@@ -28,7 +28,7 @@ from ahn.evaluation.recall.results import by_depth, cells, is_found, moved_and_d
 from ahn.evaluation.recall.spans import Exact
 from ahn.evaluation.recall.tasks import TASKS
 from ahn.evaluation.report import read_report
-from tests.test_cli import write_tokenizer
+from tests.cli.test_cli import write_tokenizer
 from tests.tiny import tiny
 
 SINKS, WINDOW = 100, 900

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from ahn.evaluation.scoring.words import bare_zh, f1, segments_zh, words_en, words_zh
+from ahn.evaluation.metrics.words import bare_zh, f1, segments_zh, words_en, words_zh
 
 
 @pytest.mark.parametrize(

@@ -12,9 +12,10 @@ import torch
 from torch import nn
 
 import ahn
-from ahn import linears, native
+from ahn import native
+from ahn.backbone import linear
+from ahn.generation import new_cache
 from ahn.native import build
-from ahn.reading import new_cache
 from tests.tiny import awaken, tiny
 
 needs_kernels = pytest.mark.skipif(native.why_not() is not None, reason=f"no kernels here: {native.why_not()}")
@@ -218,11 +219,11 @@ def test_they_are_compiled_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
 
 
 def test_the_note_is_of_the_last_call() -> None:
-    linears.note_call(True)
-    linears.note_call(False)
-    linear = nn.Linear(8, 8)
-    linears.speed_up(linear)
+    linear.note_call(True)
+    linear.note_call(False)
+    plain = nn.Linear(8, 8)
+    linear.speed_up(plain)
     x = torch.randn(1, 8)
-    assert torch.equal(linear(x), nn.functional.linear(x, linear.weight, linear.bias))
-    linears.restore(linear)
-    assert "forward" not in vars(linear)
+    assert torch.equal(plain(x), nn.functional.linear(x, plain.weight, plain.bias))
+    linear.restore(plain)
+    assert "forward" not in vars(plain)

@@ -9,8 +9,9 @@ import pytest
 import torch
 
 import ahn
-from ahn import _compat, speed
-from ahn.reading import cache_bytes, read
+from ahn import speed
+from ahn.backbone import compat
+from ahn.generation import cache_bytes, read
 from ahn.speed.machine import Machine
 from ahn.speed.measure import Timing, read_seconds
 from ahn.speed.peers import bare_copy, peers
@@ -109,5 +110,5 @@ def test_the_bank_of_a_peer_is_full_and_stays_as_it_is(model: Any) -> None:
     assert sorted(before[0]) == [0, 1, 2, 3]
     with torch.no_grad():
         for _ in range(9):
-            model(**_compat.with_cache(model, {"input_ids": torch.tensor([[5]])}, placed))
+            model(**compat.with_cache(model, {"input_ids": torch.tensor([[5]])}, placed))
     assert placed.anchor_tokens == before

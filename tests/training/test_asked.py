@@ -10,9 +10,9 @@ import pytest
 import torch
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
+from ahn.anchors.queries import NEVER_ASKED
+from ahn.anchors.scores import AnchorQueries
 from ahn.errors import ConfigError
-from ahn.scores import AnchorQueries
-from ahn.scores.queries import NEVER_ASKED
 from ahn.training.anchors.asked import _is_long, _Layer, _read, _Seen, _voters, collect
 from ahn.training.anchors.documents import Document
 from tests.tiny import text, tiny, with_memory

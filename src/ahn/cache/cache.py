@@ -11,20 +11,20 @@ import torch
 from torch import nn
 from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
 
+from ahn.anchors.scores import find_score
 from ahn.attachment import Attachment, Site, attachment_of
-from ahn.cache.anchors import Ballot
-from ahn.cache.exact import Padding
+from ahn.cache.bank import Ballot
+from ahn.cache.compressive import state_slots
 from ahn.cache.layer import HippocampalLayer
-from ahn.cache.pooled import state_slots
+from ahn.cache.window import Padding
 from ahn.config import RunSettings
 from ahn.errors import CacheError, ConfigError
 from ahn.memories import Memory
-from ahn.scores import find_score
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-    from ahn.decoding import Group
+    from ahn.attention.decoding import Group
 
 AnyLayer = HippocampalLayer | DynamicLayer
 

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from transformers.cache_utils import CacheLayerMixin
 
-from ahn.cache.anchors import Bank, Choice, Tally
-from ahn.cache.exact import ExactStore, LaterStore, Padding, Tokens, View
-from ahn.cache.pooled import POOLINGS, PooledStore
+from ahn.cache.bank import Bank, Choice, Tally
+from ahn.cache.compressive import POOLINGS, PooledStore
+from ahn.cache.window import ExactStore, LaterStore, Padding, Tokens, View
 from ahn.config import RunSettings
 from ahn.errors import CacheError
 

@@ -16,8 +16,8 @@ from torch import nn
 
 from ahn.attachment import Attachment, attachment_of
 from ahn.cache.cache import HippocampalCache, layer_tensors, set_layer_tensors
-from ahn.cache.exact import Padding
 from ahn.cache.layer import HippocampalLayer
+from ahn.cache.window import Padding
 from ahn.config import RunSettings
 from ahn.errors import CacheError, ConfigError
 

@@ -9,13 +9,13 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from ahn.anchors.scores import AnchorGate, AnchorQueries
 from ahn.attachment import Attachment, attachment_of
 from ahn.checkpoint.adapter import Pair, about, read_pair, storable, write_pair
 from ahn.checkpoint.content import Base, check_base, check_keys, check_shapes, inner_model, layer_of
 from ahn.checkpoint.files import failure, locate, read_tensors
 from ahn.errors import ConfigError
 from ahn.memories import MemoryShape
-from ahn.scores import AnchorGate, AnchorQueries
 from ahn.surgery import set_votes
 
 ANCHORS = Pair("anchors_config.json", "anchors.safetensors")

@@ -13,12 +13,12 @@ import torch
 from torch import nn
 
 from ahn.attachment import attachment_of
+from ahn.backbone.survey import find_backbone
 from ahn.checkpoint.files import Stored, brief, failure, read_tensors
 from ahn.config import AHNConfig
 from ahn.errors import ConfigError
 from ahn.memories import MEMORIES, MemoryShape, build_memory, memory_names
 from ahn.models import base_name
-from ahn.probe import find_backbone
 
 Kind = Literal["adapter", "published", "merged"]
 _SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim")

@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import ahn
-from ahn import prompts
 from ahn.attachment import attachment_of
 from ahn.cli import writing
 from ahn.evaluation.arm_names import find_arm
-from ahn.reading import Reader, automatic_chunk, cache_bytes, full_cache_bytes
+from ahn.generation import Reader, automatic_chunk, cache_bytes, full_cache_bytes
+from ahn.models import prompts
 
 if TYPE_CHECKING:
     from ahn.cli.loading import Loaded

@@ -143,7 +143,7 @@ def _table(costs: dict[str, Cost]) -> Table:
     from rich import box
     from rich.table import Table
 
-    from ahn.cost.figures import byte_unit, percent, scaled, thousands
+    from ahn.cost.formatting import byte_unit, percent, scaled, thousands
 
     full = costs["full"]
     powers = {name: thousands(getattr(full, name)) for name in COUNTED}
@@ -166,7 +166,7 @@ def _table(costs: dict[str, Cost]) -> Table:
 
 def _comparison(model: Counting, costs: dict[str, Cost]) -> str:
     """What the first memory saves, in a sentence."""
-    from ahn.cost.figures import byte_unit, percent, scaled, thousands
+    from ahn.cost.formatting import byte_unit, percent, scaled, thousands
     from ahn.memories import memory_names
 
     name, full = memory_names()[0], costs["full"]
@@ -187,7 +187,7 @@ def _served(model: Counting) -> int:
 
 def _count(number: int) -> str:
     """A number of parameters: "13.0 M", "3.09 B", "544"."""
-    from ahn.cost.figures import fixed
+    from ahn.cost.formatting import fixed
 
     if number >= 10**9:
         return f"{fixed(Fraction(number, 10**9), 2)} B"

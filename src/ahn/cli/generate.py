@@ -15,7 +15,7 @@ from ahn.cli.terminal import UsageError, megabytes, notes, say
 if TYPE_CHECKING:
     from ahn.cli.loading import Loaded
     from ahn.config import AHNConfig
-    from ahn.reading import Reader
+    from ahn.generation import Reader
 
 EXAMPLES = """Examples:
 
@@ -128,8 +128,8 @@ def _check_caches(source: Path | None, target: Path | None, settings: dict[str, 
 def _run(name: str, adapter: str | None, request: Request) -> None:
     """The part that needs the library: loads, reads, writes, saves."""
     saved = _saved_settings(request.cache_in) if request.cache_in is not None else None
-    from ahn import prompts
     from ahn.cli import loading, writing
+    from ahn.models import prompts
 
     loaded = loading.load(name, adapter, **request.settings, like=saved)
     chat = prompts.has_chat(loaded.tokenizer) if request.chat is None else request.chat
@@ -182,7 +182,7 @@ def _read(loaded: Loaded, request: Request, ids: Any) -> Reader:
     import ahn
     from ahn.cli.progress import reading_bar, summary
     from ahn.evaluation.arm_names import find_arm
-    from ahn.reading import Reader, automatic_chunk
+    from ahn.generation import Reader, automatic_chunk
 
     if ids.numel() == 0:
         raise UsageError("the tokenizer makes no token of this text. Give a longer one.")

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     import torch
 
     from ahn.cli.loading import Loaded
-    from ahn.evaluation.retention import Positions, StateTrace, TokenGradients
+    from ahn.evaluation.probing import Positions, StateTrace, TokenGradients
 
 EXAMPLES = """Examples:
 
@@ -131,7 +131,7 @@ def _measure(
     loaded: Loaded, title: str, ids: torch.Tensor, tokens: int, window: int, sinks: int, positions: Positions
 ) -> Probe:
     """Reads the beginning of a text, as teacher, as student with gradients, and once more for the states."""
-    from ahn.evaluation.retention import token_gradients, trace_state
+    from ahn.evaluation.probing import token_gradients, trace_state
 
     read = ids[:tokens]
     with notes().status(f"Reading {read.numel():,} tokens of {title}: the gradients ..."):

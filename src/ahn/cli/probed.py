@@ -10,10 +10,10 @@ from rich.table import Table
 from rich.text import Text
 
 from ahn.evaluation.page import Page
+from ahn.evaluation.probing.figures import draw
+from ahn.evaluation.probing.shading import STYLE, coloured_text
+from ahn.evaluation.probing.tokens import Scale, ShownToken, show_tokens, strongest, token_texts
 from ahn.evaluation.report import Report, environment
-from ahn.evaluation.retention.figures import draw
-from ahn.evaluation.retention.shading import STYLE, coloured_text
-from ahn.evaluation.retention.tokens import Scale, ShownToken, show_tokens, strongest, token_texts
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -12,7 +12,7 @@ from ahn.cli.terminal import megabytes, say
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from ahn.reading import Progress, Reader
+    from ahn.generation import Progress, Reader
 
 _BETWEEN_LINES = 10.0  # seconds
 
@@ -70,7 +70,7 @@ def _bar(console: Console, total: int, unit: str) -> Iterator[Callable[..., None
 
 def summary(model: Any, reader: Reader) -> str:
     """One line on a reading that is done."""
-    from ahn.reading import full_cache_bytes
+    from ahn.generation import full_cache_bytes
 
     now, seen = reader.progress, reader.cache.get_seq_length()
     full = megabytes(full_cache_bytes(model, seen))

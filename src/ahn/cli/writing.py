@@ -10,7 +10,7 @@ import torch
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from ahn.reading import Reader
+    from ahn.generation import Reader
 
 
 def write(

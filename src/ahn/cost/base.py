@@ -17,14 +17,14 @@ import torch
 from torch import nn
 
 from ahn.attachment import Attachment, Site
+from ahn.backbone.rotary import find_rotary
+from ahn.backbone.survey import find_backbone
 from ahn.checkpoint.published import clean_config, is_published
 from ahn.config import AHNConfig
 from ahn.cost.shapes import SHAPES
 from ahn.errors import ModelError
 from ahn.memories import Memory, MemoryShape, build_memory, memory_names
 from ahn.models import as_dtype, load_config
-from ahn.positions import find_rotary
-from ahn.probe import find_backbone
 from ahn.surgery import survey
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ from typing import ClassVar
 
 from ahn.attachment import Site
 from ahn.cache import HippocampalLayer
-from ahn.cache.pooled import POOLED, state_slots
+from ahn.cache.compressive import POOLED, state_slots
 from ahn.config import RunSettings
 from ahn.cost.base import Base
 from ahn.cost.pooling import slots_read

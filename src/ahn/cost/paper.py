@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ahn.attachment import Site
-from ahn.cache.pooled import POOLED, STATE_NUMBER_BYTES
+from ahn.cache.compressive import POOLED, STATE_NUMBER_BYTES
 from ahn.cost.counting import Counting, state_numbers
 from ahn.memories import Memory, MemoryShape
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ahn.cost.counting import Cost, Counting
-from ahn.cost.figures import byte_unit, scaled, thousands
+from ahn.cost.formatting import byte_unit, scaled, thousands
 from ahn.memories import memory_names
 
 _POINTS = 40

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ahn.cache.pooled import POOLED
+from ahn.cache.compressive import POOLED
 
 
 def slots_read(evicted: int, slots: int) -> int:

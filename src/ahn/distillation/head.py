@@ -15,8 +15,8 @@ from torch import nn
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 
 import ahn
+from ahn.backbone.survey import find_backbone, sample
 from ahn.errors import ModelError
-from ahn.probe import find_backbone, sample
 
 
 @dataclasses.dataclass

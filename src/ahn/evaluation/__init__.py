@@ -2,14 +2,14 @@
 
 The names below belong to the public benchmarks, in three parts, none of which needs torch:
 
-- `scoring/`: the metrics of LV-Eval, InfiniteBench and LongBench, as pure functions of texts.
+- `metrics/`: the metrics of LV-Eval, InfiniteBench and LongBench, as pure functions of texts.
 - `benchmarks/`: what each benchmark asks, as data; its records (`load_samples`); the prompts made of them
   (`build_prompt`, `read_prompts`).
 - Predictions: `read_predictions` reads this library's files and the official ones, `score_predictions` and `averages`
   score them, with no model.
 
 What a model says itself is measured elsewhere: `arms` are the ways of reading that are compared, `perplexity/` scores
-texts, `retention/` shows what a memory has kept; `report`, `page`, `journal` and `bootstrap` serve all of them, and
+texts, `probing/` shows what a memory has kept; `report`, `page`, `journal` and `bootstrap` serve all of them, and
 `comparison` sets two reports beside each other.
 """
 
@@ -22,9 +22,9 @@ if TYPE_CHECKING:
     from ahn.evaluation.benchmarks.loading import load_samples
     from ahn.evaluation.benchmarks.prompts import build_prompt, read_prompts
     from ahn.evaluation.errors import AnswerError, EvaluationError
+    from ahn.evaluation.metrics import METRICS
     from ahn.evaluation.predictions import Prediction, read_predictions
     from ahn.evaluation.scores import Average, SetScore, averages, score_predictions
-    from ahn.evaluation.scoring import METRICS
 
 _PLACES = {
     "AnswerError": "errors",
@@ -32,7 +32,7 @@ _PLACES = {
     "BENCHMARKS": "benchmarks",
     "Benchmark": "benchmarks.base",
     "EvaluationError": "errors",
-    "METRICS": "scoring",
+    "METRICS": "metrics",
     "Prediction": "predictions",
     "Sample": "benchmarks.base",
     "SetScore": "scores",

@@ -5,7 +5,7 @@ All but `full` have the same lossless budget, sinks and window.
 - `full`: the base model itself.
 - `window`: sinks and sliding window; `window+64`: a window that is 64 tokens larger.
 - `ahn`: the memory beside them; `ahn+64`: 64 anchors too; `ahn+64:recent`: chosen by another score
-  (`ahn+64:oracle` by one that is told, inside `ahn.scores.told`).
+  (`ahn+64:oracle` by one that is told, inside `ahn.anchors.scores.told`).
 - `ct_max`, `ct_mean`: the slots of a Compressive Transformer beside them.
 - `tail`: the base model given nothing but the tokens of sinks and window as its whole input: all that can be known
   without what was evicted. A layer of a sliding window reads what the layer below read further back, so that `window`
@@ -26,7 +26,7 @@ from ahn.attachment import attachment_of
 from ahn.cache import HippocampalCache
 from ahn.config import Mode
 from ahn.evaluation.arm_names import ARMS, find_arm
-from ahn.reading import Reader, automatic_chunk, cache_bytes
+from ahn.generation import Reader, automatic_chunk, cache_bytes
 
 __all__ = ["ARMS", "ArmReader", "TailReader", "arm_reader"]
 

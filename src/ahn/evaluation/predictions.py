@@ -13,8 +13,8 @@ from typing import Any
 from ahn.evaluation.benchmarks import find, find_in_file_name
 from ahn.evaluation.benchmarks.base import Sample, Target
 from ahn.evaluation.errors import EvaluationError
+from ahn.evaluation.metrics.options import with_letter
 from ahn.evaluation.records import Record, read_records
-from ahn.evaluation.scoring.options import with_letter
 
 # Ours first, then what the official scripts write.
 _TEXT = ("prediction", "pred")

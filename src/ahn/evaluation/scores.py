@@ -11,8 +11,8 @@ from ahn import __version__
 from ahn.evaluation.benchmarks import BENCHMARKS
 from ahn.evaluation.benchmarks.base import Benchmark, Rules, Scoring, Target
 from ahn.evaluation.errors import AnswerError, EvaluationError
+from ahn.evaluation.metrics import METRICS, Metric
 from ahn.evaluation.predictions import Prediction
-from ahn.evaluation.scoring import METRICS, Metric
 
 _PACKAGES = ("jieba", "rouge", "rouge-score")
 

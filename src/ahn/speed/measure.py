@@ -10,7 +10,7 @@ from typing import Any
 from ahn.attachment import attachment_of
 from ahn.cost import Cost, Counting, cost_model
 from ahn.evaluation.arm_names import find_arm
-from ahn.reading import automatic_chunk
+from ahn.generation import automatic_chunk
 from ahn.speed.machine import Machine, measure_machine
 from ahn.speed.peers import Peer, bare_copy, peers
 from ahn.speed.turns import Spread, ratio, spread, take_turns

@@ -14,13 +14,13 @@ import torch
 from transformers.cache_utils import Cache, DynamicCache
 
 import ahn
-from ahn import _compat
 from ahn.attachment import attachment_of
+from ahn.backbone import compat
 from ahn.cache import HippocampalCache, HippocampalLayer
 from ahn.cache.cache import AnyLayer, layer_tensors, set_layer_tensors
 from ahn.config import Mode
 from ahn.evaluation.arm_names import find_arm
-from ahn.reading import automatic_chunk, cache_bytes
+from ahn.generation import automatic_chunk, cache_bytes
 from ahn.speed.turns import timed
 
 STEPS = 2
@@ -71,7 +71,7 @@ class Peer(abc.ABC):
         """Reads forward passes of so many tokens."""
         for tokens in sizes:
             arguments = {"input_ids": self._ids[:, :tokens], "use_cache": True, "logits_to_keep": 1}
-            self.model(**_compat.with_cache(self.model, arguments, cache))
+            self.model(**compat.with_cache(self.model, arguments, cache))
 
 
 class FullPeer(Peer):

@@ -13,7 +13,7 @@ import torch
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
 from ahn.distillation import IGNORED
-from ahn.texts import evenly
+from ahn.models.text import evenly
 
 
 class Piece(NamedTuple):

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from ahn.distillation import IGNORED
 from ahn.errors import ConfigError
-from ahn.texts import evenly, opening_of, text_tokens
+from ahn.models.text import evenly, opening_of, text_tokens
 from ahn.training.batches import Piece, Pieces, PieceStream
 from ahn.training.sources import DataError, DataQuery, Document, documents
 

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from ahn.attachment import attachment_of
-from ahn.attention import LayerCall
+from ahn.attention.function import LayerCall
 from ahn.memories import Memory
 from ahn.training.draws import SpanDraw
 from ahn.training.transfer import Lesson, teach

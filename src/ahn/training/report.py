@@ -14,7 +14,7 @@ from torch import nn
 
 import ahn
 from ahn.config import Mode
-from ahn.reading import read
+from ahn.generation import read
 from ahn.training.draws import Span
 
 MODES: tuple[Mode, ...] = ("full", "window", "ahn")

@@ -20,7 +20,7 @@ from ahn.checkpoint import describe
 from ahn.errors import ConfigError
 from ahn.memories import MEMORIES
 from ahn.models import load_model, load_tokenizer
-from ahn.texts import evenly
+from ahn.models.text import evenly
 from ahn.training.batches import Pieces, PieceStream, collate
 from ahn.training.data import load_pieces, stream_pieces
 from ahn.training.distiller import Distiller, Stage

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ahn.errors import AHNError
-from ahn.texts import TEXT_FILES
+from ahn.models.text import TEXT_FILES
 
 RECORD_FILES = (".jsonl", ".ndjson")
 _TABLES = (".parquet", ".arrow", ".csv")

@@ -10,10 +10,10 @@ from torch import nn
 
 import ahn
 from ahn.attachment import attachment_of
+from ahn.backbone.survey import find_backbone
 from ahn.checkpoint.content import memory_tensors
 from ahn.checkpoint.loading import read
 from ahn.errors import CheckpointError
-from ahn.probe import find_backbone
 
 
 @torch.no_grad()

@@ -19,14 +19,14 @@ from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import AttentionInterface
 
 import ahn
-from ahn import _compat
 from ahn.attachment import Attachment, attachment_of
-from ahn.attention import LayerCall, attention_function
-from ahn.cache.exact import Tokens, View
+from ahn.attention.call import Plan, find_padding, mask_function
+from ahn.attention.function import LayerCall, attention_function
+from ahn.attention.hooks import before_layer
+from ahn.backbone import compat
+from ahn.backbone.survey import find_backbone, implementation
+from ahn.cache.window import Tokens, View
 from ahn.distillation import find_targets
-from ahn.hooks import before_layer
-from ahn.plan import Plan, find_padding, mask_function
-from ahn.probe import find_backbone, implementation
 from ahn.training.losses import LossOutput
 
 TRANSFER = "ahn_transfer"
@@ -182,7 +182,7 @@ def _bring(lesson: Lesson) -> Callable[..., Any]:
     """A hook that sends the student's view of the layer along to the attention function."""
 
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        student = {**_compat.with_cache(module, kwargs, None), "attention_mask": lesson.plan}
+        student = {**compat.with_cache(module, kwargs, None), "attention_mask": lesson.plan}
         with torch.enable_grad():
             call = before_layer(module, args, student)[1]["ahn"]
         return args, {**kwargs, TRANSFER: (lesson, call)}

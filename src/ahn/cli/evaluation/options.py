@@ -87,8 +87,8 @@ class Run:
 
         What those choose by that name no score goes into the settings.
         """
+        from ahn.anchors.scores import ORACLE
         from ahn.attachment import attachment_of, mode
-        from ahn.scores import ORACLE
 
         attachment = attachment_of(model)
         for arm in anchored:

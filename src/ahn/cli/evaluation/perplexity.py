@@ -108,7 +108,7 @@ def _evaluate(run: options.Run, loaded: Loaded, texts: dict[str, str]) -> None:
 
 def _texts(places: Sequence[str]) -> dict[str, str]:
     """All texts by the names of their files; those of a folder in the order of their names."""
-    from ahn.texts import TEXT_FILES
+    from ahn.models.text import TEXT_FILES
 
     texts: dict[str, str] = {}
     for place in places:
@@ -130,7 +130,7 @@ def _documents(of: dict[str, Any], loaded: Loaded, texts: dict[str, str]) -> tup
     import numpy as np
 
     from ahn.evaluation.perplexity import documents
-    from ahn.texts import opening_of, text_tokens
+    from ahn.models.text import opening_of, text_tokens
 
     tokens = {name: np.array(text_tokens(text, loaded.tokenizer), dtype=np.int64) for name, text in texts.items()}
     opening = opening_of(loaded.tokenizer)

@@ -112,8 +112,8 @@ def _run(run: Run, meetings: Sequence[Meeting], max_tokens: int | None) -> None:
 
 def _items(run: Run, tokenizer: Any, meetings: Sequence[Meeting], max_tokens: int | None) -> list[Item]:
     """The meetings in tokens, without those that are too long."""
-    from ahn import prompts
     from ahn.evaluation.qmsum.run import item
+    from ahn.models import prompts
 
     chat = prompts.has_chat(tokenizer) if run.settings["chat"] is None else run.settings["chat"]
     every = [item(each, tokenizer, run.settings["window"], run.settings["sinks"], chat) for each in meetings]

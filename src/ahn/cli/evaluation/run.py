@@ -166,9 +166,9 @@ def _harness_tasks(names: Sequence[str], data: str | None, model: str, metadata:
 def _run(run: Run, sets: Sequence[QuestionSet], way: Way, chat: bool | None, harness_tasks: Sequence[Any]) -> None:
     """The part that needs the model."""
     loaded = run.load()
-    from ahn import prompts
     from ahn.evaluation.asking import show
     from ahn.evaluation.report import Report, environment
+    from ahn.models import prompts
 
     way = dataclasses.replace(way, chat=prompts.has_chat(loaded.tokenizer) if chat is None else chat)
     found: dict[str, Any] = {}

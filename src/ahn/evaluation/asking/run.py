@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ahn import prompts
 from ahn.attachment import attachment_of
 from ahn.errors import ConfigError
 from ahn.evaluation.arms import arm_reader
@@ -18,6 +17,7 @@ from ahn.evaluation.asking.answers import answer_text
 from ahn.evaluation.asking.sets import QuestionSet, Way
 from ahn.evaluation.benchmarks.base import Sample
 from ahn.evaluation.predictions import to_record
+from ahn.models import prompts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -13,7 +13,7 @@ from ahn.evaluation.benchmarks.base import Sample, Scoring, Target
 from ahn.evaluation.benchmarks.loading import load_samples
 from ahn.evaluation.benchmarks.prompts import build_prompt, fill
 from ahn.evaluation.errors import AnswerError, EvaluationError
-from ahn.evaluation.scoring import METRICS
+from ahn.evaluation.metrics import METRICS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

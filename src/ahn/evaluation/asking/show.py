@@ -7,9 +7,9 @@ from typing import Any
 
 from ahn.evaluation.asking.results import BASELINE, Results
 from ahn.evaluation.benchmarks import BENCHMARKS
+from ahn.evaluation.metrics import METRICS
 from ahn.evaluation.page import Page
 from ahn.evaluation.report import Report
-from ahn.evaluation.scoring import METRICS
 
 
 def page(report: Report, figure: Any | None) -> Page:

@@ -19,7 +19,7 @@ class Rules:
     """How a task is asked and scored.
 
     Attributes:
-        metric: Key of `ahn.evaluation.scoring.METRICS`.
+        metric: Key of `ahn.evaluation.metrics.METRICS`.
         new_tokens: Tokens that the model may write.
         prompt: Template of what the model reads.
         truncation: What is left out of a prompt that is too long, see `ahn.evaluation.benchmarks.truncation`.

@@ -10,8 +10,8 @@ from ahn.evaluation.benchmarks import find
 from ahn.evaluation.benchmarks.base import Fields, Hub, Sample, Target
 from ahn.evaluation.errors import AnswerError, EvaluationError
 from ahn.evaluation.libraries import library
+from ahn.evaluation.metrics.options import with_letter
 from ahn.evaluation.records import Record, read_records
-from ahn.evaluation.scoring.options import with_letter
 
 
 def load_samples(name: str, source: str | None = None) -> Iterator[Sample]:

@@ -14,12 +14,12 @@ from lm_eval.api.registry import register_model
 from tqdm import tqdm
 
 import ahn
-from ahn import prompts
 from ahn.attachment import attachment_of, find_attachment
 from ahn.errors import ConfigError
 from ahn.evaluation.arms import ArmReader, arm_reader
 from ahn.evaluation.asking.answers import answer_text
 from ahn.evaluation.journal import Journal
+from ahn.models import prompts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

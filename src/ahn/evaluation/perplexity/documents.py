@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ahn.evaluation.errors import EvaluationError
-from ahn.texts import evenly
+from ahn.models.text import evenly
 
 Ids = NDArray[np.int64]
 

@@ -21,8 +21,8 @@ from ahn.evaluation.errors import EvaluationError
 from ahn.evaluation.journal import Journal
 from ahn.evaluation.perplexity.documents import Document
 from ahn.evaluation.perplexity.ngrams import GROUPS
-from ahn.evaluation.resident import resident_bytes
-from ahn.reading import automatic_chunk
+from ahn.evaluation.process_memory import resident_bytes
+from ahn.generation import automatic_chunk
 
 _BINS = 32
 _POINTS = 128  # of the curves of bytes

@@ -14,7 +14,7 @@ from ahn.evaluation.bootstrap import interval
 from ahn.evaluation.perplexity.documents import Document
 from ahn.evaluation.perplexity.measure import Plan, key
 from ahn.evaluation.perplexity.ngrams import GROUPS
-from ahn.reading import full_cache_bytes
+from ahn.generation import full_cache_bytes
 
 SPANS = ("beyond", "after")
 """Tokens beyond sinks and window that all arms have read, and those after, which `full` has not."""

@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from ahn import prompts
 from ahn.attachment import attachment_of
 from ahn.errors import ConfigError
 from ahn.evaluation.arms import ArmReader, arm_reader
 from ahn.evaluation.asking.answers import answer_text
+from ahn.evaluation.metrics import METRICS
 from ahn.evaluation.qmsum.meetings import Meeting, Query
-from ahn.evaluation.scoring import METRICS
+from ahn.models import prompts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

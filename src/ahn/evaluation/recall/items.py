@@ -6,11 +6,11 @@ import dataclasses
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from ahn import prompts
 from ahn.evaluation.errors import EvaluationError
 from ahn.evaluation.recall.sheets import Ask, Question, Sheet, Wanted
 from ahn.evaluation.recall.spans import Exact, joined
 from ahn.evaluation.recall.text import Counter, Text
+from ahn.models import prompts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ahn import prompts
+from ahn.anchors.scores import told
 from ahn.evaluation.arms import ArmReader, arm_reader
 from ahn.evaluation.recall.items import Asked, Item, Target
 from ahn.evaluation.recall.plan import Place, Plan
 from ahn.evaluation.recall.scoring import found, log_probability, rank
-from ahn.scores import told
+from ahn.models import prompts
 
 if TYPE_CHECKING:
     from ahn.evaluation.journal import Journal

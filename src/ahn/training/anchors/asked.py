@@ -22,10 +22,10 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
+from ahn.anchors.scores import AnchorQueries
 from ahn.attachment import attachment_of
+from ahn.backbone.rotary import Tables
 from ahn.errors import ConfigError
-from ahn.positions import Tables
-from ahn.scores import AnchorQueries
 from ahn.training.anchors.documents import Document
 from ahn.training.anchors.watching import Sight, watch
 from ahn.training.log import Say

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from ahn import prompts
 from ahn.errors import AHNError
+from ahn.models import prompts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -13,14 +13,14 @@ import torch
 from torch import nn
 
 import ahn
+from ahn.anchors.scores import SCORES
 from ahn.attachment import attachment_of
 from ahn.checkpoint.anchors import ANCHORS
 from ahn.errors import ConfigError
+from ahn.generation import read
 from ahn.models import load_model, load_tokenizer, resolve
-from ahn.reading import read
-from ahn.scores import SCORES
+from ahn.models.text import evenly
 from ahn.surgery import set_votes
-from ahn.texts import evenly
 from ahn.training.anchors.asked import collect
 from ahn.training.anchors.documents import FORMATS, Document, UnfitText, make_document
 from ahn.training.anchors.fit import Fit, fit

@@ -17,10 +17,10 @@ from transformers.modeling_utils import AttentionInterface
 
 import ahn
 from ahn.attachment import Site, attachment_of
-from ahn.attention import attention_function
-from ahn.plan import mask_function
-from ahn.positions import Tables
-from ahn.probe import find_backbone, implementation
+from ahn.attention.call import mask_function
+from ahn.attention.function import attention_function
+from ahn.backbone.rotary import Tables
+from ahn.backbone.survey import find_backbone, implementation
 
 WATCHED = "ahn_watched"
 _LEAST = 1e-6

@@ -1,0 +1,166 @@
+"""One decoded token: what all layers do at once instead of one after the other.
+
+Which token leaves the window is known before the next one is read, so it is folded into the states of all layers by one
+set of operations at the start of the call; and gates matter only once their token leaves, so those of the new token are
+computed for all layers at the end. In between a layer only reads its state. On a CPU a small operation costs more than
+its arithmetic, and a token of a small model has thousands of them.
+
+Legend of shapes: L layers, B batch, D hidden size, N gates per head, H query heads, G key/value heads, K key size,
+V value size, F side values.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from torch import nn
+
+from ahn import ops
+from ahn.anchors.voting import Voter, cast_votes
+from ahn.cache import HippocampalCache, HippocampalLayer
+from ahn.cache.bank import Election
+from ahn.memories import Memory
+
+
+@dataclasses.dataclass(eq=False)
+class Group:
+    """Layers of one shape, kind of memory, window and device.
+
+    Attributes:
+        indices: Their layer indices.
+        memories: Their memories.
+        stores: Their cascades.
+        states: The states of all of them, `[L, B, *state_shape()]`, of which each cascade holds its part.
+    """
+
+    indices: list[int]
+    memories: list[Memory]
+    stores: list[HippocampalLayer]
+    states: torch.Tensor | None = None
+
+    def fold(self) -> None:
+        """Folds the token that leaves into the states."""
+        leaving = [store.exact.leaving() for store in self.stores]
+        k_LBGK, v_LBGV, side_LB1F = (torch.stack(tensors).squeeze(3) for tensors in zip(*leaving))
+        gates_LBNH = side_LB1F.view(*side_LB1F.shape[:2], self.memories[0].gate_count, -1)
+        type(self.memories[0]).fold(self.memories, k_LBGK, v_LBGV, gates_LBNH, self._gathered())
+
+    def write_gates(self, hidden: dict[int, torch.Tensor]) -> None:
+        """Stores the gates of the new token, from what each attention layer read, `[B, 1, D]` by layer index."""
+        x_LBD = torch.stack([hidden[index] for index in self.indices]).squeeze(2)
+        side_LBF = type(self.memories[0]).gates_of_layers(self.memories, x_LBD).flatten(2)
+        for store, side_BF in zip(self.stores, side_LBF):
+            store.exact.write_side(side_BF)
+
+    def leaves(self, sinks: int) -> bool:
+        """Whether a token leaves the window when the next one comes."""
+        return self.stores[0].exact.seen - self.stores[0].exact.window >= sinks
+
+    def _gathered(self) -> torch.Tensor:
+        """The states in one tensor: copied there once, and again where something has replaced one of them."""
+        held = [store.state for store in self.stores if store.state is not None]
+        if self.states is None or not all(map(_is_same, self.states, held)):
+            self.states = torch.stack(held)
+            for store, state in zip(self.stores, self.states):
+                store.state = state
+        return self.states
+
+
+class Step:
+    """The call that reads one token into a cache.
+
+    Args:
+        groups: The layers that work together.
+        cache: The cache of the call.
+
+    Attributes:
+        hidden: What each attention layer has read so far in this call, `[B, 1, D]`, by layer index.
+        voters: What each layer has to vote by, by layer index; none where each votes for itself.
+    """
+
+    def __init__(self, groups: list[Group], cache: HippocampalCache) -> None:
+        self.groups = groups
+        self.hidden: dict[int, torch.Tensor] = {}
+        self.voters: dict[int, Voter] = {}
+        self._settings, self._padding, self._seen = cache.settings, cache.padding, cache.seen_tokens
+
+    def close(self, election: Election | None) -> None:
+        """Ends the call, in which every layer has read the token.
+
+        Args:
+            election: The choice of anchors, where there are any.
+        """
+        for group in self.groups:
+            if self._settings.mode == "ahn":
+                group.write_gates(self.hidden)
+            if election is not None:
+                election.votes += self._votes(
+                    [self.voters[i] for i in group.indices if i in self.voters], election.ballot.delay
+                )
+
+    def _votes(self, voters: list[Voter], delay: int) -> list[torch.Tensor]:
+        """Votes of layers of one shape, those with the same rotation at once."""
+        alike: dict[int, list[Voter]] = {}
+        for voter in voters:
+            alike.setdefault(id(voter.rotary and voter.rotary.tables[0]), []).append(voter)
+        score = self._settings.anchor_score
+        return [vote for each in alike.values() for vote in cast_votes(each, score, self._seen, delay, self._padding)]
+
+
+def begin_step(cache: HippocampalCache, new: int) -> Step | None:
+    """Starts a call that can be read together; `None` for every other, which the layers read one by one.
+
+    Args:
+        cache: The cache of the call.
+        new: Its number of new tokens.
+    """
+    settings = cache.settings
+    if new != 1 or settings.mode not in ("ahn", "window") or torch.is_grad_enabled() or not ops.is_automatic():
+        return None
+    if cache.attachment.config.memory_positions == "none":
+        return None
+    groups = cache.groups = cache.groups or _groups(cache)
+    begun = settings.sinks + (cache.padding.most if cache.padding else 0)
+    if not all(_is_here(group) and group.stores[0].exact.seen >= max(1, begun) for group in groups):
+        return None
+    if settings.mode == "window":
+        return Step(groups, cache)
+    leaving = [group for group in groups if group.leaves(settings.sinks)]
+    if not all(group.leaves(begun) and _has_states(group) for group in leaving):
+        return None
+    for group in leaving:
+        group.fold()
+    return Step(groups, cache)
+
+
+def _groups(cache: HippocampalCache) -> list[Group]:
+    found: dict[tuple[object, ...], Group] = {}
+    for site, store in zip(cache.attachment.sites, cache.cascades, strict=True):
+        if site.memory is not None and isinstance(store, HippocampalLayer):
+            kind = (
+                type(site.memory),
+                site.shape,
+                store.exact.window,
+                site.memory.o_proj.dtype,
+                site.memory.o_proj.device,
+            )
+            group = found.setdefault(kind, Group([], [], []))
+            group.indices.append(site.index)
+            group.memories.append(site.memory)
+            group.stores.append(store)
+    return list(found.values())
+
+
+def _is_here(group: Group) -> bool:
+    """Whether the weights can be used outside of their layer's forward pass: neither offloaded nor sharded."""
+    weight = group.memories[0].o_proj
+    return type(weight) is nn.Parameter and not weight.is_meta
+
+
+def _has_states(group: Group) -> bool:
+    return all(store.state is not None for store in group.stores)
+
+
+def _is_same(mine: torch.Tensor, other: torch.Tensor) -> bool:
+    return mine.data_ptr() == other.data_ptr() and mine.shape == other.shape

@@ -1,0 +1,161 @@
+"""The store of the Compressive Transformer: evicted tokens are pooled into slots, first in first out.
+
+A baseline for the memories: it learns nothing, and its slots are read by the same softmax as sinks and window.
+Legend of shapes: B batch, E evicted tokens, G key/value heads, K key size, V value size, N slots, M slots made in a
+call, P evicted tokens that are pooled to one slot.
+
+Slot g of a row is made of its evicted tokens P g .. P g + P - 1 and lies at place g mod N. Which tokens those are
+follows from their index alone, so that nothing is counted and rows that begin at different tokens are no special case.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+from ahn.cache.window import NEVER, Extra, LaterStore, Padding, Tokens
+from ahn.memories import Memory
+
+POOLED = 4
+"""Evicted tokens that are pooled to one slot, P. Source: arXiv 2510.07318, its baseline in section 4."""
+
+Pooling = Literal["max", "mean"]
+POOLINGS: dict[str, Pooling] = {"ct_max": "max", "ct_mean": "mean"}
+"""How the modes of a Compressive Transformer pool."""
+
+STATE_NUMBER_BYTES = 4
+"""Bytes of a number in a state, which is float32."""
+
+
+class _Slots(NamedTuple):
+    """Slots `[B, G, M, ...]` and their numbers, `[B or 1, M]`, below 0 where there is none."""
+
+    keys: torch.Tensor
+    values: torch.Tensor
+    number: torch.Tensor
+
+
+class PooledStore(LaterStore):
+    """The slots of one layer.
+
+    Args:
+        slots: Slots that there are, N.
+        pooling: Whether keys and values are pooled to their maximum or to their mean.
+        sinks: Sinks of each row, which are never evicted.
+        window: Tokens of the window: token j leaves it when token j + window comes.
+    """
+
+    names = ("slot_keys", "slot_values", "pending_keys", "pending_values")
+
+    def __init__(self, slots: int, pooling: Pooling, sinks: int, window: int) -> None:
+        super().__init__()
+        self.slots = slots
+        self.pooling = pooling
+        self.sinks = sinks
+        self.window = window
+
+    def view(self, evicted: Tokens, first: int, padding: Padding | None) -> Extra | None:
+        """What the queries of a call may read, without storing anything; `None` while there is nothing.
+
+        Args:
+            evicted: The tokens that leave the window in this call, oldest first.
+            first: Index of the first of them.
+            padding: Padding at the left of the rows, or `None` where there is none.
+        """
+        return self._shown(self._made(evicted, first, padding), first, padding)
+
+    def append(self, evicted: Tokens, first: int, padding: Padding | None) -> Extra | None:
+        """The same as `view`; stores what was evicted."""
+        made = self._made(evicted, first, padding)
+        view = self._shown(made, first, padding)
+        if evicted.length:
+            with torch.no_grad():
+                self._store(evicted, made, self._count(first + evicted.length, padding))
+        return view
+
+    def _shown(self, made: _Slots | None, first: int, padding: Padding | None) -> Extra | None:
+        """The slots held and those made in this call, with the queries that read each."""
+        slots = [part for part in (self._old(first, padding), made) if part is not None]
+        if not slots:
+            return None
+        keys, values = (torch.cat([part[name] for part in slots], dim=2) for name in (0, 1))
+        number = torch.cat([part.number for part in slots], dim=1)
+        last = self._begin(padding).to(number.device)[:, None] + number * POOLED + POOLED - 1
+        none = number < 0
+        born = (last + self.window).masked_fill(none, NEVER)
+        return Extra(keys, values, born, (born + POOLED * self.slots).masked_fill(none, NEVER))
+
+    def _count(self, index: int, padding: Padding | None) -> torch.Tensor:
+        """Slots that each row has made of the tokens before an index, `[B or 1]`."""
+        begin = self._begin(padding)
+        return torch.div(index - begin, POOLED, rounding_mode="floor").clamp(min=0)
+
+    def _begin(self, padding: Padding | None) -> torch.Tensor:
+        """Index of the first token of each row that is ever evicted, `[B or 1]`."""
+        return torch.tensor([self.sinks]) if padding is None else padding.counts + self.sinks
+
+    def _old(self, first: int, padding: Padding | None) -> _Slots | None:
+        """The slots held: at each place the youngest, numbered below 0 where none was made yet."""
+        if "slot_keys" not in self.held:
+            return None
+        keys, values = self.held["slot_keys"], self.held["slot_values"]
+        places, count = torch.arange(self.slots), self._count(first, padding).cpu()[:, None]
+        number = places + torch.div(count - 1 - places, self.slots, rounding_mode="floor") * self.slots
+        return _Slots(keys, values, number.to(keys.device))
+
+    def _made(self, evicted: Tokens, first: int, padding: Padding | None) -> _Slots | None:
+        """The slots that are made in this call, of tokens held back and new ones; `None` if no row makes one."""
+        before, after = self._count(first, padding), self._count(first + evicted.length, padding)
+        most = int((after - before).max())
+        if most == 0:
+            return None
+        number = before[:, None] + torch.arange(most, device=before.device)
+        number = torch.where(number < after[:, None], number, -1).to(evicted.keys.device)
+        begin = self._begin(padding).to(number.device)[:, None]
+        token = begin + number * POOLED - first + POOLED - 1  # in the line of tokens held back and new ones
+        keys, values = (
+            self._pooled(self._line(name, new), token)
+            for name, new in (("keys", evicted.keys), ("values", evicted.values))
+        )
+        return _Slots(keys, values, number)
+
+    def _line(self, name: str, new: torch.Tensor) -> torch.Tensor:
+        """The last tokens that were evicted, perhaps in no slot yet, then the new ones, `[B, G, P - 1 + E, ...]`."""
+        held = self.held.get(f"pending_{name}")
+        return F.pad(new, (0, 0, POOLED - 1, 0)) if held is None else torch.cat((held, new), dim=2)
+
+    def _pooled(self, line: torch.Tensor, token_BM: torch.Tensor) -> torch.Tensor:
+        """Slots by the place of their first token in a line, `[B, G, M, ...]`."""
+        index = token_BM[..., None] + torch.arange(POOLED, device=line.device)
+        index = index.clamp(0, line.size(2) - 1).flatten(1)[:, None, :, None]
+        tokens = line.gather(2, index.expand(line.size(0), line.size(1), -1, line.size(3)))
+        groups: torch.Tensor = tokens.unflatten(2, (-1, POOLED))
+        return groups.amax(3) if self.pooling == "max" else groups.mean(3)
+
+    def _store(self, evicted: Tokens, made: _Slots | None, after: torch.Tensor) -> None:
+        """Keeps what was made, `after` slots of each row by now, `[B or 1]`, and tokens that may be in no slot yet."""
+        for name, new in (("keys", evicted.keys), ("values", evicted.values)):
+            line = self._line(name, new)
+            slots = self.held.setdefault(f"slot_{name}", new.new_zeros(*new.shape[:2], self.slots, new.size(3)))
+            if made is not None:
+                stays = (made.number >= 0) & (made.number >= after.to(made.number.device)[:, None] - self.slots)
+                place = torch.where(stays, made.number % self.slots, self.slots)[:, None, :, None]
+                fresh = made.keys if name == "keys" else made.values
+                with_spare = F.pad(slots, (0, 0, 0, 1))  # a place more, for what does not stay
+                with_spare.scatter_(2, place.expand(slots.size(0), slots.size(1), -1, slots.size(3)), fresh)
+                self.held[f"slot_{name}"] = with_spare[:, :, :-1].contiguous()
+            self.held[f"pending_{name}"] = line[:, :, 1 - POOLED :].clone()
+
+
+def state_slots(memory: Memory, number_bytes: int) -> int:
+    """Slots of a layer that fill the bytes of its memory's state, which is float32.
+
+    Args:
+        memory: The memory.
+        number_bytes: Bytes of a number in keys and values.
+    """
+    slot_bytes = memory.shape.kv_heads * (memory.shape.key_size + memory.shape.value_size) * number_bytes
+    return STATE_NUMBER_BYTES * math.prod(memory.state_shape()) // slot_bytes

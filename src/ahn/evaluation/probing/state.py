@@ -1,0 +1,145 @@
+"""How full the state is while a text is read, and what the gates let in and out of it.
+
+Legend of shapes: T tokens, E evicted tokens, L layers with a memory, P looks at the state, H query heads, K key size,
+V value size.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+import ahn
+from ahn.attachment import Site, attachment_of
+from ahn.evaluation.probing.gradients import check_text
+from ahn.generation import Reader
+from ahn.memories import Gating
+
+_LOOKS = 6
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class StateTrace:
+    """The states of all memories while a text is read. All tensors are float32 on the CPU.
+
+    Attributes:
+        layers: Indices of the layers with a memory.
+        tokens: Tokens read at each look.
+        rank: Effective rank of every head's state at each look, `[P, L, H]`, from 0 (empty) to `full_rank`.
+        full_rank: The most that the rank can be, min(K, V), of each layer.
+        write: Write strength of each evicted token, mean over heads, `[L, E]`; see `ahn.memories.Gating`.
+        keep: Share of the state that each evicted token lets live, likewise; `None` where nothing decays.
+    """
+
+    layers: tuple[int, ...]
+    tokens: tuple[int, ...]
+    rank: torch.Tensor
+    full_rank: tuple[int, ...]
+    write: torch.Tensor
+    keep: torch.Tensor | None
+
+    @property
+    def fullness(self) -> torch.Tensor:
+        """Effective rank as a share of the most it can be, `[P, L, H]`."""
+        return self.rank / torch.tensor(self.full_rank)[:, None]
+
+
+def effective_rank(matrices: torch.Tensor) -> torch.Tensor:
+    """Effective rank of matrices: exp of the entropy of their singular values, divided by their sum.
+
+    It is 1 if one direction holds everything, `min(K, V)` if all directions hold as much, and 0 for a matrix of zeros.
+
+    Args:
+        matrices: `[..., K, V]` float32 or float64.
+
+    Returns:
+        `[...]` in the dtype of the matrices.
+
+    Source: Roy and Vetterli, "The effective rank: a measure of effective dimensionality", EUSIPCO 2007, section 3.
+    """
+    values = torch.linalg.svdvals(matrices)
+    total = values.sum(-1, keepdim=True)
+    shares = values / total.clamp(min=torch.finfo(values.dtype).tiny)
+    return torch.where(total.squeeze(-1) > 0, (-torch.special.xlogy(shares, shares).sum(-1)).exp(), 0.0)
+
+
+def trace_state(
+    model: nn.Module,
+    input_ids: torch.Tensor,
+    *,
+    window: int | None = None,
+    sinks: int | None = None,
+    looks: int = _LOOKS,
+) -> StateTrace:
+    """Reads a text and looks at the states from time to time, and at the gates of every evicted token.
+
+    Args:
+        model: A model with a memory attached, in evaluation mode.
+        input_ids: As for `token_gradients`.
+        window: As for `token_gradients`.
+        sinks: As for `token_gradients`.
+        looks: How often to look at the states, at even distances, the last time at the end; at least 1.
+
+    Raises:
+        ModelError: No memory is attached.
+        ShapeError: As for `token_gradients`.
+        EvaluationError: As for `token_gradients`.
+    """
+    attachment = attachment_of(model)
+    window = attachment.settings.window if window is None else window
+    sinks = attachment.settings.sinks if sinks is None else sinks
+    ids = check_text(model, input_ids, window, sinks)
+    sites = [site for site in attachment.sites if site.memory is not None]
+    evicted = ids.numel() - window - sinks
+    stops = sorted({sinks + window + -(-evicted * look // looks) for look in range(1, looks + 1)})
+    ranks = []
+    with ahn.mode(model, "ahn", window=window, sinks=sinks), _listening(sites) as heard:
+        reader = Reader(model, score=False)
+        for start, stop in zip([0, *stops], stops):
+            reader.feed(ids[start:stop])
+            ranks.append([_rank(reader.cache, site) for site in sites])
+    write, keep = ([_joined(heard[site.index], field, sinks, evicted) for site in sites] for field in Gating._fields)
+    return StateTrace(
+        layers=tuple(site.index for site in sites),
+        tokens=tuple(stops),
+        rank=torch.stack([torch.stack(row) for row in ranks]),
+        full_rank=tuple(min(site.shape.key_size, site.shape.value_size) for site in sites),
+        write=torch.stack([each for each in write if each is not None]),
+        keep=None if keep[0] is None else torch.stack([each for each in keep if each is not None]),
+    )
+
+
+@contextlib.contextmanager
+def _listening(sites: list[Site]) -> Iterator[dict[int, list[Gating]]]:
+    """Notes what the gates of every layer do, call after call."""
+    heard: dict[int, list[Gating]] = {site.index: [] for site in sites}
+
+    def note(module: nn.Module, args: Any, kwargs: Any) -> None:
+        call = kwargs["ahn"]  # the library's own hook, which runs first, has put it there
+        gates = call.memory.gates(call.hidden) if call.gates is None else call.gates  # a single token brings none
+        heard[call.site.index].append(call.memory.gating(gates))
+
+    handles = [site.module.register_forward_pre_hook(note, with_kwargs=True) for site in sites]
+    try:
+        yield heard
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _joined(calls: list[Gating], field: str, sinks: int, evicted: int) -> torch.Tensor | None:
+    """One of the numbers for the evicted tokens, mean over heads, `[E]`."""
+    parts = [getattr(call, field) for call in calls]
+    if any(part is None for part in parts):
+        return None
+    return torch.cat([part[0].mean(-1) for part in parts])[sinks : sinks + evicted].float().cpu()
+
+
+def _rank(cache: Any, site: Site) -> torch.Tensor:
+    """Effective rank of every head of a layer, `[H]`."""
+    return effective_rank(cache.cascades[site.index].state[0]).float().cpu()

@@ -1,0 +1,262 @@
+"""Reading a long text through a model on one cache, in chunks: the text may be of any length, the logits never are.
+
+Legend of shapes: T tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import math
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional
+from transformers.cache_utils import Cache, DynamicCache
+
+from ahn.attachment import attachment_of, find_attachment
+from ahn.backbone import compat
+from ahn.cache import HippocampalCache
+from ahn.cache.cache import layer_tensors
+from ahn.errors import ConfigError, ShapeError
+
+_LARGEST_CHUNK = 512  # longer chunks are not faster on a CPU, and their logits grow
+_LOGITS = 2**25  # elements of a chunk's logits: 134 MB in float32
+_SCORED_AT_ONCE = 128  # tokens, so that scoring copies little of the logits
+
+
+@dataclasses.dataclass(frozen=True)
+class Progress:
+    """How far a reading has come.
+
+    Attributes:
+        tokens: Tokens read so far in this reading.
+        seconds: Time that the model took for them.
+        cache_bytes: Bytes that the cache holds now.
+        nll: Mean negative log-likelihood of the tokens scored so far, in nats; NaN while there is none.
+    """
+
+    tokens: int
+    seconds: float
+    cache_bytes: int
+    nll: float
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Reading:
+    """What came of reading a text.
+
+    Attributes:
+        tokens: Number of tokens read.
+        nll: Negative log-likelihood of each token but the first, given all before it, in nats: `[T - 1]` float32 on
+            the CPU, element `i` for token `i + 1`; empty if nothing was scored.
+        seconds: Time that the model took.
+        cache: What the model keeps of the text; reading or generating can go on with it.
+        logits: What the model expects next, `[V]`.
+    """
+
+    tokens: int
+    nll: torch.Tensor
+    seconds: float
+    cache: Cache
+    logits: torch.Tensor
+
+
+class Reader:
+    """Reads a text piece by piece; what has been read so far can be looked at in between, as `read` cannot.
+
+    Args:
+        model: A causal language model, with a memory attached or without.
+        cache: What was read before; an empty cache of the current mode if left out.
+        score: Whether to score every token; without it the model computes the last logits of a piece only.
+
+    Attributes:
+        cache: What the model keeps of the text.
+        tokens: Number of tokens read by this reader.
+        seconds: Time that the model took for them.
+        logits: What the model expects next, `[V]`; `None` before the first piece.
+    """
+
+    def __init__(self, model: nn.Module, cache: Cache | None = None, *, score: bool = True) -> None:
+        self.model = model
+        self.cache = new_cache(model) if cache is None else cache
+        self.score = score
+        self.tokens = 0
+        self.seconds = 0.0
+        self.logits: torch.Tensor | None = None
+        self._scores = torch.zeros(0)  # the first `_scored` of them count
+        self._scored = 0
+        self._total = 0.0
+
+    @torch.no_grad()
+    def feed(self, input_ids: torch.Tensor) -> None:
+        """Reads a piece of text in one forward pass.
+
+        Args:
+            input_ids: Token ids, `[T]` or `[1, T]`, at least one.
+
+        Raises:
+            ShapeError: There is no token, or more than one row.
+        """
+        ids = _one_row(input_ids).to(_device(self.model))
+        start = time.perf_counter()
+        logits = _forward(self.model, ids, self.cache, every=self.score)
+        if self.score:
+            self._note(logits, ids)
+        self.logits = logits[-1].clone()
+        if ids.is_cuda:
+            torch.cuda.synchronize(ids.device)
+        self.seconds += time.perf_counter() - start
+        self.tokens += ids.numel()
+
+    @property
+    def nll(self) -> torch.Tensor:
+        """As `Reading.nll`, so far."""
+        return self._scores[: self._scored].clone()
+
+    @property
+    def progress(self) -> Progress:
+        """How far it has come."""
+        mean = self._total / self._scored if self._scored else math.nan
+        return Progress(self.tokens, self.seconds, cache_bytes(self.cache), mean)
+
+    def result(self) -> Reading:
+        """The reading so far.
+
+        Raises:
+            ShapeError: Nothing has been read.
+        """
+        if self.logits is None:
+            raise ShapeError("nothing has been read yet; feed at least one token first")
+        return Reading(self.tokens, self.nll, self.seconds, self.cache, self.logits)
+
+    def _note(self, logits_TV: torch.Tensor, ids_T: torch.Tensor) -> None:
+        """Scores a piece: its first token from the last logits of the piece before."""
+        parts = [] if self.logits is None else [_nll(self.logits[None], ids_T[:1])]
+        scored = torch.cat([*parts, _nll(logits_TV[:-1], ids_T[1:])]).cpu()
+        self._keep(scored)
+        self._total += float(scored.double().sum())
+
+    def _keep(self, scored_T: torch.Tensor) -> None:
+        """Keeps scores in one tensor: small ones kept between a chunk's logits would pin the heap around them."""
+        end = self._scored + scored_T.numel()
+        if end > self._scores.numel():
+            grown = torch.empty(max(end, 2 * self._scores.numel()))
+            grown[: self._scored] = self._scores[: self._scored]
+            self._scores = grown
+        self._scores[self._scored : end] = scored_T
+        self._scored = end
+
+
+def read(
+    model: nn.Module,
+    input_ids: torch.Tensor,
+    *,
+    cache: Cache | None = None,
+    chunk: int | None = None,
+    score: bool = True,
+    on_progress: Callable[[Progress], None] | None = None,
+) -> Reading:
+    """Reads a text of any length on one cache, in the mode that is current or that the cache was made in.
+
+    Only the logits of one chunk exist at a time. The sizes of the chunks change nothing but the speed.
+
+    Args:
+        model: A causal language model, with a memory attached or without.
+        input_ids: Token ids, `[T]` or `[1, T]`.
+        cache: What was read before, to go on from there; it is changed. Its next token is then not scored.
+        chunk: Tokens per forward pass; at most 512, fewer for a very large vocabulary, if left out.
+        score: Whether to score every token, which takes the vocabulary's share of the computation.
+        on_progress: Called after every chunk.
+
+    Returns:
+        The scores, the cache, and the logits of the next token.
+
+    Raises:
+        ShapeError: There is no token, or more than one row.
+        ConfigError: The chunk is below 1.
+        CacheError: The cache does not fit the model.
+    """
+    ids = _one_row(input_ids)
+    size = automatic_chunk(model) if chunk is None else chunk
+    if size < 1:
+        raise ConfigError(f"chunk must be at least 1, not {size}")
+    reader = Reader(model, cache, score=score)
+    for piece in ids.split(size):
+        reader.feed(piece)
+        if on_progress is not None:
+            on_progress(reader.progress)
+    return reader.result()
+
+
+def new_cache(model: nn.Module) -> Cache:
+    """An empty cache for the current mode: transformers' own in mode "full" and for a model without a memory."""
+    attachment = find_attachment(model)
+    if attachment is not None and attachment.settings.mode != "full":
+        return HippocampalCache(model)
+    config: Any = model.config
+    return DynamicCache(config=config)
+
+
+def cache_bytes(cache: Cache) -> int:
+    """Bytes of every tensor that a cache holds."""
+    if isinstance(cache, HippocampalCache):
+        return cache.nbytes
+    tensors = (tensor for layer in cache.layers for tensor in layer_tensors(layer).values())  # type: ignore[arg-type]
+    return sum(tensor.nbytes for tensor in tensors)
+
+
+def full_cache_bytes(model: nn.Module, tokens: int) -> int:
+    """Bytes that the base model's own cache would hold: keys and values of every token in every layer.
+
+    Args:
+        model: A model with a memory attached, whose layers were measured then.
+        tokens: Number of tokens of one row.
+
+    Raises:
+        ModelError: No memory is attached.
+    """
+    total = 0
+    for site in attachment_of(model).sites:
+        # A layer that slides by itself keeps the window's tokens but for the one that comes.
+        held = tokens if site.sliding_window is None else min(tokens, site.sliding_window - 1)
+        size = next(site.module.parameters()).element_size()
+        total += held * site.shape.kv_heads * (site.shape.key_size + site.shape.value_size) * size
+    return total
+
+
+def automatic_chunk(model: nn.Module) -> int:
+    """Tokens per forward pass that keep the logits of a chunk small: 512, or fewer for a very large vocabulary."""
+    config: Any = model.config
+    return max(32, min(_LARGEST_CHUNK, _LOGITS // max(1, int(config.get_text_config().vocab_size))))
+
+
+def _forward(model: Any, ids_T: torch.Tensor, cache: Cache, every: bool) -> torch.Tensor:
+    """Logits of all new tokens, or of the last one only, `[T or 1, V]`."""
+    keep = {} if every or "logits_to_keep" not in inspect.signature(model.forward).parameters else {"logits_to_keep": 1}
+    arguments = compat.with_cache(model, {"input_ids": ids_T[None], "use_cache": True, **keep}, cache)
+    logits: torch.Tensor = model(**arguments).logits[0]
+    return logits
+
+
+def _nll(logits_TV: torch.Tensor, targets_T: torch.Tensor) -> torch.Tensor:
+    """Negative log-likelihood of the targets, `[T]` float32, in nats."""
+    pairs = zip(logits_TV.split(_SCORED_AT_ONCE), targets_T.split(_SCORED_AT_ONCE))
+    parts = [functional.cross_entropy(logits.float(), targets, reduction="none") for logits, targets in pairs]
+    return torch.cat(parts) if parts else logits_TV.new_zeros(0, dtype=torch.float32)
+
+
+def _one_row(input_ids: torch.Tensor) -> torch.Tensor:
+    if input_ids.dim() == 2 and input_ids.size(0) == 1:
+        input_ids = input_ids[0]
+    if input_ids.dim() != 1 or input_ids.numel() == 0:
+        raise ShapeError(f"input_ids must be the tokens of one text, [T] or [1, T], not {list(input_ids.shape)}")
+    return input_ids
+
+
+def _device(model: Any) -> torch.device:
+    device: torch.device = model.get_input_embeddings().weight.device
+    return device
