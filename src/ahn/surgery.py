@@ -5,10 +5,12 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections.abc import Iterator, Mapping
+from types import MethodType
 from typing import Any
 
 import torch
 from torch import nn
+from transformers.generation.configuration_utils import GenerationMode
 from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import AttentionInterface
 
@@ -19,8 +21,9 @@ from ahn.attention.hooks import after_call, before_call, before_layer
 from ahn.backbone import compat, linear
 from ahn.backbone.rotary import Rotation, find_rotary
 from ahn.backbone.survey import Seen, check_rotations, find_backbone, probe, sample
+from ahn.cache.cache import HippocampalCache, refuse_assisted_decoding
 from ahn.config import AHNConfig
-from ahn.errors import AHNError, ConfigError, ModelError
+from ahn.errors import AHNError, CacheError, ConfigError, ModelError
 from ahn.memories import MemoryShape, build_memory
 
 AttentionInterface.register(IMPLEMENTATION, attention_function)
@@ -107,7 +110,7 @@ def detach(model: nn.Module) -> None:
         set_attachment(site.module, None)
     for config, before in attachment.implementations:
         compat.set_implementation(config, before)
-    compat.restore_generate(model)
+    _restore_generate(model)
     for module in (model, find_backbone(model)):
         set_attachment(module, None)
 
@@ -220,7 +223,7 @@ def _install(model: Any, backbone: Any, attachment: Attachment) -> None:
     for config in compat.attention_configs(backbone):
         attachment.implementations.append((config, config._attn_implementation))
         compat.set_implementation(config, IMPLEMENTATION)
-    compat.make_generate_use_memory(model)
+    _make_generate_use_memory(model)
 
 
 def _position_limit(backbone: Any) -> int | None:
@@ -278,3 +281,31 @@ def _verify(backbone: Any, attachment: Attachment, expected: torch.Tensor) -> No
             f"no memory can be attached to {name}: its attention does more than a causal softmax over keys "
             f"(outputs differ by {float((actual - expected).abs().mean() / scale):.1%} on a text inside the window)"
         )
+
+
+def _make_generate_use_memory(model: Any) -> None:
+    """Lets `model.generate` start from a `HippocampalCache` (5.23: `_prepare_cache_for_generation` makes the cache)."""
+    model.__dict__["_prepare_cache_for_generation"] = MethodType(_prepare_cache, model)
+
+
+def _prepare_cache(model: Any, generation_config: Any, model_kwargs: dict[str, Any], mode: Any, *rest: Any) -> None:
+    """Puts a new cache of ours where the base model would put its own, and refuses what a memory cannot do."""
+    given = model_kwargs.get(compat.CACHE)
+    full = given is None and attachment_of(model).settings.mode == "full"
+    if not full and (given is None or isinstance(given, HippocampalCache)):
+        if mode == GenerationMode.ASSISTED_GENERATION:
+            refuse_assisted_decoding()
+        if generation_config.cache_implementation not in (None, "dynamic"):
+            raise CacheError(
+                f"cache_implementation={generation_config.cache_implementation!r} would replace the memory's cache; "
+                'leave it out, or generate inside ahn.mode(model, "full")'
+            )
+        if given is None and generation_config.use_cache is not False:
+            model_kwargs[compat.CACHE] = HippocampalCache(model)
+            return
+    type(model)._prepare_cache_for_generation(model, generation_config, model_kwargs, mode, *rest)
+
+
+def _restore_generate(model: Any) -> None:
+    """Undoes `_make_generate_use_memory`."""
+    model.__dict__.pop("_prepare_cache_for_generation", None)

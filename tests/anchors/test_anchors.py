@@ -10,10 +10,10 @@ import torch
 
 import ahn
 from ahn.anchors.scores import NEAR, SCORES, told, usual_voters
+from ahn.anchors.selection import Ballot, _Anchors, elect
 from ahn.backbone.compat import CACHE
-from ahn.cache.bank import Ballot, _Anchors, elect
-from ahn.cache.window import NEVER
 from ahn.errors import ConfigError
+from ahn.tokens import NEVER
 from tests.tiny import MEMORIES, give_votes, read, text, tiny, with_memory
 
 SINKS, WINDOW, ANCHORS = 5, 16, 6

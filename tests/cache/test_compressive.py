@@ -11,7 +11,7 @@ import torch
 import ahn
 from ahn.attachment import attachment_of
 from ahn.cache.compressive import POOLED, PooledStore, state_slots
-from ahn.cache.window import Tokens
+from ahn.tokens import Tokens
 from tests.tiny import MEMORIES, read, text, with_memory
 
 MODES = ("ct_max", "ct_mean")

@@ -16,7 +16,7 @@ from ahn.anchors.scores import NewTokens, find_score
 from ahn.backbone.rotary import Rotary
 from ahn.cache.bank import Tally
 from ahn.cache.layer import HippocampalLayer
-from ahn.cache.window import Padding
+from ahn.tokens import Padding
 
 
 class Voter(NamedTuple):

@@ -14,12 +14,12 @@ from typing import Any, TypeVar, cast
 import torch
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
+from ahn.anchors.selection import Election
 from ahn.attachment import Attachment
 from ahn.attention.decoding import Step
-from ahn.cache.bank import Election
-from ahn.cache.window import Extra, Padding, View
 from ahn.config import RunSettings
 from ahn.errors import CacheError
+from ahn.tokens import Extra, Padding, View
 
 Found = TypeVar("Found")
 

@@ -17,9 +17,9 @@ import torch
 from torch import nn
 
 from ahn import ops
+from ahn.anchors.selection import Election
 from ahn.anchors.voting import Voter, cast_votes
 from ahn.cache import HippocampalCache, HippocampalLayer
-from ahn.cache.bank import Election
 from ahn.memories import Memory
 
 

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from ahn.anchors.selection import Choice
 from ahn.anchors.voting import Voter, cast_votes
 from ahn.attachment import Site, find_attachment
 from ahn.attention.call import Plan
@@ -22,11 +23,10 @@ from ahn.attention.decoding import Step
 from ahn.attention.lookup import Lookup
 from ahn.attention.softmax import Softmax, local_attention
 from ahn.backbone.rotary import Rotary
-from ahn.cache.bank import Choice
 from ahn.cache.layer import HippocampalLayer
-from ahn.cache.window import Padding, Tokens, View
 from ahn.errors import ModelError
 from ahn.memories import Memory
+from ahn.tokens import Padding, Tokens, View
 
 IMPLEMENTATION = "ahn"
 """Name under which the attention and the mask function are registered with transformers."""

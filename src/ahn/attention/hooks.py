@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ahn.anchors.selection import Ballot, Election
 from ahn.attachment import Attachment, Site, attachment_of
 from ahn.attention.call import CURRENT, Plan, find_padding
 from ahn.attention.chunks import joined, read_first_pieces
@@ -18,11 +19,11 @@ from ahn.attention.decoding import begin_step
 from ahn.attention.function import LayerCall
 from ahn.backbone import compat, linear
 from ahn.backbone.rotary import Rotary
-from ahn.cache import HippocampalCache, HippocampalLayer, Padding
-from ahn.cache.bank import Ballot, Election
+from ahn.cache import HippocampalCache, HippocampalLayer
 from ahn.cache.cache import check_cache, new_cascade
 from ahn.config import RunSettings
 from ahn.errors import CacheError
+from ahn.tokens import Padding
 
 
 def before_call(backbone: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -10,7 +10,7 @@ import dataclasses
 import torch
 
 from ahn.attention.call import Plan
-from ahn.cache.window import View
+from ahn.tokens import View
 
 
 @dataclasses.dataclass(frozen=True)

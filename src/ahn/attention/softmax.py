@@ -15,7 +15,7 @@ import torch.nn.functional as F
 
 from ahn.attention.lookup import Lookup
 from ahn.attention.softmax_native import compiled_attention
-from ahn.cache.window import Extra, Tokens
+from ahn.tokens import Extra, Tokens
 
 # torch 2.13 has no public function that returns the log-sum of a fused softmax beside its output.
 _HAS_LOG_SUM = hasattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu")

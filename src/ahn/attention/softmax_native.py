@@ -8,8 +8,8 @@ from __future__ import annotations
 import torch
 
 from ahn.attention.lookup import Lookup
-from ahn.cache.window import View
 from ahn.native import Stretch, attend, attend_one, ready
+from ahn.tokens import View
 
 
 def compiled_attention(lookup: Lookup, scaling: float) -> torch.Tensor | None:

@@ -4,18 +4,11 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator, Mapping
-from types import MethodType
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import GenerationMixin
-from transformers.generation.configuration_utils import GenerationMode
-
-from ahn.attachment import attachment_of
-from ahn.cache import HippocampalCache
-from ahn.cache.cache import refuse_assisted_decoding
-from ahn.errors import CacheError
 
 _CACHE_NAMES = ("cache", "past_key_values")
 _GENERATES_FROM = inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters
@@ -53,34 +46,6 @@ def attention_configs(backbone: nn.Module) -> Iterator[Any]:
         if hasattr(config, "_attn_implementation") and id(config) not in seen:
             seen.add(id(config))
             yield config
-
-
-def make_generate_use_memory(model: Any) -> None:
-    """Lets `model.generate` start from a `HippocampalCache` (5.23: `_prepare_cache_for_generation` makes the cache)."""
-    model.__dict__["_prepare_cache_for_generation"] = MethodType(_prepare_cache, model)
-
-
-def _prepare_cache(model: Any, generation_config: Any, model_kwargs: dict[str, Any], mode: Any, *rest: Any) -> None:
-    """Puts a new cache of ours where the base model would put its own, and refuses what a memory cannot do."""
-    given = model_kwargs.get(CACHE)
-    full = given is None and attachment_of(model).settings.mode == "full"
-    if not full and (given is None or isinstance(given, HippocampalCache)):
-        if mode == GenerationMode.ASSISTED_GENERATION:
-            refuse_assisted_decoding()
-        if generation_config.cache_implementation not in (None, "dynamic"):
-            raise CacheError(
-                f"cache_implementation={generation_config.cache_implementation!r} would replace the memory's cache; "
-                'leave it out, or generate inside ahn.mode(model, "full")'
-            )
-        if given is None and generation_config.use_cache is not False:
-            model_kwargs[CACHE] = HippocampalCache(model)
-            return
-    type(model)._prepare_cache_for_generation(model, generation_config, model_kwargs, mode, *rest)
-
-
-def restore_generate(model: Any) -> None:
-    """Undoes `make_generate_use_memory`."""
-    model.__dict__.pop("_prepare_cache_for_generation", None)
 
 
 def input_device(backbone: Any) -> torch.device:

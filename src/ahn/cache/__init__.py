@@ -2,6 +2,5 @@
 
 from ahn.cache.cache import HippocampalCache
 from ahn.cache.layer import HippocampalLayer
-from ahn.cache.window import Padding, Tokens, View
 
-__all__ = ["HippocampalCache", "HippocampalLayer", "Padding", "Tokens", "View"]
+__all__ = ["HippocampalCache", "HippocampalLayer"]

@@ -12,14 +12,14 @@ from torch import nn
 from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
 
 from ahn.anchors.scores import find_score
+from ahn.anchors.selection import Ballot
 from ahn.attachment import Attachment, Site, attachment_of
-from ahn.cache.bank import Ballot
 from ahn.cache.compressive import state_slots
 from ahn.cache.layer import HippocampalLayer
-from ahn.cache.window import Padding
 from ahn.config import RunSettings
 from ahn.errors import CacheError, ConfigError
 from ahn.memories import Memory
+from ahn.tokens import Padding
 
 if TYPE_CHECKING:
     from typing_extensions import Self

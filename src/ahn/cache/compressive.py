@@ -16,8 +16,9 @@ from typing import Literal, NamedTuple
 import torch
 import torch.nn.functional as F
 
-from ahn.cache.window import NEVER, Extra, LaterStore, Padding, Tokens
+from ahn.cache.store import LaterStore
 from ahn.memories import Memory
+from ahn.tokens import NEVER, Extra, Padding, Tokens
 
 POOLED = 4
 """Evicted tokens that are pooled to one slot, P. Source: arXiv 2510.07318, its baseline in section 4."""

@@ -8,11 +8,14 @@ from typing import Any
 import torch
 from transformers.cache_utils import CacheLayerMixin
 
-from ahn.cache.bank import Bank, Choice, Tally
+from ahn.anchors.selection import Choice
+from ahn.cache.bank import Bank, Tally
 from ahn.cache.compressive import POOLINGS, PooledStore
-from ahn.cache.window import ExactStore, LaterStore, Padding, Tokens, View
+from ahn.cache.store import LaterStore
+from ahn.cache.window import ExactStore
 from ahn.config import RunSettings
 from ahn.errors import CacheError
+from ahn.tokens import Padding, Tokens, View
 
 
 class HippocampalLayer(CacheLayerMixin):

@@ -17,9 +17,9 @@ from torch import nn
 from ahn.attachment import Attachment, attachment_of
 from ahn.cache.cache import HippocampalCache, layer_tensors, set_layer_tensors
 from ahn.cache.layer import HippocampalLayer
-from ahn.cache.window import Padding
 from ahn.config import RunSettings
 from ahn.errors import CacheError, ConfigError
+from ahn.tokens import Padding
 
 FORMAT = 1
 Kind = TypeVar("Kind", bound=HippocampalCache)

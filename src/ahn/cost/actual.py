@@ -10,11 +10,12 @@ from ahn.attachment import Site
 from ahn.attention.call import Plan
 from ahn.attention.function import LayerCall
 from ahn.backbone.rotary import Rotary
-from ahn.cache import HippocampalLayer, Tokens
+from ahn.cache import HippocampalLayer
 from ahn.cache.cache import AnyLayer, layer_tensors, new_layer
 from ahn.config import Mode
 from ahn.cost.counting import Counting, state_numbers
 from ahn.memories import Memory
+from ahn.tokens import Tokens
 
 _MODES: dict[str, Mode] = {"window": "window", "ct": "ct_mean"}
 

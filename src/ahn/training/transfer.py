@@ -25,8 +25,8 @@ from ahn.attention.function import LayerCall, attention_function
 from ahn.attention.hooks import before_layer
 from ahn.backbone import compat
 from ahn.backbone.survey import find_backbone, implementation
-from ahn.cache.window import Tokens, View
 from ahn.distillation import find_targets
+from ahn.tokens import Tokens, View
 from ahn.training.losses import LossOutput
 
 TRANSFER = "ahn_transfer"

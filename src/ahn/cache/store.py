@@ -1,0 +1,38 @@
+"""What the stores behind the window have in common."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import ClassVar
+
+import torch
+
+
+class LaterStore:
+    """What a store behind the window holds, by name.
+
+    Attributes:
+        names: Names of its tensors.
+        held: Its tensors; none before something was stored.
+    """
+
+    names: ClassVar[tuple[str, ...]]
+
+    def __init__(self) -> None:
+        self.held: dict[str, torch.Tensor] = {}
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Every tensor held, by name."""
+        return dict(self.held)
+
+    def set_tensors(self, tensors: dict[str, torch.Tensor]) -> None:
+        """Takes over tensors that `tensors` gave, among others."""
+        self.held = {name: tensors[name] for name in self.names if name in tensors}
+
+    def map_tensors(self, function: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        """Replaces every tensor by the function's result on it."""
+        self.held = {name: function(tensor) for name, tensor in self.held.items()}
+
+    def reset(self) -> None:
+        """Forgets everything."""
+        self.held = {}

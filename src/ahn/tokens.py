@@ -1,0 +1,123 @@
+"""What travels between cache and attention: tokens of a layer, the padding of their rows, and what a query may read.
+
+Legend of shapes: B batch, T new tokens, G key/value heads, K key size, V value size, F side values per token, S sinks,
+N keys beside sinks and window.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+
+
+class Padding(NamedTuple):
+    """Padding tokens at the left of each row of a batch.
+
+    Attributes:
+        counts: How many each row has, `[B]` int64.
+        most: The largest of them.
+    """
+
+    counts: torch.Tensor
+    most: int
+
+
+class Tokens(NamedTuple):
+    """Keys, values and side values of consecutive tokens.
+
+    Attributes:
+        keys: `[B, G, T, K]`.
+        values: `[B, G, T, V]`.
+        side: What the memory will need of each token when it leaves (gates, where it stood), `[B, 1, T, F]`;
+            `F` is 0 where no memory listens.
+    """
+
+    keys: torch.Tensor
+    values: torch.Tensor
+    side: torch.Tensor
+
+    @property
+    def length(self) -> int:
+        """Number of tokens, T."""
+        return self.keys.size(2)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the three tensors."""
+        return sum(tensor.nbytes for tensor in self)
+
+    def span(self, start: int, stop: int) -> Tokens:
+        """Tokens start..stop-1, as views."""
+        return Tokens(*(tensor[:, :, start:stop] for tensor in self))
+
+    def map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> Tokens:
+        """The function applied to each of the three tensors."""
+        return Tokens(*(function(tensor) for tensor in self))
+
+    def write(self, slot: int, tokens: Tokens) -> None:
+        """Overwrites the slots from `slot` on."""
+        for held, fresh in zip(self.span(slot, slot + tokens.length), tokens, strict=True):
+            held.copy_(fresh)
+
+
+def concatenate(parts: list[Tokens]) -> Tokens:
+    """The tokens of all parts in one; a copy, unless only one part holds any."""
+    filled = [part for part in parts if part.length] or parts[:1]
+    if len(filled) == 1:
+        return filled[0]
+    return Tokens(*(torch.cat(tensors, dim=2) for tensors in zip(*filled, strict=True)))
+
+
+NEVER = torch.iinfo(torch.int64).max
+"""Index of a token that never comes."""
+
+
+class Extra(NamedTuple):
+    """Keys and values beside sinks and window, with the queries that read them.
+
+    Attributes:
+        keys: `[B, G, N, K]`.
+        values: `[B, G, N, V]`.
+        born: Index of the first token whose query reads each, `[B or 1, N]` int64.
+        died: Index of the first token whose query reads it no more, likewise.
+    """
+
+    keys: torch.Tensor
+    values: torch.Tensor
+    born: torch.Tensor
+    died: torch.Tensor
+
+    def reached(self, start: int, stop: int) -> Extra:
+        """Those that any query from `start` to `stop` - 1 reads."""
+        read = ((self.born < stop) & (self.died > start)).any(0)
+        if bool(read.all()):
+            return self
+        return Extra(self.keys[:, :, read], self.values[:, :, read], self.born[:, read], self.died[:, read])
+
+    def allowed(self, start: int, stop: int) -> torch.Tensor:
+        """Which of them each query reads, `[B or 1, stop - start, N]`."""
+        query = torch.arange(start, stop, device=self.born.device)[:, None]
+        return (self.born[:, None] <= query) & (query < self.died[:, None])
+
+
+class View(NamedTuple):
+    """What the queries of one call may read, and what left the window because of them.
+
+    Attributes:
+        sinks: The sinks so far, `[B, G, min(S, seen), ...]`; per row from its first real token.
+        local: Tokens of the window in their order, the newest last. Without `ordered`: all slots of the buffer, sinks
+            included, as they lie, for a single query that may read every one of them.
+        first: Index of the first token of an ordered `local`, never below S.
+        ordered: Whether `local` is in the order of the tokens.
+        evicted: Tokens that left the window, oldest first; the last `evicted.length` queries read after one each.
+        extra: Keys and values of a later store that the same softmax reads, or `None`.
+    """
+
+    sinks: Tokens
+    local: Tokens
+    first: int
+    ordered: bool
+    evicted: Tokens
+    extra: Extra | None = None
