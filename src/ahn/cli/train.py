@@ -10,6 +10,8 @@ import typer
 
 from ahn.cli import checks, train_anchors
 from ahn.cli.terminal import UsageError, notes, output, say
+from ahn.config import AHNConfig
+from ahn.memories import memory_names
 
 if TYPE_CHECKING:
     from ahn.training.run import Outcome
@@ -41,7 +43,7 @@ def command(
     ] = None,
     memory: Annotated[
         str | None,
-        typer.Option(help="gated_delta_net, delta_net or mamba2.  [dim]\\[default: gated_delta_net][/dim]"),
+        typer.Option(help=f"{', '.join(memory_names())}.  [dim]\\[default: {AHNConfig.memory}][/dim]"),
     ] = None,
     adapter: Annotated[str | None, typer.Option(help="Weights to start from: a folder, name or hub id.")] = None,
     config: Annotated[
