@@ -168,23 +168,23 @@ def test_costs_token_by_token(memory: str, count: int) -> None:
 
 
 def decode_seconds(memories: list[Memory]) -> float:
-    """Time of one token's gates, updates and answers in all layers."""
+    """CPU time of one token: gates, updates and answers of all layers."""
     x = torch.randn(LAYERS, 1, 576)
     keys, values = torch.randn(2, LAYERS, 1, 3, 64).unbind()
     states = torch.randn(LAYERS, 1, *memories[0].state_shape())
     query, local = torch.randn(1, 1, 9, 64), torch.randn(1, 1, 9, 64)
-    begun = time.perf_counter()
+    begun = time.process_time()
     gates = type(memories[0]).gates_of_layers(memories, x)
     type(memories[0]).update(keys, values, gates, states)
     for layer, memory in enumerate(memories):
         memory.decode_add(local, query, x[layer, :, None], states[layer])
-    return time.perf_counter() - begun
+    return time.process_time() - begun
 
 
 @pytest.mark.parametrize("kernels", [True, False], ids=["kernels", "torch"])
 @torch.no_grad()
 def test_it_decodes_about_as_fast_as_gated_delta_net(memory: str, kernels: bool) -> None:
-    """Turn by turn in one process; a busy machine gets several chances."""
+    """Turn by turn in one process, by CPU time; a busy machine gets several chances."""
     theirs, ours = ([build_memory(name, SMOLLM2) for _ in range(LAYERS)] for name in ("gated_delta_net", memory))
     ratios = []
     with nullcontext() if kernels else native.switched_off():
