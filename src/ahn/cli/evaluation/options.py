@@ -75,7 +75,9 @@ class Run:
 
         of = self.settings
         loading.seed(of["seed"])
-        loaded = loading.load(of["model"], of["adapter"], of["window"], of["sinks"], of["sink_positions"])
+        loaded = loading.load(
+            loading.ModelSettings(of["model"], of["adapter"], of["window"], of["sinks"], of["sink_positions"])
+        )
         self.journal.pin("memory weights", weights_checksum(loaded.model))
         if anchored := [arm for arm in map(find_arm, self.arms) if arm.has_anchors]:
             self._check_scores(loaded.model, anchored)
