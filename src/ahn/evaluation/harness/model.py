@@ -16,8 +16,8 @@ from tqdm import tqdm
 import ahn
 from ahn.attachment import attachment_of, find_attachment
 from ahn.errors import ConfigError
+from ahn.evaluation.answers import answer_text
 from ahn.evaluation.arms import ArmReader, arm_reader
-from ahn.evaluation.asking.answers import answer_text
 from ahn.evaluation.journal import Journal
 from ahn.models import prompts
 
