@@ -1,4 +1,4 @@
-"""Reading a long text through a model on one cache, in chunks: the text may be of any length, the logits never are.
+"""Reading a text of any length in chunks on one cache, and writing on from there: the one prefill and decoding loop.
 
 Legend of shapes: T tokens, V vocabulary.
 """
@@ -9,8 +9,8 @@ import dataclasses
 import inspect
 import math
 import time
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Collection, Iterator
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -25,6 +25,7 @@ from ahn.errors import ConfigError, ShapeError
 
 _LARGEST_CHUNK = 512  # longer chunks are not faster on a CPU, and their logits grow
 _LOGITS = 2**25  # elements of a chunk's logits: 134 MB in float32
+_NOTHING_READ = "nothing has been read yet; feed at least one token first"
 _SCORED_AT_ONCE = 128  # tokens, so that scoring copies little of the logits
 
 
@@ -130,7 +131,7 @@ class Reader:
             ShapeError: Nothing has been read.
         """
         if self.logits is None:
-            raise ShapeError("nothing has been read yet; feed at least one token first")
+            raise ShapeError(_NOTHING_READ)
         return Reading(self.tokens, self.nll, self.seconds, self.cache, self.logits)
 
     def _note(self, logits_TV: torch.Tensor, ids_T: torch.Tensor) -> None:
@@ -192,6 +193,56 @@ def read(
     return reader.result()
 
 
+class Decoder(Protocol):
+    """What `decode` goes on from, such as a `Reader` that has read something.
+
+    Attributes:
+        logits: What the model expects next, `[V]`.
+    """
+
+    @property
+    def logits(self) -> torch.Tensor | None:
+        """See the class."""
+
+    def feed(self, input_ids: torch.Tensor, /) -> None:
+        """Reads tokens, `[T]`."""
+
+
+def decode(
+    reader: Decoder, limit: int, stop: Collection[int] = (), temperature: float = 0.0, seed: int | None = None
+) -> Iterator[int]:
+    """Continues what a reader has read; every token but the one that ends the answer enters its cache.
+
+    Args:
+        reader: What has been read.
+        limit: Most tokens to write.
+        stop: Tokens that end the answer; they are not part of it.
+        temperature: 0 takes the likeliest token each time; above, tokens are drawn.
+        seed: Of the random numbers; a new one each time if left out.
+
+    Yields:
+        Token ids.
+
+    Raises:
+        ShapeError: Nothing has been read.
+    """
+    generator = torch.Generator()
+    generator.seed() if seed is None else generator.manual_seed(seed)
+    for _ in range(limit):
+        if reader.logits is None:
+            raise ShapeError(_NOTHING_READ)
+        token = _next_token(reader.logits, temperature, generator)
+        if token in stop:
+            return
+        yield token
+        reader.feed(torch.tensor([token]))
+
+
+def text_of(tokenizer: Any, ids: Collection[int]) -> str:
+    """The text of an answer's tokens, without special tokens and with its white space as it is."""
+    return str(tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False))
+
+
 def new_cache(model: nn.Module) -> Cache:
     """An empty cache for the current mode: transformers' own in mode "full" and for a model without a memory."""
     attachment = find_attachment(model)
@@ -247,6 +298,13 @@ def _nll(logits_TV: torch.Tensor, targets_T: torch.Tensor) -> torch.Tensor:
     pairs = zip(logits_TV.split(_SCORED_AT_ONCE), targets_T.split(_SCORED_AT_ONCE))
     parts = [functional.cross_entropy(logits.float(), targets, reduction="none") for logits, targets in pairs]
     return torch.cat(parts) if parts else logits_TV.new_zeros(0, dtype=torch.float32)
+
+
+def _next_token(logits_V: torch.Tensor, temperature: float, generator: torch.Generator) -> int:
+    if temperature == 0:
+        return int(logits_V.argmax())
+    weights = torch.softmax(logits_V.float().cpu() / temperature, dim=-1)
+    return int(torch.multinomial(weights, 1, generator=generator))
 
 
 def _one_row(input_ids: torch.Tensor) -> torch.Tensor:

@@ -11,7 +11,6 @@ import torch
 
 import ahn
 from ahn.cli import loading, main
-from ahn.evaluation.answers import answer_text
 from ahn.evaluation.arms import ARMS, arm_reader
 from ahn.evaluation.benchmarks import runner as benchmark_runner
 from ahn.evaluation.benchmarks.question_sets import PromptRules, QuestionSet, check_sets
@@ -98,11 +97,11 @@ class TestAnswers:
     def test_ends(self, runner: BenchmarkRunner, arm: str) -> None:
         reader = arm_reader(runner.model, arm, score=False)
         reader.feed(torch.arange(3, 43))
-        whole = answer_text(reader.fork(), runner.tokenizer, 12, ())
+        whole = reader.fork().answer(runner.tokenizer, 12, ())
         assert len(whole) > 5
         end = whole[3:5]
-        assert answer_text(reader.fork(), runner.tokenizer, 12, (), ["nowhere", end]) == whole[: whole.index(end)]
-        assert answer_text(reader.fork(), runner.tokenizer, 12, (), ["nowhere", ""]) == whole
+        assert reader.fork().answer(runner.tokenizer, 12, (), ["nowhere", end]) == whole[: whole.index(end)]
+        assert reader.fork().answer(runner.tokenizer, 12, (), ["nowhere", ""]) == whole
 
     def test_answers_are_those_of_the_arm(self, runner: BenchmarkRunner) -> None:
         (asked,) = check_sets(["passkey"], "data", PromptRules())

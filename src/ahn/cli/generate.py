@@ -129,6 +129,7 @@ def _run(name: str, adapter: str | None, request: Request) -> None:
     """The part that needs the library: loads, reads, writes, saves."""
     saved = _saved_settings(request.cache_in) if request.cache_in is not None else None
     from ahn.cli import loading, writing
+    from ahn.generation import decode
     from ahn.models import prompts
 
     loaded = loading.load(name, adapter, **request.settings, like=saved)
@@ -142,7 +143,7 @@ def _run(name: str, adapter: str | None, request: Request) -> None:
     closing = passage.closing[:0] if request.only_reads else passage.closing
     reader = _read(loaded, request, torch.cat((passage.opening, passage.text, closing)))
     if not request.only_reads:
-        ids = writing.write(
+        ids = decode(
             reader,
             request.limit,
             prompts.stop_ids(loaded.model, loaded.tokenizer),

@@ -12,7 +12,6 @@ import torch
 
 from ahn.attachment import attachment_of
 from ahn.errors import ConfigError
-from ahn.evaluation.answers import answer_text
 from ahn.evaluation.arms import arm_reader
 from ahn.evaluation.benchmarks.question_sets import PromptRules, QuestionSet
 from ahn.evaluation.benchmarks.schema import Sample
@@ -76,7 +75,7 @@ class BenchmarkRunner:
         reader.feed(torch.tensor(ids))
         rules = sample.target.task.rules(self.prompting.scoring)
         stop = prompts.stop_ids(self.model, self.tokenizer)
-        text = answer_text(reader, self.tokenizer, rules.new_tokens, stop)
+        text = reader.answer(self.tokenizer, rules.new_tokens, stop)
         cost = {"tokens": len(ids), "seconds": reader.seconds, "cache_bytes": reader.cache_bytes}
         return {**to_record(sample, text), "arm": arm, **cost}
 
