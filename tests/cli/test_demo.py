@@ -11,10 +11,10 @@ import torch
 from rich.console import Console
 
 import ahn
-from ahn.cli import comparison, loading, main, show, writing
+from ahn.cli import comparison, loading, main, show
 from ahn.cli.loading import ModelChoice, ModelSettings
 from ahn.cli.texts import reference, with_fact
-from ahn.generation import Reader
+from ahn.generation import Reader, decode, stream_text
 from ahn.models import prompts
 from tests.cli.test_cli import as_before, place  # noqa: F401 (fixtures)
 from tests.models.test_models import needs_smollm2
@@ -170,7 +170,7 @@ class TestWriting:
     def test_pieces_join_to_the_whole(self, place):  # noqa: F811
         tokenizer = loading.load(ModelChoice(str(place / "chatty"), "none")).tokenizer
         text = "naïve – “quoted” 日本語\nand  two spaces 🙂 at the end"
-        pieces = list(writing.words(tokenizer, prompts.tokens(tokenizer, text).tolist()))
+        pieces = list(stream_text(tokenizer, prompts.tokens(tokenizer, text).tolist()))
         assert "".join(pieces) == text
         assert "\ufffd" not in "".join(pieces)
         assert len(pieces) > 20
@@ -180,7 +180,7 @@ class TestWriting:
         reader = Reader(loaded.model)
         reader.feed(prompts.tokens(loaded.tokenizer, "Once upon a time"))
         assert reader.logits is not None
-        assert list(writing.write(reader, 5, {int(reader.logits.argmax())})) == []
+        assert list(decode(reader, 5, {int(reader.logits.argmax())})) == []
 
 
 @needs_smollm2

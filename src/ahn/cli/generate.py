@@ -116,7 +116,7 @@ def _read(loaded: Loaded, settings: GenerateSettings, text: str, follows: bool) 
     import ahn
     from ahn.cli.progress import reading_bar, summary
     from ahn.evaluation.arm_names import find_arm
-    from ahn.generation import Reader, automatic_chunk
+    from ahn.generation import Reader
     from ahn.models import prompts
 
     chat = prompts.has_chat(loaded.tokenizer) if settings.chat is None else settings.chat
@@ -133,9 +133,7 @@ def _read(loaded: Loaded, settings: GenerateSettings, text: str, follows: bool) 
         cache = None if settings.cache_in is None else ahn.HippocampalCache.load(settings.cache_in, loaded.model)
         reader = Reader(loaded.model, cache, score=False)
         with reading_bar(notes(), ids.numel()) as show:
-            for piece in ids.split(settings.chunk or automatic_chunk(loaded.model)):
-                reader.feed(piece)
-                show(reader.progress)
+            reader.feed(ids, settings.chunk, show)
     if text:
         say(summary(loaded.model, reader), "dim")
     return reader
@@ -143,12 +141,12 @@ def _read(loaded: Loaded, settings: GenerateSettings, text: str, follows: bool) 
 
 def _answer(loaded: Loaded, settings: GenerateSettings, reader: Reader) -> None:
     """Writes the answer while it grows."""
-    from ahn.cli import writing
+    from ahn.generation import decode, stream_text
     from ahn.models import prompts
 
     stop = prompts.stop_ids(loaded.model, loaded.tokenizer)
-    ids = writing.write(reader, settings.max_new_tokens, stop, settings.temperature, settings.seed)
-    for words in writing.words(loaded.tokenizer, ids):
+    ids = decode(reader, settings.max_new_tokens, stop, settings.temperature, settings.seed)
+    for words in stream_text(loaded.tokenizer, ids):
         sys.stdout.write(words)
         sys.stdout.flush()
     sys.stdout.write("\n")
