@@ -32,8 +32,8 @@ AttentionMaskInterface.register(IMPLEMENTATION, mask_function)
 MODULE = "memory"
 """Name of the memory inside its attention module, hence in the model's state dict."""
 
-VOTES = "anchor_votes"
-"""Name of the weights for votes on anchors likewise."""
+SCORE_WEIGHTS = "anchor_votes"
+"""Name of the weights of anchor scores there; the word is older than the score."""
 
 
 def attach(model: nn.Module, config: AHNConfig | None = None) -> None:
@@ -106,7 +106,7 @@ def detach(model: nn.Module) -> None:
     for site in attachment.sites:
         if site.memory is not None:
             delattr(site.module, MODULE)
-        set_votes(site, {})
+        set_score_weights(site, {})
         set_attachment(site.module, None)
     for config, before in attachment.implementations:
         compat.set_implementation(config, before)
@@ -115,20 +115,20 @@ def detach(model: nn.Module) -> None:
         set_attachment(module, None)
 
 
-def set_votes(site: Site, votes: Mapping[str, nn.Module]) -> None:
+def set_score_weights(site: Site, votes: Mapping[str, nn.Module]) -> None:
     """Gives a layer weights for votes on anchors, in place of all that it has.
 
     Args:
         site: A layer with a memory.
         votes: The weights by score, on any device; none takes away what it has.
     """
-    if site.anchor_votes is not None:
-        delattr(site.module, VOTES)
-        site.anchor_votes = None
+    if site.anchor_weights is not None:
+        delattr(site.module, SCORE_WEIGHTS)
+        site.anchor_weights = None
     if votes:
         device = next(site.module.parameters()).device
-        site.anchor_votes = nn.ModuleDict(votes).to(device).eval().requires_grad_(False)
-        site.module.add_module(VOTES, site.anchor_votes)
+        site.anchor_weights = nn.ModuleDict(votes).to(device).eval().requires_grad_(False)
+        site.module.add_module(SCORE_WEIGHTS, site.anchor_weights)
 
 
 @contextlib.contextmanager

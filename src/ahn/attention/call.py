@@ -14,7 +14,7 @@ from typing import Any, TypeVar, cast
 import torch
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
-from ahn.anchors.selection import Election
+from ahn.anchors.selection import Selection
 from ahn.attachment import Attachment
 from ahn.attention.decoding import DecodeStep
 from ahn.config import RunSettings
@@ -37,7 +37,7 @@ class Plan:
         base_mask: Mask for layers without a memory, as the base model's implementation wants it.
         masks: Block masks made so far, shared by the layers.
         made: What `shared` has made so far.
-        election: The choice of anchors in this call; `None` where there are none.
+        selection: The choice of anchors in this call; `None` where there are none.
         step: What all layers do at once, in a call of one token; `None` in others.
         before: Outputs of the chunks of a long call that were read before this, its last one.
         token: What ends the call.
@@ -49,7 +49,7 @@ class Plan:
     base_mask: Any = None
     masks: dict[tuple[object, ...], torch.Tensor] = dataclasses.field(default_factory=dict)
     made: dict[tuple[str, int], tuple[object, object]] = dataclasses.field(default_factory=dict)
-    election: Election | None = None
+    selection: Selection | None = None
     step: DecodeStep | None = None
     before: list[Any] = dataclasses.field(default_factory=list)
     token: Token[Plan | None] | None = None

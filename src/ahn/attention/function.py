@@ -15,8 +15,8 @@ import torch
 from torch import nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from ahn.anchors.selection import Choice
-from ahn.anchors.voting import Voter, cast_votes
+from ahn.anchors.scoring import Scorer, score_tokens
+from ahn.anchors.selection import Selected
 from ahn.attachment import Site, find_attachment
 from ahn.attention.call import Plan
 from ahn.attention.decoding import DecodeStep
@@ -82,21 +82,21 @@ class LayerCall:
         """What the new tokens look up in this layer, once `seen` tokens have come."""
         return Lookup(query, self.sink_queries(query, seen), view, self.plan, self.store.exact.window, seen)
 
-    def elect(self, key: torch.Tensor) -> Choice | None:
+    def select(self, key: torch.Tensor) -> Selected | None:
         """Hands in the layer's votes on the new tokens; which of those that leave become anchors, if there are any."""
         plan = self.plan
-        if plan.election is None:
+        if plan.selection is None:
             return None
-        if self.site.index in plan.election.ballot.voters:
-            weights = self.site.votes_by(plan.settings.anchor_score)
-            voter = Voter(self.store, key, self.hidden, weights, self.rotary)
+        if self.site.index in plan.selection.scoreboard.layers:
+            weights = self.site.score_weights(plan.settings.anchor_score)
+            scorer = Scorer(self.store, key, self.hidden, weights, self.rotary)
             if plan.step is not None:
-                plan.step.voters[self.site.index] = voter
+                plan.step.scorers[self.site.index] = scorer
             else:
-                score, seen, delay = plan.settings.anchor_score, self.store.exact.seen, plan.election.ballot.delay
-                plan.election.votes += cast_votes([voter], score, seen, delay, plan.padding)
-        choice: Choice | None = plan.election.choices.get(self.store.exact.window)
-        return choice
+                score, seen, delay = plan.settings.anchor_score, self.store.exact.seen, plan.selection.scoreboard.delay
+                plan.selection.votes += score_tokens([scorer], score, seen, delay, plan.padding)
+        selected: Selected | None = plan.selection.selected.get(self.store.exact.window)
+        return selected
 
     def read_memory(self, query: torch.Tensor, view: View, seen: int) -> torch.Tensor:
         """Folds what left the window into the state; what the memory adds for the last E queries, `[B, E, H, V]`."""
@@ -162,8 +162,8 @@ def attention_function(
         return _decode(ahn, ahn.plan.step, query, key, value, softmax), None
     new = Tokens(key, value, ahn.record(key))
     seen = store.exact.seen + new.length
-    choice = ahn.elect(key)
-    view = store.append(new, padding, choice) if ahn.kept else store.view(new, padding)
+    selected = ahn.select(key)
+    view = store.append(new, padding, selected) if ahn.kept else store.view(new, padding)
     local = local_attention(ahn.lookup(query, view, seen), softmax)
     if ahn.gates is None or not view.evicted.length:
         return local, None
@@ -176,7 +176,7 @@ def _decode(
     """Attention of the one token of a step, `[B, 1, H, V]`: what leaves the window is in the state already."""
     step.hidden[call.site.index] = call.hidden
     store = call.store
-    view = store.append_key(key, value, call.elect(key))
+    view = store.append_key(key, value, call.select(key))
     seen = store.exact.seen
     local = local_attention(call.lookup(query, view, seen), softmax)
     if store.state is None:

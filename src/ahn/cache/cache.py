@@ -12,7 +12,7 @@ from torch import nn
 from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
 
 from ahn.anchors.scores import find_score
-from ahn.anchors.selection import Ballot
+from ahn.anchors.selection import Scoreboard
 from ahn.attachment import Attachment, Site, attachment_of
 from ahn.cache.compressive import state_slots
 from ahn.cache.layer import HippocampalLayer
@@ -49,7 +49,7 @@ class HippocampalCache(Cache):
     Attributes:
         settings: Mode, window and sinks, fixed for the life of the cache.
         padding: Padding at the left of the rows, or `None`.
-        ballot: The choice of the anchors, where there are any.
+        scoreboard: The choice of the anchors, where there are any.
         groups: Layers that decode together; found when decoding begins.
         layers: The layers: ours where a layer has a memory, those of transformers elsewhere.
     """
@@ -73,26 +73,26 @@ class HippocampalCache(Cache):
         Raises:
             ConfigError: The anchors are chosen by a score that needs weights, and the model has none for it.
         """
-        voters = attachment.voters(settings) if settings.has_anchors else frozenset()
+        scorers = attachment.scoring_layers(settings) if settings.has_anchors else frozenset()
         self.attachment = attachment
         self.settings = settings
         self.padding: Padding | None = None
         self.groups: list[LayerGroup] = []
         super().__init__(layers=[new_layer(site, settings) for site in attachment.sites])
         windows = {layer.exact.window for layer in self.layers if isinstance(layer, HippocampalLayer)}
-        self.ballot: Ballot | None = None
+        self.scoreboard: Scoreboard | None = None
         if settings.has_anchors:
             score = find_score(settings.anchor_score)
-            self.ballot = Ballot(settings.anchors, settings.sinks, windows, voters, score)
+            self.scoreboard = Scoreboard(settings.anchors, settings.sinks, windows, scorers, score)
 
     @property
     def anchor_tokens(self) -> list[list[int]]:
         """For each row the anchors of the layers with the longest window, as places in the row, the best first."""
-        name = "" if self.ballot is None else str(max(self.ballot.windows))
-        if self.ballot is None or f"tokens.{name}" not in self.ballot.held:
+        name = "" if self.scoreboard is None else str(max(self.scoreboard.windows))
+        if self.scoreboard is None or f"tokens.{name}" not in self.scoreboard.held:
             return [[] for _ in range(self.rows or 0)]
-        order = self.ballot.held[f"scores.{name}"].argsort(dim=1, descending=True, stable=True)
-        ranked = self.ballot.held[f"tokens.{name}"].gather(1, order)
+        order = self.scoreboard.held[f"scores.{name}"].argsort(dim=1, descending=True, stable=True)
+        ranked = self.scoreboard.held[f"tokens.{name}"].gather(1, order)
         return [[token for token in row if token >= 0] for row in ranked.tolist()]
 
     @property
@@ -112,7 +112,7 @@ class HippocampalCache(Cache):
     def nbytes(self) -> int:
         """Bytes of every tensor held: keys, values, gates, states, anchors and their scores, padding counts."""
         padding = self.padding.counts.nbytes if self.padding else 0
-        padding += sum(tensor.nbytes for tensor in self.ballot.held.values()) if self.ballot else 0
+        padding += sum(tensor.nbytes for tensor in self.scoreboard.held.values()) if self.scoreboard else 0
         return padding + sum(t.nbytes for layer in self.layers for t in layer_tensors(layer).values())
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -151,8 +151,8 @@ class HippocampalCache(Cache):
             set_layer_tensors(
                 other, {name: t.clone() for name, t in layer_tensors(mine).items()}, mine.get_seq_length()
             )
-        if self.ballot and twin.ballot:
-            twin.ballot.held = {name: tensor.clone() for name, tensor in self.ballot.held.items()}
+        if self.scoreboard and twin.scoreboard:
+            twin.scoreboard.held = {name: tensor.clone() for name, tensor in self.scoreboard.held.items()}
         if self.padding:
             twin.padding = Padding(self.padding.counts.clone(), self.padding.most)
         return twin
@@ -161,8 +161,8 @@ class HippocampalCache(Cache):
         """Forgets everything; the settings stay."""
         super().reset()
         self.padding = None
-        if self.ballot:
-            self.ballot.held = {}
+        if self.scoreboard:
+            self.scoreboard.held = {}
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         """Follows the rows that a beam search keeps."""
@@ -190,8 +190,8 @@ class HippocampalCache(Cache):
         refuse_assisted_decoding()
 
     def _map_ballot(self, function: Callable[[torch.Tensor], torch.Tensor]) -> None:
-        if self.ballot:
-            self.ballot.held = {name: function(tensor) for name, tensor in self.ballot.held.items()}
+        if self.scoreboard:
+            self.scoreboard.held = {name: function(tensor) for name, tensor in self.scoreboard.held.items()}
 
     def _select_shared(self, rows: torch.Tensor) -> None:
         """Keeps these rows of what all layers share."""

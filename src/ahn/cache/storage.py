@@ -34,8 +34,8 @@ def save_cache(cache: HippocampalCache, path: str | os.PathLike[str]) -> None:
     }
     if cache.padding:
         tensors["padding"] = cache.padding.counts
-    if cache.ballot:
-        tensors |= {f"ballot.{name}": tensor for name, tensor in cache.ballot.held.items()}
+    if cache.scoreboard:
+        tensors |= {f"ballot.{name}": tensor for name, tensor in cache.scoreboard.held.items()}
     header = {
         "format": FORMAT,
         "settings": vars(cache.settings),
@@ -80,9 +80,9 @@ def load_cache(kind: type[Kind], path: str | os.PathLike[str], model: nn.Module)
         }
         _check_layer(layer, held, seen, path)
         set_layer_tensors(layer, held, seen)
-    if cache.ballot:
+    if cache.scoreboard:
         shared = {name: tensor for name, tensor in tensors.items() if name.startswith("ballot.")}
-        cache.ballot.held = {name.partition(".")[2]: tensor.to(devices[0]) for name, tensor in shared.items()}
+        cache.scoreboard.held = {name.partition(".")[2]: tensor.to(devices[0]) for name, tensor in shared.items()}
     if "padding" in tensors:
         counts = tensors["padding"].to(devices[0])
         cache.padding = Padding(counts, int(counts.max()))

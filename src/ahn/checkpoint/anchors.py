@@ -16,7 +16,7 @@ from ahn.checkpoint.content import Base, check_base, check_keys, check_shapes, i
 from ahn.checkpoint.files import failure, locate, read_tensors
 from ahn.errors import ConfigError
 from ahn.memories import MemoryShape
-from ahn.surgery import set_votes
+from ahn.surgery import set_score_weights
 
 ANCHORS = Pair("anchors_config.json", "anchors.safetensors")
 
@@ -40,7 +40,7 @@ def save_anchors(model: nn.Module, path: str | os.PathLike[str], dtype: str | to
     tensors = {
         f"layers.{site.index}.{name}": tensor
         for site in attachment_of(model).sites
-        for votes in (site.anchor_votes or {}).values()
+        for votes in (site.anchor_weights or {}).values()
         for name, tensor in votes.state_dict().items()
     }
     if not tensors:
@@ -71,7 +71,7 @@ def load_anchors(model: nn.Module, path_or_hub_id: str | os.PathLike[str], revis
     votes = _read(where, folder, attachment, Base.of_model(inner_model(model)))
     for site in attachment.sites:
         if site.memory is not None:
-            set_votes(site, votes.get(site.index, {}))
+            set_score_weights(site, votes.get(site.index, {}))
 
 
 def _read(where: str, folder: Path, attachment: Attachment, base: Base) -> dict[int, dict[str, nn.Module]]:

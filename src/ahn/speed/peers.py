@@ -145,7 +145,7 @@ def peers(base: Any, model: Any, arms: list[str], context: int) -> dict[str, Pee
 
 def _settle(cache: HippocampalCache, read: int) -> None:
     """Fills the bank of anchors, as it is after a long text, where next to no token enters it any more."""
-    for name, held in cache.ballot.held.items() if cache.ballot is not None else ():
+    for name, held in cache.scoreboard.held.items() if cache.scoreboard is not None else ():
         if name.startswith("scores."):
             held.fill_(torch.finfo(held.dtype).max)
         if name.startswith("tokens."):
