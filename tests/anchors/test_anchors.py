@@ -58,7 +58,7 @@ def test_election_against_a_loop(kind: str, chunks: list[int]) -> None:
             expected = held_after(scores[row].tolist(), tokens.tolist(), anchors)
             for step in range(size):
                 query = int(tokens[done + step]) + WINDOW
-                reads = (choice.born[row] <= query) & (query < choice.died[row])
+                reads = (choice.visible_from[row] <= query) & (query < choice.visible_until[row])
                 assert set(candidates[row, reads].tolist()) == expected[done + step]
         held = held if after is None else after
         bank = bank if choice.source is None else candidates.gather(1, choice.source)

@@ -23,7 +23,7 @@ class Scorer(NamedTuple):
     """What a layer knows of the new tokens.
 
     Attributes:
-        store: Its cascade.
+        store: Its part of the cache.
         key: Their keys, rotated, `[B, G, T, K]`.
         hidden: What it reads, `[B, T, D]`.
         weights: Its weights for the score, or `None` for a score that needs none.
@@ -79,7 +79,7 @@ def _pre_rope(keys: torch.Tensor, layers: int, rotary: Rotary | None) -> torch.T
     if rotary is None:
         return keys
     cos, sin = (table.repeat(layers, 1, 1) if table.size(0) > 1 else table for table in rotary.tables)
-    return rotary.rotation.undo(keys, (cos, sin))
+    return rotary.rotation.unrotate(keys, (cos, sin))
 
 
 def _with_mean(

@@ -24,7 +24,7 @@ from ahn.tokens import Padding
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-    from ahn.attention.decoding import Group
+    from ahn.attention.decoding import LayerGroup
 
 AnyLayer = HippocampalLayer | DynamicLayer
 
@@ -51,7 +51,10 @@ class HippocampalCache(Cache):
         padding: Padding at the left of the rows, or `None`.
         scoreboard: The choice of the anchors, where there are any.
         groups: Layers that decode together; found when decoding begins.
+        layers: The layers: ours where a layer has a memory, those of transformers elsewhere.
     """
+
+    layers: list[AnyLayer]  # type: ignore[assignment]
 
     def __init__(self, model: nn.Module, *, window: int | None = None, sinks: int | None = None) -> None:
         attachment = attachment_of(model)
@@ -74,18 +77,13 @@ class HippocampalCache(Cache):
         self.attachment = attachment
         self.settings = settings
         self.padding: Padding | None = None
-        self.groups: list[Group] = []
+        self.groups: list[LayerGroup] = []
         super().__init__(layers=[new_layer(site, settings) for site in attachment.sites])
-        windows = {layer.exact.window for layer in self.cascades if isinstance(layer, HippocampalLayer)}
+        windows = {layer.exact.window for layer in self.layers if isinstance(layer, HippocampalLayer)}
         self.scoreboard: Scoreboard | None = None
         if settings.has_anchors:
             score = find_score(settings.anchor_score)
             self.scoreboard = Scoreboard(settings.anchors, settings.sinks, windows, scorers, score)
-
-    @property
-    def cascades(self) -> list[AnyLayer]:
-        """The layers, which are ours where a layer has a memory and those of transformers elsewhere."""
-        return cast("list[AnyLayer]", self.layers)
 
     @property
     def anchor_tokens(self) -> list[list[int]]:
@@ -105,7 +103,7 @@ class HippocampalCache(Cache):
     @property
     def rows(self) -> int | None:
         """Rows of the batch that it holds, or `None` before the first token."""
-        for layer in self.cascades:
+        for layer in self.layers:
             for tensor in layer_tensors(layer).values():
                 return tensor.size(0)
         return None
@@ -115,7 +113,7 @@ class HippocampalCache(Cache):
         """Bytes of every tensor held: keys, values, gates, states, anchors and their scores, padding counts."""
         padding = self.padding.counts.nbytes if self.padding else 0
         padding += sum(tensor.nbytes for tensor in self.scoreboard.held.values()) if self.scoreboard else 0
-        return padding + sum(t.nbytes for layer in self.cascades for t in layer_tensors(layer).values())
+        return padding + sum(t.nbytes for layer in self.layers for t in layer_tensors(layer).values())
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes the cache to a file, from which `load` continues bit for bit.
@@ -149,7 +147,7 @@ class HippocampalCache(Cache):
         """An independent copy: both continue from here, bit for bit alike."""
         twin = type(self).__new__(type(self))
         twin.begin(self.attachment, self.settings)
-        for mine, other in zip(self.cascades, twin.cascades, strict=True):
+        for mine, other in zip(self.layers, twin.layers, strict=True):
             set_layer_tensors(
                 other, {name: t.clone() for name, t in layer_tensors(mine).items()}, mine.get_seq_length()
             )
@@ -204,16 +202,16 @@ class HippocampalCache(Cache):
 
 
 def new_layer(site: Site, settings: RunSettings) -> AnyLayer:
-    """An empty layer of a cache: a cascade for a layer with a memory, the base model's own kind for another."""
+    """An empty layer of a cache: ours for a layer with a memory, the base model's own kind for another."""
     if site.memory is not None:
-        return new_cascade(site, site.memory, settings)
+        return new_memory_layer(site, site.memory, settings)
     if site.sliding_window is not None:
         return DynamicSlidingWindowLayer(site.sliding_window)
     return DynamicLayer()
 
 
-def new_cascade(site: Site, memory: Memory, settings: RunSettings) -> HippocampalLayer:
-    """An empty cascade of a layer with a memory."""
+def new_memory_layer(site: Site, memory: Memory, settings: RunSettings) -> HippocampalLayer:
+    """An empty layer of a cache for a layer with a memory."""
     number_bytes = next(site.module.parameters()).element_size()
     return HippocampalLayer(settings, site.sliding_window, state_slots(memory, number_bytes))
 
