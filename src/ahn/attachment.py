@@ -8,18 +8,21 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextvars import ContextVar
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from ahn.anchors.scores import PREFERRED, SCORES, default_layers, find_score
 from ahn.backbone.rotary import Rotation
-from ahn.config import AUTO, AHNConfig, Mode, RunSettings, SinkPositions
+from ahn.config import AUTO, AHNConfig, Mode, RunChanges, RunSettings
 from ahn.errors import ConfigError, ModelError
 from ahn.memories import Memory, MemoryShape
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 _OVERRIDES: ContextVar[Mapping[int, RunSettings]] = ContextVar("ahn_modes", default={})  # noqa: B039 (never mutated)
 _ATTRIBUTE = "_ahn_attachment"
@@ -209,13 +212,7 @@ def attachment_of(model: nn.Module) -> Attachment:
 def mode(
     model: nn.Module,
     name: Mode,
-    *,
-    window: int | None = None,
-    sinks: int | None = None,
-    sink_positions: SinkPositions | None = None,
-    anchors: int | None = None,
-    anchor_score: str | None = None,
-    anchor_layers: Sequence[int] | None = None,
+    **changes: Unpack[RunChanges],
 ) -> Iterator[None]:
     """Reads in another mode, or with another window, inside a `with` block.
 
@@ -227,28 +224,15 @@ def mode(
         name: "full" is the base model itself, "window" reads sinks and window with the memory silent, "ahn" reads all;
             "ct_max" and "ct_mean" read the slots of a Compressive Transformer in place of the memory, see
             `ahn.cache.compressive`.
-        window: Tokens of the window; as before if left out.
-        sinks: Number of sinks; as before if left out.
-        sink_positions: "absolute" or "bounded"; as before if left out.
-        anchors: Number of anchors; as before if left out.
-        anchor_score: What they are chosen by; as before if left out.
-        anchor_layers: Layers that vote on them; as before if left out.
+        **changes: `window`, `sinks`, `sink_positions`, `anchors`, `anchor_score` and `anchor_layers`, see
+            `ahn.config.ExactTokens`; what is left out or `None` is as before.
 
     Raises:
         ModelError: No memory is attached.
         ConfigError: A value is out of range, or the model cannot be read with these settings.
     """
     attachment = attachment_of(model)
-    changes: dict[str, Any] = {
-        "window": window,
-        "sinks": sinks,
-        "sink_positions": sink_positions,
-        "anchors": anchors,
-        "anchor_score": anchor_score,
-        "anchor_layers": None if anchor_layers is None else tuple(anchor_layers),
-    }
-    given = {key: value for key, value in changes.items() if value is not None}
-    settings = dataclasses.replace(attachment.given, mode=name, **given)
+    settings = RunSettings.of(attachment.given, mode=name, **changes)
     attachment.check(settings)
     token = _OVERRIDES.set({**_OVERRIDES.get(), id(attachment): settings})
     try:
