@@ -14,7 +14,6 @@ from torch import nn
 
 import ahn
 from ahn import native
-from ahn._home import home
 from ahn.backbone import linear
 from ahn.generation import new_cache
 from ahn.native import build
@@ -242,7 +241,8 @@ def spoil(kind: str, folder: Path) -> None:
 @pytest.fixture
 def compiled(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, forgotten: None) -> list[Path]:
     """Places to which kernels are compiled in a home of this test alone; they are copies of those of this machine."""
-    (library,) = list(home().glob("kernels/*/kernels.so"))[:1]
+    library = Path(native._kernels()._name)
+    native._kernels.cache_clear()
     places: list[Path] = []
 
     def copy(commands: object, to: Path) -> None:
