@@ -16,8 +16,8 @@ from ahn.errors import AHNError
 from ahn.evaluation import arms
 from ahn.evaluation.arm_names import GRAMMAR
 from ahn.evaluation.page import Page
-from ahn.evaluation.report import Report, read_report
-from tests.tiny import awaken, give_votes, with_memory
+from ahn.evaluation.report import EvaluationReport, read_report
+from tests.tiny import awaken, give_score_weights, with_memory
 
 GOOD: dict[str, Any] = {
     "model": "tiny",
@@ -90,7 +90,7 @@ def test_says_how_to_go_on(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_finish(capsys: pytest.CaptureFixture[str]) -> None:
     run = options.open_run("perplexity", **{**GOOD, "out": Path("run")})
-    run.finish(Report("perplexity", run.settings, {}, {}), Page("x"), {"curve": Figure()})
+    run.finish(EvaluationReport("perplexity", run.settings, {}, {}), Page("x"), {"curve": Figure()})
     assert capsys.readouterr().out == "wrote report.json, report.html, curve.png to run\n"
     assert read_report("run/report.json").settings["window"] == 16
     assert {each.name for each in Path("run").iterdir()} == {"report.json", "report.html", "curve.png"}
@@ -111,13 +111,13 @@ def test_weights_checksum() -> None:
 
 def test_votes_checksum() -> None:
     model = with_memory()
-    give_votes(model)
-    before = options.votes_checksum(model)
-    assert before != options.votes_checksum(with_memory())
-    votes = attachment_of(model).sites[0].votes_by("asked")
+    give_score_weights(model)
+    before = options.score_checksum(model)
+    assert before != options.score_checksum(with_memory())
+    votes = attachment_of(model).sites[0].score_weights("asked")
     assert isinstance(votes, AnchorQueries)
     votes.queries.add_(1)
-    assert options.votes_checksum(model) != before
+    assert options.score_checksum(model) != before
 
 
 def test_arms_are_those_of_evaluation() -> None:

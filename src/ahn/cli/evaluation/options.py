@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from ahn.cli.loading import Loaded
     from ahn.evaluation.journal import Journal
     from ahn.evaluation.page import Page
-    from ahn.evaluation.report import Report
+    from ahn.evaluation.report import EvaluationReport
 
 MODEL, WINDOW, SINKS, SINK_POSITIONS = "smollm2-135m", 1024, 32, "bounded"
 JOURNAL, REPORT, PAGE = "journal.jsonl", "report.json", "report.html"
@@ -75,11 +75,13 @@ class Run:
 
         of = self.settings
         loading.seed(of["seed"])
-        loaded = loading.load(of["model"], of["adapter"], of["window"], of["sinks"], of["sink_positions"])
+        loaded = loading.load(
+            loading.ModelSettings(of["model"], of["adapter"], of["window"], of["sinks"], of["sink_positions"])
+        )
         self.journal.pin("memory weights", weights_checksum(loaded.model))
         if anchored := [arm for arm in map(find_arm, self.arms) if arm.has_anchors]:
             self._check_scores(loaded.model, anchored)
-            self.journal.pin("votes on anchors", votes_checksum(loaded.model))
+            self.journal.pin("votes on anchors", score_checksum(loaded.model))
         return loaded
 
     def _check_scores(self, model: Any, anchored: Iterable[Arm]) -> None:
@@ -95,7 +97,7 @@ class Run:
             if arm.anchor_score == ORACLE and self.settings["command"] == "recall":
                 continue  # it alone tells which tokens
             with mode(model, "ahn", **arm.settings(self.settings["window"])):
-                attachment.voters(attachment.settings)
+                attachment.scoring_layers(attachment.settings)
                 if arm.anchor_score is None:
                     self.settings["anchor_score"] = attachment.settings.anchor_score
 
@@ -110,7 +112,7 @@ class Run:
                 say(f"{count:,} finished item{'' if count == 1 else 's'} kept in {self.out}; the same command goes on.")
             raise
 
-    def finish(self, report: Report, page: Page, figures: Mapping[str, Any]) -> None:
+    def finish(self, report: EvaluationReport, page: Page, figures: Mapping[str, Any]) -> None:
         """Writes report, page and figures into the folder, where there is one, and says so.
 
         Args:
@@ -216,11 +218,11 @@ def weights_checksum(model: Any) -> str:
     return _checksum((site.index, site.memory) for site in attachment_of(model).sites)
 
 
-def votes_checksum(model: Any) -> str:
+def score_checksum(model: Any) -> str:
     """SHA-256 of all weights of a model's votes on anchors, in hexadecimal."""
     from ahn.attachment import attachment_of
 
-    return _checksum((site.index, site.anchor_votes) for site in attachment_of(model).sites)
+    return _checksum((site.index, site.anchor_weights) for site in attachment_of(model).sites)
 
 
 def _checksum(parts: Iterable[tuple[int, nn.Module | None]]) -> str:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ahn.anchors.scores import told
+from ahn.anchors.scores import oracle
 from ahn.evaluation.arms import ArmReader, arm_reader
 from ahn.evaluation.recall.items import Asked, Item, Target
 from ahn.evaluation.recall.plan import Place, Plan
@@ -74,7 +74,7 @@ def _answered(model: Any, plan: Plan, arm: str, item: Item, stop: Collection[int
     scored = [ask for ask in item.asks if any(target.label is not None for target in ask.targets)]
     if not scored:
         return {"values": [], "answers": [], "seconds": 0.0, "cache_bytes": 0}
-    with told(item.needles):
+    with oracle(item.needles):
         reader = arm_reader(model, arm, score=False)
         reader.feed(torch.tensor(_read_by(arm, item)))
         return _asked(plan, reader, scored, stop)
@@ -85,7 +85,7 @@ def _asked(plan: Plan, reader: ArmReader, scored: Sequence[Asked], stop: Collect
     values, answers = [], []
     for ask in scored:
         ranks = _ranks(reader, ask)
-        answer = _text(plan, _after(reader, ask.closing).generate(ask.limit, stop))
+        answer = _after(reader, ask.closing).answer(plan.builder.tokenizer, ask.limit, stop)
         values += [
             {
                 "value": target.value,
@@ -127,8 +127,3 @@ def _after(reader: ArmReader, closing: Sequence[int]) -> ArmReader:
     asked = reader.fork()
     asked.feed(torch.tensor(closing))
     return asked
-
-
-def _text(plan: Plan, ids: list[int]) -> str:
-    tokenizer = plan.builder.tokenizer
-    return str(tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
