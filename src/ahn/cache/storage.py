@@ -22,7 +22,7 @@ from ahn.errors import CacheError, ConfigError
 from ahn.tokens import Padding
 
 FORMAT = 2
-"""Format of saved caches. Since 2, Mamba2 keeps two gates for each token, log decay and step, instead of the step alone."""
+"""Format of saved caches. Since 2, `side` is called `record`, and Mamba2 keeps log decay and step of each token."""
 
 Kind = TypeVar("Kind", bound=HippocampalCache)
 
