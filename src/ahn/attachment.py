@@ -12,16 +12,20 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from typing import Any
 
+import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from ahn.anchors.scores import PREFERRED, SCORES, default_layers, find_score
+from ahn.backbone import compat
 from ahn.backbone.rotary import Rotation
 from ahn.config import AUTO, AHNConfig, Mode, RunSettings, SinkPositions
 from ahn.errors import ConfigError, ModelError
 from ahn.memories import Memory, MemoryShape
 
 _OVERRIDES: ContextVar[Mapping[int, RunSettings]] = ContextVar("ahn_modes", default={})  # noqa: B039 (never mutated)
+COMPUTED = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+"""Types that attention is computed in; weights of any other are quantised."""
 _ATTRIBUTE = "_ahn_attachment"
 
 
@@ -33,6 +37,8 @@ class Site:
         module: The attention module.
         index: Its layer index, from 0.
         shape: Sizes of the layer.
+        found_dtype: What it computed in when the memory was attached.
+        found_device: Where it computed then.
         sliding_window: Tokens that the base model's layer itself sees, or `None` for full attention.
         memory: Its memory, or `None` where the layer keeps the base model's own attention.
         rotation: How to undo its rotary positions; `None` where it has none or nothing asks for it.
@@ -42,10 +48,24 @@ class Site:
     module: nn.Module
     index: int
     shape: MemoryShape
+    found_dtype: torch.dtype
+    found_device: torch.device
     sliding_window: int | None
     memory: Memory | None = None
     rotation: Rotation | None = None
     anchor_weights: nn.ModuleDict | None = None
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the layer computes in: that of its weights unless they are quantised."""
+        kinds = (tensor.dtype for tensor in self.module.parameters())
+        return next((kind for kind in kinds if kind in COMPUTED), self.found_dtype)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the layer computes: where its weights are unless they are offloaded."""
+        weight = next(self.module.parameters(), None)
+        return self.found_device if weight is None or weight.is_meta else weight.device
 
     def score_weights(self, score: str) -> nn.Module | None:
         """Its weights for votes by a score, or `None` where it has none."""
@@ -190,7 +210,7 @@ def set_attachment(model: nn.Module, attachment: Attachment | None) -> None:
 
 def find_attachment(model: nn.Module) -> Attachment | None:
     """What is attached to a model, or `None`."""
-    found: Attachment | None = getattr(_unwrap(model), _ATTRIBUTE, None)
+    found: Attachment | None = getattr(compat.unwrap(model), _ATTRIBUTE, None)
     return found
 
 
@@ -255,9 +275,3 @@ def mode(
         yield
     finally:
         _OVERRIDES.reset(token)
-
-
-def _unwrap(model: nn.Module) -> nn.Module:
-    """The model inside the wrapper of DistributedDataParallel, or the model itself."""
-    inner = getattr(model, "module", None)
-    return inner if isinstance(inner, nn.Module) and not hasattr(model, _ATTRIBUTE) else model
