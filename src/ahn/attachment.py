@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from typing import Any
 
@@ -27,6 +27,10 @@ _OVERRIDES: ContextVar[Mapping[int, RunSettings]] = ContextVar("ahn_modes", defa
 COMPUTED = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 """Types that attention is computed in; weights of any other are quantised."""
 _ATTRIBUTE = "_ahn_attachment"
+
+
+SAVERS: list[Callable[[nn.Module, str], None]] = []
+"""What writes a memory beside the base model that `save_pretrained` writes; `ahn.checkpoint` puts itself here."""
 
 
 @dataclasses.dataclass(eq=False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import sys
 from collections.abc import Iterator, Mapping
 from functools import partial
@@ -14,7 +15,7 @@ from transformers.generation.configuration_utils import GenerationMode
 from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import AttentionInterface
 
-from ahn.attachment import Attachment, Site, attachment_of, find_attachment, mode, set_attachment
+from ahn.attachment import SAVERS, Attachment, Site, attachment_of, find_attachment, mode, set_attachment
 from ahn.attention.call import mask_function
 from ahn.attention.function import IMPLEMENTATION, TRACE, attention_function
 from ahn.attention.hooks import after_call, before_call, before_layer
@@ -111,6 +112,7 @@ def detach(model: nn.Module) -> None:
     for config, before in attachment.implementations:
         compat.set_implementation(config, before)
     _restore_generate(model)
+    model.__dict__.pop("save_pretrained", None)
     for module in (model, find_backbone(model)):
         set_attachment(module, None)
 
@@ -229,6 +231,17 @@ def _install(model: Any, backbone: Any, attachment: Attachment) -> None:
         attachment.implementations.append((config, config._attn_implementation))
         compat.set_implementation(config, IMPLEMENTATION)
     _make_generate_use_memory(model)
+    model.__dict__["save_pretrained"] = partial(_save_pretrained, model)
+
+
+def _save_pretrained(model: Any, save_directory: Any, *args: Any, **kwargs: Any) -> None:
+    """As transformers saves the base model, and the memory beside it, where `ahn.from_pretrained` finds both."""
+    tensors = kwargs.pop("state_dict", None) or model.state_dict()
+    marks = (f".{MODULE}.", f".{SCORE_WEIGHTS}.")
+    base = {name: tensor for name, tensor in tensors.items() if not any(mark in name for mark in marks)}
+    type(model).save_pretrained(model, save_directory, *args, state_dict=base, **kwargs)
+    for save in SAVERS:
+        save(model, os.fspath(save_directory))
 
 
 def _position_limit(backbone: Any) -> int | None:

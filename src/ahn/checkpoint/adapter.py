@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from ahn.attachment import attachment_of
+from ahn.attachment import SAVERS, attachment_of
 from ahn.checkpoint.card import write_card
 from ahn.checkpoint.content import Base, Content, memory_config, memory_tensors
 from ahn.checkpoint.files import Stored, failure, read_json, stored_tensors, write_json, write_tensors, writing
@@ -263,3 +263,6 @@ def _dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
 
 def _name(dtype: str | torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
+
+
+SAVERS.append(save)

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from ahn.anchors.scores import AnchorGate, AnchorQueries
-from ahn.attachment import Attachment, attachment_of
+from ahn.attachment import SAVERS, Attachment, attachment_of
 from ahn.checkpoint.adapter import Pair, about, read_pair, storable, write_pair
 from ahn.checkpoint.content import Base, check_base, check_keys, check_shapes, layer_of
 from ahn.checkpoint.files import Source, failure, locate, read_tensors
@@ -136,3 +136,11 @@ def _empty(score: str, shape: MemoryShape, own: Mapping[str, torch.Tensor]) -> n
         return AnchorGate(shape.hidden_size, own["inner.bias"].numel())
     kinds = own["kinds"] if own["kinds"].dim() == 2 else torch.ones(1, 1)  # shapes are checked later
     return AnchorQueries(kinds.float().sum(0).clamp(min=0).long().tolist(), shape.kv_heads, shape.key_size)
+
+
+def _save_if_any(model: nn.Module, path: str) -> None:
+    if any(site.anchor_weights for site in attachment_of(model).sites):
+        save_anchors(model, path)
+
+
+SAVERS.append(_save_if_any)
