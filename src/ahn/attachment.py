@@ -1,16 +1,17 @@
 """What attaching leaves on a model: where the memories sit, and which settings a run has.
 
-The settings of a run live in a context variable, never in the model's config: `mode` may be nested, and threads do not
-see each other's.
+The settings of a run live beside the model, never in its config. A call takes those of the innermost `mode` block that is
+open around it; where there is none, as in a thread that was started inside of a block, those of the block that was
+opened last anywhere; and without any block those of the memory's config. A cache keeps the settings it was made with.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from contextvars import ContextVar
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -19,11 +20,13 @@ from torch.utils.hooks import RemovableHandle
 from ahn.anchors.scores import PREFERRED, SCORES, default_layers, find_score
 from ahn.backbone import compat
 from ahn.backbone.rotary import Rotation
-from ahn.config import AUTO, AHNConfig, Mode, RunSettings, SinkPositions
+from ahn.config import AUTO, AHNConfig, Mode, RunChanges, RunSettings
 from ahn.errors import ConfigError, ModelError
 from ahn.memories import Memory, MemoryShape
 
-_OVERRIDES: ContextVar[Mapping[int, RunSettings]] = ContextVar("ahn_modes", default={})  # noqa: B039 (never mutated)
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
 COMPUTED = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 """Types that attention is computed in; weights of any other are quantised."""
 _ATTRIBUTE = "_ahn_attachment"
@@ -77,6 +80,23 @@ class Site:
 
 
 @dataclasses.dataclass(eq=False)
+class Block:
+    """A `mode` block that is open.
+
+    Attributes:
+        attachment: The model's attachment.
+        settings: How the model reads inside of it.
+    """
+
+    attachment: Attachment
+    settings: RunSettings
+
+
+_OPEN: list[Block] = []  # of all threads, in the order in which they were opened
+_AROUND: ContextVar[tuple[Block, ...]] = ContextVar("ahn_blocks", default=())  # those around the code that runs
+
+
+@dataclasses.dataclass(eq=False)
 class Attachment:
     """Everything that attaching a memory to a model set up.
 
@@ -108,7 +128,9 @@ class Attachment:
     @property
     def given(self) -> RunSettings:
         """The same as they were given: with anchors, the score may be "auto"."""
-        return _OVERRIDES.get().get(id(self), RunSettings.of(self.config))
+        around = [block for block in _AROUND.get() if block in _OPEN]
+        blocks = [block for block in (*_OPEN, *around) if block.attachment is self]
+        return blocks[-1].settings if blocks else RunSettings.of(self.config)
 
     def site(self, index: int) -> Site:
         """The site of a layer."""
@@ -233,49 +255,34 @@ def attachment_of(model: nn.Module) -> Attachment:
 def mode(
     model: nn.Module,
     name: Mode,
-    *,
-    window: int | None = None,
-    sinks: int | None = None,
-    sink_positions: SinkPositions | None = None,
-    anchors: int | None = None,
-    anchor_score: str | None = None,
-    anchor_layers: Sequence[int] | None = None,
+    **changes: Unpack[RunChanges],
 ) -> Iterator[None]:
     """Reads in another mode, or with another window, inside a `with` block.
 
-    A cache that is already alive keeps the settings it was made with. Blocks may be nested, and a block in one thread
-    or task does not touch the others.
+    A cache that is already alive keeps the settings it was made with. Blocks may be nested. A block also holds in
+    threads that have no block of their own, as when `model.generate` streams from a thread that was started inside it;
+    threads and tasks with blocks of their own do not see each other's.
 
     Args:
         model: A model with a memory attached.
         name: "full" is the base model itself, "window" reads sinks and window with the memory silent, "ahn" reads all;
             "ct_max" and "ct_mean" read the slots of a Compressive Transformer in place of the memory, see
             `ahn.cache.compressive`.
-        window: Tokens of the window; as before if left out.
-        sinks: Number of sinks; as before if left out.
-        sink_positions: "absolute" or "bounded"; as before if left out.
-        anchors: Number of anchors; as before if left out.
-        anchor_score: What they are chosen by; as before if left out.
-        anchor_layers: Layers that vote on them; as before if left out.
+        **changes: `window`, `sinks`, `sink_positions`, `anchors`, `anchor_score` and `anchor_layers`, see
+            `ahn.config.ExactTokens`; what is left out or `None` is as before.
 
     Raises:
         ModelError: No memory is attached.
         ConfigError: A value is out of range, or the model cannot be read with these settings.
     """
     attachment = attachment_of(model)
-    changes: dict[str, Any] = {
-        "window": window,
-        "sinks": sinks,
-        "sink_positions": sink_positions,
-        "anchors": anchors,
-        "anchor_score": anchor_score,
-        "anchor_layers": None if anchor_layers is None else tuple(anchor_layers),
-    }
-    given = {key: value for key, value in changes.items() if value is not None}
-    settings = dataclasses.replace(attachment.given, mode=name, **given)
+    settings = RunSettings.of(attachment.given, mode=name, **changes)
     attachment.check(settings)
-    token = _OVERRIDES.set({**_OVERRIDES.get(), id(attachment): settings})
+    block = Block(attachment, settings)
+    _OPEN.append(block)
+    _AROUND.set((*_AROUND.get(), block))
     try:
         yield
-    finally:
-        _OVERRIDES.reset(token)
+    finally:  # blocks of interleaved generators need not end in the order in which they began
+        _OPEN.remove(block)
+        _AROUND.set(tuple(other for other in _AROUND.get() if other is not block))

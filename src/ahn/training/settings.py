@@ -198,7 +198,8 @@ class TrainSettings:
 
     def memory_config(self) -> AHNConfig:
         """Settings of the memory."""
-        return AHNConfig(self.memory, self.window, self.sinks, self.layers, self.sink_positions, self.memory_positions)
+        shared = {field.name for field in dataclasses.fields(AHNConfig)} & {f.name for f in dataclasses.fields(self)}
+        return AHNConfig(**{name: getattr(self, name) for name in shared})
 
     @property
     def cut(self) -> Cut:
