@@ -73,7 +73,7 @@ def load_cache(kind: type[Kind], path: str | os.PathLike[str], model: nn.Module)
         raise CacheError(f"{path} holds settings that this version cannot use: {error}") from None
     cache = kind.__new__(kind)
     cache.begin(attachment, settings)
-    devices = [next(site.module.parameters()).device for site in attachment.sites]
+    devices = [site.device for site in attachment.sites]
     for index, (layer, seen) in enumerate(zip(cache.layers, header["seen"], strict=True)):
         held = {
             name.partition(".")[2]: tensor.to(devices[index])
@@ -140,8 +140,7 @@ def _fingerprint(attachment: Attachment) -> dict[str, Any]:
         "memory": attachment.config.memory,
         "memory_positions": attachment.config.memory_positions,
         "layers": [
-            [*site.shape, site.sliding_window, site.memory is not None, str(next(site.module.parameters()).dtype)]
-            for site in attachment.sites
+            [*site.shape, site.sliding_window, site.memory is not None, str(site.dtype)] for site in attachment.sites
         ],
     }
 
