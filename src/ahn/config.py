@@ -44,6 +44,11 @@ def setting(
     return dataclasses.field(default=default, metadata=metadata, kw_only=kw_only)
 
 
+def file_setting(default: Any = dataclasses.MISSING, help: str = "", **facts: Any) -> Any:
+    """A setting that is no option of the command line: files and Python alone name it. See `setting`."""
+    return setting(default, help, option=False, **facts)
+
+
 def same_setting(settings: type, name: str, **changes: Any) -> Any:
     """The same setting in another class.
 
@@ -154,8 +159,8 @@ class RunSettings(ExactTokens):
 
         Args:
             settings: The run, or the config.
-            **changes: What is different, by the names of the attributes; what is `None` is not. The mode is "ahn" if left
-                out.
+            **changes: What is different, by the names of the attributes; what is `None` is not. The mode is "ahn" if
+                left out.
 
         Raises:
             ConfigError: A value is out of range.

@@ -10,6 +10,7 @@ from torch import nn
 
 import ahn
 from ahn.attachment import attachment_of
+from ahn.backbone import compat
 from ahn.backbone.survey import find_backbone
 from ahn.checkpoint.content import memory_tensors
 from ahn.checkpoint.loading import read
@@ -82,7 +83,7 @@ def _mean_inputs(model: nn.Module, sequences: Iterable[torch.Tensor]) -> dict[in
         with ahn.mode(model, "full"):
             for ids in sequences:
                 tokens += ids.numel()
-                find_backbone(model)(input_ids=ids[None].to(next(model.parameters()).device), use_cache=False)
+                find_backbone(model)(input_ids=ids[None].to(compat.input_device(find_backbone(model))), use_cache=False)
     finally:
         for handle in handles:
             handle.remove()
