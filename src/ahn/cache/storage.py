@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
-import tempfile
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -14,11 +12,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
+from ahn._home import replaced_file
 from ahn.attachment import Attachment, attachment_of
 from ahn.cache.cache import HippocampalCache, layer_tensors, set_layer_tensors
 from ahn.cache.layer import HippocampalLayer
 from ahn.config import RunSettings
-from ahn.errors import CacheError, ConfigError
+from ahn.errors import CacheError, ConfigError, OutputError
 from ahn.tokens import Padding
 
 FORMAT = 2
@@ -42,18 +41,11 @@ def save_cache(cache: HippocampalCache, path: str | os.PathLike[str]) -> None:
         "seen": [layer.get_seq_length() for layer in cache.layers],
         "model": _fingerprint(cache.attachment),
     }
-    target = Path(path)
     try:
-        handle, part = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
-        os.close(handle)
-        try:
+        with replaced_file(path) as part:
             save_file(tensors, part, metadata={"ahn_cache": json.dumps(header)})
-            os.replace(part, target)
-        finally:
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(part)
-    except OSError as error:
-        raise CacheError(f"cannot write the cache to {target}: {error.strerror}") from None
+    except OutputError as error:
+        raise CacheError(str(error)) from None
 
 
 def load_cache(kind: type[Kind], path: str | os.PathLike[str], model: nn.Module) -> Kind:
