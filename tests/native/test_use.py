@@ -63,7 +63,6 @@ def read(model: Any, ids: torch.Tensor, mask: torch.Tensor | None = None) -> tor
 
 
 @needs_kernels
-@pytest.mark.parametrize("memory", ["gated_delta_net", "delta_net", "mamba2"])
 @pytest.mark.parametrize("settings", [{}, {"anchors": 4}, {"anchors": 4, "sink_positions": "bounded"}], ids=str)
 @pytest.mark.parametrize("padded", [False, True])
 @torch.no_grad()

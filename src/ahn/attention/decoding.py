@@ -1,7 +1,7 @@
 """One decoded token: what all layers do at once instead of one after the other.
 
-Which token leaves the window is known before the next one is read, so the states of all layers are updated with it by one
-set of operations at the start of the call; and gates matter only once their token leaves, so those of the new token are
+Which token leaves the window is known before the next one is read, so one set of operations updates the states
+of all layers at the start of the call; and gates matter only once their token leaves, so those of the new token are
 computed for all layers at the end. In between a layer only reads its state. On a CPU a small operation costs more than
 its arithmetic, and a token of a small model has thousands of them.
 
@@ -44,7 +44,7 @@ class LayerGroup:
         leaving = [store.exact.leaving() for store in self.stores]
         k_LBGK, v_LBGV, record_LB1F = (torch.stack(tensors).squeeze(3) for tensors in zip(*leaving))
         gates_LBNH = record_LB1F.view(*record_LB1F.shape[:2], self.memories[0].gate_count, -1)
-        type(self.memories[0]).update(self.memories, k_LBGK, v_LBGV, gates_LBNH, self._gathered())
+        type(self.memories[0]).update(k_LBGK, v_LBGV, gates_LBNH, self._gathered())
 
     def write_gates(self, hidden: dict[int, torch.Tensor]) -> None:
         """Stores the gates of the new token, from what each attention layer read, `[B, 1, D]` by layer index."""

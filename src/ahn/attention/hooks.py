@@ -86,7 +86,7 @@ def _settings(attachment: Attachment, cache: Any) -> RunSettings:
         return settings
     if cache.get_seq_length() == 0:
         check_cache(cache)
-    return RunSettings("full", settings.window, settings.sinks)
+    return RunSettings(settings.window, settings.sinks, mode="full")
 
 
 def _new_cache(attachment: Attachment, backbone: Any, kwargs: dict[str, Any], needed: bool) -> HippocampalCache | None:

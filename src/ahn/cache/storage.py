@@ -21,6 +21,8 @@ from ahn.errors import CacheError, ConfigError, OutputError
 from ahn.tokens import Padding
 
 FORMAT = 2
+"""Format of saved caches. Since 2, Mamba2 keeps two gates for each token, log decay and step, instead of the step alone."""
+
 Kind = TypeVar("Kind", bound=HippocampalCache)
 
 
@@ -63,7 +65,7 @@ def load_cache(kind: type[Kind], path: str | os.PathLike[str], model: nn.Module)
         raise CacheError(f"{path} holds settings that this version cannot use: {error}") from None
     cache = kind.__new__(kind)
     cache.begin(attachment, settings)
-    devices = [next(site.module.parameters()).device for site in attachment.sites]
+    devices = [site.device for site in attachment.sites]
     for index, (layer, seen) in enumerate(zip(cache.layers, header["seen"], strict=True)):
         held = {
             name.partition(".")[2]: tensor.to(devices[index])
@@ -113,8 +115,15 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     if header is None:
         raise CacheError(f"{path} is a safetensors file, but no saved cache; write one with HippocampalCache.save")
     if header.get("format") != FORMAT:
-        raise CacheError(f"{path} has format {header.get('format')}, this version of ahn reads {FORMAT}; update ahn")
+        raise CacheError(_other_format(path, header.get("format")))
     return header, tensors
+
+
+def _other_format(path: Path, found: object) -> str:
+    """What to say of a file of another format."""
+    older = isinstance(found, int) and found < FORMAT
+    remedy = "read the text again and save it anew" if older else "update ahn"
+    return f"{path} has format {found}, this version of ahn reads {FORMAT}; {remedy}"
 
 
 def _fingerprint(attachment: Attachment) -> dict[str, Any]:
@@ -123,8 +132,7 @@ def _fingerprint(attachment: Attachment) -> dict[str, Any]:
         "memory": attachment.config.memory,
         "memory_positions": attachment.config.memory_positions,
         "layers": [
-            [*site.shape, site.sliding_window, site.memory is not None, str(next(site.module.parameters()).dtype)]
-            for site in attachment.sites
+            [*site.shape, site.sliding_window, site.memory is not None, str(site.dtype)] for site in attachment.sites
         ],
     }
 
