@@ -36,7 +36,7 @@ class AHNConfig:
         anchor_score: What they are chosen by, a key of `ahn.anchors.scores.SCORES`; looked up when it is attached.
             "auto" takes what the model has weights for, `learned` before `asked`, and `key_diff` where it has none.
         anchor_layers: Indices of the layers that vote on anchors; `None` takes those that the score does best with, see
-            `ahn.anchors.scores.usual_voters`.
+            `ahn.anchors.scores.default_layers`.
 
     Raises:
         ConfigError: A value is out of range.

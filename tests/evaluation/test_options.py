@@ -17,7 +17,7 @@ from ahn.evaluation import arms
 from ahn.evaluation.arm_names import GRAMMAR
 from ahn.evaluation.page import Page
 from ahn.evaluation.report import Report, read_report
-from tests.tiny import awaken, give_votes, with_memory
+from tests.tiny import awaken, give_score_weights, with_memory
 
 GOOD: dict[str, Any] = {
     "model": "tiny",
@@ -111,13 +111,13 @@ def test_weights_checksum() -> None:
 
 def test_votes_checksum() -> None:
     model = with_memory()
-    give_votes(model)
-    before = options.votes_checksum(model)
-    assert before != options.votes_checksum(with_memory())
-    votes = attachment_of(model).sites[0].votes_by("asked")
+    give_score_weights(model)
+    before = options.score_checksum(model)
+    assert before != options.score_checksum(with_memory())
+    votes = attachment_of(model).sites[0].score_weights("asked")
     assert isinstance(votes, AnchorQueries)
     votes.queries.add_(1)
-    assert options.votes_checksum(model) != before
+    assert options.score_checksum(model) != before
 
 
 def test_arms_are_those_of_evaluation() -> None:

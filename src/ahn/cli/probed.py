@@ -79,7 +79,7 @@ def summary(probe: Probe) -> list[str]:
         f"{probe.gradients.positions:,} positions.",
     ]
     last = trace.fullness[-1]
-    kept = "" if trace.keep is None else f", decay {float(trace.keep.mean()):.3f} (share kept per token)"
+    kept = "" if trace.decay is None else f", decay {float(trace.decay.mean()):.3f} (share kept per token)"
     lines.append(
         f"State: effective rank {float(trace.rank[-1].mean()):.1f} of at most {max(trace.full_rank)} (mean over heads; "
         f"{float(last.min()):.0%} to {float(last.max()):.0%} full). Gates: write strength "
@@ -106,7 +106,7 @@ def report(probe: Probe, seed: int) -> Report:
         ],
         "layers": trace.layers,
         "state": {"tokens_read": trace.tokens, "effective_rank": trace.rank, "full_rank": trace.full_rank},
-        "gates": {"write": trace.write, "decay": trace.keep},
+        "gates": {"write": trace.write, "decay": trace.decay},
     }
     return Report("probe", _settings(probe), results, environment(probe.loaded.model, seed))
 

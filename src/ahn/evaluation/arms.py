@@ -5,7 +5,7 @@ All but `full` have the same lossless budget, sinks and window.
 - `full`: the base model itself.
 - `window`: sinks and sliding window; `window+64`: a window that is 64 tokens larger.
 - `ahn`: the memory beside them; `ahn+64`: 64 anchors too; `ahn+64:recent`: chosen by another score
-  (`ahn+64:oracle` by one that is told, inside `ahn.anchors.scores.told`).
+  (`ahn+64:oracle` by one that knows them, inside `ahn.anchors.scores.oracle`).
 - `ct_max`, `ct_mean`: the slots of a Compressive Transformer beside them.
 - `tail`: the base model given nothing but the tokens of sinks and window as its whole input: all that can be known
   without what was evicted. A layer of a sliding window reads what the layer below read further back, so that `window`

@@ -79,7 +79,7 @@ class Run:
         self.journal.pin("memory weights", weights_checksum(loaded.model))
         if anchored := [arm for arm in map(find_arm, self.arms) if arm.has_anchors]:
             self._check_scores(loaded.model, anchored)
-            self.journal.pin("votes on anchors", votes_checksum(loaded.model))
+            self.journal.pin("votes on anchors", score_checksum(loaded.model))
         return loaded
 
     def _check_scores(self, model: Any, anchored: Iterable[Arm]) -> None:
@@ -95,7 +95,7 @@ class Run:
             if arm.anchor_score == ORACLE and self.settings["command"] == "recall":
                 continue  # it alone tells which tokens
             with mode(model, "ahn", **arm.settings(self.settings["window"])):
-                attachment.voters(attachment.settings)
+                attachment.scoring_layers(attachment.settings)
                 if arm.anchor_score is None:
                     self.settings["anchor_score"] = attachment.settings.anchor_score
 
@@ -216,11 +216,11 @@ def weights_checksum(model: Any) -> str:
     return _checksum((site.index, site.memory) for site in attachment_of(model).sites)
 
 
-def votes_checksum(model: Any) -> str:
+def score_checksum(model: Any) -> str:
     """SHA-256 of all weights of a model's votes on anchors, in hexadecimal."""
     from ahn.attachment import attachment_of
 
-    return _checksum((site.index, site.anchor_votes) for site in attachment_of(model).sites)
+    return _checksum((site.index, site.anchor_weights) for site in attachment_of(model).sites)
 
 
 def _checksum(parts: Iterable[tuple[int, nn.Module | None]]) -> str:
