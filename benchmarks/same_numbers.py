@@ -19,6 +19,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
+from itertools import pairwise
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -84,7 +85,7 @@ def read_text(model: Any, ids: torch.Tensor, file: Path) -> Tensors:
 
     cache = ahn.HippocampalCache(model)
     spans = [*range(0, READ_TOKENS, CHUNK_TOKENS), *range(READ_TOKENS, ids.size(1) + 1)]
-    logits = [model(ids[:, a:b], past_key_values=cache).logits for a, b in zip(spans, spans[1:])]
+    logits = [model(ids[:, a:b], past_key_values=cache).logits for a, b in pairwise(spans)]
     cache.save(file)
     first = len([a for a in spans if a < READ_TOKENS])
     return {

@@ -13,7 +13,7 @@ from ahn.attachment import attachment_of
 from ahn.attention.masks import visible_extra
 from ahn.cache.compressive import POOLED, PooledStore, state_slots
 from ahn.tokens import Padding, Tokens
-from tests.tiny import MEMORIES, read, text, with_memory
+from tests.tiny import read, text, with_memory
 
 MODES = ("ct_max", "ct_mean")
 SINKS, WINDOW = 5, 16
@@ -112,7 +112,6 @@ def test_padded_rows_read_as_alone(mode: Any, sink_positions: Any) -> None:
             torch.testing.assert_close(both[1:, 23:], read(model, ids[1:, 23:]), rtol=0, atol=2e-5)
 
 
-@pytest.mark.parametrize("memory", MEMORIES)
 def test_slots_fill_the_bytes_of_the_state(memory: str, mode: Any) -> None:
     model = with_memory("llama", memory)
     found = attachment_of(model).sites[0].memory

@@ -1,7 +1,7 @@
 """One decoded token: what all layers do at once instead of one after the other.
 
-Which token leaves the window is known before the next one is read, so it is folded into the states of all layers by one
-set of operations at the start of the call; and gates matter only once their token leaves, so those of the new token are
+Which token leaves the window is known before the next one is read, so one set of operations updates the states
+of all layers at the start of the call; and gates matter only once their token leaves, so those of the new token are
 computed for all layers at the end. In between a layer only reads its state. On a CPU a small operation costs more than
 its arithmetic, and a token of a small model has thousands of them.
 

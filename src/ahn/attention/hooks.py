@@ -165,7 +165,7 @@ def _settings(attachment: Attachment, cache: Any) -> RunSettings:
         return settings
     if cache.get_seq_length() == 0:
         check_cache(cache)
-    return RunSettings("full", settings.window, settings.sinks)
+    return RunSettings(settings.window, settings.sinks, mode="full")
 
 
 def _use_of_new_cache(backbone: Any, kwargs: dict[str, Any]) -> CacheUse:

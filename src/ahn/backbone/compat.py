@@ -1,4 +1,4 @@
-"""Everything that leans on an internal of transformers, each with the version it was written for."""
+"""Everything that leans on an internal of torch or transformers, each with the version it was written for."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from transformers import GenerationMixin
 
 CACHE_NAMES = ("cache", "past_key_values")
@@ -15,6 +16,9 @@ CACHE_NAMES = ("cache", "past_key_values")
 _GENERATES_FROM = inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters
 CACHE = "cache" if "cache" in _GENERATES_FROM else "past_key_values"
 """Name under which this transformers hands a cache on (`past_key_values` before 5.24; 5.40 removes that name)."""
+
+FUSED_GROUPS_HEADS = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 13)
+"""Whether torch's fused attention on a CPU lets query heads share a kv head; 2.6 to 2.8 read past the keys instead."""
 
 
 def cache_name(model: Any) -> str:
@@ -49,7 +53,29 @@ def attention_configs(backbone: nn.Module) -> Iterator[Any]:
             yield config
 
 
+def unwrap(model: Any) -> Any:
+    """The model of transformers inside the wrappers of DistributedDataParallel, torch.compile and peft."""
+    while True:
+        if isinstance(model, DistributedDataParallel):
+            model = model.module
+        elif isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):  # torch.compile
+            model = inner
+        elif hasattr(model, "peft_config") and callable(getattr(model, "get_base_model", None)):
+            model = model.get_base_model()
+        else:
+            return model
+
+
+def execution_device(module: nn.Module) -> torch.device | None:
+    """Device on which accelerate runs a module whose weights it keeps elsewhere, or `None` for any other module."""
+    device = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
+    if device is None:
+        return None
+    return torch.device(device if isinstance(device, (str, torch.device)) else f"cuda:{device}")
+
+
 def input_device(backbone: Any) -> torch.device:
-    """Device of the input embeddings, where a text enters the model."""
-    device: torch.device = backbone.get_input_embeddings().weight.device
+    """Device on which a text enters the model: that of the input embeddings."""
+    embeddings = backbone.get_input_embeddings()
+    device: torch.device = execution_device(embeddings) or embeddings.weight.device
     return device

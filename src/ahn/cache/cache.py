@@ -241,6 +241,18 @@ class HippocampalCache(Cache):
             twin.padding = Padding(self.padding.counts.clone(), self.padding.most)
         return twin
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        """The same as `fork`: a copy of what was read, for the same model."""
+        return self.fork()
+
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:
+        """A cache belongs to its model, so that pickling it alone would pickle that too.
+
+        Raises:
+            CacheError: Always.
+        """
+        raise CacheError("a cache is not pickled or copied in part: write it with cache.save(path), copy it by fork()")
+
     def reset(self) -> None:
         """Forgets everything; the settings stay."""
         self.settle()
@@ -300,7 +312,7 @@ def new_layer(site: Site, settings: RunSettings) -> AnyLayer:
 
 def new_memory_layer(site: Site, memory: Memory, settings: RunSettings) -> HippocampalLayer:
     """An empty layer of a cache for a layer with a memory."""
-    number_bytes = next(site.module.parameters()).element_size()
+    number_bytes = site.dtype.itemsize
     return HippocampalLayer(settings, site.sliding_window, state_slots(memory, number_bytes))
 
 

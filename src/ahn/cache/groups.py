@@ -40,7 +40,7 @@ class LayerGroup:
         memory = self.memories[0]
         gates_LB1NH = TokenRecord.unpack(record_LB1F, memory.gate_count, memory.shape.query_heads).gates
         states = self._copied()
-        type(memory).update(self.memories, k_LBGK, v_LBGV, gates_LB1NH.squeeze(2), states)
+        type(memory).update(k_LBGK, v_LBGV, gates_LB1NH.squeeze(2), states)
         self.states = states
         for store, state in zip(self.stores, states):
             store.state = state

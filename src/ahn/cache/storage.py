@@ -18,6 +18,7 @@ from ahn.config import RunSettings
 from ahn.errors import CacheError, ConfigError
 
 FORMAT = 2
+"""Format of saved caches. Since 2, Mamba2 keeps log decay and step of each token instead of the step alone."""
 
 
 class SavedCache(NamedTuple):
@@ -113,8 +114,15 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     if header is None:
         raise CacheError(f"{path} is a safetensors file, but no saved cache; write one with HippocampalCache.save")
     if header.get("format") != FORMAT:
-        raise CacheError(f"{path} has format {header.get('format')}, this version of ahn reads {FORMAT}; update ahn")
+        raise CacheError(_other_format(path, header.get("format")))
     return header, tensors
+
+
+def _other_format(path: Path, found: object) -> str:
+    """What to say of a file of another format."""
+    older = isinstance(found, int) and found < FORMAT
+    remedy = "read the text again and save it anew" if older else "update ahn"
+    return f"{path} has format {found}, this version of ahn reads {FORMAT}; {remedy}"
 
 
 def _fingerprint(attachment: Attachment) -> dict[str, Any]:
@@ -123,8 +131,7 @@ def _fingerprint(attachment: Attachment) -> dict[str, Any]:
         "memory": attachment.config.memory,
         "memory_positions": attachment.config.memory_positions,
         "layers": [
-            [*site.shape, site.sliding_window, site.memory is not None, str(next(site.module.parameters()).dtype)]
-            for site in attachment.sites
+            [*site.shape, site.sliding_window, site.memory is not None, str(site.dtype)] for site in attachment.sites
         ],
     }
 

@@ -13,7 +13,7 @@ from ahn.evaluation.page import Page
 from ahn.evaluation.probing.figures import draw
 from ahn.evaluation.probing.shading import STYLE, coloured_text
 from ahn.evaluation.probing.tokens import Scale, ShownToken, show_tokens, strongest, token_texts
-from ahn.evaluation.report import Report, environment
+from ahn.evaluation.report import EvaluationReport, environment
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -88,7 +88,7 @@ def summary(probe: Probe) -> list[str]:
     return lines
 
 
-def report(probe: Probe, seed: int) -> Report:
+def report(probe: Probe, seed: int) -> EvaluationReport:
     """Every number.
 
     Args:
@@ -108,7 +108,7 @@ def report(probe: Probe, seed: int) -> Report:
         "state": {"tokens_read": trace.tokens, "effective_rank": trace.rank, "full_rank": trace.full_rank},
         "gates": {"write": trace.write, "decay": trace.decay},
     }
-    return Report("probe", _settings(probe), results, environment(probe.loaded.model, seed))
+    return EvaluationReport("probe", _settings(probe), results, environment(probe.loaded.model, seed))
 
 
 def figures(probe: Probe) -> dict[str, tuple[Any, str]]:

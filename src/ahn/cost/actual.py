@@ -43,10 +43,10 @@ class Actual(Counting):
     def memory_flops(self, memory: Memory, tokens: int, evicted: int) -> int:
         """Gates of every token; state and output where something was evicted."""
         shape = memory.shape
-        gates = memory.gate_count * shape.hidden_size * shape.query_heads
-        read_out = sum(parameter.numel() for parameter in memory.parameters() if parameter.dim() > 1) - gates
+        gates = len(memory.projections) * shape.hidden_size * shape.query_heads
+        output = sum(parameter.numel() for parameter in memory.parameters() if parameter.dim() > 1) - gates
         scan = memory.state_products * state_numbers(memory)
-        return 2 * tokens * gates + 2 * evicted * (scan + read_out)
+        return 2 * tokens * gates + 2 * evicted * (scan + output)
 
     def number_bytes(self) -> int:
         """Bytes of the model's dtype."""
