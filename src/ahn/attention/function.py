@@ -15,13 +15,13 @@ import torch
 from torch import nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from ahn.anchors.scoring import Scorer, score_tokens
+from ahn.anchors.base import LayerTokens
 from ahn.anchors.selection import Selected
 from ahn.attachment import Site, find_attachment
 from ahn.attention.call import Plan
 from ahn.attention.decoding import Step
 from ahn.attention.lookup import Lookup
-from ahn.attention.softmax import Softmax, local_attention
+from ahn.attention.softmax import Softmax, attention_blocks, local_attention
 from ahn.backbone.rotary import Rotary
 from ahn.cache.layer import HippocampalLayer
 from ahn.errors import ModelError
@@ -82,21 +82,30 @@ class LayerCall:
         """What the new tokens look up in this layer, once `seen` tokens have come."""
         return Lookup(query, self.sink_queries(query, seen), view, self.plan, self.store.exact.window, seen)
 
-    def select(self, key: torch.Tensor) -> Selected | None:
-        """Hands in the layer's votes on the new tokens; which of those that leave become anchors, if there are any."""
-        plan = self.plan
-        if plan.selection is None:
-            return None
-        if self.site.index in plan.selection.scoreboard.layers:
-            weights = self.site.score_weights(plan.settings.anchor_score)
-            scorer = Scorer(self.store, key, self.hidden, weights, self.rotary)
-            if plan.step is not None:
-                plan.step.scorers[self.site.index] = scorer
-            else:
-                score, seen, delay = plan.settings.anchor_score, self.store.exact.seen, plan.selection.scoreboard.delay
-                plan.selection.votes += score_tokens([scorer], score, seen, delay, plan.padding)
-        selected: Selected | None = plan.selection.selected.get(self.store.exact.window)
-        return selected
+    def selected(self) -> Selected | None:
+        """Which of the tokens that leave the window become anchors; `None` where there are no anchors."""
+        selection = self.plan.selection
+        return None if selection is None else selection.selected.get(self.store.exact.window)
+
+    def score_tokens(self, lookup: Lookup, key: torch.Tensor, value: torch.Tensor, softmax: Softmax) -> None:
+        """Scores the new tokens for the choice of anchors, where the layer takes part in it."""
+        selection = self.plan.selection
+        if selection is None or self.site.index not in selection.scoreboard.layers:
+            return
+        tokens = LayerTokens(
+            selection.seen,
+            selection.scoreboard.delay,
+            self.plan.padding,
+            self.hidden,
+            lookup.queries,
+            key,
+            value,
+            attention=lambda: attention_blocks(lookup, softmax),
+            weights=self.site.score_weights(selection.scoreboard.score.name),
+            state=self.store.score_state.held,
+            rotary=self.rotary,
+        )
+        selection.add(tokens, later=self.plan.step is not None)
 
     def read_memory(self, query: torch.Tensor, view: View, seen: int) -> torch.Tensor:
         """Folds what left the window into the state; what the memory adds for the last E queries, `[B, E, H, V]`."""
@@ -162,9 +171,10 @@ def attention_function(
         return _decode(ahn, ahn.plan.step, query, key, value, softmax), None
     new = Tokens(key, value, ahn.side(key))
     seen = store.exact.seen + new.length
-    selected = ahn.select(key)
-    view = store.append(new, padding, selected) if ahn.kept else store.view(new, padding)
-    local = local_attention(ahn.lookup(query, view, seen), softmax)
+    view = store.append(new, padding, ahn.selected()) if ahn.kept else store.view(new, padding)
+    lookup = ahn.lookup(query, view, seen)
+    ahn.score_tokens(lookup, key, value, softmax)
+    local = local_attention(lookup, softmax)
     if ahn.gates is None or not view.evicted.length:
         return local, None
     return _added_to_last(local, ahn.read_memory(query, view, seen)), None
@@ -176,9 +186,10 @@ def _decode(
     """Attention of the one token of a step, `[B, 1, H, V]`: what leaves the window is in the state already."""
     step.hidden[call.site.index] = call.hidden
     store = call.store
-    view = store.append_key(key, value, call.select(key))
-    seen = store.exact.seen
-    local = local_attention(call.lookup(query, view, seen), softmax)
+    view = store.append_key(key, value, call.selected())
+    lookup = call.lookup(query, view, store.exact.seen)
+    call.score_tokens(lookup, key, value, softmax)
+    local = local_attention(lookup, softmax)
     if store.state is None:
         return local
     return call.memory.add_answer(local, query.transpose(1, 2), call.hidden, store.state)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ahn.anchors.selection import Scoreboard, Selection
+from ahn.anchors.selection import Selection
 from ahn.attachment import Attachment, Site, attachment_of
 from ahn.attention.call import CURRENT, Plan, find_padding
 from ahn.attention.chunks import joined, read_first_pieces
@@ -43,7 +43,7 @@ def before_call(backbone: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
     if isinstance(cache, HippocampalCache) and cache.scoreboard is not None and inputs is not None:
         plan.before, kwargs = read_first_pieces(backbone, cache.seen_tokens, cache.scoreboard.longest_call, kwargs)
         cache.padding = padding  # of which the pieces saw their parts
-        plan.selection = _selection(cache, cache.scoreboard, _inputs(kwargs).size(1))
+        plan.selection = Selection(cache.scoreboard, cache.seen_tokens, _inputs(kwargs).size(1), padding)
     if isinstance(cache, HippocampalCache) and inputs is not None:
         plan.step = begin_step(cache, _inputs(kwargs).size(1))
     linear.note_call(plan.step is not None)
@@ -58,7 +58,7 @@ def after_call(backbone: Any, args: Any, output: Any) -> Any:
         return None
     CURRENT.reset(plan.token)
     if output is not None and plan.step is not None:
-        plan.step.close(plan.selection)
+        plan.step.close()
     if output is not None and plan.selection is not None:
         plan.selection.close()
     return joined([*plan.before, output]) if output is not None and plan.before else None
@@ -67,12 +67,6 @@ def after_call(backbone: Any, args: Any, output: Any) -> Any:
 def _inputs(kwargs: dict[str, Any]) -> Any:
     """Ids or embeddings of a call, whichever it was given."""
     return kwargs.get("input_ids") if kwargs.get("input_ids") is not None else kwargs.get("inputs_embeds")
-
-
-def _selection(cache: HippocampalCache, scoreboard: Scoreboard, new: int) -> Selection:
-    """The selection of a call, whose choice is made before it begins."""
-    seen = cache.seen_tokens
-    return Selection(scoreboard, seen, scoreboard.choose(seen, new, cache.padding))
 
 
 def _settings(attachment: Attachment, cache: Any) -> RunSettings:

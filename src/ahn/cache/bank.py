@@ -51,7 +51,13 @@ class Bank(LaterStore):
         return self.held[name]
 
 
-class KeyMean(LaterStore):
-    """Unit keys of a layer before their rotation, `[B, G, _, K]` float32: the sum of all, and the last ones."""
+class ScoreState(LaterStore):
+    """What the score of the anchors keeps in one layer.
 
-    names = ("key_total", "key_recent")
+    Args:
+        names: Names of its tensors, `Score.state_names`.
+    """
+
+    def __init__(self, names: tuple[str, ...]) -> None:
+        super().__init__()
+        self.names = names

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import ClassVar
-
 import torch
 
 
@@ -16,7 +14,7 @@ class LaterStore:
         held: Its tensors; none before something was stored.
     """
 
-    names: ClassVar[tuple[str, ...]]
+    names: tuple[str, ...]
 
     def __init__(self) -> None:
         self.held: dict[str, torch.Tensor] = {}
