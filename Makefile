@@ -24,12 +24,13 @@ HAVE_MODEL := $(VENV)/.have-smollm2-0.1.2
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help demo test slow results recall bench lint format clean
+.PHONY: help demo test slow fla results recall bench lint format clean
 
 help:
 	@echo "make demo    a small model reads a long text past its window"
 	@echo "make test    lint, types and the fast tests"
 	@echo "make slow    the slow tests"
+	@echo "make fla     the kernels of flash-linear-attention, interpreted on the CPU (adds 1 GB to .venv)"
 	@echo "make results every number of docs/results.md (TEXTS=FOLDER of unseen texts)"
 	@echo "make recall  every count of docs/recall.md (TEXTS=FOLDER of unseen texts)"
 	@echo "make bench   speed of reading and writing, side by side (docs/performance.md)"
@@ -45,6 +46,10 @@ test: lint $(HAVE_MODEL)
 
 slow: $(HAVE_DEV) $(HAVE_MODEL)
 	@$(PY) -m pytest -q -m "slow and not gpu and not network" --timeout 3600 $(ARGS)
+
+fla: $(HAVE_DEV)
+	@$(PIP) torch==$(TORCH) -e ".[triton]"
+	@$(PY) -m pytest -q tests/ops/test_fla.py
 
 results: $(HAVE_DEV) $(HAVE_MODEL)
 	@[ -n "$(TEXTS)" ] || { echo "name a folder of texts that no memory was trained on: make results TEXTS=FOLDER"; exit 1; }

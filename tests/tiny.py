@@ -9,7 +9,8 @@ import transformers
 from torch import nn
 
 import ahn
-from ahn.anchors.scores import AnchorGate, AnchorQueries
+from ahn.anchors.learned import AnchorGate
+from ahn.anchors.queries import AnchorQueries
 from ahn.attachment import attachment_of
 from ahn.backbone.compat import CACHE
 from ahn.surgery import set_score_weights

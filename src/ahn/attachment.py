@@ -37,7 +37,7 @@ class Site:
         sliding_window: Tokens that the base model's layer itself sees, or `None` for full attention.
         memory: Its memory, or `None` where the layer keeps the base model's own attention.
         rotation: How to undo its rotary positions; `None` where it has none or nothing asks for it.
-        anchor_weights: Its weights for votes on anchors, by score; `None` where it has none.
+        anchor_weights: Its weights of anchor scores, by score; `None` where it has none.
     """
 
     module: nn.Module
@@ -49,7 +49,7 @@ class Site:
     anchor_weights: nn.ModuleDict | None = None
 
     def score_weights(self, score: str) -> nn.Module | None:
-        """Its weights for votes by a score, or `None` where it has none."""
+        """Its weights of one anchor score, or `None` where it has none."""
         return self.anchor_weights[score] if self.anchor_weights is not None and score in self.anchor_weights else None
 
 
@@ -185,7 +185,7 @@ def mode(
         sink_positions: "absolute" or "bounded"; as before if left out.
         anchors: Number of anchors; as before if left out.
         anchor_score: What they are chosen by; as before if left out.
-        anchor_layers: Layers that vote on them; as before if left out.
+        anchor_layers: Layers that score them; as before if left out.
 
     Raises:
         ModelError: No memory is attached.

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 import ahn
-from ahn.anchors.scores import LONG_POOL, POOL, AnchorQueries
+from ahn.anchors.pooling import LONG_POOL, POOL
+from ahn.anchors.queries import AnchorQueries
 from ahn.attachment import attachment_of
 from ahn.errors import CheckpointError
 from ahn.surgery import set_score_weights
@@ -101,7 +102,7 @@ def test_layers_must_vote_by_the_same_kinds(tmp_path: Path) -> None:
     give_score_weights(model, (0, 2))
     set_score_weights(attachment_of(model).site(2), {"asked": AnchorQueries([4], 2, 8)})
     ahn.save_anchors(model, tmp_path / "votes")
-    with pytest.raises(CheckpointError, match=r"its layers vote by different kinds of facts. Make it anew"):
+    with pytest.raises(CheckpointError, match=r"its layers score different kinds of facts. Make it anew"):
         ahn.load_anchors(model, tmp_path / "votes")
 
 
@@ -149,7 +150,7 @@ class TestErrors:
         model = with_memory(anchors=ANCHORS, anchor_score="learned")
         with pytest.raises(ahn.AHNError, match=r"no weights on this model; load some with ahn\.load_anchors"):
             read(model, text(1, 75))
-        with ahn.mode(model, "ahn", anchor_score="recent"):
+        with ahn.mode(model, "ahn", anchor_score="value_norm"):
             read(model, text(1, 75))
         with pytest.raises(ahn.AHNError, match="no weights for votes on anchors to save"):
             ahn.save_anchors(model, tmp_path)
@@ -184,17 +185,17 @@ class TestErrors:
 def test_auto_takes_what_the_model_has_weights_for() -> None:
     model = with_memory(anchors=ANCHORS)
     attachment = attachment_of(model)
-    assert attachment.given.anchor_score == "auto"
-    assert attachment.settings.anchor_score == ahn.HippocampalCache(model).settings.anchor_score == "key_diff"
+    assert attachment.settings.anchor_score == "auto"
+    assert ahn.HippocampalCache(model).settings.anchor_score == "key_diff"
     give_score_weights(model, (0, 2))
-    assert attachment.settings.anchor_score == ahn.HippocampalCache(model).settings.anchor_score == "learned"
+    assert ahn.HippocampalCache(model).settings.anchor_score == "learned"
     del attachment.site(0).anchor_weights["learned"]  # type: ignore[union-attr]
     with ahn.mode(model, "ahn", anchor_layers=[0]):
         assert ahn.HippocampalCache(model).settings.anchor_score == "asked"
     with ahn.mode(model, "ahn", anchor_layers=[1]):
         assert ahn.HippocampalCache(model).settings.anchor_score == "key_diff"
-        with ahn.mode(model, "ahn", anchor_score="recent"), ahn.mode(model, "ahn", anchor_score="auto"):
-            assert attachment.settings.anchor_score == "key_diff"
+        with ahn.mode(model, "ahn", anchor_score="value_norm"), ahn.mode(model, "ahn", anchor_score="auto"):
+            assert ahn.HippocampalCache(model).settings.anchor_score == "key_diff"
 
 
 def test_auto_is_decided_when_a_text_begins(tmp_path: Path) -> None:

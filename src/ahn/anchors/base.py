@@ -80,7 +80,7 @@ class LayerTokens:
     def pre_rope_keys(self) -> torch.Tensor:
         """Keys as they were before their rotation, `[B, G, T, K]` float32."""
         keys = self.keys.float()
-        return keys if self.rotary is None else self.rotary.rotation.undo(keys, self.rotary.tables)
+        return keys if self.rotary is None else self.rotary.rotation.unrotate(keys, self.rotary.tables)
 
 
 def unrotate_together(layers: Sequence[LayerTokens]) -> None:
@@ -98,7 +98,7 @@ def unrotate_together(layers: Sequence[LayerTokens]) -> None:
         keys = torch.cat([tokens.keys for tokens in group]).float()
         if cos.size(0) > 1:
             cos, sin = (table.repeat(len(group), 1, 1) for table in (cos, sin))
-        for tokens, own in zip(group, rotation.undo(keys, (cos, sin)).chunk(len(group)), strict=True):
+        for tokens, own in zip(group, rotation.unrotate(keys, (cos, sin)).chunk(len(group)), strict=True):
             tokens.pre_rope_keys = own
 
 

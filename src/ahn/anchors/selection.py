@@ -1,8 +1,8 @@
 """Which tokens become anchors: the best scored of those that leave the window.
 
-All layers share one choice. Some of them score each token; the mean of the layers goes to the scoreboard. When the token
-leaves the window, its score is pooled with those of its neighbours, and the bank holds the best so far. A score is final
-before its token can leave, so that the choice depends on the text alone, not on the chunks in which it was read.
+All layers share one choice. Some of them score each token, and the mean of the layers goes to the scoreboard. When the
+token leaves the window, its score is pooled with those of its neighbours, and the bank holds the best so far. A score
+is final before its token can leave: the choice depends on the text alone, not on the chunks in which it was read.
 
 Legend of shapes: B batch, T new tokens, E tokens that leave the window in a call, C of them that enter the bank of some
 row, G key/value heads, K key size, N anchors, P places on the scoreboard, R pooling kernels.
@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import torch
 
-from ahn.anchors.base import LayerTokens, Score
+from ahn.anchors.base import LayerTokens, Score, unrotate_together
 from ahn.tokens import NEVER, Padding
 
 _NOT_SCORED = -1e4
@@ -27,16 +27,16 @@ class Selected(NamedTuple):
 
     Attributes:
         entering: Places among the tokens that leave, `[C]` int64.
-        born: Index of the first token whose query reads each anchor, the N held before and the C new ones,
+        visible_from: Index of the first token whose query reads each anchor, the N held before and the C new ones,
             `[B or 1, N + C]` int64.
-        died: Index of the first token whose query no longer reads it, `[B or 1, N + C]` int64.
+        visible_until: Index of the first token whose query no longer reads it, `[B or 1, N + C]` int64.
         source: Which of those N + C each place of the bank holds after the call, `[B or 1, N]` int64; `None` where
             nothing changes.
     """
 
     entering: torch.Tensor
-    born: torch.Tensor
-    died: torch.Tensor
+    visible_from: torch.Tensor
+    visible_until: torch.Tensor
     source: torch.Tensor | None
 
 
@@ -213,11 +213,11 @@ def select(held: _Anchors, new: _Anchors, window: int) -> tuple[Selected, _Ancho
     anchors, leaving = held.scores.size(1), new.scores.size(1)
     scores, tokens = torch.cat((held.scores, new.scores), 1), torch.cat((held.tokens, new.tokens), 1)
     is_token = (tokens >= 0) & (scores > float("-inf"))
-    born = torch.where(is_token, tokens + window, NEVER)
-    died = torch.full_like(born, NEVER)
+    visible_from = torch.where(is_token, tokens + window, NEVER)
+    visible_until = torch.full_like(visible_from, NEVER)
     nothing = new.tokens[0, :0]
     if leaving == 0:
-        return Selected(nothing, born, died, None), None
+        return Selected(nothing, visible_from, visible_until, None), None
     # ahead[b, c, i]: how many are ahead of c once the first i + 1 tokens have left.
     earlier = tokens[:, None, :] < tokens[:, :, None]
     wins = (scores[:, None, :] > scores[:, :, None]) | ((scores[:, None, :] == scores[:, :, None]) & earlier)
@@ -230,13 +230,13 @@ def select(held: _Anchors, new: _Anchors, window: int) -> tuple[Selected, _Ancho
     came[:, anchors:] &= ~out[:, anchors:].diagonal(dim1=1, dim2=2)
     falls = out.any(-1)
     end = new.tokens.gather(1, out.to(torch.uint8).argmax(-1)) + window
-    born, died = torch.where(came, born, NEVER), torch.where(came & falls, end, died)
-    return _settled(born, died, came & ~falls, came, scores, tokens, anchors)
+    visible_from, visible_until = torch.where(came, visible_from, NEVER), torch.where(came & falls, end, visible_until)
+    return _settled(visible_from, visible_until, came & ~falls, came, scores, tokens, anchors)
 
 
 def _settled(
-    born: torch.Tensor,
-    died: torch.Tensor,
+    visible_from: torch.Tensor,
+    visible_until: torch.Tensor,
     stays: torch.Tensor,
     came: torch.Tensor,
     scores: torch.Tensor,
@@ -246,9 +246,9 @@ def _settled(
     """Gives those that stay their places: old ones keep theirs, new ones take free ones in their order."""
     entering = came[:, anchors:].any(0).nonzero().flatten()
     if entering.numel() == 0:
-        return Selected(entering, born[:, :anchors], died[:, :anchors], None), None
+        return Selected(entering, visible_from[:, :anchors], visible_until[:, :anchors], None), None
     columns = torch.cat((torch.arange(anchors, device=entering.device), anchors + entering))
-    born, died, stays = born[:, columns], died[:, columns], stays[:, columns]
+    visible_from, visible_until, stays = visible_from[:, columns], visible_until[:, columns], stays[:, columns]
     free = (~stays[:, :anchors]).to(torch.uint8).argsort(dim=1, descending=True, stable=True)
     fresh = stays[:, anchors:].to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, :anchors]
     taken = torch.arange(fresh.size(1), device=entering.device) < stays[:, anchors:].sum(1, keepdim=True)
@@ -258,4 +258,4 @@ def _settled(
     scores, tokens = scores[:, columns].gather(1, source), tokens[:, columns].gather(1, source)
     gone = ~stays.gather(1, source)
     after = _Anchors(scores.masked_fill(gone, float("-inf")), tokens.masked_fill(gone, -1))
-    return Selected(entering, born, died, source), after
+    return Selected(entering, visible_from, visible_until, source), after

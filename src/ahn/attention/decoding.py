@@ -6,7 +6,7 @@ computed for all layers at the end. In between a layer only reads its state. On 
 its arithmetic, and a token of a small model has thousands of them.
 
 Legend of shapes: L layers, B batch, D hidden size, N gates per head, H query heads, G key/value heads, K key size,
-V value size, F side values.
+V value size, F numbers of a record.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from ahn.memories import Memory
 
 
 @dataclasses.dataclass(eq=False)
-class Group:
+class LayerGroup:
     """Layers of one shape, kind of memory, window and device.
 
     Attributes:
         indices: Their layer indices.
         memories: Their memories.
-        stores: Their cascades.
-        states: The states of all of them, `[L, B, *state_shape()]`, of which each cascade holds its part.
+        stores: Their parts of the cache.
+        states: The states of all of them, `[L, B, *state_shape()]`, of which each layer of the cache holds its part.
     """
 
     indices: list[int]
@@ -40,16 +40,16 @@ class Group:
     def fold(self) -> None:
         """Folds the token that leaves into the states."""
         leaving = [store.exact.leaving() for store in self.stores]
-        k_LBGK, v_LBGV, side_LB1F = (torch.stack(tensors).squeeze(3) for tensors in zip(*leaving))
-        gates_LBNH = side_LB1F.view(*side_LB1F.shape[:2], self.memories[0].gate_count, -1)
+        k_LBGK, v_LBGV, record_LB1F = (torch.stack(tensors).squeeze(3) for tensors in zip(*leaving))
+        gates_LBNH = record_LB1F.view(*record_LB1F.shape[:2], self.memories[0].gate_count, -1)
         type(self.memories[0]).fold(self.memories, k_LBGK, v_LBGV, gates_LBNH, self._gathered())
 
     def write_gates(self, hidden: dict[int, torch.Tensor]) -> None:
         """Stores the gates of the new token, from what each attention layer read, `[B, 1, D]` by layer index."""
         x_LBD = torch.stack([hidden[index] for index in self.indices]).squeeze(2)
-        side_LBF = type(self.memories[0]).gates_of_layers(self.memories, x_LBD).flatten(2)
-        for store, side_BF in zip(self.stores, side_LBF):
-            store.exact.write_side(side_BF)
+        record_LBF = type(self.memories[0]).gates_of_layers(self.memories, x_LBD).flatten(2)
+        for store, record_BF in zip(self.stores, record_LBF):
+            store.exact.write_record(record_BF)
 
     def leaves(self, sinks: int) -> bool:
         """Whether a token leaves the window when the next one comes."""
@@ -65,7 +65,7 @@ class Group:
         return self.states
 
 
-class Step:
+class DecodeStep:
     """The call that reads one token into a cache.
 
     Args:
@@ -76,7 +76,7 @@ class Step:
         hidden: What each attention layer has read so far in this call, `[B, 1, D]`, by layer index.
     """
 
-    def __init__(self, groups: list[Group], cache: HippocampalCache) -> None:
+    def __init__(self, groups: list[LayerGroup], cache: HippocampalCache) -> None:
         self.groups = groups
         self.hidden: dict[int, torch.Tensor] = {}
         self._settings = cache.settings
@@ -88,7 +88,7 @@ class Step:
                 group.write_gates(self.hidden)
 
 
-def begin_step(cache: HippocampalCache, new: int) -> Step | None:
+def begin_step(cache: HippocampalCache, new: int) -> DecodeStep | None:
     """Starts a call that can be read together; `None` for every other, which the layers read one by one.
 
     Args:
@@ -105,18 +105,18 @@ def begin_step(cache: HippocampalCache, new: int) -> Step | None:
     if not all(_is_here(group) and group.stores[0].exact.seen >= max(1, begun) for group in groups):
         return None
     if settings.mode == "window":
-        return Step(groups, cache)
+        return DecodeStep(groups, cache)
     leaving = [group for group in groups if group.leaves(settings.sinks)]
     if not all(group.leaves(begun) and _has_states(group) for group in leaving):
         return None
     for group in leaving:
         group.fold()
-    return Step(groups, cache)
+    return DecodeStep(groups, cache)
 
 
-def _groups(cache: HippocampalCache) -> list[Group]:
-    found: dict[tuple[object, ...], Group] = {}
-    for site, store in zip(cache.attachment.sites, cache.cascades, strict=True):
+def _groups(cache: HippocampalCache) -> list[LayerGroup]:
+    found: dict[tuple[object, ...], LayerGroup] = {}
+    for site, store in zip(cache.attachment.sites, cache.layers, strict=True):
         if site.memory is not None and isinstance(store, HippocampalLayer):
             kind = (
                 type(site.memory),
@@ -125,20 +125,20 @@ def _groups(cache: HippocampalCache) -> list[Group]:
                 site.memory.o_proj.dtype,
                 site.memory.o_proj.device,
             )
-            group = found.setdefault(kind, Group([], [], []))
+            group = found.setdefault(kind, LayerGroup([], [], []))
             group.indices.append(site.index)
             group.memories.append(site.memory)
             group.stores.append(store)
     return list(found.values())
 
 
-def _is_here(group: Group) -> bool:
+def _is_here(group: LayerGroup) -> bool:
     """Whether the weights can be used outside of their layer's forward pass: neither offloaded nor sharded."""
     weight = group.memories[0].o_proj
     return type(weight) is nn.Parameter and not weight.is_meta
 
 
-def _has_states(group: Group) -> bool:
+def _has_states(group: LayerGroup) -> bool:
     return all(store.state is not None for store in group.stores)
 
 

@@ -19,9 +19,10 @@ from ahn.anchors.base import LayerTokens
 from ahn.anchors.selection import Selected
 from ahn.attachment import Site, find_attachment
 from ahn.attention.call import Plan
-from ahn.attention.decoding import Step
+from ahn.attention.decoding import DecodeStep
 from ahn.attention.lookup import Lookup
-from ahn.attention.softmax import Softmax, attention_blocks, local_attention
+from ahn.attention.softmax import Softmax, local_attention
+from ahn.attention.weights import attention_blocks
 from ahn.backbone.rotary import Rotary
 from ahn.cache.layer import HippocampalLayer
 from ahn.errors import ModelError
@@ -43,7 +44,7 @@ class LayerCall:
         site: The layer.
         memory: Its memory.
         plan: The call.
-        store: The layer's cascade; a fresh one where no cache is kept.
+        store: The layer's part of the cache; a fresh one where no cache is kept.
         kept: Whether the store lives on after the call.
         hidden: Input of the attention layer, `[B, T, D]`.
         gates: The new tokens' gates, `[B, T, N, H]`; `None` where the memory is silent or layers decode together.
@@ -59,15 +60,15 @@ class LayerCall:
     gates: torch.Tensor | None
     rotary: Rotary | None
 
-    def side(self, key: torch.Tensor) -> torch.Tensor:
+    def record(self, key: torch.Tensor) -> torch.Tensor:
         """What is kept of each new token for the day it leaves, `[B, 1, T, F]`."""
         if self.gates is None:
             return key.new_zeros(key.size(0), 1, key.size(2), 0, dtype=torch.float32)
-        side = self.gates.flatten(2)
+        record = self.gates.flatten(2)
         if self.rotary and self.rotary.unrotates:
-            record = self.rotary.rotation.record(self.rotary.tables, self.rotary.positions, key.size(0))
-            side = torch.cat((side, record.to(side.dtype)), dim=-1)
-        return side[:, None]
+            position = self.rotary.rotation.position_record(self.rotary.tables, self.rotary.positions, key.size(0))
+            record = torch.cat((record, position.to(record.dtype)), dim=-1)
+        return record[:, None]
 
     def sink_queries(self, query: torch.Tensor, seen: int) -> torch.Tensor | None:
         """Queries that see the sinks within the trained context, or `None` while that is where they are anyway."""
@@ -75,7 +76,7 @@ class LayerCall:
         if near or self.plan.settings.sink_positions != "bounded" or self.rotary is None:
             return None
         rotation, tables, positions, _ = self.rotary
-        turn = self.plan.shared("bounding", tables[0], lambda: rotation.bounding(tables, positions))
+        turn = self.plan.shared("clamped", tables[0], lambda: rotation.clamped(tables, positions))
         return rotation.apply(query, turn)
 
     def lookup(self, query: torch.Tensor, view: View, seen: int) -> Lookup:
@@ -116,13 +117,13 @@ class LayerCall:
         """Folds what left the window into the state; what the last E queries read, `[B, E, H, V]` float32, raw."""
         evicted = view.evicted
         before = query.size(2) - evicted.length
-        query, keys, side = query[:, :, before:], evicted.keys, evicted.side[:, 0]
+        query, keys, record = query[:, :, before:], evicted.keys, evicted.record[:, 0]
         width = self.memory.gate_count * self.site.shape.query_heads
         if self.rotary and self.rotary.unrotates:
             cos, sin = (table[:, before:] for table in self.rotary.tables)
-            query = self.rotary.rotation.undo(query, (cos, sin))
-            keys = self.rotary.rotation.undo_recorded(keys, side[..., width:])
-        gates = side[..., :width].unflatten(-1, (self.memory.gate_count, -1))
+            query = self.rotary.rotation.unrotate(query, (cos, sin))
+            keys = self.rotary.rotation.unrotate_recorded(keys, record[..., width:])
+        gates = record[..., :width].unflatten(-1, (self.memory.gate_count, -1))
         if self.plan.padding is not None:
             first = seen - self.store.exact.window - evicted.length
             gates = _without_padding(gates, first, self.store.exact.sinks, self.plan.padding)
@@ -169,7 +170,7 @@ def attention_function(
     store, padding = ahn.store, ahn.plan.padding
     if ahn.plan.step is not None:
         return _decode(ahn, ahn.plan.step, query, key, value, softmax), None
-    new = Tokens(key, value, ahn.side(key))
+    new = Tokens(key, value, ahn.record(key))
     seen = store.exact.seen + new.length
     view = store.append(new, padding, ahn.selected()) if ahn.kept else store.view(new, padding)
     lookup = ahn.lookup(query, view, seen)
@@ -181,7 +182,7 @@ def attention_function(
 
 
 def _decode(
-    call: LayerCall, step: Step, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, softmax: Softmax
+    call: LayerCall, step: DecodeStep, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, softmax: Softmax
 ) -> torch.Tensor:
     """Attention of the one token of a step, `[B, 1, H, V]`: what leaves the window is in the state already."""
     step.hidden[call.site.index] = call.hidden

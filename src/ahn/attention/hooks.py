@@ -14,13 +14,13 @@ from torch import nn
 from ahn.anchors.selection import Selection
 from ahn.attachment import Attachment, Site, attachment_of
 from ahn.attention.call import CURRENT, Plan, find_padding
-from ahn.attention.chunks import joined, read_first_pieces
+from ahn.attention.chunks import joined, read_first_chunks
 from ahn.attention.decoding import begin_step
 from ahn.attention.function import LayerCall
 from ahn.backbone import compat, linear
 from ahn.backbone.rotary import Rotary
 from ahn.cache import HippocampalCache, HippocampalLayer
-from ahn.cache.cache import check_cache, new_cascade
+from ahn.cache.cache import check_cache, new_memory_layer
 from ahn.config import RunSettings
 from ahn.errors import CacheError
 from ahn.tokens import Padding
@@ -41,8 +41,8 @@ def before_call(backbone: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
     kwargs = compat.with_cache(backbone, kwargs, cache)
     plan = Plan(attachment, settings, padding)
     if isinstance(cache, HippocampalCache) and cache.scoreboard is not None and inputs is not None:
-        plan.before, kwargs = read_first_pieces(backbone, cache.seen_tokens, cache.scoreboard.longest_call, kwargs)
-        cache.padding = padding  # of which the pieces saw their parts
+        plan.before, kwargs = read_first_chunks(backbone, cache.seen_tokens, cache.scoreboard.longest_call, kwargs)
+        cache.padding = padding  # of which the chunks saw their parts
         plan.selection = Selection(cache.scoreboard, cache.seen_tokens, _inputs(kwargs).size(1), padding)
     if isinstance(cache, HippocampalCache) and inputs is not None:
         plan.step = begin_step(cache, _inputs(kwargs).size(1))
@@ -129,14 +129,14 @@ def before_layer(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     gates = site.memory.gates(hidden) if plan.settings.mode == "ahn" and plan.step is None else None
     store = _store(compat.find_cache(kwargs), site)
     kept = store is not None
-    store = store or new_cascade(site, site.memory, plan.settings)
+    store = store or new_memory_layer(site, site.memory, plan.settings)
     rotary = _rotary(site, kwargs, plan)
     return args, {**kwargs, "ahn": LayerCall(site, site.memory, plan, store, kept, hidden, gates, rotary)}
 
 
 def _store(cache: Any, site: Site) -> HippocampalLayer | None:
-    """The layer's cascade in the cache of the call, or `None` where no cache is kept."""
-    layer = cache.cascades[site.index] if isinstance(cache, HippocampalCache) else None
+    """The layer of the call's cache, or `None` where no cache is kept."""
+    layer = cache.layers[site.index] if isinstance(cache, HippocampalCache) else None
     return layer if isinstance(layer, HippocampalLayer) else None
 
 

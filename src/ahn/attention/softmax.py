@@ -15,7 +15,7 @@ import torch.nn.functional as F
 
 from ahn.attention.lookup import Lookup
 from ahn.attention.softmax_native import compiled_attention
-from ahn.tokens import Extra, Tokens
+from ahn.tokens import ExtraKV, Tokens
 
 # torch 2.13 has no public function that returns the log-sum of a fused softmax beside its output.
 _HAS_LOG_SUM = hasattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu")
@@ -38,7 +38,7 @@ class Softmax:
     s_aux: torch.Tensor | None = None
 
 
-_Part = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]
+Part = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]
 """Keys, values and their additive mask."""
 
 
@@ -58,7 +58,7 @@ def local_attention(lookup: Lookup, softmax: Softmax) -> torch.Tensor:
             return out
     if not lookup.view.ordered:
         return _attend_one(lookup, softmax).transpose(1, 2)
-    size = _block_size(lookup.window, lookup.queries)
+    size = block_size(lookup.window, lookup.queries)
     starts = range(lookup.first, lookup.seen, size)
     blocks = [_attend_block(lookup, start, min(start + size, lookup.seen), softmax) for start in starts]
     return (blocks[0] if len(blocks) == 1 else torch.cat(blocks, dim=2)).transpose(1, 2)
@@ -66,49 +66,84 @@ def local_attention(lookup: Lookup, softmax: Softmax) -> torch.Tensor:
 
 def _attend_one(lookup: Lookup, softmax: Softmax) -> torch.Tensor:
     """A single query over the slots of the ring as they lie, and keys from elsewhere, `[B, H, 1, V]`."""
-    query, far_query, view, plan, seen = lookup.queries, lookup.far_queries, lookup.view, lookup.plan, lookup.seen
+    query, sink_query, view, plan, seen = lookup.queries, lookup.sink_queries, lookup.view, lookup.plan, lookup.seen
     mask = plan.slot_mask(view, seen, lookup.window, query)
     keys, values, sinks = view.local.keys, view.local.values, view.sinks.length
     if view.extra is None:
-        return _attend(query, far_query, keys, values, mask, slice(0, sinks), softmax)
+        return _attend(query, sink_query, keys, values, mask, slice(0, sinks), softmax)
     extra, extra_mask = view.extra, plan.one_mask(view.extra, seen, query) if query.device.type == "cpu" else None
     if mask is None and extra_mask is not None and _can_merge(query, extra_mask, softmax):
         # The window is large and lies apart: it is not copied to stand beside a few keys.
         far = extra.keys, extra.values, extra_mask
-        if far_query is None:
+        if sink_query is None:
             return _merged(query, (keys, values, None), query, far, softmax)
         far_keys, far_values = (
             torch.cat((held[:, :, :sinks], own), dim=2) for held, own in ((keys, extra.keys), (values, extra.values))
         )
         far = far_keys, far_values, F.pad(extra_mask, (sinks, 0))
-        return _merged(query, (keys[:, :, sinks:], values[:, :, sinks:], None), far_query, far, softmax)
-    extra = extra.reached(seen - 1, seen)
+        return _merged(query, (keys[:, :, sinks:], values[:, :, sinks:], None), sink_query, far, softmax)
+    part, far = ring_with_extra(lookup, mask)
+    return _attend(query, sink_query, *part, far, softmax)
+
+
+def ring_with_extra(lookup: Lookup, mask: torch.Tensor | None) -> tuple[Part, slice]:
+    """Extra keys, then the slots of the ring as they lie, for a single query; which of them are extra keys and sinks.
+
+    Args:
+        lookup: The query, and what it may read.
+        mask: Mask of the slots, or `None` if all may be read.
+    """
+    view, seen = lookup.view, lookup.seen
+    keys, values = view.local.keys, view.local.values
+    if view.extra is None:
+        return (keys, values, mask), slice(0, view.sinks.length)
+    extra = view.extra.reached(seen - 1, seen)
     mask = keys.new_zeros(1, keys.size(2)) if mask is None else mask
-    mask = _beside(plan.extra_mask(extra, (seen - 1, seen), 1, query), mask)
+    mask = _beside(lookup.plan.extra_mask(extra, (seen - 1, seen), 1, lookup.queries), mask)
     keys, values = torch.cat((extra.keys, keys), dim=2), torch.cat((extra.values, values), dim=2)
-    return _attend(query, far_query, keys, values, mask, slice(0, extra.keys.size(2) + sinks), softmax)
+    return (keys, values, mask), slice(0, extra.keys.size(2) + view.sinks.length)
 
 
 def _attend_block(lookup: Lookup, start: int, stop: int, softmax: Softmax) -> torch.Tensor:
     """The queries of one block of tokens, `[B, H, stop - start, V]`."""
-    view, plan, far_queries = lookup.view, lookup.plan, lookup.far_queries
+    queries, groups = lookup.queries, lookup.view.local.keys.size(1)
+    repeats = queries.size(1) // groups if _stacks_heads(queries) else 1
+    query, sink_query, part, reach = block_of(lookup, start, stop, repeats)
+    # Queries among the sinks see no token of the window, whose log-sum alone would be undefined.
+    attend = _attend_explicitly if sink_query is not None and start < lookup.view.sinks.length else _attend
+    return attend(query, sink_query, *part, slice(reach, None), softmax)
+
+
+def block_of(
+    lookup: Lookup, start: int, stop: int, repeats: int = 1
+) -> tuple[torch.Tensor, torch.Tensor | None, Part, int]:
+    """The queries of one block of tokens, and what they read: first tokens of the window, then sinks and extra keys.
+
+    Args:
+        lookup: All queries, and what they may read.
+        start: Index of the first query of the block.
+        stop: Index of the first query behind it.
+        repeats: How often the mask is stacked, for query heads stacked on one kv head.
+
+    Returns:
+        Queries, those for sinks and extra keys where they differ, what they read, and how many tokens of the window it
+        begins with.
+    """
+    view, plan, sink_queries = lookup.view, lookup.plan, lookup.sink_queries
     rows = slice(start - lookup.first, stop - lookup.first)
     query = lookup.queries[:, :, rows]
     keys_from = max(view.first, start - lookup.window + 1)
     reach = view.local.span(keys_from - view.first, max(keys_from, stop) - view.first)
-    repeats = query.size(1) // reach.keys.size(1) if _stacks_heads(query) else 1
     mask = plan.block_mask((start, stop), keys_from, view.sinks.length, lookup.window, repeats, query)
-    parts: list[Tokens | Extra] = [reach, view.sinks]
+    parts: list[Tokens | ExtraKV] = [reach, view.sinks]
     if view.extra is not None and (extra := view.extra.reached(start, stop)).keys.size(2):
         mask = _beside(mask, plan.extra_mask(extra, (start, stop), repeats, query))
         parts.append(extra)
     keys, values = (torch.cat([part[index] for part in parts], dim=2) for index in (0, 1))
     # Within the trained context both queries are the same, so that blocks before its end need one of them only.
-    near = far_queries is None or stop <= plan.attachment.trained_context
-    far_query = None if near or far_queries is None else far_queries[:, :, rows]
-    # Queries among the sinks see no token of the window, whose log-sum alone would be undefined.
-    attend = _attend_explicitly if far_query is not None and start < view.sinks.length else _attend
-    return attend(query, far_query, keys, values, mask, slice(reach.length, None), softmax)
+    near = sink_queries is None or stop <= plan.attachment.trained_context
+    sink_query = None if near or sink_queries is None else sink_queries[:, :, rows]
+    return query, sink_query, (keys, values, mask), reach.length
 
 
 def _attend(
@@ -160,14 +195,14 @@ def _attend_in_two(
     return _merged(q_BHTK, near, sink_q_BHTK, far, softmax)
 
 
-def _merged(q_BHTK: torch.Tensor, near: _Part, far_q_BHTK: torch.Tensor, far: _Part, softmax: Softmax) -> torch.Tensor:
+def _merged(q_BHTK: torch.Tensor, near: Part, far_q_BHTK: torch.Tensor, far: Part, softmax: Softmax) -> torch.Tensor:
     """One softmax over two sets of keys by the fused kernel, merged by the size of their denominators."""
     near_out, near_sum = _fused(q_BHTK, near, softmax)
     far_out, far_sum = _fused(far_q_BHTK, far, softmax)
     return torch.lerp(near_out, far_out, torch.sigmoid(far_sum - near_sum)[..., None].to(near_out.dtype))
 
 
-def _fused(q_BHTK: torch.Tensor, part: _Part, softmax: Softmax) -> tuple[torch.Tensor, torch.Tensor]:
+def _fused(q_BHTK: torch.Tensor, part: Part, softmax: Softmax) -> tuple[torch.Tensor, torch.Tensor]:
     """Output of the fused kernel on CPU, `[B, H, T, V]`, and the logarithm of its denominators, `[B, H, T]`."""
     keys, values, mask = part
     query = q_BHTK
@@ -195,6 +230,20 @@ def _attend_explicitly(
     softmax: Softmax,
 ) -> torch.Tensor:
     """The softmax spelled out, float32 inside, query heads stacked on their kv head."""
+    weights = explicit_weights(q_BHTK, sink_q_BHTK, k_BGNK, mask, sinks, softmax).to(v_BGNV.dtype)
+    weights = F.dropout(weights, softmax.dropout) if softmax.dropout else weights
+    return torch.matmul(weights, v_BGNV).view(*q_BHTK.shape[:3], -1)
+
+
+def explicit_weights(
+    q_BHTK: torch.Tensor,
+    sink_q_BHTK: torch.Tensor | None,
+    k_BGNK: torch.Tensor,
+    mask: torch.Tensor | None,
+    sinks: slice,
+    softmax: Softmax,
+) -> torch.Tensor:
+    """The weights of the softmax, query heads stacked on their kv head, `[B, G, H / G * T, N]` float32."""
     batch, heads, new, size = q_BHTK.shape
     groups = k_BGNK.size(1)
     stacked = (batch, groups, heads // groups * new, size)
@@ -211,9 +260,7 @@ def _attend_explicitly(
     if softmax.s_aux is not None:
         extra = softmax.s_aux.float().view(1, groups, -1, 1).expand(batch, -1, -1, new).reshape(*scores.shape[:3], 1)
         scores = torch.cat((scores, extra), dim=-1)
-    weights = torch.softmax(scores, dim=-1)[..., : k_BGNK.size(2)].to(v_BGNV.dtype)
-    weights = F.dropout(weights, softmax.dropout) if softmax.dropout else weights
-    return torch.matmul(weights, v_BGNV).view(batch, heads, new, -1)
+    return torch.softmax(scores, dim=-1)[..., : k_BGNK.size(2)]
 
 
 def _scores(q: torch.Tensor, k: torch.Tensor, scaling: float) -> torch.Tensor:
@@ -234,7 +281,7 @@ def _stacks_heads(q: torch.Tensor) -> bool:
     return q.device.type != "cpu"
 
 
-def _block_size(window: int, q: torch.Tensor) -> int:
+def block_size(window: int, q: torch.Tensor) -> int:
     """Queries per block: large enough for fast products, small enough that few masked keys are multiplied."""
     if q.device.type != "cpu":
         return 1024

@@ -9,11 +9,11 @@ from __future__ import annotations
 import torch
 
 from ahn.anchors.selection import Selected
-from ahn.cache.store import LaterStore
-from ahn.tokens import Extra, Tokens
+from ahn.cache.store import Store
+from ahn.tokens import ExtraKV, Tokens
 
 
-class Bank(LaterStore):
+class Bank(Store):
     """Keys and values of the anchors of one layer.
 
     Args:
@@ -26,7 +26,7 @@ class Bank(LaterStore):
         super().__init__()
         self.anchors = anchors
 
-    def append(self, evicted: Tokens, selected: Selected) -> Extra:
+    def append(self, evicted: Tokens, selected: Selected) -> ExtraKV:
         """Takes in what was chosen; what the queries of the call read.
 
         Args:
@@ -43,7 +43,7 @@ class Bank(LaterStore):
             for name, all_ in (("anchor_keys", keys), ("anchor_values", values)):
                 index = source.expand(all_.size(0), all_.size(1), -1, all_.size(3))
                 self.held[name] = all_.detach().gather(2, index)
-        return Extra(keys, values, selected.born.to(keys.device), selected.died.to(keys.device))
+        return ExtraKV(keys, values, selected.visible_from.to(keys.device), selected.visible_until.to(keys.device))
 
     def _place(self, name: str, like: torch.Tensor) -> torch.Tensor:
         if name not in self.held:
@@ -51,7 +51,7 @@ class Bank(LaterStore):
         return self.held[name]
 
 
-class ScoreState(LaterStore):
+class ScoreState(Store):
     """What the score of the anchors keeps in one layer.
 
     Args:

@@ -25,7 +25,7 @@ from ahn.tokens import Padding
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-    from ahn.attention.decoding import Group
+    from ahn.attention.decoding import LayerGroup
 
 AnyLayer = HippocampalLayer | DynamicLayer
 
@@ -42,8 +42,8 @@ class HippocampalCache(Cache):
         model: A model with a memory attached.
         window: Tokens of the window; those of the current mode if left out.
         sinks: Number of sinks; those of the current mode if left out.
-        anchor_score: What anchors are chosen by, for a score that has no name to be selected by: an object of a subclass
-            of `ahn.anchors.base.Score`.
+        anchor_score: What anchors are chosen by in place of the score that the current mode names: an object of a
+            subclass of `ahn.anchors.base.Score`, which need not be registered.
 
     Raises:
         ModelError: No memory is attached to the model.
@@ -54,7 +54,10 @@ class HippocampalCache(Cache):
         padding: Padding at the left of the rows, or `None`.
         scoreboard: The choice of the anchors, where there are any.
         groups: Layers that decode together; found when decoding begins.
+        layers: The layers: ours where a layer has a memory, those of transformers elsewhere.
     """
+
+    layers: list[AnyLayer]  # type: ignore[assignment]
 
     def __init__(
         self,
@@ -89,17 +92,12 @@ class HippocampalCache(Cache):
         self.attachment = attachment
         self.settings = settings if policy is None else dataclasses.replace(settings, anchor_score=policy.score.name)
         self.padding: Padding | None = None
-        self.groups: list[Group] = []
+        self.groups: list[LayerGroup] = []
         super().__init__(layers=[new_layer(site, settings, policy) for site in attachment.sites])
-        windows = {layer.exact.window for layer in self.cascades if isinstance(layer, HippocampalLayer)}
+        windows = {layer.exact.window for layer in self.layers if isinstance(layer, HippocampalLayer)}
         self.scoreboard: Scoreboard | None = None
         if policy is not None:
             self.scoreboard = Scoreboard(settings.anchors, settings.sinks, windows, policy.layers, policy.score)
-
-    @property
-    def cascades(self) -> list[AnyLayer]:
-        """The layers, which are ours where a layer has a memory and those of transformers elsewhere."""
-        return cast("list[AnyLayer]", self.layers)
 
     @property
     def anchor_tokens(self) -> list[list[int]]:
@@ -119,7 +117,7 @@ class HippocampalCache(Cache):
     @property
     def rows(self) -> int | None:
         """Rows of the batch that it holds, or `None` before the first token."""
-        for layer in self.cascades:
+        for layer in self.layers:
             for tensor in layer_tensors(layer).values():
                 return tensor.size(0)
         return None
@@ -129,7 +127,7 @@ class HippocampalCache(Cache):
         """Bytes of every tensor held: keys, values, gates, states, anchors and their scores, padding counts."""
         padding = self.padding.counts.nbytes if self.padding else 0
         padding += sum(tensor.nbytes for tensor in self.scoreboard.held.values()) if self.scoreboard else 0
-        return padding + sum(t.nbytes for layer in self.cascades for t in layer_tensors(layer).values())
+        return padding + sum(t.nbytes for layer in self.layers for t in layer_tensors(layer).values())
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes the cache to a file, from which `load` continues bit for bit.
@@ -163,7 +161,7 @@ class HippocampalCache(Cache):
         """An independent copy: both continue from here, bit for bit alike."""
         twin = type(self).__new__(type(self))
         twin.begin(self.attachment, self.settings, self.scoreboard.score if self.scoreboard else None)
-        for mine, other in zip(self.cascades, twin.cascades, strict=True):
+        for mine, other in zip(self.layers, twin.layers, strict=True):
             set_layer_tensors(
                 other, {name: t.clone() for name, t in layer_tensors(mine).items()}, mine.get_seq_length()
             )
@@ -218,19 +216,19 @@ class HippocampalCache(Cache):
 
 
 def new_layer(site: Site, settings: RunSettings, policy: Policy | None) -> AnyLayer:
-    """An empty layer of a cache: a cascade for a layer with a memory, the base model's own kind for another."""
+    """An empty layer of a cache: ours for a layer with a memory, the base model's own kind for another."""
     if site.memory is not None:
         scores = policy is not None and site.index in policy.layers
-        return new_cascade(site, site.memory, settings, policy.score.state_names if policy and scores else ())
+        return new_memory_layer(site, site.memory, settings, policy.score.state_names if policy and scores else ())
     if site.sliding_window is not None:
         return DynamicSlidingWindowLayer(site.sliding_window)
     return DynamicLayer()
 
 
-def new_cascade(
+def new_memory_layer(
     site: Site, memory: Memory, settings: RunSettings, score_names: tuple[str, ...] = ()
 ) -> HippocampalLayer:
-    """An empty cascade of a layer with a memory, see `HippocampalLayer`."""
+    """An empty layer of a cache for a layer with a memory, see `HippocampalLayer`."""
     number_bytes = next(site.module.parameters()).element_size()
     return HippocampalLayer(settings, site.sliding_window, state_slots(memory, number_bytes), score_names)
 

@@ -1,4 +1,4 @@
-"""The cascade of one layer: a new token enters the window, what leaves it falls into the stores behind it."""
+"""The cache of one layer: a new token enters the window, what leaves it falls into the stores behind it."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from transformers.cache_utils import CacheLayerMixin
 from ahn.anchors.selection import Selected
 from ahn.cache.bank import Bank, ScoreState
 from ahn.cache.compressive import POOLINGS, PooledStore
-from ahn.cache.store import LaterStore
-from ahn.cache.window import ExactStore
+from ahn.cache.store import Store
+from ahn.cache.window import SinkWindow
 from ahn.config import RunSettings
 from ahn.errors import CacheError
 from ahn.tokens import Padding, Tokens, View
@@ -61,7 +61,7 @@ class HippocampalLayer(CacheLayerMixin):
                 "use fewer sinks or leave that layer out with `layers=`"
             )
         self.settings = settings
-        self.exact = ExactStore(settings.sinks, window)
+        self.exact = SinkWindow(settings.sinks, window)
         pooling = POOLINGS.get(settings.mode)
         self.pooled = PooledStore(slots, pooling, settings.sinks, window) if pooling and slots else None
         self.bank = Bank(settings.anchors) if settings.has_anchors else None
@@ -92,7 +92,7 @@ class HippocampalLayer(CacheLayerMixin):
         return view._replace(extra=self.pooled.append(view.evicted, self._first(view, self.exact.seen), padding))
 
     def append_key(self, key: torch.Tensor, value: torch.Tensor, selected: Selected | None) -> View:
-        """Stores a single token as `append` does, for layers that decode together and bring its side values later.
+        """Stores a single token as `append` does, for layers that decode together and bring its record later.
 
         Args:
             key: `[B, G, 1, K]`.
@@ -109,14 +109,14 @@ class HippocampalLayer(CacheLayerMixin):
         """Index of the first evicted token after `seen` tokens."""
         return seen - self.exact.window - view.evicted.length
 
-    def _later_stores(self) -> list[LaterStore]:
-        stores: tuple[LaterStore | None, ...] = (self.pooled, self.bank, self.score_state)
+    def _stores(self) -> list[Store]:
+        stores: tuple[Store | None, ...] = (self.pooled, self.bank, self.score_state)
         return [store for store in stores if store is not None]
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """Every tensor held, by name."""
         held = {} if self.exact.buffer is None else self.exact.buffer._asdict()
-        for store in self._later_stores():
+        for store in self._stores():
             held |= store.tensors()
         return held if self.state is None else {**held, "state": self.state}
 
@@ -124,8 +124,8 @@ class HippocampalLayer(CacheLayerMixin):
         """Takes over tensors that `tensors` gave, after `seen` tokens."""
         self.state = tensors.get("state")
         if "keys" in tensors:
-            self.exact.buffer = Tokens(tensors["keys"], tensors["values"], tensors["side"])
-        for store in self._later_stores():
+            self.exact.buffer = Tokens(tensors["keys"], tensors["values"], tensors["record"])
+        for store in self._stores():
             store.set_tensors(tensors)
         self.exact.seen = seen
         self.is_initialized = seen > 0
@@ -134,7 +134,7 @@ class HippocampalLayer(CacheLayerMixin):
         """Replaces every tensor by the function's result on it."""
         if self.exact.buffer is not None:
             self.exact.buffer = self.exact.buffer.map(function)
-        for store in self._later_stores():
+        for store in self._stores():
             store.map_tensors(function)
         if self.state is not None:
             self.state = function(self.state)
@@ -162,8 +162,8 @@ class HippocampalLayer(CacheLayerMixin):
 
     def reset(self) -> None:
         """Forgets everything."""
-        self.exact = ExactStore(self.exact.sinks, self.exact.window)
-        for store in self._later_stores():
+        self.exact = SinkWindow(self.exact.sinks, self.exact.window)
+        for store in self._stores():
             store.reset()
         self.state = None
         self.is_initialized = False

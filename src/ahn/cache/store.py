@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+
 import torch
 
 
-class LaterStore:
+class Store:
     """What a store behind the window holds, by name.
 
     Attributes:

@@ -4,7 +4,7 @@ They are compiled when the first tensors come that they can work on, for the mac
 (no C compiler, Windows), or where `AHN_NATIVE=0` is set, everything runs in torch, more slowly.
 
 Legend of shapes: B batch, T tokens, H query heads, G key/value heads, K key size, V value size, D hidden size,
-X states, N places of a stretch.
+X states, N places of a segment.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from ahn.native import build
 __all__ = [
     "MOST_VECTORS",
     "ReadOut",
-    "Stretch",
+    "Segment",
     "attend",
     "attend_one",
     "can_multiply",
@@ -62,7 +62,7 @@ MOST_VECTORS = 4
 """Vectors that `linear` multiplies at once."""
 
 
-class Stretch(NamedTuple):
+class Segment(NamedTuple):
     """Keys and values of consecutive places, with the queries that read them.
 
     Attributes:
@@ -70,8 +70,8 @@ class Stretch(NamedTuple):
         keys: `[B, G, N, K]`, the last dimension dense.
         values: `[B, G, N, V]`, likewise.
         first: Index of the token at the first place; the others follow it.
-        reach: A query reads that many tokens up to its own.
-        lives: For places without an order, instead of these two: index of the first token whose query reads each, and
+        window: A query reads that many tokens up to its own.
+        visible: For places without an order, instead of these two: index of the first token whose query reads each, and
             of the first whose query reads it no more, `[B or 1, N]` int64 each.
         mask: For a single query: added to its scores, `[B, N]`, or `None`.
     """
@@ -80,20 +80,20 @@ class Stretch(NamedTuple):
     keys: Tensor
     values: Tensor
     first: int = 0
-    reach: int = 2**62
-    lives: tuple[Tensor, Tensor] | None = None
+    window: int = 2**62
+    visible: tuple[Tensor, Tensor] | None = None
     mask: Tensor | None = None
 
 
-class _Stretch(ctypes.Structure):
-    """`Stretch` of attention.c."""
+class _Segment(ctypes.Structure):
+    """`Segment` of attention.c."""
 
     _fields_ = (
         *((name, _POINTER) for name in ("queries", "keys", "values")),
         *((name, _INT) for name in ("key_batch", "key_head", "key_place", "value_batch", "value_head", "value_place")),
-        *((name, _INT) for name in ("count", "first", "reach")),
-        *((name, _POINTER) for name in ("born", "died")),
-        ("life_batch", _INT),
+        *((name, _INT) for name in ("count", "first", "window")),
+        *((name, _POINTER) for name in ("visible_from", "visible_until")),
+        ("visible_batch", _INT),
         ("mask", _POINTER),
         ("mask_batch", _INT),
     )
@@ -176,44 +176,44 @@ def _scan(
     return out, after
 
 
-def attend(stretches: Sequence[Stretch], seen: int, scaling: float) -> Tensor:
-    """One softmax of many queries over several stretches of keys.
+def attend(segments: Sequence[Segment], seen: int, scaling: float) -> Tensor:
+    """One softmax of many queries over several segments of keys.
 
     Args:
-        stretches: The keys; every query reads at least one of them. The queries of all lie in memory alike.
+        segments: The keys; every query reads at least one of them. The queries of all lie in memory alike.
         seen: Index of the first query's token.
         scaling: Factor on the products of queries and keys.
 
     Returns:
         `[B, T, H, V]`.
     """
-    q_BHTK, v_BGNV = stretches[0].queries, stretches[0].values
+    q_BHTK, v_BGNV = segments[0].queries, segments[0].values
     B, H, T, K = q_BHTK.shape
     G, V = v_BGNV.size(1), v_BGNV.size(3)
     out = q_BHTK.new_empty(B, T, H, V)
-    described = (_Stretch * len(stretches))(*map(_described, stretches))
+    described = (_Segment * len(segments))(*map(_described, segments))
     strides = q_BHTK.stride()[:3]
-    _run("ahn_attend", B, T, H, G, K, V, *strides, seen, scaling, ctypes.addressof(described), len(stretches), out)
+    _run("ahn_attend", B, T, H, G, K, V, *strides, seen, scaling, ctypes.addressof(described), len(segments), out)
     return out
 
 
-def attend_one(stretches: Sequence[Stretch], seen: int, scaling: float) -> Tensor:
-    """One softmax of a single query over several stretches of keys, of which those without `lives` are read whole.
+def attend_one(segments: Sequence[Segment], seen: int, scaling: float) -> Tensor:
+    """One softmax of a single query over several segments of keys, of which those without `visible` are read whole.
 
     Args:
-        stretches: The keys; the queries are `[B, H, 1, K]`, dense.
+        segments: The keys; the queries are `[B, H, 1, K]`, dense.
         seen: Index of the query's token.
         scaling: Factor on the products of queries and keys.
 
     Returns:
         `[B, 1, H, V]`.
     """
-    q_BH1K, v_BGNV = stretches[0].queries, stretches[0].values
+    q_BH1K, v_BGNV = segments[0].queries, segments[0].values
     B, H, _, K = q_BH1K.shape
     G, V = v_BGNV.size(1), v_BGNV.size(3)
     out = q_BH1K.new_empty(B, 1, H, V)
-    described = (_Stretch * len(stretches))(*map(_described, stretches))
-    _run("ahn_attend_one", B, H, G, K, V, seen, scaling, ctypes.addressof(described), len(stretches), out)
+    described = (_Segment * len(segments))(*map(_described, segments))
+    _run("ahn_attend_one", B, H, G, K, V, seen, scaling, ctypes.addressof(described), len(segments), out)
     return out
 
 
@@ -312,11 +312,11 @@ def linear_each(x_LMD: Tensor, weights: Sequence[Tensor]) -> Tensor:
     return out
 
 
-def _described(stretch: Stretch) -> _Stretch:
-    """A stretch as the kernels take it; the tensors must outlive the call."""
-    queries, keys, values, first, reach, lives, mask = stretch
-    born, died = lives or (None, None)
-    return _Stretch(
+def _described(segment: Segment) -> _Segment:
+    """A segment as the kernels take it; the tensors must outlive the call."""
+    queries, keys, values, first, window, visible, mask = segment
+    visible_from, visible_until = visible or (None, None)
+    return _Segment(
         queries.data_ptr(),
         keys.data_ptr(),
         values.data_ptr(),
@@ -324,10 +324,10 @@ def _described(stretch: Stretch) -> _Stretch:
         *values.stride()[:3],
         keys.size(2),
         first,
-        reach,
-        None if born is None else born.data_ptr(),
-        None if died is None else died.data_ptr(),
-        0 if born is None or born.size(0) == 1 else born.stride(0),
+        window,
+        None if visible_from is None else visible_from.data_ptr(),
+        None if visible_until is None else visible_until.data_ptr(),
+        0 if visible_from is None or visible_from.size(0) == 1 else visible_from.stride(0),
         None if mask is None else mask.data_ptr(),
         0 if mask is None or mask.size(0) == 1 else mask.stride(0),
     )

@@ -119,7 +119,7 @@ class ArmPeer(Peer):
             real = min(context, exact + 8)
             for start in range(0, real, chunk := automatic_chunk(model)):
                 self._read(self._cache, min(chunk, real - start))
-        for site, layer in zip(attachment_of(model).sites, self._cache.cascades, strict=True):
+        for site, layer in zip(attachment_of(model).sites, self._cache.layers, strict=True):
             if isinstance(layer, HippocampalLayer):
                 layer.exact.seen = context
             elif site.sliding_window is None:

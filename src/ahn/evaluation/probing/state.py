@@ -142,4 +142,4 @@ def _joined(calls: list[Gating], field: str, sinks: int, evicted: int) -> torch.
 
 def _rank(cache: Any, site: Site) -> torch.Tensor:
     """Effective rank of every head of a layer, `[H]`."""
-    return effective_rank(cache.cascades[site.index].state[0]).float().cpu()
+    return effective_rank(cache.layers[site.index].state[0]).float().cpu()

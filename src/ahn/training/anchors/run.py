@@ -36,7 +36,7 @@ _TOP = 64  # tokens of a document that are learned from because they were needed
 _OTHERS = 320  # and others
 KEPT = (32, 64, 128)
 """Numbers of anchors that the closing table is about."""
-MADE = tuple(name for name, score in SCORES.items() if score.weights is not None)
+MADE = tuple(name for name, score in SCORES.items() if score.weight_names)
 """Scores that are made here."""
 
 
