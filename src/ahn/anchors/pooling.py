@@ -1,6 +1,6 @@
 """How the scores of neighbours are joined: averages, of which the highest spreads to the tokens around it.
 
-Legend of shapes: B batch, N tokens in a row, E of them that are asked for, R kernels.
+Legend of shapes: B batch, N tokens in a row, E of them that are asked for, X tokens that one depends on, R kernels.
 """
 
 from __future__ import annotations
@@ -53,12 +53,13 @@ class Pooling:
         for kernel, scores_BN in zip(self.kernels, scores_BNR.unbind(-1), strict=True):
             after = self._after(kernel)
             reach = slice(left - kernel - after, scores_BN.size(1) - right + kernel + before)
-            real = real_BN[:, reach]
-            sums, counts = (x.unfold(-1, 2 * kernel + 1, 1).sum(-1) for x in (scores_BN[:, reach] * real, real))
+            scores_BEX, real_BEX = (
+                x[:, reach].unfold(-1, after + before + 2 * kernel + 1, 1).contiguous() for x in (scores_BN, real_BN)
+            )
+            sums, counts = (x.unfold(-1, 2 * kernel + 1, 1).sum(-1) for x in (scores_BEX * real_BEX, real_BEX))
             means = sums / counts.clamp(min=1) + (self.bonus if kernel > self.kernels[0] else 0.0)
             distance = torch.arange(-after, before + 1, device=means.device).abs()
-            spread = means.masked_fill(counts == 0, float("-inf")).unfold(-1, after + before + 1, 1)
-            pooled.append((spread - self.slope * distance).amax(-1))
+            pooled.append((means - self.slope * distance).masked_fill(counts == 0, float("-inf")).amax(-1))
         return torch.stack(pooled).amax(0)
 
     def _before(self, window: int) -> int:
