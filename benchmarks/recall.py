@@ -60,9 +60,16 @@ GROUPS = {
     "controls": Group(
         SINGLE,
         (1536,),
-        ("window", "window+64", "ahn")
-        + tuple(
-            f"ahn+64:{score}" for score in ("random", "recent", "value_norm", "window_attention", "key_diff", "oracle")
+        (
+            "window",
+            "window+64",
+            "ahn",
+            "ahn+64:random",
+            "ahn+64:recent",
+            "ahn+64:key_diff",
+            "ahn+64:value_norm",
+            "ahn+64:window_attention",
+            "ahn+64:oracle",
         ),
         items=1,
     ),

@@ -104,7 +104,7 @@ def test_the_most_recent_anchors_are_a_larger_window(chunks: Any, sink_positions
     assert not torch.allclose(read(model, ids, chunks), expected, atol=1e-3)
 
 
-@pytest.mark.parametrize("score", ["key_diff", "asked"])
+@pytest.mark.parametrize("score", SCORES)
 @pytest.mark.parametrize("sink_positions", ["absolute", "bounded"])
 def test_padded_rows_read_as_alone(sink_positions: Any, score: str) -> None:
     model = anchored(model={"max_position_embeddings": 40}, sink_positions=sink_positions, anchor_score=score)

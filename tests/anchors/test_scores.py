@@ -19,7 +19,7 @@ from ahn.anchors.scores import SCORES
 from ahn.anchors.selection import Scoreboard
 from ahn.attachment import attachment_of
 from ahn.evaluation.controls import Recent
-from tests.tiny import read, text, with_memory
+from tests.tiny import give_score_weights, read, text, with_memory
 
 SINKS, WINDOW, ANCHORS, TOKENS = 5, 16, 6, 75
 CONTRIBUTING = Path(__file__).parents[2] / "CONTRIBUTING.md"
@@ -41,6 +41,12 @@ class Recording(Score):
     def score(self, tokens: LayerTokens) -> torch.Tensor:
         self.given.append(tokens)
         return self.of.score(tokens)
+
+
+def scored_by(score: Score) -> Any:
+    model = with_memory(anchors=ANCHORS, anchor_score=score.name)
+    give_score_weights(model)
+    return model
 
 
 def held_scores(cache: Any, token: int) -> float:
@@ -154,18 +160,14 @@ class TestContract:
         assert score.disagreement([weights, weights]) is None
 
     def test_beams(self, score: Score) -> None:
-        if score.weight_names:
-            pytest.skip("its weights are tested elsewhere")
-        model, ids = with_memory(anchors=ANCHORS, anchor_score=score.name), text(2, 50)
+        model, ids = scored_by(score), text(2, 50)
         both = model.generate(ids, max_new_tokens=10, do_sample=False, num_beams=2)
         for row in range(2):
             alone = model.generate(ids[row : row + 1], max_new_tokens=10, do_sample=False, num_beams=2)
             assert torch.equal(both[row : row + 1, : alone.size(1)], alone)
 
     def test_saved_and_forked_caches_continue_bit_for_bit(self, score: Score, tmp_path: Path) -> None:
-        if score.weight_names:
-            pytest.skip("its weights are tested elsewhere")
-        model = with_memory(anchors=ANCHORS, anchor_score=score.name)
+        model = scored_by(score)
         cache = ahn.HippocampalCache(model)
         read(model, text(2, 61), 20, cache=cache)
         cache.save(tmp_path / "cache")
