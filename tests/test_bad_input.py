@@ -23,7 +23,7 @@ import ahn
 from ahn import native
 from ahn.cli import main
 from ahn.evaluation.journal import Journal
-from ahn.evaluation.report import Report
+from ahn.evaluation.report import EvaluationReport
 from tests.tiny import text, tiny, with_memory
 
 PAGE = Path(__file__).parents[1] / "docs" / "bad_input.md"
@@ -45,7 +45,7 @@ def prepare() -> None:
     Path("notes/empty").mkdir()
     Path("text.txt").write_text("Call me Ishmael.")
     for name in ("perplexity", "recall"):
-        Report(name, {}, {}, {}).write("report.json" if name == "perplexity" else "recall.json")
+        EvaluationReport(name, {}, {}, {}).write("report.json" if name == "perplexity" else "recall.json")
     Journal("begun/journal.jsonl", {"command": "recall"}).add("an item", {})
     Path("chats.jsonl").write_text('{"text": "Call me Ishmael."}\n{"text": 7}\n')
     Path("broken").mkdir()
@@ -61,8 +61,6 @@ def prepare() -> None:
     Path("bench/passkey.jsonl").write_text(record)
     Path("bench/number_string.jsonl").write_text(record + '{"id": 1,\n')
     Path("bench/math_find.jsonl").write_text(record)
-    Path("meetings").mkdir()
-    Path("meetings/m.json").write_text('{"meeting_transcripts": [{"speaker": "A"}]}')
     sizes: dict[str, Any] = {"num_hidden_layers": 2, "num_attention_heads": 4, "hidden_size": 32, "vocab_size": 64}
     sizes |= {"bos_token_id": 1, "eos_token_id": 2}
     transformers.FalconConfig(**sizes).save_pretrained("falcon")
@@ -178,10 +176,6 @@ COMMANDS = (
     "eval run --tasks passkey --data bench --prompts nowhere.json",
     "eval run --tasks passkey --data bench --metadata x",
     "eval run --tasks passkey --data bench --out notes",
-    "eval qmsum nowhere",
-    "eval qmsum notes",
-    "eval qmsum meetings",
-    "eval qmsum meetings --answers -1",
     "eval score nowhere.jsonl",
     "eval score empty.txt --task passkey",
     "eval score notes",

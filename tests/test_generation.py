@@ -10,7 +10,7 @@ from torch.nn import functional
 import ahn
 from ahn.backbone.compat import CACHE
 from ahn.errors import ConfigError, ShapeError
-from ahn.generation import Progress, Reader, automatic_chunk, cache_bytes, full_cache_bytes, read
+from ahn.generation import Progress, Reader, automatic_chunk, cache_bytes, decode, full_cache_bytes, read
 from tests.tiny import text, tiny, with_memory
 
 TOKENS = 75
@@ -162,3 +162,36 @@ def test_refuses_a_chunk_of_nothing(model):
 def test_has_no_result_before_the_first_piece(model):
     with pytest.raises(ShapeError, match="nothing has been read"):
         Reader(model).result()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("mode", MODES)
+def test_decoding_takes_the_likeliest_token(model, mode):
+    ids = text(tokens=TOKENS)
+    with ahn.mode(model, mode):
+        reader = Reader(model)
+        reader.feed(ids)
+        written = list(decode(reader, 6))
+        for number, token in enumerate(written):
+            seen = torch.cat((ids, torch.tensor([written[:number]], dtype=torch.long)), dim=1)
+            assert token == int(model(seen, use_cache=False).logits[0, -1].argmax())
+        again = Reader(model)
+        again.feed(ids)
+        stop = written.index(written[3])
+        assert list(decode(again, 6, stop=[written[3]])) == written[:stop]
+    assert reader.tokens == TOKENS + 6
+    assert again.tokens == TOKENS + stop
+
+
+def test_drawn_tokens_are_those_of_the_seed(model):
+    reader = Reader(model)
+    with pytest.raises(ShapeError, match="nothing has been read yet"):
+        next(decode(reader, 1))
+    reader.feed(text(tokens=TOKENS))
+    cache = reader.cache
+    drawn = []
+    for seed in (1, 1, 2):
+        fork = Reader(model, cache.fork())
+        fork.logits = reader.logits
+        drawn.append(list(decode(fork, 8, temperature=1.5, seed=seed)))
+    assert drawn[0] == drawn[1] != drawn[2]

@@ -39,8 +39,8 @@ def test_fold_and_read(memories: list[Memory]) -> None:
     gates = Memory.gates_of_layers.__func__(Memory, memories, torch.randn(LAYERS, ROWS, 12))  # type: ignore[attr-defined]
     states = torch.randn(LAYERS, ROWS, *memories[0].state_shape())
     expected = states.clone()
-    Memory.fold.__func__(Memory, memories, key, value, gates, expected)  # type: ignore[attr-defined]
-    type(memories[0]).fold(memories, key, value, gates, states)
+    Memory.update.__func__(Memory, memories, key, value, gates, expected)  # type: ignore[attr-defined]
+    type(memories[0]).update(memories, key, value, gates, states)
     torch.testing.assert_close(states, expected)
     query = torch.randn(ROWS, 1, SHAPE.query_heads, SHAPE.key_size)
     for memory, state in zip(memories, states, strict=True):

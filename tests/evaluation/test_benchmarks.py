@@ -11,8 +11,8 @@ import pytest
 
 from ahn.errors import ConfigError
 from ahn.evaluation.benchmarks import BENCHMARKS, find, find_in_file_name
-from ahn.evaluation.benchmarks.base import Sample
 from ahn.evaluation.benchmarks.prompts import PLACEHOLDERS, build_prompt, fill, read_prompts
+from ahn.evaluation.benchmarks.schema import Sample
 from ahn.evaluation.benchmarks.truncation import truncate
 from ahn.evaluation.errors import EvaluationError
 from ahn.evaluation.metrics import METRICS

@@ -29,7 +29,6 @@ SURFACE = {
         "--tasks", "--data", "--limit", "--max-tokens", "--scoring", "--prompts", "--chat", "--no-chat", "--metadata",
         "--arms", *RUN,
     ],
-    "qmsum": ["FOLDER", "--limit", "--max-tokens", "--answers", "--chat", "--no-chat", "--arms", *RUN],
     "score": ["FILE", "--task", "--scoring", "--json"],
 }  # fmt: skip
 ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}

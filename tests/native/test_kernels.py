@@ -101,8 +101,8 @@ def test_a_decoded_token(kind: str, B: int) -> None:
 
     def decode() -> tuple[Tensor, Tensor]:
         after = state.clone()
-        type(memories[0]).fold(memories, k, v, gates, after)
-        return after, memories[1].add_answer(local.clone(), q.transpose(1, 2), x, after[1])
+        type(memories[0]).update(memories, k, v, gates, after)
+        return after, memories[1].decode_add(local.clone(), q.transpose(1, 2), x, after[1])
 
     with torch.no_grad():
         got = decode()

@@ -1,6 +1,6 @@
 """One decoded token: what all layers do at once instead of one after the other.
 
-Which token leaves the window is known before the next one is read, so it is folded into the states of all layers by one
+Which token leaves the window is known before the next one is read, so the states of all layers are updated with it by one
 set of operations at the start of the call; and gates matter only once their token leaves, so those of the new token are
 computed for all layers at the end. In between a layer only reads its state. On a CPU a small operation costs more than
 its arithmetic, and a token of a small model has thousands of them.
@@ -37,12 +37,12 @@ class LayerGroup:
     stores: list[HippocampalLayer]
     states: torch.Tensor | None = None
 
-    def fold(self) -> None:
-        """Folds the token that leaves into the states."""
+    def update(self) -> None:
+        """Updates the states with the token that leaves."""
         leaving = [store.exact.leaving() for store in self.stores]
         k_LBGK, v_LBGV, record_LB1F = (torch.stack(tensors).squeeze(3) for tensors in zip(*leaving))
         gates_LBNH = record_LB1F.view(*record_LB1F.shape[:2], self.memories[0].gate_count, -1)
-        type(self.memories[0]).fold(self.memories, k_LBGK, v_LBGV, gates_LBNH, self._gathered())
+        type(self.memories[0]).update(self.memories, k_LBGK, v_LBGV, gates_LBNH, self._gathered())
 
     def write_gates(self, hidden: dict[int, torch.Tensor]) -> None:
         """Stores the gates of the new token, from what each attention layer read, `[B, 1, D]` by layer index."""
@@ -110,7 +110,7 @@ def begin_step(cache: HippocampalCache, new: int) -> DecodeStep | None:
     if not all(group.leaves(begun) and _has_states(group) for group in leaving):
         return None
     for group in leaving:
-        group.fold()
+        group.update()
     return DecodeStep(groups, cache)
 
 

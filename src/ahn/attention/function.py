@@ -109,12 +109,12 @@ class LayerCall:
         selection.add(tokens, later=self.plan.step is not None)
 
     def read_memory(self, query: torch.Tensor, view: View, seen: int) -> torch.Tensor:
-        """Folds what left the window into the state; what the memory adds for the last E queries, `[B, E, H, V]`."""
+        """Updates the state with what left the window; what the memory adds for the last E queries, `[B, E, H, V]`."""
         before = query.size(2) - view.evicted.length
-        return self.memory.read_out(self.recall(query, view, seen), self.hidden[:, before:])
+        return self.memory.project_out(self.recall(query, view, seen), self.hidden[:, before:])
 
     def recall(self, query: torch.Tensor, view: View, seen: int) -> torch.Tensor:
-        """Folds what left the window into the state; what the last E queries read, `[B, E, H, V]` float32, raw."""
+        """Updates the state with what left the window; what the last E queries read, `[B, E, H, V]` float32, raw."""
         evicted = view.evicted
         before = query.size(2) - evicted.length
         query, keys, record = query[:, :, before:], evicted.keys, evicted.record[:, 0]
@@ -193,7 +193,7 @@ def _decode(
     local = local_attention(lookup, softmax)
     if store.state is None:
         return local
-    return call.memory.add_answer(local, query.transpose(1, 2), call.hidden, store.state)
+    return call.memory.decode_add(local, query.transpose(1, 2), call.hidden, store.state)
 
 
 def _without_padding(gates_BENH: torch.Tensor, first: int, sinks: int, padding: Padding) -> torch.Tensor:

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 
 from ahn.attention.lookup import Lookup
 from ahn.attention.softmax_native import compiled_attention
+from ahn.backbone.compat import FUSED_GROUPS_HEADS
 from ahn.tokens import ExtraKV, Tokens
 
 # torch 2.13 has no public function that returns the log-sum of a fused softmax beside its output.
@@ -205,9 +206,10 @@ def _merged(q_BHTK: torch.Tensor, near: Part, far_q_BHTK: torch.Tensor, far: Par
 def _fused(q_BHTK: torch.Tensor, part: Part, softmax: Softmax) -> tuple[torch.Tensor, torch.Tensor]:
     """Output of the fused kernel on CPU, `[B, H, T, V]`, and the logarithm of its denominators, `[B, H, T]`."""
     keys, values, mask = part
-    query = q_BHTK
-    if query.size(2) == 1:  # query heads stacked on their kv head: its keys are read once
+    query, new = q_BHTK, q_BHTK.size(2)
+    if new == 1 or not FUSED_GROUPS_HEADS:  # query heads stacked on their kv head: its keys are read once
         query = query.reshape(query.size(0), keys.size(1), -1, query.size(3))
+        mask = mask if mask is None or new == 1 else mask.repeat(query.size(2) // new, 1)
     kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
     out, log_sum = kernel(query, keys, values, 0.0, False, attn_mask=mask, scale=softmax.scaling)
     return out.reshape(*q_BHTK.shape[:3], -1), log_sum.reshape(q_BHTK.shape[:3])

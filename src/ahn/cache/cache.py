@@ -199,7 +199,7 @@ class HippocampalCache(Cache):
         """Asked for by assisted decoding, which takes tokens back.
 
         Raises:
-            CacheError: Always: what a memory has folded in cannot be taken out again.
+            CacheError: Always: what a memory has taken in cannot be taken out again.
         """
         refuse_assisted_decoding()
 

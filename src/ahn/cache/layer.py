@@ -184,7 +184,7 @@ class HippocampalLayer(CacheLayerMixin):
         """Takes back the last tokens, which works only while nothing has left the window.
 
         Raises:
-            CacheError: A token has been folded into the memory, or more tokens than seen are to go.
+            CacheError: The memory has taken in a token, or more tokens than seen are to go.
         """
         removed = abs(tokens_to_remove)
         if removed == 0:

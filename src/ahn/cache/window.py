@@ -13,7 +13,6 @@ from __future__ import annotations
 from typing import cast
 
 import torch
-import torch.nn.functional as F
 
 from ahn.tokens import Padding, Tokens, View, concatenate
 
@@ -155,7 +154,8 @@ class SinkWindow:
 
         def fill(old: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
             gathered = tensor.gather(2, index.expand(-1, tensor.size(1), -1, tensor.size(3)))
-            return torch.where(fresh, gathered, F.pad(old, (0, 0, 0, count - old.size(2))))
+            rest = old.new_zeros(*old.shape[:2], count - old.size(2), old.size(3))
+            return torch.where(fresh, gathered, torch.cat((old, rest), dim=2))
 
         return Tokens(*(fill(old, tensor) for old, tensor in zip(held, new, strict=True)))
 

@@ -14,7 +14,7 @@ from ahn.anchors.scores import SCORES
 from ahn.attachment import Attachment, attachment_of
 from ahn.checkpoint.adapter import Pair, about, read_pair, storable, write_pair
 from ahn.checkpoint.content import Base, check_base, check_keys, check_shapes, inner_model, layer_of
-from ahn.checkpoint.files import failure, locate, read_tensors
+from ahn.checkpoint.files import Source, failure, locate, read_tensors
 from ahn.errors import ConfigError
 from ahn.memories import MemoryShape
 from ahn.surgery import set_score_weights
@@ -46,7 +46,16 @@ def save_anchors(model: nn.Module, path: str | os.PathLike[str], dtype: str | to
     write_pair(path, ANCHORS, about(Base.of_model(inner_model(model))), storable(path, tensors, dtype))
 
 
-def load_anchors(model: nn.Module, path_or_hub_id: str | os.PathLike[str], revision: str | None = None) -> None:
+def load_anchors(
+    model: nn.Module,
+    path_or_hub_id: str | os.PathLike[str],
+    revision: str | None = None,
+    *,
+    subfolder: str = "",
+    token: str | bool | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
+    local_files_only: bool = False,
+) -> None:
     """Gives a model weights of anchor scores, which `anchor_score="asked"` and `"learned"` then choose by.
 
     All is checked first: if anything is wrong, the model is what it was before. Weights that it had are replaced.
@@ -56,6 +65,10 @@ def load_anchors(model: nn.Module, path_or_hub_id: str | os.PathLike[str], revis
         path_or_hub_id: A folder that `save_anchors` wrote, a name that ships with the library, such as
             "smollm2-135m/anchors", or a hub id `owner/name`.
         revision: Branch, tag or commit on the hub.
+        subfolder: As for `load`.
+        token: As for `load`.
+        cache_dir: As for `load`.
+        local_files_only: As for `load`.
 
     Raises:
         ModelError: No memory is attached.
@@ -65,7 +78,8 @@ def load_anchors(model: nn.Module, path_or_hub_id: str | os.PathLike[str], revis
         UserWarning: The weights were made for a base model of the same sizes but another name.
     """
     attachment, where = attachment_of(model), os.fspath(path_or_hub_id)
-    folder = locate(where, revision, ANCHORS.config)
+    source = Source(revision, subfolder, token, cache_dir, local_files_only)
+    folder = locate(where, source, ANCHORS.config)
     weights = _read(where, folder, attachment, Base.of_model(inner_model(model)))
     for site in attachment.sites:
         if site.memory is not None:

@@ -10,9 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import ahn
 from ahn.attachment import attachment_of
-from ahn.cli import writing
 from ahn.evaluation.arm_names import find_arm
-from ahn.generation import Reader, automatic_chunk, cache_bytes, full_cache_bytes
+from ahn.generation import Reader, automatic_chunk, cache_bytes, decode, full_cache_bytes, text_of
 from ahn.models import prompts
 
 if TYPE_CHECKING:
@@ -132,8 +131,8 @@ class Comparison:
                 arm.reader.score = False
                 arm.reader.feed(self.passage.closing)
                 before = arm.reader.tokens
-                ids = writing.write(arm.reader, self.plan.answer_tokens, stop)
-                arm.answer = " ".join("".join(writing.words(self.loaded.tokenizer, ids)).split())
+                ids = decode(arm.reader, self.plan.answer_tokens, stop)
+                arm.answer = " ".join(text_of(self.loaded.tokenizer, list(ids)).split())
                 if arm.reader.tokens - before >= self.plan.answer_tokens:
                     arm.answer += " ..."
 

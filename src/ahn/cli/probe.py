@@ -97,7 +97,7 @@ def command(
     from ahn.cli.texts import lighthouse
 
     loading.seed(seed)
-    loaded = loading.load(model, adapter, window, sinks)
+    loaded = loading.load(loading.ModelChoice(model, adapter, window, sinks))
     title = "a short story" if text is None else "standard input" if file == "-" else Path(str(file)).name
     ids = loaded.tokenizer(lighthouse() if text is None else text, return_tensors="pt", verbose=False).input_ids[0]
     probe = _measure(loaded, title, ids, tokens, window, sinks, "last" if positions == "last" else "all")

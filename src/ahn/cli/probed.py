@@ -13,7 +13,7 @@ from ahn.evaluation.page import Page
 from ahn.evaluation.probing.figures import draw
 from ahn.evaluation.probing.shading import STYLE, coloured_text
 from ahn.evaluation.probing.tokens import Scale, ShownToken, show_tokens, strongest, token_texts
-from ahn.evaluation.report import Report, environment
+from ahn.evaluation.report import EvaluationReport, environment
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -79,7 +79,7 @@ def summary(probe: Probe) -> list[str]:
         f"{probe.gradients.positions:,} positions.",
     ]
     last = trace.fullness[-1]
-    kept = "" if trace.keep is None else f", decay {float(trace.keep.mean()):.3f} (share kept per token)"
+    kept = "" if trace.decay is None else f", decay {float(trace.decay.mean()):.3f} (share kept per token)"
     lines.append(
         f"State: effective rank {float(trace.rank[-1].mean()):.1f} of at most {max(trace.full_rank)} (mean over heads; "
         f"{float(last.min()):.0%} to {float(last.max()):.0%} full). Gates: write strength "
@@ -88,7 +88,7 @@ def summary(probe: Probe) -> list[str]:
     return lines
 
 
-def report(probe: Probe, seed: int) -> Report:
+def report(probe: Probe, seed: int) -> EvaluationReport:
     """Every number.
 
     Args:
@@ -106,9 +106,9 @@ def report(probe: Probe, seed: int) -> Report:
         ],
         "layers": trace.layers,
         "state": {"tokens_read": trace.tokens, "effective_rank": trace.rank, "full_rank": trace.full_rank},
-        "gates": {"write": trace.write, "decay": trace.keep},
+        "gates": {"write": trace.write, "decay": trace.decay},
     }
-    return Report("probe", _settings(probe), results, environment(probe.loaded.model, seed))
+    return EvaluationReport("probe", _settings(probe), results, environment(probe.loaded.model, seed))
 
 
 def figures(probe: Probe) -> dict[str, tuple[Any, str]]:

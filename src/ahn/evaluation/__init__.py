@@ -18,9 +18,9 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from ahn.evaluation.benchmarks import BENCHMARKS
-    from ahn.evaluation.benchmarks.base import Benchmark, Sample, Target, Task
-    from ahn.evaluation.benchmarks.loading import load_samples
     from ahn.evaluation.benchmarks.prompts import build_prompt, read_prompts
+    from ahn.evaluation.benchmarks.samples import load_samples
+    from ahn.evaluation.benchmarks.schema import Benchmark, Sample, Target, Task
     from ahn.evaluation.errors import AnswerError, EvaluationError
     from ahn.evaluation.metrics import METRICS
     from ahn.evaluation.predictions import Prediction, read_predictions
@@ -30,17 +30,17 @@ _PLACES = {
     "AnswerError": "errors",
     "Average": "scores",
     "BENCHMARKS": "benchmarks",
-    "Benchmark": "benchmarks.base",
+    "Benchmark": "benchmarks.schema",
     "EvaluationError": "errors",
     "METRICS": "metrics",
     "Prediction": "predictions",
-    "Sample": "benchmarks.base",
+    "Sample": "benchmarks.schema",
     "SetScore": "scores",
-    "Target": "benchmarks.base",
-    "Task": "benchmarks.base",
+    "Target": "benchmarks.schema",
+    "Task": "benchmarks.schema",
     "averages": "scores",
     "build_prompt": "benchmarks.prompts",
-    "load_samples": "benchmarks.loading",
+    "load_samples": "benchmarks.samples",
     "read_predictions": "predictions",
     "read_prompts": "benchmarks.prompts",
     "score_predictions": "scores",

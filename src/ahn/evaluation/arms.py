@@ -15,8 +15,8 @@ All but `full` have the same lossless budget, sinks and window.
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection, Mapping
-from typing import Any, cast
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import nn
@@ -28,10 +28,14 @@ from ahn.cache import HippocampalCache
 from ahn.config import Mode
 from ahn.evaluation.arm_names import ARMS, find_arm
 from ahn.evaluation.controls import CONTROLS
-from ahn.generation import Reader, automatic_chunk, cache_bytes
+from ahn.generation import Reader, cache_bytes, decode, text_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 __all__ = ["ARMS", "ArmReader", "TailReader", "arm_reader"]
 
+_CONTEXT = 4  # tokens before a text that ends an answer, which may share a character with it
 _STEPS = 8  # parts of a window that `tail` moves on by
 
 
@@ -61,12 +65,11 @@ class ArmReader:
             cache = None if control is None else HippocampalCache(model, anchor_score=control)
             self._reader = Reader(model, cache, score=score)
 
-    def feed(self, ids: torch.Tensor) -> None:
+    def feed(self, input_ids: torch.Tensor) -> None:
         """Reads a piece of text, `[T]`; a long one in several forward passes."""
         with ahn.mode(self.model, self.mode):
-            for piece in ids.split(automatic_chunk(self.model)):
-                self._reader.feed(piece)
-        self.tokens += ids.numel()
+            self._reader.feed(input_ids)
+        self.tokens += input_ids.numel()
 
     @property
     def nll(self) -> torch.Tensor:
@@ -94,18 +97,39 @@ class ArmReader:
         twin._reader = _forked(self._reader)
         return twin
 
-    def generate(self, limit: int, stop: Collection[int] = ()) -> list[int]:
+    def generate(self, limit: int, stop: Collection[int] = ()) -> Iterator[int]:
         """Writes on, the likeliest token each time.
 
         Args:
             limit: Most tokens to write.
             stop: Tokens that end the answer; they are not part of it.
+
+        Yields:
+            Token ids.
         """
+        yield from decode(self, limit, stop)
+
+    def answer(
+        self, tokenizer: PreTrainedTokenizerBase, limit: int, stop: Collection[int], until: Sequence[str] = ()
+    ) -> str:
+        """Writes on as text.
+
+        Args:
+            tokenizer: The model's tokenizer.
+            limit: Most tokens to write.
+            stop: Tokens that end the answer.
+            until: Texts that end the answer; neither they nor what follows is part of it.
+        """
+        ends = [end for end in until if end]
+        # A token holds at least one byte, so an end lies within this many of the last tokens.
+        span = max((len(end.encode()) for end in ends), default=0) + _CONTEXT
         written: list[int] = []
-        while len(written) < limit and (token := int(self.logits.argmax())) not in stop:
+        for token in self.generate(limit, stop):
             written.append(token)
-            self.feed(torch.tensor([token]))
-        return written
+            if ends and any(end in text_of(tokenizer, written[-span:]) for end in ends):
+                break
+        text = text_of(tokenizer, written)
+        return text[: min((place for end in ends if (place := text.find(end)) >= 0), default=len(text))]
 
 
 class TailReader(ArmReader):
@@ -128,10 +152,10 @@ class TailReader(ArmReader):
         self._spent = 0.0
         self._answers = False
 
-    def feed(self, ids: torch.Tensor) -> None:
+    def feed(self, input_ids: torch.Tensor) -> None:
         """Reads a piece of text, `[T]`."""
         step = max(1, self._window // _STEPS)
-        for piece in ids.cpu().split(step):
+        for piece in input_ids.cpu().split(step):
             if not self._answers and self._reader.cache.get_seq_length() + piece.numel() > self._sinks + self._window:
                 self._restart(self._window - step)
             super().feed(piece)
@@ -154,10 +178,10 @@ class TailReader(ArmReader):
         twin._scores, twin._spent = [], 0.0  # type: ignore[attr-defined]
         return twin
 
-    def generate(self, limit: int, stop: Collection[int] = ()) -> list[int]:
+    def generate(self, limit: int, stop: Collection[int] = ()) -> Iterator[int]:
         """See `ArmReader.generate`."""
         self._settle()
-        return super().generate(limit, stop)
+        yield from super().generate(limit, stop)
 
     def _settle(self) -> None:
         """Gives the model the whole of sinks and window, once; what follows is an answer."""
@@ -172,8 +196,7 @@ class TailReader(ArmReader):
         self._spent += self._reader.seconds
         with ahn.mode(self.model, "full"):
             self._reader = Reader(self.model, score=False)
-            for piece in self._kept(self._ids, window).split(automatic_chunk(self.model)):
-                self._reader.feed(piece)
+            self._reader.feed(self._kept(self._ids, window))
         self._reader.score = score
 
     def _kept(self, ids: torch.Tensor, window: int) -> torch.Tensor:

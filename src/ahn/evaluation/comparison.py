@@ -8,11 +8,11 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from ahn.evaluation.errors import EvaluationError
-from ahn.evaluation.report import Report
+from ahn.evaluation.report import EvaluationReport
 
 
 @dataclasses.dataclass(frozen=True)
-class Comparison:
+class ReportDifferences:
     """Rows of text, ready for tables.
 
     Attributes:
@@ -28,7 +28,7 @@ class Comparison:
     results: list[tuple[str, str, str, str]]
 
 
-def compare(first: Report, second: Report, everything: bool = False) -> Comparison:
+def compare(first: EvaluationReport, second: EvaluationReport, everything: bool = False) -> ReportDifferences:
     """Compares two reports.
 
     Args:
@@ -46,7 +46,7 @@ def compare(first: Report, second: Report, everything: bool = False) -> Comparis
         )
     before, after = (dict(_leaves(report.results, everything)) for report in (first, second))
     names = [name for name in {**before, **after} if everything or before.get(name) != after.get(name)]
-    return Comparison(
+    return ReportDifferences(
         first.command,
         _differences(first.settings, second.settings),
         _differences(first.environment, second.environment),

@@ -21,7 +21,7 @@ _PARTS = ("command", "settings", "results", "environment")
 
 
 @dataclasses.dataclass
-class Report:
+class EvaluationReport:
     """The outcome of one command of `ahn eval`.
 
     Attributes:
@@ -49,8 +49,8 @@ class Report:
         write_whole(path, json.dumps(plain(facts), indent=1, ensure_ascii=False) + "\n")
 
 
-def read_report(path: str | os.PathLike[str]) -> Report:
-    """Reads what `Report.write` wrote.
+def read_report(path: str | os.PathLike[str]) -> EvaluationReport:
+    """Reads what `EvaluationReport.write` wrote.
 
     Args:
         path: The file.
@@ -67,7 +67,7 @@ def read_report(path: str | os.PathLike[str]) -> Report:
     good = isinstance(facts, dict) and facts.get("kind") == _KIND and isinstance(facts.get("command"), str)
     if not good or not all(isinstance(facts.get(part), dict) for part in _PARTS[1:]):
         raise EvaluationError(f"{path} is no report of an evaluation. Give the report.json of one.")
-    return Report(**{part: facts[part] for part in _PARTS})
+    return EvaluationReport(**{part: facts[part] for part in _PARTS})
 
 
 def environment(model: Any = None, seed: int | None = None) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from typing import Any
 
 from ahn import __version__
 from ahn.evaluation.benchmarks import BENCHMARKS
-from ahn.evaluation.benchmarks.base import Benchmark, Rules, Scoring, Target
+from ahn.evaluation.benchmarks.schema import Benchmark, Rules, Scoring, Target
 from ahn.evaluation.errors import AnswerError, EvaluationError
 from ahn.evaluation.metrics import METRICS, Metric
 from ahn.evaluation.predictions import Prediction

@@ -25,15 +25,15 @@ from ahn.native import build
 
 __all__ = [
     "MOST_VECTORS",
-    "ReadOut",
+    "OutputWeights",
     "Segment",
     "attend",
     "attend_one",
+    "can_decode_add",
     "can_multiply",
-    "can_read_out",
+    "decode_add_",
     "linear",
     "linear_each",
-    "read_out_",
     "ready",
     "scan",
     "scan_state_space",
@@ -54,7 +54,7 @@ _ARGUMENTS = {
     "ahn_write_state_space": [*[_INT] * 3, *[_POINTER] * 5],
     "ahn_linear": [*[_INT] * 3, *[_POINTER] * 4],
     "ahn_linear_each": [*[_INT] * 5, *[_POINTER] * 3],
-    "ahn_read_out": [*[_INT] * 5, *[_POINTER] * 7, _FLOAT, ctypes.c_int, _POINTER],
+    "ahn_decode_add": [*[_INT] * 5, *[_POINTER] * 7, _FLOAT, ctypes.c_int, _POINTER],
 }
 
 
@@ -231,7 +231,7 @@ def write_state_space_(k_XK: Tensor, v_XV: Tensor, decay_X: Tensor, step_X: Tens
     _run("ahn_write_state_space", X, K, V, k, v, decay, step, state_XVK)
 
 
-class ReadOut(NamedTuple):
+class OutputWeights(NamedTuple):
     """The read-out of a memory: its weights and its order.
 
     Attributes:
@@ -252,15 +252,15 @@ class ReadOut(NamedTuple):
     per_head: bool
 
 
-def can_read_out(local_B1HV: Tensor, q_B1HK: Tensor, x_B1D: Tensor, state: Tensor, how: ReadOut) -> bool:
-    """Whether `read_out_` can work on these."""
+def can_decode_add(local_B1HV: Tensor, q_B1HK: Tensor, x_B1D: Tensor, state: Tensor, how: OutputWeights) -> bool:
+    """Whether `decode_add_` can work on these."""
     there = [x for x in (local_B1HV, how.gate, how.gate_bias, how.norm, how.o_proj) if x is not None]
     sizes = q_B1HK.size(3), local_B1HV.size(3)
     return all(x.is_contiguous() for x in there) and ready(*there, q_B1HK, x_B1D, state, sizes=sizes)
 
 
-def read_out_(local_B1HV: Tensor, q_B1HK: Tensor, x_B1D: Tensor, state: Tensor, how: ReadOut) -> None:
-    """Adds what a memory says to one query per row, in place; see `ahn.memories.base.Memory.add_answer`.
+def decode_add_(local_B1HV: Tensor, q_B1HK: Tensor, x_B1D: Tensor, state: Tensor, how: OutputWeights) -> None:
+    """Adds what a memory says to one query per row, in place; see `ahn.memories.base.Memory.decode_add`.
 
     Args:
         local_B1HV: What to add to, dense.
@@ -272,7 +272,7 @@ def read_out_(local_B1HV: Tensor, q_B1HK: Tensor, x_B1D: Tensor, state: Tensor, 
     B, _, H, K = q_B1HK.shape
     V, D = local_B1HV.size(3), x_B1D.size(2)
     q, x, state = q_B1HK.contiguous(), x_B1D.contiguous(), state.contiguous()
-    _run("ahn_read_out", B, H, K, V, D, q, x, state, *how[:4], how.scale, int(how.per_head), local_B1HV)
+    _run("ahn_decode_add", B, H, K, V, D, q, x, state, *how[:4], how.scale, int(how.per_head), local_B1HV)
 
 
 def can_multiply(vectors: int, size: int) -> bool:

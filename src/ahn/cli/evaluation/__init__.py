@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from ahn.cli.evaluation import compare, perplexity, qmsum, recall, run, score
+from ahn.cli.evaluation import compare, perplexity, recall, run, score
 
 app = typer.Typer(
     help="Measure what a model keeps of what it reads.",
@@ -15,7 +15,6 @@ COMMANDS = {
     "perplexity": perplexity,
     "recall": recall,
     "run": run,
-    "qmsum": qmsum,
     "compare": compare,
     "score": score,
 }

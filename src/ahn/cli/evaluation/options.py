@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from ahn.cli.loading import Loaded
     from ahn.evaluation.journal import Journal
     from ahn.evaluation.page import Page
-    from ahn.evaluation.report import Report
+    from ahn.evaluation.report import EvaluationReport
 
 MODEL, WINDOW, SINKS, SINK_POSITIONS = "smollm2-135m", 1024, 32, "bounded"
 JOURNAL, REPORT, PAGE = "journal.jsonl", "report.json", "report.html"
@@ -75,7 +75,9 @@ class Run:
 
         of = self.settings
         loading.seed(of["seed"])
-        loaded = loading.load(of["model"], of["adapter"], of["window"], of["sinks"], of["sink_positions"])
+        loaded = loading.load(
+            loading.ModelSettings(of["model"], of["adapter"], of["window"], of["sinks"], of["sink_positions"])
+        )
         self.journal.pin("memory weights", weights_checksum(loaded.model))
         if anchored := [arm for arm in map(find_arm, self.arms) if arm.has_anchors]:
             self._check_scores(loaded.model, anchored)
@@ -112,7 +114,7 @@ class Run:
                 say(f"{count:,} finished item{'' if count == 1 else 's'} kept in {self.out}; the same command goes on.")
             raise
 
-    def finish(self, report: Report, page: Page, figures: Mapping[str, Any]) -> None:
+    def finish(self, report: EvaluationReport, page: Page, figures: Mapping[str, Any]) -> None:
         """Writes report, page and figures into the folder, where there is one, and says so.
 
         Args:

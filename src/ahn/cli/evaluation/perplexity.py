@@ -80,7 +80,7 @@ def _evaluate(run: options.Run, loaded: Loaded, texts: dict[str, str]) -> None:
     from ahn.evaluation.perplexity.measure import make_plan, read_all
     from ahn.evaluation.perplexity.ngrams import group_tokens
     from ahn.evaluation.perplexity.results import results
-    from ahn.evaluation.report import Report, environment
+    from ahn.evaluation.report import EvaluationReport, environment
 
     of = run.settings
     tokens, found = _documents(of, loaded, texts)
@@ -99,7 +99,7 @@ def _evaluate(run: options.Run, loaded: Loaded, texts: dict[str, str]) -> None:
     with run.working(), work_bar(notes(), _total(documents, plan), "tokens", "read") as progress:
         read_all(loaded.model, documents, groups, plan, run.journal, progress)
     facts = results(loaded.model, documents, plan, run.journal.done, of["seed"])
-    report = Report("perplexity", of, facts, environment(loaded.model, of["seed"]))
+    report = EvaluationReport("perplexity", of, facts, environment(loaded.model, of["seed"]))
     show.print_results(report)
     if run.out is not None:
         page, figure = show.page(report, opening)

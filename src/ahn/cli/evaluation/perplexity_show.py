@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from ahn.evaluation.page import Page
     from ahn.evaluation.perplexity.documents import Document
     from ahn.evaluation.perplexity.measure import Plan
-    from ahn.evaluation.report import Report
+    from ahn.evaluation.report import EvaluationReport
 
 Made = tuple[list[str], list[list[str]], str]
 """Columns, rows and caption of a table."""
@@ -63,7 +63,7 @@ def opening(loaded: Loaded, documents: Sequence[Document], plan: Plan, left_out:
     return lines
 
 
-def print_results(report: Report) -> None:
+def print_results(report: EvaluationReport) -> None:
     """Prints all tables, and what must be known to read them."""
     arms = list(report.results["arms"])
     for table in tables(report):
@@ -98,7 +98,7 @@ def _shown(table: Made, arms: Sequence[str] = ()) -> Table:
     return shown
 
 
-def page(report: Report, lines: Sequence[str]) -> tuple[Page, Any]:
+def page(report: EvaluationReport, lines: Sequence[str]) -> tuple[Page, Any]:
     """The page of a report, and its figure.
 
     Args:
@@ -133,7 +133,7 @@ def page(report: Report, lines: Sequence[str]) -> tuple[Page, Any]:
     return made, figure
 
 
-def tables(report: Report) -> list[Made]:
+def tables(report: EvaluationReport) -> list[Made]:
     """Columns, rows and caption of each table."""
     results, of = report.results, report.settings
     spans = [span for span in ("beyond", "after") if any(row["scored"][span] for row in results["arms"].values())]
@@ -155,7 +155,7 @@ def tables(report: Report) -> list[Made]:
     return found
 
 
-def remarks(report: Report) -> list[str]:
+def remarks(report: EvaluationReport) -> list[str]:
     """What the tables cannot say by themselves."""
     arms, count = report.results["arms"], len(report.results["documents"])
     if not {"full", "window"} <= set(arms):

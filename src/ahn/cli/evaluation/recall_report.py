@@ -16,7 +16,7 @@ from ahn.evaluation.recall.plot import capacity_curve, heat_map
 from ahn.evaluation.recall.results import Cell, Record, cells, facts, moved_and_dropped, verdicts
 from ahn.evaluation.recall.spans import EVICTED
 from ahn.evaluation.recall.tasks import TASKS
-from ahn.evaluation.report import Report, environment
+from ahn.evaluation.report import EvaluationReport, environment
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -83,8 +83,8 @@ def show(console: Console, found: Found, settings: dict[str, Any]) -> None:
         say(sentence, console=console)
 
 
-def written(found: Found, settings: dict[str, Any], model: Any) -> tuple[Report, Page, dict[str, Any]]:
-    """Report, page and figures."""
+def written(found: Found, settings: dict[str, Any], model: Any) -> tuple[EvaluationReport, Page, dict[str, Any]]:
+    """EvaluationReport, page and figures."""
     moved, dropped = moved_and_dropped(found.records)
     results = {
         "cells": [facts(cell) for cell in found.cells],
@@ -96,7 +96,7 @@ def written(found: Found, settings: dict[str, Any], model: Any) -> tuple[Report,
     }
     where = environment(model, found.settings.seed)
     figures = _figures(found)
-    return Report("recall", settings, results, where), _page(found, settings, where, figures), figures
+    return EvaluationReport("recall", settings, results, where), _page(found, settings, where, figures), figures
 
 
 def _figures(found: Found) -> dict[str, Any]:

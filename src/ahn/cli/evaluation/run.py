@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     from contextlib import AbstractContextManager
 
     from ahn.cli.loading import Loaded
-    from ahn.evaluation.asking.results import Results
-    from ahn.evaluation.asking.sets import QuestionSet, Way
+    from ahn.evaluation.benchmarks.question_sets import PromptRules, QuestionSet
+    from ahn.evaluation.benchmarks.summary import Results
 
 EXAMPLES = """Examples:
 
@@ -98,14 +98,14 @@ def command(
     options.arm_names(arms)
     checks.span(window, sinks, sink_positions)
     values = _metadata(metadata)
-    from ahn.evaluation.asking.sets import Way, check_sets
     from ahn.evaluation.benchmarks.prompts import read_prompts
+    from ahn.evaluation.benchmarks.question_sets import PromptRules, check_sets
 
     ours, theirs = _sorted(names)
     templates = {} if prompts is None else read_prompts(prompts.expanduser())
-    way = Way("paper" if scoring == "paper" else "official", templates, max_tokens, bool(chat))
+    prompting = PromptRules("paper" if scoring == "paper" else "official", templates, max_tokens, bool(chat))
     with notes().status("Reading the records ..."):
-        sets = check_sets(ours, data, way, limit)
+        sets = check_sets(ours, data, prompting, limit)
         harness_tasks = _harness_tasks(theirs, data, model, values) if theirs else []
     run = options.open_run(
         "run",
@@ -119,7 +119,7 @@ def command(
         metadata=values,
         records={each.target.name: each.checksum for each in sets},
     )
-    _run(run, sets, way, chat, harness_tasks)
+    _run(run, sets, prompting, chat, harness_tasks)
 
 
 def _metadata(text: str | None) -> dict[str, Any]:
@@ -163,42 +163,46 @@ def _harness_tasks(names: Sequence[str], data: str | None, model: str, metadata:
     return load_tasks(names, data, {"tokenizer": resolve(model), **metadata}, known)  # type: ignore[no-any-return]
 
 
-def _run(run: Run, sets: Sequence[QuestionSet], way: Way, chat: bool | None, harness_tasks: Sequence[Any]) -> None:
+def _run(
+    run: Run, sets: Sequence[QuestionSet], prompting: PromptRules, chat: bool | None, harness_tasks: Sequence[Any]
+) -> None:
     """The part that needs the model."""
     loaded = run.load()
-    from ahn.evaluation.asking import show
-    from ahn.evaluation.report import Report, environment
+    from ahn.evaluation.benchmarks import page as show
+    from ahn.evaluation.report import EvaluationReport, environment
     from ahn.models import prompts
 
-    way = dataclasses.replace(way, chat=prompts.has_chat(loaded.tokenizer) if chat is None else chat)
+    prompting = dataclasses.replace(prompting, chat=prompts.has_chat(loaded.tokenizer) if chat is None else chat)
     found: dict[str, Any] = {}
     if sets:
-        found["benchmarks"] = _ask(run, loaded, sets, way)
+        found["benchmarks"] = _ask(run, loaded, sets, prompting)
         print_by_arms(output(), run.arms, partial(run_tables.scores, found["benchmarks"]))
     if harness_tasks:
-        found["harness"] = _evaluate(run, loaded, harness_tasks, way)
+        found["harness"] = _evaluate(run, loaded, harness_tasks, prompting)
         print_by_arms(output(), run.arms, partial(run_tables.harness, found["harness"]))
     if run.out is not None:
-        report = Report("run", run.settings, found, environment(loaded.model, run.settings["seed"]))
+        report = EvaluationReport("run", run.settings, found, environment(loaded.model, run.settings["seed"]))
         figures = {"scores": show.figure(found["benchmarks"])} if sets else {}
         run.finish(report, show.page(report, figures.get("scores")), figures)
 
 
-def _ask(run: Run, loaded: Loaded, sets: Sequence[QuestionSet], way: Way) -> Results:
+def _ask(run: Run, loaded: Loaded, sets: Sequence[QuestionSet], prompting: PromptRules) -> Results:
     """Our own tasks in every arm."""
-    from ahn.evaluation.asking.results import results
-    from ahn.evaluation.asking.run import Asking, ask
+    from ahn.evaluation.benchmarks.runner import BenchmarkRunner, run_benchmarks
+    from ahn.evaluation.benchmarks.summary import results
 
-    asking = Asking(loaded.model, loaded.tokenizer, run.arms, way)
+    runner = BenchmarkRunner(loaded.model, loaded.tokenizer, run.arms, prompting)
     with notes().status("Counting tokens ..."):
-        lengths = asking.lengths(sets)
+        lengths = runner.lengths(sets)
     total = len(run.arms) * sum(sum(counts) for counts in lengths.values())
     with run.working(), work_bar(notes(), total, "tokens", "read") as progress:
-        records = ask(asking, sets, lengths, run.journal, progress, None if run.out is None else run.out / PREDICTIONS)
-    return results(records, run.arms, way.scoring)
+        records = run_benchmarks(
+            runner, sets, lengths, run.journal, progress, None if run.out is None else run.out / PREDICTIONS
+        )
+    return results(records, run.arms, prompting.scoring)
 
 
-def _evaluate(run: Run, loaded: Loaded, tasks: Sequence[Any], way: Way) -> list[dict[str, Any]]:
+def _evaluate(run: Run, loaded: Loaded, tasks: Sequence[Any], prompting: PromptRules) -> list[dict[str, Any]]:
     """Tasks of lm-evaluation-harness in every arm."""
     from ahn.evaluation.harness.model import HarnessModel
     from ahn.evaluation.harness.run import evaluate
@@ -206,7 +210,7 @@ def _evaluate(run: Run, loaded: Loaded, tasks: Sequence[Any], way: Way) -> list[
     models = {
         arm: HarnessModel(
             mode=arm,
-            max_length=way.max_tokens,
+            max_length=prompting.max_tokens,
             model=loaded.model,
             tokenizer=loaded.tokenizer,
             journal=run.journal,
@@ -215,7 +219,7 @@ def _evaluate(run: Run, loaded: Loaded, tasks: Sequence[Any], way: Way) -> list[
         for arm in run.arms
     }
     with run.working():
-        return evaluate(models, tasks, run.settings["limit"], way.chat)
+        return evaluate(models, tasks, run.settings["limit"], prompting.chat)
 
 
 def _requests_bar(arm: str, total: int) -> AbstractContextManager[Callable[..., None]]:

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
     from rich.table import Table
 
-    from ahn.evaluation.asking.results import Results
+    from ahn.evaluation.benchmarks.summary import Results
 
 
 _NUMBERS = ("items", "questions")
@@ -19,7 +19,7 @@ _NUMBERS = ("items", "questions")
 
 def scores(found: Results, arms: Sequence[str]) -> Table:
     """A row for every set, and below them the averages; a column for every arm."""
-    from ahn.evaluation.asking.show import set_name
+    from ahn.evaluation.benchmarks.page import set_name
 
     table = empty(["set", "items"], arms)
     for each in found["sets"]:

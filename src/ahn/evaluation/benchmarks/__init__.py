@@ -8,10 +8,10 @@ from __future__ import annotations
 import difflib
 import re
 
-from ahn.evaluation.benchmarks.base import Target
 from ahn.evaluation.benchmarks.infinitebench import INFINITEBENCH
 from ahn.evaluation.benchmarks.longbench import LONGBENCH
 from ahn.evaluation.benchmarks.lveval import LVEVAL
+from ahn.evaluation.benchmarks.schema import Target
 from ahn.evaluation.errors import EvaluationError
 
 __all__ = ["BENCHMARKS", "find", "find_in_file_name"]

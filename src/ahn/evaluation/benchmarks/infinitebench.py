@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from ahn.evaluation.benchmarks.base import Benchmark, Fields, Hub, Language, Rules, Task, by_name
+from ahn.evaluation.benchmarks.schema import Benchmark, Fields, Hub, Language, Rules, Task, by_name
 
 _PASSKEY = """\
 Somewhere in the long text below stands a pass key; the rest does not matter. Look for it and keep it in mind.

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from ahn.evaluation.benchmarks.base import Benchmark, Fields, Hub, Language, Rules, Task, by_name
+from ahn.evaluation.benchmarks.schema import Benchmark, Fields, Hub, Language, Rules, Task, by_name
 
 _PASSAGES = """\
 Below are several passages. Use them to answer the question that follows, and write the answer alone.

@@ -5,7 +5,7 @@ Source: arXiv 2402.05136. The prompts have the shape of the published ones and w
 
 from __future__ import annotations
 
-from ahn.evaluation.benchmarks.base import Benchmark, Fields, Hub, Language, Rules, Task, by_name
+from ahn.evaluation.benchmarks.schema import Benchmark, Fields, Hub, Language, Rules, Task, by_name
 
 _FRAMES: dict[Language, str] = {
     "en": "{how}\n\nArticle: {{context}}\n\n{how}\n\nQuestion: {{question}}\nAnswer:",

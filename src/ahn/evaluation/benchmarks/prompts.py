@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ahn.evaluation.benchmarks import find
-from ahn.evaluation.benchmarks.base import Sample, Scoring
+from ahn.evaluation.benchmarks.schema import Sample, Scoring
 from ahn.evaluation.benchmarks.truncation import truncate
 from ahn.evaluation.errors import EvaluationError
 from ahn.evaluation.libraries import library

@@ -12,7 +12,7 @@ from ahn.errors import ConfigError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from ahn.evaluation.benchmarks.base import Truncation
+    from ahn.evaluation.benchmarks.schema import Truncation
 
 
 def truncate(

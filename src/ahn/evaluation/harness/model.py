@@ -17,7 +17,6 @@ import ahn
 from ahn.attachment import attachment_of, find_attachment
 from ahn.errors import ConfigError
 from ahn.evaluation.arms import ArmReader, arm_reader
-from ahn.evaluation.asking.answers import answer_text
 from ahn.evaluation.journal import Journal
 from ahn.models import prompts
 
@@ -197,7 +196,7 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
                 key = self._key("generate", ids, limit, until)
                 if (kept := self.journal.done.get(key)) is None:
                     reader = self._read(self._shortened(ids, limit))
-                    text = answer_text(reader, self.tokenizer, limit, self._stop, until)
+                    text = reader.answer(self.tokenizer, limit, self._stop, until)
                     self.journal.add(key, kept := {"text": text})
                 answers.append(kept["text"])
                 show(len(answers))

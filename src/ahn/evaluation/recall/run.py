@@ -85,7 +85,7 @@ def _asked(plan: Plan, reader: ArmReader, scored: Sequence[Asked], stop: Collect
     values, answers = [], []
     for ask in scored:
         ranks = _ranks(reader, ask)
-        answer = _text(plan, _after(reader, ask.closing).generate(ask.limit, stop))
+        answer = _after(reader, ask.closing).answer(plan.builder.tokenizer, ask.limit, stop)
         values += [
             {
                 "value": target.value,
@@ -127,8 +127,3 @@ def _after(reader: ArmReader, closing: Sequence[int]) -> ArmReader:
     asked = reader.fork()
     asked.feed(torch.tensor(closing))
     return asked
-
-
-def _text(plan: Plan, ids: list[int]) -> str:
-    tokenizer = plan.builder.tokenizer
-    return str(tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))

@@ -12,10 +12,9 @@ import torch
 import ahn
 from ahn.cli import loading, main
 from ahn.evaluation.arms import ARMS, arm_reader
-from ahn.evaluation.asking import run as asking_run
-from ahn.evaluation.asking.answers import answer_text
-from ahn.evaluation.asking.run import Asking, ask
-from ahn.evaluation.asking.sets import QuestionSet, Way, check_sets
+from ahn.evaluation.benchmarks import runner as benchmark_runner
+from ahn.evaluation.benchmarks.question_sets import PromptRules, QuestionSet, check_sets
+from ahn.evaluation.benchmarks.runner import BenchmarkRunner, run_benchmarks
 from ahn.evaluation.journal import Journal
 from ahn.evaluation.report import read_report
 from tests.cli.test_cli import as_before, place, write_tokenizer  # noqa: F401 (fixtures)
@@ -53,76 +52,84 @@ def write(name: str, *records: Any, folder: str = "data") -> None:
 
 
 @pytest.fixture(scope="module")
-def asking(tmp_path_factory: pytest.TempPathFactory) -> Asking:
-    folder = tmp_path_factory.mktemp("asking")
+def runner(tmp_path_factory: pytest.TempPathFactory) -> BenchmarkRunner:
+    folder = tmp_path_factory.mktemp("runner")
     write_tokenizer(folder, chat=True)
     from transformers import AutoTokenizer
 
     model = with_memory("qwen3", model=SIZES)
-    return Asking(model, AutoTokenizer.from_pretrained(folder), ["full", "window", "ahn"], Way())
+    return BenchmarkRunner(model, AutoTokenizer.from_pretrained(folder), ["full", "window", "ahn"], PromptRules())
 
 
 class TestSets:
     def test_the_first_records_once(self) -> None:
-        sets = check_sets(["passkey", "triviaqa", "passkey"], "data", Way(), limit=1)
+        sets = check_sets(["passkey", "triviaqa", "passkey"], "data", PromptRules(), limit=1)
         assert [(each.target.name, each.items) for each in sets] == [("passkey", 1), ("triviaqa", 1)]
         assert [sample.id for sample in sets[0].samples()] == [3]
         assert next(sets[1].samples()).question == "Passage: z\nAnswer:"
 
     def test_checksums_tell_changes(self) -> None:
-        (before,), (limited,) = check_sets(["passkey"], "data", Way()), check_sets(["passkey"], "data", Way(), 1)
+        (before,), (limited,) = (
+            check_sets(["passkey"], "data", PromptRules()),
+            check_sets(["passkey"], "data", PromptRules(), 1),
+        )
         changed = [RECORDS["passkey"][0], {**RECORDS["passkey"][1], "answer": ["22222"]}]
         write("passkey", *changed)
-        (after,), (kept,) = check_sets(["passkey"], "data", Way()), check_sets(["passkey"], "data", Way(), 1)
+        (after,), (kept,) = (
+            check_sets(["passkey"], "data", PromptRules()),
+            check_sets(["passkey"], "data", PromptRules(), 1),
+        )
         assert before.checksum != after.checksum
         assert limited.checksum == kept.checksum
 
     @pytest.mark.parametrize(("name", "chat"), [("passkey", False), ("passkey", True), ("triviaqa", True)])
-    def test_prompts(self, asking: Asking, name: str, chat: bool) -> None:
+    def test_prompts(self, runner: BenchmarkRunner, name: str, chat: bool) -> None:
         """A chat template opens the text itself, and no prompt of examples goes into one."""
-        (asked,) = check_sets([name], "data", Way())
+        (asked,) = check_sets([name], "data", PromptRules())
         sample = next(asked.samples())
-        text = asking.tokenizer.decode(Way(chat=chat).prompt_ids(sample, asking.tokenizer))
+        text = runner.tokenizer.decode(PromptRules(chat=chat).prompt_ids(sample, runner.tokenizer))
         assert text.startswith("<user>") == (chat and name == "passkey")
         assert sample.context in text
 
 
 class TestAnswers:
     @pytest.mark.parametrize("arm", ["window", "tail"])
-    def test_ends(self, asking: Asking, arm: str) -> None:
-        reader = arm_reader(asking.model, arm, score=False)
+    def test_ends(self, runner: BenchmarkRunner, arm: str) -> None:
+        reader = arm_reader(runner.model, arm, score=False)
         reader.feed(torch.arange(3, 43))
-        whole = answer_text(reader.fork(), asking.tokenizer, 12, ())
+        whole = reader.fork().answer(runner.tokenizer, 12, ())
         assert len(whole) > 5
         end = whole[3:5]
-        assert answer_text(reader.fork(), asking.tokenizer, 12, (), ["nowhere", end]) == whole[: whole.index(end)]
-        assert answer_text(reader.fork(), asking.tokenizer, 12, (), ["nowhere", ""]) == whole
+        assert reader.fork().answer(runner.tokenizer, 12, (), ["nowhere", end]) == whole[: whole.index(end)]
+        assert reader.fork().answer(runner.tokenizer, 12, (), ["nowhere", ""]) == whole
 
-    def test_answers_are_those_of_the_arm(self, asking: Asking) -> None:
-        (asked,) = check_sets(["passkey"], "data", Way())
+    def test_answers_are_those_of_the_arm(self, runner: BenchmarkRunner) -> None:
+        (asked,) = check_sets(["passkey"], "data", PromptRules())
         sample = next(asked.samples())
-        ids = asking.way.prompt_ids(sample, asking.tokenizer)
-        record = asking.answer(sample, ids, "window")
-        with ahn.mode(asking.model, "window"):
-            cache = ahn.HippocampalCache(asking.model)
-            logits = asking.model(torch.tensor([ids]), cache=cache).logits[0, -1]
+        ids = runner.prompting.prompt_ids(sample, runner.tokenizer)
+        record = runner.answer(sample, ids, "window")
+        with ahn.mode(runner.model, "window"):
+            cache = ahn.HippocampalCache(runner.model)
+            logits = runner.model(torch.tensor([ids]), cache=cache).logits[0, -1]
             written = []
             for _ in range(6):
                 written.append(int(logits.argmax()))
                 if written[-1] == 2:
                     break
-                logits = asking.model(torch.tensor([written[-1:]]), cache=cache).logits[0, -1]
-        assert record["prediction"] == asking.tokenizer.decode(written, skip_special_tokens=True)
+                logits = runner.model(torch.tensor([written[-1:]]), cache=cache).logits[0, -1]
+        assert record["prediction"] == runner.tokenizer.decode(written, skip_special_tokens=True)
         assert (record["id"], record["answers"], record["tokens"], record["arm"]) == (3, ["71432"], len(ids), "window")
 
 
 class TestRun:
-    def test_goes_on_where_it_stopped(self, asking: Asking, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        sets = check_sets(["passkey", "factrecall_en_16k"], "data", Way())
-        lengths, told = asking.lengths(sets), list[int]()
-        whole = ask(asking, sets, lengths, Journal(None, {}), told.append)
+    def test_goes_on_where_it_stopped(
+        self, runner: BenchmarkRunner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        sets = check_sets(["passkey", "factrecall_en_16k"], "data", PromptRules())
+        lengths, told = runner.lengths(sets), list[int]()
+        whole = run_benchmarks(runner, sets, lengths, Journal(None, {}), told.append)
         assert told[-1] == 3 * sum(map(sum, lengths.values()))
-        answer, count = Asking.answer, 0
+        answer, count = BenchmarkRunner.answer, 0
 
         def stops(*arguments: Any) -> Any:
             nonlocal count
@@ -132,11 +139,11 @@ class TestRun:
             return answer(*arguments)
 
         journal = tmp_path / "journal.jsonl"
-        monkeypatch.setattr(Asking, "answer", stops)
+        monkeypatch.setattr(BenchmarkRunner, "answer", stops)
         with pytest.raises(KeyboardInterrupt):
-            ask(asking, sets, lengths, Journal(journal, {}), told.append, tmp_path / "predictions")
+            run_benchmarks(runner, sets, lengths, Journal(journal, {}), told.append, tmp_path / "predictions")
         told.clear()
-        again = ask(asking, sets, lengths, Journal(journal, {}), told.append, tmp_path / "predictions")
+        again = run_benchmarks(runner, sets, lengths, Journal(journal, {}), told.append, tmp_path / "predictions")
         assert count == 10  # five of the nine answers were left, the one that was stopped among them
         assert told[0] == 3 * lengths["passkey"][0] + lengths["passkey"][1]
         costless = [{**record, "seconds": 0} for record in again]
@@ -171,7 +178,7 @@ class TestRun:
     def test_the_same_again_asks_nothing(self, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
         assert main([*TASKS, *TINY, "--out", "out"]) == 0
         table = capsys.readouterr().out
-        monkeypatch.setattr(asking_run, "arm_reader", lambda *_, **__: 1 / 0)
+        monkeypatch.setattr(benchmark_runner, "arm_reader", lambda *_, **__: 1 / 0)
         assert main([*TASKS, *TINY, "--out", "out"]) == 0
         again = capsys.readouterr()
         assert again.out == table
@@ -182,11 +189,13 @@ class TestRun:
 
     def test_prompts_of_ones_own_and_no_folder(self, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
         read: list[str] = []
-        original = Way.prompt_ids
+        original = PromptRules.prompt_ids
         monkeypatch.setattr(
-            Way,
+            PromptRules,
             "prompt_ids",
-            lambda way, sample, tokens: read.append(way.templates["passkey"]) or original(way, sample, tokens),
+            lambda prompting, sample, tokens: (
+                read.append(prompting.templates["passkey"]) or original(prompting, sample, tokens)
+            ),
         )
         Path("own.json").write_text(json.dumps({"passkey": "{context} {input}"}))
         line = ("eval", "run", "--tasks", "passkey", "--data", "data", "--prompts", "own.json", "--no-chat")
@@ -232,20 +241,20 @@ def test_wrong_input_before_a_model_is_loaded(
     assert shown.err.count("\n") == 1
 
 
-def test_a_prompt_beyond_the_positions(asking: Asking) -> None:
+def test_a_prompt_beyond_the_positions(runner: BenchmarkRunner) -> None:
     write("passkey", RECORDS["passkey"][0], {**RECORDS["passkey"][1], "context": "The sky is blue. " * 40})
-    sets = check_sets(["passkey"], "data", Way())
+    sets = check_sets(["passkey"], "data", PromptRules())
     says = r"data/passkey.jsonl, line 2: the prompt has \d+ tokens and its answer up to 6, more than the 512 positions"
     with pytest.raises(ahn.AHNError, match=says) as raised:
-        asking.lengths(sets)
+        runner.lengths(sets)
     room = int(str(raised.value).split("--max-tokens ")[1].split(",")[0])
-    short = Asking(asking.model, asking.tokenizer, asking.arms, Way(max_tokens=room))
+    short = BenchmarkRunner(runner.model, runner.tokenizer, runner.arms, PromptRules(max_tokens=room))
     assert short.lengths(sets)["passkey"][1] <= 512 - 6
-    bounded = Asking(asking.model, asking.tokenizer, ["window", "ahn"], Way())
+    bounded = BenchmarkRunner(runner.model, runner.tokenizer, ["window", "ahn"], PromptRules())
     assert bounded.lengths(sets)["passkey"][1] > 512
 
 
 def test_sets_are_read_again() -> None:
-    (asked,) = check_sets(["passkey"], "data", Way())
+    (asked,) = check_sets(["passkey"], "data", PromptRules())
     assert isinstance(asked, QuestionSet)
     assert list(asked.samples()) == list(asked.samples())

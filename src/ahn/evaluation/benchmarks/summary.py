@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from ahn.evaluation.benchmarks import find
-from ahn.evaluation.benchmarks.base import Scoring
+from ahn.evaluation.benchmarks.schema import Scoring
 from ahn.evaluation.bootstrap import interval
 from ahn.evaluation.predictions import Prediction
 from ahn.evaluation.scores import SetScore, averages, score_predictions
@@ -23,7 +23,7 @@ def results(records: Sequence[dict[str, Any]], arms: Sequence[str], scoring: Sco
     """What the arms scored and what it cost.
 
     Args:
-        records: As `ahn.evaluation.asking.run.ask` gives them.
+        records: As `ahn.evaluation.benchmarks.runner.ask` gives them.
         arms: Names of the arms.
         scoring: Whose rules.
 

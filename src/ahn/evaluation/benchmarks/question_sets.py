@@ -9,9 +9,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from ahn.evaluation.benchmarks import find
-from ahn.evaluation.benchmarks.base import Sample, Scoring, Target
-from ahn.evaluation.benchmarks.loading import load_samples
 from ahn.evaluation.benchmarks.prompts import build_prompt, fill
+from ahn.evaluation.benchmarks.samples import load_samples
+from ahn.evaluation.benchmarks.schema import Sample, Scoring, Target
 from ahn.evaluation.errors import AnswerError, EvaluationError
 from ahn.evaluation.metrics import METRICS
 
@@ -22,7 +22,7 @@ _ANY_ANSWER = "a"
 
 
 @dataclasses.dataclass(frozen=True)
-class Way:
+class PromptRules:
     """How records are asked.
 
     Attributes:
@@ -77,25 +77,27 @@ class QuestionSet:
         return itertools.islice(load_samples(self.target.name, self.source), self.items)
 
 
-def check_sets(names: Sequence[str], source: str | None, way: Way, limit: int | None = None) -> list[QuestionSet]:
+def check_sets(
+    names: Sequence[str], source: str | None, prompting: PromptRules, limit: int | None = None
+) -> list[QuestionSet]:
     """The sets of these names, after every record was read, put into its prompt and shown to its metric.
 
     Args:
         names: Of tasks, with their lengths where they have several; each counts once.
         source: As for `load_samples`.
-        way: How they will be asked.
+        prompting: How they will be asked.
         limit: Records of a set at most, the first ones; all if `None`.
 
     Raises:
         EvaluationError: A name is unknown, records are missing or bad, which are named, or a package is missing that
             scores them.
     """
-    return [_checked(find(name), source, way, limit) for name in dict.fromkeys(names)]
+    return [_checked(find(name), source, prompting, limit) for name in dict.fromkeys(names)]
 
 
-def _checked(target: Target, source: str | None, way: Way, limit: int | None) -> QuestionSet:
-    rules = target.task.rules(way.scoring)
-    template, metric = way.templates.get(target.task.name, rules.prompt), METRICS[rules.metric]
+def _checked(target: Target, source: str | None, prompting: PromptRules, limit: int | None) -> QuestionSet:
+    rules = target.task.rules(prompting.scoring)
+    template, metric = prompting.templates.get(target.task.name, rules.prompt), METRICS[rules.metric]
     checksum, items = hashlib.sha256(), 0
     for sample in itertools.islice(load_samples(target.name, source), limit):
         try:

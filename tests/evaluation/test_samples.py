@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from ahn.evaluation.benchmarks import loading
-from ahn.evaluation.benchmarks.loading import load_samples
+from ahn.evaluation.benchmarks import samples
+from ahn.evaluation.benchmarks.samples import load_samples
 from ahn.evaluation.errors import EvaluationError
 
 LVEVAL = {
@@ -123,7 +123,7 @@ class TestHub:
                 calls.append((path, options))
                 return [LVEVAL]
 
-        monkeypatch.setattr(loading, "library", lambda *_: Datasets())
+        monkeypatch.setattr(samples, "library", lambda *_: Datasets())
         (sample,) = load_samples("cmrc_mixup_16k")
         assert sample.where == "Infinigence/LVEval, cmrc_mixup_16k, record 0"
         list(load_samples("lic_mixup_32k", "somebody/else"))
@@ -140,8 +140,8 @@ class TestHub:
         record = {"context": "1 2", "input": "The largest number?", "options": []}
         write(Path("owner/name"), "math_find", *({**record, "id": n, "answer": [a]} for n, a in enumerate([3, 4])))
         write(Path("owner/name"), "code_debug", {**CHOICE, "answer": ["x", "B"]})
-        (target, hub), fields = _of("math_find"), loading.find("math_find").benchmark.fields
-        records = list(loading._hub_records(hub, "owner/name", target, fields))
+        (target, hub), fields = _of("math_find"), samples.find("math_find").benchmark.fields
+        records = list(samples._hub_records(hub, "owner/name", target, fields))
         assert [record["answer"] for _, record in records] == [["3"], ["4"]]
         assert [where for where, _ in records] == [f"owner/name, math_find, record {n}" for n in (0, 1)]
 
@@ -150,7 +150,7 @@ class TestHub:
             def load_dataset(self, path: str, **_: Any) -> None:
                 raise RuntimeError("Dataset scripts are no longer\nsupported")
 
-        monkeypatch.setattr(loading, "library", lambda *_: Datasets())
+        monkeypatch.setattr(samples, "library", lambda *_: Datasets())
         with pytest.raises(EvaluationError) as raised:
             load_samples("cmrc_mixup_16k")
         assert str(raised.value) == (
@@ -168,5 +168,5 @@ class TestHub:
 
 
 def _of(name: str) -> Any:
-    target = loading.find(name)
+    target = samples.find(name)
     return target, target.benchmark.hub

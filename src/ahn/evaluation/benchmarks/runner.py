@@ -13,9 +13,8 @@ import torch
 from ahn.attachment import attachment_of
 from ahn.errors import ConfigError
 from ahn.evaluation.arms import arm_reader
-from ahn.evaluation.asking.answers import answer_text
-from ahn.evaluation.asking.sets import QuestionSet, Way
-from ahn.evaluation.benchmarks.base import Sample
+from ahn.evaluation.benchmarks.question_sets import PromptRules, QuestionSet
+from ahn.evaluation.benchmarks.schema import Sample
 from ahn.evaluation.predictions import to_record
 from ahn.models import prompts
 
@@ -28,20 +27,20 @@ Record = dict[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)
-class Asking:
+class BenchmarkRunner:
     """A model that answers records in several arms.
 
     Attributes:
         model: A causal language model with a memory attached.
         tokenizer: Its tokenizer.
         arms: Names of the arms.
-        way: How records are asked.
+        prompting: How records are asked.
     """
 
     model: Any
     tokenizer: PreTrainedTokenizerBase
     arms: Sequence[str]
-    way: Way
+    prompting: PromptRules
 
     def lengths(self, sets: Sequence[QuestionSet]) -> dict[str, list[int]]:
         """Tokens of all prompts, by the names of the sets.
@@ -56,7 +55,7 @@ class Asking:
         for each in sets:
             counts = lengths.setdefault(each.target.name, [])
             for sample in each.samples():
-                counts.append(len(self.way.prompt_ids(sample, self.tokenizer)))
+                counts.append(len(self.prompting.prompt_ids(sample, self.tokenizer)))
                 if "full" in self.arms:
                     self._check_positions(sample, counts[-1])
         return lengths
@@ -74,19 +73,19 @@ class Asking:
         """
         reader = arm_reader(self.model, arm, score=False)
         reader.feed(torch.tensor(ids))
-        rules = sample.target.task.rules(self.way.scoring)
+        rules = sample.target.task.rules(self.prompting.scoring)
         stop = prompts.stop_ids(self.model, self.tokenizer)
-        text = answer_text(reader, self.tokenizer, rules.new_tokens, stop)
+        text = reader.answer(self.tokenizer, rules.new_tokens, stop)
         cost = {"tokens": len(ids), "seconds": reader.seconds, "cache_bytes": reader.cache_bytes}
         return {**to_record(sample, text), "arm": arm, **cost}
 
     def _check_positions(self, sample: Sample, tokens: int) -> None:
-        new_tokens = sample.target.task.rules(self.way.scoring).new_tokens
+        new_tokens = sample.target.task.rules(self.prompting.scoring).new_tokens
         positions = attachment_of(self.model).trained_context
         excess = tokens + new_tokens - positions
         if excess <= 0:
             return
-        room = (tokens if self.way.max_tokens is None else self.way.max_tokens) - excess
+        room = (tokens if self.prompting.max_tokens is None else self.prompting.max_tokens) - excess
         shorter = f"Truncate prompts with --max-tokens {room}, or leave" if room > 1 else "Leave"
         raise ConfigError(
             f"{sample.where}: the prompt has {tokens:,} tokens and its answer up to {new_tokens:,}, more than the "
@@ -94,8 +93,8 @@ class Asking:
         )
 
 
-def ask(
-    asking: Asking,
+def run_benchmarks(
+    runner: BenchmarkRunner,
     sets: Sequence[QuestionSet],
     lengths: dict[str, list[int]],
     journal: Journal,
@@ -105,9 +104,9 @@ def ask(
     """Asks what the journal does not hold yet.
 
     Args:
-        asking: Who answers.
+        runner: Who answers.
         sets: The sets to ask.
-        lengths: Tokens of their prompts, as `Asking.lengths` gives them.
+        lengths: Tokens of their prompts, as `BenchmarkRunner.lengths` gives them.
         journal: Where every answer is kept at once.
         on_progress: Called with the tokens of all prompts that are answered by now: first, and after every answer.
         folder: Where a file of predictions is kept for every arm, for `ahn eval score`; none if `None`.
@@ -121,17 +120,17 @@ def ask(
         count
         for name, counts in lengths.items()
         for number, count in enumerate(counts)
-        for arm in asking.arms
+        for arm in runner.arms
         if _key(name, number, arm) in journal.done
     )
     on_progress(done)
     for each in sets:
         for number, sample in enumerate(each.samples()):
-            keys = {arm: _key(each.target.name, number, arm) for arm in asking.arms}
-            if left := [arm for arm in asking.arms if keys[arm] not in journal.done]:
-                ids = asking.way.prompt_ids(sample, asking.tokenizer)
+            keys = {arm: _key(each.target.name, number, arm) for arm in runner.arms}
+            if left := [arm for arm in runner.arms if keys[arm] not in journal.done]:
+                ids = runner.prompting.prompt_ids(sample, runner.tokenizer)
                 for arm in left:
-                    journal.add(keys[arm], asking.answer(sample, ids, arm))
+                    journal.add(keys[arm], runner.answer(sample, ids, arm))
                     done += len(ids)
                     on_progress(done)
             records += [journal.done[key] for key in keys.values()]
@@ -156,7 +155,7 @@ class PredictionFiles:
         """Writes a prediction into the file of its arm.
 
         Args:
-            record: As `Asking.answer` gives it.
+            record: As `BenchmarkRunner.answer` gives it.
         """
         arm = record["arm"]
         self._folder.mkdir(parents=True, exist_ok=True)

@@ -5,14 +5,14 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from ahn.evaluation.asking.results import BASELINE, Results
 from ahn.evaluation.benchmarks import BENCHMARKS
+from ahn.evaluation.benchmarks.summary import BASELINE, Results
 from ahn.evaluation.metrics import METRICS
 from ahn.evaluation.page import Page
-from ahn.evaluation.report import Report
+from ahn.evaluation.report import EvaluationReport
 
 
-def page(report: Report, figure: Any | None) -> Page:
+def page(report: EvaluationReport, figure: Any | None) -> Page:
     """The page of a run.
 
     Args:
@@ -42,7 +42,7 @@ def figure(found: Results) -> Any:
     """Bars of every set's scores, one for each arm.
 
     Args:
-        found: As `ahn.evaluation.asking.results.results` gives it.
+        found: As `ahn.evaluation.benchmarks.summary.results` gives it.
 
     Returns:
         A figure of matplotlib.

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ahn.evaluation.benchmarks import find
-from ahn.evaluation.benchmarks.base import Fields, Hub, Sample, Target
+from ahn.evaluation.benchmarks.schema import Fields, Hub, Sample, Target
 from ahn.evaluation.errors import AnswerError, EvaluationError
 from ahn.evaluation.libraries import library
 from ahn.evaluation.metrics.options import with_letter
