@@ -131,7 +131,7 @@ def awaken(model: nn.Module) -> None:
 
 
 def give_score_weights(model: nn.Module, layers: tuple[int, ...] = (0, 2)) -> None:
-    """Random weights for votes on anchors, of every score that takes some, for some layers."""
+    """Random weights of every anchor score that takes some, for some layers."""
     torch.manual_seed(17)
     for site in attachment_of(model).sites:
         if site.index in layers:

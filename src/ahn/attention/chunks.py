@@ -1,4 +1,4 @@
-"""Long calls in chunks: what leaves the window must have been voted on by every layer, thus read in an earlier call."""
+"""Long calls in chunks: what leaves the window must have a final score, thus be read in an earlier call."""
 
 from __future__ import annotations
 

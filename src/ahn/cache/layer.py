@@ -9,7 +9,7 @@ import torch
 from transformers.cache_utils import CacheLayerMixin
 
 from ahn.anchors.selection import Selected
-from ahn.cache.bank import Bank, ScoreState
+from ahn.cache.bank import Bank
 from ahn.cache.compressive import POOLINGS, PooledStore
 from ahn.cache.store import Store
 from ahn.cache.window import SinkWindow
@@ -65,7 +65,7 @@ class HippocampalLayer(CacheLayerMixin):
         pooling = POOLINGS.get(settings.mode)
         self.pooled = PooledStore(slots, pooling, settings.sinks, window) if pooling and slots else None
         self.bank = Bank(settings.anchors) if settings.has_anchors else None
-        self.score_state = ScoreState(score_names)
+        self.score_state = Store(*score_names)
         self.state: torch.Tensor | None = None
 
     def view(self, new: Tokens, padding: Padding | None) -> View:

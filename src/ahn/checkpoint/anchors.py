@@ -42,7 +42,7 @@ def save_anchors(model: nn.Module, path: str | os.PathLike[str], dtype: str | to
         for name, tensor in weights.state_dict().items()
     }
     if not tensors:
-        raise ConfigError("this model has no weights for votes on anchors to save; make some with `ahn train anchors`")
+        raise ConfigError("this model has no weights of anchor scores to save; make some with `ahn train anchors`")
     write_pair(path, ANCHORS, about(Base.of_model(inner_model(model))), storable(path, tensors, dtype))
 
 
@@ -93,13 +93,19 @@ def _read(where: str, folder: Path, attachment: Attachment, base: Base) -> dict[
     values, stored = read_pair(where, folder, ANCHORS)
     made_for = values.get("base")
     check_base(
-        where, Base.of_dict(made_for if isinstance(made_for, dict) else {}), base, "its votes were", stacklevel=4
+        where,
+        Base.of_dict(made_for if isinstance(made_for, dict) else {}),
+        base,
+        "its anchor scores were",
+        stacklevel=4,
     )
     found = {layer: _scores_in(stored, layer) for key in stored if (layer := layer_of(key)) is not None}
     served = {site.index: site.shape for site in attachment.sites if site.memory is not None}
     if missing := sorted(set(found) - set(served)):
         raise failure(
-            where, f"it votes in layer {missing[0]}, which has no memory here", "Attach a memory to that layer too"
+            where,
+            f"it scores tokens in layer {missing[0]}, which has no memory here",
+            "Attach a memory to that layer too",
         )
     needed = found or {0: [SCORES["learned"]]}
     names = {
