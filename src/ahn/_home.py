@@ -30,7 +30,14 @@ def home() -> Path:
     return (Path(cache) if os.path.isabs(cache) else Path.home() / ".cache") / "ahn"
 
 
-def make_once(folder: Path, make: Callable[[Path], None], *, doing: str, needed_bytes: int) -> Path:
+def make_once(
+    folder: Path,
+    make: Callable[[Path], None],
+    *,
+    doing: str,
+    needed_bytes: int,
+    is_whole: Callable[[Path], bool] = lambda folder: True,
+) -> Path:
     """Makes a folder unless it is there, so that no process ever sees half of it.
 
     It is written beside its final place and renamed. Of several processes one makes it and the others wait. A process
@@ -41,6 +48,7 @@ def make_once(folder: Path, make: Callable[[Path], None], *, doing: str, needed_
         make: Fills the empty folder that it is given.
         doing: What to tell the user on standard error while it is made, such as "Converting X (once, about 10 s)".
         needed_bytes: Free disk space that it takes.
+        is_whole: Whether a folder that was made earlier can be used as it is; if not, it is made anew.
 
     Returns:
         The folder, complete.
@@ -48,12 +56,12 @@ def make_once(folder: Path, make: Callable[[Path], None], *, doing: str, needed_
     Raises:
         ModelError: The place is not writable or the disk is full; `make` may raise others.
     """
-    if (folder / _DONE).is_file():
+    if (folder / _DONE).is_file() and is_whole(folder):
         return folder
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with _lock(folder, doing):
-            if not (folder / _DONE).is_file():
+            if not ((folder / _DONE).is_file() and is_whole(folder)):
                 _make(folder, make, doing, needed_bytes)
     except (OSError, NotImplementedError, SafetensorError) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)

@@ -21,7 +21,7 @@ from ahn.attachment import attachment_of, find_attachment
 from ahn.checkpoint import adapter, files
 from ahn.checkpoint.content import Base, memory_tensors
 from ahn.errors import AHNError, CheckpointError, ModelError
-from tests.tiny import MEMORIES, awaken, read, text, tiny, with_memory
+from tests.tiny import awaken, read, text, tiny, with_memory
 
 REMEDY = re.compile(r".+: .+\. [A-Z].+\.")
 
@@ -86,10 +86,7 @@ def folder(saved: Path, tmp_path: Path) -> Path:
 
 
 class TestRoundTrip:
-    @pytest.mark.parametrize(
-        ("family", "memory"),
-        [*(("llama", memory) for memory in MEMORIES), ("gemma3_text", "gated_delta_net"), ("gpt2", "mamba2")],
-    )
+    @pytest.mark.parametrize("family", ["llama", "gemma3_text", "gpt2"])
     def test_weights_settings_and_outputs(self, family: str, memory: str, tmp_path: Path) -> None:
         model = with_memory(family, memory)
         expected = read(model, text(tokens=40))

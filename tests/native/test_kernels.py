@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ahn import native, ops
-from ahn.memories import MEMORIES, MemoryShape, build_memory
+from ahn.memories import MemoryShape, build_memory
 from ahn.native import Segment
 
 pytestmark = pytest.mark.skipif(native.why_not() is not None, reason=f"no kernels here: {native.why_not()}")
@@ -86,22 +86,21 @@ def test_the_same_key_again_and_again() -> None:
     assert_equal_naive("gated_delta_rule", [q, same, v, 0 * g, torch.full_like(beta, 0.99), state], 1e-4)
 
 
-@pytest.mark.parametrize("kind", MEMORIES)
 @pytest.mark.parametrize("B", [1, 3])
-def test_a_decoded_token(kind: str, B: int) -> None:
+def test_a_decoded_token(memory: str, B: int) -> None:
     torch.manual_seed(0)
     shape = MemoryShape(24, 6, 2, 32, 16)
-    memories = [build_memory(kind, shape) for _ in range(3)]
-    for memory in memories:
-        torch.nn.init.normal_(memory.o_proj)
+    memories = [build_memory(memory, shape) for _ in range(3)]
+    for each in memories:
+        torch.nn.init.normal_(each.o_proj)
     k, v = torch.randn(3, B, 2, 32), torch.randn(3, B, 2, 16)
-    gates = torch.stack([memory.gates(torch.randn(B, 1, 24))[:, 0] for memory in memories]).detach()
+    gates = torch.stack([each.gates(torch.randn(B, 1, 24))[:, 0] for each in memories]).detach()
     state = torch.randn(3, B, *memories[0].state_shape())
     q, x, local = torch.randn(B, 6, 1, 32), torch.randn(B, 1, 24), torch.randn(B, 1, 6, 16)
 
     def decode() -> tuple[Tensor, Tensor]:
         after = state.clone()
-        type(memories[0]).update(memories, k, v, gates, after)
+        type(memories[0]).update(k, v, gates, after)
         return after, memories[1].decode_add(local.clone(), q.transpose(1, 2), x, after[1])
 
     with torch.no_grad():
@@ -111,6 +110,38 @@ def test_a_decoded_token(kind: str, B: int) -> None:
     for mine, other in zip(got, expected, strict=True):
         torch.testing.assert_close(mine, other, atol=1e-5, rtol=1e-5)
     assert not torch.equal(got[1], local)
+
+
+@pytest.mark.parametrize("per_head", [True, False], ids=["norm-per-head", "norm-over-heads"])
+@pytest.mark.parametrize("key_first", [True, False], ids=["key-first", "value-first"])
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no-bias"])
+@pytest.mark.parametrize(("K", "V"), [(32, 16), (16, 48)], ids=str)
+def test_an_answer_in_float64(per_head: bool, key_first: bool, bias: bool, K: int, V: int) -> None:
+    """Kind of norm and layout of the state are independent of each other; the sum is spelled out."""
+    torch.manual_seed(K + 2 * per_head + key_first)
+    B, H, D = 3, 6, 24
+    local, q, x = torch.randn(B, 1, H, V), torch.randn(B, 1, H, K), torch.randn(B, 1, D)
+    state_BHKV = torch.randn(B, H, K, V)
+    gate, gate_bias, norm, o_proj = (
+        torch.randn(*shape) for shape in ((H, D), (H,), (V if per_head else H * V,), (H, V, V))
+    )
+    weights = ops.OutputWeights(gate, gate_bias if bias else None, norm, o_proj, 0.3, per_head, key_first)
+    out, state = local.clone(), state_BHKV if key_first else state_BHKV.mT.contiguous()
+    assert ops.decode_add_(out, q, x, state, weights)
+
+    q_BHK, x_BD, o_HVV = q.double()[:, 0], x.double()[:, 0], o_proj.double()
+    unit_BHK = q_BHK / (q_BHK.square().sum(-1, keepdim=True) + 1e-6).sqrt()
+    read_BHV = 0.3 * (unit_BHK[..., None] * state_BHKV.double()).sum(-2)
+    gate_BH1 = F.silu(x_BD @ gate.double().T + (gate_bias.double() if bias else 0))[..., None]
+    if per_head:
+        rms_BH1 = (read_BHV.square().mean(-1, keepdim=True) + 1e-5).sqrt()
+        normed_BHV = read_BHV / rms_BH1 * norm.double() * gate_BH1
+    else:
+        gated_BHV = read_BHV * gate_BH1
+        rms_B11 = (gated_BHV.square().mean((-2, -1), keepdim=True) + 1e-5).sqrt()
+        normed_BHV = gated_BHV / rms_B11 * norm.double().view(H, V)
+    expected = local.double()[:, 0] + (normed_BHV[..., None] * o_HVV).sum(-2)
+    torch.testing.assert_close(out[:, 0].double(), expected, atol=2e-5, rtol=2e-5)
 
 
 @pytest.mark.parametrize("G", [6, 2])

@@ -89,12 +89,12 @@ def unrotate_together(layers: Sequence[LayerTokens]) -> None:
     Args:
         layers: The new tokens of each layer.
     """
-    alike: dict[tuple[int, torch.Size], list[LayerTokens]] = {}
+    alike: dict[tuple[int, torch.Size], tuple[Rotary, list[LayerTokens]]] = {}
     for tokens in layers:
         if tokens.rotary is not None:
-            alike.setdefault((id(tokens.rotary.tables[0]), tokens.keys.shape), []).append(tokens)
-    for group in alike.values():
-        rotation, (cos, sin) = group[0].rotary.rotation, group[0].rotary.tables
+            key = id(tokens.rotary.tables[0]), tokens.keys.shape
+            alike.setdefault(key, (tokens.rotary, []))[1].append(tokens)
+    for (rotation, (cos, sin), *_), group in alike.values():
         keys = torch.cat([tokens.keys for tokens in group]).float()
         if cos.size(0) > 1:
             cos, sin = (table.repeat(len(group), 1, 1) for table in (cos, sin))

@@ -90,11 +90,12 @@ class Scoreboard:
         held, scores_BTR = self.held["votes"], scores_BTR.detach().float()
         first = max(0, seen - self.delay)
         place = torch.arange(first, first + scores_BTR.size(1), device=held.device) % self._places
+        # Not in place: a call that fails leaves the scores of before.
         if self.score.accumulates:
-            held.index_fill_(1, place[seen - first :], 0.0)
-            held.index_add_(1, place, scores_BTR)
+            held = held.index_fill(1, place[seen - first :], 0.0)
+            self.held["votes"] = held.index_add(1, place, scores_BTR)
         else:
-            held.index_copy_(1, place, scores_BTR)
+            self.held["votes"] = held.index_copy(1, place, scores_BTR)
 
     def select(self, seen: int, new: int, padding: Padding | None) -> dict[int, Selected]:
         """The choice among the tokens that leave each window in a call, and keeps it.

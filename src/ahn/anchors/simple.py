@@ -53,7 +53,8 @@ class KeyNorm(Score):
 
     def score(self, tokens: LayerTokens) -> torch.Tensor:
         """See `Score.score`."""
-        return -torch.linalg.vector_norm(tokens.keys.float(), dim=-1).mean(1)
+        lengths: torch.Tensor = torch.linalg.vector_norm(tokens.keys.float(), dim=-1)
+        return -lengths.mean(1)
 
 
 class ValueNorm(Score):
@@ -63,7 +64,8 @@ class ValueNorm(Score):
 
     def score(self, tokens: LayerTokens) -> torch.Tensor:
         """See `Score.score`."""
-        return torch.linalg.vector_norm(tokens.values.float(), dim=-1).mean(1)
+        lengths: torch.Tensor = torch.linalg.vector_norm(tokens.values.float(), dim=-1)
+        return lengths.mean(1)
 
 
 class WindowAttention(Score):

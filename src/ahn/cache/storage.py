@@ -7,41 +7,48 @@ import json
 import os
 import tempfile
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import nn
 
-from ahn.attachment import Attachment, attachment_of
-from ahn.cache.cache import HippocampalCache, layer_tensors, set_layer_tensors
-from ahn.cache.layer import HippocampalLayer
+from ahn.attachment import Attachment
 from ahn.config import RunSettings
 from ahn.errors import CacheError, ConfigError
-from ahn.tokens import Padding
 
 FORMAT = 2
-Kind = TypeVar("Kind", bound=HippocampalCache)
+"""Format of saved caches. Since 2, Mamba2 keeps log decay and step of each token instead of the step alone."""
 
 
-def save_cache(cache: HippocampalCache, path: str | os.PathLike[str]) -> None:
+class SavedCache(NamedTuple):
+    """What a file holds of a cache.
+
+    Attributes:
+        settings: Mode, window and sinks.
+        seen: Tokens that each layer has seen.
+        tensors: Every tensor by name; those of a layer begin with its index and a dot.
+    """
+
+    settings: RunSettings
+    seen: list[int]
+    tensors: dict[str, torch.Tensor]
+
+    def of(self, part: str, device: torch.device) -> dict[str, torch.Tensor]:
+        """The tensors of a part, a layer for example, by their names within it, on a device."""
+        start = f"{part}."
+        return {name.removeprefix(start): t.to(device) for name, t in self.tensors.items() if name.startswith(start)}
+
+
+def write_cache(saved: SavedCache, attachment: Attachment, path: str | os.PathLike[str]) -> None:
     """Writes a cache; see `HippocampalCache.save`."""
-    tensors = {
-        f"{index}.{name}": tensor.detach().contiguous()
-        for index, layer in enumerate(cache.layers)
-        for name, tensor in layer_tensors(layer).items()
-    }
-    if cache.padding:
-        tensors["padding"] = cache.padding.counts
-    if cache.scoreboard:
-        tensors |= {f"ballot.{name}": tensor for name, tensor in cache.scoreboard.held.items()}
     header = {
         "format": FORMAT,
-        "settings": vars(cache.settings),
-        "seen": [layer.get_seq_length() for layer in cache.layers],
-        "model": _fingerprint(cache.attachment),
+        "settings": vars(saved.settings),
+        "seen": saved.seen,
+        "model": _fingerprint(attachment),
     }
+    tensors = {name: tensor.detach().contiguous() for name, tensor in saved.tensors.items()}
     target = Path(path)
     try:
         handle, part = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
@@ -56,9 +63,8 @@ def save_cache(cache: HippocampalCache, path: str | os.PathLike[str]) -> None:
         raise CacheError(f"cannot write the cache to {target}: {error.strerror}") from None
 
 
-def load_cache(kind: type[Kind], path: str | os.PathLike[str], model: nn.Module) -> Kind:
-    """Reads a cache; see `HippocampalCache.load`."""
-    attachment = attachment_of(model)
+def read_cache(path: str | os.PathLike[str], attachment: Attachment) -> SavedCache:
+    """What `write_cache` wrote, for the same kind of model; see `HippocampalCache.load`."""
     header, tensors = _read(Path(path))
     if header["model"] != _fingerprint(attachment):
         raise CacheError(
@@ -69,24 +75,11 @@ def load_cache(kind: type[Kind], path: str | os.PathLike[str], model: nn.Module)
         settings = RunSettings(**header["settings"])
     except (TypeError, ConfigError) as error:
         raise CacheError(f"{path} holds settings that this version cannot use: {error}") from None
-    cache = kind.__new__(kind)
-    cache.begin(attachment, settings)
-    devices = [next(site.module.parameters()).device for site in attachment.sites]
-    for index, (layer, seen) in enumerate(zip(cache.layers, header["seen"], strict=True)):
-        held = {
-            name.partition(".")[2]: tensor.to(devices[index])
-            for name, tensor in tensors.items()
-            if name.startswith(f"{index}.")
-        }
-        _check_layer(layer, held, seen, path)
-        set_layer_tensors(layer, held, seen)
-    if cache.scoreboard:
-        shared = {name: tensor for name, tensor in tensors.items() if name.startswith("ballot.")}
-        cache.scoreboard.held = {name.partition(".")[2]: tensor.to(devices[0]) for name, tensor in shared.items()}
-    if "padding" in tensors:
-        counts = tensors["padding"].to(devices[0])
-        cache.padding = Padding(counts, int(counts.max()))
-    return cache
+    for site, seen in zip(attachment.sites, header["seen"], strict=True):
+        needed = {"keys", "values", "record"} if site.memory is not None else {"keys", "values"}
+        if seen and (missing := {name for name in needed if f"{site.index}.{name}" not in tensors}):
+            raise CacheError(f"{path} lacks {', '.join(sorted(missing))} of a layer; save the cache again")
+    return SavedCache(settings, header["seen"], tensors)
 
 
 def describe_cache(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -121,8 +114,15 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     if header is None:
         raise CacheError(f"{path} is a safetensors file, but no saved cache; write one with HippocampalCache.save")
     if header.get("format") != FORMAT:
-        raise CacheError(f"{path} has format {header.get('format')}, this version of ahn reads {FORMAT}; update ahn")
+        raise CacheError(_other_format(path, header.get("format")))
     return header, tensors
+
+
+def _other_format(path: Path, found: object) -> str:
+    """What to say of a file of another format."""
+    older = isinstance(found, int) and found < FORMAT
+    remedy = "read the text again and save it anew" if older else "update ahn"
+    return f"{path} has format {found}, this version of ahn reads {FORMAT}; {remedy}"
 
 
 def _fingerprint(attachment: Attachment) -> dict[str, Any]:
@@ -131,8 +131,7 @@ def _fingerprint(attachment: Attachment) -> dict[str, Any]:
         "memory": attachment.config.memory,
         "memory_positions": attachment.config.memory_positions,
         "layers": [
-            [*site.shape, site.sliding_window, site.memory is not None, str(next(site.module.parameters()).dtype)]
-            for site in attachment.sites
+            [*site.shape, site.sliding_window, site.memory is not None, str(site.dtype)] for site in attachment.sites
         ],
     }
 
@@ -144,9 +143,3 @@ def _summary(fingerprint: dict[str, Any]) -> str:
         f"{fingerprint['memory']} on {sum(layer[6] for layer in layers)} of {len(layers)} layers, "
         f"hidden size {hidden}, {heads} heads, {kv_heads} kv heads of {size}, {dtype.removeprefix('torch.')}"
     )
-
-
-def _check_layer(layer: Any, held: dict[str, torch.Tensor], seen: int, path: object) -> None:
-    needed = {"keys", "values", "record"} if isinstance(layer, HippocampalLayer) else {"keys", "values"}
-    if seen and not needed <= held.keys():
-        raise CacheError(f"{path} lacks {', '.join(sorted(needed - held.keys()))} of a layer; save the cache again")

@@ -11,9 +11,9 @@ from torch import nn
 
 from ahn.anchors.base import Score
 from ahn.anchors.scores import SCORES
-from ahn.attachment import Attachment, attachment_of
+from ahn.attachment import SAVERS, Attachment, attachment_of
 from ahn.checkpoint.adapter import Pair, about, read_pair, storable, write_pair
-from ahn.checkpoint.content import Base, check_base, check_keys, check_shapes, inner_model, layer_of
+from ahn.checkpoint.content import Base, check_base, check_keys, check_shapes, layer_of
 from ahn.checkpoint.files import Source, failure, locate, read_tensors
 from ahn.errors import ConfigError
 from ahn.memories import MemoryShape
@@ -43,7 +43,7 @@ def save_anchors(model: nn.Module, path: str | os.PathLike[str], dtype: str | to
     }
     if not tensors:
         raise ConfigError("this model has no weights of anchor scores to save; make some with `ahn train anchors`")
-    write_pair(path, ANCHORS, about(Base.of_model(inner_model(model))), storable(path, tensors, dtype))
+    write_pair(path, ANCHORS, about(Base.of_model(model)), storable(path, tensors, dtype))
 
 
 def load_anchors(
@@ -80,7 +80,7 @@ def load_anchors(
     attachment, where = attachment_of(model), os.fspath(path_or_hub_id)
     source = Source(revision, subfolder, token, cache_dir, local_files_only)
     folder = locate(where, source, ANCHORS.config)
-    weights = _read(where, folder, attachment, Base.of_model(inner_model(model)))
+    weights = _read(where, folder, attachment, Base.of_model(model))
     for site in attachment.sites:
         if site.memory is not None:
             set_score_weights(site, weights.get(site.index, {}))
@@ -91,22 +91,13 @@ def _read(where: str, folder: Path, attachment: Attachment, base: Base) -> dict[
     if not (folder / ANCHORS.config).is_file():
         raise failure(where, f"it holds no {ANCHORS.config}", "Give a folder that ahn.save_anchors wrote")
     values, stored = read_pair(where, folder, ANCHORS)
-    made_for = values.get("base")
-    check_base(
-        where,
-        Base.of_dict(made_for if isinstance(made_for, dict) else {}),
-        base,
-        "its anchor scores were",
-        stacklevel=4,
-    )
+    made_for = Base.of_dict(values["base"] if isinstance(values.get("base"), dict) else {})
+    check_base(where, made_for, base, "its anchor scores were", stacklevel=4)
     found = {layer: _scores_in(stored, layer) for key in stored if (layer := layer_of(key)) is not None}
     served = {site.index: site.shape for site in attachment.sites if site.memory is not None}
     if missing := sorted(set(found) - set(served)):
-        raise failure(
-            where,
-            f"it scores tokens in layer {missing[0]}, which has no memory here",
-            "Attach a memory to that layer too",
-        )
+        problem = f"it scores tokens in layer {missing[0]}, which has no memory here"
+        raise failure(where, problem, "Attach a memory to that layer too")
     needed = found or {0: [SCORES["learned"]]}
     names = {
         f"layers.{layer}.{name}" for layer, scores in needed.items() for each in scores for name in each.weight_names
@@ -138,3 +129,11 @@ def _loaded(where: str, score: Score, own: Mapping[str, torch.Tensor], shape: Me
     check_shapes(where, own, {name: tuple(each.shape) for name, each in weights.state_dict().items()})
     weights.load_state_dict(own)
     return weights
+
+
+def _save_if_any(model: nn.Module, path: str) -> None:
+    if any(site.anchor_weights for site in attachment_of(model).sites):
+        save_anchors(model, path)
+
+
+SAVERS.append(_save_if_any)

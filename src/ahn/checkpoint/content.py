@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from ahn.attachment import attachment_of
+from ahn.backbone import compat
 from ahn.backbone.survey import find_backbone
 from ahn.checkpoint.files import Stored, brief, failure, read_tensors
 from ahn.config import AHNConfig
@@ -64,7 +65,7 @@ class Base:
     @classmethod
     def of_model(cls, model: nn.Module) -> Base:
         """The base model that this model is."""
-        inner: Any = inner_model(model)
+        inner = compat.unwrap(model)
         base = cls.of_config(find_backbone(inner).config, base_name(inner))
         return dataclasses.replace(base, revision=getattr(inner.config, "_commit_hash", None))
 
@@ -199,12 +200,6 @@ def memory_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
         if site.memory is not None
         for name, tensor in site.memory.state_dict(keep_vars=True).items()
     }
-
-
-def inner_model(model: nn.Module) -> nn.Module:
-    """The model of transformers inside the wrapper of DistributedDataParallel, or the model itself."""
-    inner = getattr(model, "module", None)
-    return inner if isinstance(inner, nn.Module) and not hasattr(model, "config") else model
 
 
 def parameter_shapes(memory: str, shape: MemoryShape) -> dict[str, tuple[int, ...]]:

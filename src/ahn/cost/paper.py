@@ -29,7 +29,8 @@ class Paper(Counting):
 
     Causal attention is half of the square. The vocabulary takes two products for every token, for the embedding counts
     as one. Keys, values and states have 4 bytes a number, and the gates of tokens in the window are left out. Products
-    of a memory are, for each evicted token, its N gates (N D H), the read (H K^2) and the output projection (H K^2).
+    of a memory are, for each evicted token, N projections of its gates (N D H), the read (H K^2) and the output
+    projection (H K^2).
 
     Source: arXiv 2510.07318, table 1. That table also counts the output gate, D H more for each evicted token, but the
     totals printed for the 14B model only come out without it.
@@ -48,7 +49,7 @@ class Paper(Counting):
     def memory_flops(self, memory: Memory, tokens: int, evicted: int) -> int:
         """Gates, read and output projection of the evicted tokens."""
         shape = memory.shape
-        gates = memory.gate_count * shape.hidden_size * shape.query_heads
+        gates = len(memory.projections) * shape.hidden_size * shape.query_heads
         return 2 * evicted * (gates + state_numbers(memory) + memory.o_proj.numel())
 
     def number_bytes(self) -> int:

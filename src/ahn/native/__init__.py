@@ -54,7 +54,7 @@ _ARGUMENTS = {
     "ahn_write_state_space": [*[_INT] * 3, *[_POINTER] * 5],
     "ahn_linear": [*[_INT] * 3, *[_POINTER] * 4],
     "ahn_linear_each": [*[_INT] * 5, *[_POINTER] * 3],
-    "ahn_decode_add": [*[_INT] * 5, *[_POINTER] * 7, _FLOAT, ctypes.c_int, _POINTER],
+    "ahn_decode_add": [*[_INT] * 5, *[_POINTER] * 7, _FLOAT, ctypes.c_int, ctypes.c_int, _POINTER],
 }
 
 
@@ -232,47 +232,49 @@ def write_state_space_(k_XK: Tensor, v_XV: Tensor, decay_X: Tensor, step_X: Tens
 
 
 class OutputWeights(NamedTuple):
-    """The read-out of a memory: its weights and its order.
+    """The output of a memory: its weights, its kind of norm, and the layout of the state that it reads.
 
     Attributes:
-        gate: Weight of the gate per head, `[H, D]`.
-        gate_bias: Its bias, `[H]`, or `None`.
-        norm: Weight of the norm, `[V]` where it is taken per head, or `[H * V]`.
-        o_proj: Output projection, `[H, V, V]`.
-        scale: Factor on the queries, once they are brought to length 1.
-        per_head: Whether the norm is taken per head and before the gate, as by the delta rules, rather than over all
-            heads and after it, as by Mamba2.
+        gate_HD: Weight of the gate per head, `[H, D]`.
+        gate_bias_H: Its bias, `[H]`, or `None`.
+        norm: Weight of the norm, `[V]` with `per_head`, else `[H * V]`.
+        o_proj_HVV: Output projection, `[H, V, V]`.
+        scale: Length to which queries are brought.
+        per_head: Whether the norm is taken over each head and before the gate, rather than over all heads and after it.
+        key_first: Whether the state is `[B, H, K, V]`, rather than `[B, H, V, K]`.
     """
 
-    gate: Tensor
-    gate_bias: Tensor | None
+    gate_HD: Tensor
+    gate_bias_H: Tensor | None
     norm: Tensor
-    o_proj: Tensor
+    o_proj_HVV: Tensor
     scale: float
     per_head: bool
+    key_first: bool
 
 
-def can_decode_add(local_B1HV: Tensor, q_B1HK: Tensor, x_B1D: Tensor, state: Tensor, how: OutputWeights) -> bool:
+def can_decode_add(local_B1HV: Tensor, q_B1HK: Tensor, x_B1D: Tensor, state: Tensor, weights: OutputWeights) -> bool:
     """Whether `decode_add_` can work on these."""
-    there = [x for x in (local_B1HV, how.gate, how.gate_bias, how.norm, how.o_proj) if x is not None]
+    dense = [x for x in (local_B1HV, *weights[:4]) if x is not None]
     sizes = q_B1HK.size(3), local_B1HV.size(3)
-    return all(x.is_contiguous() for x in there) and ready(*there, q_B1HK, x_B1D, state, sizes=sizes)
+    return all(x.is_contiguous() for x in dense) and ready(*dense, q_B1HK, x_B1D, state, sizes=sizes)
 
 
-def decode_add_(local_B1HV: Tensor, q_B1HK: Tensor, x_B1D: Tensor, state: Tensor, how: OutputWeights) -> None:
-    """Adds what a memory says to one query per row, in place; see `ahn.memories.base.Memory.decode_add`.
+def decode_add_(local_B1HV: Tensor, q_B1HK: Tensor, x_B1D: Tensor, state: Tensor, weights: OutputWeights) -> None:
+    """Adds what a memory answers to one query per row, in place; see `ahn.ops.decode_add_`.
 
     Args:
         local_B1HV: What to add to, dense.
         q_B1HK: Queries.
         x_B1D: Input of the attention layer.
-        state: `[B, H, K, V]` with `how.per_head`, else `[B, H, V, K]`.
-        how: The read-out.
+        state: `[B, H, K, V]` with `weights.key_first`, else `[B, H, V, K]`.
+        weights: The output.
     """
     B, _, H, K = q_B1HK.shape
     V, D = local_B1HV.size(3), x_B1D.size(2)
     q, x, state = q_B1HK.contiguous(), x_B1D.contiguous(), state.contiguous()
-    _run("ahn_decode_add", B, H, K, V, D, q, x, state, *how[:4], how.scale, int(how.per_head), local_B1HV)
+    *tensors, scale, per_head, key_first = weights
+    _run("ahn_decode_add", B, H, K, V, D, q, x, state, *tensors, scale, int(per_head), int(key_first), local_B1HV)
 
 
 def can_multiply(vectors: int, size: int) -> bool:

@@ -19,16 +19,24 @@ import torch
 from torch import Tensor
 
 from ahn.errors import ConfigError
+from ahn.native import OutputWeights
 from ahn.ops import chunked, compiled, cuda, naive, step
-from ahn.ops._shared import check_shapes
-from ahn.ops.step import write_delta_, write_state_space_
+from ahn.ops._shared import at_least_float32, check_shapes
+from ahn.ops.norms import rms_norm, unit
+from ahn.ops.step import decode_add_, linear_each, write_delta_, write_state_space_
 
 __all__ = [
+    "OutputWeights",
+    "at_least_float32",
     "backend",
+    "decode_add_",
     "delta_rule",
     "gated_delta_rule",
     "is_automatic",
+    "linear_each",
+    "rms_norm",
     "state_space",
+    "unit",
     "write_delta_",
     "write_state_space_",
 ]

@@ -1,15 +1,18 @@
-"""The recurrences for a single token: what decoding runs, in as few operations as it takes.
+"""A single token: what decoding runs of the recurrences and around them, in as few operations as it takes.
 
-Shapes: B batch, T tokens (1 here), H query heads, G kv heads (H = r * G; query head h uses kv head h // r), K key
-size, V value size, X = B * H.
+Shapes: L layers, B batch, T tokens (1 here), D hidden size, H query heads, G kv heads (H = r * G; query head h uses kv
+head h // r), K key size, V value size, X = B * H.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ahn import native
+from ahn.native import OutputWeights
 from ahn.ops._shared import first_state, in_compute_dtype
 
 
@@ -87,6 +90,51 @@ def write_state_space_(k_BGK: Tensor, v_BGV: Tensor, decay_BH: Tensor, dt_BH: Te
         return
     S_XVK.mul_(decay_BH.reshape(B * H, 1, 1))
     S_XVK.baddbmm_(v_X1V.mT * dt_BH.reshape(B * H, 1, 1), k_X1K)
+
+
+def linear_each(x_LBD: Tensor, linears: Sequence[Sequence[nn.Linear]]) -> Sequence[Tensor]:
+    """Apply several linear maps of each layer to its hidden state, all at once and without gradients.
+
+    Args:
+        x_LBD: Hidden states of L layers, `[L, B, D]`.
+        linears: Maps of each layer, alike in all layers, from D numbers to H each.
+
+    Returns:
+        What each of a layer's maps gives, `[L, B, H]`.
+    """
+    if not linears[0]:
+        return ()
+    weights = [linear.weight for row in linears for linear in row]
+    if native.can_multiply(*x_LBD.shape[1:]) and native.ready(x_LBD, *weights):
+        outputs = native.linear_each(x_LBD, weights).unbind(1)
+    else:
+        rows_LRD = torch.stack(weights).view(x_LBD.size(0), -1, x_LBD.size(2))
+        outputs = torch.bmm(x_LBD, rows_LRD.mT).chunk(len(linears[0]), dim=-1)
+    if linears[0][0].bias is None:
+        return outputs
+    biases = [torch.stack([linear.bias for linear in column])[:, None] for column in zip(*linears)]
+    return [output + bias_L1H for output, bias_L1H in zip(outputs, biases)]
+
+
+def decode_add_(local_B1HV: Tensor, q_B1HK: Tensor, x_B1D: Tensor, state: Tensor, weights: OutputWeights) -> bool:
+    """Add what a memory answers to one query per row, in place, by a kernel in C.
+
+    Its torch form is `ahn.memories.Memory.decode_add`, which also serves whatever the kernel does not take.
+
+    Args:
+        local_B1HV: What to add to.
+        q_B1HK: Queries, as the attention layer has them.
+        x_B1D: Input of the attention layer.
+        state: `[B, H, K, V]` with `weights.key_first`, else `[B, H, V, K]`.
+        weights: Output of the memory.
+
+    Returns:
+        Whether the kernel takes these tensors; if not, nothing was changed.
+    """
+    if not native.can_decode_add(local_B1HV, q_B1HK, x_B1D, state, weights):
+        return False
+    native.decode_add_(local_B1HV, q_B1HK, x_B1D, state, weights)
+    return True
 
 
 def _delta(q_BTHK: Tensor, k_BTGK: Tensor, v_BTGV: Tensor, beta_BTH: Tensor, S_BHKV: Tensor) -> tuple[Tensor, Tensor]:

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import nn
 
 from ahn.attachment import attachment_of
-from ahn.attention.function import LayerCall
+from ahn.attention.recording import RecordedLayer
 from ahn.memories import Memory
 from ahn.training.draws import SpanDraw
 from ahn.training.transfer import Lesson, teach
@@ -34,15 +34,14 @@ class _Counting(Lesson):
 
     moments: dict[Memory, _Moments] = dataclasses.field(default_factory=dict)
 
-    def learn(self, call: LayerCall, module: nn.Module, inputs: dict[str, Any], full_BTHV: torch.Tensor) -> None:
+    def learn(self, layer: RecordedLayer) -> None:
         """Moments of one layer."""
-        missing = self.missing(call, module, inputs, full_BTHV)
-        if not missing.view.evicted.length:
+        missing = self.missing(layer)
+        if not layer.evicted_tokens:
             return
-        query = inputs["query"]
-        raw_BEHV = call.recall(query, missing.view, query.size(2))
-        read_BEHV = call.memory.gated_norm(raw_BEHV, call.hidden[:, missing.before :]) * missing.counted_BE11
-        self.moments[call.memory] = _Moments(
+        normed_BEHV = layer.memory.gated_norm(layer.recall(), layer.hidden[:, missing.before :])
+        read_BEHV = normed_BEHV * missing.counted_BE11
+        self.moments[layer.memory] = _Moments(
             torch.einsum("behv,behw->hvw", read_BEHV, read_BEHV).double(),
             torch.einsum("behv,behw->hvw", read_BEHV, missing.output_BEHV).double(),
         )

@@ -17,8 +17,8 @@ from torch.utils.checkpoint import checkpoint
 from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import AttentionInterface
 
-from ahn.attention.call import mask_function
 from ahn.attention.function import attention_function
+from ahn.attention.masks import mask_function
 from ahn.backbone.survey import implementation
 
 RECORDING = "ahn_recording"

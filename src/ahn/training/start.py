@@ -10,6 +10,7 @@ from torch import nn
 
 import ahn
 from ahn.attachment import attachment_of
+from ahn.backbone import compat
 from ahn.backbone.survey import find_backbone
 from ahn.checkpoint.content import memory_tensors
 from ahn.checkpoint.loading import read
@@ -18,7 +19,7 @@ from ahn.errors import CheckpointError
 
 @torch.no_grad()
 def set_initial_decay(model: nn.Module, low: float, high: float, seed: int) -> bool:
-    """Draws the decay rates of the attached memories, exp(A_log), uniformly from a range.
+    """Draws the decay rates of the attached memories, exp of the parameter `log_rate`, uniformly from a range.
 
     The published range, 0 to 16, makes most heads forget within a few tokens; a short training does not get them out
     of it, and starts better from slow rates.
@@ -33,14 +34,12 @@ def set_initial_decay(model: nn.Module, low: float, high: float, seed: int) -> b
         Whether the memory has such rates.
     """
     generator = torch.Generator().manual_seed(seed)
-    found = False
-    for site in attachment_of(model).sites:
-        rates = getattr(site.memory, "A_log", None)
-        if isinstance(rates, torch.Tensor):
-            drawn = torch.empty(rates.shape).uniform_(low, high, generator=generator)
-            rates.copy_(drawn.clamp(min=1e-4).log())
-            found = True
-    return found
+    memories = [site.memory for site in attachment_of(model).sites if site.memory is not None]
+    log_rates = [memory.get_parameter(memory.log_rate) for memory in memories if memory.log_rate is not None]
+    for log_rate in log_rates:
+        drawn = torch.empty(log_rate.shape).uniform_(low, high, generator=generator)
+        log_rate.copy_(drawn.clamp(min=1e-4).log())
+    return bool(log_rates)
 
 
 @torch.no_grad()
@@ -57,12 +56,13 @@ def set_initial_gate(model: nn.Module, opening: float, sequences: Iterable[torch
     """
     means = _mean_inputs(model, sequences)
     for site in attachment_of(model).sites:
-        gate = getattr(site.memory, "g_proj", None)
-        if isinstance(gate, nn.Linear):
-            mean_D = means[site.index].to(gate.weight)
-            gate.weight.copy_((opening / mean_D.square().sum().clamp(min=1e-12) * mean_D).expand_as(gate.weight))
-            if gate.bias is not None:
-                gate.bias.zero_()
+        if site.memory is None:
+            continue
+        gate = site.memory.g_proj
+        mean_D = means[site.index].to(gate.weight)
+        gate.weight.copy_((opening / mean_D.square().sum().clamp(min=1e-12) * mean_D).expand_as(gate.weight))
+        if gate.bias is not None:
+            gate.bias.zero_()
 
 
 def _mean_inputs(model: nn.Module, sequences: Iterable[torch.Tensor]) -> dict[int, torch.Tensor]:
@@ -83,7 +83,7 @@ def _mean_inputs(model: nn.Module, sequences: Iterable[torch.Tensor]) -> dict[in
         with ahn.mode(model, "full"):
             for ids in sequences:
                 tokens += ids.numel()
-                find_backbone(model)(input_ids=ids[None].to(next(model.parameters()).device), use_cache=False)
+                find_backbone(model)(input_ids=ids[None].to(compat.input_device(find_backbone(model))), use_cache=False)
     finally:
         for handle in handles:
             handle.remove()
