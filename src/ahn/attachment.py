@@ -1,7 +1,7 @@
 """What attaching leaves on a model: where the memories sit, and which settings a run has.
 
-The settings of a run live beside the model, never in its config. A call takes those of the innermost `mode` block that is
-open around it; where there is none, as in a thread that was started inside of a block, those of the block that was
+The settings of a run live beside the model, never in its config. A call takes those of the innermost `mode` block that
+is open around it; where there is none, as in a thread that was started inside of a block, those of the block that was
 opened last anywhere; and without any block those of the memory's config. A cache keeps the settings it was made with.
 """
 

@@ -110,8 +110,8 @@ def _read(where: str, folder: Path, attachment: Attachment, base: Base) -> dict[
             own = {name: tensors[f"layers.{layer}.{name}"] for name in score.weight_names}
             weights.setdefault(layer, {})[score.name] = _loaded(where, score, own, served[layer])
     for score in SCORES.values():
-        if problem := score.disagreement([own[score.name] for own in weights.values() if score.name in own]):
-            raise failure(where, problem, "Make it anew with `ahn train anchors`")
+        if reason := score.disagreement([own[score.name] for own in weights.values() if score.name in own]):
+            raise failure(where, reason, "Make it anew with `ahn train anchors`")
     return weights
 
 
