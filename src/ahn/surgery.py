@@ -16,9 +16,10 @@ from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import AttentionInterface
 
 from ahn.attachment import SAVERS, Attachment, Site, attachment_of, find_attachment, mode, set_attachment
-from ahn.attention.call import mask_function
-from ahn.attention.function import IMPLEMENTATION, TRACE, attention_function
-from ahn.attention.hooks import after_call, before_call, before_layer
+from ahn.attention.function import IMPLEMENTATION, attention_function
+from ahn.attention.hooks import after_call, after_model, before_call, before_layer, before_model
+from ahn.attention.masks import mask_function
+from ahn.attention.recording import record_layers
 from ahn.backbone import compat, linear
 from ahn.backbone.rotary import Rotation, find_rotary
 from ahn.backbone.survey import CapturedLayer, check_rotations, find_backbone, probe, sample
@@ -117,18 +118,18 @@ def detach(model: nn.Module) -> None:
         set_attachment(module, None)
 
 
-def set_score_weights(site: Site, votes: Mapping[str, nn.Module]) -> None:
-    """Gives a layer weights for votes on anchors, in place of all that it has.
+def set_score_weights(site: Site, weights: Mapping[str, nn.Module]) -> None:
+    """Gives a layer weights of anchor scores, in place of all that it has.
 
     Args:
         site: A layer with a memory.
-        votes: The weights by score, on any device; none takes away what it has.
+        weights: The weights by score, on any device; none takes away what it has.
     """
     if site.anchor_weights is not None:
         delattr(site.module, SCORE_WEIGHTS)
         site.anchor_weights = None
-    if votes:
-        site.anchor_weights = nn.ModuleDict(votes).to(site.device).eval().requires_grad_(False)
+    if weights:
+        site.anchor_weights = nn.ModuleDict(weights).to(site.device).eval().requires_grad_(False)
         site.module.add_module(SCORE_WEIGHTS, site.anchor_weights)
 
 
@@ -221,6 +222,9 @@ def _install(model: Any, backbone: Any, attachment: Attachment) -> None:
         set_attachment(module, attachment)
     linear.speed_up(model)
     handles = attachment.handles
+    if model is not backbone:
+        handles.append(model.register_forward_pre_hook(before_model, with_kwargs=True))
+        handles.append(model.register_forward_hook(after_model, with_kwargs=True, always_call=True))
     handles.append(backbone.register_forward_pre_hook(before_call, with_kwargs=True))
     handles.append(backbone.register_forward_hook(after_call, always_call=True))
     for site in attachment.sites:
@@ -280,16 +284,14 @@ def _verify(backbone: Any, attachment: Attachment, expected: torch.Tensor) -> No
     """
     name = type(backbone).__name__
     served: set[int] = set()
-    token = TRACE.set(served)
     try:
-        with mode(backbone, "ahn", anchors=0):  # there are none within the window, and their score may have no weights
+        # There are no anchors within the window, and their score may have no weights.
+        with mode(backbone, "ahn", anchors=0), record_layers(backbone, lambda layer: served.add(layer.site.index)):
             actual = _read_sample(backbone, attachment, use_cache=True)  # a model may want more of it than keys
     except AHNError:
         raise
     except Exception as error:
         raise ModelError(f"no memory can be attached to {name}: reading with it failed ({error})") from error
-    finally:
-        TRACE.reset(token)
     if missing := {site.index for site in attachment.sites if site.memory is not None} - served:
         raise ModelError(f"no memory can be attached to {name}: layers {sorted(missing)} do not pass its inputs on")
     scale = expected.abs().mean().clamp(min=1e-6)
@@ -310,6 +312,8 @@ def _make_generate_use_memory(model: Any) -> None:
 def _prepare_cache(model: Any, generation_config: Any, model_kwargs: dict[str, Any], mode: Any, *rest: Any) -> None:
     """Puts a new cache of ours where the base model would put its own, and refuses what a memory cannot do."""
     given = model_kwargs.get(compat.CACHE)
+    if isinstance(given, HippocampalCache):
+        given.settle()  # its last call may have been broken off
     full = given is None and attachment_of(model).settings.mode == "full"
     if not full and (given is None or isinstance(given, HippocampalCache)):
         if mode == GenerationMode.ASSISTED_GENERATION:

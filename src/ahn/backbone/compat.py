@@ -11,7 +11,8 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from transformers import GenerationMixin
 
-_CACHE_NAMES = ("cache", "past_key_values")
+CACHE_NAMES = ("cache", "past_key_values")
+"""Names of a cache among the arguments and outputs of a model, in any version."""
 _GENERATES_FROM = inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters
 CACHE = "cache" if "cache" in _GENERATES_FROM else "past_key_values"
 """Name under which this transformers hands a cache on (`past_key_values` before 5.24; 5.40 removes that name)."""
@@ -23,17 +24,17 @@ FUSED_GROUPS_HEADS = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 13
 def cache_name(model: Any) -> str:
     """Name by which a model takes a cache (5.24: code that comes from the hub with its model may keep the old one)."""
     parameters = inspect.signature(type(model).forward).parameters
-    return next((name for name in _CACHE_NAMES if name in parameters), CACHE)
+    return next((name for name in CACHE_NAMES if name in parameters), CACHE)
 
 
 def find_cache(arguments: Mapping[str, Any]) -> Any:
     """The cache among the arguments of a call, under its name of any version, or `None`."""
-    return next((arguments[name] for name in _CACHE_NAMES if arguments.get(name) is not None), None)
+    return next((arguments[name] for name in CACHE_NAMES if arguments.get(name) is not None), None)
 
 
 def with_cache(model: Any, arguments: Mapping[str, Any], cache: Any) -> dict[str, Any]:
     """The arguments of a call with this cache instead of theirs, under the one name that the model takes."""
-    others = {name: value for name, value in arguments.items() if name not in _CACHE_NAMES}
+    others = {name: value for name, value in arguments.items() if name not in CACHE_NAMES}
     return others if cache is None else {**others, cache_name(model): cache}
 
 

@@ -20,10 +20,8 @@ class Bank(Store):
         anchors: Number of anchors, N.
     """
 
-    names = ("anchor_keys", "anchor_values")
-
     def __init__(self, anchors: int) -> None:
-        super().__init__()
+        super().__init__("anchor_keys", "anchor_values")
         self.anchors = anchors
 
     def append(self, evicted: Tokens, selected: Selected) -> ExtraKV:
@@ -42,16 +40,10 @@ class Bank(Store):
             source = selected.source.to(keys.device)[:, None, :, None]
             for name, all_ in (("anchor_keys", keys), ("anchor_values", values)):
                 index = source.expand(all_.size(0), all_.size(1), -1, all_.size(3))
-                self.held[name] = all_.detach().gather(2, index)
+                self.held[name] = all_.gather(2, index)
         return ExtraKV(keys, values, selected.visible_from.to(keys.device), selected.visible_until.to(keys.device))
 
     def _place(self, name: str, like: torch.Tensor) -> torch.Tensor:
         if name not in self.held:
             self.held[name] = like.new_zeros(*like.shape[:2], self.anchors, like.size(3))
         return self.held[name]
-
-
-class KeyMean(Store):
-    """Unit keys of a layer before their rotation, `[B, G, _, K]` float32: the sum of all, and the last ones."""
-
-    names = ("key_total", "key_recent")

@@ -7,11 +7,9 @@ import dataclasses
 import torch
 
 from ahn.attachment import Site
-from ahn.attention.call import Plan
-from ahn.attention.function import LayerCall
-from ahn.backbone.rotary import Rotary
 from ahn.cache import HippocampalLayer
 from ahn.cache.cache import AnyLayer, layer_tensors, new_layer
+from ahn.cache.record import TokenRecord
 from ahn.config import Mode
 from ahn.cost.counting import Counting, state_numbers
 from ahn.memories import Memory
@@ -75,18 +73,22 @@ class Actual(Counting):
         self, layer: HippocampalLayer, site: Site, memory: Memory, key: torch.Tensor, value: torch.Tensor
     ) -> None:
         """Does to a layer of the cache what the attention function does, with tensors that hold no values."""
-        attachment = self.base.attachment
-        hidden = torch.empty(1, key.size(2), site.shape.hidden_size, dtype=self.base.dtype, device="meta")
-        gates = memory.gates(hidden) if layer.settings.mode == "ahn" else None
-        rotary = None
-        if site.rotation is not None and attachment.config.memory_positions == "none":
-            positions = torch.zeros(1, key.size(2), device="meta")
-            rotary = Rotary(site.rotation, site.rotation.tables(positions), positions, unrotates=True)
-        plan = Plan(attachment, layer.settings, padding=None)
-        call = LayerCall(site, memory, plan, layer, True, hidden, gates, rotary)
-        view = layer.append(Tokens(key, value, call.record(key)), None)
-        if gates is not None and view.evicted.length:
+        record = key.new_zeros(1, 1, key.size(2), 0, dtype=torch.float32)
+        if layer.settings.mode == "ahn":
+            gates = memory.gates(key.new_empty(1, key.size(2), site.shape.hidden_size))
+            record = TokenRecord(gates, self._position(site, key.size(2))).pack()[:, None]
+        view = layer.append(Tokens(key, value, record), None)
+        layer.reserve()
+        layer.commit()
+        if record.size(-1) and view.evicted.length:
             layer.state = memory.empty_state(1, key.device)
+
+    def _position(self, site: Site, tokens: int) -> torch.Tensor | None:
+        """What is stored of the positions of tokens, `[1, T, P]`; `None` where the memory keeps their rotation."""
+        if site.rotation is None or self.base.attachment.config.memory_positions != "none":
+            return None
+        positions = torch.zeros(1, tokens, device="meta")
+        return site.rotation.position_record(site.rotation.tables(positions), positions, 1)
 
     def summary(self) -> str:
         """See `Counting.summary`."""

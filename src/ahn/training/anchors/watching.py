@@ -17,8 +17,8 @@ from transformers.modeling_utils import AttentionInterface
 
 import ahn
 from ahn.attachment import Site, attachment_of
-from ahn.attention.call import mask_function
 from ahn.attention.function import attention_function
+from ahn.attention.masks import mask_function
 from ahn.backbone import compat
 from ahn.backbone.rotary import Tables
 from ahn.backbone.survey import find_backbone, implementation
