@@ -1,4 +1,4 @@
-"""A single token: what decoding runs of the recurrences and around them, in as few operations as it takes.
+"""A single token: the recurrences, and what decoding computes around them, in as few operations as possible.
 
 Shapes: L layers, B batch, T tokens (1 here), D hidden size, H query heads, G kv heads (H = r * G; query head h uses kv
 head h // r), K key size, V value size, X = B * H.
