@@ -10,7 +10,6 @@ import torch
 import ahn
 from ahn.attachment import attachment_of
 from ahn.attention import chunks
-from ahn.backbone import compat
 from ahn.backbone.compat import CACHE
 from ahn.cache.cache import layer_tensors
 from tests.tiny import FAMILIES, awaken, read, text, tiny, with_memory
@@ -107,7 +106,7 @@ class TestAnchorsInEveryFamily:
     def test_without_a_cache(self, family: str) -> None:
         model, ids = with_memory(family, **ANCHORS), text(2, 50)
         output, expected = model(ids, use_cache=False), model(ids)
-        assert all(output.get(name) is None for name in compat.CACHE_NAMES)
+        assert not any(isinstance(part, ahn.HippocampalCache) for part in output.values())
         assert torch.equal(output.logits, expected.logits)
         torch.testing.assert_close(read(model, ids, 1), expected.logits, rtol=0, atol=2e-4)
         as_tuple = model(ids, use_cache=False, return_dict=False)
@@ -158,7 +157,7 @@ def test_gradients_are_those_of_one_call() -> None:
         model.requires_grad_(False).get_input_embeddings().requires_grad_(True)
         model(ids, use_cache=False).logits[:, -1].square().sum().backward()
         found.append(model.get_input_embeddings().weight.grad)
-    torch.testing.assert_close(*found)
+    torch.testing.assert_close(*found, rtol=0, atol=1e-5 * float(found[0].abs().max()))
 
 
 def test_reentrant_checkpointing_is_refused() -> None:

@@ -216,7 +216,7 @@ class HippocampalCache(Cache):
         saved = read_cache(path, attachment)
         cache = cls.__new__(cls)
         cache.begin(attachment, saved.settings)
-        devices = [next(site.module.parameters()).device for site in attachment.sites]
+        devices = [site.device for site in attachment.sites]
         for index, (layer, seen) in enumerate(zip(cache.layers, saved.seen, strict=True)):
             set_layer_tensors(layer, saved.of(str(index), devices[index]), seen)
         if cache.scoreboard:
