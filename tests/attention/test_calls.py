@@ -23,7 +23,7 @@ NORMED_KEYS = ("qwen3", "qwen3_moe", "gemma3_text", "olmo2")
 
 def with_anchors(family: str) -> Any:
     """A tiny model with a memory and anchors that the family's keys can choose."""
-    return with_memory(family, **{**ANCHORS, "anchor_score": "recent" if family in NORMED_KEYS else "key_norm"})
+    return with_memory(family, **{**ANCHORS, "anchor_score": "value_norm" if family in NORMED_KEYS else "key_norm"})
 
 
 def everything(cache: Any) -> dict[str, torch.Tensor]:
@@ -161,7 +161,7 @@ def test_gradients_are_those_of_one_call() -> None:
     ids, found = text(1, 40), []
     for window in (16, 40):
         model = tiny()
-        ahn.attach(model, ahn.AHNConfig(window=window, sinks=0, anchors=40, anchor_score="recent"))
+        ahn.attach(model, ahn.AHNConfig(window=window, sinks=0, anchors=40, anchor_score="value_norm"))
         model.requires_grad_(False).get_input_embeddings().requires_grad_(True)
         model(ids, use_cache=False).logits[:, -1].square().sum().backward()
         found.append(model.get_input_embeddings().weight.grad)
