@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,19 +17,19 @@ from ahn.errors import AHNError
 from ahn.evaluation import arms
 from ahn.evaluation.arm_names import GRAMMAR
 from ahn.evaluation.page import Page
-from ahn.evaluation.report import EvaluationReport, read_report
+from ahn.evaluation.report import read_report
 from tests.tiny import awaken, give_votes, with_memory
 
-GOOD: dict[str, Any] = {
-    "model": "tiny",
-    "adapter": None,
-    "window": 16,
-    "sinks": 4,
-    "sink_positions": "bounded",
-    "arms": "window, ahn,window",
-    "out": None,
-    "seed": 0,
-}
+GOOD = options.Shared(
+    model="tiny",
+    adapter=None,
+    arms="window, ahn,window",
+    window=16,
+    sinks=4,
+    sink_positions="bounded",
+    out=None,
+    seed=0,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -61,27 +62,27 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 )
 def test_wrong_options(changes: dict[str, Any], says: str) -> None:
     with pytest.raises(UsageError) as raised:
-        options.open_run("perplexity", **{**GOOD, **changes})
+        options.open_run("perplexity", replace(GOOD, **changes))
     assert says in str(raised.value)
 
 
 def test_goes_on_with_the_same_settings_only(capsys: pytest.CaptureFixture[str]) -> None:
-    settings = {**GOOD, "out": Path("run")}
-    run = options.open_run("perplexity", **settings, length=5)
+    settings = replace(GOOD, out=Path("run"))
+    run = options.open_run("perplexity", settings, length=5)
     assert run.arms == ["window", "ahn"]
     assert not Path("run").exists()
     run.journal.add("a", {"x": 1})
     assert capsys.readouterr().err == ""
-    assert options.open_run("perplexity", **settings, length=5).journal.done == {"a": {"x": 1}}
+    assert options.open_run("perplexity", settings, length=5).journal.done == {"a": {"x": 1}}
     assert capsys.readouterr().err == "going on with run: 1 finished item\n"
     with pytest.raises(AHNError, match="was begun with length = 5, not 6;"):
-        options.open_run("perplexity", **settings, length=6)
+        options.open_run("perplexity", settings, length=6)
     with pytest.raises(AHNError, match="was begun with command = perplexity, not recall;"):
-        options.open_run("recall", **settings, length=5)
+        options.open_run("recall", settings, length=5)
 
 
 def test_says_how_to_go_on(capsys: pytest.CaptureFixture[str]) -> None:
-    run = options.open_run("perplexity", **{**GOOD, "out": Path("run")})
+    run = options.open_run("perplexity", replace(GOOD, out=Path("run")))
     run.journal.add("a", {})
     with pytest.raises(KeyboardInterrupt), run.working():
         raise KeyboardInterrupt
@@ -89,10 +90,15 @@ def test_says_how_to_go_on(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_finish(capsys: pytest.CaptureFixture[str]) -> None:
-    run = options.open_run("perplexity", **{**GOOD, "out": Path("run")})
-    run.finish(EvaluationReport("perplexity", run.settings, {}, {}), Page("x"), {"curve": Figure()})
+    run = options.open_run("perplexity", replace(GOOD, out=Path("run")))
+    page = Page("x")
+    page.figure("curve", Figure(), "a curve")
+    run.finish({"nll": 1.5}, page, with_memory())
     assert capsys.readouterr().out == "wrote report.json, report.html, curve.png to run\n"
-    assert read_report("run/report.json").settings["window"] == 16
+    report = read_report("run/report.json")
+    assert (report.command, report.settings["window"], report.results) == ("perplexity", 16, {"nll": 1.5})
+    assert report.environment["seed"] == 0
+    assert "Measured with" in Path("run/report.html").read_text()
     assert {each.name for each in Path("run").iterdir()} == {"report.json", "report.html", "curve.png"}
 
 

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -17,7 +16,8 @@ if TYPE_CHECKING:
     import torch
 
     from ahn.cli.loading import Loaded
-    from ahn.evaluation.probing import Positions, StateTrace, TokenGradients
+    from ahn.cli.probe_report import Probe
+    from ahn.evaluation.probing import Positions
 
 EXAMPLES = """Examples:
 
@@ -28,33 +28,6 @@ ahn probe notes.txt --html probe.html --json probe.json
 ahn probe book.txt --adapter my-memory --window 128 --tokens 1000
 """
 POSITIONS = ("all", "last")
-
-
-@dataclass(frozen=True)
-class Probe:
-    """What was measured on a text.
-
-    Attributes:
-        loaded: The model and its memory.
-        title: What the text is called.
-        sinks: Number of sinks.
-        window: Tokens of the window.
-        positions: Where the loss counts.
-        ids: The tokens that were read.
-        total: Tokens of the whole text.
-        gradients: What the loss hangs on.
-        trace: State and gates.
-    """
-
-    loaded: Loaded
-    title: str
-    sinks: int
-    window: int
-    positions: Positions
-    ids: list[int]
-    total: int
-    gradients: TokenGradients
-    trace: StateTrace
 
 
 def command(
@@ -101,15 +74,19 @@ def command(
     title = "a short story" if text is None else "standard input" if file == "-" else Path(str(file)).name
     ids = loaded.tokenizer(lighthouse() if text is None else text, return_tensors="pt", verbose=False).input_ids[0]
     probe = _measure(loaded, title, ids, tokens, window, sinks, "last" if positions == "last" else "all")
-    from ahn.cli import probed
+    from ahn.cli import probe_report
 
-    probed.show(probe, top, output())
+    probe_report.show(probe, top, output())
+    report = probe_report.make_report(probe, seed)
     if json is not None:
-        probed.report(probe, seed).write(json)
-    figures = probed.figures(probe) if html or folder else {}
-    if html is not None:
-        probed.page(probe, top, seed, figures).write(html)
-    _write_figures(folder, figures)
+        report.write(json)
+    if html or folder:
+        page = probe_report.make_page(probe, report, top)
+        if html is not None:
+            page.write(html)
+        if folder is not None:
+            folder.mkdir(parents=True, exist_ok=True)
+            page.write_figures(folder)
     for path in (json, html, folder):
         if path is not None:
             say(f"wrote {path}", console=output())
@@ -131,6 +108,7 @@ def _measure(
     loaded: Loaded, title: str, ids: torch.Tensor, tokens: int, window: int, sinks: int, positions: Positions
 ) -> Probe:
     """Reads the beginning of a text, as teacher, as student with gradients, and once more for the states."""
+    from ahn.cli.probe_report import Probe
     from ahn.evaluation.probing import token_gradients, trace_state
 
     read = ids[:tokens]
@@ -139,11 +117,3 @@ def _measure(
     with notes().status("Reading them again: the states ..."):
         trace = trace_state(loaded.model, read, window=window, sinks=sinks)
     return Probe(loaded, title, sinks, window, positions, read.tolist(), ids.numel(), gradients, trace)
-
-
-def _write_figures(folder: Path | None, figures: dict[str, tuple[Any, str]]) -> None:
-    if folder is None:
-        return
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, (figure, _) in figures.items():
-        figure.savefig(folder / f"{name}.png", dpi=150)

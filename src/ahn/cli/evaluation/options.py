@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ahn.cli import checks
+from ahn.cli.progress import work_bar
 from ahn.cli.terminal import UsageError, notes, output, say
 from ahn.errors import ConfigError
 from ahn.evaluation.arm_names import ARMS, GRAMMAR, Arm, find_arm
@@ -22,7 +23,6 @@ if TYPE_CHECKING:
     from ahn.cli.loading import Loaded
     from ahn.evaluation.journal import Journal
     from ahn.evaluation.page import Page
-    from ahn.evaluation.report import EvaluationReport
 
 MODEL, WINDOW, SINKS, SINK_POSITIONS = "smollm2-135m", 1024, 32, "bounded"
 JOURNAL, REPORT, PAGE = "journal.jsonl", "report.json", "report.html"
@@ -106,85 +106,105 @@ class Run:
             yield
         except KeyboardInterrupt:
             if self.out is not None:
-                count = len(self.journal.done)
-                say(f"{count:,} finished item{'' if count == 1 else 's'} kept in {self.out}; the same command goes on.")
+                say(f"{self._finished()} kept in {self.out}; the same command goes on.")
             raise
 
-    def finish(self, report: EvaluationReport, page: Page, figures: Mapping[str, Any]) -> None:
-        """Writes report, page and figures into the folder, where there is one, and says so.
+    @contextlib.contextmanager
+    def reading(self, tokens: int) -> Iterator[Callable[..., None]]:
+        """The work with a bar of the tokens that are read; yields what moves the bar, see `work_bar`."""
+        with self.working(), work_bar(notes(), tokens, "tokens", "read") as progress:
+            yield progress
+
+    def finish(self, results: dict[str, Any], page: Page, model: Any) -> None:
+        """Writes the report, the page and its figures into the folder, where there is one, and says so.
 
         Args:
-            report: The report.
-            page: The page.
-            figures: Figures of matplotlib, by the name of the PNG file without its suffix.
+            results: What was measured.
+            page: The page; the settings and the environment are added to it.
+            model: The model that was used.
         """
         if self.out is None:
             return
+        from ahn.evaluation.report import EvaluationReport, environment
+
+        report = EvaluationReport(
+            self.settings["command"], self.settings, results, environment(model, self.settings["seed"])
+        )
+        page.heading("Settings")
+        page.facts({name: value for name, value in self.settings.items() if name != "files"})
+        page.heading("Measured with")
+        page.facts(report.environment)
         self.out.mkdir(parents=True, exist_ok=True)
         report.write(self.out / REPORT)
         page.write(self.out / PAGE)
-        for name, figure in figures.items():
-            figure.savefig(self.out / f"{name}.png", dpi=150)
-        names = [REPORT, PAGE, *(f"{name}.png" for name in figures)]
+        names = [REPORT, PAGE, *page.write_figures(self.out)]
         say(f"wrote {', '.join(names)} to {self.out}", console=output())
 
+    def _finished(self) -> str:
+        count = len(self.journal.done)
+        return f"{count:,} finished item{'' if count == 1 else 's'}"
 
-def open_run(
-    command: str,
-    *,
-    model: str,
-    adapter: str | None,
-    window: int,
-    sinks: int,
-    sink_positions: str,
-    arms: str,
-    out: Path | None,
-    seed: int,
-    **own: Any,
-) -> Run:
-    """Checks the options that the commands share, before anything is loaded.
+
+@dataclasses.dataclass(frozen=True)
+class Shared:
+    """The options that all commands of `ahn eval` have that run a model, as they were given.
+
+    Attributes:
+        model: Name of the base model.
+        adapter: Where the memory's weights come from.
+        arms: Names joined by commas.
+        window: Tokens of the window.
+        sinks: Number of sinks.
+        sink_positions: "bounded" or "absolute".
+        out: The folder to write to, or `None`.
+        seed: Of the random numbers.
+    """
+
+    model: str
+    adapter: str | None
+    arms: str
+    window: int
+    sinks: int
+    sink_positions: str
+    out: Path | None
+    seed: int
+
+    def check(self) -> list[str]:
+        """Checks what the options can be, before anything is loaded or read; gives the names of the arms.
+
+        Raises:
+            UsageError: An option cannot work.
+        """
+        checks.span(self.window, self.sinks, self.sink_positions)
+        checks.at_least("--seed", self.seed, 0)
+        checks.adapter(self.adapter)
+        return arm_names(self.arms)
+
+
+def open_run(command: str, shared: Shared, **own: Any) -> Run:
+    """Checks the options that the commands share, and opens the journal.
 
     Args:
         command: Name of the command.
-        model: As given, like all that follow.
-        adapter: Likewise.
-        window: Likewise.
-        sinks: Likewise.
-        sink_positions: Likewise.
-        arms: Names joined by commas.
-        out: The folder to write to, or `None`.
-        seed: Of the random numbers, at least 0.
+        shared: The options.
         **own: The command's own settings that its results depend on; of files, their checksums too.
 
     Raises:
         UsageError: An option cannot work.
         EvaluationError: The folder holds a run with other settings.
     """
-    checks.span(window, sinks, sink_positions)
-    checks.at_least("--seed", seed, 0)
-    checks.adapter(adapter)
-    names = arm_names(arms)
-    folder = None if out is None else out.expanduser()
+    names = shared.check()
+    folder = None if shared.out is None else shared.out.expanduser()
     if folder is not None:
         _check_folder(folder)
     from ahn.evaluation.journal import Journal
 
-    settings = {
-        "command": command,
-        "model": model,
-        "adapter": adapter,
-        "arms": names,
-        "window": window,
-        "sinks": sinks,
-        "sink_positions": sink_positions,
-        "seed": seed,
-        **own,
-    }
-    journal = Journal(None if folder is None else folder / JOURNAL, settings)
-    if journal.done:
-        count = len(journal.done)
-        say(f"going on with {folder}: {count:,} finished item{'' if count == 1 else 's'}", console=notes())
-    return Run(settings, names, folder, journal)
+    given = {name: value for name, value in vars(shared).items() if name not in ("out", "seed")}
+    settings = {"command": command, **given, "arms": names, "seed": shared.seed, **own}
+    run = Run(settings, names, folder, Journal(None if folder is None else folder / JOURNAL, settings))
+    if run.journal.done:
+        say(f"going on with {folder}: {run._finished()}", console=notes())
+    return run
 
 
 def arm_names(arms: str) -> list[str]:

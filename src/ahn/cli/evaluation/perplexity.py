@@ -11,12 +11,11 @@ import typer
 
 from ahn.cli import checks
 from ahn.cli.evaluation import options
-from ahn.cli.terminal import UsageError, notes, output, say
+from ahn.cli.terminal import UsageError, output, say
 
 if TYPE_CHECKING:
     from ahn.cli.loading import Loaded
-    from ahn.evaluation.perplexity.documents import Document, Ids
-    from ahn.evaluation.perplexity.measure import Plan
+    from ahn.evaluation.perplexity.documents import Ids, TokenDocument
 
 EXAMPLES = """Examples:
 
@@ -55,55 +54,46 @@ def command(
     texts = _texts(files)
     run = options.open_run(
         "perplexity",
-        model=model,
-        adapter=adapter,
-        window=window,
-        sinks=sinks,
-        sink_positions=sink_positions,
-        arms=arms,
-        out=out,
-        seed=seed,
+        options.Shared(model, adapter, arms, window, sinks, sink_positions, out, seed),
         files={name: hashlib.sha256(text.encode()).hexdigest() for name, text in texts.items()},
         length=length,
         pieces=pieces,
         ngram=ngram,
         rare=rare,
     )
-    loaded = run.load()
-    _evaluate(run, loaded, texts)
+    _evaluate(run, run.load(), texts)
 
 
 def _evaluate(run: options.Run, loaded: Loaded, texts: dict[str, str]) -> None:
     """The work: reads everything that the journal lacks, and reports."""
-    from ahn.cli.evaluation import perplexity_show as show
-    from ahn.cli.progress import work_bar
-    from ahn.evaluation.perplexity.measure import make_plan, read_all
+    from ahn.cli.evaluation import perplexity_tables
+    from ahn.evaluation.perplexity.averages import average
     from ahn.evaluation.perplexity.ngrams import group_tokens
-    from ahn.evaluation.perplexity.results import results
-    from ahn.evaluation.report import EvaluationReport, environment
+    from ahn.evaluation.perplexity.scoring import make_plan, read_all
 
-    of = run.settings
-    tokens, found = _documents(of, loaded, texts)
-    documents = [each for each in found if len(each.ids) > of["sinks"] + of["window"] + 1]
+    settings = run.settings
+    tokens, every = _documents(settings, loaded, texts)
+    documents = [each for each in every if len(each.ids) > settings["sinks"] + settings["window"] + 1]
     if not documents:
         raise UsageError(
-            f"no document is longer than sinks + window = {of['sinks'] + of['window']:,} tokens, up to which all arms "
-            "read alike. Use a smaller --window or longer texts."
+            f"no document is longer than sinks + window = {settings['sinks'] + settings['window']:,} tokens, up to "
+            "which all arms read alike. Use a smaller --window or longer texts."
         )
     plan = make_plan(loaded.model, run.arms, documents)
-    opening = show.opening(loaded, documents, plan, len(found) - len(documents))
+    opening = perplexity_tables.opening(loaded, documents, plan, len(every) - len(documents))
     for line in opening:
         say(line, console=output())
     ids = [each.ids for each in documents]
-    groups = group_tokens(tokens, ids, of["ngram"], of["rare"], of["sinks"], of["window"])
-    with run.working(), work_bar(notes(), _total(documents, plan), "tokens", "read") as progress:
+    groups = group_tokens(tokens, ids, *(settings[name] for name in ("ngram", "rare", "sinks", "window")))
+    with run.reading(sum(plan.limit(arm, len(each)) for each in ids for arm in plan.arms)) as progress:
         read_all(loaded.model, documents, groups, plan, run.journal, progress)
-    facts = results(loaded.model, documents, plan, run.journal.done, of["seed"])
-    report = EvaluationReport("perplexity", of, facts, environment(loaded.model, of["seed"]))
-    show.print_results(report)
+    results = average(loaded.model, documents, plan, run.journal.done, settings["seed"])
+    for table in perplexity_tables.tables(settings, results):
+        table.print(output())
+    for line in perplexity_tables.remarks(results):
+        say(line, console=output())
     if run.out is not None:
-        page, figure = show.page(report, opening)
-        run.finish(report, page, {"perplexity": figure})
+        run.finish(results, perplexity_tables.make_page(settings, results, opening), loaded.model)
 
 
 def _texts(places: Sequence[str]) -> dict[str, str]:
@@ -125,7 +115,9 @@ def _texts(places: Sequence[str]) -> dict[str, str]:
     return texts
 
 
-def _documents(of: dict[str, Any], loaded: Loaded, texts: dict[str, str]) -> tuple[list[Ids], list[Document]]:
+def _documents(
+    settings: dict[str, Any], loaded: Loaded, texts: dict[str, str]
+) -> tuple[list[Ids], list[TokenDocument]]:
     """All texts as tokens, and what is to be read of them."""
     import numpy as np
 
@@ -134,12 +126,8 @@ def _documents(of: dict[str, Any], loaded: Loaded, texts: dict[str, str]) -> tup
 
     tokens = {name: np.array(text_tokens(text, loaded.tokenizer), dtype=np.int64) for name, text in texts.items()}
     opening = opening_of(loaded.tokenizer)
-    if of["pieces"] is None:
-        read = documents.whole(tokens, opening, of["length"])
+    if settings["pieces"] is None:
+        read = documents.whole(tokens, opening, settings["length"])
     else:
-        read = documents.pieces(tokens, opening, of["length"], of["pieces"])
+        read = documents.pieces(tokens, opening, settings["length"], settings["pieces"])
     return list(tokens.values()), read
-
-
-def _total(documents: Sequence[Document], plan: Plan) -> int:
-    return sum(plan.limit(arm, len(each.ids)) for each in documents for arm in plan.arms)

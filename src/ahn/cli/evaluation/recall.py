@@ -9,15 +9,16 @@ import typer
 
 from ahn.cli import checks
 from ahn.cli.evaluation import options
-from ahn.cli.evaluation.options import open_run
 from ahn.cli.terminal import UsageError, notes, output, say
 from ahn.cli.texts import reference
-from ahn.evaluation import arm_names
+from ahn.evaluation.arm_names import ARMS
 from ahn.evaluation.recall.tasks import TASKS
 
 if TYPE_CHECKING:
     from ahn.cli.loading import Loaded
-    from ahn.evaluation.recall.plan import Plan, Settings
+    from ahn.evaluation.page import Page
+    from ahn.evaluation.recall.items import ItemMaker, RecallSettings
+    from ahn.evaluation.tables import ResultTable
 
 EXAMPLES = """Examples:
 
@@ -29,7 +30,8 @@ ahn eval recall --tasks capacity --facts 4,8,16,32,64 --arms full,window,ahn
 
 ahn eval recall --arms full,window+64,ahn+64,ahn+64:random,ahn+64:oracle  [dim]# oracle: told which tokens to keep[/dim]
 """
-ARMS = ",".join(arm_names.ARMS)
+ALL_ARMS = ",".join(ARMS)
+COLUMNS = ("task", "tokens", "facts", "span", "arm", "texts", "values", "in the answer", "ranked first", "mean rank")
 
 
 def command(
@@ -46,7 +48,7 @@ def command(
         str | None,
         typer.Option(metavar="FILE", help="Text around needles.  [dim]\\[default: Python's reference][/dim]"),
     ] = None,
-    arms: options.Arms = ARMS,
+    arms: options.Arms = ALL_ARMS,
     window: options.Window = options.WINDOW,
     sinks: options.Sinks = options.SINKS,
     sink_positions: options.SinkPositions = options.SINK_POSITIONS,
@@ -56,83 +58,147 @@ def command(
     seed: options.Seed = 0,
 ) -> None:
     """Hide facts in a text and ask for them: sinks, window and what was evicted are scored apart."""
-    names = checks.several_of("--tasks", tasks, tuple(TASKS))
-    tokens, numbers = _numbers("--lengths", lengths), _numbers("--facts", facts)
-    counts = {"--depths": depths, "--items": items, "--values": values, "--distractors": distractors}
-    for option, value in counts.items():
-        checks.at_least(option, value, 1)
-    title = "Python's reference" if haystack is None else "a file"
-    text = reference() if haystack is None else checks.text_file("--haystack", haystack)
     own: dict[str, Any] = {
-        "tasks": names,
-        "lengths": tokens,
+        "tasks": checks.several_of("--tasks", tasks, tuple(TASKS)),
+        "lengths": _numbers("--lengths", lengths),
         "depths": depths,
         "items": items,
         "values": values,
-        "facts": numbers,
+        "facts": _numbers("--facts", facts),
         "distractors": distractors,
     }
-    run = open_run(
-        "recall",
-        model=model,
-        adapter=adapter,
-        window=window,
-        sinks=sinks,
-        sink_positions=sink_positions,
-        arms=arms,
-        out=out,
-        seed=seed,
-        haystack=f"{title}, SHA-256 {hashlib.sha256(text.encode()).hexdigest()[:16]}",
-        **own,
-    )
-    from ahn.evaluation.recall.plan import Settings
+    for name in ("depths", "items", "values", "distractors"):
+        checks.at_least(f"--{name}", own[name], 1)
+    title = "Python's reference" if haystack is None else "a file"
+    text = reference() if haystack is None else checks.text_file("--haystack", haystack)
+    source = f"{title}, SHA-256 {hashlib.sha256(text.encode()).hexdigest()[:16]}"
+    shared = options.Shared(model, adapter, arms, window, sinks, sink_positions, out, seed)
+    run = options.open_run("recall", shared, haystack=source, **own)
+    from ahn.evaluation.recall.items import RecallSettings
 
-    lists = {"tasks", "lengths", "facts"}
-    chosen: dict[str, Any] = {name: tuple(value) if name in lists else value for name, value in own.items()}
-    _run(run, Settings(arms=tuple(run.arms), seed=seed, **chosen), text)
+    plural: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in own.items()}
+    _run(run, RecallSettings(arms=tuple(run.arms), seed=seed, **plural), text)
 
 
-def _run(run: options.Run, settings: Settings, text: str) -> None:
-    """The part that needs the library: loads, plans, reads, reports."""
+def _run(run: options.Run, settings: RecallSettings, text: str) -> None:
+    """The part that needs the library: loads, makes texts, reads, reports."""
     loaded = run.load()
     from ahn.attachment import attachment_of
-    from ahn.cli.evaluation import recall_report
-    from ahn.cli.progress import work_bar
-    from ahn.evaluation.recall.run import measure
+    from ahn.evaluation.recall.answering import measure
+    from ahn.evaluation.recall.cells import cells, moved_and_dropped, remarks, verdicts
 
     if loaded.adapter is None and "ahn" in run.arms:
         say("the memory is untrained: ahn answers as window does", "yellow")
-    plan = _plan(loaded, run, settings, text)
-    say(
-        f"texts: {len(plan.places):,}, arms: {len(settings.arms)}, {plan.tokens:,} tokens to read, and the questions",
-        console=notes(),
-    )
-    with run.working(), work_bar(notes(), plan.tokens, "tokens", "read") as show:
-        records = measure(loaded.model, plan, run.journal, show)
-    trained = attachment_of(loaded.model).trained_context
-    found = recall_report.Found(settings, records, plan.left_out, trained)
-    recall_report.show(output(), found, run.settings)
+    maker = _item_maker(loaded, run, settings, text)
+    count = f"texts: {len(maker.specs):,}, arms: {len(settings.arms)}"
+    say(f"{count}, {maker.tokens:,} tokens to read, and the questions", console=notes())
+    with run.reading(maker.tokens) as progress:
+        records = measure(loaded.model, maker, run.journal, progress)
+    rows = cells(records)
+    sentences = verdicts(rows, settings)
+    notices = remarks(records, settings, maker.left_out, attachment_of(loaded.model).trained_context)
+    window, sinks = run.settings["window"], run.settings["sinks"]
+    say(f"window {window:,}, sinks {sinks:,}; spans are those when the question begins", console=output())
+    for table in _tables(rows, settings):
+        table.print(output())
+    for sentence in sentences:
+        say(sentence, "bold red" if "NONE" in sentence else "bold", console=output())
+    for sentence in notices:
+        say(sentence, console=output())
     if run.out is not None:
-        run.finish(*recall_report.written(found, run.settings, loaded.model))
+        page = _page(run, settings, records, rows, [*sentences, *notices])
+        moved, dropped = moved_and_dropped(records)
+        left_out = [{"length": length, "facts": number} for length, number in maker.left_out]
+        results = {"cells": rows, "verdicts": sentences, "chance": settings.chance}
+        results |= {"moved_needles": moved, "dropped_values": dropped, "left_out": left_out}
+        run.finish(results, page, loaded.model)
 
 
-def _plan(loaded: Loaded, run: options.Run, settings: Settings, text: str) -> Plan:
+def _item_maker(loaded: Loaded, run: options.Run, settings: RecallSettings, text: str) -> ItemMaker:
     from ahn.attachment import attachment_of
-    from ahn.evaluation.recall.haystack import sentences
-    from ahn.evaluation.recall.items import Builder
-    from ahn.evaluation.recall.plan import Plan
+    from ahn.evaluation.recall.items import ItemMaker
+    from ahn.evaluation.recall.layout import sentences
 
     limit, longest = attachment_of(loaded.model).position_limit, max(settings.lengths)
     if limit is not None and longest >= limit:
         raise UsageError(f"--lengths {longest} is too long for a model of {limit:,} positions. Give shorter ones.")
-    builder = Builder(loaded.tokenizer, run.settings["window"], run.settings["sinks"])
     with notes().status("Hiding needles ..."):
-        return Plan(settings, builder, sentences(text))
+        return ItemMaker(settings, loaded.tokenizer, run.settings["window"], run.settings["sinks"], sentences(text))
 
 
-def _numbers(option: str, given: str) -> list[int]:
+def _tables(rows: list[dict[str, Any]], settings: RecallSettings) -> list[ResultTable]:
+    """A row for every task, length and span, a column for every arm; zeros of evicted needles stand out."""
+    from ahn.evaluation.recall.layout import EVICTED
+    from ahn.evaluation.tables import ResultTable
+
+    lines: dict[tuple[str, int, str], dict[str, Any]] = {}
+    for cell in rows:
+        name = cell["task"] if cell["facts"] is None else f"{cell['task']} {cell['facts']}"
+        lines.setdefault((name, cell["length"], cell["label"]), {})[cell["arm"]] = cell
+    names = [cells[settings.arms[0]]["task"] for cells in lines.values()]
+    zeros = {
+        (row, 3 + column): "bold red"
+        for row, ((_, _, label), cells) in enumerate(lines.items())
+        for column, arm in enumerate(settings.arms)
+        if label == EVICTED and not cells[arm]["hits"]
+    }
+    titles = ("In the answer, of all", f"Ranked first, % (chance {settings.chance:.0%})")
+    show = (lambda cell: f"{cell['hits']}/{cell['values']}", lambda cell: f"{100 * cell['first']['share']:.0f}")
+    return [
+        ResultTable(
+            ["task", "tokens", "span", *settings.arms],
+            [[*line, *(score(cells[arm]) for arm in settings.arms)] for line, cells in lines.items()],
+            title,
+            settings.arms,
+            zeros,
+            [row for row in range(1, len(names)) if names[row] != names[row - 1]],
+        )
+        for title, score in zip(titles, show)
+    ]
+
+
+def _page(
+    run: options.Run,
+    settings: RecallSettings,
+    records: list[dict[str, Any]],
+    rows: list[dict[str, Any]],
+    sentences: list[str],
+) -> Page:
+    from ahn.evaluation.page import Page
+    from ahn.evaluation.recall.maps import capacity_curve, heat_map
+    from ahn.evaluation.tables import ResultTable, with_interval
+
+    page = Page(f"Recall by span: {run.settings['model']}")
+    page.text(
+        f"Window {run.settings['window']:,}, sinks {run.settings['sinks']:,}. A needle is evicted if it had left the "
+        "window when the question began, and in the window if it is there until the answer ends."
+    )
+    page.heading("Evicted needles")
+    for sentence in sentences:
+        page.text(sentence)
+    for task in settings.tasks:
+        if not TASKS[task].counts_facts or any(cell["facts"] for cell in rows):
+            page.heading(task)
+            figure = capacity_curve(rows, settings) if TASKS[task].counts_facts else heat_map(task, records, settings)
+            page.figure(f"recall_{task}", figure, f"{task}: {TASKS[task].title}")
+    page.heading("All cells")
+    names = ("task", "length", "facts", "label", "arm", "contexts", "values")
+    cells = [
+        [
+            *(cell[name] for name in names),
+            *(with_interval(*cell[part].values()) for part in ("found", "first")),
+            cell["mean_rank"],
+        ]
+        for cell in rows
+    ]
+    caption = f"Shares with 95 % bootstrap intervals over texts; chance of ranking first: {settings.chance:.2f}"
+    page.table(ResultTable(COLUMNS, cells, caption))
+    return page
+
+
+def _numbers(option: str, text: str) -> list[int]:
     """The numbers in "1024,2048", in rising order, each once."""
-    words = checks.words(given)
+    words = checks.words(text)
     if not words or not all(word.isdecimal() and int(word) >= 1 for word in words):
-        raise UsageError(f"{option} must be whole numbers of at least 1 joined by commas, not '{given}'.")
+        raise UsageError(f"{option} must be whole numbers of at least 1 joined by commas, not '{text}'.")
     return sorted({int(word) for word in words})

@@ -13,9 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ahn.cli import checks
-from ahn.cli.evaluation import options, run_tables
-from ahn.cli.evaluation.by_arms import print_by_arms
-from ahn.cli.evaluation.options import Run
+from ahn.cli.evaluation import options
 from ahn.cli.evaluation.score import SCORINGS
 from ahn.cli.progress import work_bar
 from ahn.cli.terminal import UsageError, notes, output
@@ -26,7 +24,6 @@ if TYPE_CHECKING:
 
     from ahn.cli.loading import Loaded
     from ahn.evaluation.benchmarks.question_sets import PromptRules, QuestionSet
-    from ahn.evaluation.benchmarks.summary import Results
 
 EXAMPLES = """Examples:
 
@@ -85,18 +82,8 @@ def command(
     checks.at_least("--max-tokens", max_tokens, 2)
     checks.one_of("--scoring", scoring, SCORINGS)
     checks.file_to_read("--prompts", prompts)
-    shared: dict[str, Any] = {
-        "model": model,
-        "adapter": adapter,
-        "window": window,
-        "sinks": sinks,
-        "sink_positions": sink_positions,
-        "arms": arms,
-        "out": out,
-        "seed": seed,
-    }
-    options.arm_names(arms)
-    checks.span(window, sinks, sink_positions)
+    shared = options.Shared(model, adapter, arms, window, sinks, sink_positions, out, seed)
+    shared.check()
     values = _metadata(metadata)
     from ahn.evaluation.benchmarks.prompts import read_prompts
     from ahn.evaluation.benchmarks.question_sets import PromptRules, check_sets
@@ -109,7 +96,7 @@ def command(
         harness_tasks = _harness_tasks(theirs, data, model, values) if theirs else []
     run = options.open_run(
         "run",
-        **shared,
+        shared,
         tasks=[*(each.target.name for each in sets), *theirs],
         limit=limit,
         max_tokens=max_tokens,
@@ -164,45 +151,41 @@ def _harness_tasks(names: Sequence[str], data: str | None, model: str, metadata:
 
 
 def _run(
-    run: Run, sets: Sequence[QuestionSet], prompting: PromptRules, chat: bool | None, harness_tasks: Sequence[Any]
+    run: options.Run, sets: Sequence[QuestionSet], prompting: PromptRules, chat: bool | None, theirs: Sequence[Any]
 ) -> None:
     """The part that needs the model."""
     loaded = run.load()
-    from ahn.evaluation.benchmarks import page as show
-    from ahn.evaluation.report import EvaluationReport, environment
+    from ahn.evaluation.benchmarks import presentation
     from ahn.models import prompts
 
     prompting = dataclasses.replace(prompting, chat=prompts.has_chat(loaded.tokenizer) if chat is None else chat)
-    found: dict[str, Any] = {}
+    results: dict[str, Any] = {}
     if sets:
-        found["benchmarks"] = _ask(run, loaded, sets, prompting)
-        print_by_arms(output(), run.arms, partial(run_tables.scores, found["benchmarks"]))
-    if harness_tasks:
-        found["harness"] = _evaluate(run, loaded, harness_tasks, prompting)
-        print_by_arms(output(), run.arms, partial(run_tables.harness, found["harness"]))
+        results["benchmarks"] = _ask(run, loaded, sets, prompting)
+        presentation.score_table(results["benchmarks"], run.arms).print(output())
+    if theirs:
+        results["harness"] = _evaluate(run, loaded, theirs, prompting)
+        presentation.harness_table(results["harness"], run.arms).print(output())
     if run.out is not None:
-        report = EvaluationReport("run", run.settings, found, environment(loaded.model, run.settings["seed"]))
-        figures = {"scores": show.figure(found["benchmarks"])} if sets else {}
-        run.finish(report, show.page(report, figures.get("scores")), figures)
+        run.finish(results, presentation.make_page(results, run.arms), loaded.model)
 
 
-def _ask(run: Run, loaded: Loaded, sets: Sequence[QuestionSet], prompting: PromptRules) -> Results:
+def _ask(run: options.Run, loaded: Loaded, sets: Sequence[QuestionSet], prompting: PromptRules) -> dict[str, Any]:
     """Our own tasks in every arm."""
-    from ahn.evaluation.benchmarks.runner import BenchmarkRunner, run_benchmarks
-    from ahn.evaluation.benchmarks.summary import results
+    from ahn.evaluation.benchmarks.runner import BenchmarkRunner
+    from ahn.evaluation.benchmarks.side_by_side import summarise
 
     runner = BenchmarkRunner(loaded.model, loaded.tokenizer, run.arms, prompting)
     with notes().status("Counting tokens ..."):
         lengths = runner.lengths(sets)
     total = len(run.arms) * sum(sum(counts) for counts in lengths.values())
-    with run.working(), work_bar(notes(), total, "tokens", "read") as progress:
-        records = run_benchmarks(
-            runner, sets, lengths, run.journal, progress, None if run.out is None else run.out / PREDICTIONS
-        )
-    return results(records, run.arms, prompting.scoring)
+    folder = None if run.out is None else run.out / PREDICTIONS
+    with run.reading(total) as progress:
+        records = runner.run(sets, lengths, run.journal, progress, folder)
+    return summarise(records, run.arms, prompting.scoring)
 
 
-def _evaluate(run: Run, loaded: Loaded, tasks: Sequence[Any], prompting: PromptRules) -> list[dict[str, Any]]:
+def _evaluate(run: options.Run, loaded: Loaded, tasks: Sequence[Any], prompting: PromptRules) -> list[dict[str, Any]]:
     """Tasks of lm-evaluation-harness in every arm."""
     from ahn.evaluation.harness.model import HarnessModel
     from ahn.evaluation.harness.run import evaluate

@@ -6,25 +6,22 @@ import random
 import uuid
 from collections.abc import Callable, Collection
 
-_FIRST = (
-    *("amber", "ancient", "azure", "bitter", "bold", "brass", "brave", "bright", "broad", "bronze", "calm", "clever"),
-    *("cold", "copper", "crimson", "crooked", "dark", "deep", "distant", "dusty", "eager", "early", "faint", "famous"),
-    *("fierce", "frozen", "gentle", "giant", "gilded", "golden", "green", "happy", "hidden", "hollow", "honest"),
-    *("hungry", "icy", "idle", "ivory", "jolly", "kind", "late", "lazy", "lively", "lonely", "loud", "lucky", "mellow"),
-    *("merry", "misty", "modest", "narrow", "noble", "northern", "old", "pale", "patient", "plain", "proud", "purple"),
-    *("quick", "quiet", "rapid", "royal", "rusty", "salty", "scarlet", "secret", "shiny", "silent", "silver", "sleepy"),
-    *("slow", "smooth", "solid", "southern", "steady", "stormy", "sunny", "swift", "tall", "tender", "tiny", "velvet"),
-)
-_SECOND = (
-    *("anchor", "apple", "arrow", "badger", "barrel", "basket", "beacon", "bell", "bottle", "bridge", "bucket"),
-    *("button", "candle", "canyon", "castle", "cellar", "cherry", "clock", "cloud", "comet", "cradle", "crown"),
-    *("daisy", "desert", "diamond", "dolphin", "dragon", "drum", "eagle", "ember", "falcon", "feather", "ferry"),
-    *("fiddle", "forest", "fountain", "fox", "garden", "glacier", "goblet", "guitar", "hammer", "harbour", "harvest"),
-    *("hazel", "heron", "island", "ivy", "jacket", "kettle", "ladder", "lantern", "lemon", "lion", "lobster", "maple"),
-    *("marble", "meadow", "mirror", "monkey", "mountain", "needle", "oak", "ocean", "orchard", "otter", "oyster"),
-    *("paddle", "parrot", "pebble", "pepper", "piano", "pigeon", "pillow", "planet", "quarry", "rabbit", "raven"),
-    *("river", "rocket", "saddle", "sailor", "spider", "temple", "thunder", "tiger", "tower", "valley", "violin"),
-)
+_ADJECTIVES = """
+amber ancient azure bitter bold brass brave bright broad bronze calm clever cold copper crimson crooked dark deep
+distant dusty eager early faint famous fierce frozen gentle giant gilded golden green happy hidden hollow honest
+hungry icy idle ivory jolly kind late lazy lively lonely loud lucky mellow merry misty modest narrow noble northern
+old pale patient plain proud purple quick quiet rapid royal rusty salty scarlet secret shiny silent silver sleepy slow
+smooth solid southern steady stormy sunny swift tall tender tiny velvet
+"""
+_NOUNS = """
+anchor apple arrow badger barrel basket beacon bell bottle bridge bucket button candle canyon castle cellar cherry
+clock cloud comet cradle crown daisy desert diamond dolphin dragon drum eagle ember falcon feather ferry fiddle forest
+fountain fox garden glacier goblet guitar hammer harbour harvest hazel heron island ivy jacket kettle ladder lantern
+lemon lion lobster maple marble meadow mirror monkey mountain needle oak ocean orchard otter oyster paddle parrot
+pebble pepper piano pigeon pillow planet quarry rabbit raven river rocket saddle sailor spider temple thunder tiger
+tower valley violin
+"""
+_FIRST, _SECOND = _ADJECTIVES.split(), _NOUNS.split()
 _TRIES = 30
 _LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
@@ -58,18 +55,14 @@ def new(rng: random.Random, draw: Callable[[random.Random], str], count: int, ta
         count: How many.
         taken: What must not come again.
     """
-    found: list[str] = []
+    values: list[str] = []
     seen = set(taken)
-    while len(found) < count:
-        value = draw(rng)
-        for _ in range(_TRIES):
-            if value not in seen:
-                break
-            value = draw(rng)
-        else:  # so many names are taken that a longer one is needed
-            value = f"{rng.choice(_FIRST)}-{value}"
-            if value in seen:
-                continue
-        seen.add(value)
-        found.append(value)
-    return found
+    while len(values) < count:
+        value = next((value for value in (draw(rng) for _ in range(_TRIES)) if value not in seen), None)
+        if value is None:  # nearly all names are taken, so that a longer one is needed
+            last = draw(rng)
+            value = f"{rng.choice(_FIRST)}-{last}"
+        if value not in seen:
+            seen.add(value)
+            values.append(value)
+    return values
