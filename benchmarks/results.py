@@ -30,10 +30,17 @@ BOOK_BYTES = 500_000  # more than 100,000 tokens
 _AHN = (sys.executable, "-m", "ahn", "eval")
 _OPENING = """# Results
 
-SmolLM2-135M-Instruct with the memories that ship, all of it measured and drawn by `make results TEXTS=FOLDER` on texts
-that no memory was trained on. `full` is the base model with full attention, `window` sinks and a sliding window alone,
-`ahn` both with the memory, `ct_max` and `ct_mean` the Compressive Transformer with as many bytes, `tail` the base model
-given sinks and window as its whole input, `ahn+64:learned` the memory and 64 anchors chosen by the learned score.
+What has been measured for SmolLM2-135M-Instruct with the memories that ship. `make results TEXTS=FOLDER` measures and
+draws all of it, on texts that no memory was trained on.
+
+| arm | reads with |
+|---|---|
+| `full` | the base model's full attention |
+| `window` | sinks and sliding window |
+| `ahn` | sinks, window and memory |
+| `ahn+64:learned` | the same with 64 anchors, chosen by the learned score |
+| `ct_max`, `ct_mean` | sinks, window and a Compressive Transformer of the memory's bytes |
+| `tail` | the base model, given only the tokens of sinks and last window |
 """
 
 
@@ -91,9 +98,9 @@ def _memories_part(found: dict) -> str:
     return "\n".join(
         [
             "## What a memory wins back\n",
-            f"Nats per token beyond {found['sinks']} sinks and the window, and the share of the gap between `window` "
-            "and `full` that the memory closes, with a 95 % bootstrap interval over "
-            f"{found['pieces']} pieces at even distances ({_where(found)}).\n",
+            f"Nats per token beyond {found['sinks']} sinks and the window, over {found['pieces']} excerpts at even "
+            "distances.\nIn brackets: the share of the gap between `window` and `full` that the memory closes, "
+            f"with its 95 %\nbootstrap interval over excerpts ({_where(found)}).\n",
             *_rows(found),
             "",
         ]
@@ -104,7 +111,8 @@ def _grid_part(found: dict) -> str:
     return "\n".join(
         [
             "## Other windows, longer texts\n",
-            f"The same over {found['pieces']} pieces, read once in each mode and at each window ({_where(found)}).\n",
+            f"The same over {found['pieces']} excerpts, read once in each mode and at each window\n"
+            f"({_where(found)}).\n",
             "![share of the gap that is closed, by window and length](images/results_memories.png)\n",
             *_rows(found),
             "",
@@ -129,7 +137,7 @@ def _book_part(found: dict) -> str:
     document, of = found["results"]["documents"][0], found["settings"]
     lines = [
         "## A whole book\n",
-        f"`{document['name']}`, {document['tokens']:,} tokens, {of['sinks']} sinks, window {of['window']} "
+        f"`{document['name']}`, {document['tokens']:,} tokens, {of['sinks']} sinks, window {of['window']}\n"
         f"({_where(found['environment'])}).\n",
         "![score, cache and memory against position](images/results_book.png)\n",
         "| arm | nats per token | perplexity | cache, MB |",
@@ -145,7 +153,7 @@ def _recall_part(found: dict) -> str:
     arms = found["settings"]["arms"]
     lines = [
         "## Hidden facts\n",
-        "Answers that hold the fact, of all that were asked, by where the fact is when the question begins "
+        "Answers that contain the fact, among all questions, by where the fact is when the question begins\n"
         f"(window {found['settings']['window']}, {_where(found['environment'])}).\n",
         *(f"![{task}](images/results_recall_{task}.png)\n" for task in TASKS),
         f"| task | tokens | where | {' | '.join(arms)} |",

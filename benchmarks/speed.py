@@ -120,38 +120,54 @@ def lines(found: dict[str, Any]) -> list[tuple[str, str, str]]:
         start = speed.of("decoding", "full", 32).seconds.median
         whole = read_seconds(speed.reading, "full", 32768) / read_seconds(speed.reading, "ahn", 32768)
         rows += [
-            ("writing after 32,768 tokens, x full attention", "6", f"{1 / times(32768, 'ahn', 'full'):.1f}"),
-            ("writing after 8,192 tokens, x full attention", "2", f"{1 / times(8192, 'ahn', 'full'):.1f}"),
-            ("writing with the memory, more than with the window alone", "10 %", _more(times(8192, "ahn", "window"))),
             (
-                "reading with the memory, more than with the window alone",
+                "speed of writing after 32,768 tokens, against full attention",
+                "6",
+                f"{1 / times(32768, 'ahn', 'full'):.1f}",
+            ),
+            (
+                "speed of writing after 8,192 tokens, against full attention",
+                "2",
+                f"{1 / times(8192, 'ahn', 'full'):.1f}",
+            ),
+            (
+                "extra time to write with the memory, against the window alone",
+                "10 %",
+                _more(times(8192, "ahn", "window")),
+            ),
+            (
+                "extra time to read with the memory, against the window alone",
                 "20 %",
                 _more(times(8192, "ahn", "window", "reading")),
             ),
-            ("reading 32,768 tokens, x full attention", "5", f"{whole:.1f}"),
-            ("a token after 32 tokens, x full attention's", "1.2", f"{times(32, 'ahn', 'full'):.2f}"),
+            ("speed of reading 32,768 tokens, against full attention", "5", f"{whole:.1f}"),
+            ("time of a token after 32 tokens, against full attention", "1.2", f"{times(32, 'ahn', 'full'):.2f}"),
             (
-                "a token after 8,192 tokens, x full attention's after 32",
+                "time of a token after 8,192 tokens, against full attention after 32",
                 "",
                 f"{speed.of('decoding', 'ahn', 8192).seconds.median / start:.2f}",
             ),
             (
-                "a token after 8,192 tokens, x the floor of this machine",
+                "time of a token after 8,192 tokens, against this machine's floor",
                 "",
                 f"{speed.of('decoding', 'ahn', 8192).seconds.median / speed.of('decoding', 'ahn', 8192).floor:.1f}",
             ),
         ]
         for arm in ARMS[3:]:
             rows += [
-                (f"writing as {arm}, more than ahn", "8 %", _more(times(8192, arm, "ahn"))),
-                (f"reading as {arm}, more than ahn", "10 %", _more(times(8192, arm, "ahn", "reading"))),
+                (f"extra time to write with {arm}, against ahn", "8 %", _more(times(8192, arm, "ahn"))),
+                (f"extra time to read with {arm}, against ahn", "10 %", _more(times(8192, arm, "ahn", "reading"))),
             ]
     if "long" in found:
         late = found["long"]["late_to_early"][0]
-        rows.append(("a token after 100,000 tokens, x one after 8,192", "1.03", f"{late:.2f}"))
+        rows.append(("time of a token after 100,000 tokens, against one after 8,192", "1.03", f"{late:.2f}"))
     if "layer" in found:
         rows.append(
-            ("reading in layers of 3B shape, more than the window", "6 %", f"{found['layer']['added']['reading']:.1%}")
+            (
+                "extra time to read in layers of 3B shape, against the window",
+                "6 %",
+                f"{found['layer']['added']['reading']:.1%}",
+            )
         )
     for case, tokens, heads, size, target in (
         ("gated_delta_rule", 512, 9, 64, "2.5"),
@@ -161,10 +177,10 @@ def lines(found: dict[str, Any]) -> list[tuple[str, str, str]]:
     ):
         for row in found.get("ops", {"results": []})["results"]:
             if (row["case"], row["tokens"], row["heads"], row["size"]) == (case, tokens, heads, size):
-                what = f"{case}, {tokens} tokens, {heads} x {size}, x transformers' torch code"
+                what = f"speed of {case}, {tokens} tokens, {heads} x {size}, against transformers in torch"
                 rows.append((what, target, f"{row['ratio']:.1f}"))
     if "memory" in found:
-        rows.append(("peak memory at 32,768 tokens, x at 6,553", "1.05", f"{found['memory']['end_to_fifth']:.3f}"))
+        rows.append(("peak memory at 32,768 tokens, against 6,553", "1.05", f"{found['memory']['end_to_fifth']:.3f}"))
     return rows
 
 
@@ -176,8 +192,10 @@ def part_of_page(found: dict[str, Any]) -> str:
         text += [
             "![time of a token and cache against the context](images/speed.png)\n",
             f"{about['device']}, {about['threads']} threads, float32, torch {about['torch']}, transformers "
-            f"{about['transformers']}, {about['date']}; it copies {speed.machine.bandwidth / 1e9:.1f} GB/s and "
-            f"multiplies {speed.machine.flops / 1e9:.0f} GFLOP/s. Milliseconds per token: median, quartiles, floor.\n",
+            f"{about['transformers']}, {about['date']}.",
+            f"This machine copies {speed.machine.bandwidth / 1e9:.1f} GB/s and multiplies "
+            f"{speed.machine.flops / 1e9:.0f} GFLOP/s.",
+            "Milliseconds per token: median (quartiles, floor).\n",
         ]
         for title, rows in (("writing", speed.decoding), ("reading", speed.reading)):
             text += [f"| {title} after | {' | '.join(ARMS)} |", "|---|" + "---|" * len(ARMS)]

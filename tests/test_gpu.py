@@ -10,7 +10,7 @@ import torch
 
 import ahn
 from ahn import speed
-from tests.tiny import MEMORIES, give_votes, read, text, with_memory
+from tests.tiny import MEMORIES, give_score_weights, read, text, with_memory
 
 pytestmark = [
     pytest.mark.gpu,
@@ -22,7 +22,7 @@ CHUNKS = [30, 1, 1, 21, 1, 1, 20]  # through the window, with tokens that all la
 def both(memory: str, **settings: Any) -> tuple[Any, Any]:
     """A tiny model and its copy on the GPU."""
     model = with_memory("llama", memory, **settings)
-    give_votes(model)
+    give_score_weights(model)
     return model, copy.deepcopy(model).cuda()
 
 

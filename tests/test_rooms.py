@@ -1,75 +1,36 @@
 """The house rules that a machine can hold: where a file may import from, that nothing runs in circles, how long it is.
 
-A room is a file or a folder of `src/ahn`. `STOREYS` says all there is to know: a room imports from the storeys below
-its own and, within its storey, only along a `>`. Imports for the type checker count like all others.
+The rule of the rooms, six storeys, is `STOREYS` of `tests/rooms.py`.
 """
 
 import ast
-from collections.abc import Iterator
+import re
+from collections import Counter
 from pathlib import Path
 
 import pytest
 
+from tests.rooms import (
+    STOREYS,
+    arrows_up,
+    circles,
+    floors,
+    imported_modules,
+    module_graph,
+    name_of,
+    read_files,
+    read_storeys,
+    room_graph,
+)
+from tests.scripts import load_script
+
 SOURCE = Path(__file__).parents[1] / "src" / "ahn"
-STOREYS = """
-6  __main__ > cli > speed
-5  training | evaluation
-4  distillation, cost > __init__ > checkpoint; generation
-3  surgery > attention
-2  cache > attachment > anchors, memories
-1  backbone, ops, models > native, config > tokens, _home > errors
-"""
-LONGEST = 400
-FILES = sorted(SOURCE.rglob("*.py"))
-
-
-def read_storeys(text: str) -> dict[str, set[str]]:
-    """The rooms that each room may import from.
-
-    Args:
-        text: A line for each storey, the lowest last: its number, then chains of rooms (`a, b > c`: each left of a `>`
-            may import each right of it) that `;` or `|` separates and that do not import each other.
-    """
-    allowed: dict[str, set[str]] = {}
-    below: set[str] = set()
-    for line in reversed(text.strip().splitlines()):
-        chains = line.split(maxsplit=1)[1].replace("|", ";").split(";")
-        storey: set[str] = set()
-        for chain in chains:
-            links = [{room.strip() for room in link.split(",")} for link in chain.split(">")]
-            for number, link in enumerate(links):
-                later: set[str] = set().union(*links[number + 1 :])
-                allowed |= {room: {room} | below | later for room in link}
-                storey |= link
-        below |= storey
-    return allowed
-
-
+LOOSE = ["config", "tokens", "errors", "attachment", "surgery", "generation", "_home", "__init__", "__main__"]
+LONGEST, MOST_ROOMS, MOST_FLOORS = 400, 26, 16
+LONGEST_FUNCTION, USUAL_FUNCTION = 40, 18
 ALLOWED = read_storeys(STOREYS)
-
-
-def name_of(file: Path) -> str:
-    """Dotted name of a module within the library: `cache.layer`; that of a package is its folder."""
-    parts = [*file.relative_to(SOURCE).parent.parts, file.stem]
-    return ".".join(parts[:-1] if parts[-1] == "__init__" and len(parts) > 1 else parts)
-
-
-def imported_modules(source: str, package: str) -> Iterator[tuple[int, str]]:
-    """Line and dotted name of every import of this library in a module, in functions and for the type checker too.
-
-    Args:
-        source: Text of the module.
-        package: Dotted name of the package that the module is in, to which relative imports refer.
-    """
-    for node in ast.walk(ast.parse(source)):
-        names: list[str] = []
-        if isinstance(node, ast.Import):
-            names = [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom):
-            parents = package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
-            module = ".".join([*parents, *([node.module] if node.module else [])])
-            names = [f"{module}.{alias.name}" for alias in node.names]
-        yield from ((node.lineno, name) for name in names if name.split(".")[0] == "ahn")
+TEXTS = read_files(SOURCE)
+FILES = sorted(SOURCE.rglob("*.py"))
 
 
 def room_of(name: str) -> str:
@@ -87,57 +48,14 @@ def wrong_imports(source: str, room: str, package: str) -> list[str]:
     ]
 
 
-def module_graph(files: dict[str, str]) -> dict[str, set[str]]:
-    """For each module of the library those that it imports.
-
-    Args:
-        files: Text of each module by its dotted name, as of `name_of`.
-    """
-    graph: dict[str, set[str]] = {}
-    for module, source in files.items():
-        is_package = any(other.startswith(f"{module}.") for other in files)
-        package = ".".join(["ahn", *(module.split(".") if is_package else module.split(".")[:-1])])
-        found = {".".join(name.split(".")[1:]) or "__init__" for _, name in imported_modules(source, package)}
-        # `from ahn.cache.layer import HippocampalLayer` is an import of the longest name that is a module.
-        graph[module] = {_longest_module(name, files) for name in found} - {module}
-    return graph
-
-
-def _longest_module(name: str, modules: dict[str, str]) -> str:
-    while name and name not in modules:
-        name = name.rpartition(".")[0]
-    return name or "__init__"
-
-
-def circles(graph: dict[str, set[str]]) -> list[set[str]]:
-    """Sets of modules that import each other, directly or by way of others."""
-    reached = {module: _reached_from(module, graph) for module in graph}
-    found: list[set[str]] = []
-    for module in graph:
-        circle = {other for other in reached[module] if module in reached.get(other, set())}
-        if circle and circle not in found:
-            found.append(circle)
-    return found
-
-
-def _reached_from(module: str, graph: dict[str, set[str]]) -> set[str]:
-    reached: set[str] = set()
-    todo = list(graph[module])
-    while todo:
-        if (other := todo.pop()) not in reached:
-            reached.add(other)
-            todo += graph.get(other, set())
-    return reached
-
-
 @pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(SOURCE)))
 class TestFiles:
     def test_has_a_room(self, file: Path) -> None:
-        room = name_of(file).split(".")[0]
-        assert room in ALLOWED, f"give the new room {room!r} its place in STOREYS of {Path(__file__).name}"
+        room = name_of(file, SOURCE).split(".")[0]
+        assert room in ALLOWED, f"give the new room {room!r} its place in STOREYS of tests/rooms.py"
 
     def test_imports_from_below(self, file: Path) -> None:
-        room = name_of(file).split(".")[0]
+        room = name_of(file, SOURCE).split(".")[0]
         if room not in ALLOWED:
             pytest.skip("it has no place yet, which another test says")
         package = ".".join(["ahn", *file.relative_to(SOURCE).parent.parts])
@@ -148,12 +66,52 @@ class TestFiles:
         assert lines <= LONGEST, f"{lines} lines: a file over {LONGEST} holds two ideas"
 
 
-def test_nothing_imports_in_circles() -> None:
-    assert circles(module_graph({name_of(file): file.read_text(encoding="utf-8") for file in FILES})) == []
+class TestTheHouse:
+    def test_nothing_imports_in_circles(self) -> None:
+        assert circles(room_graph(TEXTS)) == []
+        assert circles(module_graph(TEXTS)) == []
+
+    def test_every_room_is_there(self) -> None:
+        assert set(room_graph(TEXTS)) == set(ALLOWED)
+
+    def test_has_few_rooms_and_floors(self) -> None:
+        rooms = room_graph(TEXTS)
+        assert len(rooms) <= MOST_ROOMS
+        assert floors(rooms) <= MOST_FLOORS
+        assert arrows_up(rooms, ALLOWED) == []
+
+    def test_only_these_modules_are_loose(self) -> None:
+        assert sorted(file.stem for file in SOURCE.glob("*.py")) == sorted(LOOSE)
 
 
-def test_every_room_is_there() -> None:
-    assert {name_of(file).split(".")[0] for file in FILES} == set(ALLOWED)
+class TestFunctions:
+    house = load_script("house")
+
+    def sizes(self) -> dict[str, int]:
+        return {
+            f"{module}.{name}": size for module, text in TEXTS.items() for name, size in self.house.function_sizes(text)
+        }
+
+    def test_only_commands_are_long(self) -> None:
+        long = [name for name, size in self.sizes().items() if size > LONGEST_FUNCTION]
+        assert [name for name in long if not re.fullmatch(r"cli\..*\.command:\d+", name)] == []
+
+    def test_most_are_short(self) -> None:
+        sizes = sorted(self.sizes().values())
+        assert sizes[round(0.9 * (len(sizes) - 1))] <= USUAL_FUNCTION
+
+
+class TestNames:
+    house = load_script("house")
+
+    @pytest.mark.parametrize("module", TEXTS)
+    def test_public_ones_have_a_docstring(self, module: str) -> None:
+        assert all(self.house.public_docstrings(module, ast.parse(TEXTS[module])))
+
+    def test_a_class_has_its_name_alone(self) -> None:
+        nodes = [node for text in TEXTS.values() for node in ast.walk(ast.parse(text))]
+        names = Counter(node.name for node in nodes if isinstance(node, ast.ClassDef))
+        assert [name for name, count in names.items() if count > 1] == []
 
 
 class TestTheChecker:
@@ -203,3 +161,25 @@ class TestTheChecker:
         graph = module_graph(files)
         assert graph["cache.bank"] == {"cache.layer"}
         assert circles(graph) == [{"cache.layer", "cache.bank"}]
+
+    def test_counts_floors(self) -> None:
+        assert floors({"cli": {"cache"}, "cache": {"tokens"}, "tokens": {"errors"}, "errors": set()}) == 4
+        # Rooms of a circle share one floor.
+        assert floors({"cli": {"cache"}, "cache": {"tokens"}, "tokens": {"cache", "errors"}, "errors": set()}) == 3
+
+    def test_finds_arrows_up(self) -> None:
+        allowed = read_storeys("2  cache > anchors\n1  ops; native")
+        assert arrows_up({"ops": {"native"}, "cache": {"anchors", "ops"}, "anchors": {"cache"}}, allowed) == [
+            "anchors -> cache",
+            "ops -> native",
+        ]
+
+    def test_measures_functions(self) -> None:
+        text = "def outer(a: int) -> int:\n    '''What\n\n    it does.'''\n\n    def inner(): return 1\n    return a\n"
+        sizes = load_script("house").function_sizes(text)
+        assert list(sizes) == [("outer:1", 3), ("outer._inner:6", 1)]
+
+    def test_reads_sentences(self) -> None:
+        page = "# Title\n\nOne two\nthree. Four [five six](a/b)!\n\n- seven\n- eight nine\n\n| a |\n```\ncode. x\n```\n"
+        sentences = load_script("house").sentences(page)
+        assert [len(sentence.split()) for sentence in sentences] == [3, 3, 1, 2]

@@ -12,7 +12,7 @@ import ahn
 from ahn.anchors.scores import AnchorGate, AnchorQueries
 from ahn.attachment import attachment_of
 from ahn.backbone.compat import CACHE
-from ahn.surgery import set_votes
+from ahn.surgery import set_score_weights
 
 SIZES = {
     "vocab_size": 128,
@@ -129,7 +129,7 @@ def awaken(model: nn.Module) -> None:
                 parameter.data.uniform_(-3, 0, generator=generator)
 
 
-def give_votes(model: nn.Module, layers: tuple[int, ...] = (0, 2)) -> None:
+def give_score_weights(model: nn.Module, layers: tuple[int, ...] = (0, 2)) -> None:
     """Random weights for votes on anchors, of every score that takes some, for some layers."""
     torch.manual_seed(17)
     for site in attachment_of(model).sites:
@@ -139,7 +139,7 @@ def give_votes(model: nn.Module, layers: tuple[int, ...] = (0, 2)) -> None:
             queries.queries.normal_()
             for row, offsets in enumerate(queries.offsets):
                 offsets[row % len(offsets)].normal_()
-            set_votes(site, {"learned": AnchorGate(site.shape.hidden_size, 4), "asked": queries})
+            set_score_weights(site, {"learned": AnchorGate(site.shape.hidden_size, 4), "asked": queries})
 
 
 def text(batch: int = 1, tokens: int = 75, seed: int = 3) -> torch.Tensor:

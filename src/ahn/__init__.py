@@ -8,7 +8,7 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from ahn.attachment import mode
     from ahn.cache import HippocampalCache
-    from ahn.checkpoint import from_pretrained, load, load_anchors, save, save_anchors
+    from ahn.checkpoint import from_pretrained, load, load_anchors, push_to_hub, save, save_anchors
     from ahn.config import AHNConfig
     from ahn.errors import AHNError
     from ahn.surgery import attach, attached, detach
@@ -25,6 +25,7 @@ __all__ = [
     "load",
     "load_anchors",
     "mode",
+    "push_to_hub",
     "save",
     "save_anchors",
 ]
@@ -40,6 +41,7 @@ _ROOMS = {
     "load": "checkpoint",
     "load_anchors": "checkpoint",
     "mode": "attachment",
+    "push_to_hub": "checkpoint",
     "save": "checkpoint",
     "save_anchors": "checkpoint",
 }

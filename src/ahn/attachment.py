@@ -15,7 +15,7 @@ from typing import Any
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from ahn.anchors.scores import PREFERRED, SCORES, find_score, usual_voters
+from ahn.anchors.scores import PREFERRED, SCORES, default_layers, find_score
 from ahn.backbone.rotary import Rotation
 from ahn.config import AUTO, AHNConfig, Mode, RunSettings, SinkPositions
 from ahn.errors import ConfigError, ModelError
@@ -36,7 +36,7 @@ class Site:
         sliding_window: Tokens that the base model's layer itself sees, or `None` for full attention.
         memory: Its memory, or `None` where the layer keeps the base model's own attention.
         rotation: How to undo its rotary positions; `None` where it has none or nothing asks for it.
-        anchor_votes: Its weights for votes on anchors, by score; `None` where it has none.
+        anchor_weights: Its weights for votes on anchors, by score; `None` where it has none.
     """
 
     module: nn.Module
@@ -45,11 +45,11 @@ class Site:
     sliding_window: int | None
     memory: Memory | None = None
     rotation: Rotation | None = None
-    anchor_votes: nn.ModuleDict | None = None
+    anchor_weights: nn.ModuleDict | None = None
 
-    def votes_by(self, score: str) -> nn.Module | None:
+    def score_weights(self, score: str) -> nn.Module | None:
         """Its weights for votes by a score, or `None` where it has none."""
-        return self.anchor_votes[score] if self.anchor_votes is not None and score in self.anchor_votes else None
+        return self.anchor_weights[score] if self.anchor_weights is not None and score in self.anchor_weights else None
 
 
 @dataclasses.dataclass(eq=False)
@@ -122,7 +122,7 @@ class Attachment:
                     f"{site.sliding_window} tokens by itself; use fewer sinks or leave it out with layers="
                 )
 
-    def voters(self, settings: RunSettings) -> frozenset[int]:
+    def scoring_layers(self, settings: RunSettings) -> frozenset[int]:
         """Indices of the layers that vote on anchors.
 
         Raises:
@@ -130,11 +130,11 @@ class Attachment:
         """
         score = settings.anchor_score
         weighted = find_score(score).weights is not None
-        able = [site.index for site in self._served() if not weighted or site.votes_by(score) is not None]
+        able = [site.index for site in self._served() if not weighted or site.score_weights(score) is not None]
         if settings.anchor_layers is not None:
             able = [index for index in able if index in settings.anchor_layers]
         elif not weighted:
-            able = usual_voters(score, able)
+            able = default_layers(score, able)
         if not able:
             where = "this model" if settings.anchor_layers is None else f"layers {list(settings.anchor_layers)}"
             raise ConfigError(
@@ -152,11 +152,11 @@ class Attachment:
         if not settings.anchors or settings.anchor_score != AUTO:
             return settings
         layers = settings.anchor_layers
-        voters = [site for site in self._served() if layers is None or site.index in layers]
+        scorers = [site for site in self._served() if layers is None or site.index in layers]
         able = (
             name
             for name in PREFERRED
-            if SCORES[name].weights is None or any(site.votes_by(name) is not None for site in voters)
+            if SCORES[name].weights is None or any(site.score_weights(name) is not None for site in scorers)
         )
         return dataclasses.replace(settings, anchor_score=next(able))
 
@@ -169,8 +169,8 @@ class Attachment:
         served = [site.index for site in self._served()]
         if unknown := sorted(set(settings.anchor_layers or ()) - set(served)):
             raise ConfigError(f"anchor_layers names {unknown}, but the layers with a memory are {served}")
-        if score.unrotated and self.rotation_problem:
-            others = ", ".join(name for name, other in SCORES.items() if not other.unrotated)
+        if score.pre_rope and self.rotation_problem:
+            others = ", ".join(name for name, other in SCORES.items() if not other.pre_rope)
             raise ConfigError(
                 f"the rotary positions of this model cannot be undone ({self.rotation_problem}), as anchor_score="
                 f'"{settings.anchor_score}" asks; use one of {others}'

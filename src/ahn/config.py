@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal, get_args
 
 from ahn.errors import ConfigError
@@ -11,10 +11,47 @@ from ahn.errors import ConfigError
 Mode = Literal["full", "window", "ahn", "ct_max", "ct_mean"]
 SinkPositions = Literal["absolute", "bounded"]
 MemoryPositions = Literal["rope", "none"]
-
-
 AUTO = "auto"
 """The `anchor_score` that leaves it to the model, which decides when a text begins."""
+
+
+def setting(
+    default: Any = dataclasses.MISSING,
+    help: str = "",
+    *,
+    least: float | None = None,
+    choices: Sequence[str] = (),
+    factory: Callable[[], Any] | None = None,
+    **option: Any,
+) -> Any:
+    """A field of a settings class, declared once: what it is, what it may be, and its option on the command line.
+
+    Args:
+        default: Its value if left out; a field without default and factory must be given.
+        help: What it is, for people.
+        least: Its smallest value.
+        choices: The words that it may be.
+        factory: Makes the default, where that is mutable or costs an import.
+        **option: How the command line shows it, see `ahn.cli.options`.
+    """
+    metadata = {"help": help, "least": least, "choices": tuple(choices), **option}
+    if factory is not None:
+        return dataclasses.field(default_factory=factory, metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+def same_setting(settings: type, name: str, **changes: Any) -> Any:
+    """The same setting in another class.
+
+    Args:
+        settings: The settings class that declares it.
+        name: Its name.
+        **changes: What is different there, as for `setting`; most often the default.
+    """
+    field = next(field for field in dataclasses.fields(settings) if field.name == name)
+    factory = None if field.default_factory is dataclasses.MISSING else field.default_factory
+    default = {} if "default" in changes or "factory" in changes else {"default": field.default, "factory": factory}
+    return setting(**{**field.metadata, **default, **changes})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +73,7 @@ class AHNConfig:
         anchor_score: What they are chosen by, a key of `ahn.anchors.scores.SCORES`; looked up when it is attached.
             "auto" takes what the model has weights for, `learned` before `asked`, and `key_diff` where it has none.
         anchor_layers: Indices of the layers that vote on anchors; `None` takes those that the score does best with, see
-            `ahn.anchors.scores.usual_voters`.
+            `ahn.anchors.scores.default_layers`.
 
     Raises:
         ConfigError: A value is out of range.
@@ -98,9 +135,11 @@ class RunSettings:
     """
 
     mode: Mode
-    window: int
-    sinks: int
-    sink_positions: SinkPositions = "absolute"
+    window: int = setting(help="Tokens kept exactly behind the current one.", least=1)
+    sinks: int = setting(help="First tokens that always stay exact.", least=0)
+    sink_positions: SinkPositions = setting(
+        "absolute", "How far away the sinks may seem.", choices=("bounded", "absolute")
+    )
     anchors: int = 0
     anchor_score: str = AUTO
     anchor_layers: tuple[int, ...] | None = None

@@ -9,7 +9,7 @@ import dataclasses
 import inspect
 import math
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import Any, Protocol
 
 import torch
@@ -67,18 +67,18 @@ class Reading:
 
 
 class Reader:
-    """Reads a text piece by piece; what has been read so far can be looked at in between, as `read` cannot.
+    """Reads a text part by part; what has been read so far can be looked at in between, as `read` cannot.
 
     Args:
         model: A causal language model, with a memory attached or without.
         cache: What was read before; an empty cache of the current mode if left out.
-        score: Whether to score every token; without it the model computes the last logits of a piece only.
+        score: Whether to score every token; without it the model computes the last logits of a chunk only.
 
     Attributes:
         cache: What the model keeps of the text.
         tokens: Number of tokens read by this reader.
         seconds: Time that the model took for them.
-        logits: What the model expects next, `[V]`; `None` before the first piece.
+        logits: What the model expects next, `[V]`; `None` before the first token.
     """
 
     def __init__(self, model: nn.Module, cache: Cache | None = None, *, score: bool = True) -> None:
@@ -93,25 +93,44 @@ class Reader:
         self._total = 0.0
 
     @torch.no_grad()
-    def feed(self, input_ids: torch.Tensor) -> None:
-        """Reads a piece of text in one forward pass.
+    def feed(
+        self,
+        input_ids: torch.Tensor,
+        chunk: int | None = None,
+        on_progress: Callable[[Progress], None] | None = None,
+    ) -> None:
+        """Reads on, a chunk in each forward pass. The sizes of the chunks change nothing but the speed.
 
         Args:
             input_ids: Token ids, `[T]` or `[1, T]`, at least one.
+            chunk: Tokens per forward pass; at most 512, fewer for a very large vocabulary, if left out.
+            on_progress: Called after every chunk.
 
         Raises:
             ShapeError: There is no token, or more than one row.
+            ConfigError: The chunk is below 1.
+            CacheError: The cache does not fit the model.
         """
-        ids = _one_row(input_ids).to(_device(self.model))
+        ids = _one_row(input_ids)
+        size = automatic_chunk(self.model) if chunk is None else chunk
+        if size < 1:
+            raise ConfigError(f"chunk must be at least 1, not {size}")
+        for part in ids.to(_device(self.model)).split(size):
+            self._read_chunk(part)
+            if on_progress is not None:
+                on_progress(self.progress)
+
+    def _read_chunk(self, ids_T: torch.Tensor) -> None:
+        """Reads tokens in one forward pass."""
         start = time.perf_counter()
-        logits = _forward(self.model, ids, self.cache, every=self.score)
+        logits = _forward(self.model, ids_T, self.cache, every=self.score)
         if self.score:
-            self._note(logits, ids)
+            self._note(logits, ids_T)
         self.logits = logits[-1].clone()
-        if ids.is_cuda:
-            torch.cuda.synchronize(ids.device)
+        if ids_T.is_cuda:
+            torch.cuda.synchronize(ids_T.device)
         self.seconds += time.perf_counter() - start
-        self.tokens += ids.numel()
+        self.tokens += ids_T.numel()
 
     @property
     def nll(self) -> torch.Tensor:
@@ -135,7 +154,7 @@ class Reader:
         return Reading(self.tokens, self.nll, self.seconds, self.cache, self.logits)
 
     def _note(self, logits_TV: torch.Tensor, ids_T: torch.Tensor) -> None:
-        """Scores a piece: its first token from the last logits of the piece before."""
+        """Scores a chunk: its first token from the last logits of the chunk before."""
         parts = [] if self.logits is None else [_nll(self.logits[None], ids_T[:1])]
         scored = torch.cat([*parts, _nll(logits_TV[:-1], ids_T[1:])]).cpu()
         self._keep(scored)
@@ -181,15 +200,8 @@ def read(
         ConfigError: The chunk is below 1.
         CacheError: The cache does not fit the model.
     """
-    ids = _one_row(input_ids)
-    size = automatic_chunk(model) if chunk is None else chunk
-    if size < 1:
-        raise ConfigError(f"chunk must be at least 1, not {size}")
     reader = Reader(model, cache, score=score)
-    for piece in ids.split(size):
-        reader.feed(piece)
-        if on_progress is not None:
-            on_progress(reader.progress)
+    reader.feed(input_ids, chunk, on_progress)
     return reader.result()
 
 
@@ -241,6 +253,19 @@ def decode(
 def text_of(tokenizer: Any, ids: Collection[int]) -> str:
     """The text of an answer's tokens, without special tokens and with its white space as it is."""
     return str(tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False))
+
+
+def stream_text(tokenizer: Any, ids: Iterable[int]) -> Iterator[str]:
+    """The text of tokens as it grows, in parts that join to the whole: no half characters, no lost spaces."""
+    read: list[int] = []
+    first = shown = 0  # the tokens from `first` to `shown` are out already and give the next ones their context
+    for token in ids:
+        read.append(token)
+        before, now = (text_of(tokenizer, read[first:stop]) for stop in (shown, len(read)))
+        if len(now) > len(before) and not now.endswith("\ufffd"):
+            yield now[len(before) :]
+            first, shown = shown, len(read)
+    yield text_of(tokenizer, read[first:])[len(text_of(tokenizer, read[first:shown])) :]
 
 
 def new_cache(model: nn.Module) -> Cache:

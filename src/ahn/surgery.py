@@ -20,7 +20,7 @@ from ahn.attention.function import IMPLEMENTATION, TRACE, attention_function
 from ahn.attention.hooks import after_call, before_call, before_layer
 from ahn.backbone import compat, linear
 from ahn.backbone.rotary import Rotation, find_rotary
-from ahn.backbone.survey import Seen, check_rotations, find_backbone, probe, sample
+from ahn.backbone.survey import CapturedLayer, check_rotations, find_backbone, probe, sample
 from ahn.cache.cache import HippocampalCache, refuse_assisted_decoding
 from ahn.config import AHNConfig
 from ahn.errors import AHNError, CacheError, ConfigError, ModelError
@@ -32,8 +32,8 @@ AttentionMaskInterface.register(IMPLEMENTATION, mask_function)
 MODULE = "memory"
 """Name of the memory inside its attention module, hence in the model's state dict."""
 
-VOTES = "anchor_votes"
-"""Name of the weights for votes on anchors likewise."""
+SCORE_WEIGHTS = "anchor_votes"
+"""Name of the weights of anchor scores there; the word is older than the score."""
 
 
 def attach(model: nn.Module, config: AHNConfig | None = None) -> None:
@@ -106,7 +106,7 @@ def detach(model: nn.Module) -> None:
     for site in attachment.sites:
         if site.memory is not None:
             delattr(site.module, MODULE)
-        set_votes(site, {})
+        set_score_weights(site, {})
         set_attachment(site.module, None)
     for config, before in attachment.implementations:
         compat.set_implementation(config, before)
@@ -115,20 +115,20 @@ def detach(model: nn.Module) -> None:
         set_attachment(module, None)
 
 
-def set_votes(site: Site, votes: Mapping[str, nn.Module]) -> None:
+def set_score_weights(site: Site, votes: Mapping[str, nn.Module]) -> None:
     """Gives a layer weights for votes on anchors, in place of all that it has.
 
     Args:
         site: A layer with a memory.
         votes: The weights by score, on any device; none takes away what it has.
     """
-    if site.anchor_votes is not None:
-        delattr(site.module, VOTES)
-        site.anchor_votes = None
+    if site.anchor_weights is not None:
+        delattr(site.module, SCORE_WEIGHTS)
+        site.anchor_weights = None
     if votes:
         device = next(site.module.parameters()).device
-        site.anchor_votes = nn.ModuleDict(votes).to(device).eval().requires_grad_(False)
-        site.module.add_module(VOTES, site.anchor_votes)
+        site.anchor_weights = nn.ModuleDict(votes).to(device).eval().requires_grad_(False)
+        site.module.add_module(SCORE_WEIGHTS, site.anchor_weights)
 
 
 @contextlib.contextmanager
@@ -149,7 +149,7 @@ def attached(model: nn.Module, config: AHNConfig | None = None) -> Iterator[nn.M
         detach(model)
 
 
-def _sites(backbone: Any, layers: list[Seen], config: AHNConfig) -> tuple[Site, ...]:
+def _sites(backbone: Any, layers: list[CapturedLayer], config: AHNConfig) -> tuple[Site, ...]:
     """The model's attention layers, with a new memory where one is wanted."""
     sites = tuple(
         Site(layer.module, index, _shape(backbone, layer), layer.sliding_window) for index, layer in enumerate(layers)
@@ -161,7 +161,7 @@ def _sites(backbone: Any, layers: list[Seen], config: AHNConfig) -> tuple[Site, 
     return sites
 
 
-def _shape(backbone: Any, layer: Seen) -> MemoryShape:
+def _shape(backbone: Any, layer: CapturedLayer) -> MemoryShape:
     return MemoryShape(
         backbone.config.hidden_size, layer.query.size(1), layer.key.size(1), layer.key.size(3), layer.value_size
     )

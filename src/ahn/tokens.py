@@ -1,7 +1,7 @@
 """What travels between cache and attention: tokens of a layer, the padding of their rows, and what a query may read.
 
-Legend of shapes: B batch, T new tokens, G key/value heads, K key size, V value size, F side values per token, S sinks,
-N keys beside sinks and window.
+Legend of shapes: B batch, T new tokens, G key/value heads, K key size, V value size, F numbers per record,
+S sinks, N keys beside sinks and window.
 """
 
 from __future__ import annotations
@@ -25,18 +25,18 @@ class Padding(NamedTuple):
 
 
 class Tokens(NamedTuple):
-    """Keys, values and side values of consecutive tokens.
+    """Keys, values and records of consecutive tokens.
 
     Attributes:
         keys: `[B, G, T, K]`.
         values: `[B, G, T, V]`.
-        side: What the memory will need of each token when it leaves (gates, where it stood), `[B, 1, T, F]`;
-            `F` is 0 where no memory listens.
+        record: What the memory needs of each token when it is evicted (gates, its position), `[B, 1, T, F]`;
+            `F` is 0 where the memory is silent.
     """
 
     keys: torch.Tensor
     values: torch.Tensor
-    side: torch.Tensor
+    record: torch.Tensor
 
     @property
     def length(self) -> int:
@@ -74,32 +74,34 @@ NEVER = torch.iinfo(torch.int64).max
 """Index of a token that never comes."""
 
 
-class Extra(NamedTuple):
+class ExtraKV(NamedTuple):
     """Keys and values beside sinks and window, with the queries that read them.
 
     Attributes:
         keys: `[B, G, N, K]`.
         values: `[B, G, N, V]`.
-        born: Index of the first token whose query reads each, `[B or 1, N]` int64.
-        died: Index of the first token whose query reads it no more, likewise.
+        visible_from: Index of the first token whose query reads each, `[B or 1, N]` int64.
+        visible_until: Index of the first token whose query reads it no more, likewise.
     """
 
     keys: torch.Tensor
     values: torch.Tensor
-    born: torch.Tensor
-    died: torch.Tensor
+    visible_from: torch.Tensor
+    visible_until: torch.Tensor
 
-    def reached(self, start: int, stop: int) -> Extra:
+    def reached(self, start: int, stop: int) -> ExtraKV:
         """Those that any query from `start` to `stop` - 1 reads."""
-        read = ((self.born < stop) & (self.died > start)).any(0)
+        read = ((self.visible_from < stop) & (self.visible_until > start)).any(0)
         if bool(read.all()):
             return self
-        return Extra(self.keys[:, :, read], self.values[:, :, read], self.born[:, read], self.died[:, read])
+        return ExtraKV(
+            self.keys[:, :, read], self.values[:, :, read], self.visible_from[:, read], self.visible_until[:, read]
+        )
 
     def allowed(self, start: int, stop: int) -> torch.Tensor:
         """Which of them each query reads, `[B or 1, stop - start, N]`."""
-        query = torch.arange(start, stop, device=self.born.device)[:, None]
-        return (self.born[:, None] <= query) & (query < self.died[:, None])
+        query = torch.arange(start, stop, device=self.visible_from.device)[:, None]
+        return (self.visible_from[:, None] <= query) & (query < self.visible_until[:, None])
 
 
 class View(NamedTuple):
@@ -120,4 +122,4 @@ class View(NamedTuple):
     first: int
     ordered: bool
     evicted: Tokens
-    extra: Extra | None = None
+    extra: ExtraKV | None = None

@@ -1,4 +1,4 @@
-"""The bank of anchors: the election against a loop, and the store in every way of reading."""
+"""The bank of anchors: the selection against a loop, and the store in every way of reading."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ import pytest
 import torch
 
 import ahn
-from ahn.anchors.scores import NEAR, SCORES, told, usual_voters
-from ahn.anchors.selection import Ballot, _Anchors, elect
+from ahn.anchors.scores import POOL, SCORES, default_layers, oracle
+from ahn.anchors.selection import Scoreboard, _Anchors, select
 from ahn.backbone.compat import CACHE
 from ahn.errors import ConfigError
 from ahn.tokens import NEVER
-from tests.tiny import MEMORIES, give_votes, read, text, tiny, with_memory
+from tests.tiny import MEMORIES, give_score_weights, read, text, tiny, with_memory
 
 SINKS, WINDOW, ANCHORS = 5, 16, 6
 
@@ -22,7 +22,7 @@ SINKS, WINDOW, ANCHORS = 5, 16, 6
 def anchored(family: str = "llama", memory: str = "gated_delta_net", **settings: Any) -> Any:
     model = with_memory(family, memory, **{"anchors": ANCHORS, **settings})
     if settings.get("anchor_score") in ("asked", "learned"):
-        give_votes(model)
+        give_score_weights(model)
     return model
 
 
@@ -52,13 +52,13 @@ def test_election_against_a_loop(kind: str, chunks: list[int]) -> None:
     bank, done = torch.full((3, anchors), -1), 0
     for size in chunks:
         new = _Anchors(scores[:, done : done + size], tokens[done : done + size].expand(3, -1))
-        choice, after = elect(held, new, WINDOW)
+        choice, after = select(held, new, WINDOW)
         candidates = torch.cat((bank, new.tokens[:, choice.entering]), 1)
         for row in range(3):
             expected = held_after(scores[row].tolist(), tokens.tolist(), anchors)
             for step in range(size):
                 query = int(tokens[done + step]) + WINDOW
-                reads = (choice.born[row] <= query) & (query < choice.died[row])
+                reads = (choice.visible_from[row] <= query) & (query < choice.visible_until[row])
                 assert set(candidates[row, reads].tolist()) == expected[done + step]
         held = held if after is None else after
         bank = bank if choice.source is None else candidates.gather(1, choice.source)
@@ -191,17 +191,17 @@ def test_votes_are_those_of_the_chosen_layers(voters: tuple[int, ...] | None) ->
     later = (torch.arange(75) + WINDOW // 4).clamp(max=74)
     mean = (unit.cumsum(1) / torch.arange(1, 76)[:, None, None])[:, later]
     votes = -torch.cosine_similarity(layers, mean, dim=-1)[list(voters or (1, 2))].mean((0, 2))
-    scores = {j: float(votes[max(0, j - NEAR) : j + NEAR + 1].mean()) for j in range(SINKS, 75 - WINDOW)}
+    scores = {j: float(votes[max(0, j - POOL) : j + POOL + 1].mean()) for j in range(SINKS, 75 - WINDOW)}
     best = sorted(scores, key=lambda j: -scores[j])[:ANCHORS]
-    assert cache.ballot is not None
-    assert sorted(cache.ballot.held[f"tokens.{WINDOW}"][0].tolist()) == sorted(best)
+    assert cache.scoreboard is not None
+    assert sorted(cache.scoreboard.held[f"tokens.{WINDOW}"][0].tolist()) == sorted(best)
     assert cache.anchor_tokens == [best]
 
 
 def test_usual_voters() -> None:
-    assert usual_voters("key_diff", range(30)) == [18, 20]
-    assert usual_voters("key_diff", [1, 4, 7]) == [4, 7]
-    assert usual_voters("random", [1, 4, 7]) == [1, 4, 7]
+    assert default_layers("key_diff", range(30)) == [18, 20]
+    assert default_layers("key_diff", [1, 4, 7]) == [4, 7]
+    assert default_layers("random", [1, 4, 7]) == [1, 4, 7]
 
 
 def test_layers_that_cannot_vote_are_named() -> None:
@@ -214,20 +214,20 @@ def test_layers_that_cannot_vote_are_named() -> None:
 
 def test_without_anchors_nothing_is_kept_for_them() -> None:
     cache = ahn.HippocampalCache(with_memory())
-    assert cache.ballot is None
+    assert cache.scoreboard is None
     assert cache.anchor_tokens == []
     with ahn.mode(model := anchored(), "window"):
-        assert ahn.HippocampalCache(model).ballot is None
+        assert ahn.HippocampalCache(model).scoreboard is None
 
 
 def test_longest_call_leaves_room_for_the_neighbours() -> None:
-    assert Ballot(4, 5, {16, 9}, frozenset(), SCORES["key_diff"]).longest_call == 9 - NEAR - 2
+    assert Scoreboard(4, 5, {16, 9}, frozenset(), SCORES["key_diff"]).longest_call == 9 - POOL - 2
     assert NEVER > 2**60
 
 
 def test_what_is_told_is_kept() -> None:
     model, wanted = with_memory(), set(range(20, 29))
-    with told(wanted), ahn.mode(model, "ahn", anchors=9, anchor_score="oracle"):
+    with oracle(wanted), ahn.mode(model, "ahn", anchors=9, anchor_score="oracle"):
         cache = ahn.HippocampalCache(model)
         read(model, text(1, 70), [29, 1, 1, 39], cache=cache)
         assert set(cache.anchor_tokens[0]) == wanted

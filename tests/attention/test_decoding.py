@@ -39,8 +39,8 @@ def test_fold_and_read(memories: list[Memory]) -> None:
     gates = Memory.gates_of_layers.__func__(Memory, memories, torch.randn(LAYERS, ROWS, 12))  # type: ignore[attr-defined]
     states = torch.randn(LAYERS, ROWS, *memories[0].state_shape())
     expected = states.clone()
-    Memory.fold.__func__(Memory, memories, key, value, gates, expected)  # type: ignore[attr-defined]
-    type(memories[0]).fold(memories, key, value, gates, states)
+    Memory.update.__func__(Memory, memories, key, value, gates, expected)  # type: ignore[attr-defined]
+    type(memories[0]).update(memories, key, value, gates, states)
     torch.testing.assert_close(states, expected)
     query = torch.randn(ROWS, 1, SHAPE.query_heads, SHAPE.key_size)
     for memory, state in zip(memories, states, strict=True):
@@ -78,7 +78,7 @@ def test_together_as_alone(family: str, start: int, mode: Any, monkeypatch: pyte
         expected, other = decoded(model, ids, start)
     torch.testing.assert_close(together, expected, rtol=0, atol=1e-4)
     assert cache.nbytes == other.nbytes
-    for mine, theirs in zip(cache.cascades, other.cascades, strict=True):
+    for mine, theirs in zip(cache.layers, other.layers, strict=True):
         for name, tensor in layer_tensors(mine).items():
             torch.testing.assert_close(tensor, layer_tensors(theirs)[name], rtol=0, atol=1e-4)
 
@@ -119,7 +119,7 @@ def test_a_fork_does_not_change_what_it_was_taken_from() -> None:
     model = with_memory("llama", window=WINDOW, sinks=SINKS)
     ids = text(2)[:, :40]
     _, cache = decoded(model, ids[:, :30], 20)
-    before = {name: tensor.clone() for layer in cache.cascades for name, tensor in layer.tensors().items()}
+    before = {name: tensor.clone() for layer in cache.layers for name, tensor in layer.tensors().items()}
     model(ids[:, 30:31], cache=cache.fork())
-    after = {name: tensor for layer in cache.cascades for name, tensor in layer.tensors().items()}
+    after = {name: tensor for layer in cache.layers for name, tensor in layer.tensors().items()}
     assert all(torch.equal(before[name], after[name]) for name in before)

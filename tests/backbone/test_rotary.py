@@ -149,7 +149,7 @@ def test_bounded_sinks_are_a_setting_of_a_run() -> None:
 
 def test_a_rotation_that_cannot_be_undone_is_refused_where_it_matters(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny()
-    monkeypatch.setattr("ahn.backbone.rotary.Rotation.undo", lambda self, x, tables: x)
+    monkeypatch.setattr("ahn.backbone.rotary.Rotation.unrotate", lambda self, x, tables: x)
     ahn.attach(model, ahn.AHNConfig(window=16, sinks=5))
     with pytest.raises(ahn.AHNError, match="cannot be undone"), ahn.mode(model, "ahn", sink_positions="bounded"):
         pass

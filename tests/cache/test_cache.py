@@ -198,7 +198,7 @@ def test_file_holds_the_tensors_by_name(tmp_path: Path) -> None:
     read(model, text(1, 30), cache=cache)
     cache.save(tmp_path / "cache")
     assert set(load_file(tmp_path / "cache")) == {
-        f"{layer}.{name}" for layer in range(3) for name in ("keys", "values", "side", "state")
+        f"{layer}.{name}" for layer in range(3) for name in ("keys", "values", "record", "state")
     }
 
 

@@ -11,7 +11,7 @@ import torch
 import ahn
 from ahn.attachment import attachment_of
 from ahn.cache.compressive import POOLED, PooledStore, state_slots
-from ahn.tokens import Tokens
+from ahn.tokens import Padding, Tokens
 from tests.tiny import MEMORIES, read, text, with_memory
 
 MODES = ("ct_max", "ct_mean")
@@ -39,9 +39,9 @@ def seen_by(extra: Any, query: int, row: int = 0) -> torch.Tensor:
     """Keys that a query reads, in the order of their birth, `[n, size]` of the first head."""
     if extra is None:
         return torch.zeros(0, 3)
-    born = extra.born[min(row, extra.born.size(0) - 1)]
-    allowed = extra.allowed(query, query + 1)[min(row, extra.born.size(0) - 1), 0]
-    order = [int(i) for i in born.argsort() if allowed[i]]
+    visible_from = extra.visible_from[min(row, extra.visible_from.size(0) - 1)]
+    allowed = extra.allowed(query, query + 1)[min(row, extra.visible_from.size(0) - 1), 0]
+    order = [int(i) for i in visible_from.argsort() if allowed[i]]
     return extra.keys[row, 0, order]
 
 
@@ -65,7 +65,7 @@ def test_store_against_the_loop(mode: str, chunk: int) -> None:
 def test_rows_that_begin_later_have_their_own_groups(mode: str) -> None:
     tokens, slots = 30, 2
     keys = torch.randn(2, 1, tokens, 3, generator=torch.Generator().manual_seed(1))
-    padding = ahn.cache.Padding(torch.tensor([0, 6]), 6)
+    padding = Padding(torch.tensor([0, 6]), 6)
     store = PooledStore(slots, "max" if mode == "ct_max" else "mean", SINKS, WINDOW)
     for start in range(0, tokens, 7):
         part = keys[:, :, start : start + 7]

@@ -128,7 +128,7 @@ class TestRoundTrip:
         assert same(memories(model), memories(with_memory()))
 
     def test_saves_nothing_of_the_base_model(self, saved: Path) -> None:
-        assert sorted(file.name for file in saved.iterdir()) == ["ahn.safetensors", "ahn_config.json"]
+        assert sorted(file.name for file in saved.iterdir()) == ["README.md", "ahn.safetensors", "ahn_config.json"]
         keys = load_file(saved / "ahn.safetensors").keys()
         assert all(re.fullmatch(r"layers\.[012]\.[A-Za-z_.]+", key) for key in keys)
         values = json.loads((saved / "ahn_config.json").read_text())
@@ -162,7 +162,8 @@ class TestRoundTrip:
         model = with_memory(memory="mamba2")
         checkpoint.save(model, folder)
         assert checkpoint.describe(folder).memory == "mamba2"
-        assert len(list(folder.iterdir())) == 2
+        assert "| memory | mamba2 |" in (folder / "README.md").read_text()
+        assert len(list(folder.iterdir())) == 3
 
 
 class TestSavingIsAllOrNothing:
@@ -532,9 +533,23 @@ class TestFromPretrained:
         with pytest.raises(ModelError):
             checkpoint.from_pretrained(name)
 
-    def test_an_adapter_is_no_base_model(self, saved: Path) -> None:
-        with pytest.raises(ModelError, match="holds an adapter"):
+    def test_an_adapter_alone_names_its_base_model(self, model_folder: Path, tmp_path: Path) -> None:
+        checkpoint.save(checkpoint.from_pretrained(model_folder, config=ahn.AHNConfig("mamba2", 9, 1)), tmp_path / "a")
+        model = checkpoint.from_pretrained(tmp_path / "a")
+        assert attachment_of(model).config == ahn.AHNConfig("mamba2", 9, 1)
+        deep = checkpoint.from_pretrained(tmp_path, subfolder="a", config=ahn.AHNConfig("mamba2", 30, 2))
+        assert attachment_of(deep).config == ahn.AHNConfig("mamba2", 30, 2)
+
+    def test_an_adapter_that_names_no_base_model(self, saved: Path, model_folder: Path) -> None:
+        with pytest.raises(CheckpointError, match=r"which base model it was made for\. Name the base model: ahn"):
             checkpoint.from_pretrained(saved)
+        with pytest.raises(CheckpointError, match=r"it is an adapter, so it takes no adapter\. Name its base model"):
+            checkpoint.from_pretrained(saved, adapter=saved)
+
+    @pytest.mark.parametrize("subfolder", ["deep", "..", "../saved0"])
+    def test_no_such_subfolder(self, subfolder: str, saved: Path) -> None:
+        with pytest.raises(CheckpointError, match="it has no subfolder"):
+            checkpoint.load(tiny(), saved, subfolder=subfolder)
 
 
 class TestDescribe:

@@ -244,7 +244,7 @@ class TestVariations:
 
         monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
         assert find_attachment(checkpoint.from_pretrained("owner/merged")) is not None
-        assert asked == [["config.json"], ["*.json", "*.safetensors"]]
+        assert asked == [["config.json", "ahn_config.json"], ["*.json", "*.safetensors"]]
 
 
 def with_golden() -> Any:

@@ -23,12 +23,12 @@ from tests.tiny import MEMORIES, text, tiny, with_memory
 
 SURFACE = {
     "demo": [
-        "--tokens", "--seconds", "--file", "--question", "--fact", "--modes", "--window", "--sinks", "--sink-positions",
-        "--adapter", "--model", "--max-new-tokens", "--seed",
+        "--tokens", "--seconds", "--file", "--question", "--fact", "--modes", "--max-new-tokens", "--seed", "--model",
+        "--adapter", "--window", "--sinks", "--sink-positions",
     ],
     "generate": [
-        "PROMPT", "--model", "--file", "--mode", "--window", "--sinks", "--sink-positions", "--adapter",
-        "--max-new-tokens", "--chunk", "--temperature", "--seed", "--chat", "--no-chat", "--cache-in", "--cache-out",
+        "PROMPT", "--file", "--mode", "--max-new-tokens", "--chunk", "--temperature", "--seed", "--chat", "--no-chat",
+        "--cache-in", "--cache-out", "--model", "--adapter", "--window", "--sinks", "--sink-positions",
     ],
     "inspect": ["PATH", "--json"],
     "cost": [
@@ -36,13 +36,13 @@ SURFACE = {
         "--json",
     ],
     "bench": [
-        "--model", "--adapter", "--arms", "--contexts", "--window", "--sinks", "--sink-positions", "--rounds", "--plot",
-        "--json",
+        "--arms", "--contexts", "--rounds", "--plot", "--json", "--model", "--adapter", "--window", "--sinks",
+        "--sink-positions",
     ],
     "convert": ["SOURCE", "TARGET", "--to", "--base", "--force"],
     "merge": ["BASE", "ADAPTER", "TARGET", "--force"],
     "probe": [
-        "FILE", "--model", "--adapter", "--window", "--sinks", "--tokens", "--positions", "--top", "--html",
+        "--model", "--adapter", "--window", "--sinks", "FILE", "--tokens", "--positions", "--top", "--html",
         "--json", "--memory-figures", "--seed",
     ],
 }  # fmt: skip

@@ -11,9 +11,10 @@ import torch
 from rich.console import Console
 
 import ahn
-from ahn.cli import comparison, loading, main, show, writing
+from ahn.cli import comparison, loading, main, show
+from ahn.cli.loading import ModelChoice, ModelSettings
 from ahn.cli.texts import reference, with_fact
-from ahn.generation import Reader
+from ahn.generation import Reader, decode, stream_text
 from ahn.models import prompts
 from tests.cli.test_cli import as_before, place  # noqa: F401 (fixtures)
 from tests.models.test_models import needs_smollm2
@@ -66,7 +67,7 @@ class TestTable:
 
     def test_perplexity_is_that_of_these_tokens(self, place, monkeypatch):  # noqa: F811
         monkeypatch.chdir(place)
-        loaded = loading.load("./chatty", "adapter", WINDOW, SINKS, "bounded")
+        loaded = loading.load(ModelSettings("./chatty", "adapter", WINDOW, SINKS))
         passage = prompts.passage(loaded.tokenizer, reference()[:700], "", chat=True)
         compared = comparison.Comparison(loaded, passage, comparison.Plan(["ahn", "full"], 300, None, 4))
         compared.read(show.Screen(Console(file=io.StringIO())))
@@ -152,7 +153,7 @@ class TestScreen:
         monkeypatch.chdir(place)
         shown = io.StringIO()
         console = Console(file=shown, force_terminal=True, width=width, height=40)
-        loaded = loading.load("./chatty", None, WINDOW, SINKS, "bounded")
+        loaded = loading.load(ModelSettings("./chatty", None, WINDOW, SINKS))
         plan = comparison.Plan(["ahn", "window", "full"], 600, None, 4)
         comparison.run(loaded, reference(), "And so?", plan, show.Screen(console), "a text")
         lines = re.sub(r"\x1b\[[?\d;]*[A-Za-z]", "", shown.getvalue()).replace("\r", "\n").splitlines()
@@ -167,19 +168,19 @@ class TestScreen:
 
 class TestWriting:
     def test_pieces_join_to_the_whole(self, place):  # noqa: F811
-        tokenizer = loading.load(str(place / "chatty"), "none").tokenizer
+        tokenizer = loading.load(ModelChoice(str(place / "chatty"), "none")).tokenizer
         text = "naïve – “quoted” 日本語\nand  two spaces 🙂 at the end"
-        pieces = list(writing.words(tokenizer, prompts.tokens(tokenizer, text).tolist()))
+        pieces = list(stream_text(tokenizer, prompts.tokens(tokenizer, text).tolist()))
         assert "".join(pieces) == text
         assert "\ufffd" not in "".join(pieces)
         assert len(pieces) > 20
 
     def test_stops(self, place):  # noqa: F811
-        loaded = loading.load(str(place / "chatty"), "none", WINDOW, SINKS)
+        loaded = loading.load(ModelChoice(str(place / "chatty"), "none", WINDOW, SINKS))
         reader = Reader(loaded.model)
         reader.feed(prompts.tokens(loaded.tokenizer, "Once upon a time"))
         assert reader.logits is not None
-        assert list(writing.write(reader, 5, {int(reader.logits.argmax())})) == []
+        assert list(decode(reader, 5, {int(reader.logits.argmax())})) == []
 
 
 @needs_smollm2

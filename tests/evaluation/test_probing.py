@@ -129,7 +129,7 @@ class TestState:
         for place, stop in enumerate(trace.tokens):
             reader = Reader(model, score=False)
             reader.feed(ids[:, :stop])
-            for layer, cascade in enumerate(reader.cache.cascades):  # type: ignore[attr-defined]
+            for layer, cascade in enumerate(reader.cache.layers):  # type: ignore[attr-defined]
                 torch.testing.assert_close(trace.rank[place, layer], effective_rank(cascade.state[0]))
         assert (trace.layers, trace.full_rank) == ((0, 1, 2), (8, 8, 8))
         assert float(trace.fullness.max()) <= 1
@@ -146,23 +146,23 @@ class TestState:
         model(ids)
         handle.remove()
         served: Any = attachment_of(model).sites[1].memory
-        write, keep = served.gating(served.gates(inputs[0]))
+        write, decay = served.gating(served.gates(inputs[0]))
         trace = trace_state(model, ids, looks=3)
         torch.testing.assert_close(trace.write[1], write[0, 5:59].mean(-1))
         assert trace.write.shape == (3, 54)
-        assert (trace.keep is None) == (keep is None)
-        if trace.keep is not None:
-            torch.testing.assert_close(trace.keep[1], keep[0, 5:59].mean(-1))
+        assert (trace.decay is None) == (decay is None)
+        if trace.decay is not None:
+            torch.testing.assert_close(trace.decay[1], decay[0, 5:59].mean(-1))
 
     def test_gating_is_what_the_scan_does(self, memory: str) -> None:
         shape = MemoryShape(hidden_size=12, query_heads=4, kv_heads=2, key_size=6, value_size=5)
         served = build_memory(memory, shape)
         gates = served.gates(torch.randn(1, 1, 12))
-        write, keep = served.gating(gates)
+        write, decay = served.gating(gates)
         query, key, value = torch.randn(1, 1, 4, 6), torch.randn(1, 1, 2, 6), torch.randn(1, 1, 2, 5)
         before = torch.randn(1, *served.state_shape())
         _, after = served.scan(query, 0 * key, value, gates, before)
-        torch.testing.assert_close(after, before if keep is None else keep[0, 0, :, None, None] * before)
+        torch.testing.assert_close(after, before if decay is None else decay[0, 0, :, None, None] * before)
         _, first = served.scan(query, key, value, gates, None)
         length = value.norm(dim=-1).repeat_interleave(2, dim=-1)[0, 0]
         torch.testing.assert_close(first.flatten(2).norm(dim=-1)[0], write[0, 0] * length)

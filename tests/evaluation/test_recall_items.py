@@ -10,15 +10,14 @@ from transformers import AutoTokenizer
 
 from ahn.cli.texts import reference
 from ahn.evaluation.errors import EvaluationError
-from ahn.evaluation.recall.items import ItemMaker, RecallItem, RecallSettings
-from ahn.evaluation.recall.layout import sentences
+from ahn.evaluation.recall.items import ItemMaker, RecallItem, RecallSettings, sentences
 from ahn.evaluation.recall.tasks import TASKS
 from tests.cli.test_cli import write_tokenizer
 
 SINKS, WINDOW = 100, 900
 HAYSTACK = sentences(reference()[:60_000])
 SETTINGS = RecallSettings(
-    ("full", "window"), tuple(TASKS), (2500,), depths=4, items=1, values=2, facts=(4, 8), distractors=3
+    tuple(TASKS), (2500,), arms=("full", "window"), depths=4, items=1, values=2, facts=(4, 8), distractors=3
 )
 
 
@@ -83,7 +82,7 @@ def test_straddling_needles_are_moved_and_counted(items: dict[str, RecallItem]) 
 
 
 def test_what_fits_nowhere_is_dropped_and_counted(tokenizer: Any) -> None:
-    settings = RecallSettings(("full",), ("number",), (220,), depths=1, items=1, distractors=1)
+    settings = RecallSettings(("number",), (220,), arms=("full",), depths=1, items=1, distractors=1)
     # The question and its answer are longer than the window, and what has left it is shorter than a needle.
     maker = ItemMaker(settings, tokenizer, 100, 0, HAYSTACK)
     item = maker.item(maker.specs[0])
@@ -108,7 +107,7 @@ def test_the_depth_is_the_wanted_one(maker: ItemMaker) -> None:
 
 
 def test_facts_that_do_not_fit_are_left_out(tokenizer: Any) -> None:
-    settings = RecallSettings(("full",), ("capacity",), (1200,), items=1, facts=(2, 40))
+    settings = RecallSettings(("capacity",), (1200,), arms=("full",), items=1, facts=(2, 40))
     assert ItemMaker(settings, tokenizer, 300, 10, HAYSTACK).left_out == [(1200, 40)]
 
 

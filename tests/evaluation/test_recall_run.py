@@ -20,11 +20,9 @@ from ahn.cli import main
 from ahn.cli.texts import reference
 from ahn.evaluation.arms import arm_reader
 from ahn.evaluation.journal import Journal
-from ahn.evaluation.recall import answering
-from ahn.evaluation.recall.cells import cells, moved_and_dropped, verdicts
-from ahn.evaluation.recall.items import ItemMaker, RecallItem, RecallSettings
-from ahn.evaluation.recall.layout import Exact, sentences
-from ahn.evaluation.recall.maps import by_depth, capacity_curve, heat_map
+from ahn.evaluation.recall import answers as answering
+from ahn.evaluation.recall.findings import by_depth, capacity_curve, cells, heat_map, moved_and_dropped, verdicts
+from ahn.evaluation.recall.items import Exact, ItemMaker, RecallItem, RecallSettings, sentences
 from ahn.evaluation.recall.tasks import TASKS
 from ahn.evaluation.report import read_report
 from tests.cli.test_cli import write_tokenizer
@@ -32,7 +30,7 @@ from tests.tiny import tiny
 
 SINKS, WINDOW = 100, 900
 SETTINGS = RecallSettings(
-    ("full", "window"), tuple(TASKS), (2500,), depths=3, items=1, values=2, facts=(4,), distractors=3
+    tuple(TASKS), (2500,), arms=("full", "window"), depths=3, items=1, values=2, facts=(4,), distractors=3
 )
 
 
@@ -140,7 +138,7 @@ class TestRun:
 
     def test_what_counts_for_nothing_is_not_read(self, perfect: tuple[Model, ItemMaker]) -> None:
         model, _ = perfect
-        settings = RecallSettings(("full", "window"), ("number",), (220,), depths=1, items=1, distractors=1)
+        settings = RecallSettings(("number",), (220,), arms=("full", "window"), depths=1, items=1, distractors=1)
         maker = ItemMaker(settings, model.tokenizer, 100, 0, sentences(reference()[:9_000]))
         records = answering.measure(model, maker, Journal(None, {}))
         assert PerfectReader.opened == 0
@@ -153,9 +151,16 @@ class TestRun:
             (heat_map("number", records, SETTINGS), capacity_curve(cells(records), SETTINGS))
         ):
             figure.savefig(tmp_path / f"{number}.png")
-        depths = by_depth((record for record in records if record["task"] == "number"), SETTINGS, lambda v: v["found"])
+        depths, _ = by_depth((record for record in records if record["task"] == "number"), SETTINGS)
         assert depths["window", 2500, 2] == 1
         assert depths["window", 2500, 1] == 0
+
+    def test_a_curve_of_nothing(self) -> None:
+        """A span in which no fact is asked for at one of the lengths has an empty panel."""
+        cell = {"task": "capacity", "length": 900, "facts": 4, "label": "evicted", "arm": "window"}
+        rows = [{**cell, "found": {"share": 0.5, "low": 0.0, "high": 1.0}}]
+        rows += [{**rows[0], "length": 1200}, {**rows[0], "label": "window"}]
+        assert len(capacity_curve(rows, SETTINGS).axes) == 4
 
 
 def record(number: int, values: list[tuple[str, bool, int]], arm: str = "window") -> dict[str, Any]:
@@ -188,7 +193,7 @@ class TestResults:
 
     def test_zeros_of_evicted_needles_are_said(self) -> None:
         records = [record(0, [("evicted", False, 2)]), record(0, [("evicted", True, 1)], "full")]
-        settings = RecallSettings(("window", "full"))
+        settings = RecallSettings(arms=("window", "full"))
         assert verdicts(cells(records), settings) == [
             "window found NONE of 1 evicted values; ranks 0% of them first, by chance 10%.",
             "full found 1 of 1 evicted values; ranks 100% of them first, by chance 10%.",

@@ -9,10 +9,9 @@ from typing import Any
 
 import pytest
 
-from ahn.evaluation.recall import values
-from ahn.evaluation.recall.answering import in_answer, rank
-from ahn.evaluation.recall.items import ItemMaker, _hardest
-from ahn.evaluation.recall.layout import Exact, sentences
+from ahn.evaluation.recall import tasks as values
+from ahn.evaluation.recall.answers import in_answer, rank
+from ahn.evaluation.recall.items import Exact, ItemMaker, _hardest, sentences
 from ahn.evaluation.recall.tasks import TASKS, Facts, Spec
 
 SPEC = Spec("", 0, depth=0.5, facts=12, number=0, values=3, distractors=4)
@@ -85,14 +84,14 @@ class TestTasks:
 
 class TestValues:
     def test_more_names_than_pairs_of_words(self) -> None:
-        names = values.new(random.Random(0), values.name, 12_000)
+        names = values._new(random.Random(0), values._name, 12_000)
         assert len(set(names)) == 12_000
 
     def test_kinds(self) -> None:
         rng = random.Random(0)
-        assert len(values.number(rng)) == 7
-        assert len(values.identifier(rng)) == 36
-        assert values.variable(rng).isupper()
+        assert len(values._number(rng)) == 7
+        assert len(values._identifier(rng)) == 36
+        assert values._variable(rng).isupper()
 
 
 class TestHaystack:

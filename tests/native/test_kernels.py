@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ahn import native, ops
 from ahn.memories import MEMORIES, MemoryShape, build_memory
-from ahn.native import Stretch
+from ahn.native import Segment
 
 pytestmark = pytest.mark.skipif(native.why_not() is not None, reason=f"no kernels here: {native.why_not()}")
 
@@ -101,8 +101,8 @@ def test_a_decoded_token(kind: str, B: int) -> None:
 
     def decode() -> tuple[Tensor, Tensor]:
         after = state.clone()
-        type(memories[0]).fold(memories, k, v, gates, after)
-        return after, memories[1].add_answer(local.clone(), q.transpose(1, 2), x, after[1])
+        type(memories[0]).update(memories, k, v, gates, after)
+        return after, memories[1].decode_add(local.clone(), q.transpose(1, 2), x, after[1])
 
     with torch.no_grad():
         got = decode()
@@ -127,15 +127,15 @@ def test_a_token_of_any_layout_is_written(G: int) -> None:
         torch.testing.assert_close(state, expected, atol=1e-5, rtol=1e-5)
 
 
-def softmax(stretches: list[Stretch], allowed: list[Tensor], scaling: float) -> Tensor:
-    """The softmax spelled out in float64; `allowed` is `[B or 1, T, N]` for each stretch."""
+def softmax(segments: list[Segment], allowed: list[Tensor], scaling: float) -> Tensor:
+    """The softmax spelled out in float64; `allowed` is `[B or 1, T, N]` for each segment."""
     scores, values = [], []
-    for stretch, mask in zip(stretches, allowed, strict=True):
-        repeats = stretch.queries.size(1) // stretch.keys.size(1)
-        keys, value = (x.double().repeat_interleave(repeats, 1) for x in (stretch.keys, stretch.values))
-        score = scaling * stretch.queries.double() @ keys.mT
-        if stretch.mask is not None:
-            score = score + stretch.mask.double()[:, None, None]
+    for segment, mask in zip(segments, allowed, strict=True):
+        repeats = segment.queries.size(1) // segment.keys.size(1)
+        keys, value = (x.double().repeat_interleave(repeats, 1) for x in (segment.keys, segment.values))
+        score = scaling * segment.queries.double() @ keys.mT
+        if segment.mask is not None:
+            score = score + segment.mask.double()[:, None, None]
         scores.append(score.masked_fill(~mask[:, None], -math.inf))
         values.append(value)
     return (torch.cat(scores, -1).softmax(-1) @ torch.cat(values, 2)).transpose(1, 2)
@@ -152,26 +152,26 @@ def test_many_queries(heads: tuple[int, int], T: int, seen: int, window: int) ->
     local, extra = max(0, seen + T - first), 37
     near = torch.randn(B, T, H, K).transpose(1, 2)
     far = torch.randn(B, T, H, K).transpose(1, 2)
-    born = torch.randint(0, seen + T + 1, (B, extra))
-    died = born + torch.randint(0, T + 9, (B, extra))
+    visible_from = torch.randint(0, seen + T + 1, (B, extra))
+    visible_until = visible_from + torch.randint(0, T + 9, (B, extra))
 
     def held(count: int) -> tuple[Tensor, Tensor]:  # not dense, as they come from a model
         return torch.randn(B, count, G, K).transpose(1, 2), torch.randn(B, count, G, V).transpose(1, 2)
 
-    stretches = [
-        Stretch(far, *held(sinks)),
-        Stretch(far, *held(extra), lives=(born, died)),
-        Stretch(near, *held(local), first=first, reach=window),
+    segments = [
+        Segment(far, *held(sinks)),
+        Segment(far, *held(extra), visible=(visible_from, visible_until)),
+        Segment(near, *held(local), first=first, window=window),
     ]
     query = torch.arange(seen, seen + T)[:, None]
     key = torch.arange(first, first + local)
     allowed = [
         (torch.arange(sinks) <= query)[None],
-        (born[:, None] <= query) & (query < died[:, None]),
+        (visible_from[:, None] <= query) & (query < visible_until[:, None]),
         ((key <= query) & (key > query - window))[None],
     ]
     torch.testing.assert_close(
-        native.attend(stretches, seen, 0.3), softmax(stretches, allowed, 0.3).float(), atol=2e-5, rtol=2e-5
+        native.attend(segments, seen, 0.3), softmax(segments, allowed, 0.3).float(), atol=2e-5, rtol=2e-5
     )
 
 
@@ -184,16 +184,16 @@ def test_a_single_query(heads: tuple[int, int], slots: int) -> None:
     keys, values = torch.randn(B, G, 700, K), torch.randn(B, G, 700, V)
     mask = torch.where(torch.rand(B, slots) < 0.3, -math.inf, 0.0)
     mask[:, 0] = 0.0
-    born = torch.randint(0, 100, (1, 40))
-    stretches = [
-        Stretch(far, keys[:, :, :S], values[:, :, :S], mask=mask[:, :S]),
-        Stretch(near, keys[:, :, S:slots], values[:, :, S:slots], mask=mask[:, S:]),
-        Stretch(far, torch.randn(B, G, 40, K), torch.randn(B, G, 40, V), lives=(born, born + 30)),
+    visible_from = torch.randint(0, 100, (1, 40))
+    segments = [
+        Segment(far, keys[:, :, :S], values[:, :, :S], mask=mask[:, :S]),
+        Segment(near, keys[:, :, S:slots], values[:, :, S:slots], mask=mask[:, S:]),
+        Segment(far, torch.randn(B, G, 40, K), torch.randn(B, G, 40, V), visible=(visible_from, visible_from + 30)),
     ]
     everything = torch.ones(1, 1, slots, dtype=torch.bool)
-    allowed = [everything[..., :S], everything[..., S:], ((born <= 60) & (born + 30 > 60))[:, None]]
+    allowed = [everything[..., :S], everything[..., S:], ((visible_from <= 60) & (visible_from + 30 > 60))[:, None]]
     torch.testing.assert_close(
-        native.attend_one(stretches, 60, 0.3), softmax(stretches, allowed, 0.3).float(), atol=2e-5, rtol=2e-5
+        native.attend_one(segments, 60, 0.3), softmax(segments, allowed, 0.3).float(), atol=2e-5, rtol=2e-5
     )
 
 
@@ -202,9 +202,9 @@ def test_scores_of_any_size(huge: float) -> None:
     queries, keys, values = torch.full((1, 1, 1, 16), huge), torch.randn(1, 1, 300, 16), torch.randn(1, 1, 300, 16)
     everything = [torch.ones(1, 1, 300, dtype=torch.bool)]
     for attend in (native.attend, native.attend_one):
-        stretches = [Stretch(queries, keys, values)]
-        expected = softmax(stretches, everything, 1.0).float()
-        torch.testing.assert_close(attend(stretches, 500, 1.0), expected, atol=1e-4, rtol=1e-4)
+        segments = [Segment(queries, keys, values)]
+        expected = softmax(segments, everything, 1.0).float()
+        torch.testing.assert_close(attend(segments, 500, 1.0), expected, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("what", ["key", "value", "query"])
@@ -216,7 +216,7 @@ def test_what_is_not_a_number_shows(what: str) -> None:
     }
     tensors[what][0, 0, 0, 3] = math.nan
     for attend in (native.attend, native.attend_one):
-        assert attend([Stretch(*tensors.values())], 500, 1.0).isnan().any()
+        assert attend([Segment(*tensors.values())], 500, 1.0).isnan().any()
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -244,13 +244,13 @@ def test_linear_maps_of_several_layers(rows: int, N: int) -> None:
 
 def test_threads_change_nothing() -> None:
     torch.manual_seed(0)
-    stretches = [Stretch(torch.randn(1, 6, 100, 32), torch.randn(1, 2, 400, 32), torch.randn(1, 2, 400, 32))]
+    segments = [Segment(torch.randn(1, 6, 100, 32), torch.randn(1, 2, 400, 32), torch.randn(1, 2, 400, 32))]
     tensors = inputs("gated_delta_rule", 70, 4, 2, 16, 16)
     threads, found = torch.get_num_threads(), []
     try:
         for number in (1, 2, 5):
             torch.set_num_threads(number)
-            found.append((native.attend(stretches, 300, 0.2), *run("compiled", "gated_delta_rule", tensors)))
+            found.append((native.attend(segments, 300, 0.2), *run("compiled", "gated_delta_rule", tensors)))
     finally:
         torch.set_num_threads(threads)
     for other in found[1:]:

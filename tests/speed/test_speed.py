@@ -17,7 +17,7 @@ from ahn.speed.measure import Timing, read_seconds
 from ahn.speed.peers import bare_copy, peers
 from ahn.speed.plot import plot_speed
 from ahn.speed.turns import Spread, ratio, spread, take_turns
-from tests.tiny import give_votes, text, with_memory
+from tests.tiny import give_score_weights, text, with_memory
 
 ARMS = ["full", "window", "ahn", "ahn+4", "ahn+4:learned", "ct_max"]
 
@@ -25,7 +25,7 @@ ARMS = ["full", "window", "ahn", "ahn+4", "ahn+4:learned", "ct_max"]
 @pytest.fixture
 def model() -> Any:
     model = with_memory("llama", window=16, sinks=4)
-    give_votes(model)
+    give_score_weights(model)
     return model
 
 

@@ -20,23 +20,23 @@ from ahn.config import AUTO
 from ahn.errors import ConfigError
 
 __all__ = [
-    "FAR",
-    "NEAR",
+    "LONG_POOL",
     "ORACLE",
+    "POOL",
     "PREFERRED",
     "SCORES",
     "AnchorGate",
     "AnchorQueries",
     "NewTokens",
     "Score",
+    "default_layers",
     "find_score",
-    "told",
-    "usual_voters",
+    "oracle",
 ]
 
-NEAR = 3
+POOL = 3
 """Neighbours on each side that a token's score is averaged over. Those behind it are still in the window."""
-FAR = 10
+LONG_POOL = 10
 """And where facts are long, of some scores."""
 
 
@@ -45,7 +45,7 @@ class NewTokens:
     """The new tokens of a layer, as the scores see them.
 
     Attributes:
-        keys: Keys, `[B, G, T, K]` float32; as they were before their rotation for the scores that are `unrotated`.
+        keys: Keys, `[B, G, T, K]` float32; as they were before their rotation for the scores that are `pre_rope`.
         tokens: Their indices from each row's first real token, `[B, T]`.
         hidden: What the layer read, `[B, T, D]`; for scores with weights.
         mean: The mean of all unit keys up to some tokens behind each, as `keys`; for the scores that compare with it.
@@ -105,21 +105,21 @@ class Score:
     Attributes:
         votes: From new tokens to votes, `[B, T]`, the higher the better; or, for R reaches, `[B, T, C, R]`, of which
             the best kind counts once the layers have taken their mean, NaN where a layer does not vote.
-        unrotated: Whether it needs keys as they were before their rotation.
-        compares: Whether it needs their mean, for which it votes some tokens later.
+        pre_rope: Whether it needs keys as they were before their rotation.
+        needs_mean: Whether it needs their mean, for which it votes some tokens later.
         weights: What a layer must have to vote; `None` for a score that needs nothing.
         reaches: Neighbours on each side that votes are averaged over, of which the highest mean counts.
-        gain: What means over more neighbours than `NEAR` have ahead, because those of many are seldom high.
+        gain: What means over more neighbours than `POOL` have ahead, because those of many are seldom high.
         lends: Tokens before one with a high score that are lent some of it, because they say what it is about, and
             behind it, because the mean is low where a fact ends; behind a mean over more neighbours as many more.
         fade: How much of a score is lost with every token by which it is lent.
     """
 
     votes: Callable[[NewTokens], torch.Tensor]
-    unrotated: bool = False
-    compares: bool = False
+    pre_rope: bool = False
+    needs_mean: bool = False
     weights: type[AnchorGate] | type[AnchorQueries] | None = None
-    reaches: tuple[int, ...] = (NEAR,)
+    reaches: tuple[int, ...] = (POOL,)
     gain: float = 0.0
     lends: tuple[int, int] = (0, 0)
     fade: float = 0.0
@@ -130,7 +130,7 @@ class Score:
         Args:
             window: Tokens of the shortest window.
         """
-        return min(_DELAY, window // 4) if self.compares else 0
+        return min(_DELAY, window // 4) if self.needs_mean else 0
 
     def before(self, window: int) -> int:
         """Tokens before one with a high score that are lent some of it: no more than a quarter of a window.
@@ -146,7 +146,7 @@ class Score:
         Args:
             reach: Neighbours that its votes are averaged over.
         """
-        return self.lends[1] + reach - NEAR
+        return self.lends[1] + reach - POOL
 
     def ahead(self, reach: int) -> float:
         """What a mean over so many neighbours has ahead.
@@ -154,7 +154,7 @@ class Score:
         Args:
             reach: Neighbours on each side.
         """
-        return self.gain if reach > NEAR else 0.0
+        return self.gain if reach > POOL else 0.0
 
     def span(self, window: int) -> int:
         """Tokens that must be in the window behind one that leaves, so that all it depends on has been voted on.
@@ -166,10 +166,10 @@ class Score:
 
 
 SCORES = {
-    "key_diff": Score(key_diff, unrotated=True, compares=True),
+    "key_diff": Score(key_diff, pre_rope=True, needs_mean=True),
     "key_norm": Score(key_norm),
     "asked": Score(
-        asked, unrotated=True, weights=AnchorQueries, reaches=(NEAR, FAR), gain=0.8, lends=(12, 4), fade=0.02
+        asked, pre_rope=True, weights=AnchorQueries, reaches=(POOL, LONG_POOL), gain=0.8, lends=(12, 4), fade=0.02
     ),
     "learned": Score(learned, weights=AnchorGate, lends=(12, 2), fade=0.07),
     "recent": Score(recent),
@@ -178,12 +178,12 @@ SCORES = {
 """Scores by name. A new one is a function and a line here."""
 
 ORACLE = "oracle"
-"""A score that is not in the table: the tokens that `told` names, for the bound of what a choice can bring."""
+"""A score that is not in the table: the tokens that `oracle` names, for the bound of what a choice can bring."""
 
-_told: ContextVar[frozenset[int] | None] = ContextVar("ahn_told", default=None)
+_wanted: ContextVar[frozenset[int] | None] = ContextVar("ahn_wanted", default=None)
 
 
-def usual_voters(score: str, layers: Sequence[int]) -> list[int]:
+def default_layers(score: str, layers: Sequence[int]) -> list[int]:
     """The layers that vote where none are named.
 
     Keys that differ from the mean tell facts from filler in some layers only: of SmolLM2's 30 best in 18 and 20, which
@@ -193,28 +193,28 @@ def usual_voters(score: str, layers: Sequence[int]) -> list[int]:
         score: Name of the score.
         layers: Indices of the layers that could vote, in order.
     """
-    if not find_score(score).compares:
+    if not find_score(score).needs_mean:
         return list(layers)
     count = len(layers)
     return sorted({layers[place] for place in (3 * count // 5, 2 * count // 3)})
 
 
 @contextmanager
-def told(tokens: Iterable[int]) -> Iterator[None]:
+def oracle(tokens: Iterable[int]) -> Iterator[None]:
     """Makes known the score "oracle" inside a `with` block: it votes for these tokens alone.
 
     Args:
         tokens: Their indices from each row's first real token.
     """
-    token = _told.set(frozenset(tokens))
+    token = _wanted.set(frozenset(tokens))
     try:
         yield
     finally:
-        _told.reset(token)
+        _wanted.reset(token)
 
 
 def _oracle(new: NewTokens) -> torch.Tensor:
-    wanted = torch.tensor(sorted(_there(_told.get())), dtype=torch.long, device=new.tokens.device)
+    wanted = torch.tensor(sorted(_there(_wanted.get())), dtype=torch.long, device=new.tokens.device)
     return torch.isin(new.tokens, wanted).float()
 
 
@@ -228,7 +228,7 @@ def find_score(name: str) -> Score:
     Raises:
         ConfigError: There is none.
     """
-    if name == ORACLE and _told.get() is not None:
+    if name == ORACLE and _wanted.get() is not None:
         return Score(_oracle)
     if name not in SCORES:
         raise ConfigError(f"unknown anchor_score {name!r}; known are {AUTO}, {', '.join(SCORES)}")

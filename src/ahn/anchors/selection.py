@@ -21,25 +21,25 @@ from ahn.anchors.scores import Score
 from ahn.tokens import NEVER, Padding
 
 
-class Choice(NamedTuple):
+class Selected(NamedTuple):
     """Which tokens that leave the window in a call become anchors, and how long each anchor is read.
 
     Attributes:
         entering: Places among the tokens that leave, `[C]` int64.
-        born: Index of the first token whose query reads each anchor, the N held before and the C new ones,
+        visible_from: Index of the first token whose query reads each anchor, the N held before and the C new ones,
             `[B or 1, N + C]` int64.
-        died: Index of the first token whose query reads it no more, likewise.
+        visible_until: Index of the first token whose query reads it no more, likewise.
         source: Which of those N + C each place of the bank holds after the call, `[B or 1, N]` int64; `None` where
             nothing changes.
     """
 
     entering: torch.Tensor
-    born: torch.Tensor
-    died: torch.Tensor
+    visible_from: torch.Tensor
+    visible_until: torch.Tensor
     source: torch.Tensor | None
 
 
-class Ballot:
+class Scoreboard:
     """The votes on the tokens of a cache, and which of them are anchors.
 
     Layers that slide by themselves have a window of their own, so that tokens leave them earlier; each window has its
@@ -49,7 +49,7 @@ class Ballot:
         anchors: Number of anchors, N.
         sinks: Sinks of each row, which never leave.
         windows: Windows of the layers, in tokens.
-        voters: Indices of the layers that vote.
+        layers: Indices of the layers that vote.
         score: What they vote by.
 
     Attributes:
@@ -58,10 +58,10 @@ class Ballot:
             and `tokens.w` `[B, N]` int64, -1 at places without an anchor.
     """
 
-    def __init__(self, anchors: int, sinks: int, windows: set[int], voters: frozenset[int], score: Score) -> None:
+    def __init__(self, anchors: int, sinks: int, windows: set[int], layers: frozenset[int], score: Score) -> None:
         self.anchors = anchors
         self.sinks = sinks
-        self.voters = voters
+        self.layers = layers
         self.score = score
         self.delay = score.delay(min(windows))
         self.windows = windows
@@ -87,7 +87,7 @@ class Ballot:
         place = torch.arange(first, first + votes_BTR.size(1), device=votes_BTR.device) % self.places
         self.held["votes"].index_copy_(1, place, votes_BTR.detach().float())
 
-    def choose(self, seen: int, new: int, padding: Padding | None) -> dict[int, Choice]:
+    def choose(self, seen: int, new: int, padding: Padding | None) -> dict[int, Selected]:
         """The choice for the tokens that leave each window in a call, and keeps it.
 
         Args:
@@ -97,16 +97,16 @@ class Ballot:
         """
         if "votes" not in self.held:
             return {}
-        choices = {}
+        by_window = {}
         for window in self.windows:
             first = max(self.sinks, seen - window)
             leaving = torch.arange(first, max(first, seen + new - window), device=self.held["votes"].device)
-            choice = self._choose(window, leaving, padding)
-            if choice is not None:
-                choices[window] = choice
-        return choices
+            selected = self._choose(window, leaving, padding)
+            if selected is not None:
+                by_window[window] = selected
+        return by_window
 
-    def _choose(self, window: int, leaving_E: torch.Tensor, padding: Padding | None) -> Choice | None:
+    def _choose(self, window: int, leaving_E: torch.Tensor, padding: Padding | None) -> Selected | None:
         scores, tokens = f"scores.{window}", f"tokens.{window}"
         if leaving_E.numel() and scores not in self.held:
             rows = self.held["votes"].size(0)
@@ -116,10 +116,10 @@ class Ballot:
             return None
         held = _Anchors(self.held[scores], self.held[tokens])
         candidates = _Anchors(self._scores(leaving_E, padding), leaving_E.expand(held.tokens.size(0), -1))
-        choice, after = elect(held, candidates, window)
+        selected, after = select(held, candidates, window)
         if after is not None:
             self.held[scores], self.held[tokens] = after
-        return choice
+        return selected
 
     def _scores(self, token_E: torch.Tensor, padding: Padding | None) -> torch.Tensor:
         """The highest score of each token, `[B, E]`; -inf for padding and sinks."""
@@ -142,19 +142,19 @@ class Ballot:
 
 
 @dataclasses.dataclass
-class Election:
+class Selection:
     """The choice of anchors in one call, and the votes on its new tokens.
 
     Attributes:
-        ballot: Where the votes go when the call ends.
+        scoreboard: Where the votes go when the call ends.
         seen: Tokens read before the call.
-        choices: By window, which of the tokens that leave become anchors.
+        selected: By window, which of the tokens that leave become anchors.
         votes: What the layers voted in this call, `[B, T]` each or, by kind and reach, `[B, T, kinds, R]`.
     """
 
-    ballot: Ballot
+    scoreboard: Scoreboard
     seen: int
-    choices: dict[int, Choice]
+    selected: dict[int, Selected]
     votes: list[torch.Tensor] = dataclasses.field(default_factory=list)
 
     def close(self) -> None:
@@ -165,7 +165,7 @@ class Election:
             best_BTR = votes.nan_to_num(nan=NEVER_ASKED).amax(2)
         else:
             best_BTR = votes[..., None]
-        self.ballot.count(best_BTR, self.seen)
+        self.scoreboard.count(best_BTR, self.seen)
 
 
 class _Anchors(NamedTuple):
@@ -175,7 +175,7 @@ class _Anchors(NamedTuple):
     tokens: torch.Tensor
 
 
-def elect(held: _Anchors, new: _Anchors, window: int) -> tuple[Choice, _Anchors | None]:
+def select(held: _Anchors, new: _Anchors, window: int) -> tuple[Selected, _Anchors | None]:
     """The best N of all tokens that have left so far, after each that leaves; of equal ones the earlier.
 
     Args:
@@ -184,16 +184,16 @@ def elect(held: _Anchors, new: _Anchors, window: int) -> tuple[Choice, _Anchors 
         window: A token leaves when the one comes that stands so much later.
 
     Returns:
-        The choice, and the anchors after it; `None` where they are those of before.
+        What was selected, and the anchors after it; `None` where they are those of before.
     """
     anchors, leaving = held.scores.size(1), new.scores.size(1)
     scores, tokens = torch.cat((held.scores, new.scores), 1), torch.cat((held.tokens, new.tokens), 1)
     is_token = (tokens >= 0) & (scores > float("-inf"))
-    born = torch.where(is_token, tokens + window, NEVER)
-    died = torch.full_like(born, NEVER)
+    visible_from = torch.where(is_token, tokens + window, NEVER)
+    visible_until = torch.full_like(visible_from, NEVER)
     nothing = new.tokens[0, :0]
     if leaving == 0:
-        return Choice(nothing, born, died, None), None
+        return Selected(nothing, visible_from, visible_until, None), None
     # ahead[b, c, i]: how many are ahead of c once the first i + 1 tokens have left.
     earlier = tokens[:, None, :] < tokens[:, :, None]
     wins = (scores[:, None, :] > scores[:, :, None]) | ((scores[:, None, :] == scores[:, :, None]) & earlier)
@@ -206,25 +206,25 @@ def elect(held: _Anchors, new: _Anchors, window: int) -> tuple[Choice, _Anchors 
     came[:, anchors:] &= ~out[:, anchors:].diagonal(dim1=1, dim2=2)
     falls = out.any(-1)
     end = new.tokens.gather(1, out.to(torch.uint8).argmax(-1)) + window
-    born, died = torch.where(came, born, NEVER), torch.where(came & falls, end, died)
-    return _settled(born, died, came & ~falls, came, scores, tokens, anchors)
+    visible_from, visible_until = torch.where(came, visible_from, NEVER), torch.where(came & falls, end, visible_until)
+    return _settled(visible_from, visible_until, came & ~falls, came, scores, tokens, anchors)
 
 
 def _settled(
-    born: torch.Tensor,
-    died: torch.Tensor,
+    visible_from: torch.Tensor,
+    visible_until: torch.Tensor,
     stays: torch.Tensor,
     came: torch.Tensor,
     scores: torch.Tensor,
     tokens: torch.Tensor,
     anchors: int,
-) -> tuple[Choice, _Anchors | None]:
+) -> tuple[Selected, _Anchors | None]:
     """Gives those that stay their places: old ones keep theirs, new ones take free ones in their order."""
     entering = came[:, anchors:].any(0).nonzero().flatten()
     if entering.numel() == 0:
-        return Choice(entering, born[:, :anchors], died[:, :anchors], None), None
+        return Selected(entering, visible_from[:, :anchors], visible_until[:, :anchors], None), None
     columns = torch.cat((torch.arange(anchors, device=entering.device), anchors + entering))
-    born, died, stays = born[:, columns], died[:, columns], stays[:, columns]
+    visible_from, visible_until, stays = visible_from[:, columns], visible_until[:, columns], stays[:, columns]
     free = (~stays[:, :anchors]).to(torch.uint8).argsort(dim=1, descending=True, stable=True)
     fresh = stays[:, anchors:].to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, :anchors]
     taken = torch.arange(fresh.size(1), device=entering.device) < stays[:, anchors:].sum(1, keepdim=True)
@@ -234,4 +234,4 @@ def _settled(
     scores, tokens = scores[:, columns].gather(1, source), tokens[:, columns].gather(1, source)
     gone = ~stays.gather(1, source)
     after = _Anchors(scores.masked_fill(gone, float("-inf")), tokens.masked_fill(gone, -1))
-    return Choice(entering, born, died, source), after
+    return Selected(entering, visible_from, visible_until, source), after

@@ -14,12 +14,12 @@ from typing import Any, TypeVar, cast
 import torch
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
-from ahn.anchors.selection import Election
+from ahn.anchors.selection import Selection
 from ahn.attachment import Attachment
-from ahn.attention.decoding import Step
+from ahn.attention.decoding import DecodeStep
 from ahn.config import RunSettings
 from ahn.errors import CacheError
-from ahn.tokens import Extra, Padding, View
+from ahn.tokens import ExtraKV, Padding, View
 
 Found = TypeVar("Found")
 
@@ -37,9 +37,9 @@ class Plan:
         base_mask: Mask for layers without a memory, as the base model's implementation wants it.
         masks: Block masks made so far, shared by the layers.
         made: What `shared` has made so far.
-        election: The choice of anchors in this call; `None` where there are none.
+        selection: The choice of anchors in this call; `None` where there are none.
         step: What all layers do at once, in a call of one token; `None` in others.
-        before: Outputs of the pieces of a long call that were read before this, its last one.
+        before: Outputs of the chunks of a long call that were read before this, its last one.
         token: What ends the call.
     """
 
@@ -49,15 +49,15 @@ class Plan:
     base_mask: Any = None
     masks: dict[tuple[object, ...], torch.Tensor] = dataclasses.field(default_factory=dict)
     made: dict[tuple[str, int], tuple[object, object]] = dataclasses.field(default_factory=dict)
-    election: Election | None = None
-    step: Step | None = None
+    selection: Selection | None = None
+    step: DecodeStep | None = None
     before: list[Any] = dataclasses.field(default_factory=list)
     token: Token[Plan | None] | None = None
 
     def block_mask(
         self, block: tuple[int, int], keys_from: int, sinks: int, window: int, repeats: int, like: torch.Tensor
     ) -> torch.Tensor:
-        """Additive mask of a block of queries over a stretch of the window, followed by the sinks.
+        """Additive mask of a block of queries over a segment of the window, followed by the sinks.
 
         Args:
             block: First and last + 1 index of the queries; the last key of the window is that of the last query.
@@ -84,7 +84,7 @@ class Plan:
             self.masks[key] = _additive(allowed, repeats, like)
         return self.masks[key][:, keys_from - (start - window + 1) :]
 
-    def extra_mask(self, extra: Extra, block: tuple[int, int], repeats: int, like: torch.Tensor) -> torch.Tensor:
+    def extra_mask(self, extra: ExtraKV, block: tuple[int, int], repeats: int, like: torch.Tensor) -> torch.Tensor:
         """Additive mask of a block of queries over extra keys.
 
         Args:
@@ -99,7 +99,7 @@ class Plan:
         allowed = extra.allowed(*block)
         return _additive(allowed[:, None] if allowed.size(0) > 1 else allowed[0], repeats, like)
 
-    def one_mask(self, extra: Extra, seen: int, like: torch.Tensor) -> torch.Tensor | None:
+    def one_mask(self, extra: ExtraKV, seen: int, like: torch.Tensor) -> torch.Tensor | None:
         """Additive mask of a single query over extra keys, `[1, C]`, made once for all layers.
 
         Args:
@@ -110,14 +110,14 @@ class Plan:
         Returns:
             The mask, or `None` where rows differ or the query reads none of them.
         """
-        if extra.born.size(0) > 1:
+        if extra.visible_from.size(0) > 1:
             return None
 
         def make() -> torch.Tensor | None:
             mask = self.extra_mask(extra, (seen - 1, seen), 1, like)
             return mask if bool((mask == 0).any()) else None
 
-        return self.shared("one mask", extra.born, make)
+        return self.shared("one mask", extra.visible_from, make)
 
     def shared(self, name: str, source: object, make: Callable[[], Found]) -> Found:
         """What is made of one thing, once for all layers of the call.

@@ -1,4 +1,4 @@
-"""Long calls in pieces: what leaves the window must have been voted on by every layer, thus read in an earlier call."""
+"""Long calls in chunks: what leaves the window must have been voted on by every layer, thus read in an earlier call."""
 
 from __future__ import annotations
 
@@ -8,36 +8,36 @@ from typing import Any
 import torch
 
 
-def read_first_pieces(
+def read_first_chunks(
     backbone: Any, seen: int, longest: int, arguments: dict[str, Any]
 ) -> tuple[list[Any], dict[str, Any]]:
-    """Reads all pieces of a call but its last.
+    """Reads all chunks of a call but its last.
 
     Args:
-        backbone: The stack of layers, whose hooks are called for each piece.
+        backbone: The stack of layers, whose hooks are called for each chunk.
         seen: Tokens read before the call.
-        longest: Tokens of a piece at most.
+        longest: Tokens of a chunk at most.
         arguments: The call's arguments, among them its cache.
 
     Returns:
-        The outputs of those pieces, and the arguments of the last one.
+        The outputs of those chunks, and the arguments of the last one.
     """
     inputs = arguments["input_ids"] if arguments.get("input_ids") is not None else arguments["inputs_embeds"]
     new = inputs.size(1)
     starts = range(0, new, longest)
-    pieces = [_piece(arguments, seen, new, slice(start, min(start + longest, new))) for start in starts]
-    return [backbone(**piece) for piece in pieces[:-1]], pieces[-1]
+    chunks = [_chunk(arguments, seen, new, slice(start, min(start + longest, new))) for start in starts]
+    return [backbone(**chunk) for chunk in chunks[:-1]], chunks[-1]
 
 
 def joined(outputs: list[Any]) -> Any:
-    """The output of a whole call from those of its pieces; what is no tensor per token is that of the last."""
+    """The output of a whole call from those of its chunks; what is no tensor per token is that of the last."""
     last = outputs[-1]
     if isinstance(last, Mapping):
         return type(last)(**{name: _join([output[name] for output in outputs]) for name in last})
     return tuple(_join(list(values)) for values in zip(*outputs))
 
 
-def _piece(arguments: Mapping[str, Any], seen: int, new: int, part: slice) -> dict[str, Any]:
+def _chunk(arguments: Mapping[str, Any], seen: int, new: int, part: slice) -> dict[str, Any]:
     def cut(name: str, value: Any) -> Any:
         if not isinstance(value, torch.Tensor):
             return value

@@ -15,11 +15,11 @@ import torch
 from torch import nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from ahn.anchors.selection import Choice
-from ahn.anchors.voting import Voter, cast_votes
+from ahn.anchors.scoring import Scorer, score_tokens
+from ahn.anchors.selection import Selected
 from ahn.attachment import Site, find_attachment
 from ahn.attention.call import Plan
-from ahn.attention.decoding import Step
+from ahn.attention.decoding import DecodeStep
 from ahn.attention.lookup import Lookup
 from ahn.attention.softmax import Softmax, local_attention
 from ahn.backbone.rotary import Rotary
@@ -43,7 +43,7 @@ class LayerCall:
         site: The layer.
         memory: Its memory.
         plan: The call.
-        store: The layer's cascade; a fresh one where no cache is kept.
+        store: The layer's part of the cache; a fresh one where no cache is kept.
         kept: Whether the store lives on after the call.
         hidden: Input of the attention layer, `[B, T, D]`.
         gates: The new tokens' gates, `[B, T, N, H]`; `None` where the memory is silent or layers decode together.
@@ -59,15 +59,15 @@ class LayerCall:
     gates: torch.Tensor | None
     rotary: Rotary | None
 
-    def side(self, key: torch.Tensor) -> torch.Tensor:
+    def record(self, key: torch.Tensor) -> torch.Tensor:
         """What is kept of each new token for the day it leaves, `[B, 1, T, F]`."""
         if self.gates is None:
             return key.new_zeros(key.size(0), 1, key.size(2), 0, dtype=torch.float32)
-        side = self.gates.flatten(2)
+        record = self.gates.flatten(2)
         if self.rotary and self.rotary.unrotates:
-            record = self.rotary.rotation.record(self.rotary.tables, self.rotary.positions, key.size(0))
-            side = torch.cat((side, record.to(side.dtype)), dim=-1)
-        return side[:, None]
+            position = self.rotary.rotation.position_record(self.rotary.tables, self.rotary.positions, key.size(0))
+            record = torch.cat((record, position.to(record.dtype)), dim=-1)
+        return record[:, None]
 
     def sink_queries(self, query: torch.Tensor, seen: int) -> torch.Tensor | None:
         """Queries that see the sinks within the trained context, or `None` while that is where they are anyway."""
@@ -75,45 +75,45 @@ class LayerCall:
         if near or self.plan.settings.sink_positions != "bounded" or self.rotary is None:
             return None
         rotation, tables, positions, _ = self.rotary
-        turn = self.plan.shared("bounding", tables[0], lambda: rotation.bounding(tables, positions))
+        turn = self.plan.shared("clamped", tables[0], lambda: rotation.clamped(tables, positions))
         return rotation.apply(query, turn)
 
     def lookup(self, query: torch.Tensor, view: View, seen: int) -> Lookup:
         """What the new tokens look up in this layer, once `seen` tokens have come."""
         return Lookup(query, self.sink_queries(query, seen), view, self.plan, self.store.exact.window, seen)
 
-    def elect(self, key: torch.Tensor) -> Choice | None:
+    def select(self, key: torch.Tensor) -> Selected | None:
         """Hands in the layer's votes on the new tokens; which of those that leave become anchors, if there are any."""
         plan = self.plan
-        if plan.election is None:
+        if plan.selection is None:
             return None
-        if self.site.index in plan.election.ballot.voters:
-            weights = self.site.votes_by(plan.settings.anchor_score)
-            voter = Voter(self.store, key, self.hidden, weights, self.rotary)
+        if self.site.index in plan.selection.scoreboard.layers:
+            weights = self.site.score_weights(plan.settings.anchor_score)
+            scorer = Scorer(self.store, key, self.hidden, weights, self.rotary)
             if plan.step is not None:
-                plan.step.voters[self.site.index] = voter
+                plan.step.scorers[self.site.index] = scorer
             else:
-                score, seen, delay = plan.settings.anchor_score, self.store.exact.seen, plan.election.ballot.delay
-                plan.election.votes += cast_votes([voter], score, seen, delay, plan.padding)
-        choice: Choice | None = plan.election.choices.get(self.store.exact.window)
-        return choice
+                score, seen, delay = plan.settings.anchor_score, self.store.exact.seen, plan.selection.scoreboard.delay
+                plan.selection.votes += score_tokens([scorer], score, seen, delay, plan.padding)
+        selected: Selected | None = plan.selection.selected.get(self.store.exact.window)
+        return selected
 
     def read_memory(self, query: torch.Tensor, view: View, seen: int) -> torch.Tensor:
-        """Folds what left the window into the state; what the memory adds for the last E queries, `[B, E, H, V]`."""
+        """Updates the state with what left the window; what the memory adds for the last E queries, `[B, E, H, V]`."""
         before = query.size(2) - view.evicted.length
-        return self.memory.read_out(self.recall(query, view, seen), self.hidden[:, before:])
+        return self.memory.project_out(self.recall(query, view, seen), self.hidden[:, before:])
 
     def recall(self, query: torch.Tensor, view: View, seen: int) -> torch.Tensor:
-        """Folds what left the window into the state; what the last E queries read, `[B, E, H, V]` float32, raw."""
+        """Updates the state with what left the window; what the last E queries read, `[B, E, H, V]` float32, raw."""
         evicted = view.evicted
         before = query.size(2) - evicted.length
-        query, keys, side = query[:, :, before:], evicted.keys, evicted.side[:, 0]
+        query, keys, record = query[:, :, before:], evicted.keys, evicted.record[:, 0]
         width = self.memory.gate_count * self.site.shape.query_heads
         if self.rotary and self.rotary.unrotates:
             cos, sin = (table[:, before:] for table in self.rotary.tables)
-            query = self.rotary.rotation.undo(query, (cos, sin))
-            keys = self.rotary.rotation.undo_recorded(keys, side[..., width:])
-        gates = side[..., :width].unflatten(-1, (self.memory.gate_count, -1))
+            query = self.rotary.rotation.unrotate(query, (cos, sin))
+            keys = self.rotary.rotation.unrotate_recorded(keys, record[..., width:])
+        gates = record[..., :width].unflatten(-1, (self.memory.gate_count, -1))
         if self.plan.padding is not None:
             first = seen - self.store.exact.window - evicted.length
             gates = _without_padding(gates, first, self.store.exact.sinks, self.plan.padding)
@@ -160,10 +160,10 @@ def attention_function(
     store, padding = ahn.store, ahn.plan.padding
     if ahn.plan.step is not None:
         return _decode(ahn, ahn.plan.step, query, key, value, softmax), None
-    new = Tokens(key, value, ahn.side(key))
+    new = Tokens(key, value, ahn.record(key))
     seen = store.exact.seen + new.length
-    choice = ahn.elect(key)
-    view = store.append(new, padding, choice) if ahn.kept else store.view(new, padding)
+    selected = ahn.select(key)
+    view = store.append(new, padding, selected) if ahn.kept else store.view(new, padding)
     local = local_attention(ahn.lookup(query, view, seen), softmax)
     if ahn.gates is None or not view.evicted.length:
         return local, None
@@ -171,17 +171,17 @@ def attention_function(
 
 
 def _decode(
-    call: LayerCall, step: Step, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, softmax: Softmax
+    call: LayerCall, step: DecodeStep, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, softmax: Softmax
 ) -> torch.Tensor:
     """Attention of the one token of a step, `[B, 1, H, V]`: what leaves the window is in the state already."""
     step.hidden[call.site.index] = call.hidden
     store = call.store
-    view = store.append_key(key, value, call.elect(key))
+    view = store.append_key(key, value, call.select(key))
     seen = store.exact.seen
     local = local_attention(call.lookup(query, view, seen), softmax)
     if store.state is None:
         return local
-    return call.memory.add_answer(local, query.transpose(1, 2), call.hidden, store.state)
+    return call.memory.decode_add(local, query.transpose(1, 2), call.hidden, store.state)
 
 
 def _without_padding(gates_BENH: torch.Tensor, first: int, sinks: int, padding: Padding) -> torch.Tensor:

@@ -11,16 +11,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from ahn.anchors.selection import Ballot, Election
+from ahn.anchors.selection import Scoreboard, Selection
 from ahn.attachment import Attachment, Site, attachment_of
 from ahn.attention.call import CURRENT, Plan, find_padding
-from ahn.attention.chunks import joined, read_first_pieces
+from ahn.attention.chunks import joined, read_first_chunks
 from ahn.attention.decoding import begin_step
 from ahn.attention.function import LayerCall
 from ahn.backbone import compat, linear
 from ahn.backbone.rotary import Rotary
 from ahn.cache import HippocampalCache, HippocampalLayer
-from ahn.cache.cache import check_cache, new_cascade
+from ahn.cache.cache import check_cache, new_memory_layer
 from ahn.config import RunSettings
 from ahn.errors import CacheError
 from ahn.tokens import Padding
@@ -40,10 +40,10 @@ def before_call(backbone: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
         padding = _padding(attachment, cache, inputs, kwargs.get("attention_mask"))
     kwargs = compat.with_cache(backbone, kwargs, cache)
     plan = Plan(attachment, settings, padding)
-    if isinstance(cache, HippocampalCache) and cache.ballot is not None and inputs is not None:
-        plan.before, kwargs = read_first_pieces(backbone, cache.seen_tokens, cache.ballot.longest_call, kwargs)
-        cache.padding = padding  # of which the pieces saw their parts
-        plan.election = _election(cache, cache.ballot, _inputs(kwargs).size(1))
+    if isinstance(cache, HippocampalCache) and cache.scoreboard is not None and inputs is not None:
+        plan.before, kwargs = read_first_chunks(backbone, cache.seen_tokens, cache.scoreboard.longest_call, kwargs)
+        cache.padding = padding  # of which the chunks saw their parts
+        plan.selection = _selection(cache, cache.scoreboard, _inputs(kwargs).size(1))
     if isinstance(cache, HippocampalCache) and inputs is not None:
         plan.step = begin_step(cache, _inputs(kwargs).size(1))
     linear.note_call(plan.step is not None)
@@ -58,9 +58,9 @@ def after_call(backbone: Any, args: Any, output: Any) -> Any:
         return None
     CURRENT.reset(plan.token)
     if output is not None and plan.step is not None:
-        plan.step.close(plan.election)
-    if output is not None and plan.election is not None:
-        plan.election.close()
+        plan.step.close(plan.selection)
+    if output is not None and plan.selection is not None:
+        plan.selection.close()
     return joined([*plan.before, output]) if output is not None and plan.before else None
 
 
@@ -69,10 +69,10 @@ def _inputs(kwargs: dict[str, Any]) -> Any:
     return kwargs.get("input_ids") if kwargs.get("input_ids") is not None else kwargs.get("inputs_embeds")
 
 
-def _election(cache: HippocampalCache, ballot: Ballot, new: int) -> Election:
-    """The election of a call, whose choice is made before it begins."""
+def _selection(cache: HippocampalCache, scoreboard: Scoreboard, new: int) -> Selection:
+    """The selection of a call, whose choice is made before it begins."""
     seen = cache.seen_tokens
-    return Election(ballot, seen, ballot.choose(seen, new, cache.padding))
+    return Selection(scoreboard, seen, scoreboard.choose(seen, new, cache.padding))
 
 
 def _settings(attachment: Attachment, cache: Any) -> RunSettings:
@@ -135,14 +135,14 @@ def before_layer(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     gates = site.memory.gates(hidden) if plan.settings.mode == "ahn" and plan.step is None else None
     store = _store(compat.find_cache(kwargs), site)
     kept = store is not None
-    store = store or new_cascade(site, site.memory, plan.settings)
+    store = store or new_memory_layer(site, site.memory, plan.settings)
     rotary = _rotary(site, kwargs, plan)
     return args, {**kwargs, "ahn": LayerCall(site, site.memory, plan, store, kept, hidden, gates, rotary)}
 
 
 def _store(cache: Any, site: Site) -> HippocampalLayer | None:
-    """The layer's cascade in the cache of the call, or `None` where no cache is kept."""
-    layer = cache.cascades[site.index] if isinstance(cache, HippocampalCache) else None
+    """The layer of the call's cache, or `None` where no cache is kept."""
+    layer = cache.layers[site.index] if isinstance(cache, HippocampalCache) else None
     return layer if isinstance(layer, HippocampalLayer) else None
 
 

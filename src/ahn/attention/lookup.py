@@ -19,7 +19,7 @@ class Lookup:
 
     Attributes:
         queries: Queries of the new tokens, `[B, H, T, K]`.
-        far_queries: Queries for sinks and extra keys where these differ (bounded positions), or `None`.
+        sink_queries: Queries for sinks and extra keys where these differ (bounded positions), or `None`.
         view: What the queries may read.
         plan: The call, for its masks and padding.
         window: Tokens of the layer's window.
@@ -27,7 +27,7 @@ class Lookup:
     """
 
     queries: torch.Tensor
-    far_queries: torch.Tensor | None
+    sink_queries: torch.Tensor | None
     view: View
     plan: Plan
     window: int

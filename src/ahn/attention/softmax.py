@@ -15,7 +15,8 @@ import torch.nn.functional as F
 
 from ahn.attention.lookup import Lookup
 from ahn.attention.softmax_native import compiled_attention
-from ahn.tokens import Extra, Tokens
+from ahn.backbone.compat import FUSED_GROUPS_HEADS
+from ahn.tokens import ExtraKV, Tokens
 
 # torch 2.13 has no public function that returns the log-sum of a fused softmax beside its output.
 _HAS_LOG_SUM = hasattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu")
@@ -66,49 +67,49 @@ def local_attention(lookup: Lookup, softmax: Softmax) -> torch.Tensor:
 
 def _attend_one(lookup: Lookup, softmax: Softmax) -> torch.Tensor:
     """A single query over the slots of the ring as they lie, and keys from elsewhere, `[B, H, 1, V]`."""
-    query, far_query, view, plan, seen = lookup.queries, lookup.far_queries, lookup.view, lookup.plan, lookup.seen
+    query, sink_query, view, plan, seen = lookup.queries, lookup.sink_queries, lookup.view, lookup.plan, lookup.seen
     mask = plan.slot_mask(view, seen, lookup.window, query)
     keys, values, sinks = view.local.keys, view.local.values, view.sinks.length
     if view.extra is None:
-        return _attend(query, far_query, keys, values, mask, slice(0, sinks), softmax)
+        return _attend(query, sink_query, keys, values, mask, slice(0, sinks), softmax)
     extra, extra_mask = view.extra, plan.one_mask(view.extra, seen, query) if query.device.type == "cpu" else None
     if mask is None and extra_mask is not None and _can_merge(query, extra_mask, softmax):
         # The window is large and lies apart: it is not copied to stand beside a few keys.
         far = extra.keys, extra.values, extra_mask
-        if far_query is None:
+        if sink_query is None:
             return _merged(query, (keys, values, None), query, far, softmax)
         far_keys, far_values = (
             torch.cat((held[:, :, :sinks], own), dim=2) for held, own in ((keys, extra.keys), (values, extra.values))
         )
         far = far_keys, far_values, F.pad(extra_mask, (sinks, 0))
-        return _merged(query, (keys[:, :, sinks:], values[:, :, sinks:], None), far_query, far, softmax)
+        return _merged(query, (keys[:, :, sinks:], values[:, :, sinks:], None), sink_query, far, softmax)
     extra = extra.reached(seen - 1, seen)
     mask = keys.new_zeros(1, keys.size(2)) if mask is None else mask
     mask = _beside(plan.extra_mask(extra, (seen - 1, seen), 1, query), mask)
     keys, values = torch.cat((extra.keys, keys), dim=2), torch.cat((extra.values, values), dim=2)
-    return _attend(query, far_query, keys, values, mask, slice(0, extra.keys.size(2) + sinks), softmax)
+    return _attend(query, sink_query, keys, values, mask, slice(0, extra.keys.size(2) + sinks), softmax)
 
 
 def _attend_block(lookup: Lookup, start: int, stop: int, softmax: Softmax) -> torch.Tensor:
     """The queries of one block of tokens, `[B, H, stop - start, V]`."""
-    view, plan, far_queries = lookup.view, lookup.plan, lookup.far_queries
+    view, plan, sink_queries = lookup.view, lookup.plan, lookup.sink_queries
     rows = slice(start - lookup.first, stop - lookup.first)
     query = lookup.queries[:, :, rows]
     keys_from = max(view.first, start - lookup.window + 1)
     reach = view.local.span(keys_from - view.first, max(keys_from, stop) - view.first)
     repeats = query.size(1) // reach.keys.size(1) if _stacks_heads(query) else 1
     mask = plan.block_mask((start, stop), keys_from, view.sinks.length, lookup.window, repeats, query)
-    parts: list[Tokens | Extra] = [reach, view.sinks]
+    parts: list[Tokens | ExtraKV] = [reach, view.sinks]
     if view.extra is not None and (extra := view.extra.reached(start, stop)).keys.size(2):
         mask = _beside(mask, plan.extra_mask(extra, (start, stop), repeats, query))
         parts.append(extra)
     keys, values = (torch.cat([part[index] for part in parts], dim=2) for index in (0, 1))
     # Within the trained context both queries are the same, so that blocks before its end need one of them only.
-    near = far_queries is None or stop <= plan.attachment.trained_context
-    far_query = None if near or far_queries is None else far_queries[:, :, rows]
+    near = sink_queries is None or stop <= plan.attachment.trained_context
+    sink_query = None if near or sink_queries is None else sink_queries[:, :, rows]
     # Queries among the sinks see no token of the window, whose log-sum alone would be undefined.
-    attend = _attend_explicitly if far_query is not None and start < view.sinks.length else _attend
-    return attend(query, far_query, keys, values, mask, slice(reach.length, None), softmax)
+    attend = _attend_explicitly if sink_query is not None and start < view.sinks.length else _attend
+    return attend(query, sink_query, keys, values, mask, slice(reach.length, None), softmax)
 
 
 def _attend(
@@ -170,9 +171,10 @@ def _merged(q_BHTK: torch.Tensor, near: _Part, far_q_BHTK: torch.Tensor, far: _P
 def _fused(q_BHTK: torch.Tensor, part: _Part, softmax: Softmax) -> tuple[torch.Tensor, torch.Tensor]:
     """Output of the fused kernel on CPU, `[B, H, T, V]`, and the logarithm of its denominators, `[B, H, T]`."""
     keys, values, mask = part
-    query = q_BHTK
-    if query.size(2) == 1:  # query heads stacked on their kv head: its keys are read once
+    query, new = q_BHTK, q_BHTK.size(2)
+    if new == 1 or not FUSED_GROUPS_HEADS:  # query heads stacked on their kv head: its keys are read once
         query = query.reshape(query.size(0), keys.size(1), -1, query.size(3))
+        mask = mask if mask is None or new == 1 else mask.repeat(query.size(2) // new, 1)
     kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
     out, log_sum = kernel(query, keys, values, 0.0, False, attn_mask=mask, scale=softmax.scaling)
     return out.reshape(*q_BHTK.shape[:3], -1), log_sum.reshape(q_BHTK.shape[:3])

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 
 from ahn.attention.lookup import Lookup
-from ahn.native import Stretch, attend, attend_one, ready
+from ahn.native import Segment, attend, attend_one, ready
 from ahn.tokens import View
 
 
@@ -24,7 +24,7 @@ def compiled_attention(lookup: Lookup, scaling: float) -> torch.Tensor | None:
     """
     view, plan, window = lookup.view, lookup.plan, lookup.window
     tensors = [lookup.queries, view.local.keys, view.local.values, view.sinks.keys, view.sinks.values]
-    tensors += [] if lookup.far_queries is None else [lookup.far_queries]
+    tensors += [] if lookup.sink_queries is None else [lookup.sink_queries]
     tensors += [] if view.extra is None else [view.extra.keys, view.extra.values]
     if not ready(*tensors, sizes=(view.local.keys.size(3), view.local.values.size(3))):
         return None
@@ -35,38 +35,40 @@ def compiled_attention(lookup: Lookup, scaling: float) -> torch.Tensor | None:
     if not view.ordered:
         mask = plan.slot_mask(view, lookup.seen, window, near_q)
         return attend_one([*_ring(view, near_q, far_q, mask), *beside], lookup.first, scaling)
-    sinks = Stretch(far_q, _dense(view.sinks.keys), _dense(view.sinks.values))
-    local = Stretch(near_q, _dense(view.local.keys), _dense(view.local.values), first=view.first, reach=window)
+    sinks = Segment(far_q, _dense(view.sinks.keys), _dense(view.sinks.values))
+    local = Segment(near_q, _dense(view.local.keys), _dense(view.local.values), first=view.first, window=window)
     return attend([sinks, *beside, local], lookup.first, scaling)
 
 
 def _queries(lookup: Lookup) -> tuple[torch.Tensor, torch.Tensor]:
     """Queries for the window and those for sinks and extra keys, which may be the same, alike in memory."""
     near = _dense(lookup.queries) if lookup.view.ordered else lookup.queries.contiguous()
-    far = near if lookup.far_queries is None else lookup.far_queries
+    far = near if lookup.sink_queries is None else lookup.sink_queries
     return (near, far) if far.stride() == near.stride() else (near.contiguous(), far.contiguous())
 
 
-def _ring(view: View, near_q: torch.Tensor, far_q: torch.Tensor, mask_B11N: torch.Tensor | None) -> list[Stretch]:
+def _ring(view: View, near_q: torch.Tensor, far_q: torch.Tensor, mask_B11N: torch.Tensor | None) -> list[Segment]:
     """The slots of a ring as they lie, the sinks apart where they have a query of their own."""
     keys, values = _dense(view.local.keys), _dense(view.local.values)
     mask = None if mask_B11N is None else mask_B11N[:, 0, 0]
     sinks = view.sinks.length
     if far_q is near_q or sinks == 0:
-        return [Stretch(near_q, keys, values, mask=mask)]
+        return [Segment(near_q, keys, values, mask=mask)]
     parts = ((far_q, slice(0, sinks)), (near_q, slice(sinks, None)))
     return [
-        Stretch(query, keys[:, :, span], values[:, :, span], mask=None if mask is None else mask[:, span])
+        Segment(query, keys[:, :, span], values[:, :, span], mask=None if mask is None else mask[:, span])
         for query, span in parts
     ]
 
 
-def _beside(view: View, far_q: torch.Tensor) -> list[Stretch]:
+def _beside(view: View, far_q: torch.Tensor) -> list[Segment]:
     """Keys of a later store."""
     if view.extra is None:
         return []
-    keys, values, born, died = view.extra
-    return [Stretch(far_q, _dense(keys), _dense(values), lives=(born.contiguous(), died.contiguous()))]
+    keys, values, visible_from, visible_until = view.extra
+    return [
+        Segment(far_q, _dense(keys), _dense(values), visible=(visible_from.contiguous(), visible_until.contiguous()))
+    ]
 
 
 def _dense(tensor: torch.Tensor) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""Everything that leans on an internal of transformers, each with the version it was written for."""
+"""Everything that leans on an internal of torch or transformers, each with the version it was written for."""
 
 from __future__ import annotations
 
@@ -14,6 +14,9 @@ _CACHE_NAMES = ("cache", "past_key_values")
 _GENERATES_FROM = inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters
 CACHE = "cache" if "cache" in _GENERATES_FROM else "past_key_values"
 """Name under which this transformers hands a cache on (`past_key_values` before 5.24; 5.40 removes that name)."""
+
+FUSED_GROUPS_HEADS = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 13)
+"""Whether torch's fused attention on a CPU lets query heads share a kv head; 2.6 to 2.8 read past the keys instead."""
 
 
 def cache_name(model: Any) -> str:

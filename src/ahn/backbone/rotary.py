@@ -60,13 +60,13 @@ class Rotation:
         rotated, _ = self._rotate(x_BHTK.float(), x_BHTK[:, :1].float(), cos.float(), sin.float())
         return rotated.to(x_BHTK.dtype)
 
-    def undo(self, x_BHTK: torch.Tensor, tables: Tables) -> torch.Tensor:
+    def unrotate(self, x_BHTK: torch.Tensor, tables: Tables) -> torch.Tensor:
         """`x` as it was before the rotation with these tables, scaling undone too; `[B, H, T, K]`."""
         cos, sin = (table.float() for table in tables)
         squared_scale = cos.square() + sin.square()
         return self.apply(x_BHTK, (cos / squared_scale, -sin / squared_scale))
 
-    def bounding(self, tables: Tables, positions: torch.Tensor) -> Tables:
+    def clamped(self, tables: Tables, positions: torch.Tensor) -> Tables:
         """Tables that turn queries as if they came from no further than the last trained position.
 
         Args:
@@ -78,7 +78,7 @@ class Rotation:
         squared_scale = cos.square() + sin.square()
         return (near_cos * cos + near_sin * sin) / squared_scale, (near_sin * cos - near_cos * sin) / squared_scale
 
-    def record(self, tables: Tables, positions: torch.Tensor, batch: int) -> torch.Tensor:
+    def position_record(self, tables: Tables, positions: torch.Tensor, batch: int) -> torch.Tensor:
         """What must be kept of each token to undo its rotation later, `[B, T, 1]` or `[B, T, 2R]` float32.
 
         The position itself, or the tables where their frequencies change with the length of the text.
@@ -86,12 +86,12 @@ class Rotation:
         kept = torch.cat(tables, dim=-1) if self.changes_with_length else positions[..., None]
         return kept.float().expand(batch, -1, -1)
 
-    def undo_recorded(self, k_BHTK: torch.Tensor, record_BTR: torch.Tensor) -> torch.Tensor:
+    def unrotate_recorded(self, k_BHTK: torch.Tensor, record_BTR: torch.Tensor) -> torch.Tensor:
         """Keys as they were before their rotation, from what `record` kept."""
         if self.changes_with_length:
             cos, sin = record_BTR.chunk(2, dim=-1)
-            return self.undo(k_BHTK, (cos, sin))
-        return self.undo(k_BHTK, self.tables(record_BTR.squeeze(-1)))
+            return self.unrotate(k_BHTK, (cos, sin))
+        return self.unrotate(k_BHTK, self.tables(record_BTR.squeeze(-1)))
 
 
 class Rotary(NamedTuple):

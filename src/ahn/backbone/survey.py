@@ -27,7 +27,7 @@ PROBE = "ahn_probe"
 
 
 @dataclasses.dataclass
-class Seen:
+class CapturedLayer:
     """One attention layer as it called the attention function.
 
     Attributes:
@@ -45,10 +45,10 @@ class Seen:
     sliding_window: int | None
 
 
-_SEEN: ContextVar[list[Seen] | None] = ContextVar("ahn_probe", default=None)
+_SEEN: ContextVar[list[CapturedLayer] | None] = ContextVar("ahn_probe", default=None)
 
 
-def probe(model: nn.Module, backbone: nn.Module) -> list[Seen]:
+def probe(model: nn.Module, backbone: nn.Module) -> list[CapturedLayer]:
     """The attention layers of a model, in the order in which they are run.
 
     Args:
@@ -81,8 +81,8 @@ def sample(backbone: Any, tokens: int) -> torch.Tensor:
     return (torch.arange(1, tokens + 1, device=compat.input_device(backbone)) % vocabulary)[None]
 
 
-def _run(backbone: nn.Module) -> list[Seen]:
-    seen: list[Seen] = []
+def _run(backbone: nn.Module) -> list[CapturedLayer]:
+    seen: list[CapturedLayer] = []
     ids = sample(backbone, 4)
     # To make a mask, a model looks at values, which there are none of on the meta device; a finished one passes.
     mask = {"attention_mask": torch.zeros(1, 1, 4, 4, device=ids.device)} if ids.is_meta else {}
@@ -142,8 +142,8 @@ def _rotates(backbone: Any, module: nn.Module, args: Any, kwargs: dict[str, Any]
 def _undoes(rotation: Rotation, rotated: torch.Tensor, plain: torch.Tensor, tables: Any, positions: Any) -> bool:
     tolerance = 1e-4 if plain.dtype == torch.float32 else 5e-2
     try:
-        given = rotation.undo(rotated, tables)
-        computed = rotation.undo_recorded(rotated, rotation.record(tables, positions, 1))
+        given = rotation.unrotate(rotated, tables)
+        computed = rotation.unrotate_recorded(rotated, rotation.position_record(tables, positions, 1))
     except RuntimeError:  # tables of another size than a head: deepseek_v3 rotates its last part only
         return False
     atol = tolerance * float(plain.abs().max())
@@ -162,7 +162,7 @@ def _depends_on(tables: Any, backbone: Any, module: nn.Module, args: Any, kwargs
 
 def _query(backbone: Any, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> torch.Tensor:
     """The queries that a layer computes from these inputs, its hooks left out, `[1, H, T, K]`."""
-    seen: list[Seen] = []
+    seen: list[CapturedLayer] = []
     token = _SEEN.set(seen)
     try:
         with implementation(backbone, PROBE):
@@ -211,7 +211,7 @@ def _note(
     """Notes the call and answers with plain attention, which is all that a probe needs."""
     seen = _SEEN.get()
     if seen is not None:
-        seen.append(Seen(module, query, key, value.size(-1), kwargs.get("sliding_window")))
+        seen.append(CapturedLayer(module, query, key, value.size(-1), kwargs.get("sliding_window")))
     value = repeat_kv(value, query.size(1) // value.size(1))
     return value.transpose(1, 2).contiguous(), None
 

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import torch
 
-from ahn.anchors.selection import Choice
-from ahn.cache.store import LaterStore
-from ahn.tokens import Extra, Tokens
+from ahn.anchors.selection import Selected
+from ahn.cache.store import Store
+from ahn.tokens import ExtraKV, Tokens
 
 
-class Bank(LaterStore):
+class Bank(Store):
     """Keys and values of the anchors of one layer.
 
     Args:
@@ -26,24 +26,24 @@ class Bank(LaterStore):
         super().__init__()
         self.anchors = anchors
 
-    def append(self, evicted: Tokens, choice: Choice) -> Extra:
+    def append(self, evicted: Tokens, selected: Selected) -> ExtraKV:
         """Takes in what was chosen; what the queries of the call read.
 
         Args:
             evicted: The tokens that leave the window, oldest first.
-            choice: What was chosen of them.
+            selected: What was chosen of them.
         """
         keys, values = self._place("anchor_keys", evicted.keys), self._place("anchor_values", evicted.values)
-        if choice.entering.numel():
-            entering = choice.entering.to(keys.device)
+        if selected.entering.numel():
+            entering = selected.entering.to(keys.device)
             keys = torch.cat((keys, evicted.keys.index_select(2, entering)), dim=2)
             values = torch.cat((values, evicted.values.index_select(2, entering)), dim=2)
-        if choice.source is not None:
-            source = choice.source.to(keys.device)[:, None, :, None]
+        if selected.source is not None:
+            source = selected.source.to(keys.device)[:, None, :, None]
             for name, all_ in (("anchor_keys", keys), ("anchor_values", values)):
                 index = source.expand(all_.size(0), all_.size(1), -1, all_.size(3))
                 self.held[name] = all_.detach().gather(2, index)
-        return Extra(keys, values, choice.born.to(keys.device), choice.died.to(keys.device))
+        return ExtraKV(keys, values, selected.visible_from.to(keys.device), selected.visible_until.to(keys.device))
 
     def _place(self, name: str, like: torch.Tensor) -> torch.Tensor:
         if name not in self.held:
@@ -51,7 +51,7 @@ class Bank(LaterStore):
         return self.held[name]
 
 
-class Tally(LaterStore):
+class KeyMean(Store):
     """Unit keys of a layer before their rotation, `[B, G, _, K]` float32: the sum of all, and the last ones."""
 
     names = ("key_total", "key_recent")

@@ -12,7 +12,7 @@ from torch import nn
 from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
 
 from ahn.anchors.scores import find_score
-from ahn.anchors.selection import Ballot
+from ahn.anchors.selection import Scoreboard
 from ahn.attachment import Attachment, Site, attachment_of
 from ahn.cache.compressive import state_slots
 from ahn.cache.layer import HippocampalLayer
@@ -24,7 +24,7 @@ from ahn.tokens import Padding
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-    from ahn.attention.decoding import Group
+    from ahn.attention.decoding import LayerGroup
 
 AnyLayer = HippocampalLayer | DynamicLayer
 
@@ -49,9 +49,12 @@ class HippocampalCache(Cache):
     Attributes:
         settings: Mode, window and sinks, fixed for the life of the cache.
         padding: Padding at the left of the rows, or `None`.
-        ballot: The choice of the anchors, where there are any.
+        scoreboard: The choice of the anchors, where there are any.
         groups: Layers that decode together; found when decoding begins.
+        layers: The layers: ours where a layer has a memory, those of transformers elsewhere.
     """
+
+    layers: list[AnyLayer]  # type: ignore[assignment]
 
     def __init__(self, model: nn.Module, *, window: int | None = None, sinks: int | None = None) -> None:
         attachment = attachment_of(model)
@@ -70,31 +73,26 @@ class HippocampalCache(Cache):
         Raises:
             ConfigError: The anchors are chosen by a score that needs weights, and the model has none for it.
         """
-        voters = attachment.voters(settings) if settings.has_anchors else frozenset()
+        scorers = attachment.scoring_layers(settings) if settings.has_anchors else frozenset()
         self.attachment = attachment
         self.settings = settings
         self.padding: Padding | None = None
-        self.groups: list[Group] = []
+        self.groups: list[LayerGroup] = []
         super().__init__(layers=[new_layer(site, settings) for site in attachment.sites])
-        windows = {layer.exact.window for layer in self.cascades if isinstance(layer, HippocampalLayer)}
-        self.ballot: Ballot | None = None
+        windows = {layer.exact.window for layer in self.layers if isinstance(layer, HippocampalLayer)}
+        self.scoreboard: Scoreboard | None = None
         if settings.has_anchors:
             score = find_score(settings.anchor_score)
-            self.ballot = Ballot(settings.anchors, settings.sinks, windows, voters, score)
-
-    @property
-    def cascades(self) -> list[AnyLayer]:
-        """The layers, which are ours where a layer has a memory and those of transformers elsewhere."""
-        return cast("list[AnyLayer]", self.layers)
+            self.scoreboard = Scoreboard(settings.anchors, settings.sinks, windows, scorers, score)
 
     @property
     def anchor_tokens(self) -> list[list[int]]:
         """For each row the anchors of the layers with the longest window, as places in the row, the best first."""
-        name = "" if self.ballot is None else str(max(self.ballot.windows))
-        if self.ballot is None or f"tokens.{name}" not in self.ballot.held:
+        name = "" if self.scoreboard is None else str(max(self.scoreboard.windows))
+        if self.scoreboard is None or f"tokens.{name}" not in self.scoreboard.held:
             return [[] for _ in range(self.rows or 0)]
-        order = self.ballot.held[f"scores.{name}"].argsort(dim=1, descending=True, stable=True)
-        ranked = self.ballot.held[f"tokens.{name}"].gather(1, order)
+        order = self.scoreboard.held[f"scores.{name}"].argsort(dim=1, descending=True, stable=True)
+        ranked = self.scoreboard.held[f"tokens.{name}"].gather(1, order)
         return [[token for token in row if token >= 0] for row in ranked.tolist()]
 
     @property
@@ -105,7 +103,7 @@ class HippocampalCache(Cache):
     @property
     def rows(self) -> int | None:
         """Rows of the batch that it holds, or `None` before the first token."""
-        for layer in self.cascades:
+        for layer in self.layers:
             for tensor in layer_tensors(layer).values():
                 return tensor.size(0)
         return None
@@ -114,8 +112,8 @@ class HippocampalCache(Cache):
     def nbytes(self) -> int:
         """Bytes of every tensor held: keys, values, gates, states, anchors and their scores, padding counts."""
         padding = self.padding.counts.nbytes if self.padding else 0
-        padding += sum(tensor.nbytes for tensor in self.ballot.held.values()) if self.ballot else 0
-        return padding + sum(t.nbytes for layer in self.cascades for t in layer_tensors(layer).values())
+        padding += sum(tensor.nbytes for tensor in self.scoreboard.held.values()) if self.scoreboard else 0
+        return padding + sum(t.nbytes for layer in self.layers for t in layer_tensors(layer).values())
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes the cache to a file, from which `load` continues bit for bit.
@@ -149,12 +147,12 @@ class HippocampalCache(Cache):
         """An independent copy: both continue from here, bit for bit alike."""
         twin = type(self).__new__(type(self))
         twin.begin(self.attachment, self.settings)
-        for mine, other in zip(self.cascades, twin.cascades, strict=True):
+        for mine, other in zip(self.layers, twin.layers, strict=True):
             set_layer_tensors(
                 other, {name: t.clone() for name, t in layer_tensors(mine).items()}, mine.get_seq_length()
             )
-        if self.ballot and twin.ballot:
-            twin.ballot.held = {name: tensor.clone() for name, tensor in self.ballot.held.items()}
+        if self.scoreboard and twin.scoreboard:
+            twin.scoreboard.held = {name: tensor.clone() for name, tensor in self.scoreboard.held.items()}
         if self.padding:
             twin.padding = Padding(self.padding.counts.clone(), self.padding.most)
         return twin
@@ -163,8 +161,8 @@ class HippocampalCache(Cache):
         """Forgets everything; the settings stay."""
         super().reset()
         self.padding = None
-        if self.ballot:
-            self.ballot.held = {}
+        if self.scoreboard:
+            self.scoreboard.held = {}
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         """Follows the rows that a beam search keeps."""
@@ -187,13 +185,13 @@ class HippocampalCache(Cache):
         """Asked for by assisted decoding, which takes tokens back.
 
         Raises:
-            CacheError: Always: what a memory has folded in cannot be taken out again.
+            CacheError: Always: what a memory has taken in cannot be taken out again.
         """
         refuse_assisted_decoding()
 
     def _map_ballot(self, function: Callable[[torch.Tensor], torch.Tensor]) -> None:
-        if self.ballot:
-            self.ballot.held = {name: function(tensor) for name, tensor in self.ballot.held.items()}
+        if self.scoreboard:
+            self.scoreboard.held = {name: function(tensor) for name, tensor in self.scoreboard.held.items()}
 
     def _select_shared(self, rows: torch.Tensor) -> None:
         """Keeps these rows of what all layers share."""
@@ -204,16 +202,16 @@ class HippocampalCache(Cache):
 
 
 def new_layer(site: Site, settings: RunSettings) -> AnyLayer:
-    """An empty layer of a cache: a cascade for a layer with a memory, the base model's own kind for another."""
+    """An empty layer of a cache: ours for a layer with a memory, the base model's own kind for another."""
     if site.memory is not None:
-        return new_cascade(site, site.memory, settings)
+        return new_memory_layer(site, site.memory, settings)
     if site.sliding_window is not None:
         return DynamicSlidingWindowLayer(site.sliding_window)
     return DynamicLayer()
 
 
-def new_cascade(site: Site, memory: Memory, settings: RunSettings) -> HippocampalLayer:
-    """An empty cascade of a layer with a memory."""
+def new_memory_layer(site: Site, memory: Memory, settings: RunSettings) -> HippocampalLayer:
+    """An empty layer of a cache for a layer with a memory."""
     number_bytes = next(site.module.parameters()).element_size()
     return HippocampalLayer(settings, site.sliding_window, state_slots(memory, number_bytes))
 

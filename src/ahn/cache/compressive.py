@@ -16,9 +16,9 @@ from typing import Literal, NamedTuple
 import torch
 import torch.nn.functional as F
 
-from ahn.cache.store import LaterStore
+from ahn.cache.store import Store
 from ahn.memories import Memory
-from ahn.tokens import NEVER, Extra, Padding, Tokens
+from ahn.tokens import NEVER, ExtraKV, Padding, Tokens
 
 POOLED = 4
 """Evicted tokens that are pooled to one slot, P. Source: arXiv 2510.07318, its baseline in section 4."""
@@ -39,7 +39,7 @@ class _Slots(NamedTuple):
     number: torch.Tensor
 
 
-class PooledStore(LaterStore):
+class PooledStore(Store):
     """The slots of one layer.
 
     Args:
@@ -58,7 +58,7 @@ class PooledStore(LaterStore):
         self.sinks = sinks
         self.window = window
 
-    def view(self, evicted: Tokens, first: int, padding: Padding | None) -> Extra | None:
+    def view(self, evicted: Tokens, first: int, padding: Padding | None) -> ExtraKV | None:
         """What the queries of a call may read, without storing anything; `None` while there is nothing.
 
         Args:
@@ -68,7 +68,7 @@ class PooledStore(LaterStore):
         """
         return self._shown(self._made(evicted, first, padding), first, padding)
 
-    def append(self, evicted: Tokens, first: int, padding: Padding | None) -> Extra | None:
+    def append(self, evicted: Tokens, first: int, padding: Padding | None) -> ExtraKV | None:
         """The same as `view`; stores what was evicted."""
         made = self._made(evicted, first, padding)
         view = self._shown(made, first, padding)
@@ -77,7 +77,7 @@ class PooledStore(LaterStore):
                 self._store(evicted, made, self._count(first + evicted.length, padding))
         return view
 
-    def _shown(self, made: _Slots | None, first: int, padding: Padding | None) -> Extra | None:
+    def _shown(self, made: _Slots | None, first: int, padding: Padding | None) -> ExtraKV | None:
         """The slots held and those made in this call, with the queries that read each."""
         slots = [part for part in (self._old(first, padding), made) if part is not None]
         if not slots:
@@ -86,8 +86,8 @@ class PooledStore(LaterStore):
         number = torch.cat([part.number for part in slots], dim=1)
         last = self._begin(padding).to(number.device)[:, None] + number * POOLED + POOLED - 1
         none = number < 0
-        born = (last + self.window).masked_fill(none, NEVER)
-        return Extra(keys, values, born, (born + POOLED * self.slots).masked_fill(none, NEVER))
+        visible_from = (last + self.window).masked_fill(none, NEVER)
+        return ExtraKV(keys, values, visible_from, (visible_from + POOLED * self.slots).masked_fill(none, NEVER))
 
     def _count(self, index: int, padding: Padding | None) -> torch.Tensor:
         """Slots that each row has made of the tokens before an index, `[B or 1]`."""

@@ -1,4 +1,4 @@
-"""The cascade of one layer: a new token enters the window, what leaves it falls into the stores behind it."""
+"""The cache of one layer: a new token enters the window, what leaves it falls into the stores behind it."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from transformers.cache_utils import CacheLayerMixin
 
-from ahn.anchors.selection import Choice
-from ahn.cache.bank import Bank, Tally
+from ahn.anchors.selection import Selected
+from ahn.cache.bank import Bank, KeyMean
 from ahn.cache.compressive import POOLINGS, PooledStore
-from ahn.cache.store import LaterStore
-from ahn.cache.window import ExactStore
+from ahn.cache.store import Store
+from ahn.cache.window import SinkWindow
 from ahn.config import RunSettings
 from ahn.errors import CacheError
 from ahn.tokens import Padding, Tokens, View
@@ -34,7 +34,7 @@ class HippocampalLayer(CacheLayerMixin):
         exact: Sinks and window.
         pooled: Slots, in the modes of a Compressive Transformer.
         bank: Anchors, where there are any.
-        tally: Keys before their rotation, for votes on anchors.
+        key_mean: Keys before their rotation, for votes on anchors.
         state: State of the memory, `[B, *state_shape]` float32, or `None` before the first eviction.
     """
 
@@ -54,11 +54,11 @@ class HippocampalLayer(CacheLayerMixin):
                 "use fewer sinks or leave that layer out with `layers=`"
             )
         self.settings = settings
-        self.exact = ExactStore(settings.sinks, window)
+        self.exact = SinkWindow(settings.sinks, window)
         pooling = POOLINGS.get(settings.mode)
         self.pooled = PooledStore(slots, pooling, settings.sinks, window) if pooling and slots else None
         self.bank = Bank(settings.anchors) if settings.has_anchors else None
-        self.tally = Tally()
+        self.key_mean = KeyMean()
         self.state: torch.Tensor | None = None
 
     def view(self, new: Tokens, padding: Padding | None) -> View:
@@ -68,48 +68,48 @@ class HippocampalLayer(CacheLayerMixin):
             return view
         return view._replace(extra=self.pooled.view(view.evicted, self._first(view, seen), padding))
 
-    def append(self, new: Tokens, padding: Padding | None, choice: Choice | None = None) -> View:
+    def append(self, new: Tokens, padding: Padding | None, selected: Selected | None = None) -> View:
         """Stores new tokens; returns what their queries read and what left the window.
 
         Args:
             new: The new tokens.
             padding: Padding at the left of the rows, or `None` where there is none.
-            choice: Which of the tokens that leave become anchors, and what the others are; `None` where there are none.
+            selected: Which of the tokens that leave become anchors; `None` where there are no anchors.
         """
         self.is_initialized = True
         view = self.exact.append(new, padding)
-        if self.bank is not None and choice is not None:
-            return view._replace(extra=self.bank.append(view.evicted, choice))
+        if self.bank is not None and selected is not None:
+            return view._replace(extra=self.bank.append(view.evicted, selected))
         if self.pooled is None:
             return view
         return view._replace(extra=self.pooled.append(view.evicted, self._first(view, self.exact.seen), padding))
 
-    def append_key(self, key: torch.Tensor, value: torch.Tensor, choice: Choice | None) -> View:
-        """Stores a single token as `append` does, for layers that decode together and bring its side values later.
+    def append_key(self, key: torch.Tensor, value: torch.Tensor, selected: Selected | None) -> View:
+        """Stores a single token as `append` does, for layers that decode together and bring its record later.
 
         Args:
             key: `[B, G, 1, K]`.
             value: `[B, G, 1, V]`.
-            choice: Whether the token that leaves becomes an anchor; `None` where there are none.
+            selected: Whether the token that leaves becomes an anchor; `None` where there are none.
         """
-        enters = choice is not None and choice.entering.numel() > 0
+        enters = selected is not None and selected.entering.numel() > 0
         view = self.exact.append_key(key, value, keep_evicted=enters)
-        if self.bank is None or choice is None:
+        if self.bank is None or selected is None:
             return view
-        return view._replace(extra=self.bank.append(view.evicted, choice))
+        return view._replace(extra=self.bank.append(view.evicted, selected))
 
     def _first(self, view: View, seen: int) -> int:
         """Index of the first evicted token after `seen` tokens."""
         return seen - self.exact.window - view.evicted.length
 
-    def _later_stores(self) -> list[LaterStore]:
-        stores: tuple[LaterStore | None, ...] = (self.pooled, self.bank, self.tally)
+    def _stores(self) -> list[Store]:
+        stores: tuple[Store | None, ...] = (self.pooled, self.bank, self.key_mean)
         return [store for store in stores if store is not None]
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """Every tensor held, by name."""
         held = {} if self.exact.buffer is None else self.exact.buffer._asdict()
-        for store in self._later_stores():
+        for store in self._stores():
             held |= store.tensors()
         return held if self.state is None else {**held, "state": self.state}
 
@@ -117,8 +117,8 @@ class HippocampalLayer(CacheLayerMixin):
         """Takes over tensors that `tensors` gave, after `seen` tokens."""
         self.state = tensors.get("state")
         if "keys" in tensors:
-            self.exact.buffer = Tokens(tensors["keys"], tensors["values"], tensors["side"])
-        for store in self._later_stores():
+            self.exact.buffer = Tokens(tensors["keys"], tensors["values"], tensors["record"])
+        for store in self._stores():
             store.set_tensors(tensors)
         self.exact.seen = seen
         self.is_initialized = seen > 0
@@ -127,7 +127,7 @@ class HippocampalLayer(CacheLayerMixin):
         """Replaces every tensor by the function's result on it."""
         if self.exact.buffer is not None:
             self.exact.buffer = self.exact.buffer.map(function)
-        for store in self._later_stores():
+        for store in self._stores():
             store.map_tensors(function)
         if self.state is not None:
             self.state = function(self.state)
@@ -155,8 +155,8 @@ class HippocampalLayer(CacheLayerMixin):
 
     def reset(self) -> None:
         """Forgets everything."""
-        self.exact = ExactStore(self.exact.sinks, self.exact.window)
-        for store in self._later_stores():
+        self.exact = SinkWindow(self.exact.sinks, self.exact.window)
+        for store in self._stores():
             store.reset()
         self.state = None
         self.is_initialized = False
@@ -177,7 +177,7 @@ class HippocampalLayer(CacheLayerMixin):
         """Takes back the last tokens, which works only while nothing has left the window.
 
         Raises:
-            CacheError: A token has been folded into the memory, or more tokens than seen are to go.
+            CacheError: The memory has taken in a token, or more tokens than seen are to go.
         """
         removed = abs(tokens_to_remove)
         if removed == 0:

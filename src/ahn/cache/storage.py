@@ -21,7 +21,7 @@ from ahn.config import RunSettings
 from ahn.errors import CacheError, ConfigError
 from ahn.tokens import Padding
 
-FORMAT = 1
+FORMAT = 2
 Kind = TypeVar("Kind", bound=HippocampalCache)
 
 
@@ -29,17 +29,17 @@ def save_cache(cache: HippocampalCache, path: str | os.PathLike[str]) -> None:
     """Writes a cache; see `HippocampalCache.save`."""
     tensors = {
         f"{index}.{name}": tensor.detach().contiguous()
-        for index, layer in enumerate(cache.cascades)
+        for index, layer in enumerate(cache.layers)
         for name, tensor in layer_tensors(layer).items()
     }
     if cache.padding:
         tensors["padding"] = cache.padding.counts
-    if cache.ballot:
-        tensors |= {f"ballot.{name}": tensor for name, tensor in cache.ballot.held.items()}
+    if cache.scoreboard:
+        tensors |= {f"ballot.{name}": tensor for name, tensor in cache.scoreboard.held.items()}
     header = {
         "format": FORMAT,
         "settings": vars(cache.settings),
-        "seen": [layer.get_seq_length() for layer in cache.cascades],
+        "seen": [layer.get_seq_length() for layer in cache.layers],
         "model": _fingerprint(cache.attachment),
     }
     target = Path(path)
@@ -72,7 +72,7 @@ def load_cache(kind: type[Kind], path: str | os.PathLike[str], model: nn.Module)
     cache = kind.__new__(kind)
     cache.begin(attachment, settings)
     devices = [next(site.module.parameters()).device for site in attachment.sites]
-    for index, (layer, seen) in enumerate(zip(cache.cascades, header["seen"], strict=True)):
+    for index, (layer, seen) in enumerate(zip(cache.layers, header["seen"], strict=True)):
         held = {
             name.partition(".")[2]: tensor.to(devices[index])
             for name, tensor in tensors.items()
@@ -80,9 +80,9 @@ def load_cache(kind: type[Kind], path: str | os.PathLike[str], model: nn.Module)
         }
         _check_layer(layer, held, seen, path)
         set_layer_tensors(layer, held, seen)
-    if cache.ballot:
+    if cache.scoreboard:
         shared = {name: tensor for name, tensor in tensors.items() if name.startswith("ballot.")}
-        cache.ballot.held = {name.partition(".")[2]: tensor.to(devices[0]) for name, tensor in shared.items()}
+        cache.scoreboard.held = {name.partition(".")[2]: tensor.to(devices[0]) for name, tensor in shared.items()}
     if "padding" in tensors:
         counts = tensors["padding"].to(devices[0])
         cache.padding = Padding(counts, int(counts.max()))
@@ -147,6 +147,6 @@ def _summary(fingerprint: dict[str, Any]) -> str:
 
 
 def _check_layer(layer: Any, held: dict[str, torch.Tensor], seen: int, path: object) -> None:
-    needed = {"keys", "values", "side"} if isinstance(layer, HippocampalLayer) else {"keys", "values"}
+    needed = {"keys", "values", "record"} if isinstance(layer, HippocampalLayer) else {"keys", "values"}
     if seen and not needed <= held.keys():
         raise CacheError(f"{path} lacks {', '.join(sorted(needed - held.keys()))} of a layer; save the cache again")

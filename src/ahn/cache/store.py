@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 
 
-class LaterStore:
+class Store:
     """What a store behind the window holds, by name.
 
     Attributes:

@@ -1,6 +1,6 @@
-"""The exact store of one layer: sinks, then a window held as a ring buffer.
+"""The exact tokens of one layer: sinks, then a window held as a ring buffer.
 
-Legend of shapes: B batch, T new tokens, G key/value heads, K key size, V value size, F side values per token,
+Legend of shapes: B batch, T new tokens, G key/value heads, K key size, V value size, F numbers per record,
 S sinks, W window, N keys beside them.
 
 Layout of a buffer's token axis: slots 0..S-1 hold the sinks, slot S + (j - S) mod W holds token j. Up to S + W tokens
@@ -13,12 +13,11 @@ from __future__ import annotations
 from typing import cast
 
 import torch
-import torch.nn.functional as F
 
 from ahn.tokens import Padding, Tokens, View, concatenate
 
 
-class ExactStore:
+class SinkWindow:
     """Sinks and window of one layer.
 
     Args:
@@ -72,7 +71,7 @@ class ExactStore:
         return self._after_one(evicted)
 
     def append_key(self, key: torch.Tensor, value: torch.Tensor, keep_evicted: bool) -> View:
-        """Stores the key and value of one token; its side values come later, by `write_side`.
+        """Stores the key and value of one token; its record comes later, by `write_record`.
 
         Args:
             key: `[B, G, 1, K]`.
@@ -87,9 +86,9 @@ class ExactStore:
         buffer.values[:, :, slot : slot + 1] = value
         return self._after_one(evicted)
 
-    def write_side(self, side_BF: torch.Tensor) -> None:
-        """Stores the side values of the token that came last."""
-        self._ring.side[:, 0, self._slot(self.seen - 1)] = side_BF
+    def write_record(self, record_BF: torch.Tensor) -> None:
+        """Stores the record of the token that came last."""
+        self._ring.record[:, 0, self._slot(self.seen - 1)] = record_BF
 
     def leaving(self) -> Tokens:
         """The token that leaves a full window when the next one comes, as views."""
@@ -155,7 +154,8 @@ class ExactStore:
 
         def fill(old: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
             gathered = tensor.gather(2, index.expand(-1, tensor.size(1), -1, tensor.size(3)))
-            return torch.where(fresh, gathered, F.pad(old, (0, 0, 0, count - old.size(2))))
+            rest = old.new_zeros(*old.shape[:2], count - old.size(2), old.size(3))
+            return torch.where(fresh, gathered, torch.cat((old, rest), dim=2))
 
         return Tokens(*(fill(old, tensor) for old, tensor in zip(held, new, strict=True)))
 

@@ -22,6 +22,7 @@ import torch
 from torch import nn
 
 from ahn.attachment import attachment_of
+from ahn.checkpoint.card import write_card
 from ahn.checkpoint.content import Base, Content, inner_model, memory_config, memory_tensors
 from ahn.checkpoint.files import Stored, failure, read_json, stored_tensors, write_json, write_tensors, writing
 from ahn.config import AHNConfig
@@ -51,8 +52,9 @@ def save(model: nn.Module, path: str | os.PathLike[str], dtype: str | torch.dtyp
     """Saves the memory's weights, and nothing of the base model, as an adapter.
 
     The folder gets `ahn_config.json` (format version, library version, the base model's name, revision and sizes, the
-    memory's settings) and `ahn.safetensors` (keys `layers.N.<parameter>`). An adapter that is there already stays
-    whole until the new one is complete, at whatever moment the process dies.
+    memory's settings), `ahn.safetensors` (keys `layers.N.<parameter>`) and a model card, README.md, unless somebody
+    wrote one. An adapter that is there already stays whole until the new one is complete, at whatever moment the
+    process dies.
 
     Args:
         model: A model with a memory attached.
@@ -65,8 +67,10 @@ def save(model: nn.Module, path: str | os.PathLike[str], dtype: str | torch.dtyp
             this dtype).
     """
     attachment = attachment_of(model)
-    tensors = storable(path, memory_tensors(model), dtype)
-    write_adapter(path, attachment.config, Base.of_model(inner_model(model)), tensors)
+    tensors, base = storable(path, memory_tensors(model), dtype), Base.of_model(inner_model(model))
+    write_adapter(path, attachment.config, base, tensors)
+    parameters = sum(tensor.numel() for tensor in tensors.values())
+    write_card(Path(path).expanduser(), attachment.config, base, parameters=parameters, place=str(path))
 
 
 def storable(

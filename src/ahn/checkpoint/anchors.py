@@ -13,10 +13,10 @@ from ahn.anchors.scores import AnchorGate, AnchorQueries
 from ahn.attachment import Attachment, attachment_of
 from ahn.checkpoint.adapter import Pair, about, read_pair, storable, write_pair
 from ahn.checkpoint.content import Base, check_base, check_keys, check_shapes, inner_model, layer_of
-from ahn.checkpoint.files import failure, locate, read_tensors
+from ahn.checkpoint.files import Source, failure, locate, read_tensors
 from ahn.errors import ConfigError
 from ahn.memories import MemoryShape
-from ahn.surgery import set_votes
+from ahn.surgery import set_score_weights
 
 ANCHORS = Pair("anchors_config.json", "anchors.safetensors")
 
@@ -40,7 +40,7 @@ def save_anchors(model: nn.Module, path: str | os.PathLike[str], dtype: str | to
     tensors = {
         f"layers.{site.index}.{name}": tensor
         for site in attachment_of(model).sites
-        for votes in (site.anchor_votes or {}).values()
+        for votes in (site.anchor_weights or {}).values()
         for name, tensor in votes.state_dict().items()
     }
     if not tensors:
@@ -48,7 +48,16 @@ def save_anchors(model: nn.Module, path: str | os.PathLike[str], dtype: str | to
     write_pair(path, ANCHORS, about(Base.of_model(inner_model(model))), storable(path, tensors, dtype))
 
 
-def load_anchors(model: nn.Module, path_or_hub_id: str | os.PathLike[str], revision: str | None = None) -> None:
+def load_anchors(
+    model: nn.Module,
+    path_or_hub_id: str | os.PathLike[str],
+    revision: str | None = None,
+    *,
+    subfolder: str = "",
+    token: str | bool | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
+    local_files_only: bool = False,
+) -> None:
     """Gives a model weights for votes on anchors, which `anchor_score="asked"` and `"learned"` then choose by.
 
     All is checked first: if anything is wrong, the model is what it was before. Votes that it had are replaced.
@@ -58,6 +67,10 @@ def load_anchors(model: nn.Module, path_or_hub_id: str | os.PathLike[str], revis
         path_or_hub_id: A folder that `save_anchors` wrote, a name that ships with the library, such as
             "smollm2-135m/anchors", or a hub id `owner/name`.
         revision: Branch, tag or commit on the hub.
+        subfolder: As for `load`.
+        token: As for `load`.
+        cache_dir: As for `load`.
+        local_files_only: As for `load`.
 
     Raises:
         ModelError: No memory is attached.
@@ -67,11 +80,12 @@ def load_anchors(model: nn.Module, path_or_hub_id: str | os.PathLike[str], revis
         UserWarning: The votes were made for a base model of the same sizes but another name.
     """
     attachment, where = attachment_of(model), os.fspath(path_or_hub_id)
-    folder = locate(where, revision, ANCHORS.config)
+    source = Source(revision, subfolder, token, cache_dir, local_files_only)
+    folder = locate(where, source, ANCHORS.config)
     votes = _read(where, folder, attachment, Base.of_model(inner_model(model)))
     for site in attachment.sites:
         if site.memory is not None:
-            set_votes(site, votes.get(site.index, {}))
+            set_score_weights(site, votes.get(site.index, {}))
 
 
 def _read(where: str, folder: Path, attachment: Attachment, base: Base) -> dict[int, dict[str, nn.Module]]:

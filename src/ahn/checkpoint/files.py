@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import os
 import re
@@ -59,6 +60,46 @@ class Stored(NamedTuple):
         return self.elements * int(bits[0] if bits else 8) // 8
 
 
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """How a checkpoint is found: options of the Hugging Face hub, of which a local folder has its subfolder only.
+
+    Attributes:
+        revision: Branch, tag or commit.
+        subfolder: Folder within the repository or within the local folder; "" for the whole.
+        token: Access token, `True` for the one that is logged in, `False` for none; `None` leaves it to the hub.
+        cache_dir: Where downloads are kept; the hub's own cache if left out.
+        local_files_only: Whether to take what was downloaded before and ask no server.
+    """
+
+    revision: str | None = None
+    subfolder: str = ""
+    token: str | bool | None = None
+    cache_dir: str | os.PathLike[str] | None = None
+    local_files_only: bool = False
+
+    def options(self) -> dict[str, Any]:
+        """Those of its values, without the subfolder, that differ from what the hub takes by itself."""
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        del values["subfolder"]
+        return {name: value for name, value in values.items() if value not in (None, False) or name == "revision"}
+
+    def within(self, folder: Path, name: str) -> Path:
+        """The subfolder of a folder.
+
+        Args:
+            folder: The whole.
+            name: The name that the user gave, for messages.
+
+        Raises:
+            CheckpointError: The subfolder is not there, or lies outside.
+        """
+        place = folder / self.subfolder
+        if not place.is_dir() or not place.resolve().is_relative_to(folder.resolve()):
+            raise failure(name, f"it has no subfolder {self.subfolder!r}", "Check the name of the subfolder")
+        return place
+
+
 def failure(where: str | os.PathLike[str], what: str, remedy: str) -> CheckpointError:
     """An error of one line: where, what is wrong, what to do."""
     text = f"{os.fspath(where).strip() or repr('')}: {what}. {remedy}."
@@ -82,21 +123,21 @@ def shipped_for(model: str) -> str | None:
     return usual if usual in shipped() else None
 
 
-def locate(name: str | os.PathLike[str], revision: str | None = None, config: str = "ahn_config.json") -> Path:
+def locate(name: str | os.PathLike[str], source: Source | None = None, config: str = "ahn_config.json") -> Path:
     """The folder that an adapter's name stands for; one on the hub is downloaded.
 
     Args:
         name: A local folder, a name in `shipped(config)`, or a hub id `owner/name`, tried in this order.
-        revision: Branch, tag or commit on the hub; only the hub looks at it.
+        source: Where in it to look, and how to reach the hub.
         config: The file that what is wanted has.
 
     Raises:
         CheckpointError: There is nothing of this name, or the hub cannot be reached.
     """
-    name = os.fspath(name)
+    name, source = os.fspath(name), source or Source()
     path = Path(name).expanduser()
     if name.strip() and path.is_dir():
-        return path
+        return source.within(path, name)
     if path.is_file():
         raise failure(name, "this is a file", "Give the folder that holds it and its config")
     if name in shipped(config):
@@ -107,7 +148,7 @@ def locate(name: str | os.PathLike[str], revision: str | None = None, config: st
         raise failure(
             name, "there is no such folder", f"Check the path, or name one that ships with this library ({known})"
         )
-    return download(name, revision, _WANTED)
+    return download(name, source, _WANTED)
 
 
 def is_hub_id(name: str) -> bool:
@@ -115,16 +156,25 @@ def is_hub_id(name: str) -> bool:
     return bool(_HUB_ID.fullmatch(name)) and not name.endswith((".safetensors", ".json", ".gguf", *_PICKLES))
 
 
-def download(name: str, revision: str | None, patterns: Iterable[str]) -> Path:
+def download(name: str, source: Source, patterns: Iterable[str]) -> Path:
     """Files of a repository on the hub, in the hub's own cache.
+
+    Args:
+        name: The repository, `owner/name`.
+        source: Where in it to look, and how to reach the hub.
+        patterns: Which files, by names with wildcards.
+
+    Returns:
+        The folder that holds them.
 
     Raises:
         CheckpointError: They cannot be downloaded and are not in the cache.
     """
     import huggingface_hub
 
+    wanted = [f"{source.subfolder}/{pattern}" if source.subfolder else pattern for pattern in patterns]
     try:
-        return Path(huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=list(patterns)))
+        folder = Path(huggingface_hub.snapshot_download(name, allow_patterns=wanted, **source.options()))
     except Exception as error:  # the hub's client raises errors of four libraries
         reason = f"{type(error).__name__}: {brief(error).split('. ')[0]}"
         raise failure(
@@ -133,6 +183,7 @@ def download(name: str, revision: str | None, patterns: Iterable[str]) -> Path:
             "Check the name, the connection and HF_HUB_OFFLINE (a private or gated repository needs: hf auth login), "
             "or give a folder",
         ) from None
+    return source.within(folder, name)
 
 
 def read_json(file: Path) -> dict[str, Any]:

@@ -16,7 +16,19 @@ from ahn.attachment import Attachment, find_attachment
 from ahn.checkpoint import adapter as own
 from ahn.checkpoint import published
 from ahn.checkpoint.content import Base, Content, check_keys, check_shapes, memory_tensors
-from ahn.checkpoint.files import brief, download, failure, is_hub_id, locate, read_json, stored_tensors, weight_files
+from ahn.checkpoint.files import (
+    SHIPPED,
+    Source,
+    brief,
+    download,
+    failure,
+    is_hub_id,
+    locate,
+    read_json,
+    shipped,
+    stored_tensors,
+    weight_files,
+)
 from ahn.config import AHNConfig
 from ahn.errors import CheckpointError
 from ahn.models import KNOWN, load_model
@@ -28,7 +40,16 @@ if TYPE_CHECKING:
 _DETACH = "Call ahn.detach(model) first, or load a checkpoint of the same kind"
 
 
-def load(model: nn.Module, path_or_hub_id: str | os.PathLike[str], revision: str | None = None) -> None:
+def load(
+    model: nn.Module,
+    path_or_hub_id: str | os.PathLike[str],
+    revision: str | None = None,
+    *,
+    subfolder: str = "",
+    token: str | bool | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
+    local_files_only: bool = False,
+) -> None:
     """Loads a memory's weights onto a base model.
 
     Without a memory attached, one is attached with the saved settings. Where one is attached already, it must be of
@@ -41,6 +62,10 @@ def load(model: nn.Module, path_or_hub_id: str | os.PathLike[str], revision: str
             the base weights, which are then left aside), the name of an adapter that ships with the library, or a hub
             id `owner/name`. A folder that exists wins.
         revision: Branch, tag or commit on the hub.
+        subfolder: Folder of the checkpoint within the repository or within the local folder.
+        token: Access token of the hub; `True` takes the one that is logged in.
+        cache_dir: Where downloads are kept; the hub's own cache if left out.
+        local_files_only: Whether to take what was downloaded before and ask no server.
 
     Raises:
         CheckpointError: There is no such checkpoint, it is damaged, or it does not fit the model.
@@ -50,7 +75,7 @@ def load(model: nn.Module, path_or_hub_id: str | os.PathLike[str], revision: str
     Warns:
         UserWarning: The checkpoint was made for a base model of the same sizes but another name.
     """
-    _put(model, read(path_or_hub_id, revision))
+    _put(model, read(path_or_hub_id, Source(revision, subfolder, token, cache_dir, local_files_only)))
 
 
 def from_pretrained(
@@ -58,32 +83,61 @@ def from_pretrained(
     adapter: str | os.PathLike[str] | None = None,
     config: AHNConfig | None = None,
     dtype: str | torch.dtype | None = None,
+    *,
+    revision: str | None = None,
+    subfolder: str = "",
+    adapter_revision: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
+    local_files_only: bool = False,
+    **model_options: Any,
 ) -> PreTrainedModel:
-    """Loads a base model by name, with a memory attached when an adapter or settings are given; or a merged model.
+    """Loads a model with its memory: a base model by name and an adapter, an adapter alone, or a merged model.
 
     Args:
-        name_or_path: As for `ahn.models.load_model`; or a folder or hub id of the published merged format.
-        adapter: A checkpoint of a memory, as for `load`.
+        name_or_path: As for `ahn.models.load_model`; or a folder or hub id of the published merged format; or an
+            adapter, as for `load`, which names the base model that it was made for.
+        adapter: A checkpoint of a memory, as for `load`, for a base model.
         config: Settings of the memory. With an adapter or a merged folder its window, sinks and sink positions are
             taken instead of the saved ones; the rest must agree. Alone it attaches an untrained memory.
-        dtype: As for `ahn.models.load_model`; float32 if left out.
+        dtype: As for `ahn.models.load_model`.
+        revision: Branch, tag or commit of `name_or_path` on the hub.
+        subfolder: Folder of `name_or_path` within its repository or within the local folder.
+        adapter_revision: Branch, tag or commit of `adapter`.
+        token: As for `load`; also for the base model, as are the next two.
+        cache_dir: As for `load`.
+        local_files_only: As for `load`.
+        **model_options: For `AutoModelForCausalLM.from_pretrained`, as `device_map`, `quantization_config`,
+            `attn_implementation` or `trust_remote_code`.
 
     Returns:
         The model, in evaluation mode.
 
     Raises:
         ModelError: The base model cannot be found, loaded or given a memory.
-        CheckpointError: The adapter or the merged folder is damaged or does not fit.
+        CheckpointError: The adapter or the merged folder is damaged or does not fit, or an adapter alone does not say
+            which base model it was made for.
         ConfigError: The settings do not fit this model.
     """
-    folder = _published_folder(name_or_path)
+    source = Source(revision, subfolder, token, cache_dir, local_files_only)
+    folder = _our_folder(name_or_path, source)
+    if folder is not None and adapter is not None:
+        kind, remedy = ("an adapter", "Name its base model first")
+        if not (folder / own.CONFIG).is_file():
+            kind, remedy = "merged with a memory already", "Leave the adapter out, or name the base model instead"
+        raise failure(name_or_path, f"it is {kind}, so it takes no adapter", remedy)
+    if folder is not None and not (folder / own.CONFIG).is_file():
+        return _from_merged(os.fspath(name_or_path), folder, config, dtype, model_options)
+    content = None  # read before the base model, which takes long
     if folder is not None:
-        if adapter is not None:
-            remedy = "Leave the adapter out, or name the base model instead"
-            raise failure(name_or_path, "it is merged with a memory already, so it takes no adapter", remedy)
-        return _from_merged(os.fspath(name_or_path), folder, config, dtype)
-    content = None if adapter is None else read(adapter)  # first, because the base model takes long
-    model = load_model(name_or_path, dtype)
+        content = read(name_or_path, source)
+        name_or_path, source = _base_of(content, source)
+    elif adapter is not None:
+        content = read(adapter, dataclasses.replace(source, revision=adapter_revision, subfolder=""))
+    options = {**source.options(), **({"subfolder": source.subfolder} if source.subfolder else {}), **model_options}
+    if options["revision"] is None:
+        del options["revision"]
+    model = load_model(name_or_path, dtype, **options)
     if config is not None:
         attach(model, config)
     if content is not None:
@@ -91,18 +145,18 @@ def from_pretrained(
     return model
 
 
-def read(path_or_hub_id: str | os.PathLike[str], revision: str | None = None) -> Content:
+def read(path_or_hub_id: str | os.PathLike[str], source: Source | None = None) -> Content:
     """What a checkpoint holds, with its names and sizes checked against each other.
 
     Args:
         path_or_hub_id: As for `load`.
-        revision: As for `load`.
+        source: Where in it to look, and how to reach the hub.
 
     Raises:
         CheckpointError: There is no such checkpoint, or it is damaged.
     """
     where = os.fspath(path_or_hub_id)
-    folder = locate(where, revision)
+    folder = locate(where, source)
     if (folder / own.CONFIG).is_file():
         content = own.read_adapter(where, folder)
     elif (folder / published.CONFIG).is_file():
@@ -115,6 +169,17 @@ def read(path_or_hub_id: str | os.PathLike[str], revision: str | None = None) ->
         )
     content.check_names()
     return content
+
+
+def _base_of(content: Content, source: Source) -> tuple[str, Source]:
+    """Name of the base model that an adapter was made for, and where on the hub it is."""
+    if not content.base.name:
+        raise failure(
+            content.where,
+            "it does not say which base model it was made for",
+            "Name the base model: ahn.from_pretrained(base, adapter=...)",
+        )
+    return content.base.name, dataclasses.replace(source, revision=content.base.revision, subfolder="")
 
 
 def _put(model: nn.Module, content: Content, config: AHNConfig | None = None) -> None:
@@ -166,28 +231,33 @@ def _fitting(
     return ready
 
 
-def _published_folder(name: str | os.PathLike[str]) -> Path | None:
-    """The folder of a model in the published format, or `None` for any other model."""
+def _our_folder(name: str | os.PathLike[str], source: Source) -> Path | None:
+    """The folder of an adapter or of a merged model in the published format, or `None` for a plain base model."""
     name = os.fspath(name)
     folder = Path(name).expanduser()
     if name in KNOWN or not name.strip():
         return None
+    if name in shipped() and not folder.is_dir():
+        return SHIPPED / name
     remote = not folder.is_dir()
     if remote:
         if not is_hub_id(name) or folder.exists():
             return None
         try:
-            folder = download(name, None, [published.CONFIG])
+            folder = download(name, source, [published.CONFIG, own.CONFIG])
         except CheckpointError:
             return None  # loading the base model says what is wrong
+    else:
+        folder = folder / source.subfolder
     file = folder / published.CONFIG
-    if not file.is_file() or not published.is_published(read_json(file)):
+    merged = file.is_file() and published.is_published(read_json(file))
+    if not merged and (file.is_file() or not (folder / own.CONFIG).is_file()):
         return None
-    return locate(name) if remote else folder
+    return locate(name, source) if remote else folder
 
 
 def _from_merged(
-    where: str, folder: Path, config: AHNConfig | None, dtype: str | torch.dtype | None
+    where: str, folder: Path, config: AHNConfig | None, dtype: str | torch.dtype | None, options: dict[str, Any]
 ) -> PreTrainedModel:
     content = published.read_published(where, folder)
     content.check_names()
@@ -202,7 +272,7 @@ def _from_merged(
     clean = _base_config(where, published.clean_config(read_json(folder / published.CONFIG)))
     _check_base_weights(where, folder, clean)
     with _quiet():  # transformers would list every tensor of the memory as unexpected
-        model = load_model(folder, dtype, config=clean)
+        model = load_model(folder, dtype, config=clean, **options)
     nameless = dataclasses.replace(content.base, name=None)  # the weights beside it are its own, whatever their name
     _put(model, dataclasses.replace(content, base=nameless), settings)
     return model

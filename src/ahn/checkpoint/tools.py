@@ -19,6 +19,7 @@ from ahn.checkpoint.files import (
     DTYPES,
     INDEX,
     SINGLE,
+    Source,
     Stored,
     brief,
     download,
@@ -91,7 +92,7 @@ def describe(path_or_hub_id: str | os.PathLike[str], revision: str | None = None
     Raises:
         CheckpointError: There is no such checkpoint, or it is damaged.
     """
-    content = read(path_or_hub_id, revision)
+    content = read(path_or_hub_id, Source(revision))
     config, base, stored = content.config, content.base, list(content.stored.values())
     sizes = {key: value for key, value in vars(base).items() if value is not None and key not in ("name", "revision")}
     return Description(
@@ -135,7 +136,7 @@ def convert(
         CheckpointError: The source is damaged or cannot be expressed in this format; the target cannot be written.
         ModelError: There is no such base model.
     """
-    content = read(source, revision)
+    content = read(source, Source(revision))
     content.check_sizes()
     wanted = to or ("published" if content.kind == "adapter" else "adapter")
     if wanted not in ("adapter", "published"):
@@ -230,7 +231,7 @@ def _check_mergeable(where: str, stored: Mapping[str, Stored], content: Content)
 
 def _base_folder(base: str | os.PathLike[str], patterns: tuple[str, ...] | list[str]) -> Path:
     source = resolve(base)
-    return Path(source) if Path(source).is_dir() else download(source, None, patterns)
+    return Path(source) if Path(source).is_dir() else download(source, Source(), patterns)
 
 
 def _base_of(base: str | os.PathLike[str], folder: Path) -> tuple[dict[str, Any], Base]:

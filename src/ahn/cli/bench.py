@@ -6,29 +6,20 @@ import dataclasses
 import itertools
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
-
-import typer
+from typing import TYPE_CHECKING, Any
 
 from ahn.cli import checks
-from ahn.cli.evaluation.options import (
-    MODEL,
-    SINK_POSITIONS,
-    SINKS,
-    WINDOW,
-    Adapter,
-    Model,
-    SinkPositions,
-    Sinks,
-    Window,
-)
+from ahn.cli.loading import ModelSettings
+from ahn.cli.options import from_fields
 from ahn.cli.terminal import UsageError, megabytes, notes, output, say
+from ahn.config import setting
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from rich.table import Table
 
+    from ahn.cli.loading import Loaded
     from ahn.speed import Speed, Timing
 
 EXAMPLES = """Examples:
@@ -41,69 +32,74 @@ ahn bench --model ./my-model --adapter ./my-memory --window 4096 --json speed.js
 """
 
 
-def command(
-    model: Model = MODEL,
-    adapter: Adapter = None,
-    arms: Annotated[str, typer.Option(help="Ways of reading, joined by commas; compared with the first.")] = (
-        "full,window,ahn"
-    ),
-    contexts: Annotated[str, typer.Option(help="Numbers of tokens read before, joined by commas.")] = "2048,8192",
-    window: Window = WINDOW,
-    sinks: Sinks = SINKS,
-    sink_positions: SinkPositions = SINK_POSITIONS,
-    rounds: Annotated[int, typer.Option(help="How often each has its turn.")] = 5,
-    plot: Annotated[
-        list[Path] | None, typer.Option(help="Draw it to a .png or .svg file; may be given several times.")
-    ] = None,
-    as_json: Annotated[Path | None, typer.Option("--json", help="Write the numbers to this file.")] = None,
-) -> None:
+@dataclasses.dataclass(frozen=True)
+class BenchSettings:
+    """What is timed, how often, and where the numbers go."""
+
+    arms: tuple[str, ...] = setting(
+        ("full", "window", "ahn"), "Ways of reading, joined by commas; compared with the first.", joined=True
+    )
+    contexts: str = setting("2048,8192", "Numbers of tokens read before, joined by commas.")
+    rounds: int = setting(5, "How often each has its turn.", least=1)
+    plot: tuple[Path, ...] = setting((), "Draw it to a .png or .svg file; may be given several times.")
+    json: Path | None = setting(None, "Write the numbers to this file.")
+
+
+@from_fields
+def command(settings: BenchSettings, source: ModelSettings) -> None:
     """Time reading and writing in several arms side by side, next to the floor that the hardware sets."""
-    names, places = _arms(arms), _contexts(contexts)
-    checks.span(window, sinks, sink_positions)
-    checks.at_least("--rounds", rounds, 1)
-    checks.adapter(adapter)
-    checks.file_to_write("--json", as_json)
-    files = [path.expanduser() for path in plot or []]
-    for path in files:
-        checks.plot_to_write("--plot", path)
+    contexts = _contexts(settings.contexts)
+    _check_arms(settings.arms)
+    checks.file_to_write("--json", settings.json)
+    plots = checks.plots_to_write(settings.plot)
     from ahn.cli import loading
     from ahn.cli.progress import work_bar
 
-    loaded = loading.load(model, adapter, window, sinks, sink_positions)
+    loaded = loading.load(source)
     from ahn import native
     from ahn.speed import measure
 
-    done, total = itertools.count(1), 2 * (rounds + 1) * len(places)
+    done, total = itertools.count(1), 2 * (settings.rounds + 1) * len(contexts)
     with work_bar(notes(), total, "rounds", "timed") as show:
-        speed = measure(loaded.model.eval(), names, places, rounds, on_round=lambda: show(next(done)))
+        speed = measure(
+            loaded.model.eval(), settings.arms, contexts, settings.rounds, on_round=lambda: show(next(done))
+        )
     if loaded.model.device.type == "cpu" and (reason := native.why_not()) is not None:
         say(f"measured without the kernels in C, which are faster: {reason}", "yellow")
     title = f"{loaded.name}, sinks {loaded.config.sinks:,}, window {loaded.config.window:,}, {loaded.config.memory}"
-    _show(speed, title, rounds)
-    if files:
+    _show(speed, title, settings.rounds)
+    if plots:
         from ahn.speed.plot import plot_speed
 
-        plot_speed(speed, title, files)
-    if as_json is not None:
-        from ahn.evaluation.report import environment, plain, write_whole
-
-        settings = {"arms": names, "contexts": places, "rounds": rounds, **dataclasses.asdict(loaded.config)}
-        facts = {"environment": environment(loaded.model), "model": loaded.name, "settings": settings}
-        write_whole(as_json, json.dumps(plain({**facts, **dataclasses.asdict(speed)}), indent=1) + "\n")
-    for path in [*files, *([as_json] if as_json else [])]:
+        plot_speed(speed, title, plots)
+    if settings.json is not None:
+        _write(settings.json, speed, loaded, settings, contexts)
+    for path in [*plots, *filter(None, [settings.json])]:
         say(f"wrote {path}", console=notes())
 
 
-def _arms(given: str) -> list[str]:
+def _write(path: Path, speed: Speed, loaded: Loaded, settings: BenchSettings, contexts: list[int]) -> None:
+    """Writes the numbers, and what they were measured with."""
+    from ahn.evaluation.report import environment, plain, write_whole
+
+    chosen = {"arms": settings.arms, "contexts": contexts, "rounds": settings.rounds}
+    facts = {
+        "environment": environment(loaded.model),
+        "model": loaded.name,
+        "settings": {**chosen, **dataclasses.asdict(loaded.config)},
+        **dataclasses.asdict(speed),
+    }
+    write_whole(path, json.dumps(plain(facts), indent=1) + "\n")
+
+
+def _check_arms(arms: Sequence[str]) -> None:
     from ahn.evaluation.arm_names import find_arm
 
-    names = checks.words(given)
-    for name in names or [""]:
-        if find_arm(name).way == "tail":
+    for name in arms or [""]:
+        if find_arm(name).method == "tail":
             raise UsageError(
                 "--arms: tail begins its text anew again and again, which has no time per token. Leave it out."
             )
-    return names
 
 
 def _contexts(given: str) -> list[int]:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterable, Mapping
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 from ahn.cli.terminal import UsageError
 
@@ -23,6 +25,14 @@ def one_of(option: str, value: str | None, known: tuple[str, ...]) -> None:
     """Checks a word that may be left out."""
     if value is not None and value not in known:
         raise UsageError(f"{option} must be {', '.join(known[:-1])} or {known[-1]}, not '{value}'.")
+
+
+def setting(option: str, value: Any, facts: Mapping[str, Any]) -> None:
+    """Checks a value that may be left out against the metadata of its setting, see `ahn.config.setting`."""
+    if facts["least"] is not None:
+        at_least(option, value, facts["least"])
+    if facts["choices"]:
+        one_of(option, value, facts["choices"])
 
 
 def words(given: str) -> list[str]:
@@ -96,6 +106,14 @@ def plot_to_write(option: str, path: Path) -> None:
     file_to_write(option, path)
     if find_spec("matplotlib") is None:
         raise UsageError(f"{option} needs matplotlib. Install it: pip install 'ahn[train]'")
+
+
+def plots_to_write(paths: Iterable[Path]) -> list[Path]:
+    """Checks the files of `--plot`; their full paths."""
+    files = [path.expanduser() for path in paths]
+    for path in files:
+        plot_to_write("--plot", path)
+    return files
 
 
 def file_to_read(option: str, path: Path | None) -> None:

@@ -10,9 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import ahn
 from ahn.attachment import attachment_of
-from ahn.cli import writing
 from ahn.evaluation.arm_names import find_arm
-from ahn.generation import Reader, automatic_chunk, cache_bytes, decode, full_cache_bytes
+from ahn.generation import Reader, automatic_chunk, cache_bytes, decode, full_cache_bytes, text_of
 from ahn.models import prompts
 
 if TYPE_CHECKING:
@@ -65,7 +64,7 @@ class Arm:
         """The mode, for as long as a `with` block lasts."""
         arm = find_arm(self.mode)
         settings = arm.settings(0) if arm.added else {}
-        return ahn.mode(self.model, arm.way, **settings)  # type: ignore[arg-type]
+        return ahn.mode(self.model, arm.method, **settings)  # type: ignore[arg-type]
 
     def feed(self, ids: Any) -> None:
         """Reads on, up to the arm's limit."""
@@ -133,7 +132,7 @@ class Comparison:
                 arm.reader.feed(self.passage.closing)
                 before = arm.reader.tokens
                 ids = decode(arm.reader, self.plan.answer_tokens, stop)
-                arm.answer = " ".join("".join(writing.words(self.loaded.tokenizer, ids)).split())
+                arm.answer = " ".join(text_of(self.loaded.tokenizer, list(ids)).split())
                 if arm.reader.tokens - before >= self.plan.answer_tokens:
                     arm.answer += " ..."
 

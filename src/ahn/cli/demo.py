@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
-from typing import Annotated
-
-import typer
 
 from ahn.cli import checks
+from ahn.cli.loading import ModelSettings
+from ahn.cli.options import from_fields
 from ahn.cli.terminal import UsageError, output
+from ahn.config import setting
 
 EXAMPLES = """Examples:
 
@@ -23,74 +24,54 @@ ANCHORS = 64
 QUESTION = "What is the secret number of the quiet-harbour?"
 
 
-def command(
-    tokens: Annotated[
-        str | None,
-        typer.Option(
-            metavar="N|all",
-            help="How many tokens to read.  "
-            "[dim]\\[default: as --seconds allow, at most 4,096 if a fact is hidden][/dim]",
-        ),
-    ] = None,
-    seconds: Annotated[
-        float, typer.Option(help="Without --tokens: start to answer after this time, loading included.")
-    ] = 75.0,
-    file: Annotated[
-        str | None, typer.Option(help="A text; - for standard input.  [dim]\\[default: Python's reference][/dim]")
-    ] = None,
-    question: Annotated[
-        str | None,
-        typer.Option(help="What to ask at the end; empty for nothing.  [dim]\\[default: for a hidden fact][/dim]"),
-    ] = None,
-    fact: Annotated[
-        str | None,
-        typer.Option(help="A sentence to hide near the beginning; none without it where --question is given."),
-    ] = None,
-    modes: Annotated[
-        str | None,
-        typer.Option(
-            help="Modes to compare, joined by commas; ahn+64 keeps 64 anchors.  "
-            "[dim]\\[default: ahn with anchors, ahn, window, full][/dim]"
-        ),
-    ] = None,
-    window: Annotated[int, typer.Option(help="Tokens of the window.")] = 1024,
-    sinks: Annotated[int, typer.Option(help="First tokens that are kept for ever.")] = 32,
-    sink_positions: Annotated[
-        str, typer.Option(metavar="bounded|absolute", help="How far away the sinks may seem.")
-    ] = "bounded",
-    adapter: Annotated[
-        str | None, typer.Option(help="Folder or hub id of the memory's weights; none for an untrained one.")
-    ] = None,
-    model: Annotated[str, typer.Option(help="A built-in name, a folder, or a hub id owner/name.")] = "smollm2-135m",
-    max_new_tokens: Annotated[int, typer.Option(help="Most tokens of an answer.")] = 48,
-    seed: Annotated[int, typer.Option(help="Of the weights of an untrained memory.")] = 0,
-) -> None:
+@dataclasses.dataclass(frozen=True)
+class DemoSettings:
+    """What is read, for how long, in which modes, and what is asked at the end."""
+
+    tokens: str | None = setting(
+        None, "How many tokens to read.", metavar="N|all", unset="as --seconds allow, at most 4,096 if a fact is hidden"
+    )
+    seconds: float = setting(75.0, "Without --tokens: start to answer after this time, loading included.", least=1)
+    file: str | None = setting(None, "A text; - for standard input.", unset="Python's reference")
+    question: str | None = setting(None, "What to ask at the end; empty for nothing.", unset="for a hidden fact")
+    fact: str | None = setting(
+        None, "A sentence to hide near the beginning; none without it where --question is given."
+    )
+    modes: str | None = setting(
+        None,
+        "Modes to compare, joined by commas; ahn+64 keeps 64 anchors.",
+        unset="ahn with anchors, ahn, window, full",
+    )
+    max_new_tokens: int = setting(48, "Most tokens of an answer.", least=1)
+    seed: int = setting(0, "Of the weights of an untrained memory.")
+
+
+@from_fields
+def command(settings: DemoSettings, source: ModelSettings) -> None:
     """A small model reads a long text in several modes, and is asked for a fact that was hidden near its beginning."""
     started = time.monotonic()
-    names = None if modes is None else checks.modes("--modes", modes)
-    checks.span(window, sinks, sink_positions)
-    checks.at_least("--seconds", seconds, 1)
-    checks.at_least("--max-new-tokens", max_new_tokens, 1)
-    checks.adapter(adapter)
-    limit = _limit(tokens)
-    text = None if file is None else checks.text_file("--file", file)
+    modes = [f"ahn+{ANCHORS}", "ahn", "window", "full"]
+    if settings.modes is not None:
+        modes = checks.modes("--modes", settings.modes)
+    limit = _limit(settings.tokens)
+    text = None if settings.file is None else checks.text_file("--file", settings.file)
     from ahn.cli import comparison, loading, show
     from ahn.cli.texts import reference, with_fact
 
     screen = show.Screen(output())
-    loading.seed(seed)
-    loaded = loading.load(model, adapter, window, sinks, sink_positions)
-    hidden = fact if fact is not None else FACT if question is None else ""
+    loading.seed(settings.seed)
+    loaded = loading.load(source)
+    hidden = settings.fact if settings.fact is not None else FACT if settings.question is None else ""
     plan = comparison.Plan(
-        names or [f"ahn+{ANCHORS}", "ahn", "window", "full"],
-        comparison.IN_A_HURRY if tokens is None and hidden else limit,
-        started + seconds if tokens is None else None,
-        max_new_tokens,
+        modes,
+        comparison.IN_A_HURRY if settings.tokens is None and hidden else limit,
+        started + settings.seconds if settings.tokens is None else None,
+        settings.max_new_tokens,
     )
-    title = "Python's language reference" if text is None else "standard input" if file == "-" else str(file)
+    title = "standard input" if settings.file == "-" else settings.file or "Python's language reference"
     whole = reference() if text is None else text
-    asked = QUESTION if question is None else question
-    comparison.run(loaded, with_fact(whole, hidden) if hidden else whole, asked, plan, screen, title, hidden)
+    question = QUESTION if settings.question is None else settings.question
+    comparison.run(loaded, with_fact(whole, hidden) if hidden else whole, question, plan, screen, title, hidden)
 
 
 def _limit(tokens: str | None) -> int | None:

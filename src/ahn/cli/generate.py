@@ -5,12 +5,13 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
-
-import typer
+from typing import TYPE_CHECKING, Any
 
 from ahn.cli import checks
+from ahn.cli.loading import ModelChoice
+from ahn.cli.options import from_fields
 from ahn.cli.terminal import UsageError, megabytes, notes, say
+from ahn.config import setting
 
 if TYPE_CHECKING:
     from ahn.cli.loading import Loaded
@@ -34,20 +35,21 @@ ahn generate "Where does it begin?" --cache-in book.cache  [dim]# ask often[/dim
 
 
 @dataclass(frozen=True)
-class Request:
-    """What the user asked for, as it came."""
+class GenerateSettings:
+    """What to read, and how to answer."""
 
-    prompt: str
-    text: str
-    settings: dict[str, Any]
-    mode: str | None
-    chunk: int | None
-    limit: int
-    temperature: float
-    seed: int | None
-    chat: bool | None
-    cache_in: Path | None
-    cache_out: Path | None
+    prompt: str = setting("", "What to answer; with --file, a question.", argument=True, metavar="PROMPT")
+    file: str | None = setting(None, "A text to read before the prompt; - for standard input.")
+    mode: str | None = setting(
+        None, "What to read with; ahn+64 keeps 64 anchors too.", metavar="ahn|window|full", unset="ahn"
+    )
+    max_new_tokens: int = setting(256, "Most tokens to write.", least=1)
+    chunk: int | None = setting(None, "Tokens to read at a time.", least=1, unset="512")
+    temperature: float = setting(0.0, "0 writes the likeliest token; above, tokens are drawn.", least=0)
+    seed: int | None = setting(None, "Of the random numbers.")
+    chat: bool | None = setting(None, "Use the chat template.", names="--chat/--no-chat", unset="if the model has one")
+    cache_in: Path | None = setting(None, "Go on from this saved cache.")
+    cache_out: Path | None = setting(None, "Save the cache here; without a prompt, only read.")
 
     @property
     def only_reads(self) -> bool:
@@ -55,109 +57,38 @@ class Request:
         return self.cache_out is not None and not self.prompt.strip()
 
 
-def command(
-    prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="What to answer; with --file, a question.")] = "",
-    model: Annotated[str, typer.Option(help="A built-in name, a folder, or a hub id owner/name.")] = "smollm2-135m",
-    file: Annotated[str | None, typer.Option(help="A text to read before the prompt; - for standard input.")] = None,
-    mode: Annotated[
-        str | None,
-        typer.Option(
-            metavar="ahn|window|full",
-            help="What to read with; ahn+64 keeps 64 anchors too.  [dim]\\[default: ahn][/dim]",
-        ),
-    ] = None,
-    window: Annotated[
-        int | None, typer.Option(help="Tokens of the window.  [dim]\\[default: the adapter's or 1024][/dim]")
-    ] = None,
-    sinks: Annotated[
-        int | None, typer.Option(help="First tokens to keep for ever.  [dim]\\[default: the adapter's, or 32][/dim]")
-    ] = None,
-    sink_positions: Annotated[
-        str | None,
-        typer.Option(
-            metavar="bounded|absolute",
-            help="How far away the sinks may seem.  [dim]\\[default: the adapter's, or bounded][/dim]",
-        ),
-    ] = None,
-    adapter: Annotated[
-        str | None, typer.Option(help="Folder or hub id of a memory's weights; none for an untrained one.")
-    ] = None,
-    max_new_tokens: Annotated[int, typer.Option(help="Most tokens to write.")] = 256,
-    chunk: Annotated[int | None, typer.Option(help="Tokens to read at a time.  [dim]\\[default: 512][/dim]")] = None,
-    temperature: Annotated[float, typer.Option(help="0 writes the likeliest token; above, tokens are drawn.")] = 0.0,
-    seed: Annotated[int | None, typer.Option(help="Of the random numbers.")] = None,
-    chat: Annotated[
-        bool | None,
-        typer.Option("--chat/--no-chat", help="Use the chat template.  [dim]\\[default: if the model has one][/dim]"),
-    ] = None,
-    cache_in: Annotated[Path | None, typer.Option(help="Go on from this saved cache.")] = None,
-    cache_out: Annotated[Path | None, typer.Option(help="Save the cache here; without a prompt, only read.")] = None,
-) -> None:
+@from_fields
+def command(settings: GenerateSettings, source: ModelChoice) -> None:
     """Read a prompt, or a text of any length and a question about it, and write the answer."""
-    checks.span(window, sinks, sink_positions)
-    checks.mode("--mode", mode)
-    checks.at_least("--max-new-tokens", max_new_tokens, 1)
-    checks.at_least("--chunk", chunk, 1)
-    checks.at_least("--temperature", temperature, 0)
-    checks.adapter(adapter)
-    settings = {"window": window, "sinks": sinks, "sink_positions": sink_positions}
-    _check_caches(cache_in, cache_out, {**settings, "mode": mode}, prompt)
-    if file is None and not prompt.strip():
+    checks.mode("--mode", settings.mode)
+    _check_caches(settings, source)
+    if settings.file is None and not settings.prompt.strip():
         raise UsageError('there is nothing to read. Give a prompt ("..."), or a text with --file.')
-    text = "" if file is None else checks.text_file("--file", file)
-    _run(
-        model,
-        adapter,
-        Request(prompt, text, settings, mode, chunk, max_new_tokens, temperature, seed, chat, cache_in, cache_out),
-    )
+    text = "" if settings.file is None else checks.text_file("--file", settings.file)
+    saved = _saved_settings(settings.cache_in) if settings.cache_in is not None else None
+    from ahn.cli import loading
 
-
-def _check_caches(source: Path | None, target: Path | None, settings: dict[str, Any], prompt: str) -> None:
-    checks.file_to_read("--cache-in", source)
-    checks.file_to_write("--cache-out", target)
-    if target is not None and settings["mode"] == "full":
-        raise UsageError("--cache-out saves what a memory or a window keeps. Use it with --mode ahn or window.")
-    if source is None:
-        return
-    for name, value in settings.items():
-        if value is not None:
-            option = f"--{name.replace('_', '-')}"
-            raise UsageError(f"{option} does not go with --cache-in, which keeps what it was made with. Leave it out.")
-
-
-def _run(name: str, adapter: str | None, request: Request) -> None:
-    """The part that needs the library: loads, reads, writes, saves."""
-    saved = _saved_settings(request.cache_in) if request.cache_in is not None else None
-    from ahn.cli import loading, writing
-    from ahn.generation import decode
-    from ahn.models import prompts
-
-    loaded = loading.load(name, adapter, **request.settings, like=saved)
-    chat = prompts.has_chat(loaded.tokenizer) if request.chat is None else request.chat
-    if chat and not prompts.has_chat(loaded.tokenizer):
-        raise UsageError(f"{name} has no chat template. Leave --chat out.")
-    make = prompts.passage if saved is None else prompts.follow_up
-    passage = make(loaded.tokenizer, request.text, request.prompt, chat)
-    import torch
-
-    closing = passage.closing[:0] if request.only_reads else passage.closing
-    reader = _read(loaded, request, torch.cat((passage.opening, passage.text, closing)))
-    if not request.only_reads:
-        ids = decode(
-            reader,
-            request.limit,
-            prompts.stop_ids(loaded.model, loaded.tokenizer),
-            request.temperature,
-            request.seed,
-        )
-        for piece in writing.words(loaded.tokenizer, ids):
-            sys.stdout.write(piece)
-            sys.stdout.flush()
-        sys.stdout.write("\n")
-    if request.cache_out is not None:
+    loaded = loading.load(source, like=saved)
+    reader = _read(loaded, settings, text, follows=saved is not None)
+    if not settings.only_reads:
+        _answer(loaded, settings, reader)
+    if settings.cache_out is not None:
         cache: Any = reader.cache
-        cache.save(request.cache_out)
-        say(f"saved {request.cache_out}: {cache.seen_tokens:,} tokens in {megabytes(cache.nbytes)} MB", "dim")
+        cache.save(settings.cache_out)
+        say(f"saved {settings.cache_out}: {cache.seen_tokens:,} tokens in {megabytes(cache.nbytes)} MB", "dim")
+
+
+def _check_caches(settings: GenerateSettings, source: ModelChoice) -> None:
+    checks.file_to_read("--cache-in", settings.cache_in)
+    checks.file_to_write("--cache-out", settings.cache_out)
+    if settings.cache_out is not None and settings.mode == "full":
+        raise UsageError("--cache-out saves what a memory or a window keeps. Use it with --mode ahn or window.")
+    if settings.cache_in is None:
+        return
+    kept = {"window": source.window, "sinks": source.sinks, "sink-positions": source.sink_positions}
+    for name, value in {**kept, "mode": settings.mode}.items():
+        if value is not None:
+            raise UsageError(f"--{name} does not go with --cache-in, which keeps what it was made with. Leave it out.")
 
 
 def _saved_settings(path: Path) -> AHNConfig:
@@ -178,23 +109,44 @@ def _saved_settings(path: Path) -> AHNConfig:
     )
 
 
-def _read(loaded: Loaded, request: Request, ids: Any) -> Reader:
-    """Reads all tokens, with a progress bar on a terminal and a closing line anywhere."""
+def _read(loaded: Loaded, settings: GenerateSettings, text: str, follows: bool) -> Reader:
+    """Reads text and prompt, with a progress bar on a terminal and a closing line anywhere."""
+    import torch
+
     import ahn
     from ahn.cli.progress import reading_bar, summary
     from ahn.evaluation.arm_names import find_arm
-    from ahn.generation import Reader, automatic_chunk
+    from ahn.generation import Reader
+    from ahn.models import prompts
 
+    chat = prompts.has_chat(loaded.tokenizer) if settings.chat is None else settings.chat
+    if chat and not prompts.has_chat(loaded.tokenizer):
+        raise UsageError(f"{loaded.name} has no chat template. Leave --chat out.")
+    make = prompts.follow_up if follows else prompts.passage
+    passage = make(loaded.tokenizer, text, settings.prompt, chat)
+    closing = passage.closing[:0] if settings.only_reads else passage.closing
+    ids = torch.cat((passage.opening, passage.text, closing))
     if ids.numel() == 0:
         raise UsageError("the tokenizer makes no token of this text. Give a longer one.")
-    arm = find_arm(request.mode or "ahn")
-    with ahn.mode(loaded.model, arm.way, **arm.settings(loaded.config.window)):  # type: ignore[arg-type]
-        cache = None if request.cache_in is None else ahn.HippocampalCache.load(request.cache_in, loaded.model)
+    arm = find_arm(settings.mode or "ahn")
+    with ahn.mode(loaded.model, arm.method, **arm.settings(loaded.config.window)):  # type: ignore[arg-type]
+        cache = None if settings.cache_in is None else ahn.HippocampalCache.load(settings.cache_in, loaded.model)
         reader = Reader(loaded.model, cache, score=False)
         with reading_bar(notes(), ids.numel()) as show:
-            for piece in ids.split(request.chunk or automatic_chunk(loaded.model)):
-                reader.feed(piece)
-                show(reader.progress)
-    if request.text:
+            reader.feed(ids, settings.chunk, show)
+    if text:
         say(summary(loaded.model, reader), "dim")
     return reader
+
+
+def _answer(loaded: Loaded, settings: GenerateSettings, reader: Reader) -> None:
+    """Writes the answer while it grows."""
+    from ahn.generation import decode, stream_text
+    from ahn.models import prompts
+
+    stop = prompts.stop_ids(loaded.model, loaded.tokenizer)
+    ids = decode(reader, settings.max_new_tokens, stop, settings.temperature, settings.seed)
+    for words in stream_text(loaded.tokenizer, ids):
+        sys.stdout.write(words)
+        sys.stdout.flush()
+    sys.stdout.write("\n")

@@ -6,18 +6,44 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ahn.cli import checks
 from ahn.cli.terminal import notes, output
-from ahn.config import AHNConfig
+from ahn.config import AHNConfig, RunSettings, SinkPositions, same_setting, setting
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from ahn.checkpoint import Description
 
-WINDOW, SINKS = 1024, 32
-"""Settings of a run where neither the user nor an adapter names others."""
 
-MEMORY = "gated_delta_net"
+@dataclass(frozen=True)
+class ModelChoice:
+    """Which model a command works with, and what a run of it keeps exactly; `None` as saved, or as usual."""
+
+    model: str = setting("smollm2-135m", "A built-in name, a folder, or a hub id owner/name.")
+    adapter: str | None = setting(
+        None, "Folder or hub id of the memory's weights; none for an untrained one.", unset="what ships for the model"
+    )
+    window: int | None = same_setting(RunSettings, "window", default=None, unset="the adapter's, or 1024")
+    sinks: int | None = same_setting(RunSettings, "sinks", default=None, unset="the adapter's, or 32")
+    sink_positions: SinkPositions | None = same_setting(
+        RunSettings, "sink_positions", default=None, unset="the adapter's, or bounded"
+    )
+
+    def __post_init__(self) -> None:
+        checks.adapter(self.adapter)
+
+
+@dataclass(frozen=True)
+class ModelSettings(ModelChoice):
+    """The same for commands that take their own window and sinks, whatever the adapter was saved with."""
+
+    window: int = same_setting(RunSettings, "window", default=1024)
+    sinks: int = same_setting(RunSettings, "sinks", default=32)
+    sink_positions: SinkPositions = same_setting(RunSettings, "sink_positions", default="bounded")
+
+
+_USUAL = AHNConfig(window=ModelSettings.window, sinks=ModelSettings.sinks, sink_positions=ModelSettings.sink_positions)
 
 
 @dataclass(frozen=True)
@@ -39,38 +65,28 @@ class Loaded:
     adapter: str | None
 
 
-def load(
-    name: str,
-    adapter: str | None,
-    window: int | None = None,
-    sinks: int | None = None,
-    sink_positions: str | None = None,
-    like: AHNConfig | None = None,
-) -> Loaded:
+def load(settings: ModelChoice, like: AHNConfig | None = None) -> Loaded:
     """Loads a model by name and attaches its memory.
 
     Args:
-        name: As for `ahn.from_pretrained`.
-        adapter: As for `ahn.from_pretrained`; "none" for an untrained memory. Left out, the adapter that ships for
-            this model is taken, if there is one.
-        window: Tokens of the window; the saved or usual ones if left out.
-        sinks: Number of sinks, likewise.
-        sink_positions: Where they stand, likewise.
+        settings: The model, its adapter and its run. Without an adapter the one that ships for the model is taken, if
+            there is one; "none" is an untrained memory. What is `None` is as it was saved, or as usual.
         like: Settings that the memory must have, such as those of a saved cache; they replace the usual ones.
 
     Raises:
         AHNError: Anything about the names, the files or the settings is wrong.
     """
     quiet()
+    name = settings.model
     with notes().status(f"Loading {name} ..."):
         from ahn.checkpoint import from_pretrained, load_anchors
         from ahn.models import load_tokenizer, resolve
 
         resolve(name)  # first, because what follows takes seconds
-        chosen = _adapter(name, adapter)
+        chosen = _adapter(name, settings.adapter)
         saved = _saved(name, chosen)
-        config = like or (_config(saved) if saved else AHNConfig(MEMORY, WINDOW, SINKS, sink_positions="bounded"))
-        changes: dict[str, Any] = {"window": window, "sinks": sinks, "sink_positions": sink_positions}
+        config = like or (_config(saved) if saved else _USUAL)
+        changes: dict[str, Any] = {key: getattr(settings, key) for key in ("window", "sinks", "sink_positions")}
         config = replace(config, **{key: value for key, value in changes.items() if value is not None})
         tokenizer = load_tokenizer(name)
         model = from_pretrained(name, chosen, config)
@@ -122,7 +138,7 @@ def _saved(name: str, adapter: str | None) -> Description | None:
 
 
 def _is_merged(name: str) -> bool:
-    from ahn.checkpoint.files import download, is_hub_id, read_json
+    from ahn.checkpoint.files import Source, download, is_hub_id, read_json
     from ahn.checkpoint.published import CONFIG, is_published
     from ahn.errors import CheckpointError
     from ahn.models import KNOWN
@@ -132,7 +148,7 @@ def _is_merged(name: str) -> bool:
         return False
     if not folder.is_dir() and is_hub_id(name):
         try:
-            folder = download(name, None, [CONFIG])
+            folder = download(name, Source(), [CONFIG])
         except CheckpointError:
             return False  # loading the model says what is wrong
     return (folder / CONFIG).is_file() and is_published(read_json(folder / CONFIG))

@@ -100,7 +100,7 @@ def summary(probe: Probe) -> list[str]:
         f"{probe.gradients.positions:,} positions.",
     ]
     last = trace.fullness[-1]
-    kept = "" if trace.keep is None else f", decay {float(trace.keep.mean()):.3f} (share kept per token)"
+    kept = "" if trace.decay is None else f", decay {float(trace.decay.mean()):.3f} (share kept per token)"
     lines.append(
         f"State: effective rank {float(trace.rank[-1].mean()):.1f} of at most {max(trace.full_rank)} (mean over heads; "
         f"{float(last.min()):.0%} to {float(last.max()):.0%} full). Gates: write strength "
@@ -127,7 +127,7 @@ def make_report(probe: Probe, seed: int) -> EvaluationReport:
         ],
         "layers": trace.layers,
         "state": {"tokens_read": trace.tokens, "effective_rank": trace.rank, "full_rank": trace.full_rank},
-        "gates": {"write": trace.write, "decay": trace.keep},
+        "gates": {"write": trace.write, "decay": trace.decay},
     }
     return EvaluationReport("probe", _settings(probe), results, environment(probe.loaded.model, seed))
 

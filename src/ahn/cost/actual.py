@@ -74,7 +74,7 @@ class Actual(Counting):
     def _fill(
         self, layer: HippocampalLayer, site: Site, memory: Memory, key: torch.Tensor, value: torch.Tensor
     ) -> None:
-        """Does to a layer's cascade what the attention function does, with tensors that hold no values."""
+        """Does to a layer of the cache what the attention function does, with tensors that hold no values."""
         attachment = self.base.attachment
         hidden = torch.empty(1, key.size(2), site.shape.hidden_size, dtype=self.base.dtype, device="meta")
         gates = memory.gates(hidden) if layer.settings.mode == "ahn" else None
@@ -84,7 +84,7 @@ class Actual(Counting):
             rotary = Rotary(site.rotation, site.rotation.tables(positions), positions, unrotates=True)
         plan = Plan(attachment, layer.settings, padding=None)
         call = LayerCall(site, memory, plan, layer, True, hidden, gates, rotary)
-        view = layer.append(Tokens(key, value, call.side(key)), None)
+        view = layer.append(Tokens(key, value, call.record(key)), None)
         if gates is not None and view.evicted.length:
             layer.state = memory.empty_state(1, key.device)
 

@@ -1,11 +1,11 @@
-"""Ways of reading that are compared with each other: each takes a text piece by piece, scores it, and answers.
+"""The arms that are compared with each other: each takes a text part by part, scores it, and answers.
 
 All but `full` have the same lossless budget, sinks and window.
 
 - `full`: the base model itself.
 - `window`: sinks and sliding window; `window+64`: a window that is 64 tokens larger.
 - `ahn`: the memory beside them; `ahn+64`: 64 anchors too; `ahn+64:recent`: chosen by another score
-  (`ahn+64:oracle` by one that is told, inside `ahn.anchors.scores.told`).
+  (`ahn+64:oracle` by one that knows them, inside `ahn.anchors.scores.oracle`).
 - `ct_max`, `ct_mean`: the slots of a Compressive Transformer beside them.
 - `tail`: the base model given nothing but the tokens of sinks and window as its whole input: all that can be known
   without what was evicted. A layer of a sliding window reads what the layer below read further back, so that `window`
@@ -26,7 +26,7 @@ from ahn.attachment import attachment_of
 from ahn.cache import HippocampalCache
 from ahn.config import Mode
 from ahn.evaluation.arm_names import ARMS, find_arm
-from ahn.generation import Reader, automatic_chunk, cache_bytes, decode, text_of
+from ahn.generation import Reader, cache_bytes, decode, text_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -62,8 +62,7 @@ class ArmReader:
     def feed(self, input_ids: torch.Tensor) -> None:
         """Reads a piece of text, `[T]`; a long one in several forward passes."""
         with ahn.mode(self.model, self.mode):
-            for chunk in input_ids.split(automatic_chunk(self.model)):
-                self._reader.feed(chunk)
+            self._reader.feed(input_ids)
         self.tokens += input_ids.numel()
 
     @property
@@ -191,8 +190,7 @@ class TailReader(ArmReader):
         self._spent += self._reader.seconds
         with ahn.mode(self.model, "full"):
             self._reader = Reader(self.model, score=False)
-            for piece in self._kept(self._ids, window).split(automatic_chunk(self.model)):
-                self._reader.feed(piece)
+            self._reader.feed(self._kept(self._ids, window))
         self._reader.score = score
 
     def _kept(self, ids: torch.Tensor, window: int) -> torch.Tensor:
@@ -213,11 +211,11 @@ def arm_reader(model: nn.Module, arm: str, *, score: bool = True) -> ArmReader:
         ConfigError: There is no such arm.
         ModelError: No memory is attached.
     """
-    found = find_arm(arm)
-    if found.way == "tail":
+    kind = find_arm(arm)
+    if kind.method == "tail":
         return TailReader(model, score)
-    settings = found.settings(attachment_of(model).settings.window)
-    return ArmReader(model, cast(Mode, found.way), score, **settings)
+    settings = kind.settings(attachment_of(model).settings.window)
+    return ArmReader(model, cast(Mode, kind.method), score, **settings)
 
 
 def _forked(reader: Reader) -> Reader:

@@ -9,7 +9,7 @@ from typing import Any
 
 from ahn.evaluation.journal import Journal
 
-Progress = Callable[..., None]
+OnProgress = Callable[..., None]
 """Is told how much is done by now and, if wanted, a remark."""
 
 
@@ -24,11 +24,11 @@ class Job:
     """
 
     key: str
-    measure: Callable[[Progress], Mapping[str, Any]]
+    measure: Callable[[OnProgress], Mapping[str, Any]]
     size: int = 1
 
 
-def complete(jobs: Iterable[Job], journal: Journal, on_progress: Progress) -> Iterator[dict[str, Any]]:
+def complete(jobs: Iterable[Job], journal: Journal, on_progress: OnProgress) -> Iterator[dict[str, Any]]:
     """Does the jobs that the journal lacks and adds each to it at once.
 
     Args:
@@ -49,5 +49,5 @@ def complete(jobs: Iterable[Job], journal: Journal, on_progress: Progress) -> It
         yield journal.done[job.key]
 
 
-def _tell(on_progress: Progress, before: int, part: int, remark: str = "") -> None:
+def _tell(on_progress: OnProgress, before: int, part: int, remark: str = "") -> None:
     on_progress(before + part, remark)

@@ -40,20 +40,20 @@ class Gating(NamedTuple):
     Attributes:
         write_BTH: How strongly each token is written, `[B, T, H]`, at least 0: beta of the delta rules, in (0, 1), or
             the step dt of Mamba2.
-        keep_BTH: Share of the state that each token lets live, `[B, T, H]`, in (0, 1]; `None` where nothing decays.
+        decay_BTH: Share of the state that each token lets live, `[B, T, H]`, in (0, 1]; `None` where nothing decays.
     """
 
     write_BTH: torch.Tensor
-    keep_BTH: torch.Tensor | None
+    decay_BTH: torch.Tensor | None
 
 
 class Memory(nn.Module, abc.ABC):
     """A recurrent network that folds evicted tokens into a state of fixed size and answers queries from it.
 
     It reuses the attention's own queries, keys and values and learns only gates and a read-out. A subclass declares
-    `gate_count` and `state_products` and implements `gates`, `gating`, `scan`, `normalise` and `state_shape`; gates of
-    zero must leave the state unchanged, which is how padding is kept out of it. `gates_of_layers`, `fold`, `read`,
-    `add_answer` and `compiled_read_out` serve decoding and follow from these; a subclass has its own only to be fast.
+    `gate_count` and `state_products` and implements `gates`, `gating`, `scan`, `gated_norm` and `state_shape`; gates of
+    zero must leave the state unchanged, which is how padding is kept out of it. `gates_of_layers`, `update`, `read`,
+    `decode_add` and `output_weights` serve decoding and follow from these; a subclass has its own only to be fast.
     The output projection starts at zero, so that an untrained memory changes nothing.
 
     Args:
@@ -134,7 +134,7 @@ class Memory(nn.Module, abc.ABC):
         return torch.stack([memory.gates(x_BD[:, None])[:, 0] for memory, x_BD in zip(memories, x_LBD, strict=True)])
 
     @classmethod
-    def fold(
+    def update(
         cls,
         memories: Sequence[Memory],
         k_LBGK: torch.Tensor,
@@ -169,7 +169,7 @@ class Memory(nn.Module, abc.ABC):
         nothing = state.new_zeros(batch, length, self.gate_count, heads)
         return self.scan(q_BTHK, key, value, nothing, state)[0]
 
-    def add_answer(
+    def decode_add(
         self, local_B1HV: torch.Tensor, q_B1HK: torch.Tensor, x_B1D: torch.Tensor, state: torch.Tensor
     ) -> torch.Tensor:
         """The attention output of one token with what the memory adds to it, `[B, 1, H, V]`; for decoding.
@@ -180,18 +180,18 @@ class Memory(nn.Module, abc.ABC):
             x_B1D: Input of the attention layer, `[B, 1, D]`.
             state: The state, `[B, *state_shape()]` float32.
         """
-        how = self.compiled_read_out()
-        if how is not None and native.can_read_out(local_B1HV, q_B1HK, x_B1D, state, how):
-            native.read_out_(local_B1HV, q_B1HK, x_B1D, state, how)
+        how = self.output_weights()
+        if how is not None and native.can_decode_add(local_B1HV, q_B1HK, x_B1D, state, how):
+            native.decode_add_(local_B1HV, q_B1HK, x_B1D, state, how)
             return local_B1HV
-        return local_B1HV + self.read_out(self.read(q_B1HK, state), x_B1D).to(local_B1HV.dtype)
+        return local_B1HV + self.project_out(self.read(q_B1HK, state), x_B1D).to(local_B1HV.dtype)
 
-    def compiled_read_out(self) -> native.ReadOut | None:
-        """What the kernel of `add_answer` needs to know, or `None` where there is no kernel for this memory."""
+    def output_weights(self) -> native.OutputWeights | None:
+        """What the kernel of `decode_add` needs to know, or `None` where there is no kernel for this memory."""
         return None
 
     @abc.abstractmethod
-    def normalise(self, read_BTHV: torch.Tensor, x_BTD: torch.Tensor) -> torch.Tensor:
+    def gated_norm(self, read_BTHV: torch.Tensor, x_BTD: torch.Tensor) -> torch.Tensor:
         """Gated norm of what was read, `[B, T, H, V]` float32, before the output projection.
 
         Args:
@@ -199,7 +199,7 @@ class Memory(nn.Module, abc.ABC):
             x_BTD: Input of the attention layer at the *querying* tokens, `[B, T, D]`.
         """
 
-    def read_out(self, read_BTHV: torch.Tensor, x_BTD: torch.Tensor) -> torch.Tensor:
+    def project_out(self, read_BTHV: torch.Tensor, x_BTD: torch.Tensor) -> torch.Tensor:
         """What the memory adds to the attention output before its `o_proj`.
 
         Args:
@@ -209,7 +209,7 @@ class Memory(nn.Module, abc.ABC):
         Returns:
             `[B, T, H, V]` in the dtype of the model. Zero wherever the state was still empty.
         """
-        normed_BTHV = self.normalise(read_BTHV, x_BTD).to(self.o_proj.dtype)
+        normed_BTHV = self.gated_norm(read_BTHV, x_BTD).to(self.o_proj.dtype)
         out_HXV = torch.bmm(normed_BTHV.flatten(0, 1).transpose(0, 1), self.o_proj)
         return out_HXV.transpose(0, 1).view(normed_BTHV.shape)
 

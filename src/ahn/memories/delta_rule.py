@@ -30,7 +30,7 @@ class DeltaRule(Memory):
         return unit(q_BTHK) * scale
 
     @classmethod
-    def fold(
+    def update(
         cls,
         memories: Sequence[Memory],
         k_LBGK: torch.Tensor,
@@ -38,21 +38,23 @@ class DeltaRule(Memory):
         gates_LBNH: torch.Tensor,
         state_LB: torch.Tensor,
     ) -> None:
-        """See `Memory.fold`."""
-        write_LBH, keep_LBH = memories[0].gating(gates_LBNH)
+        """See `Memory.update`."""
+        write_LBH, decay_LBH = memories[0].gating(gates_LBNH)
         k, v, write, state = (x.flatten(0, 1) for x in (unit(k_LBGK), v_LBGV, write_LBH, state_LB))
-        write_delta_(k, at_least_float32(v), None if keep_LBH is None else keep_LBH.flatten(0, 1), write, state)
+        write_delta_(k, at_least_float32(v), None if decay_LBH is None else decay_LBH.flatten(0, 1), write, state)
 
     def read(self, q_BTHK: torch.Tensor, state: torch.Tensor) -> torch.Tensor:
         """See `Memory.read`."""
         return read_rows(self.queries(q_BTHK), state)
 
-    def compiled_read_out(self) -> native.ReadOut:
-        """See `Memory.compiled_read_out`."""
+    def output_weights(self) -> native.OutputWeights:
+        """See `Memory.output_weights`."""
         scale = self.shape.key_size**-0.5
-        return native.ReadOut(self.g_proj.weight, self.g_proj.bias, self.o_norm, self.o_proj, scale, per_head=True)
+        return native.OutputWeights(
+            self.g_proj.weight, self.g_proj.bias, self.o_norm, self.o_proj, scale, per_head=True
+        )
 
-    def normalise(self, read_BTHV: torch.Tensor, x_BTD: torch.Tensor) -> torch.Tensor:
+    def gated_norm(self, read_BTHV: torch.Tensor, x_BTD: torch.Tensor) -> torch.Tensor:
         """RMS norm per head times silu of one gate per head."""
         gate_BTH = F.silu(at_least_float32(self.g_proj(x_BTD)))
         return rms_norm(read_BTHV, self.o_norm) * gate_BTH[..., None]

@@ -79,7 +79,7 @@ class Mamba2(Memory):
         return F.softplus(at_least_float32(dt_LBH + bias) + dt_bias).unsqueeze(-2)
 
     @classmethod
-    def fold(
+    def update(
         cls,
         memories: Sequence[Memory],
         k_LBGK: torch.Tensor,
@@ -87,7 +87,7 @@ class Mamba2(Memory):
         gates_LBNH: torch.Tensor,
         state_LB: torch.Tensor,
     ) -> None:
-        """See `Memory.fold`."""
+        """See `Memory.update`."""
         A_log = torch.stack([memory.A_log for memory in cast("Sequence[Mamba2]", memories)])
         dt_LBH = gates_LBNH.squeeze(-2)
         decay_LBH = (-at_least_float32(A_log).exp()[:, None] * dt_LBH).exp()
@@ -98,11 +98,13 @@ class Mamba2(Memory):
         """See `Memory.read`."""
         return read_rows(unit(q_BTHK), state.mT)
 
-    def compiled_read_out(self) -> native.ReadOut:
-        """See `Memory.compiled_read_out`."""
-        return native.ReadOut(self.g_proj.weight, self.g_proj.bias, self.norm, self.o_proj, scale=1.0, per_head=False)
+    def output_weights(self) -> native.OutputWeights:
+        """See `Memory.output_weights`."""
+        return native.OutputWeights(
+            self.g_proj.weight, self.g_proj.bias, self.norm, self.o_proj, scale=1.0, per_head=False
+        )
 
-    def normalise(self, read_BTHV: torch.Tensor, x_BTD: torch.Tensor) -> torch.Tensor:
+    def gated_norm(self, read_BTHV: torch.Tensor, x_BTD: torch.Tensor) -> torch.Tensor:
         """RMS norm over all heads at once, after multiplying with silu of one gate per head."""
         gate_BTH = F.silu(at_least_float32(self.g_proj(x_BTD)))
         gated_BTHV = read_BTHV * gate_BTH[..., None]

@@ -102,7 +102,7 @@ def load_model(name: str | os.PathLike[str], dtype: str | torch.dtype | None = N
     Args:
         name: As for `resolve`.
         dtype: A torch dtype, its name ("bfloat16"), or "auto" for the one that the weights are stored in. `None` is
-            float32, or "auto" if `device_map` is given.
+            float32, or "auto" if `device_map` or `quantization_config` is given.
         **kwargs: For `AutoModelForCausalLM.from_pretrained`, such as `device_map`, `revision` or `attn_implementation`.
 
     Returns:
@@ -115,7 +115,8 @@ def load_model(name: str | os.PathLike[str], dtype: str | torch.dtype | None = N
     from transformers import AutoModelForCausalLM
 
     kwargs.setdefault("trust_remote_code", False)  # Left open, transformers asks on the terminal and waits.
-    chosen = as_dtype(dtype, "auto" if "device_map" in kwargs else torch.float32)
+    large = "device_map" in kwargs or "quantization_config" in kwargs
+    chosen = as_dtype(dtype, "auto" if large else torch.float32)
     source = resolve(name)
     config = kwargs.pop("config", None) or _load_config(name, source, kwargs)
     _require_decoder(name, config)

@@ -4,7 +4,7 @@ They are compiled when the first tensors come that they can work on, for the mac
 (no C compiler, Windows), or where `AHN_NATIVE=0` is set, everything runs in torch, more slowly.
 
 Legend of shapes: B batch, T tokens, H query heads, G key/value heads, K key size, V value size, D hidden size,
-X states, N places of a stretch.
+X states, N places of a segment.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ from ahn.native import build
 
 __all__ = [
     "MOST_VECTORS",
-    "ReadOut",
-    "Stretch",
+    "OutputWeights",
+    "Segment",
     "attend",
     "attend_one",
+    "can_decode_add",
     "can_multiply",
-    "can_read_out",
+    "decode_add_",
     "linear",
     "linear_each",
-    "read_out_",
     "ready",
     "scan",
     "scan_state_space",
@@ -54,7 +54,7 @@ _ARGUMENTS = {
     "ahn_write_state_space": [*[_INT] * 3, *[_POINTER] * 5],
     "ahn_linear": [*[_INT] * 3, *[_POINTER] * 4],
     "ahn_linear_each": [*[_INT] * 5, *[_POINTER] * 3],
-    "ahn_read_out": [*[_INT] * 5, *[_POINTER] * 7, _FLOAT, ctypes.c_int, _POINTER],
+    "ahn_decode_add": [*[_INT] * 5, *[_POINTER] * 7, _FLOAT, ctypes.c_int, _POINTER],
 }
 
 
@@ -62,7 +62,7 @@ MOST_VECTORS = 4
 """Vectors that `linear` multiplies at once."""
 
 
-class Stretch(NamedTuple):
+class Segment(NamedTuple):
     """Keys and values of consecutive places, with the queries that read them.
 
     Attributes:
@@ -70,8 +70,8 @@ class Stretch(NamedTuple):
         keys: `[B, G, N, K]`, the last dimension dense.
         values: `[B, G, N, V]`, likewise.
         first: Index of the token at the first place; the others follow it.
-        reach: A query reads that many tokens up to its own.
-        lives: For places without an order, instead of these two: index of the first token whose query reads each, and
+        window: A query reads that many tokens up to its own.
+        visible: For places without an order, instead of these two: index of the first token whose query reads each, and
             of the first whose query reads it no more, `[B or 1, N]` int64 each.
         mask: For a single query: added to its scores, `[B, N]`, or `None`.
     """
@@ -80,20 +80,20 @@ class Stretch(NamedTuple):
     keys: Tensor
     values: Tensor
     first: int = 0
-    reach: int = 2**62
-    lives: tuple[Tensor, Tensor] | None = None
+    window: int = 2**62
+    visible: tuple[Tensor, Tensor] | None = None
     mask: Tensor | None = None
 
 
-class _Stretch(ctypes.Structure):
-    """`Stretch` of attention.c."""
+class _Segment(ctypes.Structure):
+    """`Segment` of attention.c."""
 
     _fields_ = (
         *((name, _POINTER) for name in ("queries", "keys", "values")),
         *((name, _INT) for name in ("key_batch", "key_head", "key_place", "value_batch", "value_head", "value_place")),
-        *((name, _INT) for name in ("count", "first", "reach")),
-        *((name, _POINTER) for name in ("born", "died")),
-        ("life_batch", _INT),
+        *((name, _INT) for name in ("count", "first", "window")),
+        *((name, _POINTER) for name in ("visible_from", "visible_until")),
+        ("visible_batch", _INT),
         ("mask", _POINTER),
         ("mask_batch", _INT),
     )
@@ -176,44 +176,44 @@ def _scan(
     return out, after
 
 
-def attend(stretches: Sequence[Stretch], seen: int, scaling: float) -> Tensor:
-    """One softmax of many queries over several stretches of keys.
+def attend(segments: Sequence[Segment], seen: int, scaling: float) -> Tensor:
+    """One softmax of many queries over several segments of keys.
 
     Args:
-        stretches: The keys; every query reads at least one of them. The queries of all lie in memory alike.
+        segments: The keys; every query reads at least one of them. The queries of all lie in memory alike.
         seen: Index of the first query's token.
         scaling: Factor on the products of queries and keys.
 
     Returns:
         `[B, T, H, V]`.
     """
-    q_BHTK, v_BGNV = stretches[0].queries, stretches[0].values
+    q_BHTK, v_BGNV = segments[0].queries, segments[0].values
     B, H, T, K = q_BHTK.shape
     G, V = v_BGNV.size(1), v_BGNV.size(3)
     out = q_BHTK.new_empty(B, T, H, V)
-    described = (_Stretch * len(stretches))(*map(_described, stretches))
+    described = (_Segment * len(segments))(*map(_described, segments))
     strides = q_BHTK.stride()[:3]
-    _run("ahn_attend", B, T, H, G, K, V, *strides, seen, scaling, ctypes.addressof(described), len(stretches), out)
+    _run("ahn_attend", B, T, H, G, K, V, *strides, seen, scaling, ctypes.addressof(described), len(segments), out)
     return out
 
 
-def attend_one(stretches: Sequence[Stretch], seen: int, scaling: float) -> Tensor:
-    """One softmax of a single query over several stretches of keys, of which those without `lives` are read whole.
+def attend_one(segments: Sequence[Segment], seen: int, scaling: float) -> Tensor:
+    """One softmax of a single query over several segments of keys, of which those without `visible` are read whole.
 
     Args:
-        stretches: The keys; the queries are `[B, H, 1, K]`, dense.
+        segments: The keys; the queries are `[B, H, 1, K]`, dense.
         seen: Index of the query's token.
         scaling: Factor on the products of queries and keys.
 
     Returns:
         `[B, 1, H, V]`.
     """
-    q_BH1K, v_BGNV = stretches[0].queries, stretches[0].values
+    q_BH1K, v_BGNV = segments[0].queries, segments[0].values
     B, H, _, K = q_BH1K.shape
     G, V = v_BGNV.size(1), v_BGNV.size(3)
     out = q_BH1K.new_empty(B, 1, H, V)
-    described = (_Stretch * len(stretches))(*map(_described, stretches))
-    _run("ahn_attend_one", B, H, G, K, V, seen, scaling, ctypes.addressof(described), len(stretches), out)
+    described = (_Segment * len(segments))(*map(_described, segments))
+    _run("ahn_attend_one", B, H, G, K, V, seen, scaling, ctypes.addressof(described), len(segments), out)
     return out
 
 
@@ -231,7 +231,7 @@ def write_state_space_(k_XK: Tensor, v_XV: Tensor, decay_X: Tensor, step_X: Tens
     _run("ahn_write_state_space", X, K, V, k, v, decay, step, state_XVK)
 
 
-class ReadOut(NamedTuple):
+class OutputWeights(NamedTuple):
     """The read-out of a memory: its weights and its order.
 
     Attributes:
@@ -252,15 +252,15 @@ class ReadOut(NamedTuple):
     per_head: bool
 
 
-def can_read_out(local_B1HV: Tensor, q_B1HK: Tensor, x_B1D: Tensor, state: Tensor, how: ReadOut) -> bool:
-    """Whether `read_out_` can work on these."""
+def can_decode_add(local_B1HV: Tensor, q_B1HK: Tensor, x_B1D: Tensor, state: Tensor, how: OutputWeights) -> bool:
+    """Whether `decode_add_` can work on these."""
     there = [x for x in (local_B1HV, how.gate, how.gate_bias, how.norm, how.o_proj) if x is not None]
     sizes = q_B1HK.size(3), local_B1HV.size(3)
     return all(x.is_contiguous() for x in there) and ready(*there, q_B1HK, x_B1D, state, sizes=sizes)
 
 
-def read_out_(local_B1HV: Tensor, q_B1HK: Tensor, x_B1D: Tensor, state: Tensor, how: ReadOut) -> None:
-    """Adds what a memory says to one query per row, in place; see `ahn.memories.base.Memory.add_answer`.
+def decode_add_(local_B1HV: Tensor, q_B1HK: Tensor, x_B1D: Tensor, state: Tensor, how: OutputWeights) -> None:
+    """Adds what a memory says to one query per row, in place; see `ahn.memories.base.Memory.decode_add`.
 
     Args:
         local_B1HV: What to add to, dense.
@@ -272,7 +272,7 @@ def read_out_(local_B1HV: Tensor, q_B1HK: Tensor, x_B1D: Tensor, state: Tensor, 
     B, _, H, K = q_B1HK.shape
     V, D = local_B1HV.size(3), x_B1D.size(2)
     q, x, state = q_B1HK.contiguous(), x_B1D.contiguous(), state.contiguous()
-    _run("ahn_read_out", B, H, K, V, D, q, x, state, *how[:4], how.scale, int(how.per_head), local_B1HV)
+    _run("ahn_decode_add", B, H, K, V, D, q, x, state, *how[:4], how.scale, int(how.per_head), local_B1HV)
 
 
 def can_multiply(vectors: int, size: int) -> bool:
@@ -312,11 +312,11 @@ def linear_each(x_LMD: Tensor, weights: Sequence[Tensor]) -> Tensor:
     return out
 
 
-def _described(stretch: Stretch) -> _Stretch:
-    """A stretch as the kernels take it; the tensors must outlive the call."""
-    queries, keys, values, first, reach, lives, mask = stretch
-    born, died = lives or (None, None)
-    return _Stretch(
+def _described(segment: Segment) -> _Segment:
+    """A segment as the kernels take it; the tensors must outlive the call."""
+    queries, keys, values, first, window, visible, mask = segment
+    visible_from, visible_until = visible or (None, None)
+    return _Segment(
         queries.data_ptr(),
         keys.data_ptr(),
         values.data_ptr(),
@@ -324,10 +324,10 @@ def _described(stretch: Stretch) -> _Stretch:
         *values.stride()[:3],
         keys.size(2),
         first,
-        reach,
-        None if born is None else born.data_ptr(),
-        None if died is None else died.data_ptr(),
-        0 if born is None or born.size(0) == 1 else born.stride(0),
+        window,
+        None if visible_from is None else visible_from.data_ptr(),
+        None if visible_until is None else visible_until.data_ptr(),
+        0 if visible_from is None or visible_from.size(0) == 1 else visible_from.stride(0),
         None if mask is None else mask.data_ptr(),
         0 if mask is None or mask.size(0) == 1 else mask.stride(0),
     )

@@ -1,4 +1,4 @@
-/* Softmax attention over stretches of keys: sinks and anchors, which may have queries of their own, and the window.
+/* Softmax attention over segments of keys: sinks and anchors, which may have queries of their own, and the window.
  *
  * Legend of shapes: B batch, T queries, H query heads, G kv heads, R = H / G, K key size, V value size (a multiple of
  * PANEL). Query heads that share a kv head are read together, so that its keys and values pass by once.
@@ -16,12 +16,13 @@ typedef struct {
     index_t key_batch, key_head, key_place; /* strides in floats; the numbers of a key lie side by side */
     index_t value_batch, value_head, value_place;
     index_t count;
-    index_t first, reach;       /* token at the first place; a query reads as many tokens up to its own */
-    const index_t *born, *died; /* or, for each place, the first query that reads it and the first that does no more */
-    index_t life_batch;
+    index_t first, window; /* token at the first place; a query reads as many tokens up to its own */
+    /* or, for each place, the first query that reads it and the first that reads it no more */
+    const index_t *visible_from, *visible_until;
+    index_t visible_batch;
     const float *mask; /* for a single query: added to its scores, or NULL */
     index_t mask_batch;
-} Stretch;
+} Segment;
 
 /* The best score so far of a row, the sum of exp(score - best), and the sum of values weighted so. */
 typedef struct {
@@ -69,73 +70,73 @@ static void pack_panel(float *to, const float *keys, index_t step, index_t count
         for (index_t d = 0; d < K; d++) to[d * PANEL + j] = j < count ? keys[j * step + d] : 0;
 }
 
-/* First and last + 1 place of a stretch that a query reads, before births and deaths. */
-INLINE void reached(const Stretch *stretch, index_t query, index_t *from, index_t *to)
+/* First and last + 1 place of a segment that a query reads, whatever `visible_from` says. */
+INLINE void span_of(const Segment *segment, index_t query, index_t *from, index_t *to)
 {
-    index_t low = 0, high = stretch->count;
-    if (!stretch->born) {
-        low = query - stretch->reach + 1 - stretch->first;
-        high = query + 1 - stretch->first;
+    index_t low = 0, high = segment->count;
+    if (!segment->visible_from) {
+        low = query - segment->window + 1 - segment->first;
+        high = query + 1 - segment->first;
     }
     *from = low < 0 ? 0 : low;
-    *to = high > stretch->count ? stretch->count : high;
+    *to = high > segment->count ? segment->count : high;
 }
 
 /* Hides what a query does not read among `width` scores of places from `start` on. */
-static void hide(float *scores, const Stretch *stretch, index_t batch, index_t query, index_t start, index_t width)
+static void hide(float *scores, const Segment *segment, index_t batch, index_t query, index_t start, index_t width)
 {
     index_t from, to;
-    reached(stretch, query, &from, &to);
+    span_of(segment, query, &from, &to);
     for (index_t j = 0; j < width; j++) {
         int seen = start + j >= from && start + j < to;
-        if (seen && stretch->born) {
-            index_t place = batch * stretch->life_batch + start + j;
-            seen = stretch->born[place] <= query && query < stretch->died[place];
+        if (seen && segment->visible_from) {
+            index_t place = batch * segment->visible_batch + start + j;
+            seen = segment->visible_from[place] <= query && query < segment->visible_until[place];
         }
         if (!seen) scores[j] = -INFINITY;
     }
 }
 
-/* A block of rows over one stretch; row = token * R + head. */
-static void read_stretch(const Call *call, const Stretch *stretch, const float *panels, index_t b, index_t g,
+/* A block of rows over one segment; row = token * R + head. */
+static void read_segment(const Call *call, const Segment *segment, const float *panels, index_t b, index_t g,
                          index_t token, index_t tokens, float *queries, float *scores, Tally *tallies, float *sums)
 {
     index_t rows = tokens * call->R, K = call->K, V = call->V, from, to, first_to, last_from;
     for (index_t row = 0; row < rows; row++) {
-        const float *query = stretch->query + b * call->query_batch + (g * call->R + row % call->R) * call->query_head +
+        const float *query = segment->query + b * call->query_batch + (g * call->R + row % call->R) * call->query_head +
                              (token + row / call->R) * call->query_token;
         for (index_t d = 0; d < K; d++) queries[row * K + d] = query[d] * call->scaling;
     }
-    reached(stretch, call->seen + token, &from, &first_to);
-    reached(stretch, call->seen + token + tokens - 1, &last_from, &to);
-    const float *values = stretch->values + b * stretch->value_batch + g * stretch->value_head;
+    span_of(segment, call->seen + token, &from, &first_to);
+    span_of(segment, call->seen + token + tokens - 1, &last_from, &to);
+    const float *values = segment->values + b * segment->value_batch + g * segment->value_head;
     for (index_t start = from / PANEL * PANEL; start < to; start += KEY_BLOCK) {
         index_t count = to - start < KEY_BLOCK ? to - start : KEY_BLOCK, width = rounded(count);
         product(rows, width, K, queries, K, panels + start * K, PANEL, K * PANEL, scores, KEY_BLOCK, 0);
-        /* Only where a stretch begins or ends for some of the rows is there anything to hide. */
-        int whole = !stretch->born && start >= last_from && start + width <= first_to;
+        /* Only where a segment begins or ends for some of the rows is there anything to hide. */
+        int whole = !segment->visible_from && start >= last_from && start + width <= first_to;
         for (index_t row = 0; row < rows; row++) {
             float *mine = scores + row * KEY_BLOCK;
-            if (!whole) hide(mine, stretch, b, call->seen + token + row / call->R, start, width);
+            if (!whole) hide(mine, segment, b, call->seen + token + row / call->R, start, width);
             float shrink = settle(mine, width, tallies + row);
             if (shrink != 1)
                 for (index_t v = 0; v < V; v += LANES)
                     store(sums + row * V + v, load(sums + row * V + v) * splat(shrink));
         }
-        product(rows, V, count, scores, KEY_BLOCK, values + start * stretch->value_place,
-                stretch->value_place, PANEL, sums, V, 1);
+        product(rows, V, count, scores, KEY_BLOCK, values + start * segment->value_place,
+                segment->value_place, PANEL, sums, V, 1);
     }
 }
 
 /* Attention of many queries; see ahn/native/__init__.py. Returns 0, or 1 where there is no memory for the scratch. */
 int ahn_attend(index_t B, index_t T, index_t H, index_t G, index_t K, index_t V, index_t query_batch,
-               index_t query_head, index_t query_token, index_t seen, float scaling, const Stretch *stretches,
+               index_t query_head, index_t query_token, index_t seen, float scaling, const Segment *segments,
                index_t count, float *out)
 {
     Call call = {T, H, H / G, K, V, query_batch, query_head, query_token, seen, scaling};
     index_t block = ROW_BLOCK / call.R > 0 ? ROW_BLOCK / call.R : 1, blocks = (T + block - 1) / block;
     index_t places = 0, rows = block * call.R;
-    for (index_t s = 0; s < count; s++) places += rounded(stretches[s].count);
+    for (index_t s = 0; s < count; s++) places += rounded(segments[s].count);
     float *panels = scratch(B * G * places * K);
     if (!panels) return 1;
     int failed = 0;
@@ -145,15 +146,15 @@ int ahn_attend(index_t B, index_t T, index_t H, index_t G, index_t K, index_t V,
         float *queries = memory, *scores = queries + rows * K, *sums = scores + rows * KEY_BLOCK;
         Tally *tallies = (Tally *)(sums + rows * V);
         index_t begin = 0;
-        for (index_t s = 0; s < count; begin += rounded(stretches[s].count), s++) {
-            const Stretch *stretch = stretches + s;
-            index_t per_head = rounded(stretch->count) / PANEL;
+        for (index_t s = 0; s < count; begin += rounded(segments[s].count), s++) {
+            const Segment *segment = segments + s;
+            index_t per_head = rounded(segment->count) / PANEL;
 #pragma omp for schedule(static)
             for (index_t unit = 0; unit < B * G * per_head; unit++) {
                 index_t pair = unit / per_head, place = unit % per_head * PANEL;
-                const float *keys = stretch->keys + pair / G * stretch->key_batch + pair % G * stretch->key_head;
-                pack_panel(panels + (pair * places + begin + place) * K, keys + place * stretch->key_place,
-                           stretch->key_place, stretch->count - place, K);
+                const float *keys = segment->keys + pair / G * segment->key_batch + pair % G * segment->key_head;
+                pack_panel(panels + (pair * places + begin + place) * K, keys + place * segment->key_place,
+                           segment->key_place, segment->count - place, K);
             }
         }
 #pragma omp for schedule(dynamic)
@@ -167,8 +168,8 @@ int ahn_attend(index_t B, index_t T, index_t H, index_t G, index_t K, index_t V,
             memset(sums, 0, (size_t)(rows * V) * sizeof(float));
             for (index_t row = 0; row < rows; row++) tallies[row] = (Tally){-INFINITY, 0};
             const float *mine = panels + pair * places * K;
-            for (index_t s = 0; s < count; mine += rounded(stretches[s].count) * K, s++)
-                read_stretch(&call, stretches + s, mine, b, g, token, tokens, queries, scores, tallies, sums);
+            for (index_t s = 0; s < count; mine += rounded(segments[s].count) * K, s++)
+                read_segment(&call, segments + s, mine, b, g, token, tokens, queries, scores, tallies, sums);
             for (index_t row = 0; row < tokens * call.R; row++) {
                 float *to = out + ((b * T + token + row / call.R) * H + g * call.R + row % call.R) * V;
                 vec share = splat(1 / tallies[row].total);
@@ -191,27 +192,27 @@ INLINE void weigh(const int heads, const float *weights, const float *values, in
 }
 
 /* A block of keys: the tallies and sums of the query heads of a kv head. */
-INLINE void read_block(const int heads, const Stretch *stretch, index_t b, index_t g, index_t start, index_t count,
+INLINE void read_block(const int heads, const Segment *segment, index_t b, index_t g, index_t start, index_t count,
                        const Call *call, index_t head, Tally *tallies, float *sums)
 {
     index_t K = call->K, V = call->V;
-    const float *keys = stretch->keys + b * stretch->key_batch + g * stretch->key_head + start * stretch->key_place;
+    const float *keys = segment->keys + b * segment->key_batch + g * segment->key_head + start * segment->key_place;
     const float *values =
-        stretch->values + b * stretch->value_batch + g * stretch->value_head + start * stretch->value_place;
-    const float *query = stretch->query + (b * call->H + head) * K;
+        segment->values + b * segment->value_batch + g * segment->value_head + start * segment->value_place;
+    const float *query = segment->query + (b * call->H + head) * K;
     float scores[MOST_VECTORS * KEY_BLOCK] __attribute__((aligned(ALIGNMENT)));
     index_t width = rounded(count);
-    products(heads, query, K, keys, stretch->key_place, count, K, AHEAD, call->scaling, scores, KEY_BLOCK);
+    products(heads, query, K, keys, segment->key_place, count, K, AHEAD, call->scaling, scores, KEY_BLOCK);
     for (int i = 0; i < heads; i++) {
         float *mine = scores + i * KEY_BLOCK;
-        if (stretch->mask)
-            for (index_t j = 0; j < count; j++) mine[j] += stretch->mask[b * stretch->mask_batch + start + j];
+        if (segment->mask)
+            for (index_t j = 0; j < count; j++) mine[j] += segment->mask[b * segment->mask_batch + start + j];
         for (index_t j = count; j < width; j++) mine[j] = -INFINITY;
-        if (stretch->born) hide(mine, stretch, b, call->seen, start, count);
+        if (segment->visible_from) hide(mine, segment, b, call->seen, start, count);
         tallies[i] = (Tally){-INFINITY, 0};
         settle(mine, width, tallies + i);
     }
-    weigh(heads, scores, values, stretch->value_place, count, V, sums);
+    weigh(heads, scores, values, segment->value_place, count, V, sums);
 }
 
 /* Adds up what the blocks of keys found for one query head. */
@@ -232,13 +233,13 @@ static void merge(const Tally *tallies, const float *sums, index_t blocks, index
 
 /* Attention of one query per row, q [B, H, K] and out [B, H, V]; see ahn/native/__init__.py. Returns as ahn_attend.
  *
- * Stretches without births and deaths are read whole. */
+ * Segments without `visible_from` are read whole. */
 int ahn_attend_one(index_t B, index_t H, index_t G, index_t K, index_t V, index_t seen, float scaling,
-                   const Stretch *stretches, index_t count, float *out)
+                   const Segment *segments, index_t count, float *out)
 {
     Call call = {.T = 1, .H = H, .R = H / G, .K = K, .V = V, .seen = seen, .scaling = scaling};
     index_t R = call.R, blocks = 0;
-    for (index_t s = 0; s < count; s++) blocks += (stretches[s].count + KEY_BLOCK - 1) / KEY_BLOCK;
+    for (index_t s = 0; s < count; s++) blocks += (segments[s].count + KEY_BLOCK - 1) / KEY_BLOCK;
     float *memory = scratch(B * H * blocks * (V + 2));
     if (!memory) return 1;
     float *sums = memory;
@@ -246,18 +247,18 @@ int ahn_attend_one(index_t B, index_t H, index_t G, index_t K, index_t V, index_
 #pragma omp parallel for schedule(static)
     for (index_t unit = 0; unit < B * G * blocks; unit++) {
         index_t pair = unit / blocks, b = pair / G, g = pair % G, start = unit % blocks * KEY_BLOCK;
-        const Stretch *stretch = stretches;
-        for (; start >= stretch->count; stretch++)
-            start -= (stretch->count + KEY_BLOCK - 1) / KEY_BLOCK * KEY_BLOCK;
-        index_t keys = stretch->count - start < KEY_BLOCK ? stretch->count - start : KEY_BLOCK;
+        const Segment *segment = segments;
+        for (; start >= segment->count; segment++)
+            start -= (segment->count + KEY_BLOCK - 1) / KEY_BLOCK * KEY_BLOCK;
+        index_t keys = segment->count - start < KEY_BLOCK ? segment->count - start : KEY_BLOCK;
         for (index_t i = 0; i < R; i += MOST_VECTORS) {
             Tally *found = tallies + unit * R + i;
             float *to = sums + (unit * R + i) * V;
             switch (R - i) {
-            case 1: read_block(1, stretch, b, g, start, keys, &call, g * R + i, found, to); break;
-            case 2: read_block(2, stretch, b, g, start, keys, &call, g * R + i, found, to); break;
-            case 3: read_block(3, stretch, b, g, start, keys, &call, g * R + i, found, to); break;
-            default: read_block(4, stretch, b, g, start, keys, &call, g * R + i, found, to); break;
+            case 1: read_block(1, segment, b, g, start, keys, &call, g * R + i, found, to); break;
+            case 2: read_block(2, segment, b, g, start, keys, &call, g * R + i, found, to); break;
+            case 3: read_block(3, segment, b, g, start, keys, &call, g * R + i, found, to); break;
+            default: read_block(4, segment, b, g, start, keys, &call, g * R + i, found, to); break;
             }
         }
     }

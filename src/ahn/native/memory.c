@@ -16,7 +16,7 @@ void ahn_write_delta(index_t states, index_t K, index_t V, const float *k, const
 {
 #pragma omp parallel for schedule(static)
     for (index_t x = 0; x < states; x++) {
-        float keep = decay ? decay[x] : 1;
+        float factor = decay ? decay[x] : 1;
         for (index_t column = 0; column < V; column += PANEL) {
             float *mine = state + x * K * V + column;
             vec left = {0}, right = {0};
@@ -26,12 +26,12 @@ void ahn_write_delta(index_t states, index_t K, index_t V, const float *k, const
                 right += key * load(mine + d * V + LANES);
             }
             const float *value = v + x * V + column;
-            left = splat(write[x]) * (load(value) - splat(keep) * left);
-            right = splat(write[x]) * (load(value + LANES) - splat(keep) * right);
+            left = splat(write[x]) * (load(value) - splat(factor) * left);
+            right = splat(write[x]) * (load(value + LANES) - splat(factor) * right);
             for (index_t d = 0; d < K; d++) {
                 vec key = splat(k[x * K + d]);
-                store(mine + d * V, splat(keep) * load(mine + d * V) + key * left);
-                store(mine + d * V + LANES, splat(keep) * load(mine + d * V + LANES) + key * right);
+                store(mine + d * V, splat(factor) * load(mine + d * V) + key * left);
+                store(mine + d * V + LANES, splat(factor) * load(mine + d * V + LANES) + key * right);
             }
         }
     }
@@ -53,7 +53,7 @@ void ahn_write_state_space(index_t states, index_t K, index_t V, const float *k,
 INLINE float silu(float x) { return x / (1 + expf(-x)); }
 
 /* What a query [K] reads from a state, [V]; it is brought to length `scale` first. */
-static void recall(const float *query, const float *state, index_t K, index_t V, float scale, int per_head, float *to)
+static void read_state(const float *query, const float *state, index_t K, index_t V, float scale, int per_head, float *to)
 {
     float length = scale / sqrtf(dot(query, query, K) + UNIT_EPSILON);
     if (per_head) {
@@ -64,13 +64,13 @@ static void recall(const float *query, const float *state, index_t K, index_t V,
     }
 }
 
-/* out [B, H, V] += what the memory says to the queries [B, H, K], as Memory.read and Memory.read_out do it in steps.
+/* out [B, H, V] += what the memory says to the queries [B, H, K], as Memory.read and Memory.project_out do it in steps.
  *
  * x [B, D] is what the attention layer read; gate_weight [H, D] and gate_bias [H] (or NULL) give a gate per head,
  * through silu. With `per_head` states are [K, V], and the norm is taken per head before the gate, weight [V]; else
  * they are [V, K], and it is taken over all heads after the gate, weight [H, V]. o_proj is [H, V, V]. Returns 0, or 1
  * where there is no memory for the scratch. */
-int ahn_read_out(index_t B, index_t H, index_t K, index_t V, index_t D, const float *q, const float *x,
+int ahn_decode_add(index_t B, index_t H, index_t K, index_t V, index_t D, const float *q, const float *x,
                  const float *state, const float *gate_weight, const float *gate_bias, const float *norm_weight,
                  const float *o_proj, float scale, int per_head, float *out)
 {
@@ -81,7 +81,7 @@ int ahn_read_out(index_t B, index_t H, index_t K, index_t V, index_t D, const fl
 #pragma omp for schedule(static)
         for (index_t row = 0; row < B * H; row++) {
             float *mine = read + row * V;
-            recall(q + row * K, state + row * K * V, K, V, scale, per_head, mine);
+            read_state(q + row * K, state + row * K * V, K, V, scale, per_head, mine);
             float gate = dot(x + row / H * D, gate_weight + row % H * D, D) + (gate_bias ? gate_bias[row % H] : 0);
             gate = silu(gate);
             if (per_head) gate /= sqrtf(dot(mine, mine, V) / (float)V + NORM_EPSILON);

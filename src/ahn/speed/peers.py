@@ -113,13 +113,13 @@ class ArmPeer(Peer):
         super().__init__(model)
         found, now = find_arm(arm), attachment_of(model).settings
         settings = found.settings(now.window)
-        with ahn.mode(model, cast(Mode, found.way), **settings), torch.no_grad():
+        with ahn.mode(model, cast(Mode, found.method), **settings), torch.no_grad():
             self._cache = HippocampalCache(model)
             exact = self._cache.settings.sinks + self._cache.settings.window
             real = min(context, exact + 8)
             for start in range(0, real, chunk := automatic_chunk(model)):
                 self._read(self._cache, min(chunk, real - start))
-        for site, layer in zip(attachment_of(model).sites, self._cache.cascades, strict=True):
+        for site, layer in zip(attachment_of(model).sites, self._cache.layers, strict=True):
             if isinstance(layer, HippocampalLayer):
                 layer.exact.seen = context
             elif site.sliding_window is None:
@@ -145,7 +145,7 @@ def peers(base: Any, model: Any, arms: list[str], context: int) -> dict[str, Pee
 
 def _settle(cache: HippocampalCache, read: int) -> None:
     """Fills the bank of anchors, as it is after a long text, where next to no token enters it any more."""
-    for name, held in cache.ballot.held.items() if cache.ballot is not None else ():
+    for name, held in cache.scoreboard.held.items() if cache.scoreboard is not None else ():
         if name.startswith("scores."):
             held.fill_(torch.finfo(held.dtype).max)
         if name.startswith("tokens."):

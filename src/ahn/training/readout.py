@@ -41,7 +41,7 @@ class _Counting(Lesson):
             return
         query = inputs["query"]
         raw_BEHV = call.recall(query, missing.view, query.size(2))
-        read_BEHV = call.memory.normalise(raw_BEHV, call.hidden[:, missing.before :]) * missing.counted_BE11
+        read_BEHV = call.memory.gated_norm(raw_BEHV, call.hidden[:, missing.before :]) * missing.counted_BE11
         self.moments[call.memory] = _Moments(
             torch.einsum("behv,behw->hvw", read_BEHV, read_BEHV).double(),
             torch.einsum("behv,behw->hvw", read_BEHV, missing.output_BEHV).double(),

@@ -51,7 +51,7 @@ class Lesson:
         with torch.no_grad():
             silent = dataclasses.replace(call, gates=None)
             local, _ = attention_function(module, **inputs, attention_mask=self.plan, ahn=silent)
-        view = call.store.exact.view(Tokens(key, value, call.side(key)), self.plan.padding)
+        view = call.store.exact.view(Tokens(key, value, call.record(key)), self.plan.padding)
         before = query.size(2) - view.evicted.length
         counted_BE11 = self.counted[:, before:, None, None]
         return Missing(view, before, (full_BTHV - local)[:, before:].float() * counted_BE11, counted_BE11)

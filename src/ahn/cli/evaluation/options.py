@@ -7,15 +7,14 @@ import dataclasses
 from collections.abc import Callable, Iterable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
-import typer
-
-from ahn.cli import checks
+from ahn.cli.loading import ModelSettings
 from ahn.cli.progress import work_bar
 from ahn.cli.terminal import UsageError, notes, output, say
+from ahn.config import setting
 from ahn.errors import ConfigError
-from ahn.evaluation.arm_names import ARMS, GRAMMAR, Arm, find_arm
+from ahn.evaluation.arm_names import GRAMMAR, find_arm
 
 if TYPE_CHECKING:
     from torch import nn
@@ -24,26 +23,17 @@ if TYPE_CHECKING:
     from ahn.evaluation.journal import Journal
     from ahn.evaluation.page import Page
 
-MODEL, WINDOW, SINKS, SINK_POSITIONS = "smollm2-135m", 1024, 32, "bounded"
 JOURNAL, REPORT, PAGE = "journal.jsonl", "report.json", "report.html"
 
-Model = Annotated[str, typer.Option(help="A built-in name, a folder, or a hub id owner/name.")]
-Adapter = Annotated[
-    str | None,
-    typer.Option(
-        help="Folder or hub id of the memory's weights; none for an untrained one.  "
-        "[dim]\\[default: what ships for the model][/dim]"
-    ),
-]
-Window = Annotated[int, typer.Option(help="Tokens kept exactly behind the current one.")]
-Sinks = Annotated[int, typer.Option(help="First tokens that are kept for ever.")]
-SinkPositions = Annotated[str, typer.Option(metavar="bounded|absolute", help="How far away the sinks may seem.")]
-Arms = Annotated[str, typer.Option(help=f"Ways to read, joined by commas: {', '.join(ARMS)}, window+64, ahn+64.")]
-Out = Annotated[
-    Path | None,
-    typer.Option(help="Folder for report, plots and journal; the same command again goes on where it stopped."),
-]
-Seed = Annotated[int, typer.Option(help="Of all random numbers.")]
+
+@dataclasses.dataclass(frozen=True)
+class RunOptions:
+    """Where a run writes, and what its random numbers depend on."""
+
+    out: Path | None = setting(
+        None, "Folder for report, plots and journal; the same command again goes on where it stopped."
+    )
+    seed: int = setting(0, "Of all random numbers.", least=0)
 
 
 @dataclasses.dataclass
@@ -51,14 +41,16 @@ class Run:
     """A run that was checked and can start, or go on.
 
     Attributes:
+        source: The model that is measured, and what it keeps exactly.
         settings: Everything that the results depend on, by name.
         arms: Names of the arms.
         out: The folder for what it writes, or `None`.
         journal: What is finished; commands add their items.
     """
 
+    source: ModelSettings
     settings: dict[str, Any]
-    arms: list[str]
+    arms: tuple[str, ...]
     out: Path | None
     journal: Journal
 
@@ -69,20 +61,22 @@ class Run:
 
         Raises:
             AHNError: Anything about the names, the files or the settings is wrong, or weights of the memory or of the
-                votes on anchors changed.
+                anchor scores changed.
         """
+        from ahn.attachment import attachment_of
         from ahn.cli import loading
 
-        of = self.settings
-        loading.seed(of["seed"])
-        loaded = loading.load(of["model"], of["adapter"], of["window"], of["sinks"], of["sink_positions"])
-        self.journal.pin("memory weights", weights_checksum(loaded.model))
-        if anchored := [arm for arm in map(find_arm, self.arms) if arm.has_anchors]:
-            self._check_scores(loaded.model, anchored)
-            self.journal.pin("votes on anchors", votes_checksum(loaded.model))
+        loading.seed(self.settings["seed"])
+        loaded = loading.load(self.source)
+        sites = attachment_of(loaded.model).sites
+        self.journal.pin("memory weights", weights_checksum((site.index, site.memory) for site in sites))
+        if any(find_arm(arm).has_anchors for arm in self.arms):
+            self._check_scores(loaded.model)
+            weights = ((site.index, site.anchor_weights) for site in sites)
+            self.journal.pin("votes on anchors", weights_checksum(weights))
         return loaded
 
-    def _check_scores(self, model: Any, anchored: Iterable[Arm]) -> None:
+    def _check_scores(self, model: Any) -> None:
         """Checks that the model can choose anchors as each arm asks, before one of them has read for an hour.
 
         What those choose by that name no score goes into the settings.
@@ -91,11 +85,11 @@ class Run:
         from ahn.attachment import attachment_of, mode
 
         attachment = attachment_of(model)
-        for arm in anchored:
-            if arm.anchor_score == ORACLE and self.settings["command"] == "recall":
-                continue  # it alone tells which tokens
+        for arm in map(find_arm, self.arms):
+            if not arm.has_anchors or (arm.anchor_score == ORACLE and self.settings["command"] == "recall"):
+                continue  # recall alone tells the oracle which tokens
             with mode(model, "ahn", **arm.settings(self.settings["window"])):
-                attachment.voters(attachment.settings)
+                attachment.scoring_layers(attachment.settings)
                 if arm.anchor_score is None:
                     self.settings["anchor_score"] = attachment.settings.anchor_score
 
@@ -127,9 +121,8 @@ class Run:
             return
         from ahn.evaluation.report import EvaluationReport, environment
 
-        report = EvaluationReport(
-            self.settings["command"], self.settings, results, environment(model, self.settings["seed"])
-        )
+        command, seed = self.settings["command"], self.settings["seed"]
+        report = EvaluationReport(command, self.settings, results, environment(model, seed))
         page.heading("Settings")
         page.facts({name: value for name, value in self.settings.items() if name != "files"})
         page.heading("Measured with")
@@ -145,81 +138,43 @@ class Run:
         return f"{count:,} finished item{'' if count == 1 else 's'}"
 
 
-@dataclasses.dataclass(frozen=True)
-class Shared:
-    """The options that all commands of `ahn eval` have that run a model, as they were given.
-
-    Attributes:
-        model: Name of the base model.
-        adapter: Where the memory's weights come from.
-        arms: Names joined by commas.
-        window: Tokens of the window.
-        sinks: Number of sinks.
-        sink_positions: "bounded" or "absolute".
-        out: The folder to write to, or `None`.
-        seed: Of the random numbers.
-    """
-
-    model: str
-    adapter: str | None
-    arms: str
-    window: int
-    sinks: int
-    sink_positions: str
-    out: Path | None
-    seed: int
-
-    def check(self) -> list[str]:
-        """Checks what the options can be, before anything is loaded or read; gives the names of the arms.
-
-        Raises:
-            UsageError: An option cannot work.
-        """
-        checks.span(self.window, self.sinks, self.sink_positions)
-        checks.at_least("--seed", self.seed, 0)
-        checks.adapter(self.adapter)
-        return arm_names(self.arms)
-
-
-def open_run(command: str, shared: Shared, **own: Any) -> Run:
+def open_run(command: str, source: ModelSettings, options: RunOptions, arms: tuple[str, ...], **own: Any) -> Run:
     """Checks the options that the commands share, and opens the journal.
 
     Args:
         command: Name of the command.
-        shared: The options.
+        source: The model, and what it keeps exactly.
+        options: Where the run writes, and its seed.
+        arms: Names of the arms.
         **own: The command's own settings that its results depend on; of files, their checksums too.
 
     Raises:
         UsageError: An option cannot work.
         EvaluationError: The folder holds a run with other settings.
     """
-    names = shared.check()
-    folder = None if shared.out is None else shared.out.expanduser()
+    check_arms(arms)
+    folder = None if options.out is None else options.out.expanduser()
     if folder is not None:
         _check_folder(folder)
     from ahn.evaluation.journal import Journal
 
-    given = {name: value for name, value in vars(shared).items() if name not in ("out", "seed")}
-    settings = {"command": command, **given, "arms": names, "seed": shared.seed, **own}
-    run = Run(settings, names, folder, Journal(None if folder is None else folder / JOURNAL, settings))
+    named = {"command": command, "model": source.model, "adapter": source.adapter, "arms": list(arms)}
+    exact = {"window": source.window, "sinks": source.sinks, "sink_positions": source.sink_positions}
+    settings = {**named, **exact, "seed": options.seed, **own}
+    run = Run(source, settings, arms, folder, Journal(None if folder is None else folder / JOURNAL, settings))
     if run.journal.done:
         say(f"going on with {folder}: {run._finished()}", console=notes())
     return run
 
 
-def arm_names(arms: str) -> list[str]:
-    """The arms in "full,window,ahn+64", each once.
-
-    Args:
-        arms: Names joined by commas.
+def check_arms(arms: tuple[str, ...]) -> None:
+    """Checks the names of arms.
 
     Raises:
         UsageError: There is none, or an unknown one.
     """
-    found = checks.words(arms)
-    for name in found or [""]:
+    for name in arms or ("",):
         _check_arm(name)
-    return found
 
 
 def _check_arm(name: str) -> None:
@@ -229,28 +184,18 @@ def _check_arm(name: str) -> None:
         raise UsageError(f"--arms takes {GRAMMAR}, not '{name}'.") from None
 
 
-def weights_checksum(model: Any) -> str:
-    """SHA-256 of all weights of a model's memories, in hexadecimal."""
-    from ahn.attachment import attachment_of
+def weights_checksum(modules: Iterable[tuple[int, nn.Module | None]]) -> str:
+    """SHA-256 of all weights of modules, in hexadecimal.
 
-    return _checksum((site.index, site.memory) for site in attachment_of(model).sites)
-
-
-def votes_checksum(model: Any) -> str:
-    """SHA-256 of all weights of a model's votes on anchors, in hexadecimal."""
-    from ahn.attachment import attachment_of
-
-    return _checksum((site.index, site.anchor_votes) for site in attachment_of(model).sites)
-
-
-def _checksum(parts: Iterable[tuple[int, nn.Module | None]]) -> str:
-    """SHA-256 of all weights of modules, each with the index of its layer."""
+    Args:
+        modules: Each with the index of its layer.
+    """
     import hashlib
 
     import torch
 
     checksum = hashlib.sha256()
-    for index, module in parts:
+    for index, module in modules:
         for name, weights in module.state_dict().items() if module is not None else ():
             checksum.update(f"{index} {name} {tuple(weights.shape)}".encode())
             checksum.update(weights.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())

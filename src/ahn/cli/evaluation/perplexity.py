@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
-
-import typer
+from typing import TYPE_CHECKING, Any
 
 from ahn.cli import checks
-from ahn.cli.evaluation import options
+from ahn.cli.evaluation.options import Run, RunOptions, open_run
+from ahn.cli.loading import ModelSettings
+from ahn.cli.options import from_fields
 from ahn.cli.terminal import UsageError, output, say
+from ahn.config import setting
+from ahn.evaluation.arm_names import ARMS_HELP
 
 if TYPE_CHECKING:
     from ahn.cli.loading import Loaded
@@ -25,46 +28,35 @@ ahn eval perplexity texts --arms full,window,ahn --length 4096 --pieces 8
 """
 
 
-def command(
-    files: Annotated[list[str], typer.Argument(metavar="FILE", help="Texts, or folders of them; - is standard input.")],
-    length: Annotated[
-        int | None, typer.Option(help="Tokens of each document at most.  [dim]\\[default: all][/dim]")
-    ] = None,
-    pieces: Annotated[
-        int | None, typer.Option(help="Cut all texts into pieces of --length and read so many, at even distances.")
-    ] = None,
-    arms: options.Arms = "window,ahn",
-    window: options.Window = options.WINDOW,
-    sinks: options.Sinks = options.SINKS,
-    sink_positions: options.SinkPositions = options.SINK_POSITIONS,
-    adapter: options.Adapter = None,
-    model: options.Model = options.MODEL,
-    ngram: Annotated[int, typer.Option(help="Tokens of the n-grams whose repetition is looked at.")] = 3,
-    rare: Annotated[int, typer.Option(help="Occurrences in all texts up to which one is rare.")] = 8,
-    out: options.Out = None,
-    seed: options.Seed = 0,
-) -> None:
-    """Read texts of any length and compare how well each arm predicts them, token by token."""
-    checks.at_least("--length", length, 2)
-    checks.at_least("--pieces", pieces, 1)
-    checks.at_least("--ngram", ngram, 2)
-    checks.at_least("--rare", rare, 2)
-    if pieces is not None and length is None:
-        raise UsageError("--pieces needs --length, the tokens of a piece. Name both.")
-    texts = _texts(files)
-    run = options.open_run(
-        "perplexity",
-        options.Shared(model, adapter, arms, window, sinks, sink_positions, out, seed),
-        files={name: hashlib.sha256(text.encode()).hexdigest() for name, text in texts.items()},
-        length=length,
-        pieces=pieces,
-        ngram=ngram,
-        rare=rare,
+@dataclasses.dataclass(frozen=True)
+class PerplexitySettings:
+    """What is read, and how its tokens are grouped."""
+
+    files: tuple[str, ...] = setting(
+        help="Texts, or folders of them; - is standard input.", argument=True, metavar="FILE"
     )
+    length: int | None = setting(None, "Tokens of each document at most.", least=2, unset="all")
+    pieces: int | None = setting(
+        None, "Cut all texts into pieces of --length, and read this number at even distances.", least=1
+    )
+    ngram: int = setting(3, "Tokens of the n-grams whose repetition is looked at.", least=2)
+    rare: int = setting(8, "Occurrences in all texts up to which one is rare.", least=2)
+    arms: tuple[str, ...] = setting(("window", "ahn"), ARMS_HELP, joined=True)
+
+
+@from_fields
+def command(settings: PerplexitySettings, source: ModelSettings, options: RunOptions) -> None:
+    """Read texts of any length and compare how well each arm predicts them, token by token."""
+    if settings.pieces is not None and settings.length is None:
+        raise UsageError("--pieces needs --length, the tokens of a piece. Name both.")
+    texts = _texts(settings.files)
+    checksums = {name: hashlib.sha256(text.encode()).hexdigest() for name, text in texts.items()}
+    own = {name: getattr(settings, name) for name in ("length", "pieces", "ngram", "rare")}
+    run = open_run("perplexity", source, options, settings.arms, files=checksums, **own)
     _evaluate(run, run.load(), texts)
 
 
-def _evaluate(run: options.Run, loaded: Loaded, texts: dict[str, str]) -> None:
+def _evaluate(run: Run, loaded: Loaded, texts: dict[str, str]) -> None:
     """The work: reads everything that the journal lacks, and reports."""
     from ahn.cli.evaluation import perplexity_tables
     from ahn.evaluation.perplexity.averages import average

@@ -103,7 +103,7 @@ def tables(settings: dict[str, Any], results: dict[str, Any]) -> list[ResultTabl
     columns = [name for name in arm_rows[0] if any(row[name] is not None for row in arm_rows)]
     scored = max(row["scored"]["beyond"] for row in results["arms"].values())
     rows = [["-" if row[name] is None else row[name] for name in columns] for row in arm_rows]
-    found = [ResultTable(columns, rows, f"{scored:,} tokens beyond sinks + window, nats per token")]
+    shown = [ResultTable(columns, rows, f"{scored:,} tokens beyond sinks + window, nats per token")]
     for span in spans:
         where = " after the part that full reads" if span == "after" else ""
         caption = (
@@ -114,8 +114,8 @@ def tables(settings: dict[str, Any], results: dict[str, Any]) -> list[ResultTabl
             [f"{group}: {_GROUPS[group]}", row["tokens"], *_scores(row["nll"], arms)]
             for group, row in results["groups"][span].items()
         ]
-        found.append(ResultTable(["group", "tokens", *arms], rows, caption, arms))
-    return found
+        shown.append(ResultTable(["group", "tokens", *arms], rows, caption, arms))
+    return shown
 
 
 def remarks(results: dict[str, Any]) -> list[str]:

@@ -8,15 +8,18 @@ import json
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
-
-import typer
+from typing import TYPE_CHECKING, Any
 
 from ahn.cli import checks
-from ahn.cli.evaluation import options
-from ahn.cli.evaluation.score import SCORINGS
+from ahn.cli.evaluation.options import Run, RunOptions, check_arms, open_run
+from ahn.cli.evaluation.score import SCORING_HELP, SCORINGS
+from ahn.cli.loading import ModelSettings
+from ahn.cli.options import from_fields
 from ahn.cli.progress import work_bar
 from ahn.cli.terminal import UsageError, notes, output
+from ahn.config import setting
+from ahn.evaluation.arm_names import ARMS_HELP
+from ahn.evaluation.benchmarks.schema import Scoring
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -40,73 +43,56 @@ HARNESS = ("longbench_", "niah_", "ruler", "babilong")
 """How names of tasks begin that lm-evaluation-harness surely has."""
 
 
-def command(
-    tasks: Annotated[
-        str, typer.Option(help="Names of tasks, ours or those of lm-evaluation-harness, joined by commas.")
-    ],
-    data: Annotated[
-        str | None, typer.Option(help="Folder of the JSONL files, or a hub id.  [dim]\\[default: the hub's own][/dim]")
-    ] = None,
-    limit: Annotated[
-        int | None, typer.Option(help="First records of each task that are asked.  [dim]\\[default: all][/dim]")
-    ] = None,
-    max_tokens: Annotated[
-        int | None,
-        typer.Option(help="Tokens of a prompt at most, by the benchmark's rule.  [dim]\\[default: no limit][/dim]"),
-    ] = None,
-    scoring: Annotated[
-        str, typer.Option(metavar="official|paper", help="The benchmark's rules or, for En.QA and Zh.QA, the paper's.")
-    ] = "official",
-    prompts: Annotated[Path | None, typer.Option(help="JSON or YAML with templates of your own.")] = None,
-    chat: Annotated[
-        bool | None,
-        typer.Option("--chat/--no-chat", help="The chat template.  [dim]\\[default: if there is one][/dim]"),
-    ] = None,
-    metadata: Annotated[
-        str | None, typer.Option(help="JSON for tasks of lm-evaluation-harness that make their data, such as RULER's.")
-    ] = None,
-    arms: options.Arms = "full,window,ahn",
-    model: options.Model = options.MODEL,
-    adapter: options.Adapter = None,
-    window: options.Window = options.WINDOW,
-    sinks: options.Sinks = options.SINKS,
-    sink_positions: options.SinkPositions = options.SINK_POSITIONS,
-    out: options.Out = None,
-    seed: options.Seed = 0,
-) -> None:
+@dataclasses.dataclass(frozen=True)
+class BenchmarkSettings:
+    """Which records are asked, and how."""
+
+    tasks: tuple[str, ...] = setting(
+        help="Names of tasks, ours or those of lm-evaluation-harness, joined by commas.", joined=True
+    )
+    data: str | None = setting(None, "Folder of the JSONL files, or a hub id.", unset="the hub's own")
+    limit: int | None = setting(None, "First records of each task that are asked.", least=1, unset="all")
+    max_tokens: int | None = setting(
+        None, "Tokens of a prompt at most, by the benchmark's rule.", least=2, unset="no limit"
+    )
+    scoring: Scoring = setting("official", SCORING_HELP, choices=SCORINGS)
+    prompts: Path | None = setting(None, "JSON or YAML with templates of your own.")
+    chat: bool | None = setting(None, "The chat template.", names="--chat/--no-chat", unset="if there is one")
+    metadata: str | None = setting(
+        None, "JSON for tasks of lm-evaluation-harness that make their data, such as RULER's."
+    )
+    arms: tuple[str, ...] = setting(("full", "window", "ahn"), ARMS_HELP, joined=True)
+
+
+@from_fields
+def command(settings: BenchmarkSettings, source: ModelSettings, options: RunOptions) -> None:
     """Ask the tasks of public benchmarks in several arms and score them side by side."""
-    names = [name.strip() for name in tasks.split(",") if name.strip()]
-    if not names:
+    if not settings.tasks:
         raise UsageError("there is no task. Name some with --tasks, for example --tasks passkey.")
-    checks.at_least("--limit", limit, 1)
-    checks.at_least("--max-tokens", max_tokens, 2)
-    checks.one_of("--scoring", scoring, SCORINGS)
-    checks.file_to_read("--prompts", prompts)
-    shared = options.Shared(model, adapter, arms, window, sinks, sink_positions, out, seed)
-    shared.check()
-    values = _metadata(metadata)
+    checks.file_to_read("--prompts", settings.prompts)
+    check_arms(settings.arms)
+    metadata = _metadata(settings.metadata)
     from ahn.evaluation.benchmarks.prompts import read_prompts
     from ahn.evaluation.benchmarks.question_sets import PromptRules, check_sets
 
-    ours, theirs = _sorted(names)
-    templates = {} if prompts is None else read_prompts(prompts.expanduser())
-    prompting = PromptRules("paper" if scoring == "paper" else "official", templates, max_tokens, bool(chat))
+    ours, theirs = _sorted(settings.tasks)
+    templates = {} if settings.prompts is None else read_prompts(settings.prompts.expanduser())
+    prompting = PromptRules(settings.scoring, templates, settings.max_tokens, bool(settings.chat))
     with notes().status("Reading the records ..."):
-        sets = check_sets(ours, data, prompting, limit)
-        harness_tasks = _harness_tasks(theirs, data, model, values) if theirs else []
-    run = options.open_run(
+        sets = check_sets(ours, settings.data, prompting, settings.limit)
+        harness_tasks = _harness_tasks(theirs, settings.data, source.model, metadata) if theirs else []
+    run = open_run(
         "run",
-        shared,
+        source,
+        options,
+        settings.arms,
         tasks=[*(each.target.name for each in sets), *theirs],
-        limit=limit,
-        max_tokens=max_tokens,
-        scoring=scoring,
+        **{name: getattr(settings, name) for name in ("limit", "max_tokens", "scoring", "chat")},
         prompts={name: hashlib.sha256(template.encode()).hexdigest() for name, template in templates.items()},
-        chat=chat,
-        metadata=values,
+        metadata=metadata,
         records={each.target.name: each.checksum for each in sets},
     )
-    _run(run, sets, prompting, chat, harness_tasks)
+    _run(run, sets, prompting, settings.chat, harness_tasks)
 
 
 def _metadata(text: str | None) -> dict[str, Any]:
@@ -151,7 +137,7 @@ def _harness_tasks(names: Sequence[str], data: str | None, model: str, metadata:
 
 
 def _run(
-    run: options.Run, sets: Sequence[QuestionSet], prompting: PromptRules, chat: bool | None, theirs: Sequence[Any]
+    run: Run, sets: Sequence[QuestionSet], prompting: PromptRules, chat: bool | None, theirs: Sequence[Any]
 ) -> None:
     """The part that needs the model."""
     loaded = run.load()
@@ -170,7 +156,7 @@ def _run(
         run.finish(results, presentation.make_page(results, run.arms), loaded.model)
 
 
-def _ask(run: options.Run, loaded: Loaded, sets: Sequence[QuestionSet], prompting: PromptRules) -> dict[str, Any]:
+def _ask(run: Run, loaded: Loaded, sets: Sequence[QuestionSet], prompting: PromptRules) -> dict[str, Any]:
     """Our own tasks in every arm."""
     from ahn.evaluation.benchmarks.runner import BenchmarkRunner
     from ahn.evaluation.benchmarks.side_by_side import summarise
@@ -185,10 +171,10 @@ def _ask(run: options.Run, loaded: Loaded, sets: Sequence[QuestionSet], promptin
     return summarise(records, run.arms, prompting.scoring)
 
 
-def _evaluate(run: options.Run, loaded: Loaded, tasks: Sequence[Any], prompting: PromptRules) -> list[dict[str, Any]]:
+def _evaluate(run: Run, loaded: Loaded, tasks: Sequence[Any], prompting: PromptRules) -> list[dict[str, Any]]:
     """Tasks of lm-evaluation-harness in every arm."""
     from ahn.evaluation.harness.model import HarnessModel
-    from ahn.evaluation.harness.run import evaluate
+    from ahn.evaluation.harness.tasks import evaluate
 
     models = {
         arm: HarnessModel(

@@ -38,7 +38,7 @@ def harness_table(rows: Sequence[dict[str, Any]], arms: Sequence[str]) -> Result
     """A row for every metric of every task of lm-evaluation-harness, as the harness gives it.
 
     Args:
-        rows: As `ahn.evaluation.harness.run.evaluate` gives them.
+        rows: As `ahn.evaluation.harness.tasks.evaluate` gives them.
         arms: Names of the arms.
     """
     cells = [[row["task"], row["metric"], row["items"], *(row["scores"].get(arm) for arm in arms)] for row in rows]

@@ -16,7 +16,7 @@ from ahn.errors import ConfigError
 from ahn.evaluation.arms import arm_reader
 from ahn.evaluation.benchmarks.question_sets import PromptRules, QuestionSet
 from ahn.evaluation.benchmarks.schema import Sample
-from ahn.evaluation.driver import Job, Progress, complete
+from ahn.evaluation.driver import Job, OnProgress, complete
 from ahn.evaluation.predictions import to_record
 from ahn.models import prompts
 
@@ -86,7 +86,7 @@ class BenchmarkRunner:
         sets: Sequence[QuestionSet],
         lengths: dict[str, list[int]],
         journal: Journal,
-        on_progress: Progress,
+        on_progress: OnProgress,
         folder: Path | None = None,
     ) -> list[Record]:
         """Asks what the journal does not hold yet.
@@ -114,7 +114,7 @@ class BenchmarkRunner:
                 ids = functools.cache(functools.partial(self.prompting.prompt_ids, sample, self.tokenizer))
                 for arm in self.arms:
 
-                    def measure(_: Progress, sample: Sample = sample, arm: str = arm, ids: Any = ids) -> Record:
+                    def measure(_: OnProgress, sample: Sample = sample, arm: str = arm, ids: Any = ids) -> Record:
                         return self.answer(sample, ids(), arm)
 
                     yield Job(f"{name}/{number}/{arm}", measure, lengths[name][number])

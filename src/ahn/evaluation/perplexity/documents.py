@@ -39,7 +39,7 @@ def whole(texts: dict[str, Ids], opening: Sequence[int], length: int | None) -> 
 
 
 def pieces(texts: dict[str, Ids], opening: Sequence[int], length: int, count: int) -> list[TokenDocument]:
-    """Pieces of exactly one length: all texts are cut, and so many are taken at even distances over all pieces.
+    """Pieces of exactly one length: all texts are cut, and some taken at even distances over all pieces.
 
     Args:
         texts: Token ids by name.
@@ -48,7 +48,7 @@ def pieces(texts: dict[str, Ids], opening: Sequence[int], length: int, count: in
         count: How many pieces.
 
     Raises:
-        EvaluationError: There are not so many.
+        EvaluationError: There are fewer.
     """
     size = max(1, length - len(opening))
     starts = [(name, start) for name, ids in texts.items() for start in range(0, len(ids) - size + 1, size)]

@@ -19,7 +19,7 @@ from torch import nn
 
 from ahn.attachment import attachment_of
 from ahn.evaluation.arms import arm_reader
-from ahn.evaluation.driver import Job, Progress, complete
+from ahn.evaluation.driver import Job, OnProgress, complete
 from ahn.evaluation.errors import EvaluationError
 from ahn.evaluation.journal import Journal
 from ahn.evaluation.perplexity.documents import TokenDocument
@@ -47,7 +47,7 @@ class PerplexityPlan:
     full_limit: int
 
     def limit(self, arm: str, tokens: int) -> int:
-        """Tokens that an arm reads of a document of so many."""
+        """Tokens that an arm reads of a document with this number of them."""
         return min(tokens, self.full_limit) if arm == "full" else tokens
 
     def spans(self, tokens: int) -> dict[str, slice]:
@@ -89,7 +89,7 @@ def measure(
     document: TokenDocument,
     groups: NDArray[np.int8],
     plan: PerplexityPlan,
-    on_progress: Progress = lambda *_: None,
+    on_progress: OnProgress = lambda *_: None,
 ) -> dict[str, Any]:
     """Reads a document in an arm.
 
@@ -102,8 +102,8 @@ def measure(
         on_progress: Called after every chunk with the tokens that are read and a remark.
 
     Returns:
-        `tokens` and `seconds`; `bins`: sum and number of the scores in each bin; `spans`: likewise by name of the span;
-        `groups`: likewise by name of the span and of the group; `points`: tokens read, bytes of the cache and of the
+        `tokens` and `seconds`; `bins`: sum and number of the scores in each bin; `spans`: the same by name of the span;
+        `groups`: the same by name of the span and of the group; `points`: tokens read, bytes of the cache and of the
         process then.
     """
     ids = torch.from_numpy(document.ids[: plan.limit(arm, len(document.ids))])
@@ -135,7 +135,7 @@ def read_all(
     groups: Sequence[NDArray[np.int8]],
     plan: PerplexityPlan,
     journal: Journal,
-    on_progress: Progress = lambda *_: None,
+    on_progress: OnProgress = lambda *_: None,
 ) -> None:
     """Reads every document in every arm, but for those that the journal holds already, and adds them to it.
 

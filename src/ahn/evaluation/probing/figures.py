@@ -37,9 +37,9 @@ def draw(trace: StateTrace, sinks: int) -> dict[str, tuple[Any, str]]:
             "Write strength of each evicted token (beta, or the step dt of Mamba2) in each layer, mean over heads.",
         ),
     }
-    if trace.keep is not None:
+    if trace.decay is not None:
         caption = "Decay: share of the state that each evicted token lets live, in each layer, mean over heads."
-        figures["decay"] = (_small_plots(trace, trace.keep, sinks, "Share of the state that is kept"), caption)
+        figures["decay"] = (_small_plots(trace, trace.decay, sinks, "Share of the state that is kept"), caption)
     return figures
 
 

@@ -33,7 +33,7 @@ class StateTrace:
         rank: Effective rank of every head's state at each look, `[P, L, H]`, from 0 (empty) to `full_rank`.
         full_rank: The most that the rank can be, min(K, V), of each layer.
         write: Write strength of each evicted token, mean over heads, `[L, E]`; see `ahn.memories.Gating`.
-        keep: Share of the state that each evicted token lets live, likewise; `None` where nothing decays.
+        decay: Share of the state that each evicted token lets live, mean over heads, `[L, E]`; `None` where nothing decays.
     """
 
     layers: tuple[int, ...]
@@ -41,7 +41,7 @@ class StateTrace:
     rank: torch.Tensor
     full_rank: tuple[int, ...]
     write: torch.Tensor
-    keep: torch.Tensor | None
+    decay: torch.Tensor | None
 
     @property
     def fullness(self) -> torch.Tensor:
@@ -103,14 +103,14 @@ def trace_state(
         for start, stop in zip([0, *stops], stops):
             reader.feed(ids[start:stop])
             ranks.append([_rank(reader.cache, site) for site in sites])
-    write, keep = ([_joined(heard[site.index], field, sinks, evicted) for site in sites] for field in Gating._fields)
+    write, decay = ([_joined(heard[site.index], field, sinks, evicted) for site in sites] for field in Gating._fields)
     return StateTrace(
         layers=tuple(site.index for site in sites),
         tokens=tuple(stops),
         rank=torch.stack([torch.stack(row) for row in ranks]),
         full_rank=tuple(min(site.shape.key_size, site.shape.value_size) for site in sites),
         write=torch.stack([each for each in write if each is not None]),
-        keep=None if keep[0] is None else torch.stack([each for each in keep if each is not None]),
+        decay=None if decay[0] is None else torch.stack([each for each in decay if each is not None]),
     )
 
 
@@ -142,4 +142,4 @@ def _joined(calls: list[Gating], field: str, sinks: int, evicted: int) -> torch.
 
 def _rank(cache: Any, site: Site) -> torch.Tensor:
     """Effective rank of every head of a layer, `[H]`."""
-    return effective_rank(cache.cascades[site.index].state[0]).float().cpu()
+    return effective_rank(cache.layers[site.index].state[0]).float().cpu()

@@ -1,88 +1,204 @@
-"""The texts of a run and the questions about them as tokens, each made anew from the seed and its own name."""
+"""The texts of a run as tokens: filled up to a length, and needles moved until each is in one span.
+
+A needle is among the sinks, in the window, or evicted when it is asked for. Each text is made anew from the seed and
+its own name.
+"""
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
 import functools
+import itertools
 import random
-from collections.abc import Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, NamedTuple
 
 from ahn.evaluation.errors import EvaluationError
-from ahn.evaluation.recall.layout import LABELS, Exact, Layout
-from ahn.evaluation.recall.tasks import TASKS, Facts, Question, Spec, Value
+from ahn.evaluation.recall.tasks import TASKS, Facts, Needle, Question, Questions, RecallSettings, Spec, Value
 from ahn.models import prompts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+EVICTED = "evicted"
+LABELS = ("sinks", "window", EVICTED)
+"""Spans of a text, in the order of tables; the last one is the hardest to reach."""
+
+_LONGEST = 400  # characters of a sentence; what goes on for longer is cut between words
+_SHORTEST = 3  # tokens of a sentence
+_ROUNDS = 6
+_LOOK_AHEAD = 80  # sentences among which the last one is chosen, so that the text gets the wanted length
+_FURTHEST = 60  # sentences by which a needle may be moved
+# After the end of a sentence with its quotes and brackets, after an empty line, and after a full stop of Chinese.
+_ENDS = re.compile(r"(?<=[.!?])[\"'”’)\]]*\s+|\n\s*\n\s*|[。！？]+[”’」』）]*\s*")
 _MISSING = 0.05  # share of a length that a haystack may be too short by
 _ROOM = 8  # tokens that an answer may take besides its values
 _ROOM_PER_VALUE = 6
 
 
-@dataclasses.dataclass(frozen=True)
-class RecallSettings:
-    """What a run measures.
+def sentences(text: str) -> list[str]:
+    """A text in sentences that join to the whole, each with the white space after it.
 
-    Attributes:
-        arms: Names of arms.
-        tasks: Names of `TASKS`.
-        lengths: Tokens of the prompts.
-        depths: How many depths, evenly spread from the beginning of the text to its end.
-        items: Texts of each task, length and depth or number of facts.
-        values: Values that the tasks with several of them ask for.
-        facts: Numbers of facts that `capacity` hides.
-        distractors: Wrong values that a right one is ranked among.
-        seed: Of all that is drawn.
+    A sentence of more than 400 characters is cut between words, or anywhere if it has none.
     """
+    ends = [match.end() for match in _ENDS.finditer(text)]
+    parts = (text[start:stop] for start, stop in zip([0, *ends], [*ends, len(text)]))
+    return [short for part in parts for short in _shortened(part) if short.strip()]
 
-    arms: tuple[str, ...] = ("full", "window", "ahn")
-    tasks: tuple[str, ...] = ("number", "capacity")
-    lengths: tuple[int, ...] = (1024,)
-    depths: int = 5
-    items: int = 2
-    values: int = 4
-    facts: tuple[int, ...] = (4, 8, 16, 32)
-    distractors: int = 9
-    seed: int = 0
 
-    def depth(self, index: int) -> float:
-        """The depth with this index, 0 to 1."""
-        return index / max(1, self.depths - 1)
+def _shortened(sentence: str) -> Iterator[str]:
+    while len(sentence) > _LONGEST:
+        cut = sentence.rfind(" ", 1, _LONGEST) + 1 or _LONGEST
+        yield sentence[:cut]
+        sentence = sentence[cut:]
+    yield sentence
+
+
+class Exact(NamedTuple):
+    """What sinks and window hold exactly from the question's first token to `end`, after the answer's last token."""
+
+    sinks: int
+    window: int
+    question: int
+    end: int
 
     @property
-    def chance(self) -> float:
-        """Share of values that come first among the wrong ones by chance."""
-        return 1 / (1 + self.distractors)
+    def window_begins(self) -> int:
+        """Index of the first token that is in the window from the question to the end of the answer."""
+        return max(0, self.end - self.window)
 
-    def specs(self, task: str, length: int) -> Iterator[Spec]:
-        """The texts of a task at a length, whether or not their needles fit into it."""
-        depths = [(self.depth(index), None) for index in range(self.depths)]
-        for depth, facts in [(None, count) for count in self.facts] if TASKS[task].counts_facts else depths:
-            for number in range(self.items):
-                yield Spec(task, length, depth, facts, number, self.values, self.distractors)
+    def label(self, start: int, stop: int) -> str | None:
+        """The span of the tokens `start` to `stop` (not included), or `None` for those that straddle two.
+
+        A needle is in the window if it stays there until the answer ends, and evicted if it was gone when the question
+        began: in between, the question's own tokens could carry it on.
+        """
+        if stop <= self.sinks:
+            return "sinks"
+        if max(start, self.sinks) >= self.window_begins:
+            return "window"
+        return EVICTED if start >= self.sinks and stop <= max(0, self.question - self.window) else None
+
+
+class Layout:
+    """Sentences with needles between them.
+
+    Args:
+        needles: The needles.
+        tokenizer: The model's tokenizer.
+        count: Counts the tokens of a text.
+
+    Attributes:
+        ids: Token ids.
+        spans: First token of each needle and the one after its last.
+    """
+
+    def __init__(
+        self, needles: Sequence[Needle], tokenizer: PreTrainedTokenizerBase, count: Callable[[str], int]
+    ) -> None:
+        self.needles, self.tokenizer, self.count = needles, tokenizer, count
+        self._sentences: list[str] = []
+        self._put(self._slots_by_depth())
+
+    def fill(self, filler: Iterator[str], room: int) -> None:
+        """Takes sentences until the text has as many tokens as there is room for, or a few less.
+
+        Args:
+            filler: The sentences; they are used up as far as they are needed.
+            room: Tokens of the whole text.
+        """
+        for _ in range(_ROUNDS):  # joined, sentences take other numbers of tokens than alone
+            more = self._fitting(filler, room - len(self.ids))
+            self._sentences += more
+            self._put(self._slots_by_depth())
+            while len(self.ids) > room and self._sentences:
+                self._sentences.pop()
+                self._put(self._slots_by_depth())
+            if not more or room - len(self.ids) < _SHORTEST:
+                break
+
+    def settle(self, wanted: set[int], clear: Callable[[tuple[int, int]], bool]) -> int:
+        """Moves needles that straddle two spans to the nearest place where they do not, if there is one.
+
+        Args:
+            wanted: Indices of the needles that matter.
+            clear: Whether a needle may have these tokens.
+
+        Returns:
+            How many were moved.
+        """
+        moved: set[int] = set()
+        hopeless: set[int] = set()
+        for _ in range(2 * len(wanted)):  # a needle that moves may push another one
+            unclear = sorted(index for index in wanted - hopeless if not clear(self.spans[index]))
+            if not unclear:
+                break
+            (moved if self._move(unclear[0], clear) else hopeless).add(unclear[0])
+        return len(moved)
+
+    def _move(self, index: int, clear: Callable[[tuple[int, int]], bool]) -> bool:
+        before = self._slots
+        distances = (sign * distance for distance in range(1, _FURTHEST + 1) for sign in (-1, 1))
+        for slot in (before[index] + distance for distance in distances):
+            if 0 <= slot <= len(self._sentences):
+                self._put([*before[:index], slot, *before[index + 1 :]])
+                if clear(self.spans[index]):
+                    return True
+        self._put(before)
+        return False
+
+    def _fitting(self, filler: Iterator[str], room: int) -> list[str]:
+        """As many sentences as fit into the room, the last one chosen so that little of it stays empty."""
+        chosen: list[str] = []
+        for sentence in filler:
+            if (tokens := self.count(sentence)) > room:
+                rest = [sentence, *itertools.islice(filler, _LOOK_AHEAD)]
+                return [*chosen, *sorted((each for each in rest if self.count(each) <= room), key=self.count)[-1:]]
+            chosen.append(sentence)
+            room -= tokens
+        return chosen
+
+    def _slots_by_depth(self) -> list[int]:
+        """Before which sentence each needle belongs."""
+        starts = [0, *itertools.accumulate(map(self.count, self._sentences))]
+        slots = range(len(starts))
+        return [min(slots, key=lambda slot: abs(starts[slot] - needle.depth * starts[-1])) for needle in self.needles]
+
+    def _put(self, slots: list[int]) -> None:
+        """Lays all out as one text, each needle before the sentence of its slot."""
+        self._slots = slots
+        order = sorted(range(len(slots)), key=lambda index: slots[index])
+        text, last, marks = "", 0, [(0, 0)] * len(slots)
+        for index in order:
+            text += "".join(self._sentences[last : slots[index]])
+            text += "" if not text or text[-1].isspace() else " "
+            marks[index] = len(text), len(text) + len(self.needles[index].text)
+            text += self.needles[index].text + " "
+            last = slots[index]
+        text += "".join(self._sentences[last:])
+        encoded = self.tokenizer(text.rstrip(), add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        self.ids: list[int] = list(encoded["input_ids"])
+        starts, stops = ([offset[side] for offset in encoded["offset_mapping"]] for side in (0, 1))
+        self.spans = [(bisect.bisect_right(stops, first), bisect.bisect_left(starts, end)) for first, end in marks]
 
 
 @dataclasses.dataclass(frozen=True)
 class RecallItem:
-    """One text in tokens.
+    """One text in tokens, with its opening; `tokens` counts the longest prompt.
 
     Attributes:
-        context: Token ids of the chat's opening and the text.
-        questions: As `Facts.questions`.
-        labels: Span of the needles of each value, of `LABELS`; `None` if they straddle two wherever they are put, so
-            that the value counts for nothing.
+        labels: Span of the needles of each value, of `LABELS`; `None`, which counts for nothing, if they straddle two
+            wherever they are put.
         depths: Where the first needle of each value is in the text: 0 is the beginning, 1 the end.
         needles: Tokens of the needles that are asked for, places in `context`.
-        exact: What sinks and window hold when the questions are answered.
         window_begins: Depth in the text at which the window begins; 0 or less if all of it is in the window.
         moved: Needles that straddled two spans and were moved.
-        tokens: Tokens of the longest prompt, without the answer.
     """
 
     context: tuple[int, ...]
-    questions: dict[Question, tuple[Value, ...]]
+    questions: Questions
     labels: dict[Value, str | None]
     depths: dict[Value, float]
     needles: frozenset[int]
@@ -134,9 +250,7 @@ class ItemMaker:
             lambda text: len(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
         )
         self.item = functools.lru_cache(maxsize=1)(self._item)  # the last one, for the arms that are still to read it
-        every = [
-            spec for task in settings.tasks for length in settings.lengths for spec in settings.specs(task, length)
-        ]
+        every = list(settings.specs())
         self.specs = [spec for spec in every if spec.facts is None or self._fits(spec)]
         self.left_out = list(dict.fromkeys((spec.length, spec.facts or 0) for spec in every if spec not in self.specs))
         for first in {(spec.task, spec.length): spec for spec in self.specs}.values():

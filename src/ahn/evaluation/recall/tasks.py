@@ -9,12 +9,34 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import random
-from collections.abc import Callable, Iterator, Sequence
+import uuid
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import NamedTuple
 
-from ahn.evaluation.recall import values
+from ahn.config import setting
+from ahn.evaluation.arm_names import ARMS, ARMS_HELP
+
+Draw = Callable[[random.Random], str]
 
 _OTHER_KEYS = 3  # needles with other keys beside the one that multi_key asks for
+_TRIES = 30  # draws of a new value before a longer one is made
+_LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+_ADJECTIVES = """
+amber ancient azure bitter bold brass brave bright broad bronze calm clever cold copper crimson crooked dark deep
+distant dusty eager early faint famous fierce frozen gentle giant gilded golden green happy hidden hollow honest
+hungry icy idle ivory jolly kind late lazy lively lonely loud lucky mellow merry misty modest narrow noble northern
+old pale patient plain proud purple quick quiet rapid royal rusty salty scarlet secret shiny silent silver sleepy slow
+smooth solid southern steady stormy sunny swift tall tender tiny velvet
+"""
+_NOUNS = """
+anchor apple arrow badger barrel basket beacon bell bottle bridge bucket button candle canyon castle cellar cherry
+clock cloud comet cradle crown daisy desert diamond dolphin dragon drum eagle ember falcon feather ferry fiddle forest
+fountain fox garden glacier goblet guitar hammer harbour harvest hazel heron island ivy jacket kettle ladder lantern
+lemon lion lobster maple marble meadow mirror monkey mountain needle oak ocean orchard otter oyster paddle parrot
+pebble pepper piano pigeon pillow planet quarry rabbit raven river rocket saddle sailor spider temple thunder tiger
+tower valley violin
+"""
+_FIRST, _SECOND = _ADJECTIVES.split(), _NOUNS.split()
 
 
 class Needle(NamedTuple):
@@ -32,14 +54,7 @@ class Question(NamedTuple):
 
 
 class Value(NamedTuple):
-    """A value that an answer must hold.
-
-    Attributes:
-        text: The value.
-        needles: Indices of the needles that one has to know for it.
-        wrong: Other values of its kind.
-        question: What asks for it when it is ranked among the wrong ones.
-    """
+    """A value that an answer must hold, the needles that tell it, and what asks for it among wrong ones."""
 
     text: str
     needles: tuple[int, ...]
@@ -47,32 +62,22 @@ class Value(NamedTuple):
     question: Question
 
 
-class Facts(NamedTuple):
-    """What one text hides.
+Questions = dict[Question, tuple[Value, ...]]
 
-    Attributes:
-        needles: The needles.
-        questions: Each question, asked of a model that has read the text and nothing else, and what it asks for.
-        filler: Endless sentences to hide the needles among; `None` for those of the haystack.
-    """
+
+class Facts(NamedTuple):
+    """What one text hides, what each question about it asks for, and endless filler in place of the haystack."""
 
     needles: tuple[Needle, ...]
-    questions: dict[Question, tuple[Value, ...]]
+    questions: Questions
     filler: Iterator[str] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
 class Spec:
-    """One text of a run.
+    """One text of a run: tokens of its prompt, the depth of its first needle or its number of facts.
 
-    Attributes:
-        task: Name of its task.
-        length: Tokens of its prompt.
-        depth: Where its first needle is wanted, 0 to 1; `None` where facts are counted instead.
-        facts: Number of facts, or `None`.
-        number: Which of the texts that are alike, from 0.
-        values: Values that the tasks with several of them ask for.
-        distractors: Wrong values that a right one is ranked among.
+    `number` tells alike texts apart. Tasks ask for one or for several `values`, each ranked among `distractors`.
     """
 
     task: str
@@ -95,11 +100,44 @@ class Spec:
         return [(index + (self.depth or 0.0)) / self.values for index in range(self.values)]
 
 
-def _single(draw: Callable[[random.Random], str], kind: str) -> Callable[[random.Random, Spec], Facts]:
+def _new(rng: random.Random, draw: Draw, count: int, taken: Collection[str] = ()) -> list[str]:
+    """Values that differ from one another and from those that are taken."""
+    values: list[str] = []
+    seen = set(taken)
+    while len(values) < count:
+        value = next((value for value in (draw(rng) for _ in range(_TRIES)) if value not in seen), None)
+        if value is None:  # nearly all names are taken, so that a longer one is needed
+            last = draw(rng)
+            value = f"{rng.choice(_FIRST)}-{last}"
+        if value not in seen:
+            seen.add(value)
+            values.append(value)
+    return values
+
+
+def _name(rng: random.Random) -> str:
+    """Two words, such as "quiet-harbour": one of some 7,000."""
+    return f"{rng.choice(_FIRST)}-{rng.choice(_SECOND)}"
+
+
+def _number(rng: random.Random) -> str:
+    """Seven digits, the first of them not zero."""
+    return str(rng.randrange(10**6, 10**7))
+
+
+def _identifier(rng: random.Random) -> str:
+    return str(uuid.UUID(int=rng.getrandbits(128), version=4))
+
+
+def _variable(rng: random.Random) -> str:
+    return "".join(rng.choices(_LETTERS, k=5))
+
+
+def _single(draw: Draw, kind: str) -> Callable[[random.Random, Spec], Facts]:
     def make(rng: random.Random, spec: Spec) -> Facts:
-        (key,) = values.new(rng, values.name, 1)
-        right, *wrong = values.new(rng, draw, 1 + spec.distractors, [key])
-        return Facts(_needles([key], [right], [spec.depth or 0.0], kind), dict([_ask(key, right, 0, wrong, kind)]))
+        (key,) = _new(rng, _name, 1)
+        right, *wrong = _new(rng, draw, 1 + spec.distractors, [key])
+        return Facts(_needles([key], [right], [spec.depth or 0.0], kind), _ask(key, right, 0, wrong, kind))
 
     return make
 
@@ -108,11 +146,11 @@ def _multi_key(rng: random.Random, spec: Spec) -> Facts:
     keys, numbers = _pairs(rng, 1 + _OTHER_KEYS)
     depths = [spec.depth or 0.0, *(rng.random() for _ in range(_OTHER_KEYS))]
     wrong = _wrong(rng, numbers, numbers[:1], spec)
-    return Facts(_needles(keys, numbers, depths), dict([_ask(keys[0], numbers[0], 0, wrong)]))
+    return Facts(_needles(keys, numbers, depths), _ask(keys[0], numbers[0], 0, wrong))
 
 
 def _multi_value(rng: random.Random, spec: Spec) -> Facts:
-    (key,), numbers = values.new(rng, values.name, 1), values.new(rng, values.number, spec.values)
+    (key,), numbers = _new(rng, _name, 1), _new(rng, _number, spec.values)
     question = Question(f"What are all the secret numbers of {key}?", f"The secret numbers of {key} are")
     wrong = _wrong(rng, (), numbers, spec)
     right = tuple(Value(number, (index,), wrong, question) for index, number in enumerate(numbers))
@@ -136,7 +174,7 @@ def _variables(rng: random.Random, spec: Spec) -> Facts:
     The chain begins at the wanted depth and is spread over the rest of the text. A variable is known only through all
     those before it, so the one that is hardest to reach gives it its span.
     """
-    names, numbers = values.new(rng, values.variable, 2 * spec.values), values.new(rng, values.number, 2)
+    names, numbers = _new(rng, _variable, 2 * spec.values), _new(rng, _number, 2)
     chain, other = names[: spec.values], names[spec.values :]
     start = spec.depth or 0.0
     depths = [start + (1 - start) * hop / spec.values for hop in range(spec.values)]
@@ -149,7 +187,7 @@ def _variables(rng: random.Random, spec: Spec) -> Facts:
     question = Question(
         f"Which variables have the value {numbers[0]}?", f"The variables with the value {numbers[0]} are"
     )
-    wrong = tuple([*other, *values.new(rng, values.variable, spec.distractors, names)][: spec.distractors])
+    wrong = tuple([*other, *_new(rng, _variable, spec.distractors, names)][: spec.distractors])
     right = tuple(Value(name, tuple(range(hop + 1)), wrong, question) for hop, name in enumerate(chain))
     return Facts(tuple(map(Needle, texts, depths)), {question: right})
 
@@ -162,15 +200,15 @@ def _among_needles(rng: random.Random, spec: Spec) -> Facts:
         taken_keys, taken_numbers = set(keys), set(numbers)
         while True:
             (key,), (number,) = (
-                values.new(rng, values.name, 1, taken_keys),
-                values.new(rng, values.number, 1, taken_numbers),
+                _new(rng, _name, 1, taken_keys),
+                _new(rng, _number, 1, taken_numbers),
             )
             taken_keys.add(key)
             taken_numbers.add(number)
             yield _fact(key, number) + " "
 
     needles = _needles(keys[:1], numbers[:1], [spec.depth or 0.0])
-    return Facts(needles, dict([_ask(keys[0], numbers[0], 0, numbers[1:])]), filler())
+    return Facts(needles, _ask(keys[0], numbers[0], 0, numbers[1:]), filler())
 
 
 def _capacity(rng: random.Random, spec: Spec) -> Facts:
@@ -181,9 +219,9 @@ def _capacity(rng: random.Random, spec: Spec) -> Facts:
     count = min(spec.values, facts)
     edges = [round(part * facts / count) for part in range(count + 1)]
     chosen = [rng.randrange(first, last) for first, last in itertools.pairwise(edges)]
-    questions = dict(
-        _ask(keys[i], numbers[i], i, _wrong(rng, rng.sample(numbers, facts), [numbers[i]], spec)) for i in chosen
-    )
+    questions: Questions = {}
+    for i in chosen:
+        questions |= _ask(keys[i], numbers[i], i, _wrong(rng, rng.sample(numbers, facts), [numbers[i]], spec))
     return Facts(_needles(keys, numbers, depths), questions)
 
 
@@ -196,9 +234,9 @@ class RecallTask(NamedTuple):
 
 
 TASKS = {
-    "number": RecallTask("one needle, a number", _single(values.number, "number")),
-    "word": RecallTask("one needle, a word", _single(values.name, "word")),
-    "uuid": RecallTask("one needle, a UUID", _single(values.identifier, "code")),
+    "number": RecallTask("one needle, a number", _single(_number, "number")),
+    "word": RecallTask("one needle, a word", _single(_name, "word")),
+    "uuid": RecallTask("one needle, a UUID", _single(_identifier, "code")),
     "multi_key": RecallTask("one of several keys", _multi_key),
     "multi_value": RecallTask("all values of one key", _multi_value),
     "multi_query": RecallTask("the values of several keys", _multi_query),
@@ -222,18 +260,51 @@ def _question(key: str, kind: str = "number") -> Question:
     return Question(f"What is the secret {kind} of {key}?", f"The secret {kind} of {key} is")
 
 
-def _ask(
-    key: str, right: str, needle: int, wrong: Sequence[str], kind: str = "number"
-) -> tuple[Question, tuple[Value, ...]]:
+def _ask(key: str, right: str, needle: int, wrong: Sequence[str], kind: str = "number") -> Questions:
     question = _question(key, kind)
-    return question, (Value(right, (needle,), tuple(wrong), question),)
+    return {question: (Value(right, (needle,), tuple(wrong), question),)}
 
 
 def _pairs(rng: random.Random, count: int) -> tuple[list[str], list[str]]:
-    return values.new(rng, values.name, count), values.new(rng, values.number, count)
+    return _new(rng, _name, count), _new(rng, _number, count)
 
 
 def _wrong(rng: random.Random, near: Sequence[str], right: Sequence[str], spec: Spec) -> tuple[str, ...]:
     """Wrong numbers: those of the same text first, then new ones."""
     wrong = [number for number in near if number not in right][: spec.distractors]
-    return (*wrong, *values.new(rng, values.number, spec.distractors - len(wrong), [*near, *right]))
+    return (*wrong, *_new(rng, _number, spec.distractors - len(wrong), [*near, *right]))
+
+
+@dataclasses.dataclass(frozen=True)
+class RecallSettings:
+    """What a run measures."""
+
+    tasks: tuple[str, ...] = setting(("number", "capacity"), f"Joined by commas: {', '.join(TASKS)}.", joined=True)
+    lengths: tuple[int, ...] = setting((1024, 2048, 4096), "Tokens of the prompts, joined by commas.", joined=True)
+    depths: int = setting(5, "Depths of a needle, evenly spread over the text.", least=1)
+    items: int = setting(2, "Texts of each task, length and depth or number of facts.", least=1)
+    values: int = setting(4, "Values asked for by multi_value, multi_query, variables and capacity.", least=1)
+    facts: tuple[int, ...] = setting(
+        (4, 8, 16, 32), "Numbers of facts that capacity hides, joined by commas.", joined=True
+    )
+    distractors: int = setting(9, "Wrong values that a right one is ranked among.", least=1)
+    haystack: str | None = setting(None, "Text around needles.", metavar="FILE", unset="Python's reference")
+    arms: tuple[str, ...] = setting(ARMS, ARMS_HELP, joined=True)
+    seed: int = 0
+
+    def depth(self, index: int) -> float:
+        """The depth with this index, 0 to 1."""
+        return index / max(1, self.depths - 1)
+
+    @property
+    def chance(self) -> float:
+        """Share of values that come first among the wrong ones by chance."""
+        return 1 / (1 + self.distractors)
+
+    def specs(self) -> Iterator[Spec]:
+        """All texts, whether or not their needles fit into them."""
+        depths = [(self.depth(index), None) for index in range(self.depths)]
+        for task, length in itertools.product(self.tasks, self.lengths):
+            for depth, facts in [(None, count) for count in self.facts] if TASKS[task].counts_facts else depths:
+                for number in range(self.items):
+                    yield Spec(task, length, depth, facts, number, self.values, self.distractors)

@@ -287,7 +287,7 @@ def _turned(sight: Sight, x_HTK: torch.Tensor, places_T: torch.Tensor, to: int) 
     if rotation is None or sight.tables is None:
         return x_HTK.float()
     tables: Tables = (sight.tables[0][:, places_T], sight.tables[1][:, places_T])
-    x_1HTK = rotation.undo(x_1HTK, tables)
+    x_1HTK = rotation.unrotate(x_1HTK, tables)
     if to:
         x_1HTK = rotation.apply(x_1HTK, rotation.tables(torch.tensor([[to]], device=x_HTK.device)))
     return x_1HTK[0]

@@ -20,7 +20,7 @@ from ahn.errors import ConfigError
 from ahn.generation import read
 from ahn.models import load_model, load_tokenizer, resolve
 from ahn.models.text import evenly
-from ahn.surgery import set_votes
+from ahn.surgery import set_score_weights
 from ahn.training.anchors.asked import collect
 from ahn.training.anchors.documents import FORMATS, Document, UnfitText, make_document
 from ahn.training.anchors.fit import Fit, fit
@@ -149,7 +149,7 @@ def train_anchors(settings: AnchorSettings, say: Say | None = None) -> AnchorRep
         for layer, found in fits.items():
             votes.setdefault(layer, {})["learned"] = found.gate
     for site in attachment_of(model).sites:
-        set_votes(site, votes.get(site.index, {}))
+        set_score_weights(site, votes.get(site.index, {}))
     ahn.save_anchors(model, settings.out, dtype="float16")
     say("looking which facts of held-out documents are kept")
     scores = ("key_diff", *(score for score in MADE if score in settings.scores))

@@ -10,18 +10,18 @@ import pytest
 import torch
 
 import ahn
-from ahn.anchors.scores import FAR, NEAR, AnchorQueries
+from ahn.anchors.scores import LONG_POOL, POOL, AnchorQueries
 from ahn.attachment import attachment_of
 from ahn.errors import CheckpointError
-from ahn.surgery import set_votes
-from tests.tiny import give_votes, read, text, with_memory
+from ahn.surgery import set_score_weights
+from tests.tiny import give_score_weights, read, text, with_memory
 
 SINKS, WINDOW, ANCHORS = 5, 16, 6
 
 
 def learned(layers: tuple[int, ...] = (0, 2), family: str = "llama", **settings: Any) -> Any:
     model = with_memory(family, **{"anchors": ANCHORS, "anchor_score": "learned", **settings})
-    give_votes(model, layers)
+    give_score_weights(model, layers)
     return model
 
 
@@ -47,10 +47,10 @@ def test_the_layers_with_a_gate_vote() -> None:
         norm = model.model.layers[layer].input_layernorm
         norm.register_forward_hook(lambda module, args, output, inputs=inputs: inputs.append(output))
     read(model, ids, [13] * 5 + [10], cache=cache)
-    gates = [attachment_of(model).site(layer).votes_by("learned") for layer in seen]
+    gates = [attachment_of(model).site(layer).score_weights("learned") for layer in seen]
     with torch.no_grad():
         votes = torch.stack([gate(torch.cat(parts, 1)) for gate, parts in zip(gates, seen.values()) if gate]).mean(0)[0]
-    assert cache.anchor_tokens == [best_tokens(scores_of(votes, NEAR, 2, 0.07))]
+    assert cache.anchor_tokens == [best_tokens(scores_of(votes, POOL, 2, 0.07))]
 
 
 def test_asked_takes_the_best_kind_of_the_mean_over_layers_of_the_most_that_a_query_would_look() -> None:
@@ -59,7 +59,7 @@ def test_asked_takes_the_best_kind_of_the_mean_over_layers_of_the_most_that_a_qu
     One layer votes by the kind of long facts alone.
     """
     model, ids = with_memory(anchors=ANCHORS, anchor_score="asked"), text(1, 75)
-    give_votes(model, (0, 2))
+    give_score_weights(model, (0, 2))
     cache = ahn.HippocampalCache(model)
     seen: dict[int, list[torch.Tensor]] = {0: [], 2: []}
     for layer, keys in seen.items():
@@ -68,19 +68,19 @@ def test_asked_takes_the_best_kind_of_the_mean_over_layers_of_the_most_that_a_qu
     read(model, ids, [13] * 5 + [10], cache=cache)
     shares: tuple[dict[int, list[float]], ...] = ({}, {})
     for layer, parts in seen.items():
-        weights = attachment_of(model).site(layer).votes_by("asked")
+        weights = attachment_of(model).site(layer).score_weights("asked")
         assert isinstance(weights, AnchorQueries)
         for token, key in enumerate(torch.cat(parts, 1)[0].unflatten(-1, (-1, 8)).double()):
             looks: tuple[list[float], ...] = ([], [])
             for row, (asking, offsets) in enumerate(zip(weights.queries.double(), weights.offsets)):
-                head = row % len(key)  # give_votes
+                head = row % len(key)  # give_score_weights
                 looks[int(weights.kinds[row].argmax())].append(float(asking @ key[head] + offsets[head]))
             for kind, look in enumerate(looks):
                 if look:
                     shares[kind].setdefault(token, []).append(max(look))
     assert [len(each[0]) for each in shares] == [2, 1]
     means = torch.tensor([[sum(each[token]) / len(each[token]) for token in range(75)] for each in shares])
-    near, far = scores_of(means.amax(0), NEAR, 4, 0.02), scores_of(means[0], FAR, 11, 0.02)
+    near, far = scores_of(means.amax(0), POOL, 4, 0.02), scores_of(means[0], LONG_POOL, 11, 0.02)
     scores = {token: max(near[token], far[token] + 0.8) for token in near}
     assert 0 < sum(near[token] > far[token] + 0.8 for token in near) < len(near)
     assert sorted(cache.anchor_tokens[0]) == sorted(best_tokens(scores))  # of equal ones either may come first
@@ -88,18 +88,18 @@ def test_asked_takes_the_best_kind_of_the_mean_over_layers_of_the_most_that_a_qu
 
 def test_a_kind_that_no_voting_layer_asks_for_is_left_out() -> None:
     model = with_memory(anchors=ANCHORS, anchor_score="asked", anchor_layers=(2,))
-    give_votes(model, (0, 2))
+    give_score_weights(model, (0, 2))
     cache = ahn.HippocampalCache(model)
     read(model, text(2, 75), cache=cache)
-    assert cache.ballot is not None
-    assert torch.isfinite(cache.ballot.held["votes"]).all()
+    assert cache.scoreboard is not None
+    assert torch.isfinite(cache.scoreboard.held["votes"]).all()
     assert all(len(tokens) == ANCHORS for tokens in cache.anchor_tokens)
 
 
 def test_layers_must_vote_by_the_same_kinds(tmp_path: Path) -> None:
     model = with_memory(anchors=ANCHORS, anchor_score="asked")
-    give_votes(model, (0, 2))
-    set_votes(attachment_of(model).site(2), {"asked": AnchorQueries([4], 2, 8)})
+    give_score_weights(model, (0, 2))
+    set_score_weights(attachment_of(model).site(2), {"asked": AnchorQueries([4], 2, 8)})
     ahn.save_anchors(model, tmp_path / "votes")
     with pytest.raises(CheckpointError, match=r"its layers vote by different kinds of facts. Make it anew"):
         ahn.load_anchors(model, tmp_path / "votes")
@@ -114,13 +114,13 @@ def test_saved_votes_read_alike(tmp_path: Path, dtype: Any) -> None:
         "anchors_config.json",
     ]
     other = with_memory(anchors=ANCHORS, anchor_score="learned")
-    give_votes(other, (0, 1))  # they are replaced
+    give_score_weights(other, (0, 1))  # they are replaced
     ahn.load_anchors(other, tmp_path / "votes")
-    assert attachment_of(other).site(1).votes_by("learned") is None
+    assert attachment_of(other).site(1).score_weights("learned") is None
     if dtype is None:
         assert torch.equal(read(other, ids), read(model, ids))
     else:
-        ours, theirs = (attachment_of(each).site(2).votes_by("learned") for each in (model, other))
+        ours, theirs = (attachment_of(each).site(2).score_weights("learned") for each in (model, other))
         assert ours is not None
         assert theirs is not None
         assert torch.equal(theirs.inner.weight, ours.inner.weight.bfloat16().float())
@@ -137,8 +137,8 @@ def test_votes_go_with_the_memory() -> None:
 def test_a_copied_model_has_votes_of_its_own() -> None:
     model, ids = learned(), text(1, 75)
     copied, expected = copy.deepcopy(model), read(model, ids)
-    give_votes(model, ())
-    gate = attachment_of(model).site(0).votes_by("learned")
+    give_score_weights(model, ())
+    gate = attachment_of(model).site(0).score_weights("learned")
     assert gate is not None
     gate.inner.weight.data.neg_()
     assert torch.equal(read(copied, ids), expected)
@@ -171,7 +171,7 @@ class TestErrors:
         model = with_memory(layers=(0, 1))
         with pytest.raises(ahn.AHNError, match="it votes in layer 2, which has no memory"):
             ahn.load_anchors(model, tmp_path / "votes")
-        assert attachment_of(model).site(0).votes_by("learned") is None
+        assert attachment_of(model).site(0).score_weights("learned") is None
 
     def test_a_folder_that_is_damaged(self, tmp_path: Path) -> None:
         ahn.save_anchors(learned(), tmp_path / "votes")
@@ -186,9 +186,9 @@ def test_auto_takes_what_the_model_has_weights_for() -> None:
     attachment = attachment_of(model)
     assert attachment.given.anchor_score == "auto"
     assert attachment.settings.anchor_score == ahn.HippocampalCache(model).settings.anchor_score == "key_diff"
-    give_votes(model, (0, 2))
+    give_score_weights(model, (0, 2))
     assert attachment.settings.anchor_score == ahn.HippocampalCache(model).settings.anchor_score == "learned"
-    del attachment.site(0).anchor_votes["learned"]  # type: ignore[union-attr]
+    del attachment.site(0).anchor_weights["learned"]  # type: ignore[union-attr]
     with ahn.mode(model, "ahn", anchor_layers=[0]):
         assert ahn.HippocampalCache(model).settings.anchor_score == "asked"
     with ahn.mode(model, "ahn", anchor_layers=[1]):
@@ -204,7 +204,7 @@ def test_auto_is_decided_when_a_text_begins(tmp_path: Path) -> None:
     begun.save(tmp_path / "cache")
     with ahn.mode(model, "ahn", anchor_score="key_diff"):
         wanted = read(model, ids, [50, 40])
-    give_votes(model)
+    give_score_weights(model)
     with ahn.mode(model, "ahn", anchor_score="learned"):
         other = read(model, ids, [50, 40])
     again = ahn.HippocampalCache.load(tmp_path / "cache", model)

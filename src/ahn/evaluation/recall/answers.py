@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 
-from ahn.anchors.scores import told
+from ahn.anchors.scores import oracle
 from ahn.evaluation.arms import ArmReader, arm_reader
-from ahn.evaluation.driver import Job, Progress, complete
+from ahn.evaluation.driver import Job, OnProgress, complete
 from ahn.evaluation.journal import Journal
 from ahn.evaluation.recall.items import ItemMaker, RecallItem
 from ahn.evaluation.recall.tasks import Spec, Value
@@ -22,7 +22,7 @@ Record = dict[str, Any]
 _GROUPED = re.compile(r"(?<=\d),(?=\d{3})")
 
 
-def measure(model: Any, maker: ItemMaker, journal: Journal, on_progress: Progress = lambda *_: None) -> list[Record]:
+def measure(model: Any, maker: ItemMaker, journal: Journal, on_progress: OnProgress = lambda *_: None) -> list[Record]:
     """Reads what the journal does not hold yet.
 
     Args:
@@ -67,30 +67,31 @@ def rank(scores: Sequence[float]) -> int:
 def _record(model: Any, maker: ItemMaker, spec: Spec, arm: str, stop: Collection[int]) -> Record:
     """What is kept of an arm and a text: enough for every table, and to look at single answers."""
     item = maker.item(spec)
-    values, answers, cost = [], [], {"seconds": 0.0, "cache_bytes": 0}
-    counted = {
-        question: [value for value in values if item.labels[value] is not None]
-        for question, values in item.questions.items()
-    }
-    if any(counted.values()):
-        with told(item.needles):
-            reader = arm_reader(model, arm, score=False)
-            reader.feed(torch.tensor(_context_for(arm, item)))
-            for question, right in counted.items():
-                if right:
-                    ranks = _ranks(maker, reader, right)
-                    asked = _after(reader, maker.closing(question))
-                    answers.append(asked.answer(maker.tokenizer, maker.limit(item.questions[question]), stop))
-                    values += [_value(item, value, answers[-1], ranks[value]) for value in right]
-            cost = {"seconds": reader.seconds, "cache_bytes": reader.cache_bytes}
-    parts = {name: getattr(spec, name) for name in ("task", "length", "depth", "facts", "number")}
-    parts |= {"arm": arm, **{name: getattr(item, name) for name in ("tokens", "window_begins", "moved", "dropped")}}
-    return {**parts, "values": values, "answers": answers, **cost}
-
-
-def _value(item: RecallItem, value: Value, answer: str, place: int) -> Record:
-    facts = {"value": value.text, "label": item.labels[value], "depth": item.depths[value]}
-    return {**facts, "found": in_answer(value.text, answer), "rank": place}
+    record = {name: getattr(spec, name) for name in ("task", "length", "depth", "facts", "number")} | {"arm": arm}
+    record |= {name: getattr(item, name) for name in ("tokens", "window_begins", "moved", "dropped")}
+    record |= {"values": [], "answers": [], "seconds": 0.0, "cache_bytes": 0}
+    if item.dropped == len(item.labels):
+        return record
+    with oracle(item.needles):
+        reader = arm_reader(model, arm, score=False)
+        reader.feed(torch.tensor(_context_for(arm, item)))
+        for question, values in item.questions.items():
+            counted = [value for value in values if item.labels[value] is not None]
+            if counted:
+                ranks = _ranks(maker, reader, counted)
+                answer = _after(reader, maker.closing(question)).answer(maker.tokenizer, maker.limit(values), stop)
+                record["answers"].append(answer)
+                record["values"] += [
+                    {
+                        "value": value.text,
+                        "label": item.labels[value],
+                        "depth": item.depths[value],
+                        "found": in_answer(value.text, answer),
+                        "rank": ranks[value],
+                    }
+                    for value in counted
+                ]
+    return record | {"seconds": reader.seconds, "cache_bytes": reader.cache_bytes}
 
 
 def _context_for(arm: str, item: RecallItem) -> Sequence[int]:
