@@ -20,9 +20,9 @@ from ahn.cli import main
 from ahn.cli.texts import reference
 from ahn.evaluation.arms import arm_reader
 from ahn.evaluation.journal import Journal
-from ahn.evaluation.recall import answers as answering
+from ahn.evaluation.recall import findings
 from ahn.evaluation.recall.findings import by_depth, capacity_curve, cells, heat_map, moved_and_dropped, verdicts
-from ahn.evaluation.recall.items import Exact, ItemMaker, RecallItem, RecallSettings, sentences
+from ahn.evaluation.recall.items import ItemMaker, RecallItem, RecallSettings, sentences
 from ahn.evaluation.recall.tasks import TASKS
 from ahn.evaluation.report import read_report
 from tests.cli.test_cli import write_tokenizer
@@ -89,14 +89,14 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def perfect(place: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Model, ItemMaker]:
     tokenizer = AutoTokenizer.from_pretrained(place / "model")
-    monkeypatch.setattr(answering, "arm_reader", lambda model, arm, score: PerfectReader(model, arm, score))
+    monkeypatch.setattr(findings, "arm_reader", lambda model, arm, score: PerfectReader(model, arm, score))
     PerfectReader.opened = 0
     return Model(tokenizer), ItemMaker(SETTINGS, tokenizer, WINDOW, SINKS, sentences(reference()[:60_000]))
 
 
 class TestRun:
     def test_a_perfect_window_finds_what_is_labelled_so(self, perfect: tuple[Model, ItemMaker]) -> None:
-        records = answering.measure(*perfect, Journal(None, {}))
+        records = findings.measure(*perfect, Journal(None, {}))
         found = cells(records)
         assert {cell["task"] for cell in found} == set(TASKS)
         assert {cell["label"] for cell in found} >= {"window", "evicted"}
@@ -114,11 +114,11 @@ class TestRun:
 
     def test_goes_on_where_it_stopped(self, perfect: tuple[Model, ItemMaker], tmp_path: Path) -> None:
         path, seen = tmp_path / "journal.jsonl", []
-        first = answering.measure(*perfect, Journal(path, {}))
+        first = findings.measure(*perfect, Journal(path, {}))
         lines = path.read_text().splitlines(keepends=True)
         path.write_text("".join(lines[:8]) + lines[8][:30])  # killed while it wrote the eighth record
         PerfectReader.opened = 0
-        again = answering.measure(*perfect, Journal(path, {}), seen.append)
+        again = findings.measure(*perfect, Journal(path, {}), seen.append)
         assert PerfectReader.opened == len(first) - 7
         assert again == first
         assert (seen[0], seen[-1]) == (7 * 2500, perfect[1].tokens)
@@ -128,25 +128,25 @@ class TestRun:
         model = tiny("qwen3", vocab_size=259, head_dim=8)
         ahn.attach(model, ahn.AHNConfig(window=220, sinks=10))
         ids = torch.randint(3, 259, (700,), generator=torch.Generator().manual_seed(0))
-        item = RecallItem(tuple(ids.tolist()), {}, {}, {}, frozenset(), Exact(10, 220, 700, 760), 0.0, 0, 700)
+        item = RecallItem(tuple(ids.tolist()), {}, {}, {}, frozenset(), 0.0, 0, 700, 0)
         whole, part = (arm_reader(model, "tail", score=False) for _ in range(2))
         whole.feed(ids)
-        part.feed(torch.tensor(answering._context_for("tail", item)))
+        part.feed(torch.tensor(findings._context_for("tail", item, 10, 220)))
         assert part.tokens == 230
         torch.testing.assert_close(part.fork().logits, whole.fork().logits)
-        assert answering._context_for("window", item) == item.context
+        assert findings._context_for("window", item, 10, 220) == item.context
 
     def test_what_counts_for_nothing_is_not_read(self, perfect: tuple[Model, ItemMaker]) -> None:
         model, _ = perfect
         settings = RecallSettings(("number",), (220,), arms=("full", "window"), depths=1, items=1, distractors=1)
         maker = ItemMaker(settings, model.tokenizer, 100, 0, sentences(reference()[:9_000]))
-        records = answering.measure(model, maker, Journal(None, {}))
+        records = findings.measure(model, maker, Journal(None, {}))
         assert PerfectReader.opened == 0
         assert moved_and_dropped(records) == (0, 1)
         assert cells(records) == []
 
     def test_figures(self, perfect: tuple[Model, ItemMaker], tmp_path: Path) -> None:
-        records = answering.measure(*perfect, Journal(None, {}))
+        records = findings.measure(*perfect, Journal(None, {}))
         for number, figure in enumerate(
             (heat_map("number", records, SETTINGS), capacity_curve(cells(records), SETTINGS))
         ):

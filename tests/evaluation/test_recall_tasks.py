@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from ahn.evaluation.recall import tasks as values
-from ahn.evaluation.recall.answers import in_answer, rank
-from ahn.evaluation.recall.items import Exact, ItemMaker, _hardest, sentences
+from ahn.evaluation.recall.findings import in_answer, rank
+from ahn.evaluation.recall.items import ItemMaker, _hardest, _span_label, sentences
 from ahn.evaluation.recall.tasks import TASKS, Facts, Spec
 
 SPEC = Spec("", 0, depth=0.5, facts=12, number=0, values=3, distractors=4)
@@ -84,14 +84,14 @@ class TestTasks:
 
 class TestValues:
     def test_more_names_than_pairs_of_words(self) -> None:
-        names = values._new(random.Random(0), values._name, 12_000)
+        names = values._new(random.Random(0), "word", 12_000)
         assert len(set(names)) == 12_000
 
     def test_kinds(self) -> None:
         rng = random.Random(0)
-        assert len(values._number(rng)) == 7
-        assert len(values._identifier(rng)) == 36
-        assert values._variable(rng).isupper()
+        assert len(values._DRAW["number"](rng)) == 7
+        assert len(values._DRAW["code"](rng)) == 36
+        assert values._DRAW["variable"](rng).isupper()
 
 
 class TestHaystack:
@@ -123,13 +123,12 @@ class TestHaystack:
      (89, 95, None), (90, 100, "window")],
 )  # fmt: skip
 def test_spans(start: int, stop: int, label: str | None) -> None:
-    assert Exact(sinks=10, window=30, question=100, end=120).label(start, stop) == label
+    assert _span_label(start, stop, sinks=10, window=30, question=100, end=120) == label
 
 
 def test_a_short_text_is_all_window() -> None:
-    exact = Exact(sinks=10, window=30, question=20, end=38)
-    assert exact.label(8, 15) == "window"
-    assert exact.label(2, 9) == "sinks"
+    assert _span_label(8, 15, sinks=10, window=30, question=20, end=38) == "window"
+    assert _span_label(2, 9, sinks=10, window=30, question=20, end=38) == "sinks"
 
 
 @pytest.mark.parametrize(

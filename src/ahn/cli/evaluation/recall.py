@@ -16,7 +16,6 @@ from ahn.cli.texts import reference
 from ahn.evaluation.recall.tasks import TASKS, RecallSettings
 
 if TYPE_CHECKING:
-    from ahn.cli.loading import Loaded
     from ahn.evaluation.page import Page
     from ahn.evaluation.recall.items import ItemMaker
     from ahn.evaluation.tables import ResultTable
@@ -49,11 +48,17 @@ def command(settings: RecallSettings, source: ModelSettings, options: RunOptions
     own["haystack"] = f"{'a file' if haystack else _REFERENCE}, SHA-256 {checksum}"
     run = open_run("recall", source, options, settings.arms, **own)
     loaded = run.load()
-    from ahn.evaluation.recall.answers import measure
+    from ahn.attachment import attachment_of
+    from ahn.evaluation.recall.findings import measure
+    from ahn.evaluation.recall.items import ItemMaker, sentences
 
     if loaded.adapter is None and "ahn" in run.arms:
         say("the memory is untrained: ahn answers as window does", "yellow")
-    maker = _item_maker(loaded, settings, source, text)
+    limit, longest = attachment_of(loaded.model).position_limit, max(lengths)
+    if limit is not None and longest >= limit:
+        raise UsageError(f"--lengths {longest} is too long for a model of {limit:,} positions. Give shorter ones.")
+    with notes().status("Hiding needles ..."):
+        maker = ItemMaker(settings, loaded.tokenizer, source.window, source.sinks, sentences(text))
     count = f"texts: {len(maker.specs):,}, arms: {len(settings.arms)}"
     say(f"{count}, {maker.tokens:,} tokens to read, and the questions", console=notes())
     with run.reading(maker.tokens) as progress:
@@ -74,9 +79,10 @@ def _show(run: Run, model: Any, maker: ItemMaker, records: list[dict[str, Any]])
         table.print(output())
     for sentence in sentences:
         say(sentence, "bold red" if "NONE" in sentence else "bold", console=output())
-    notices = [f"{_counted(moved, 'needle')} moved by some sentences, out of the border of two spans."]
+    were = {number: " was" if number == 1 else "s were" for number in (moved, dropped)}
+    notices = [f"{moved:,} needle{were[moved]} moved by some sentences, out of the border of two spans."]
     if dropped:
-        notices.append(f"{_counted(dropped, 'value')} dropped: no place is clear of the border of two spans.")
+        notices.append(f"{dropped:,} value{were[dropped]} dropped: no place is clear of the border of two spans.")
     notices += [f"{number:,} facts do not fit into {length:,} tokens." for length, number in maker.left_out]
     if "full" in settings.arms and max(settings.lengths) > trained_context:
         notices.append(f"full reads more than the {trained_context:,} tokens that the model was trained on.")
@@ -87,21 +93,6 @@ def _show(run: Run, model: Any, maker: ItemMaker, records: list[dict[str, Any]])
         results = {"cells": rows, "verdicts": sentences, "chance": settings.chance}
         results |= {"moved_needles": moved, "dropped_values": dropped, "left_out": left_out}
         run.finish(results, _page(run, maker, records, rows, [*sentences, *notices]), model)
-
-
-def _counted(number: int, what: str) -> str:
-    return f"{number:,} {what} was" if number == 1 else f"{number:,} {what}s were"
-
-
-def _item_maker(loaded: Loaded, settings: RecallSettings, source: ModelSettings, text: str) -> ItemMaker:
-    from ahn.attachment import attachment_of
-    from ahn.evaluation.recall.items import ItemMaker, sentences
-
-    limit, longest = attachment_of(loaded.model).position_limit, max(settings.lengths)
-    if limit is not None and longest >= limit:
-        raise UsageError(f"--lengths {longest} is too long for a model of {limit:,} positions. Give shorter ones.")
-    with notes().status("Hiding needles ..."):
-        return ItemMaker(settings, loaded.tokenizer, source.window, source.sinks, sentences(text))
 
 
 def _tables(rows: list[dict[str, Any]], settings: RecallSettings) -> list[ResultTable]:

@@ -1,34 +1,124 @@
-"""What the records say: scores of each span and arm with intervals, what must not be overlooked, and pictures."""
+"""What arms find: each reads every text once and answers its questions; scores by span, verdicts and pictures."""
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable, Mapping, Sequence
+import re
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import torch
 
+from ahn.anchors.scores import oracle
+from ahn.evaluation.arms import ArmReader, arm_reader
 from ahn.evaluation.bootstrap import interval
 from ahn.evaluation.drawing import arm_colours, new_figure
-from ahn.evaluation.recall.items import EVICTED, LABELS
-from ahn.evaluation.recall.tasks import RecallSettings
+from ahn.evaluation.driver import Job, OnProgress, complete
+from ahn.evaluation.journal import Journal
+from ahn.evaluation.recall.items import EVICTED, LABELS, ItemMaker, RecallItem
+from ahn.evaluation.recall.tasks import RecallSettings, Spec, Value
+from ahn.models import prompts
 
+_GROUPED = re.compile(r"(?<=\d),(?=\d{3})")
 _DRAWS = 2000  # of a bootstrap; the ends of an interval move by about 0.01 with more
 _WRITTEN = 8  # columns up to which each cell of a map has its number written in it
 
 Record = dict[str, Any]
 
 
-def cells(records: Iterable[Record]) -> list[Record]:
-    """Scores by task, length, number of facts, span and arm, never over several of them.
+def measure(model: Any, maker: ItemMaker, journal: Journal, on_progress: OnProgress = lambda *_: None) -> list[Record]:
+    """The records of all texts and arms; what the journal does not hold yet is read.
 
     Args:
-        records: As `measure` gives them.
+        model: A causal language model with a memory attached.
+        maker: Makes the texts.
+        journal: Where each arm's answers to one text are kept as soon as they are there.
+        on_progress: Called with the number of tokens of `maker.tokens` that are read.
+    """
+    stop = prompts.stop_ids(model, maker.tokenizer)
+    jobs = (
+        Job(f"{spec.key}/{arm}", lambda _, spec=spec, arm=arm: _record(model, maker, spec, arm, stop), spec.length)  # type: ignore[misc]
+        for spec in maker.specs
+        for arm in maker.settings.arms
+    )
+    return list(complete(jobs, journal, on_progress))
 
-    Returns:
-        Of each: `contexts`, `values` and `hits`, the numbers of texts, of values, and of those that answers held;
-        `found` and `first`, shares of values in the answers and ranked first, with 95 % intervals; `mean_rank`.
+
+def in_answer(value: str, answer: str) -> bool:
+    """Whether an answer holds a value as a whole word, whatever its case; a number also as "1,234,567"."""
+    plain = _GROUPED.sub("", answer) if value.isdecimal() else answer
+    return re.search(rf"(?<!\w){re.escape(value)}(?!\w)", plain, re.IGNORECASE) is not None
+
+
+def rank(scores: Sequence[float]) -> int:
+    """Place of the first of several scores, from 1; others that equal it come before it, and NaN is the lowest."""
+    best, *others = (-math.inf if math.isnan(score) else score for score in scores)
+    return 1 + sum(other >= best for other in others)
+
+
+def _record(model: Any, maker: ItemMaker, spec: Spec, arm: str, stop: Collection[int]) -> Record:
+    """What is kept of an arm and a text: enough for every table, and to look at single answers."""
+    item = maker.item(spec)
+    record = {name: getattr(spec, name) for name in ("task", "length", "depth", "facts", "number")} | {"arm": arm}
+    record |= {name: getattr(item, name) for name in ("tokens", "window_begins", "moved", "dropped")}
+    record |= {"values": [], "answers": [], "seconds": 0.0, "cache_bytes": 0}
+    if item.dropped == len(item.labels):
+        return record
+    with oracle(item.needles):
+        reader = arm_reader(model, arm, score=False)
+        reader.feed(torch.tensor(_context_for(arm, item, maker.sinks, maker.window)))
+        for question, values in item.questions.items():
+            counted = [value for value in values if item.labels[value] is not None]
+            if counted:
+                ranks = _ranks(maker, reader, counted)
+                answer = _after(reader, maker.closing(question)).answer(maker.tokenizer, maker.limit(values), stop)
+                record["answers"].append(answer)
+                record["values"] += [
+                    {
+                        "value": value.text,
+                        "label": item.labels[value],
+                        "depth": item.depths[value],
+                        "found": in_answer(value.text, answer),
+                        "rank": ranks[value],
+                    }
+                    for value in counted
+                ]
+    return record | {"seconds": reader.seconds, "cache_bytes": reader.cache_bytes}
+
+
+def _context_for(arm: str, item: RecallItem, sinks: int, window: int) -> Sequence[int]:
+    """What an arm is fed of a text: `tail` would read every window anew, and only the last one counts."""
+    if arm != "tail" or len(item.context) <= sinks + window:
+        return item.context
+    return (*item.context[:sinks], *item.context[-window:])
+
+
+def _ranks(maker: ItemMaker, reader: ArmReader, values: Sequence[Value]) -> dict[Value, int]:
+    """The rank of each value; what several of them are ranked among is read once."""
+    ranks: dict[Value, int] = {}
+    for question in dict.fromkeys(value.question for value in values):
+        asked = _after(reader, maker.closing(question))
+        candidates = {value: maker.candidates(value) for value in values if value.question == question}
+        every = dict.fromkeys(ids for alike in candidates.values() for ids in alike)
+        scores = {ids: -float(_after(asked, ids).nll.double().sum()) for ids in every}
+        ranks |= {value: rank([scores[ids] for ids in alike]) for value, alike in candidates.items()}
+    return ranks
+
+
+def _after(reader: ArmReader, ids: Sequence[int]) -> ArmReader:
+    """A copy of a reader that has read some tokens more."""
+    fork = reader.fork()
+    fork.feed(torch.tensor(ids))
+    return fork
+
+
+def cells(records: Iterable[Record]) -> list[Record]:
+    """Scores of records by task, length, number of facts, span and arm, never over several of them.
+
+    Each has `contexts`, `values` and `hits`, the numbers of texts, of values, and of those that answers held; `found`
+    and `first`, shares of values in the answers and ranked first, with 95 % intervals over texts; and `mean_rank`.
     """
     groups: dict[tuple[Any, ...], list[list[Record]]] = {}
     for record in records:
@@ -69,12 +159,7 @@ def _ratio(rows: Any) -> float:
 
 
 def verdicts(rows: Iterable[Record], settings: RecallSettings) -> list[str]:
-    """A sentence for each arm on the needles that were evicted, above all where it recalls none of them.
-
-    Args:
-        rows: As `cells` gives them.
-        settings: Those of the run.
-    """
+    """A sentence for each arm on the needles that were evicted, above all where it recalls none of them."""
     evicted = [cell for cell in rows if cell["label"] == EVICTED]
     if not evicted:
         return ["No needle was evicted: take longer --lengths or a smaller --window to measure what a memory recalls."]
@@ -97,14 +182,7 @@ def moved_and_dropped(records: Iterable[Record]) -> tuple[int, int]:
 def heat_map(task: str, records: Sequence[Record], settings: RecallSettings) -> Any:
     """A map of depth and length for each arm: values found in answers above, values that ranked first below.
 
-    Args:
-        task: Name of a task that is measured against depth.
-        records: As `measure` gives them.
-        settings: Those of the run.
-
-    Returns:
-        A figure of matplotlib. A red line shows where the window begins; what is above it, and hatched, was evicted,
-        but for the sinks.
+    What is above the red line, where the window begins, was evicted, but for the sinks.
     """
     figure = new_figure(2.3 * len(settings.arms) + 1.6, 5.6)
     panels = figure.subplots(2, len(settings.arms), sharex=True, sharey=True, squeeze=False)
@@ -172,15 +250,7 @@ def _mark_window(panel: Any, begins: Mapping[int, float], settings: RecallSettin
 
 
 def capacity_curve(rows: Iterable[Record], settings: RecallSettings) -> Any:
-    """Share of the facts that are recalled against their number, for each length and span.
-
-    Args:
-        rows: As `cells` gives them.
-        settings: Those of the run.
-
-    Returns:
-        A figure of matplotlib, with 95 % intervals as bands.
-    """
+    """Share of the facts that are recalled against their number, for each length and span, with bands of 95 %."""
     mine = [cell for cell in rows if cell["facts"] is not None]
     lengths = sorted({cell["length"] for cell in mine})
     labels = [label for label in LABELS if any(cell["label"] == label for cell in mine)]

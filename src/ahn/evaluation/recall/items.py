@@ -13,7 +13,7 @@ import itertools
 import random
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from ahn.evaluation.errors import EvaluationError
 from ahn.evaluation.recall.tasks import TASKS, Facts, Needle, Question, Questions, RecallSettings, Spec, Value
@@ -56,44 +56,21 @@ def _shortened(sentence: str) -> Iterator[str]:
     yield sentence
 
 
-class Exact(NamedTuple):
-    """What sinks and window hold exactly from the question's first token to `end`, after the answer's last token."""
+def _span_label(start: int, stop: int, sinks: int, window: int, question: int, end: int) -> str | None:
+    """The span of a needle, tokens `start` to `stop`, when it is asked for; `None` if it straddles two.
 
-    sinks: int
-    window: int
-    question: int
-    end: int
-
-    @property
-    def window_begins(self) -> int:
-        """Index of the first token that is in the window from the question to the end of the answer."""
-        return max(0, self.end - self.window)
-
-    def label(self, start: int, stop: int) -> str | None:
-        """The span of the tokens `start` to `stop` (not included), or `None` for those that straddle two.
-
-        A needle is in the window if it stays there until the answer ends, and evicted if it was gone when the question
-        began: in between, the question's own tokens could carry it on.
-        """
-        if stop <= self.sinks:
-            return "sinks"
-        if max(start, self.sinks) >= self.window_begins:
-            return "window"
-        return EVICTED if start >= self.sinks and stop <= max(0, self.question - self.window) else None
-
-
-class Layout:
-    """Sentences with needles between them.
-
-    Args:
-        needles: The needles.
-        tokenizer: The model's tokenizer.
-        count: Counts the tokens of a text.
-
-    Attributes:
-        ids: Token ids.
-        spans: First token of each needle and the one after its last.
+    It is in the window if it stays there until the answer ends, and evicted if it was gone when the question began: in
+    between, the question's own tokens could carry it on.
     """
+    if stop <= sinks:
+        return "sinks"
+    if max(start, sinks) >= end - window:
+        return "window"
+    return EVICTED if start >= sinks and stop <= question - window else None
+
+
+class _Layout:
+    """Sentences with needles between them, as token ids and the first and last of each needle's tokens."""
 
     def __init__(
         self, needles: Sequence[Needle], tokenizer: PreTrainedTokenizerBase, count: Callable[[str], int]
@@ -103,12 +80,7 @@ class Layout:
         self._put(self._slots_by_depth())
 
     def fill(self, filler: Iterator[str], room: int) -> None:
-        """Takes sentences until the text has as many tokens as there is room for, or a few less.
-
-        Args:
-            filler: The sentences; they are used up as far as they are needed.
-            room: Tokens of the whole text.
-        """
+        """Takes sentences until the text has as many tokens as there is room for, or a few less."""
         for _ in range(_ROUNDS):  # joined, sentences take other numbers of tokens than alone
             more = self._fitting(filler, room - len(self.ids))
             self._sentences += more
@@ -120,15 +92,7 @@ class Layout:
                 break
 
     def settle(self, wanted: set[int], clear: Callable[[tuple[int, int]], bool]) -> int:
-        """Moves needles that straddle two spans to the nearest place where they do not, if there is one.
-
-        Args:
-            wanted: Indices of the needles that matter.
-            clear: Whether a needle may have these tokens.
-
-        Returns:
-            How many were moved.
-        """
+        """Moves wanted needles that are not clear of two spans to the nearest place where they are; how many moved."""
         moved: set[int] = set()
         hopeless: set[int] = set()
         for _ in range(2 * len(wanted)):  # a needle that moves may push another one
@@ -186,15 +150,18 @@ class Layout:
 
 @dataclasses.dataclass(frozen=True)
 class RecallItem:
-    """One text in tokens, with its opening; `tokens` counts the longest prompt.
+    """One text in tokens.
 
     Attributes:
-        labels: Span of the needles of each value, of `LABELS`; `None`, which counts for nothing, if they straddle two
-            wherever they are put.
+        context: Token ids of the chat's opening and the text.
+        questions: As `Facts.questions`.
+        labels: Span of the needles of each value; `None`, which counts for nothing, if they straddle two everywhere.
         depths: Where the first needle of each value is in the text: 0 is the beginning, 1 the end.
         needles: Tokens of the needles that are asked for, places in `context`.
         window_begins: Depth in the text at which the window begins; 0 or less if all of it is in the window.
         moved: Needles that straddled two spans and were moved.
+        tokens: Tokens of the longest prompt, without the answer.
+        dropped: Values that count for nothing.
     """
 
     context: tuple[int, ...]
@@ -202,15 +169,10 @@ class RecallItem:
     labels: dict[Value, str | None]
     depths: dict[Value, float]
     needles: frozenset[int]
-    exact: Exact
     window_begins: float
     moved: int
     tokens: int
-
-    @property
-    def dropped(self) -> int:
-        """Values that count for nothing."""
-        return sum(label is None for label in self.labels.values())
+    dropped: int
 
 
 class ItemMaker:
@@ -290,26 +252,25 @@ class ItemMaker:
         )
         answered = max(closings[question] + self.limit(values) for question, values in facts.questions.items())
 
-        def exact() -> Exact:
-            question = before + len(text.ids)
-            return Exact(self.sinks, self.window, question, question + answered)
-
         def label(span: tuple[int, int]) -> str | None:
-            return exact().label(before + span[0], before + span[1])
+            question = before + len(text.ids)
+            first, stop = before + span[0], before + span[1]
+            return _span_label(first, stop, self.sinks, self.window, question, question + answered)
 
         values = [value for values in facts.questions.values() for value in values]
         wanted = {index for value in values for index in value.needles}
         moved = text.settle(wanted, lambda span: label(span) is not None)
+        labels = {value: _hardest([label(text.spans[index]) for index in value.needles]) for value in values}
         return RecallItem(
             context=(*self.opening, *text.ids),
             questions=facts.questions,
-            labels={value: _hardest([label(text.spans[index]) for index in value.needles]) for value in values},
+            labels=labels,
             depths={value: _depth(text, value) for value in values},
             needles=frozenset(before + place for index in wanted for place in range(*text.spans[index])),
-            exact=exact(),
-            window_begins=(exact().window_begins - before) / len(text.ids),
+            window_begins=(max(0, before + len(text.ids) + answered - self.window) - before) / len(text.ids),
             moved=moved,
             tokens=before + len(text.ids) + after,
+            dropped=sum(span is None for span in labels.values()),
         )
 
     def _fits(self, spec: Spec) -> bool:
@@ -320,9 +281,9 @@ class ItemMaker:
         closing = max(len(self.closing(question)) for question in facts.questions)
         return 1.5 * needles <= spec.length - len(self.opening) - closing
 
-    def _filled(self, facts: Facts, filler: Iterator[str], room: int, length: int) -> Layout:
+    def _filled(self, facts: Facts, filler: Iterator[str], room: int, length: int) -> _Layout:
         """The needles in as much text as there is room for."""
-        text = Layout(facts.needles, self.tokenizer, self.count)
+        text = _Layout(facts.needles, self.tokenizer, self.count)
         alone, count = len(text.ids), len(facts.needles)
         if room <= alone:
             raise EvaluationError(
@@ -351,6 +312,6 @@ def _hardest(labels: Sequence[str | None]) -> str | None:
     return None if None in labels else max((label for label in labels if label), key=LABELS.index)
 
 
-def _depth(text: Layout, value: Value) -> float:
+def _depth(text: _Layout, value: Value) -> float:
     start, stop = min(text.spans[index] for index in value.needles)
     return min(1.0, start / max(1, len(text.ids) - (stop - start)))

@@ -16,8 +16,6 @@ from typing import NamedTuple
 from ahn.config import setting
 from ahn.evaluation.arm_names import ARMS, ARMS_HELP
 
-Draw = Callable[[random.Random], str]
-
 _OTHER_KEYS = 3  # needles with other keys beside the one that multi_key asks for
 _TRIES = 30  # draws of a new value before a longer one is made
 _LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
@@ -37,6 +35,12 @@ pebble pepper piano pigeon pillow planet quarry rabbit raven river rocket saddle
 tower valley violin
 """
 _FIRST, _SECOND = _ADJECTIVES.split(), _NOUNS.split()
+_DRAW: dict[str, Callable[[random.Random], str]] = {
+    "number": lambda rng: str(rng.randrange(10**6, 10**7)),  # seven digits
+    "word": lambda rng: f"{rng.choice(_FIRST)}-{rng.choice(_SECOND)}",  # one of some 7,000
+    "code": lambda rng: str(uuid.UUID(int=rng.getrandbits(128), version=4)),
+    "variable": lambda rng: "".join(rng.choices(_LETTERS, k=5)),
+}
 
 
 class Needle(NamedTuple):
@@ -100,14 +104,14 @@ class Spec:
         return [(index + (self.depth or 0.0)) / self.values for index in range(self.values)]
 
 
-def _new(rng: random.Random, draw: Draw, count: int, taken: Collection[str] = ()) -> list[str]:
-    """Values that differ from one another and from those that are taken."""
+def _new(rng: random.Random, kind: str, count: int, taken: Collection[str] = ()) -> list[str]:
+    """Values of a kind that differ from one another and from those that are taken."""
     values: list[str] = []
     seen = set(taken)
     while len(values) < count:
-        value = next((value for value in (draw(rng) for _ in range(_TRIES)) if value not in seen), None)
+        value = next((value for value in (_DRAW[kind](rng) for _ in range(_TRIES)) if value not in seen), None)
         if value is None:  # nearly all names are taken, so that a longer one is needed
-            last = draw(rng)
+            last = _DRAW[kind](rng)
             value = f"{rng.choice(_FIRST)}-{last}"
         if value not in seen:
             seen.add(value)
@@ -115,28 +119,10 @@ def _new(rng: random.Random, draw: Draw, count: int, taken: Collection[str] = ()
     return values
 
 
-def _name(rng: random.Random) -> str:
-    """Two words, such as "quiet-harbour": one of some 7,000."""
-    return f"{rng.choice(_FIRST)}-{rng.choice(_SECOND)}"
-
-
-def _number(rng: random.Random) -> str:
-    """Seven digits, the first of them not zero."""
-    return str(rng.randrange(10**6, 10**7))
-
-
-def _identifier(rng: random.Random) -> str:
-    return str(uuid.UUID(int=rng.getrandbits(128), version=4))
-
-
-def _variable(rng: random.Random) -> str:
-    return "".join(rng.choices(_LETTERS, k=5))
-
-
-def _single(draw: Draw, kind: str) -> Callable[[random.Random, Spec], Facts]:
+def _single(kind: str) -> Callable[[random.Random, Spec], Facts]:
     def make(rng: random.Random, spec: Spec) -> Facts:
-        (key,) = _new(rng, _name, 1)
-        right, *wrong = _new(rng, draw, 1 + spec.distractors, [key])
+        (key,) = _new(rng, "word", 1)
+        right, *wrong = _new(rng, kind, 1 + spec.distractors, [key])
         return Facts(_needles([key], [right], [spec.depth or 0.0], kind), _ask(key, right, 0, wrong, kind))
 
     return make
@@ -150,7 +136,7 @@ def _multi_key(rng: random.Random, spec: Spec) -> Facts:
 
 
 def _multi_value(rng: random.Random, spec: Spec) -> Facts:
-    (key,), numbers = _new(rng, _name, 1), _new(rng, _number, spec.values)
+    (key,), numbers = _new(rng, "word", 1), _new(rng, "number", spec.values)
     question = Question(f"What are all the secret numbers of {key}?", f"The secret numbers of {key} are")
     wrong = _wrong(rng, (), numbers, spec)
     right = tuple(Value(number, (index,), wrong, question) for index, number in enumerate(numbers))
@@ -174,7 +160,7 @@ def _variables(rng: random.Random, spec: Spec) -> Facts:
     The chain begins at the wanted depth and is spread over the rest of the text. A variable is known only through all
     those before it, so the one that is hardest to reach gives it its span.
     """
-    names, numbers = _new(rng, _variable, 2 * spec.values), _new(rng, _number, 2)
+    names, numbers = _new(rng, "variable", 2 * spec.values), _new(rng, "number", 2)
     chain, other = names[: spec.values], names[spec.values :]
     start = spec.depth or 0.0
     depths = [start + (1 - start) * hop / spec.values for hop in range(spec.values)]
@@ -187,7 +173,7 @@ def _variables(rng: random.Random, spec: Spec) -> Facts:
     question = Question(
         f"Which variables have the value {numbers[0]}?", f"The variables with the value {numbers[0]} are"
     )
-    wrong = tuple([*other, *_new(rng, _variable, spec.distractors, names)][: spec.distractors])
+    wrong = tuple([*other, *_new(rng, "variable", spec.distractors, names)][: spec.distractors])
     right = tuple(Value(name, tuple(range(hop + 1)), wrong, question) for hop, name in enumerate(chain))
     return Facts(tuple(map(Needle, texts, depths)), {question: right})
 
@@ -199,10 +185,8 @@ def _among_needles(rng: random.Random, spec: Spec) -> Facts:
         yield from (_fact(key, number) + " " for key, number in zip(keys[1:], numbers[1:]))
         taken_keys, taken_numbers = set(keys), set(numbers)
         while True:
-            (key,), (number,) = (
-                _new(rng, _name, 1, taken_keys),
-                _new(rng, _number, 1, taken_numbers),
-            )
+            (key,) = _new(rng, "word", 1, taken_keys)
+            (number,) = _new(rng, "number", 1, taken_numbers)
             taken_keys.add(key)
             taken_numbers.add(number)
             yield _fact(key, number) + " "
@@ -234,9 +218,9 @@ class RecallTask(NamedTuple):
 
 
 TASKS = {
-    "number": RecallTask("one needle, a number", _single(_number, "number")),
-    "word": RecallTask("one needle, a word", _single(_name, "word")),
-    "uuid": RecallTask("one needle, a UUID", _single(_identifier, "code")),
+    "number": RecallTask("one needle, a number", _single("number")),
+    "word": RecallTask("one needle, a word", _single("word")),
+    "uuid": RecallTask("one needle, a UUID", _single("code")),
     "multi_key": RecallTask("one of several keys", _multi_key),
     "multi_value": RecallTask("all values of one key", _multi_value),
     "multi_query": RecallTask("the values of several keys", _multi_query),
@@ -266,13 +250,13 @@ def _ask(key: str, right: str, needle: int, wrong: Sequence[str], kind: str = "n
 
 
 def _pairs(rng: random.Random, count: int) -> tuple[list[str], list[str]]:
-    return _new(rng, _name, count), _new(rng, _number, count)
+    return _new(rng, "word", count), _new(rng, "number", count)
 
 
 def _wrong(rng: random.Random, near: Sequence[str], right: Sequence[str], spec: Spec) -> tuple[str, ...]:
     """Wrong numbers: those of the same text first, then new ones."""
     wrong = [number for number in near if number not in right][: spec.distractors]
-    return (*wrong, *_new(rng, _number, spec.distractors - len(wrong), [*near, *right]))
+    return (*wrong, *_new(rng, "number", spec.distractors - len(wrong), [*near, *right]))
 
 
 @dataclasses.dataclass(frozen=True)
