@@ -24,6 +24,7 @@ import torch
 from torch.utils import _device
 
 from ahn import native
+from tests.tiny import DOCUMENTED, MEMORIES, registered
 
 GOLDEN = Path(__file__).parent / "fixtures" / "golden"
 
@@ -89,6 +90,13 @@ def fixed_seeds() -> None:
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="module", params=[*MEMORIES, DOCUMENTED])
+def memory(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Every memory's name: those of the registry, and the one of CONTRIBUTING, which is added at run time."""
+    with registered(request.param) as name:
+        yield name
 
 
 @pytest.fixture

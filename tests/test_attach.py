@@ -139,7 +139,6 @@ def test_chosen_layers_only() -> None:
         torch.testing.assert_close(logits[:, 20:], alone, rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize("memory", MEMORIES)
 @pytest.mark.parametrize("positions", ["rope", "none"])
 def test_gradients_reach_every_weight_of_the_memory(memory: str, positions: Any) -> None:
     model = with_memory(memory=memory, memory_positions=positions)

@@ -138,7 +138,7 @@ COMMANDS = (
     "train anchors --data text.txt --out out --documents 2",
     "train anchors --data text.txt --out out --left-out poem",
     "train anchors --data text.txt --out out --scores luck",
-    "train anchors --data text.txt --out out --base ./nowhere",
+    "train anchors --data text.txt --out out --model ./nowhere",
     "eval perplexity nowhere.txt",
     "eval perplexity notes/empty",
     "eval perplexity text.txt text.txt",

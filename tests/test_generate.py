@@ -11,14 +11,14 @@ import transformers
 import ahn
 from ahn.backbone.compat import CACHE
 from tests.test_families import padded
-from tests.tiny import MEMORIES, read, text, tiny, with_memory
+from tests.tiny import read, text, tiny, with_memory
 
 NEW = 24
 
 
-@pytest.fixture(scope="module", params=MEMORIES)
-def model(request: pytest.FixtureRequest) -> Any:
-    model = with_memory("llama", request.param)
+@pytest.fixture(scope="module")
+def model(memory: str) -> Any:
+    model = with_memory("llama", memory)
     model.generation_config.eos_token_id = None
     return model
 

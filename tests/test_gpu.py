@@ -10,7 +10,7 @@ import torch
 
 import ahn
 from ahn import speed
-from tests.tiny import MEMORIES, give_score_weights, read, text, with_memory
+from tests.tiny import give_score_weights, read, text, with_memory
 
 pytestmark = [
     pytest.mark.gpu,
@@ -26,7 +26,6 @@ def both(memory: str, **settings: Any) -> tuple[Any, Any]:
     return model, copy.deepcopy(model).cuda()
 
 
-@pytest.mark.parametrize("memory", MEMORIES)
 @pytest.mark.parametrize(
     "settings",
     [
@@ -45,7 +44,6 @@ def test_logits(memory: str, settings: dict[str, Any]) -> None:
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize("memory", MEMORIES)
 def test_bfloat16(memory: str) -> None:
     on_cpu, on_gpu = both(memory)
     ids = text(2)
@@ -53,7 +51,6 @@ def test_bfloat16(memory: str) -> None:
     assert (found - expected).norm() < 0.05 * expected.norm()
 
 
-@pytest.mark.parametrize("memory", MEMORIES)
 def test_gradients(memory: str) -> None:
     models = both(memory)
     ids = text(2)

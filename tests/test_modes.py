@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
+import copy
 import threading
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -10,6 +13,7 @@ import torch
 import transformers
 
 import ahn
+from ahn.attachment import attachment_of
 from ahn.backbone.compat import CACHE
 from tests.tiny import read, text, tiny, with_memory
 
@@ -56,6 +60,71 @@ def test_inner_mode_inherits_the_outer_settings(model: Any) -> None:
     with ahn.mode(model, "ahn", window=9, sinks=2), ahn.mode(model, "window"):
         settings = ahn.HippocampalCache(model).settings
     assert (settings.mode, settings.window, settings.sinks) == ("window", 9, 2)
+
+
+def test_a_thread_without_a_block_reads_in_the_one_that_is_open(model: Any) -> None:
+    """The usual way to stream: `generate` runs in a thread that was started inside of a block."""
+    found = {}
+
+    def work() -> None:
+        found["ids"] = model.generate(IDS, max_new_tokens=8, do_sample=False, eos_token_id=None)
+
+    outside = model.generate(IDS, max_new_tokens=8, do_sample=False, eos_token_id=None)
+    for name in ("full", "window"):
+        with ahn.mode(model, name):
+            expected = model.generate(IDS, max_new_tokens=8, do_sample=False, eos_token_id=None)
+            thread = threading.Thread(target=work)
+            thread.start()
+            thread.join()
+        assert torch.equal(found["ids"], expected)
+    work()
+    assert torch.equal(found["ids"], outside)
+
+
+def test_a_thread_that_outlives_the_block_keeps_its_mode(model: Any) -> None:
+    """A cache takes the settings along, so that nothing changes in the middle of a text."""
+    with ahn.mode(model, "window", window=9):
+        expected = read(model, IDS, 10)
+        cache = ahn.HippocampalCache(model)
+        first = model(IDS[:, :30], cache=cache).logits
+    rest = model(IDS[:, 30:], cache=cache).logits
+    torch.testing.assert_close(torch.cat((first, rest), dim=1), expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_interleaved_generators_leave_nothing_behind(model: Any, first: int) -> None:
+    def reading(name: Any) -> Iterator[str]:
+        with ahn.mode(model, name):
+            yield attachment_of(model).settings.mode
+            yield name
+
+    before = attachment_of(model).settings
+    both = [reading("full"), reading("window")]
+    assert [next(each) for each in both] == ["full", "window"]
+    both[first].close()
+    assert attachment_of(model).settings.mode == ("window", "full")[first]
+    both[1 - first].close()
+    assert attachment_of(model).settings == before
+
+
+def test_tasks_do_not_see_each_others_mode(model: Any) -> None:
+    async def reading(name: Any) -> str:
+        with ahn.mode(model, name):
+            for _ in range(3):
+                await asyncio.sleep(0)
+            return attachment_of(model).settings.mode
+
+    async def both() -> list[str]:
+        return await asyncio.gather(reading("full"), reading("window"))
+
+    assert asyncio.run(both()) == ["full", "window"]
+
+
+def test_a_block_is_of_one_model(model: Any) -> None:
+    other = with_memory()
+    with ahn.mode(model, "full"):
+        assert attachment_of(other).settings.mode == "ahn"
+        assert attachment_of(copy.deepcopy(model)).settings.mode == "ahn"
 
 
 def test_threads_do_not_see_each_others_mode(model: Any) -> None:

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -9,6 +14,7 @@ import transformers
 from torch import nn
 
 import ahn
+from ahn import memories
 from ahn.anchors.scores import AnchorGate, AnchorQueries
 from ahn.attachment import attachment_of
 from ahn.backbone.compat import CACHE
@@ -86,7 +92,10 @@ FAMILIES: dict[str, dict[str, Any]] = {
 }
 if CACHE == "cache":  # since transformers 5.24 these two go through the attention interface
     FAMILIES |= {family: {"head_dim": None, "rotary_dim": 4} for family in ("gptj", "codegen")}
-MEMORIES = ("gated_delta_net", "delta_net", "mamba2")
+CONTRIBUTING = Path(__file__).parents[1] / "CONTRIBUTING.md"
+MEMORIES = memories.memory_names()
+DOCUMENTED = "retention"
+"""Name of the memory that CONTRIBUTING shows."""
 
 
 def tiny(family: str = "llama", **changes: Any) -> Any:
@@ -107,6 +116,26 @@ def tiny(family: str = "llama", **changes: Any) -> Any:
     return model.requires_grad_(False)
 
 
+@cache
+def documented_memory() -> type[memories.Memory]:
+    """The memory of CONTRIBUTING, from the very code that stands there."""
+    code = re.findall(r"^```python\n(.*?)^```", CONTRIBUTING.read_text(), re.DOTALL | re.MULTILINE)[0]
+    module: dict[str, Any] = {"__name__": f"ahn.memories.{DOCUMENTED}"}
+    exec(compile(code, str(CONTRIBUTING), "exec"), module)
+    kind: type[memories.Memory] = module[DOCUMENTED.title()]
+    return kind
+
+
+@contextmanager
+def registered(name: str) -> Iterator[str]:
+    """The name of a memory, which is one of the registry inside the block."""
+    if name == DOCUMENTED:
+        memories.MEMORIES[name] = documented_memory()
+    yield name
+    if name == DOCUMENTED:
+        del memories.MEMORIES[name]
+
+
 def with_memory(family: str = "llama", memory: str = "gated_delta_net", **settings: Any) -> Any:
     """A tiny model with a memory whose weights are random, so that it changes what the model says."""
     changes = settings.pop("model", {})
@@ -123,9 +152,9 @@ def awaken(model: nn.Module) -> None:
         if site.memory is None:
             continue
         for name, parameter in site.memory.named_parameters():
-            if name in ("o_proj", "dt_proj.weight", "a_proj.weight", "b_proj.weight", "g_proj.weight"):
+            if parameter.dim() > 1:
                 parameter.data.normal_(std=0.4, generator=generator)
-            if name == "A_log":
+            if name == site.memory.log_rate:
                 parameter.data.uniform_(-3, 0, generator=generator)
 
 

@@ -51,6 +51,8 @@ def __getattr__(name: str) -> object:
     """Imports a public name when it is first used, so that `ahn --help` need not wait for torch."""
     if name not in _ROOMS:
         raise AttributeError(f"module 'ahn' has no attribute {name!r}")
+    if name in ("attach", "attached"):
+        importlib.import_module("ahn.checkpoint")  # by which `model.save_pretrained` writes the memory too
     value = getattr(importlib.import_module(f"ahn.{_ROOMS[name]}"), name)
     globals()[name] = value
     return value

@@ -1,28 +1,39 @@
 """What attaching leaves on a model: where the memories sit, and which settings a run has.
 
-The settings of a run live in a context variable, never in the model's config: `mode` may be nested, and threads do not
-see each other's.
+The settings of a run live beside the model, never in its config. A call takes those of the innermost `mode` block that is
+open around it; where there is none, as in a thread that was started inside of a block, those of the block that was
+opened last anywhere; and without any block those of the memory's config. A cache keeps the settings it was made with.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from contextvars import ContextVar
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from ahn.anchors.scores import PREFERRED, SCORES, default_layers, find_score
+from ahn.backbone import compat
 from ahn.backbone.rotary import Rotation
-from ahn.config import AUTO, AHNConfig, Mode, RunSettings, SinkPositions
+from ahn.config import AUTO, AHNConfig, Mode, RunChanges, RunSettings
 from ahn.errors import ConfigError, ModelError
 from ahn.memories import Memory, MemoryShape
 
-_OVERRIDES: ContextVar[Mapping[int, RunSettings]] = ContextVar("ahn_modes", default={})  # noqa: B039 (never mutated)
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+COMPUTED = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+"""Types that attention is computed in; weights of any other are quantised."""
 _ATTRIBUTE = "_ahn_attachment"
+
+
+SAVERS: list[Callable[[nn.Module, str], None]] = []
+"""What writes a memory beside the base model that `save_pretrained` writes; `ahn.checkpoint` puts itself here."""
 
 
 @dataclasses.dataclass(eq=False)
@@ -33,6 +44,8 @@ class Site:
         module: The attention module.
         index: Its layer index, from 0.
         shape: Sizes of the layer.
+        found_dtype: What it computed in when the memory was attached.
+        found_device: Where it computed then.
         sliding_window: Tokens that the base model's layer itself sees, or `None` for full attention.
         memory: Its memory, or `None` where the layer keeps the base model's own attention.
         rotation: How to undo its rotary positions; `None` where it has none or nothing asks for it.
@@ -42,14 +55,45 @@ class Site:
     module: nn.Module
     index: int
     shape: MemoryShape
+    found_dtype: torch.dtype
+    found_device: torch.device
     sliding_window: int | None
     memory: Memory | None = None
     rotation: Rotation | None = None
     anchor_weights: nn.ModuleDict | None = None
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the layer computes in: that of its weights unless they are quantised."""
+        kinds = (tensor.dtype for tensor in self.module.parameters())
+        return next((kind for kind in kinds if kind in COMPUTED), self.found_dtype)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the layer computes: where its weights are unless they are offloaded."""
+        weight = next(self.module.parameters(), None)
+        return self.found_device if weight is None or weight.is_meta else weight.device
+
     def score_weights(self, score: str) -> nn.Module | None:
         """Its weights for votes by a score, or `None` where it has none."""
         return self.anchor_weights[score] if self.anchor_weights is not None and score in self.anchor_weights else None
+
+
+@dataclasses.dataclass(eq=False)
+class Block:
+    """A `mode` block that is open.
+
+    Attributes:
+        attachment: The model's attachment.
+        settings: How the model reads inside of it.
+    """
+
+    attachment: Attachment
+    settings: RunSettings
+
+
+_OPEN: list[Block] = []  # of all threads, in the order in which they were opened
+_AROUND: ContextVar[tuple[Block, ...]] = ContextVar("ahn_blocks", default=())  # those around the code that runs
 
 
 @dataclasses.dataclass(eq=False)
@@ -84,7 +128,9 @@ class Attachment:
     @property
     def given(self) -> RunSettings:
         """The same as they were given: with anchors, the score may be "auto"."""
-        return _OVERRIDES.get().get(id(self), RunSettings.of(self.config))
+        around = [block for block in _AROUND.get() if block in _OPEN]
+        blocks = [block for block in (*_OPEN, *around) if block.attachment is self]
+        return blocks[-1].settings if blocks else RunSettings.of(self.config)
 
     def site(self, index: int) -> Site:
         """The site of a layer."""
@@ -190,7 +236,7 @@ def set_attachment(model: nn.Module, attachment: Attachment | None) -> None:
 
 def find_attachment(model: nn.Module) -> Attachment | None:
     """What is attached to a model, or `None`."""
-    found: Attachment | None = getattr(_unwrap(model), _ATTRIBUTE, None)
+    found: Attachment | None = getattr(compat.unwrap(model), _ATTRIBUTE, None)
     return found
 
 
@@ -209,55 +255,34 @@ def attachment_of(model: nn.Module) -> Attachment:
 def mode(
     model: nn.Module,
     name: Mode,
-    *,
-    window: int | None = None,
-    sinks: int | None = None,
-    sink_positions: SinkPositions | None = None,
-    anchors: int | None = None,
-    anchor_score: str | None = None,
-    anchor_layers: Sequence[int] | None = None,
+    **changes: Unpack[RunChanges],
 ) -> Iterator[None]:
     """Reads in another mode, or with another window, inside a `with` block.
 
-    A cache that is already alive keeps the settings it was made with. Blocks may be nested, and a block in one thread
-    or task does not touch the others.
+    A cache that is already alive keeps the settings it was made with. Blocks may be nested. A block also holds in
+    threads that have no block of their own, as when `model.generate` streams from a thread that was started inside it;
+    threads and tasks with blocks of their own do not see each other's.
 
     Args:
         model: A model with a memory attached.
         name: "full" is the base model itself, "window" reads sinks and window with the memory silent, "ahn" reads all;
             "ct_max" and "ct_mean" read the slots of a Compressive Transformer in place of the memory, see
             `ahn.cache.compressive`.
-        window: Tokens of the window; as before if left out.
-        sinks: Number of sinks; as before if left out.
-        sink_positions: "absolute" or "bounded"; as before if left out.
-        anchors: Number of anchors; as before if left out.
-        anchor_score: What they are chosen by; as before if left out.
-        anchor_layers: Layers that vote on them; as before if left out.
+        **changes: `window`, `sinks`, `sink_positions`, `anchors`, `anchor_score` and `anchor_layers`, see
+            `ahn.config.ExactTokens`; what is left out or `None` is as before.
 
     Raises:
         ModelError: No memory is attached.
         ConfigError: A value is out of range, or the model cannot be read with these settings.
     """
     attachment = attachment_of(model)
-    changes: dict[str, Any] = {
-        "window": window,
-        "sinks": sinks,
-        "sink_positions": sink_positions,
-        "anchors": anchors,
-        "anchor_score": anchor_score,
-        "anchor_layers": None if anchor_layers is None else tuple(anchor_layers),
-    }
-    given = {key: value for key, value in changes.items() if value is not None}
-    settings = dataclasses.replace(attachment.given, mode=name, **given)
+    settings = RunSettings.of(attachment.given, mode=name, **changes)
     attachment.check(settings)
-    token = _OVERRIDES.set({**_OVERRIDES.get(), id(attachment): settings})
+    block = Block(attachment, settings)
+    _OPEN.append(block)
+    _AROUND.set((*_AROUND.get(), block))
     try:
         yield
-    finally:
-        _OVERRIDES.reset(token)
-
-
-def _unwrap(model: nn.Module) -> nn.Module:
-    """The model inside the wrapper of DistributedDataParallel, or the model itself."""
-    inner = getattr(model, "module", None)
-    return inner if isinstance(inner, nn.Module) and not hasattr(model, _ATTRIBUTE) else model
+    finally:  # blocks of interleaved generators need not end in the order in which they began
+        _OPEN.remove(block)
+        _AROUND.set(tuple(other for other in _AROUND.get() if other is not block))

@@ -1,12 +1,14 @@
-"""What a memory is and how a run reads text with it: frozen settings, checked once, with a JSON round trip."""
+"""What a memory is and how a run reads text with it: frozen settings, declared and checked once, with a round trip."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Literal, get_args
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar, Literal, TypedDict, TypeVar, get_args
 
 from ahn.errors import ConfigError
+
+_Settings = TypeVar("_Settings", bound="Settings")
 
 Mode = Literal["full", "window", "ahn", "ct_max", "ct_mean"]
 SinkPositions = Literal["absolute", "bounded"]
@@ -22,6 +24,7 @@ def setting(
     least: float | None = None,
     choices: Sequence[str] = (),
     factory: Callable[[], Any] | None = None,
+    kw_only: bool = False,
     **option: Any,
 ) -> Any:
     """A field of a settings class, declared once: what it is, what it may be, and its option on the command line.
@@ -32,12 +35,18 @@ def setting(
         least: Its smallest value.
         choices: The words that it may be.
         factory: Makes the default, where that is mutable or costs an import.
+        kw_only: Whether it is given by its name alone.
         **option: How the command line shows it, see `ahn.cli.options`.
     """
     metadata = {"help": help, "least": least, "choices": tuple(choices), **option}
     if factory is not None:
-        return dataclasses.field(default_factory=factory, metadata=metadata)
-    return dataclasses.field(default=default, metadata=metadata)
+        return dataclasses.field(default_factory=factory, metadata=metadata, kw_only=kw_only)
+    return dataclasses.field(default=default, metadata=metadata, kw_only=kw_only)
+
+
+def file_setting(default: Any = dataclasses.MISSING, help: str = "", **facts: Any) -> Any:
+    """A setting that is no option of the command line: files and Python alone name it. See `setting`."""
+    return setting(default, help, option=False, **facts)
 
 
 def same_setting(settings: type, name: str, **changes: Any) -> Any:
@@ -54,22 +63,50 @@ def same_setting(settings: type, name: str, **changes: Any) -> Any:
     return setting(**{**field.metadata, **default, **changes})
 
 
+class Settings:
+    """A settings class: a frozen dataclass with a round trip through plain values."""
+
+    __dataclass_fields__: ClassVar[dict[str, dataclasses.Field[Any]]]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, ready for JSON and YAML."""
+        values = dataclasses.asdict(self)
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+
+    @classmethod
+    def from_dict(cls: type[_Settings], values: Mapping[str, Any]) -> _Settings:
+        """The settings that `to_dict` wrote, or that a file names.
+
+        Raises:
+            ConfigError: A key is unknown or a value is out of range.
+        """
+        known = {field.name for field in dataclasses.fields(cls)}
+        if unknown := sorted(set(values) - known):
+            raise ConfigError(f"unknown settings {', '.join(unknown)}; known are {', '.join(sorted(known))}")
+        return cls(**values)
+
+
+class RunChanges(TypedDict, total=False):
+    """What `ahn.mode` may change of a run; `None` leaves it as it was. See `ExactTokens`."""
+
+    window: int | None
+    sinks: int | None
+    sink_positions: SinkPositions | None
+    anchors: int | None
+    anchor_score: str | None
+    anchor_layers: Sequence[int] | None
+
+
 @dataclasses.dataclass(frozen=True)
-class AHNConfig:
-    """Settings of a memory and the defaults of the runs that use it.
+class ExactTokens(Settings):
+    """Which tokens a run keeps exactly, and what they seem to be far from.
 
     Attributes:
-        memory: Name of the memory, a key of `ahn.memories.MEMORIES`; looked up when it is attached.
         window: Tokens kept exactly behind the current one, which counts itself; sinks are not part of it.
-            A setting of a run, not of the weights: any run may choose another one.
-        sinks: First tokens of each sequence that stay exact for ever. Also a setting of a run.
-        layers: Indices of the layers that get a memory; the others keep the base model's own attention and its growing
-            cache. `None` takes every layer with full attention or, where all layers slide by themselves, every layer.
+        sinks: First tokens of each sequence that always stay exact.
         sink_positions: "absolute" reads sinks at their true distance (as published); "bounded" never lets that distance
             pass the base model's trained context, so that texts of any length stay in the range it knows.
-        memory_positions: "rope" gives the memory the rotated queries and keys (as published); "none" takes them before
-            the rotation, so that what is stored does not depend on where it stood. A property of the weights.
-        anchors: Tokens that stay exact beyond the window, chosen as they leave it; 0 for none. A setting of a run.
+        anchors: Tokens that stay exact beyond the window, chosen as they leave it; 0 for none. Mode "ahn" reads them.
         anchor_score: What they are chosen by, a key of `ahn.anchors.scores.SCORES`; looked up when it is attached.
             "auto" takes what the model has weights for, `learned` before `asked`, and `key_diff` where it has none.
         anchor_layers: Indices of the layers that vote on anchors; `None` takes those that the score does best with, see
@@ -81,86 +118,116 @@ class AHNConfig:
     Source: arXiv 2510.07318, sections 3 and 4; bounded sinks follow StreamingLLM (arXiv 2309.17453).
     """
 
-    memory: str = "gated_delta_net"
-    window: int = 32640
-    sinks: int = 128
-    layers: tuple[int, ...] | None = None
-    sink_positions: SinkPositions = "absolute"
-    memory_positions: MemoryPositions = "rope"
-    anchors: int = 0
-    anchor_score: str = AUTO
-    anchor_layers: tuple[int, ...] | None = None
+    window: int = setting(32640, "Tokens kept exactly behind the current one.", least=1)
+    sinks: int = setting(128, "First tokens that always stay exact.", least=0)
+    sink_positions: SinkPositions = setting(
+        "absolute", "How far away the sinks may seem.", choices=get_args(SinkPositions), kw_only=True
+    )
+    anchors: int = setting(0, "Tokens that stay exact beyond the window.", least=0, kw_only=True)
+    anchor_score: str = setting(AUTO, "What anchors are chosen by.", kw_only=True)
+    anchor_layers: tuple[int, ...] | None = setting(None, "Layers that vote on anchors.", kw_only=True)
 
     def __post_init__(self) -> None:
-        if not isinstance(self.memory, str) or not self.memory:
-            raise ConfigError(f"memory must be the name of a memory, not {self.memory!r}")
-        _choice("sink_positions", self.sink_positions, get_args(SinkPositions))
-        _choice("memory_positions", self.memory_positions, get_args(MemoryPositions))
-        check_span(self.window, self.sinks)
-        check_anchors(self.anchors, self.anchor_score)
-        for name in ("layers", "anchor_layers"):
-            _set_layer_indices(self, name)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values, ready for JSON."""
-        values = dataclasses.asdict(self)
-        return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> AHNConfig:
-        """The settings that `to_dict` wrote.
-
-        Raises:
-            ConfigError: A key is unknown or a value is out of range.
-        """
-        known = {field.name for field in dataclasses.fields(cls)}
-        if unknown := sorted(set(values) - known):
-            raise ConfigError(f"unknown settings {', '.join(unknown)}; known are {', '.join(sorted(known))}")
-        return cls(**values)
+        for field in dataclasses.fields(self):
+            value, least = getattr(self, field.name), field.metadata.get("least")
+            if least is not None:
+                check_whole(field.name, value, least)
+            if choices := field.metadata.get("choices"):
+                check_choice(field.name, value, choices)
+        if not isinstance(self.anchor_score, str) or not self.anchor_score:
+            raise ConfigError(f"anchor_score must be the name of a score, not {self.anchor_score!r}")
+        _set_layer_indices(self, "anchor_layers")
 
 
 @dataclasses.dataclass(frozen=True)
-class RunSettings:
-    """How one run reads: in which mode, and the exact tokens it keeps.
+class RunSettings(ExactTokens):
+    """How one run reads: in which mode, and which tokens it keeps exactly.
 
     Attributes:
         mode: "full" is the base model itself; "window" reads sinks and window only; "ahn" adds the memory; "ct_max" and
             "ct_mean" add the slots of a Compressive Transformer in its place, a baseline that learns nothing.
-        window: Tokens of the window, the current one included.
-        sinks: Tokens at the start of each sequence that stay exact.
-        sink_positions: See `AHNConfig`.
-        anchors: See `AHNConfig`; read in mode "ahn" only.
-        anchor_score: See `AHNConfig`.
-        anchor_layers: See `AHNConfig`.
+
+    Raises:
+        ConfigError: A value is out of range.
     """
 
-    mode: Mode
-    window: int = setting(help="Tokens kept exactly behind the current one.", least=1)
-    sinks: int = setting(help="First tokens that always stay exact.", least=0)
-    sink_positions: SinkPositions = setting(
-        "absolute", "How far away the sinks may seem.", choices=("bounded", "absolute")
-    )
-    anchors: int = 0
-    anchor_score: str = AUTO
-    anchor_layers: tuple[int, ...] | None = None
-
-    def __post_init__(self) -> None:
-        _choice("mode", self.mode, get_args(Mode))
-        _choice("sink_positions", self.sink_positions, get_args(SinkPositions))
-        check_span(self.window, self.sinks)
-        check_anchors(self.anchors, self.anchor_score)
-        _set_layer_indices(self, "anchor_layers")
+    mode: Mode = setting("ahn", "What is read beside the exact tokens.", choices=get_args(Mode), kw_only=True)
 
     @classmethod
-    def of(cls, config: AHNConfig, mode: Mode = "ahn") -> RunSettings:
-        """The run that a config asks for."""
-        names = [field.name for field in dataclasses.fields(cls) if field.name != "mode"]
-        return cls(mode, **{name: getattr(config, name) for name in names})
+    def of(cls, settings: ExactTokens, **changes: Any) -> RunSettings:
+        """A run like another one, or like those that a config asks for.
+
+        Args:
+            settings: The run, or the config.
+            **changes: What is different, by the names of the attributes; what is `None` is not. The mode is "ahn" if
+                left out.
+
+        Raises:
+            ConfigError: A value is out of range.
+        """
+        kept = {field.name: getattr(settings, field.name) for field in dataclasses.fields(ExactTokens)}
+        return cls(**kept | {name: value for name, value in changes.items() if value is not None})
 
     @property
     def has_anchors(self) -> bool:
         """Whether anchors are chosen and read."""
         return self.mode == "ahn" and self.anchors > 0
+
+
+@dataclasses.dataclass(frozen=True)
+class _MemoryName:
+    """What stands first in an `AHNConfig`."""
+
+    memory: str = "gated_delta_net"
+
+
+@dataclasses.dataclass(frozen=True)
+class AHNConfig(ExactTokens, _MemoryName):
+    """Settings of a memory, and which tokens its runs keep exactly if they do not choose that themselves.
+
+    Attributes:
+        memory: Name of the memory, a key of `ahn.memories.MEMORIES`; looked up when it is attached.
+        layers: Indices of the layers that get a memory; the others keep the base model's own attention and its growing
+            cache. `None` takes every layer with full attention or, where all layers slide by themselves, every layer.
+        memory_positions: "rope" gives the memory the rotated queries and keys (as published); "none" takes them before
+            the rotation, so that what is stored does not depend on where it stood. A property of the weights.
+
+    All others are as in `ExactTokens`.
+
+    Raises:
+        ConfigError: A value is out of range.
+    """
+
+    layers: tuple[int, ...] | None = None
+    memory_positions: MemoryPositions = setting(
+        "rope", "What the memory sees of positions.", choices=get_args(MemoryPositions), kw_only=True
+    )
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.memory, str) or not self.memory:
+            raise ConfigError(f"memory must be the name of a memory, not {self.memory!r}")
+        super().__post_init__()
+        _set_layer_indices(self, "layers")
+
+
+def check_whole(name: str, value: object, least: int) -> None:
+    """Checks a whole number.
+
+    Raises:
+        ConfigError: It is none, or too small.
+    """
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise ConfigError(f"{name} must be a whole number of at least {least}, not {value!r}")
+
+
+def check_choice(name: str, value: object, known: Sequence[object]) -> None:
+    """Checks a word of which there are a few.
+
+    Raises:
+        ConfigError: It is none of them.
+    """
+    if value not in known:
+        raise ConfigError(f"{name} must be one of {', '.join(str(word) for word in known if word)}, not {value!r}")
 
 
 def check_span(window: int, sinks: int) -> None:
@@ -169,27 +236,8 @@ def check_span(window: int, sinks: int) -> None:
     Raises:
         ConfigError: One of them is not a whole number, the window is below 1 or the sinks below 0.
     """
-    for name, value, least in (("window", window, 1), ("sinks", sinks, 0)):
-        if not isinstance(value, int) or isinstance(value, bool) or value < least:
-            raise ConfigError(f"{name} must be a whole number of at least {least}, not {value!r}")
-
-
-def check_anchors(anchors: int, score: str) -> None:
-    """Checks the settings of anchors.
-
-    Raises:
-        ConfigError: The number is not a whole one from 0 on, or the score is no name.
-    """
-    if not isinstance(anchors, int) or isinstance(anchors, bool) or anchors < 0:
-        raise ConfigError(f"anchors must be a whole number of at least 0, not {anchors!r}")
-    if not isinstance(score, str) or not score:
-        raise ConfigError(f"anchor_score must be the name of a score, not {score!r}")
-
-
-def _choice(name: str, value: object, known: Iterable[str]) -> None:
-    known = tuple(known)
-    if value not in known:
-        raise ConfigError(f"{name} must be one of {', '.join(known)}, not {value!r}")
+    check_whole("window", window, 1)
+    check_whole("sinks", sinks, 0)
 
 
 def _set_layer_indices(settings: object, name: str) -> None:

@@ -1,7 +1,7 @@
 """What travels between cache and attention: tokens of a layer, the padding of their rows, and what a query may read.
 
 Legend of shapes: B batch, T new tokens, G key/value heads, K key size, V value size, F numbers per record,
-S sinks, N keys beside sinks and window.
+S sinks, N keys beside sinks and window, W window.
 """
 
 from __future__ import annotations
@@ -81,27 +81,13 @@ class ExtraKV(NamedTuple):
         keys: `[B, G, N, K]`.
         values: `[B, G, N, V]`.
         visible_from: Index of the first token whose query reads each, `[B or 1, N]` int64.
-        visible_until: Index of the first token whose query reads it no more, likewise.
+        visible_until: Index of the first token whose query no longer reads it, `[B or 1, N]` int64.
     """
 
     keys: torch.Tensor
     values: torch.Tensor
     visible_from: torch.Tensor
     visible_until: torch.Tensor
-
-    def reached(self, start: int, stop: int) -> ExtraKV:
-        """Those that any query from `start` to `stop` - 1 reads."""
-        read = ((self.visible_from < stop) & (self.visible_until > start)).any(0)
-        if bool(read.all()):
-            return self
-        return ExtraKV(
-            self.keys[:, :, read], self.values[:, :, read], self.visible_from[:, read], self.visible_until[:, read]
-        )
-
-    def allowed(self, start: int, stop: int) -> torch.Tensor:
-        """Which of them each query reads, `[B or 1, stop - start, N]`."""
-        query = torch.arange(start, stop, device=self.visible_from.device)[:, None]
-        return (self.visible_from[:, None] <= query) & (query < self.visible_until[:, None])
 
 
 class View(NamedTuple):
@@ -112,6 +98,8 @@ class View(NamedTuple):
         local: Tokens of the window in their order, the newest last. Without `ordered`: all slots of the buffer, sinks
             included, as they lie, for a single query that may read every one of them.
         first: Index of the first token of an ordered `local`, never below S.
+        seen: Tokens seen, the new ones included.
+        window: Tokens of the layer's window, W.
         ordered: Whether `local` is in the order of the tokens.
         evicted: Tokens that left the window, oldest first; the last `evicted.length` queries read after one each.
         extra: Keys and values of a later store that the same softmax reads, or `None`.
@@ -120,6 +108,8 @@ class View(NamedTuple):
     sinks: Tokens
     local: Tokens
     first: int
+    seen: int
+    window: int
     ordered: bool
     evicted: Tokens
     extra: ExtraKV | None = None

@@ -14,7 +14,7 @@ from ahn.anchors.selection import Scoreboard, _Anchors, select
 from ahn.backbone.compat import CACHE
 from ahn.errors import ConfigError
 from ahn.tokens import NEVER
-from tests.tiny import MEMORIES, give_score_weights, read, text, tiny, with_memory
+from tests.tiny import give_score_weights, read, text, tiny, with_memory
 
 SINKS, WINDOW, ANCHORS = 5, 16, 6
 
@@ -82,7 +82,6 @@ def test_any_chunking_reads_alike(family: str, chunks: Any) -> None:
 
 
 @pytest.mark.parametrize("score", SCORES)
-@pytest.mark.parametrize("memory", MEMORIES)
 def test_every_score_and_memory(memory: str, score: str) -> None:
     model, ids = anchored(memory=memory, anchor_score=score), text(2, 70)
     torch.testing.assert_close(read(model, ids, [29, 1, 1, 39]), read(model, ids), rtol=0, atol=2e-4)

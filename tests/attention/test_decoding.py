@@ -11,40 +11,40 @@ import torch
 import ahn
 from ahn.attention import hooks
 from ahn.cache.cache import layer_tensors
-from ahn.memories import MEMORIES as KINDS
-from ahn.memories import Memory, MemoryShape
-from tests.tiny import MEMORIES, awaken, text, tiny, with_memory
+from ahn.memories import Memory, MemoryShape, build_memory
+from tests.tiny import awaken, text, tiny, with_memory
 
 SINKS, WINDOW = 3, 14
 SHAPE = MemoryShape(hidden_size=12, query_heads=4, kv_heads=2, key_size=8, value_size=8)
 LAYERS, ROWS = 3, 2
 
 
-@pytest.fixture(params=MEMORIES)
-def memories(request: pytest.FixtureRequest) -> list[Memory]:
+@pytest.fixture
+def memories(memory: str) -> list[Memory]:
     torch.manual_seed(0)
-    return [KINDS[request.param](SHAPE) for _ in range(LAYERS)]
+    return [build_memory(memory, SHAPE) for _ in range(LAYERS)]
 
 
 @torch.no_grad()
 def test_gates_of_layers(memories: list[Memory]) -> None:
     x = torch.randn(LAYERS, ROWS, SHAPE.hidden_size)
-    expected = Memory.gates_of_layers.__func__(Memory, memories, x)  # type: ignore[attr-defined]
+    expected = torch.stack([each.gates(x[layer][:, None])[:, 0] for layer, each in enumerate(memories)])
     torch.testing.assert_close(type(memories[0]).gates_of_layers(memories, x), expected)
 
 
 @torch.no_grad()
-def test_fold_and_read(memories: list[Memory]) -> None:
-    key, value = (torch.randn(LAYERS, ROWS, SHAPE.kv_heads, SHAPE.key_size) for _ in range(2))
-    gates = Memory.gates_of_layers.__func__(Memory, memories, torch.randn(LAYERS, ROWS, 12))  # type: ignore[attr-defined]
-    states = torch.randn(LAYERS, ROWS, *memories[0].state_shape())
-    expected = states.clone()
-    Memory.update.__func__(Memory, memories, key, value, gates, expected)  # type: ignore[attr-defined]
-    type(memories[0]).update(memories, key, value, gates, states)
-    torch.testing.assert_close(states, expected)
+def test_update_and_read_are_what_the_scan_does(memories: list[Memory]) -> None:
+    keys, values = (torch.randn(LAYERS, ROWS, SHAPE.kv_heads, SHAPE.key_size) for _ in range(2))
+    gates = type(memories[0]).gates_of_layers(memories, torch.randn(LAYERS, ROWS, SHAPE.hidden_size))
     query = torch.randn(ROWS, 1, SHAPE.query_heads, SHAPE.key_size)
-    for memory, state in zip(memories, states, strict=True):
-        torch.testing.assert_close(memory.read(query, state), Memory.read(memory, query, state))
+    before = torch.randn(LAYERS, ROWS, *memories[0].state_shape())
+    states = before.clone()
+    type(memories[0]).update(keys, values, gates, states)
+    for layer, each in enumerate(memories):
+        token = (tensor[layer][:, None] for tensor in (keys, values, gates))
+        read, after = each.scan(query, *token, before[layer])
+        torch.testing.assert_close(states[layer], after)
+        torch.testing.assert_close(each.read(query, states[layer]), read)
 
 
 def decoded(model: Any, ids: torch.Tensor, start: int, **arguments: Any) -> tuple[torch.Tensor, Any]:

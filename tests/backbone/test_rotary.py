@@ -9,7 +9,7 @@ import torch
 
 import ahn
 from ahn.attachment import attachment_of
-from tests.tiny import FAMILIES, MEMORIES, read, text, tiny, with_memory
+from tests.tiny import FAMILIES, read, text, tiny, with_memory
 
 SINKS, WINDOW, TRAINED = 5, 16, 64
 ROPES: dict[str, dict[str, Any]] = {
@@ -105,7 +105,6 @@ def test_families_with_all_settings(family: str) -> None:
     torch.testing.assert_close(read(model, ids, [30, 1, 1, 38]), read(model, ids), rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize("memory", MEMORIES)
 def test_padded_rows_with_all_settings(memory: str) -> None:
     model = with_memory(memory=memory, model=rope("yarn"), sink_positions="bounded", memory_positions="none")
     row = text(1, 90)

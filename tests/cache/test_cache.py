@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import ahn
 from ahn.backbone.compat import CACHE
 from ahn.cache import HippocampalLayer
-from ahn.cache.storage import describe_cache
-from tests.tiny import MEMORIES, read, text, tiny, with_memory
+from ahn.cache.storage import FORMAT, describe_cache
+from tests.tiny import read, text, tiny, with_memory
 
 
-@pytest.fixture(scope="module", params=MEMORIES)
-def model(request: pytest.FixtureRequest) -> Any:
-    return with_memory("llama", request.param)
+@pytest.fixture(scope="module")
+def model(memory: str) -> Any:
+    return with_memory("llama", memory)
 
 
 def exact_layer(cache: Any, index: int = 0) -> HippocampalLayer:
@@ -39,7 +41,7 @@ def test_bytes_stop_growing_once_the_window_is_full(model: Any) -> None:
 def test_nbytes_counts_every_tensor(model: Any) -> None:
     cache = ahn.HippocampalCache(model)
     read(model, text(2, 60), 20, cache=cache)
-    gates = {"gated_delta_net": 2, "delta_net": 1, "mamba2": 1}[cache.attachment.config.memory]
+    gates = cache.attachment.sites[0].memory.gate_count
     batch, layers, heads, kv_heads, size, exact = 2, 3, 4, 2, 8, 5 + 16
     per_layer = exact * (2 * kv_heads * size + gates * heads) + heads * size * size
     assert cache.nbytes == 4 * batch * layers * per_layer
@@ -185,6 +187,25 @@ def test_bad_files_are_refused_in_one_line(kind: str, tmp_path: Path) -> None:
     with pytest.raises(ahn.AHNError) as error:
         ahn.HippocampalCache.load(tmp_path / "cache", other)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("found", "remedy"), [(1, "read the text again and save it anew"), (FORMAT + 1, "update ahn")], ids=["old", "new"]
+)
+def test_another_format_is_refused(found: int, remedy: str, tmp_path: Path) -> None:
+    """Since format 2, Mamba2 keeps one more number for each token and head."""
+    model = with_memory("llama", "mamba2")
+    cache = ahn.HippocampalCache(model)
+    read(model, text(1, 30), cache=cache)
+    cache.save(tmp_path / "cache")
+    with safe_open(tmp_path / "cache", "pt") as file:
+        header = json.loads(file.metadata()["ahn_cache"])
+    header["format"] = found
+    save_file(load_file(tmp_path / "cache"), tmp_path / "cache", metadata={"ahn_cache": json.dumps(header)})
+    with pytest.raises(ahn.AHNError) as error:
+        ahn.HippocampalCache.load(tmp_path / "cache", model)
+    message = f"{tmp_path / 'cache'} has format {found}, this version of ahn reads {FORMAT}; {remedy}"
+    assert str(error.value) == message
 
 
 def test_saving_into_nowhere_is_refused(model: Any, tmp_path: Path) -> None:

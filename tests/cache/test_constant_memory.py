@@ -6,10 +6,12 @@ from pathlib import Path
 
 import pytest
 
+from ahn.memories import memory_names
+
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "constant_memory.py"
 
 
-@pytest.mark.parametrize("memory", ["gated_delta_net", "mamba2"])
+@pytest.mark.parametrize("memory", memory_names())
 def test_cache_and_process_do_not_grow(memory: str) -> None:
     command = [sys.executable, str(SCRIPT), "--tiny", "--tokens", "40000", "--window", "256", "--memory", memory]
     done = subprocess.run(command, capture_output=True, text=True, timeout=240)

@@ -21,7 +21,7 @@ from ahn.attachment import attachment_of, find_attachment
 from ahn.checkpoint import adapter, files
 from ahn.checkpoint.content import Base, memory_tensors
 from ahn.errors import AHNError, CheckpointError, ModelError
-from tests.tiny import MEMORIES, awaken, read, text, tiny, with_memory
+from tests.tiny import awaken, read, text, tiny, with_memory
 
 REMEDY = re.compile(r".+: .+\. [A-Z].+\.")
 
@@ -86,10 +86,7 @@ def folder(saved: Path, tmp_path: Path) -> Path:
 
 
 class TestRoundTrip:
-    @pytest.mark.parametrize(
-        ("family", "memory"),
-        [*(("llama", memory) for memory in MEMORIES), ("gemma3_text", "gated_delta_net"), ("gpt2", "mamba2")],
-    )
+    @pytest.mark.parametrize("family", ["llama", "gemma3_text", "gpt2"])
     def test_weights_settings_and_outputs(self, family: str, memory: str, tmp_path: Path) -> None:
         model = with_memory(family, memory)
         expected = read(model, text(tokens=40))
@@ -356,6 +353,10 @@ DAMAGED: dict[str, tuple[Callable[[Path], Any], str]] = {
         "made for a model with model_type qwen2, but this is a model with model_type llama",
     ),
     "other width": (lambda f: rewrite_config(f, "base", "hidden_size", value=64), "hidden_size 64"),
+    "more layers than any model": (
+        lambda f: rewrite_config(f, "base", "num_hidden_layers", value=10**30),
+        "num_hidden_layers is 1000000",
+    ),
     "other depth": (lambda f: rewrite_config(f, "base", "num_hidden_layers", value=4), "num_hidden_layers 4"),
     "other heads": (lambda f: rewrite_config(f, "base", "num_attention_heads", value=8), "num_attention_heads 8"),
     "other kv heads": (lambda f: rewrite_config(f, "base", "num_key_value_heads", value=4), "num_key_value_heads 4"),

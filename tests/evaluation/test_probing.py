@@ -18,13 +18,12 @@ from ahn.evaluation.probing.tokens import Scale, coloured_text, show_tokens, str
 from ahn.generation import Reader
 from ahn.memories import MemoryShape, build_memory
 from ahn.training import distillation_loss
-from tests.tiny import FAMILIES, MEMORIES, text, tiny, with_memory
+from tests.tiny import FAMILIES, text, tiny, with_memory
 
 WINDOW, SINKS = 16, 5
 
 
 class TestGradients:
-    @pytest.mark.parametrize("memory", MEMORIES)
     def test_finite_differences(self, memory: str, monkeypatch: pytest.MonkeyPatch) -> None:
         # GPT-2, because the norms of the younger families compute in float32 whatever the model's dtype.
         model = with_memory("gpt2", memory, model={"n_embd": 8, "n_layer": 2, "n_head": 2}).double()
@@ -120,7 +119,6 @@ class TestEffectiveRank:
         assert float(found) == pytest.approx(4 / 3**0.75)
 
 
-@pytest.mark.parametrize("memory", MEMORIES)
 class TestState:
     def test_ranks_are_those_of_the_cache(self, memory: str) -> None:
         model, ids = with_memory("qwen3", memory), text(1, 75)
@@ -170,7 +168,7 @@ class TestState:
     def test_figures(self, memory: str) -> None:
         trace = trace_state(with_memory("llama", memory, layers=(0, 2)), text(1, 75))
         drawn = draw(trace, SINKS)
-        assert list(drawn) == ["rank", "write"] + ["decay"] * (memory != "delta_net")
+        assert list(drawn) == ["rank", "write"] + ["decay"] * (trace.decay is not None)
         assert [axes.get_title() for axes in drawn["write"][0].axes] == ["layer 0", "layer 2"]
 
 

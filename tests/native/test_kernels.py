@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ahn import native, ops
-from ahn.memories import MEMORIES, MemoryShape, build_memory
+from ahn.errors import ShapeError
+from ahn.memories import MemoryShape, build_memory
 from ahn.native import Segment
 
 pytestmark = pytest.mark.skipif(native.why_not() is not None, reason=f"no kernels here: {native.why_not()}")
@@ -86,22 +87,21 @@ def test_the_same_key_again_and_again() -> None:
     assert_equal_naive("gated_delta_rule", [q, same, v, 0 * g, torch.full_like(beta, 0.99), state], 1e-4)
 
 
-@pytest.mark.parametrize("kind", MEMORIES)
 @pytest.mark.parametrize("B", [1, 3])
-def test_a_decoded_token(kind: str, B: int) -> None:
+def test_a_decoded_token(memory: str, B: int) -> None:
     torch.manual_seed(0)
     shape = MemoryShape(24, 6, 2, 32, 16)
-    memories = [build_memory(kind, shape) for _ in range(3)]
-    for memory in memories:
-        torch.nn.init.normal_(memory.o_proj)
+    memories = [build_memory(memory, shape) for _ in range(3)]
+    for each in memories:
+        torch.nn.init.normal_(each.o_proj)
     k, v = torch.randn(3, B, 2, 32), torch.randn(3, B, 2, 16)
-    gates = torch.stack([memory.gates(torch.randn(B, 1, 24))[:, 0] for memory in memories]).detach()
+    gates = torch.stack([each.gates(torch.randn(B, 1, 24))[:, 0] for each in memories]).detach()
     state = torch.randn(3, B, *memories[0].state_shape())
     q, x, local = torch.randn(B, 6, 1, 32), torch.randn(B, 1, 24), torch.randn(B, 1, 6, 16)
 
     def decode() -> tuple[Tensor, Tensor]:
         after = state.clone()
-        type(memories[0]).update(memories, k, v, gates, after)
+        type(memories[0]).update(k, v, gates, after)
         return after, memories[1].decode_add(local.clone(), q.transpose(1, 2), x, after[1])
 
     with torch.no_grad():
@@ -111,6 +111,38 @@ def test_a_decoded_token(kind: str, B: int) -> None:
     for mine, other in zip(got, expected, strict=True):
         torch.testing.assert_close(mine, other, atol=1e-5, rtol=1e-5)
     assert not torch.equal(got[1], local)
+
+
+@pytest.mark.parametrize("per_head", [True, False], ids=["norm-per-head", "norm-over-heads"])
+@pytest.mark.parametrize("key_first", [True, False], ids=["key-first", "value-first"])
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no-bias"])
+@pytest.mark.parametrize(("K", "V"), [(32, 16), (16, 48)], ids=str)
+def test_an_answer_in_float64(per_head: bool, key_first: bool, bias: bool, K: int, V: int) -> None:
+    """Kind of norm and layout of the state are independent of each other; the sum is spelled out."""
+    torch.manual_seed(K + 2 * per_head + key_first)
+    B, H, D = 3, 6, 24
+    local, q, x = torch.randn(B, 1, H, V), torch.randn(B, 1, H, K), torch.randn(B, 1, D)
+    state_BHKV = torch.randn(B, H, K, V)
+    gate, gate_bias, norm, o_proj = (
+        torch.randn(*shape) for shape in ((H, D), (H,), (V if per_head else H * V,), (H, V, V))
+    )
+    weights = ops.OutputWeights(gate, gate_bias if bias else None, norm, o_proj, 0.3, per_head, key_first)
+    out, state = local.clone(), state_BHKV if key_first else state_BHKV.mT.contiguous()
+    assert ops.decode_add_(out, q, x, state, weights)
+
+    q_BHK, x_BD, o_HVV = q.double()[:, 0], x.double()[:, 0], o_proj.double()
+    unit_BHK = q_BHK / (q_BHK.square().sum(-1, keepdim=True) + 1e-6).sqrt()
+    read_BHV = 0.3 * (unit_BHK[..., None] * state_BHKV.double()).sum(-2)
+    gate_BH1 = F.silu(x_BD @ gate.double().T + (gate_bias.double() if bias else 0))[..., None]
+    if per_head:
+        rms_BH1 = (read_BHV.square().mean(-1, keepdim=True) + 1e-5).sqrt()
+        normed_BHV = read_BHV / rms_BH1 * norm.double() * gate_BH1
+    else:
+        gated_BHV = read_BHV * gate_BH1
+        rms_B11 = (gated_BHV.square().mean((-2, -1), keepdim=True) + 1e-5).sqrt()
+        normed_BHV = gated_BHV / rms_B11 * norm.double().view(H, V)
+    expected = local.double()[:, 0] + (normed_BHV[..., None] * o_HVV).sum(-2)
+    torch.testing.assert_close(out[:, 0].double(), expected, atol=2e-5, rtol=2e-5)
 
 
 @pytest.mark.parametrize("G", [6, 2])
@@ -255,3 +287,62 @@ def test_threads_change_nothing() -> None:
         torch.set_num_threads(threads)
     for other in found[1:]:
         assert all(torch.equal(x, y) for x, y in zip(found[0], other, strict=True))
+
+
+B, T, H, G, K, V, D = 2, 3, 4, 2, 16, 32, 24
+SHAPES = {
+    "scan": {
+        "q": (B, T, H, K),
+        "k": (B, T, G, K),
+        "v": (B, T, G, V),
+        "g": (B, T, H),
+        "beta": (B, T, H),
+        "s": (B, H, K, V),
+    },
+    "write_delta_": {"k": (6, K), "v": (6, V), "decay": (6,), "write": (6,), "s": (6, K, V)},
+    "write_state_space_": {"k": (6, K), "v": (6, V), "decay": (6,), "step": (6,), "s": (6, V, K)},
+    "decode_add_": {
+        "local": (B, 1, H, V),
+        "q": (B, 1, H, K),
+        "x": (B, 1, D),
+        "s": (B, H, K, V),
+        "gate": (H, D),
+        "bias": (H,),
+        "norm": (V,),
+        "o_proj": (H, V, V),
+    },
+    "linear": {"x": (3, K), "weight": (5, K), "bias": (5,)},
+    "attend": {
+        "q": (B, H, T, K),
+        "k": (B, G, 7, K),
+        "v": (B, G, 7, V),
+        "visible_from": (B, 7),
+        "visible_until": (B, 7),
+        "mask": (B, 7),
+    },
+}
+
+
+def run_kernel(kernel: str, tensors: dict[str, Tensor]) -> None:
+    given = list(tensors.values())
+    if kernel == "decode_add_":
+        native.decode_add_(*given[:4], native.OutputWeights(*given[4:], 1.0, per_head=True, key_first=True))
+    elif kernel == "attend":
+        segment = Segment(*given[:3], visible=(given[3].long(), given[4].long()), mask=given[5])
+        first = (torch.rand(SHAPES[kernel][name]) for name in "qkv")
+        native.attend([Segment(*first), segment], 7, 1.0)
+    else:
+        getattr(native, kernel)(*given)
+
+
+@pytest.mark.parametrize(("kernel", "name"), [(kernel, name) for kernel in SHAPES for name in ["", *SHAPES[kernel]]])
+def test_a_tensor_of_another_shape_is_refused(kernel: str, name: str) -> None:
+    """Empty ones too, of which a kernel would read what lies at address 0."""
+    tensors = {key: torch.rand(shape) for key, shape in SHAPES[kernel].items()}
+    run_kernel(kernel, tensors)
+    if name:
+        shape = SHAPES[kernel][name]
+        rows = [] if name == "x" and kernel == "linear" else [(0, *shape[1:])]  # no vectors are no mistake
+        for other in (*rows, (*shape[:-1], 0), (*shape[:-1], shape[-1] + 16)):
+            with pytest.raises(ShapeError):
+                run_kernel(kernel, {**tensors, name: torch.rand(other)})

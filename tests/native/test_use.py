@@ -1,6 +1,7 @@
 """When the kernels run and when they do not, and what a whole model makes of them."""
 
 import copy
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -62,7 +63,6 @@ def read(model: Any, ids: torch.Tensor, mask: torch.Tensor | None = None) -> tor
 
 
 @needs_kernels
-@pytest.mark.parametrize("memory", ["gated_delta_net", "delta_net", "mamba2"])
 @pytest.mark.parametrize("settings", [{}, {"anchors": 4}, {"anchors": 4, "sink_positions": "bounded"}], ids=str)
 @pytest.mark.parametrize("padded", [False, True])
 @torch.no_grad()
@@ -216,6 +216,74 @@ def test_they_are_compiled_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
     monkeypatch.setattr(build, "_compile", lambda commands, to: pytest.fail("compiled again"))
     native._kernels.cache_clear()
     assert native.why_not() is None
+
+
+def spoil(kind: str, folder: Path) -> None:
+    """Does something to compiled kernels that makes them unfit to load."""
+    library = folder / "kernels.so"
+    content = library.read_bytes()
+    if kind in ("truncated", "another library"):
+        library.unlink()  # this process has it in its memory
+        library.write_bytes(content[:5000] if kind == "truncated" else Path(torch._C.__file__).read_bytes())
+        library.chmod(0o755)
+    elif kind == "no checksum":
+        (folder / "kernels.sha256").unlink()
+    elif kind == "a link":
+        library.rename(folder / "elsewhere.so")
+        library.symlink_to("elsewhere.so")
+    elif kind == "others write the file":
+        library.chmod(0o777)
+    else:
+        folder.chmod(0o777)
+
+
+@pytest.fixture
+def compiled(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, forgotten: None) -> list[Path]:
+    """Places to which kernels are compiled in a home of this test alone; they are copies of those of this machine."""
+    library = Path(native._kernels()._name)
+    native._kernels.cache_clear()
+    places: list[Path] = []
+
+    def copy(commands: object, to: Path) -> None:
+        places.append(to)
+        shutil.copyfile(library, to)
+
+    monkeypatch.setattr(build, "_compile", copy)
+    monkeypatch.setenv("AHN_HOME", str(tmp_path))
+    return places
+
+
+@needs_kernels
+@pytest.mark.parametrize(
+    "kind",
+    ["truncated", "another library", "no checksum", "a link", "others write the file", "others write the folder"],
+)
+def test_unfit_kernels_are_compiled_anew(kind: str, compiled: list[Path], tmp_path: Path) -> None:
+    assert native.why_not() is None
+    (library,) = tmp_path.glob("kernels/*/kernels.so")
+    content = library.read_bytes()
+    spoil(kind, library.parent)
+    for _ in range(2):
+        native._kernels.cache_clear()
+        assert native.why_not() is None
+    assert len(compiled) == 2
+    assert library.read_bytes() == content
+    assert [oct(path.lstat().st_mode & 0o777) for path in (library, library.parent)] == ["0o755", "0o755"]
+
+
+@needs_kernels
+def test_nobody_else_writes_among_the_kernels(
+    monkeypatch: pytest.MonkeyPatch, compiled: list[Path], tmp_path: Path
+) -> None:
+    (tmp_path / "kernels").mkdir()
+    (tmp_path / "kernels").chmod(0o777)
+    assert native.why_not() is None
+    assert oct((tmp_path / "kernels").stat().st_mode & 0o777) == "0o755"
+    owner = (tmp_path / "kernels").stat().st_uid
+    monkeypatch.setattr(build.os, "getuid", lambda: owner + 1)
+    native._kernels.cache_clear()
+    reason = native.why_not()
+    assert reason is None if owner == 0 else "belongs to another user" in str(reason)  # what root owns is for all
 
 
 def test_the_note_is_of_the_last_call() -> None:

@@ -18,11 +18,12 @@ from ahn.training.settings import TrainSettings
 from tests.training.common import write_base
 
 SURFACE = [
-    "--data", "--out", "--base", "--memory", "--adapter", "--config", "--resume", "--stages", "--steps",
-    "--transfer-steps", "--length", "--min-length", "--pack", "--cut", "--window", "--sinks", "--draw", "--lr",
-    "--batch", "--accumulation", "--dtype", "--checkpointing", "--loss-share", "--teacher-cache", "--valid",
-    "--held-out", "--streaming", "--download", "--log-every", "--save-every", "--report-to", "--seed",
+    "--config", "--resume", "--data", "--out", "--model", "--base", "--memory", "--adapter", "--dtype", "--stages",
+    "--steps", "--transfer-steps", "--length", "--min-length", "--pack", "--cut", "--held-out", "--valid",
+    "--streaming", "--download", "--window", "--sinks", "--draw", "--batch", "--accumulation", "--lr", "--seed",
+    "--checkpointing", "--loss-share", "--teacher-cache", "--log-every", "--save-every", "--report-to",
 ]  # fmt: skip
+HIDDEN = ["--base"]  # the older spelling of --model
 SMALL = ["--stages", "transfer,distill", "--steps", "2", "--transfer-steps", "2", "--length", "128", "--window", "12"]
 
 
@@ -75,7 +76,7 @@ def test_a_training_and_going_on(place: Path, capsys: pytest.CaptureFixture[str]
         (["--out", "base", "--data", "texts"], "base is not empty"),
         (["--out", "base", "--data", "texts", "--resume"], "holds no train.yaml"),
         (["--out", "cpu.yaml", "--data", "texts"], "is a file"),
-        (["--out", "o", "--data", "texts", "--base", "./none"], "There is no folder at './none'"),
+        (["--out", "o", "--data", "texts", "--model", "./none"], "There is no folder at './none'"),
         (["--out", "o", "--data", "texts", "--memory", "lstm"], "unknown memory 'lstm'"),
         (["--out", "o", "--data", "texts", "--steps", "0"], "steps must be at least 1"),
         (["--out", "o", "--data", "texts", "--steps", "many"], "--steps"),
@@ -94,7 +95,7 @@ def test_wrong_input_gets_one_line(
     (place / "bad.yaml").write_text("steps: [1")
     (place / "odd.yaml").write_text("stepz: 1")
     (place / "schedule.yaml").write_text("schedule: zigzag")
-    assert main(["train", "--base", "./base", *words]) == 2
+    assert main(["train", "--model", "./base", *words]) == 2
     error = capsys.readouterr().err.strip()
     assert message in error
     assert error.startswith("error: ")
@@ -104,7 +105,9 @@ def test_wrong_input_gets_one_line(
 
 def test_a_bad_record_is_named(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (place / "bad.jsonl").write_text('{"text": "fine"}\n{"txt": "oops"}\n')
-    assert main(["train", "--base", "./base", "--data", "bad.jsonl", "--out", "o", "--config", "cpu.yaml", *SMALL]) == 2
+    assert (
+        main(["train", "--model", "./base", "--data", "bad.jsonl", "--out", "o", "--config", "cpu.yaml", *SMALL]) == 2
+    )
     assert 'bad.jsonl, line 2: the record has neither "text" nor "messages"' in capsys.readouterr().err
 
 
@@ -124,3 +127,4 @@ def test_the_surface_is_frozen() -> None:
     options: list[Any] = command().commands["train"].params
     names = [name for option in options for name in (*option.opts, *option.secondary_opts)]
     assert names == SURFACE
+    assert [option.opts[0] for option in options if option.hidden] == HIDDEN

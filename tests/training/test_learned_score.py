@@ -169,7 +169,7 @@ def test_settings_that_cannot_work(values: dict[str, Any], message: str) -> None
         (["--data", "story.txt"], "there is no folder to write to"),
         (["--data", "missing", "--out", "o"], "missing"),
         (["--data", "story.txt", "--out", "full"], "full is not empty"),
-        (["--data", "story.txt", "--out", "o", "--base", "nothing"], "no model named 'nothing'"),
+        (["--data", "story.txt", "--out", "o", "--model", "nothing"], "no model named 'nothing'"),
         (["--data", "story.txt", "--out", "o", "--documents", "2"], "documents must be at least 6"),
         (["--data", "story.txt", "--out", "o", "--scores", "luck"], "scores must be some of asked, learned, not luck"),
     ],

@@ -13,7 +13,7 @@ from ahn.training.draws import Span, SpanDraw
 from ahn.training.readout import solve_readout
 from ahn.training.start import set_initial_gate
 from ahn.training.transfer import transfer_loss
-from tests.tiny import MEMORIES, text, tiny
+from tests.tiny import text, tiny
 
 SPAN = Span(16, 4)
 
@@ -41,7 +41,6 @@ def loss_and_slope(model: Any, batch: dict[str, torch.Tensor]) -> tuple[float, f
     return float(loss.detach()), slope**0.5
 
 
-@pytest.mark.parametrize("memory", MEMORIES)
 def test_it_is_the_minimum(memory: str) -> None:
     """Over several texts, one of them padded; what is left of the slope is the ridge's."""
     model, mask = fresh(memory), torch.ones(2, 96, dtype=torch.long)

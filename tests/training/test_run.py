@@ -46,7 +46,7 @@ if sys.argv[2] == "step":
     AHNTrainer.compute_loss = deadly(AHNTrainer.compute_loss)
 if sys.argv[2] == "replace":
     os.replace = deadly(os.replace)
-train(TrainSettings.of(read_yaml(sys.argv[1])), resume=True)
+train(TrainSettings.from_dict(read_yaml(sys.argv[1])), resume=True)
 """
 
 
@@ -84,7 +84,7 @@ def settings(place: Path, out: Path, **changes: Any) -> TrainSettings:
         "report_tokens": 256,
         "arguments": {"use_cpu": True},
     }
-    return TrainSettings.of({**values, **changes})
+    return TrainSettings.from_dict({**values, **changes})
 
 
 @pytest.fixture(scope="module")
@@ -98,7 +98,7 @@ def test_what_is_written(whole: Path, place: Path) -> None:
     assert {path.name for path in whole.iterdir()} == {
         "ahn.safetensors", "ahn_config.json", "train.yaml", "report.json", "loss.png", "transfer", "distill",
     }  # fmt: skip
-    assert TrainSettings.of(read_yaml(whole / "train.yaml")) == settings(place, whole)
+    assert TrainSettings.from_dict(read_yaml(whole / "train.yaml")) == settings(place, whole)
     for stage, steps in (("transfer", 3), ("distill", 5)):
         log = json.loads((whole / stage / "trainer_state.json").read_text())["log_history"]
         assert [line["step"] for line in log if "eval_loss" in line] == [0, steps]

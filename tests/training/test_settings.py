@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import pytest
 
 from ahn.errors import ConfigError
+from ahn.memories import memory_names
 from ahn.training.settings import TrainSettings, read_yaml, write_yaml
 
 
@@ -22,7 +24,7 @@ def test_the_file_gives_the_same_settings(tmp_path: Path) -> None:
         arguments={"tf32": True},
     )
     write_yaml(settings, tmp_path / "train.yaml")
-    assert TrainSettings.of(read_yaml(tmp_path / "train.yaml")) == settings
+    assert TrainSettings.from_dict(read_yaml(tmp_path / "train.yaml")) == settings
 
 
 @pytest.mark.parametrize(
@@ -40,7 +42,7 @@ def test_the_longer_the_more_is_computed_again(values: Any, expected: str) -> No
 
 def test_numbers_may_come_as_text() -> None:
     """YAML reads 1e-3 as a text."""
-    assert TrainSettings.of({"lr": "1e-3", "losses": {"kl": "2"}, "initial_decay": ["0.1", 1]}).lr == 0.001
+    assert TrainSettings.from_dict({"lr": "1e-3", "losses": {"kl": "2"}, "initial_decay": ["0.1", 1]}).lr == 0.001
 
 
 @pytest.mark.parametrize(
@@ -88,7 +90,7 @@ def test_numbers_may_come_as_text() -> None:
 )
 def test_what_cannot_work(values: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        TrainSettings.of(values)
+        TrainSettings.from_dict(values)
 
 
 @pytest.mark.parametrize(
@@ -103,5 +105,16 @@ def test_files_that_are_none(tmp_path: Path, content: str | None, message: str) 
 
 
 def test_every_setting_is_documented() -> None:
-    documented = re.findall(r"^ {8}(\w+): ", TrainSettings.__doc__ or "", re.MULTILINE)
-    assert [name for name in documented if name != "ConfigError"] == list(TrainSettings.__dataclass_fields__)
+    for field in dataclasses.fields(TrainSettings):
+        assert re.fullmatch(r"[A-Z].*\.|tensorboard.*\.|distill.*\.", field.metadata["help"]), field.name
+
+
+def test_the_help_names_every_memory() -> None:
+    described = TrainSettings.__dataclass_fields__["memory"].metadata["help"]
+    assert sorted(re.findall(r"\w+", described.split(": ")[1])) == sorted(memory_names())
+
+
+def test_older_files_name_the_model_base(tmp_path: Path) -> None:
+    (tmp_path / "train.yaml").write_text("base: some-model\n")
+    assert TrainSettings.from_dict(read_yaml(tmp_path / "train.yaml")).model == "some-model"
+    assert TrainSettings.from_dict({"base": "some-model"}).model == "some-model"

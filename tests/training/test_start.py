@@ -13,28 +13,37 @@ import ahn
 from ahn.attachment import attachment_of
 from ahn.checkpoint.content import memory_tensors
 from ahn.errors import CheckpointError
+from ahn.memories import memory_names
 from ahn.training.start import copy_common, set_initial_decay, set_initial_gate
-from tests.tiny import MEMORIES, text, tiny, with_memory
+from tests.tiny import text, tiny, with_memory
 
 
 class TestInitialDecay:
-    @pytest.mark.parametrize("memory", ["gated_delta_net", "mamba2"])
     def test_rates_are_in_the_range(self, memory: str) -> None:
         model = with_memory("llama", memory)
+        before = {name: tensor.clone() for name, tensor in memory_tensors(model).items()}
         torch.manual_seed(5)
         state = torch.random.get_rng_state()
-        assert set_initial_decay(model, 0.25, 0.5, seed=1)
+        found = set_initial_decay(model, 0.25, 0.5, seed=1)
         assert torch.equal(torch.random.get_rng_state(), state)
-        rates = torch.cat([site.memory.A_log.exp() for site in attachment_of(model).sites])  # type: ignore[union-attr]
-        assert bool(((rates >= 0.25 - 1e-6) & (rates <= 0.5 + 1e-6)).all())
-        assert rates.unique().numel() == rates.numel()
+        log_rate = attachment_of(model).sites[0].memory.log_rate  # type: ignore[union-attr]
+        assert found == (log_rate is not None)
+        now = memory_tensors(model)
+        changed = [name for name in now if not torch.equal(now[name], before[name])]
+        assert changed == [f"layers.{layer}.{log_rate}" for layer in range(3) if found]
+        if found:
+            rates = torch.cat([now[name].exp() for name in changed])
+            assert bool(((rates >= 0.25 - 1e-6) & (rates <= 0.5 + 1e-6)).all())
+            assert rates.unique().numel() == rates.numel()
 
-    def test_a_memory_without_decay(self) -> None:
-        assert not set_initial_decay(with_memory("llama", "delta_net"), 0.25, 0.5, seed=1)
+    def test_which_memories_have_such_rates(self) -> None:
+        rates = {name: set_initial_decay(with_memory("llama", name), 0.25, 0.5, seed=1) for name in memory_names()}
+        assert rates["gated_delta_net"]
+        assert rates["mamba2"]
+        assert not rates["delta_net"]
 
 
 class TestInitialGate:
-    @pytest.mark.parametrize("memory", MEMORIES)
     def test_an_average_token_lets_it_through(self, memory: str) -> None:
         model: Any = tiny("llama")
         ahn.attach(model, ahn.AHNConfig(memory=memory, window=16, sinks=5))

@@ -32,7 +32,6 @@ def test_a_silent_memory_explains_nothing() -> None:
     assert float(output.mean({"transfer": 1}).detach()) == pytest.approx(1)
 
 
-@pytest.mark.parametrize("memory", ["gated_delta_net", "delta_net", "mamba2"])
 @pytest.mark.parametrize("positions", ["rope", "none"])
 def test_the_first_layer_by_hand(memory: str, positions: Any) -> None:
     """In the first layer teacher and student have the same inputs, so the modes themselves give what is compared."""

@@ -85,7 +85,8 @@ class Scoreboard:
             self.held["votes"] = votes_BTR.new_zeros(rows, self.places, reaches, dtype=torch.float32)
         first = max(0, seen - self.delay)
         place = torch.arange(first, first + votes_BTR.size(1), device=votes_BTR.device) % self.places
-        self.held["votes"].index_copy_(1, place, votes_BTR.detach().float())
+        # Not in place: a call that fails leaves the votes of before.
+        self.held["votes"] = self.held["votes"].index_copy(1, place, votes_BTR.detach().float())
 
     def choose(self, seen: int, new: int, padding: Padding | None) -> dict[int, Selected]:
         """The choice for the tokens that leave each window in a call, and keeps it.

@@ -1,58 +1,114 @@
-"""Long calls in chunks: what leaves the window must have been voted on by every layer, thus read in an earlier call."""
+"""Long calls in chunks: anchors are chosen by scores of all layers, which must have read a token before it leaves.
+
+Nobody can tell from outside. Arguments are cut by what they mean, and one that nobody here knows is refused by name.
+Legend of shapes: B batch, T tokens, D hidden size, L layers, H query heads, N keys, R rotated size, X experts.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from torch.nn import functional
+
+from ahn.backbone import compat
+from ahn.errors import CacheError
+
+_TOKEN_AXES = {
+    "input_ids": 1,
+    "inputs_embeds": 1,
+    "token_type_ids": 1,
+    "mm_token_type_ids": 1,
+    "per_layer_inputs": 1,  # [B, T, L, D]
+    "position_ids": -1,  # [B, T], or [3, B, T] and [4, B, T] where a position has several parts
+    "cache_position": -1,
+    "position_embeddings": -2,  # a pair of [B, T, R]
+}
+"""The axis of the tokens in each argument that holds something for every new token."""
 
 
-def read_first_chunks(
-    backbone: Any, seen: int, longest: int, arguments: dict[str, Any]
-) -> tuple[list[Any], dict[str, Any]]:
-    """Reads all chunks of a call but its last.
+def cut_all(arguments: Mapping[str, Any], seen: int, longest: int) -> list[dict[str, Any]]:
+    """The arguments of each chunk of a call.
 
     Args:
-        backbone: The stack of layers, whose hooks are called for each chunk.
+        arguments: The call's arguments, among them its cache.
         seen: Tokens read before the call.
         longest: Tokens of a chunk at most.
-        arguments: The call's arguments, among them its cache.
 
-    Returns:
-        The outputs of those chunks, and the arguments of the last one.
+    Raises:
+        CacheError: An argument cannot be cut.
     """
     inputs = arguments["input_ids"] if arguments.get("input_ids") is not None else arguments["inputs_embeds"]
     new = inputs.size(1)
-    starts = range(0, new, longest)
-    chunks = [_chunk(arguments, seen, new, slice(start, min(start + longest, new))) for start in starts]
-    return [backbone(**chunk) for chunk in chunks[:-1]], chunks[-1]
+    parts = [slice(start, min(start + longest, new)) for start in range(0, new, longest)]
+    return [{name: _cut(name, each, seen, new, part) for name, each in arguments.items()} for part in parts]
 
 
-def joined(outputs: list[Any]) -> Any:
-    """The output of a whole call from those of its chunks; what is no tensor per token is that of the last."""
+def _cut(name: str, value: Any, seen: int, new: int, part: slice) -> Any:
+    if name in compat.CACHE_NAMES or not _holds_tensors(value):
+        return value
+    if name == "attention_mask":
+        return value[:, : seen + part.stop]
+    axis = _TOKEN_AXES.get(name)
+    if isinstance(value, (tuple, list)) and axis is not None:
+        return type(value)(_cut(name, each, seen, new, part) for each in value)
+    is_known = axis is not None and isinstance(value, torch.Tensor) and -value.dim() <= axis < value.dim()
+    if not is_known or value.size(axis) != new:
+        raise CacheError(
+            f"a text of {new} tokens is read in chunks because of its anchors, and the argument {name!r} cannot be cut "
+            'to them; read it without anchors, or inside ahn.mode(model, "full")'
+        )
+    return value.narrow(axis, part.start, part.stop - part.start)
+
+
+def _holds_tensors(value: Any) -> bool:
+    """Whether something holds numbers that may belong to tokens; a single number belongs to the call."""
+    if isinstance(value, torch.Tensor):
+        return value.dim() > 0
+    if isinstance(value, Mapping):
+        value = list(value.values())
+    return isinstance(value, (tuple, list)) and any(_holds_tensors(each) for each in value)
+
+
+def join(chunks: Sequence[tuple[Any, int]]) -> Any:
+    """The output of a whole call from those of its chunks.
+
+    Args:
+        chunks: The output of each chunk, and how many tokens were seen after it.
+    """
+    outputs, ends = zip(*chunks, strict=True)
     last = outputs[-1]
-    if isinstance(last, Mapping):
-        return type(last)(**{name: _join([output[name] for output in outputs]) for name in last})
-    return tuple(_join(list(values)) for values in zip(*outputs))
+    rows = last["last_hidden_state"].size(0)
+    joined = {name: _join(name, [output[name] for output in outputs], ends, rows) for name in last}
+    return type(last)(**joined)
 
 
-def _chunk(arguments: Mapping[str, Any], seen: int, new: int, part: slice) -> dict[str, Any]:
-    def cut(name: str, value: Any) -> Any:
-        if not isinstance(value, torch.Tensor):
-            return value
-        if name == "attention_mask":
-            return value[:, : seen + part.stop]
-        if value.dim() == 1 and value.size(0) == new:
-            return value[part]
-        return value[:, part] if value.dim() > 1 and value.size(1) == new else value
-
-    return {name: cut(name, value) for name, value in arguments.items()}
+def without(output: Any, cache: object) -> Any:
+    """An output without a cache that nobody asked for."""
+    if isinstance(output, Mapping):
+        kind: Any = type(output)
+        return kind(**{name: value for name, value in output.items() if value is not cache})
+    return tuple(value for value in output if value is not cache) if isinstance(output, tuple) else output
 
 
-def _join(parts: list[Any]) -> Any:
-    if isinstance(parts[0], torch.Tensor) and parts[0].dim() > 1:
+def _join(name: str, parts: list[Any], ends: Sequence[int], rows: int) -> Any:
+    if isinstance(parts[0], (tuple, list)):
+        return tuple(_join(name, list(each), ends, rows) for each in zip(*parts, strict=True))
+    if name in ("last_hidden_state", "hidden_states"):
         return torch.cat(parts, dim=1)
-    if isinstance(parts[0], tuple):
-        return tuple(_join(list(each)) for each in zip(*parts))
+    if name == "attentions" and isinstance(parts[0], torch.Tensor):
+        return _join_weights(parts, ends)
+    if name == "router_logits" and parts[0].dim() == 2:  # [B * T, X]
+        return torch.cat([part.unflatten(0, (rows, -1)) for part in parts], dim=1).flatten(0, 1)
     return parts[-1]
+
+
+def _join_weights(parts: list[torch.Tensor], ends: Sequence[int]) -> torch.Tensor:
+    """Weights of attention, `[B, H, T, N]`: each chunk's keys end with its last token, and the call's with the last."""
+    first = ends[0] - parts[0].size(3)
+    padded = [
+        functional.pad(part, (end - part.size(3) - first, ends[-1] - end))
+        for part, end in zip(parts, ends, strict=True)
+    ]
+    return torch.cat(padded, dim=2)

@@ -1,17 +1,14 @@
 """One decoded token: what all layers do at once instead of one after the other.
 
-Which token leaves the window is known before the next one is read, so the states of all layers are updated with it by one
-set of operations at the start of the call; and gates matter only once their token leaves, so those of the new token are
+Which token leaves the window is known before the next one is read, so one set of operations updates the states
+of all layers at the start of the call; and gates matter only once their token leaves, so those of the new token are
 computed for all layers at the end. In between a layer only reads its state. On a CPU a small operation costs more than
 its arithmetic, and a token of a small model has thousands of them.
 
-Legend of shapes: L layers, B batch, D hidden size, N gates per head, H query heads, G key/value heads, K key size,
-V value size, F numbers of a record.
+Legend of shapes: B batch, D hidden size.
 """
 
 from __future__ import annotations
-
-import dataclasses
 
 import torch
 from torch import nn
@@ -19,52 +16,8 @@ from torch import nn
 from ahn import ops
 from ahn.anchors.scoring import Scorer, score_tokens
 from ahn.anchors.selection import Selection
-from ahn.cache import HippocampalCache, HippocampalLayer
-from ahn.memories import Memory
-
-
-@dataclasses.dataclass(eq=False)
-class LayerGroup:
-    """Layers of one shape, kind of memory, window and device.
-
-    Attributes:
-        indices: Their layer indices.
-        memories: Their memories.
-        stores: Their parts of the cache.
-        states: The states of all of them, `[L, B, *state_shape()]`, of which each layer of the cache holds its part.
-    """
-
-    indices: list[int]
-    memories: list[Memory]
-    stores: list[HippocampalLayer]
-    states: torch.Tensor | None = None
-
-    def update(self) -> None:
-        """Updates the states with the token that leaves."""
-        leaving = [store.exact.leaving() for store in self.stores]
-        k_LBGK, v_LBGV, record_LB1F = (torch.stack(tensors).squeeze(3) for tensors in zip(*leaving))
-        gates_LBNH = record_LB1F.view(*record_LB1F.shape[:2], self.memories[0].gate_count, -1)
-        type(self.memories[0]).update(self.memories, k_LBGK, v_LBGV, gates_LBNH, self._gathered())
-
-    def write_gates(self, hidden: dict[int, torch.Tensor]) -> None:
-        """Stores the gates of the new token, from what each attention layer read, `[B, 1, D]` by layer index."""
-        x_LBD = torch.stack([hidden[index] for index in self.indices]).squeeze(2)
-        record_LBF = type(self.memories[0]).gates_of_layers(self.memories, x_LBD).flatten(2)
-        for store, record_BF in zip(self.stores, record_LBF):
-            store.exact.write_record(record_BF)
-
-    def leaves(self, sinks: int) -> bool:
-        """Whether a token leaves the window when the next one comes."""
-        return self.stores[0].exact.seen - self.stores[0].exact.window >= sinks
-
-    def _gathered(self) -> torch.Tensor:
-        """The states in one tensor: copied there once, and again where something has replaced one of them."""
-        held = [store.state for store in self.stores if store.state is not None]
-        if self.states is None or not all(map(_is_same, self.states, held)):
-            self.states = torch.stack(held)
-            for store, state in zip(self.stores, self.states):
-                store.state = state
-        return self.states
+from ahn.cache import HippocampalCache
+from ahn.cache.groups import LayerGroup, group_layers
 
 
 class DecodeStep:
@@ -120,47 +73,21 @@ def begin_step(cache: HippocampalCache, new: int) -> DecodeStep | None:
         return None
     if cache.attachment.config.memory_positions == "none":
         return None
-    groups = cache.groups = cache.groups or _groups(cache)
+    groups = cache.groups = cache.groups or group_layers(cache.attachment.sites, cache.layers)
     begun = settings.sinks + (cache.padding.most if cache.padding else 0)
-    if not all(_is_here(group) and group.stores[0].exact.seen >= max(1, begun) for group in groups):
+    if not all(_is_here(group) and group.stores[0].exact.is_settled(begun) for group in groups):
         return None
     if settings.mode == "window":
         return DecodeStep(groups, cache)
     leaving = [group for group in groups if group.leaves(settings.sinks)]
-    if not all(group.leaves(begun) and _has_states(group) for group in leaving):
+    if not all(group.leaves(begun) and group.has_states() for group in leaving):
         return None
     for group in leaving:
         group.update()
     return DecodeStep(groups, cache)
 
 
-def _groups(cache: HippocampalCache) -> list[LayerGroup]:
-    found: dict[tuple[object, ...], LayerGroup] = {}
-    for site, store in zip(cache.attachment.sites, cache.layers, strict=True):
-        if site.memory is not None and isinstance(store, HippocampalLayer):
-            kind = (
-                type(site.memory),
-                site.shape,
-                store.exact.window,
-                site.memory.o_proj.dtype,
-                site.memory.o_proj.device,
-            )
-            group = found.setdefault(kind, LayerGroup([], [], []))
-            group.indices.append(site.index)
-            group.memories.append(site.memory)
-            group.stores.append(store)
-    return list(found.values())
-
-
 def _is_here(group: LayerGroup) -> bool:
     """Whether the weights can be used outside of their layer's forward pass: neither offloaded nor sharded."""
     weight = group.memories[0].o_proj
     return type(weight) is nn.Parameter and not weight.is_meta
-
-
-def _has_states(group: LayerGroup) -> bool:
-    return all(store.state is not None for store in group.stores)
-
-
-def _is_same(mine: torch.Tensor, other: torch.Tensor) -> bool:
-    return mine.data_ptr() == other.data_ptr() and mine.shape == other.shape

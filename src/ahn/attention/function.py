@@ -6,9 +6,7 @@ V value size, N gates per head.
 
 from __future__ import annotations
 
-import dataclasses
 import sys
-from contextvars import ContextVar
 from typing import Any, NoReturn
 
 import torch
@@ -17,111 +15,17 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ahn.anchors.scoring import Scorer, score_tokens
 from ahn.anchors.selection import Selected
-from ahn.attachment import Site, find_attachment
-from ahn.attention.call import Plan
-from ahn.attention.decoding import DecodeStep
-from ahn.attention.lookup import Lookup
-from ahn.attention.softmax import Softmax, local_attention
-from ahn.backbone.rotary import Rotary
+from ahn.attachment import find_attachment
+from ahn.attention import softmax, softmax_native
+from ahn.attention.call import LayerCall, Softmax
+from ahn.attention.masks import CallMask
 from ahn.cache.layer import HippocampalLayer
+from ahn.cache.record import TokenRecord
 from ahn.errors import ModelError
-from ahn.memories import Memory
 from ahn.tokens import Padding, Tokens, View
 
 IMPLEMENTATION = "ahn"
 """Name under which the attention and the mask function are registered with transformers."""
-
-TRACE: ContextVar[set[int] | None] = ContextVar("ahn_trace", default=None)
-"""Where the check after attaching collects the layers that a memory serves."""
-
-
-@dataclasses.dataclass
-class LayerCall:
-    """What the attention function of one layer must know beside queries, keys and values.
-
-    Attributes:
-        site: The layer.
-        memory: Its memory.
-        plan: The call.
-        store: The layer's part of the cache; a fresh one where no cache is kept.
-        kept: Whether the store lives on after the call.
-        hidden: Input of the attention layer, `[B, T, D]`.
-        gates: The new tokens' gates, `[B, T, N, H]`; `None` where the memory is silent or layers decode together.
-        rotary: Their rotation, where bounded sinks or the memory must undo it.
-    """
-
-    site: Site
-    memory: Memory
-    plan: Plan
-    store: HippocampalLayer
-    kept: bool
-    hidden: torch.Tensor
-    gates: torch.Tensor | None
-    rotary: Rotary | None
-
-    def record(self, key: torch.Tensor) -> torch.Tensor:
-        """What is kept of each new token for the day it leaves, `[B, 1, T, F]`."""
-        if self.gates is None:
-            return key.new_zeros(key.size(0), 1, key.size(2), 0, dtype=torch.float32)
-        record = self.gates.flatten(2)
-        if self.rotary and self.rotary.unrotates:
-            position = self.rotary.rotation.position_record(self.rotary.tables, self.rotary.positions, key.size(0))
-            record = torch.cat((record, position.to(record.dtype)), dim=-1)
-        return record[:, None]
-
-    def sink_queries(self, query: torch.Tensor, seen: int) -> torch.Tensor | None:
-        """Queries that see the sinks within the trained context, or `None` while that is where they are anyway."""
-        near = seen <= self.plan.attachment.trained_context or self.store.exact.sinks == 0
-        if near or self.plan.settings.sink_positions != "bounded" or self.rotary is None:
-            return None
-        rotation, tables, positions, _ = self.rotary
-        turn = self.plan.shared("clamped", tables[0], lambda: rotation.clamped(tables, positions))
-        return rotation.apply(query, turn)
-
-    def lookup(self, query: torch.Tensor, view: View, seen: int) -> Lookup:
-        """What the new tokens look up in this layer, once `seen` tokens have come."""
-        return Lookup(query, self.sink_queries(query, seen), view, self.plan, self.store.exact.window, seen)
-
-    def select(self, key: torch.Tensor) -> Selected | None:
-        """Hands in the layer's votes on the new tokens; which of those that leave become anchors, if there are any."""
-        plan = self.plan
-        if plan.selection is None:
-            return None
-        if self.site.index in plan.selection.scoreboard.layers:
-            weights = self.site.score_weights(plan.settings.anchor_score)
-            scorer = Scorer(self.store, key, self.hidden, weights, self.rotary)
-            if plan.step is not None:
-                plan.step.scorers[self.site.index] = scorer
-            else:
-                score, seen, delay = plan.settings.anchor_score, self.store.exact.seen, plan.selection.scoreboard.delay
-                plan.selection.votes += score_tokens([scorer], score, seen, delay, plan.padding)
-        selected: Selected | None = plan.selection.selected.get(self.store.exact.window)
-        return selected
-
-    def read_memory(self, query: torch.Tensor, view: View, seen: int) -> torch.Tensor:
-        """Updates the state with what left the window; what the memory adds for the last E queries, `[B, E, H, V]`."""
-        before = query.size(2) - view.evicted.length
-        return self.memory.project_out(self.recall(query, view, seen), self.hidden[:, before:])
-
-    def recall(self, query: torch.Tensor, view: View, seen: int) -> torch.Tensor:
-        """Updates the state with what left the window; what the last E queries read, `[B, E, H, V]` float32, raw."""
-        evicted = view.evicted
-        before = query.size(2) - evicted.length
-        query, keys, record = query[:, :, before:], evicted.keys, evicted.record[:, 0]
-        width = self.memory.gate_count * self.site.shape.query_heads
-        if self.rotary and self.rotary.unrotates:
-            cos, sin = (table[:, before:] for table in self.rotary.tables)
-            query = self.rotary.rotation.unrotate(query, (cos, sin))
-            keys = self.rotary.rotation.unrotate_recorded(keys, record[..., width:])
-        gates = record[..., :width].unflatten(-1, (self.memory.gate_count, -1))
-        if self.plan.padding is not None:
-            first = seen - self.store.exact.window - evicted.length
-            gates = _without_padding(gates, first, self.store.exact.sinks, self.plan.padding)
-        values = evicted.values.transpose(1, 2)
-        read, state = self.memory.scan(query.transpose(1, 2), keys.transpose(1, 2), values, gates, self.store.state)
-        if self.kept:
-            self.store.state = state.detach()
-        return read
 
 
 def attention_function(
@@ -141,47 +45,110 @@ def attention_function(
         module: The attention layer.
         query: `[B, H, T, K]`, after norms and rotation.
         key: `[B, G, T, K]`; all keys of the sequence for a layer that kept the base model's attention.
-        value: `[B, G, T, V]`, likewise.
-        attention_mask: The plan of the call, or the base model's mask in full mode.
+        value: `[B, G, T, V]`; all values, accordingly.
+        attention_mask: The mask that holds the call, or the base model's mask in full mode.
         scaling: Factor on the scores; 1 / sqrt(K) if left out.
         dropout: Share of the weights dropped in training.
         ahn: What the layer's hook found; `None` for layers that read as the base model does.
         **kwargs: Everything else that the model passes to its attention function.
     """
     if ahn is None:
-        mask = attention_mask.base_mask if isinstance(attention_mask, Plan) else attention_mask
+        mask = attention_mask.base if isinstance(attention_mask, CallMask) else attention_mask
         base = _base_attention(module)
         output, weights = base(module, query, key, value, mask, scaling=scaling, dropout=dropout, **kwargs)
         return output, weights
-    if (trace := TRACE.get()) is not None:
-        trace.add(ahn.site.index)
-    scaling = query.size(-1) ** -0.5 if scaling is None else scaling
-    softmax = Softmax(scaling, dropout, kwargs.get("softcap"), kwargs.get("s_aux"))
-    store, padding = ahn.store, ahn.plan.padding
-    if ahn.plan.step is not None:
-        return _decode(ahn, ahn.plan.step, query, key, value, softmax), None
-    new = Tokens(key, value, ahn.record(key))
-    seen = store.exact.seen + new.length
-    selected = ahn.select(key)
-    view = store.append(new, padding, selected) if ahn.kept else store.view(new, padding)
-    local = local_attention(ahn.lookup(query, view, seen), softmax)
+    rule = softmax_of(query, scaling, dropout, kwargs)
+    if ahn.call.step is not None:
+        return _decode(ahn, query, key, value, rule), None
+    store, is_first = ahn.call.open_layer(ahn.site, ahn.memory)
+    if is_first:
+        _score(ahn, store, key)
+    view = store.append(Tokens(key, value, ahn.record(key)), ahn.call.padding, _selected(ahn, store))
+    local = attend_local(ahn, query, view, rule)
     if ahn.gates is None or not view.evicted.length:
         return local, None
-    return _added_to_last(local, ahn.read_memory(query, view, seen)), None
+    return _added_to_last(local, read_memory(ahn, store, query, view)), None
+
+
+def softmax_of(query: torch.Tensor, scaling: float | None, dropout: float, kwargs: dict[str, Any]) -> Softmax:
+    """What a layer's softmax does, from the arguments of its attention function."""
+    scaling = query.size(-1) ** -0.5 if scaling is None else scaling
+    return Softmax(scaling, dropout, kwargs.get("softcap"), kwargs.get("s_aux"))
+
+
+def attend_local(layer: LayerCall, query: torch.Tensor, view: View, rule: Softmax) -> torch.Tensor:
+    """Attention of new tokens over sinks, extra keys and window, `[B, T, H, V]` in the dtype of the values.
+
+    Args:
+        layer: The layer in this call.
+        query: Queries of the new tokens, `[B, H, T, K]`.
+        view: What they may read.
+        rule: The layer's softmax.
+    """
+    sink_query = layer.sink_queries(query, view.seen)
+    backend = softmax_native if softmax_native.can_attend(layer.call, view, query, sink_query, rule) else softmax
+    attended: torch.Tensor = backend.attend(layer.call, view, query, sink_query, rule)
+    return attended
+
+
+def read_memory(layer: LayerCall, store: HippocampalLayer, query: torch.Tensor, view: View) -> torch.Tensor:
+    """Updates the state with what left the window; what the memory adds for the last E queries, `[B, E, H, V]`."""
+    before = query.size(2) - view.evicted.length
+    return layer.memory.project_out(recall(layer, store, query, view), layer.hidden[:, before:])
+
+
+def recall(layer: LayerCall, store: HippocampalLayer, query: torch.Tensor, view: View) -> torch.Tensor:
+    """Updates the state with what left the window; what the last E queries read, `[B, E, H, V]` float32, raw."""
+    evicted, call = view.evicted, layer.call
+    before = query.size(2) - evicted.length
+    query, keys = query[:, :, before:], evicted.keys
+    shape = layer.memory.shape
+    gates, position = TokenRecord.unpack(evicted.record[:, 0], layer.memory.gate_count, shape.query_heads)
+    if layer.rotary and position is not None:
+        cos, sin = (table[:, before:] for table in layer.rotary.tables)
+        query = layer.rotary.rotation.unrotate(query, (cos, sin))
+        keys = layer.rotary.rotation.unrotate_recorded(keys, position)
+    if call.padding is not None:
+        first = view.seen - view.window - evicted.length
+        gates = _without_padding(gates, first, call.settings.sinks, call.padding)
+    k_BEGK, v_BEGV = keys.transpose(1, 2), evicted.values.transpose(1, 2)
+    read, store.state = layer.memory.scan(query.transpose(1, 2), k_BEGK, v_BEGV, gates, store.state)
+    return read
 
 
 def _decode(
-    call: LayerCall, step: DecodeStep, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, softmax: Softmax
+    layer: LayerCall, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, rule: Softmax
 ) -> torch.Tensor:
     """Attention of the one token of a step, `[B, 1, H, V]`: what leaves the window is in the state already."""
-    step.hidden[call.site.index] = call.hidden
-    store = call.store
-    view = store.append_key(key, value, call.select(key))
-    seen = store.exact.seen
-    local = local_attention(call.lookup(query, view, seen), softmax)
+    store, _ = layer.call.open_layer(layer.site, layer.memory)
+    if layer.call.step is not None:
+        layer.call.step.hidden[layer.site.index] = layer.hidden
+    _score(layer, store, key)
+    view = store.append_key(key, value, _selected(layer, store))
+    local = attend_local(layer, query, view, rule)
     if store.state is None:
         return local
-    return call.memory.decode_add(local, query.transpose(1, 2), call.hidden, store.state)
+    return layer.memory.decode_add(local, query.transpose(1, 2), layer.hidden, store.state)
+
+
+def _score(layer: LayerCall, store: HippocampalLayer, key: torch.Tensor) -> None:
+    """Hands in the layer's votes on the new tokens, where it has any."""
+    selection, call = layer.call.selection, layer.call
+    if selection is None or layer.site.index not in selection.scoreboard.layers:
+        return
+    weights = layer.site.score_weights(call.settings.anchor_score)
+    scorer = Scorer(store, key, layer.hidden, weights, layer.rotary)
+    if call.step is not None:
+        call.step.scorers[layer.site.index] = scorer
+    else:
+        delay = selection.scoreboard.delay
+        selection.votes += score_tokens([scorer], call.settings.anchor_score, store.exact.seen, delay, call.padding)
+
+
+def _selected(layer: LayerCall, store: HippocampalLayer) -> Selected | None:
+    """Which of the tokens that leave the window become anchors; `None` where there are no anchors."""
+    selection = layer.call.selection
+    return None if selection is None else selection.selected.get(store.exact.window)
 
 
 def _without_padding(gates_BENH: torch.Tensor, first: int, sinks: int, padding: Padding) -> torch.Tensor:

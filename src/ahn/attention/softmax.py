@@ -8,108 +8,99 @@ N keys in reach of a block.
 
 from __future__ import annotations
 
-import dataclasses
-
 import torch
 import torch.nn.functional as F
 
-from ahn.attention.lookup import Lookup
-from ahn.attention.softmax_native import compiled_attention
+from ahn.attention.call import Call, Softmax
+from ahn.attention.masks import beside, block_mask, extra_mask, one_mask, read_by, slot_mask
 from ahn.backbone.compat import FUSED_GROUPS_HEADS
-from ahn.tokens import ExtraKV, Tokens
+from ahn.tokens import ExtraKV, Tokens, View
 
 # torch 2.13 has no public function that returns the log-sum of a fused softmax beside its output.
 _HAS_LOG_SUM = hasattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu")
-
-
-@dataclasses.dataclass(frozen=True)
-class Softmax:
-    """What a layer's softmax does beside the plain one.
-
-    Attributes:
-        scaling: Factor on the products of queries and keys.
-        dropout: Share of the weights dropped in training.
-        softcap: Bound of the scores, tanh(score / softcap) * softcap (Gemma 2), or `None`.
-        s_aux: One more score per query head that takes weight and gives no value (gpt-oss), `[H]`, or `None`.
-    """
-
-    scaling: float
-    dropout: float = 0.0
-    softcap: float | None = None
-    s_aux: torch.Tensor | None = None
 
 
 _Part = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]
 """Keys, values and their additive mask."""
 
 
-def local_attention(lookup: Lookup, softmax: Softmax) -> torch.Tensor:
+def attend(
+    call: Call, view: View, query: torch.Tensor, sink_query: torch.Tensor | None, softmax: Softmax
+) -> torch.Tensor:
     """Attention of new tokens over sinks, extra keys and window.
 
     Args:
-        lookup: Queries, and what they may read.
+        call: The call, for its masks and padding.
+        view: What the queries may read.
+        query: Queries of the new tokens, `[B, H, T, K]`.
+        sink_query: Queries for sinks and extra keys where these differ (bounded positions), or `None`.
         softmax: The layer's softmax.
 
     Returns:
         `[B, T, H, V]` in the dtype of the values.
     """
-    if softmax == Softmax(softmax.scaling):
-        out = compiled_attention(lookup, softmax.scaling)
-        if out is not None:
-            return out
-    if not lookup.view.ordered:
-        return _attend_one(lookup, softmax).transpose(1, 2)
-    size = _block_size(lookup.window, lookup.queries)
-    starts = range(lookup.first, lookup.seen, size)
-    blocks = [_attend_block(lookup, start, min(start + size, lookup.seen), softmax) for start in starts]
+    if not view.ordered:
+        return _attend_one(call, view, query, sink_query, softmax).transpose(1, 2)
+    size = _block_size(view.window, query)
+    starts = range(view.seen - query.size(2), view.seen, size)
+    blocks = [
+        _attend_block(call, view, query, sink_query, softmax, (start, min(start + size, view.seen))) for start in starts
+    ]
     return (blocks[0] if len(blocks) == 1 else torch.cat(blocks, dim=2)).transpose(1, 2)
 
 
-def _attend_one(lookup: Lookup, softmax: Softmax) -> torch.Tensor:
+def _attend_one(
+    call: Call, view: View, query: torch.Tensor, sink_query: torch.Tensor | None, softmax: Softmax
+) -> torch.Tensor:
     """A single query over the slots of the ring as they lie, and keys from elsewhere, `[B, H, 1, V]`."""
-    query, sink_query, view, plan, seen = lookup.queries, lookup.sink_queries, lookup.view, lookup.plan, lookup.seen
-    mask = plan.slot_mask(view, seen, lookup.window, query)
+    mask, seen = slot_mask(call, view, query), view.seen
     keys, values, sinks = view.local.keys, view.local.values, view.sinks.length
     if view.extra is None:
         return _attend(query, sink_query, keys, values, mask, slice(0, sinks), softmax)
-    extra, extra_mask = view.extra, plan.one_mask(view.extra, seen, query) if query.device.type == "cpu" else None
-    if mask is None and extra_mask is not None and _can_merge(query, extra_mask, softmax):
+    extra, extra_one = view.extra, one_mask(call, view.extra, seen, query) if query.device.type == "cpu" else None
+    if mask is None and extra_one is not None and _can_merge(query, values, extra_one, softmax):
         # The window is large and lies apart: it is not copied to stand beside a few keys.
-        far = extra.keys, extra.values, extra_mask
+        far = extra.keys, extra.values, extra_one
         if sink_query is None:
             return _merged(query, (keys, values, None), query, far, softmax)
         far_keys, far_values = (
             torch.cat((held[:, :, :sinks], own), dim=2) for held, own in ((keys, extra.keys), (values, extra.values))
         )
-        far = far_keys, far_values, F.pad(extra_mask, (sinks, 0))
+        far = far_keys, far_values, F.pad(extra_one, (sinks, 0))
         return _merged(query, (keys[:, :, sinks:], values[:, :, sinks:], None), sink_query, far, softmax)
-    extra = extra.reached(seen - 1, seen)
+    extra = read_by(extra, seen - 1, seen)
     mask = keys.new_zeros(1, keys.size(2)) if mask is None else mask
-    mask = _beside(plan.extra_mask(extra, (seen - 1, seen), 1, query), mask)
+    mask = beside(extra_mask(extra, (seen - 1, seen), 1, query), mask)
     keys, values = torch.cat((extra.keys, keys), dim=2), torch.cat((extra.values, values), dim=2)
     return _attend(query, sink_query, keys, values, mask, slice(0, extra.keys.size(2) + sinks), softmax)
 
 
-def _attend_block(lookup: Lookup, start: int, stop: int, softmax: Softmax) -> torch.Tensor:
-    """The queries of one block of tokens, `[B, H, stop - start, V]`."""
-    view, plan, sink_queries = lookup.view, lookup.plan, lookup.sink_queries
-    rows = slice(start - lookup.first, stop - lookup.first)
-    query = lookup.queries[:, :, rows]
-    keys_from = max(view.first, start - lookup.window + 1)
-    reach = view.local.span(keys_from - view.first, max(keys_from, stop) - view.first)
-    repeats = query.size(1) // reach.keys.size(1) if _stacks_heads(query) else 1
-    mask = plan.block_mask((start, stop), keys_from, view.sinks.length, lookup.window, repeats, query)
-    parts: list[Tokens | ExtraKV] = [reach, view.sinks]
-    if view.extra is not None and (extra := view.extra.reached(start, stop)).keys.size(2):
-        mask = _beside(mask, plan.extra_mask(extra, (start, stop), repeats, query))
+def _attend_block(
+    call: Call,
+    view: View,
+    query: torch.Tensor,
+    sink_query: torch.Tensor | None,
+    softmax: Softmax,
+    block: tuple[int, int],
+) -> torch.Tensor:
+    """The queries of one block of tokens, by first and last + 1 index, `[B, H, stop - start, V]`."""
+    (start, stop), first = block, view.seen - query.size(2)
+    rows = slice(start - first, stop - first)
+    keys_from = max(view.first, start - view.window + 1)
+    near = view.local.span(keys_from - view.first, max(keys_from, stop) - view.first)
+    repeats = query.size(1) // near.keys.size(1) if _stacks_heads(query) else 1
+    mask = block_mask(call, view, block, keys_from, repeats, query)
+    parts: list[Tokens | ExtraKV] = [near, view.sinks]
+    if view.extra is not None and (extra := read_by(view.extra, start, stop)).keys.size(2):
+        mask = beside(mask, extra_mask(extra, block, repeats, query))
         parts.append(extra)
     keys, values = (torch.cat([part[index] for part in parts], dim=2) for index in (0, 1))
     # Within the trained context both queries are the same, so that blocks before its end need one of them only.
-    near = sink_queries is None or stop <= plan.attachment.trained_context
-    sink_query = None if near or sink_queries is None else sink_queries[:, :, rows]
+    same = sink_query is None or stop <= call.attachment.trained_context
+    sink_rows = None if same or sink_query is None else sink_query[:, :, rows]
     # Queries among the sinks see no token of the window, whose log-sum alone would be undefined.
-    attend = _attend_explicitly if sink_query is not None and start < view.sinks.length else _attend
-    return attend(query, sink_query, keys, values, mask, slice(reach.length, None), softmax)
+    attend_rows = _attend_explicitly if sink_rows is not None and start < view.sinks.length else _attend
+    return attend_rows(query[:, :, rows], sink_rows, keys, values, mask, slice(near.length, None), softmax)
 
 
 def _attend(
@@ -122,7 +113,7 @@ def _attend(
     softmax: Softmax,
 ) -> torch.Tensor:
     """One softmax, `[B, H, T, V]`, by the fused kernel where it can express it."""
-    if sink_q_BHTK is not None and _can_merge(q_BHTK, mask, softmax):
+    if sink_q_BHTK is not None and _can_merge(q_BHTK, v_BGNV, mask, softmax):
         return _attend_in_two(q_BHTK, sink_q_BHTK, k_BGNK, v_BGNV, mask, sinks, softmax)
     if sink_q_BHTK is not None or softmax.softcap is not None or softmax.s_aux is not None:
         return _attend_explicitly(q_BHTK, sink_q_BHTK, k_BGNK, v_BGNV, mask, sinks, softmax)
@@ -180,11 +171,13 @@ def _fused(q_BHTK: torch.Tensor, part: _Part, softmax: Softmax) -> tuple[torch.T
     return out.reshape(*q_BHTK.shape[:3], -1), log_sum.reshape(q_BHTK.shape[:3])
 
 
-def _can_merge(q: torch.Tensor, mask: torch.Tensor | None, softmax: Softmax) -> bool:
-    """Whether the kernel that also returns its denominators serves here: on CPU, for plain softmax, no gradients."""
-    plain = softmax.softcap is None and softmax.s_aux is None and not softmax.dropout
-    plain = plain and (mask is None or mask.dim() == 2)
-    return plain and q.device.type == "cpu" and _HAS_LOG_SUM and not torch.is_grad_enabled()
+def _can_merge(q: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, softmax: Softmax) -> bool:
+    """Whether the kernel that also returns its denominators serves here: on CPU, for plain softmax, no gradients.
+
+    It takes values of the size of the keys only.
+    """
+    fits = softmax.is_plain and (mask is None or mask.dim() == 2) and v.size(3) == q.size(3)
+    return fits and q.device.type == "cpu" and _HAS_LOG_SUM and not torch.is_grad_enabled()
 
 
 def _attend_explicitly(
@@ -221,14 +214,6 @@ def _attend_explicitly(
 def _scores(q: torch.Tensor, k: torch.Tensor, scaling: float) -> torch.Tensor:
     """Scaled products, float32."""
     return torch.matmul(q * scaling, k.transpose(2, 3)).float()
-
-
-def _beside(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-    """Two masks side by side; one that holds for all rows is repeated where the other differs from row to row."""
-    if left.dim() != right.dim():
-        shape = (left if left.dim() > right.dim() else right).shape[:3]
-        left, right = (mask.expand(*shape, mask.size(-1)) for mask in (left, right))
-    return torch.cat((left, right), dim=-1)
 
 
 def _stacks_heads(q: torch.Tensor) -> bool:

@@ -7,43 +7,58 @@ from __future__ import annotations
 
 import torch
 
-from ahn.attention.lookup import Lookup
-from ahn.native import Segment, attend, attend_one, ready
+from ahn import native
+from ahn.attention.call import Call, Softmax
+from ahn.attention.masks import slot_mask
+from ahn.native import Segment
 from ahn.tokens import View
 
 
-def compiled_attention(lookup: Lookup, scaling: float) -> torch.Tensor | None:
-    """As `ahn.attention.softmax.local_attention` with a plain softmax, or `None` where the kernels cannot do it.
+def can_attend(call: Call, view: View, query: torch.Tensor, sink_query: torch.Tensor | None, softmax: Softmax) -> bool:
+    """Whether the kernels can do what `attend` does; arguments as there."""
+    tensors = [query, view.local.keys, view.local.values, view.sinks.keys, view.sinks.values]
+    tensors += [] if sink_query is None else [sink_query]
+    tensors += [] if view.extra is None else [view.extra.keys, view.extra.values]
+    if not softmax.is_plain or not native.ready(*tensors, sizes=(view.local.keys.size(3), view.local.values.size(3))):
+        return False
+    padded = call.padding is not None and _first(view, query) < call.padding.most + view.sinks.length + view.window
+    return not (view.ordered and padded)
+
+
+def attend(
+    call: Call, view: View, query: torch.Tensor, sink_query: torch.Tensor | None, softmax: Softmax
+) -> torch.Tensor:
+    """As `ahn.attention.softmax.attend`.
 
     Args:
-        lookup: Queries, and what they may read.
-        scaling: Factor on the products of queries and keys.
+        call: The call, for its masks and padding.
+        view: What the queries may read.
+        query: Queries of the new tokens, `[B, H, T, K]`.
+        sink_query: Queries for sinks and extra keys where these differ (bounded positions), or `None`.
+        softmax: The layer's softmax, a plain one.
 
     Returns:
         `[B, T, H, V]`.
     """
-    view, plan, window = lookup.view, lookup.plan, lookup.window
-    tensors = [lookup.queries, view.local.keys, view.local.values, view.sinks.keys, view.sinks.values]
-    tensors += [] if lookup.sink_queries is None else [lookup.sink_queries]
-    tensors += [] if view.extra is None else [view.extra.keys, view.extra.values]
-    if not ready(*tensors, sizes=(view.local.keys.size(3), view.local.values.size(3))):
-        return None
-    if view.ordered and plan.padding and lookup.first < plan.padding.most + view.sinks.length + window:
-        return None
-    near_q, far_q = _queries(lookup)
-    beside = _beside(view, far_q)
+    near_q, far_q = _queries(view, query, sink_query)
+    extra, first = _extra(view, far_q), _first(view, query)
     if not view.ordered:
-        mask = plan.slot_mask(view, lookup.seen, window, near_q)
-        return attend_one([*_ring(view, near_q, far_q, mask), *beside], lookup.first, scaling)
+        mask = slot_mask(call, view, near_q)
+        return native.attend_one([*_ring(view, near_q, far_q, mask), *extra], first, softmax.scaling)
     sinks = Segment(far_q, _dense(view.sinks.keys), _dense(view.sinks.values))
-    local = Segment(near_q, _dense(view.local.keys), _dense(view.local.values), first=view.first, window=window)
-    return attend([sinks, *beside, local], lookup.first, scaling)
+    local = Segment(near_q, _dense(view.local.keys), _dense(view.local.values), first=view.first, window=view.window)
+    return native.attend([sinks, *extra, local], first, softmax.scaling)
 
 
-def _queries(lookup: Lookup) -> tuple[torch.Tensor, torch.Tensor]:
+def _first(view: View, query: torch.Tensor) -> int:
+    """Index of the first new token."""
+    return view.seen - query.size(2)
+
+
+def _queries(view: View, query: torch.Tensor, sink_query: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
     """Queries for the window and those for sinks and extra keys, which may be the same, alike in memory."""
-    near = _dense(lookup.queries) if lookup.view.ordered else lookup.queries.contiguous()
-    far = near if lookup.sink_queries is None else lookup.sink_queries
+    near = _dense(query) if view.ordered else query.contiguous()
+    far = near if sink_query is None else sink_query
     return (near, far) if far.stride() == near.stride() else (near.contiguous(), far.contiguous())
 
 
@@ -61,7 +76,7 @@ def _ring(view: View, near_q: torch.Tensor, far_q: torch.Tensor, mask_B11N: torc
     ]
 
 
-def _beside(view: View, far_q: torch.Tensor) -> list[Segment]:
+def _extra(view: View, far_q: torch.Tensor) -> list[Segment]:
     """Keys of a later store."""
     if view.extra is None:
         return []

@@ -8,9 +8,11 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from transformers import GenerationMixin
 
-_CACHE_NAMES = ("cache", "past_key_values")
+CACHE_NAMES = ("cache", "past_key_values")
+"""Names of a cache among the arguments and outputs of a model, in any version."""
 _GENERATES_FROM = inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters
 CACHE = "cache" if "cache" in _GENERATES_FROM else "past_key_values"
 """Name under which this transformers hands a cache on (`past_key_values` before 5.24; 5.40 removes that name)."""
@@ -22,17 +24,17 @@ FUSED_GROUPS_HEADS = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 13
 def cache_name(model: Any) -> str:
     """Name by which a model takes a cache (5.24: code that comes from the hub with its model may keep the old one)."""
     parameters = inspect.signature(type(model).forward).parameters
-    return next((name for name in _CACHE_NAMES if name in parameters), CACHE)
+    return next((name for name in CACHE_NAMES if name in parameters), CACHE)
 
 
 def find_cache(arguments: Mapping[str, Any]) -> Any:
     """The cache among the arguments of a call, under its name of any version, or `None`."""
-    return next((arguments[name] for name in _CACHE_NAMES if arguments.get(name) is not None), None)
+    return next((arguments[name] for name in CACHE_NAMES if arguments.get(name) is not None), None)
 
 
 def with_cache(model: Any, arguments: Mapping[str, Any], cache: Any) -> dict[str, Any]:
     """The arguments of a call with this cache instead of theirs, under the one name that the model takes."""
-    others = {name: value for name, value in arguments.items() if name not in _CACHE_NAMES}
+    others = {name: value for name, value in arguments.items() if name not in CACHE_NAMES}
     return others if cache is None else {**others, cache_name(model): cache}
 
 
@@ -51,7 +53,29 @@ def attention_configs(backbone: nn.Module) -> Iterator[Any]:
             yield config
 
 
+def unwrap(model: Any) -> Any:
+    """The model of transformers inside the wrappers of DistributedDataParallel, torch.compile and peft."""
+    while True:
+        if isinstance(model, DistributedDataParallel):
+            model = model.module
+        elif isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):  # torch.compile
+            model = inner
+        elif hasattr(model, "peft_config") and callable(getattr(model, "get_base_model", None)):
+            model = model.get_base_model()
+        else:
+            return model
+
+
+def execution_device(module: nn.Module) -> torch.device | None:
+    """Device on which accelerate runs a module whose weights it keeps elsewhere, or `None` for any other module."""
+    device = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
+    if device is None:
+        return None
+    return torch.device(device if isinstance(device, (str, torch.device)) else f"cuda:{device}")
+
+
 def input_device(backbone: Any) -> torch.device:
-    """Device of the input embeddings, where a text enters the model."""
-    device: torch.device = backbone.get_input_embeddings().weight.device
+    """Device on which a text enters the model: that of the input embeddings."""
+    embeddings = backbone.get_input_embeddings()
+    device: torch.device = execution_device(embeddings) or embeddings.weight.device
     return device

@@ -41,9 +41,8 @@ class Rotation:
             raise LookupError(f"apply_rotary_pos_emb of {family.__name__} does not take queries, keys, cos and sin")
         self._rotate: Callable[..., tuple[torch.Tensor, torch.Tensor]] = rotate
         self._rotary = rotary
-        # The outer layers of `forward` may change the frequencies as a side effect; the innermost one only reads them.
-        self._compute = inspect.unwrap(type(rotary).forward)
-        self._layer = {"layer_type": layer_type} if "layer_type" in inspect.signature(self._compute).parameters else {}
+        takes_type = "layer_type" in inspect.signature(_innermost_forward(rotary)).parameters
+        self._layer = {"layer_type": layer_type} if takes_type else {}
         self.trained_context = trained_context
         self.changes_with_length = _changes_with_length(rotary, layer_type)
 
@@ -51,7 +50,7 @@ class Rotation:
         """Tables of any positions, `[B, T]`, float32, with the frequencies that the model uses now."""
         like = torch.zeros((), device=positions.device, dtype=torch.float32)
         with torch.no_grad():
-            cos, sin = self._compute(self._rotary, like, positions, **self._layer)
+            cos, sin = _innermost_forward(self._rotary)(self._rotary, like, positions, **self._layer)
         return cos, sin
 
     def apply(self, x_BHTK: torch.Tensor, tables: Tables) -> torch.Tensor:
@@ -113,6 +112,12 @@ class Rotary(NamedTuple):
 def find_rotary(backbone: nn.Module) -> nn.Module | None:
     """The module of a model that turns positions into tables, or `None` for a model without rotary positions."""
     return next((m for name, m in backbone.named_modules() if name.rpartition(".")[2] == "rotary_emb"), None)
+
+
+def _innermost_forward(rotary: nn.Module) -> Callable[..., Tables]:
+    """How a rotary module computes its tables: the decorators of `forward` may change frequencies as a side effect."""
+    compute: Callable[..., Tables] = inspect.unwrap(type(rotary).forward)
+    return compute
 
 
 def _changes_with_length(rotary: nn.Module, layer_type: str | None) -> bool:

@@ -191,6 +191,7 @@ def find_backbone(model: nn.Module) -> Any:
     Raises:
         ModelError: The model is no decoder of transformers.
     """
+    model = compat.unwrap(model)
     if not isinstance(model, PreTrainedModel):
         raise ModelError(f"a memory is attached to a transformers model, not to a {type(model).__name__}")
     if model.config.is_encoder_decoder:

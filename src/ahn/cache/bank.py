@@ -42,7 +42,7 @@ class Bank(Store):
             source = selected.source.to(keys.device)[:, None, :, None]
             for name, all_ in (("anchor_keys", keys), ("anchor_values", values)):
                 index = source.expand(all_.size(0), all_.size(1), -1, all_.size(3))
-                self.held[name] = all_.detach().gather(2, index)
+                self.held[name] = all_.gather(2, index)
         return ExtraKV(keys, values, selected.visible_from.to(keys.device), selected.visible_until.to(keys.device))
 
     def _place(self, name: str, like: torch.Tensor) -> torch.Tensor:

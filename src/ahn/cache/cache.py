@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Callable
-from typing import TYPE_CHECKING, NoReturn, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, cast
 
 import torch
 from torch import nn
@@ -15,7 +15,10 @@ from ahn.anchors.scores import find_score
 from ahn.anchors.selection import Scoreboard
 from ahn.attachment import Attachment, Site, attachment_of
 from ahn.cache.compressive import state_slots
+from ahn.cache.groups import LayerGroup
 from ahn.cache.layer import HippocampalLayer
+from ahn.cache.layout import check_saved
+from ahn.cache.storage import SavedCache, read_cache, write_cache
 from ahn.config import RunSettings
 from ahn.errors import CacheError, ConfigError
 from ahn.memories import Memory
@@ -24,9 +27,21 @@ from ahn.tokens import Padding
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-    from ahn.attention.decoding import LayerGroup
-
 AnyLayer = HippocampalLayer | DynamicLayer
+
+
+class Before(NamedTuple):
+    """What a cache was before a call, by reference.
+
+    Attributes:
+        layers: Snapshots of the layers.
+        padding: Padding at the left of the rows.
+        scores: What the scoreboard held.
+    """
+
+    layers: list[dict[str, Any]]
+    padding: Padding | None
+    scores: dict[str, torch.Tensor] | None
 
 
 class HippocampalCache(Cache):
@@ -78,6 +93,8 @@ class HippocampalCache(Cache):
         self.settings = settings
         self.padding: Padding | None = None
         self.groups: list[LayerGroup] = []
+        self._before: Before | None = None
+        self._is_read = False
         super().__init__(layers=[new_layer(site, settings) for site in attachment.sites])
         windows = {layer.exact.window for layer in self.layers if isinstance(layer, HippocampalLayer)}
         self.scoreboard: Scoreboard | None = None
@@ -111,9 +128,57 @@ class HippocampalCache(Cache):
     @property
     def nbytes(self) -> int:
         """Bytes of every tensor held: keys, values, gates, states, anchors and their scores, padding counts."""
+        self.settle()
         padding = self.padding.counts.nbytes if self.padding else 0
         padding += sum(tensor.nbytes for tensor in self.scoreboard.held.values()) if self.scoreboard else 0
         return padding + sum(t.nbytes for layer in self.layers for t in layer_tensors(layer).values())
+
+    def begin_call(self) -> None:
+        """Notes what a call may change; until `settle`, `rollback` takes it back."""
+        self.settle()
+        scores = None if self.scoreboard is None else dict(self.scoreboard.held)
+        self._before = Before(self.snapshots(), self.padding, scores)
+
+    def end_call(self) -> None:
+        """Says that a call has read its tokens, so that `settle` keeps them."""
+        self._is_read = True
+
+    def settle(self) -> None:
+        """Keeps what the last call read, or takes it back if that call was broken off."""
+        if self._before is None:
+            return
+        if not self._is_read:
+            self.rollback()
+            return
+        ours = [layer for layer in self.layers if isinstance(layer, HippocampalLayer)]
+        try:
+            for layer in ours:
+                layer.reserve()
+        except BaseException:
+            self.rollback()
+            raise
+        for layer in ours:
+            layer.commit()
+        self._before, self._is_read = None, False
+
+    def rollback(self) -> None:
+        """Takes back what came since `begin_call`, if `settle` has not kept it yet."""
+        before, self._before, self._is_read = self._before, None, False
+        if before is None:
+            return
+        self.padding = before.padding
+        if self.scoreboard is not None and before.scores is not None:
+            self.scoreboard.held = before.scores
+        for layer, snapshot in zip(self.layers, before.layers, strict=True):
+            if isinstance(layer, HippocampalLayer):
+                layer.restore(snapshot)
+            else:
+                vars(layer).clear()
+                vars(layer).update(snapshot)
+
+    def snapshots(self) -> list[dict[str, Any]]:
+        """For each layer all that a call changes, by reference: calls replace tensors and do not write to them."""
+        return [layer.snapshot() if isinstance(layer, HippocampalLayer) else dict(vars(layer)) for layer in self.layers]
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes the cache to a file, from which `load` continues bit for bit.
@@ -124,9 +189,18 @@ class HippocampalCache(Cache):
         Raises:
             CacheError: The file cannot be written.
         """
-        from ahn.cache.storage import save_cache
-
-        save_cache(self, path)
+        self.settle()
+        tensors = {
+            f"{index}.{name}": tensor
+            for index, layer in enumerate(self.layers)
+            for name, tensor in layer_tensors(layer).items()
+        }
+        if self.padding:
+            tensors["padding"] = self.padding.counts
+        if self.scoreboard:
+            tensors |= {f"ballot.{name}": tensor for name, tensor in self.scoreboard.held.items()}
+        seen = [layer.get_seq_length() for layer in self.layers]
+        write_cache(SavedCache(self.settings, seen, tensors), self.attachment, path)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], model: nn.Module) -> Self:
@@ -139,12 +213,24 @@ class HippocampalCache(Cache):
         Raises:
             CacheError: The file is missing, damaged, or of a model with another shape or memory.
         """
-        from ahn.cache.storage import load_cache
-
-        return load_cache(cls, path, model)
+        attachment = attachment_of(model)
+        saved = read_cache(path, attachment)
+        cache = cls.__new__(cls)
+        cache.begin(attachment, saved.settings)
+        check_saved(os.fspath(path), saved, attachment, cache.layers, cache.scoreboard)
+        devices = [next(site.module.parameters()).device for site in attachment.sites]
+        for index, (layer, seen) in enumerate(zip(cache.layers, saved.seen, strict=True)):
+            set_layer_tensors(layer, saved.of(str(index), devices[index]), seen)
+        if cache.scoreboard:
+            cache.scoreboard.held = saved.of("ballot", devices[0])
+        if "padding" in saved.tensors:
+            counts = saved.tensors["padding"].to(devices[0])
+            cache.padding = Padding(counts, int(counts.max()))
+        return cache
 
     def fork(self) -> Self:
         """An independent copy: both continue from here, bit for bit alike."""
+        self.settle()
         twin = type(self).__new__(type(self))
         twin.begin(self.attachment, self.settings)
         for mine, other in zip(self.layers, twin.layers, strict=True):
@@ -157,8 +243,21 @@ class HippocampalCache(Cache):
             twin.padding = Padding(self.padding.counts.clone(), self.padding.most)
         return twin
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        """The same as `fork`: a copy of what was read, for the same model."""
+        return self.fork()
+
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:
+        """A cache belongs to its model, so that pickling it alone would pickle that too.
+
+        Raises:
+            CacheError: Always.
+        """
+        raise CacheError("a cache is not pickled or copied in part: write it with cache.save(path), copy it by fork()")
+
     def reset(self) -> None:
         """Forgets everything; the settings stay."""
+        self.settle()
         super().reset()
         self.padding = None
         if self.scoreboard:
@@ -166,16 +265,19 @@ class HippocampalCache(Cache):
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         """Follows the rows that a beam search keeps."""
+        self.settle()
         super().reorder_cache(cast(torch.LongTensor, beam_idx))
         self._select_shared(beam_idx)
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         """Keeps these rows of the batch."""
+        self.settle()
         super().batch_select_indices(indices)
         self._select_shared(indices)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeats each row of the batch."""
+        self.settle()
         super().batch_repeat_interleave(repeats)
         self._map_ballot(lambda tensor: tensor.repeat_interleave(repeats, dim=0))
         if self.padding:
@@ -212,7 +314,7 @@ def new_layer(site: Site, settings: RunSettings) -> AnyLayer:
 
 def new_memory_layer(site: Site, memory: Memory, settings: RunSettings) -> HippocampalLayer:
     """An empty layer of a cache for a layer with a memory."""
-    number_bytes = next(site.module.parameters()).element_size()
+    number_bytes = site.dtype.itemsize
     return HippocampalLayer(settings, site.sliding_window, state_slots(memory, number_bytes))
 
 

@@ -58,18 +58,14 @@ class PooledStore(Store):
         self.sinks = sinks
         self.window = window
 
-    def view(self, evicted: Tokens, first: int, padding: Padding | None) -> ExtraKV | None:
-        """What the queries of a call may read, without storing anything; `None` while there is nothing.
+    def append(self, evicted: Tokens, first: int, padding: Padding | None) -> ExtraKV | None:
+        """Stores what was evicted; what the queries of the call may read, `None` while there is nothing.
 
         Args:
             evicted: The tokens that leave the window in this call, oldest first.
             first: Index of the first of them.
             padding: Padding at the left of the rows, or `None` where there is none.
         """
-        return self._shown(self._made(evicted, first, padding), first, padding)
-
-    def append(self, evicted: Tokens, first: int, padding: Padding | None) -> ExtraKV | None:
-        """The same as `view`; stores what was evicted."""
         made = self._made(evicted, first, padding)
         view = self._shown(made, first, padding)
         if evicted.length:

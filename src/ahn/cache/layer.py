@@ -61,15 +61,8 @@ class HippocampalLayer(CacheLayerMixin):
         self.key_mean = KeyMean()
         self.state: torch.Tensor | None = None
 
-    def view(self, new: Tokens, padding: Padding | None) -> View:
-        """What the queries of new tokens read and what leaves the window, without storing anything."""
-        view, seen = self.exact.view(new, padding), self.exact.seen + new.length
-        if self.pooled is None:
-            return view
-        return view._replace(extra=self.pooled.view(view.evicted, self._first(view, seen), padding))
-
     def append(self, new: Tokens, padding: Padding | None, selected: Selected | None = None) -> View:
-        """Stores new tokens; returns what their queries read and what left the window.
+        """Takes in new tokens, until `commit` or `restore`; what their queries read and what left the window.
 
         Args:
             new: The new tokens.
@@ -82,7 +75,8 @@ class HippocampalLayer(CacheLayerMixin):
             return view._replace(extra=self.bank.append(view.evicted, selected))
         if self.pooled is None:
             return view
-        return view._replace(extra=self.pooled.append(view.evicted, self._first(view, self.exact.seen), padding))
+        first = view.seen - self.exact.window - view.evicted.length
+        return view._replace(extra=self.pooled.append(view.evicted, first, padding))
 
     def append_key(self, key: torch.Tensor, value: torch.Tensor, selected: Selected | None) -> View:
         """Stores a single token as `append` does, for layers that decode together and bring its record later.
@@ -98,9 +92,29 @@ class HippocampalLayer(CacheLayerMixin):
             return view
         return view._replace(extra=self.bank.append(view.evicted, selected))
 
-    def _first(self, view: View, seen: int) -> int:
-        """Index of the first evicted token after `seen` tokens."""
-        return seen - self.exact.window - view.evicted.length
+    def reserve(self) -> None:
+        """Makes room for what came since the last `commit`, which is all of it that can fail."""
+        self.exact.reserve()
+
+    def commit(self) -> None:
+        """Keeps what came since the last `commit`, without its gradients."""
+        self.exact.commit()
+        if self.state is not None and self.state.requires_grad:
+            self.state = self.state.detach()
+        for store in self._stores():
+            store.map_tensors(torch.Tensor.detach)
+
+    def snapshot(self) -> dict[str, Any]:
+        """All that a call changes, by reference, for `restore`."""
+        held = [dict(store.held) for store in self._stores()]
+        return {"exact": self.exact.snapshot(), "held": held, "state": self.state, "started": self.is_initialized}
+
+    def restore(self, snapshot: dict[str, Any]) -> None:
+        """Goes back to what was when `snapshot` was taken, of this layer or of one that is like it."""
+        self.exact.restore(snapshot["exact"])
+        for store, held in zip(self._stores(), snapshot["held"], strict=True):
+            store.held = dict(held)
+        self.state, self.is_initialized = snapshot["state"], snapshot["started"]
 
     def _stores(self) -> list[Store]:
         stores: tuple[Store | None, ...] = (self.pooled, self.bank, self.key_mean)

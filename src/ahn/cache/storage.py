@@ -2,91 +2,90 @@
 
 from __future__ import annotations
 
-import contextlib
+import hashlib
 import json
 import os
-import tempfile
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import nn
 
-from ahn.attachment import Attachment, attachment_of
-from ahn.cache.cache import HippocampalCache, layer_tensors, set_layer_tensors
-from ahn.cache.layer import HippocampalLayer
+from ahn._home import replaced_file
+from ahn.attachment import Attachment
 from ahn.config import RunSettings
-from ahn.errors import CacheError, ConfigError
-from ahn.tokens import Padding
+from ahn.errors import CacheError, ConfigError, OutputError
 
 FORMAT = 2
-Kind = TypeVar("Kind", bound=HippocampalCache)
+"""Format of saved caches. Since 2, Mamba2 keeps log decay and step of each token instead of the step alone."""
 
 
-def save_cache(cache: HippocampalCache, path: str | os.PathLike[str]) -> None:
+_MOST = 2**40
+"""Tokens that no text, window or bank passes."""
+
+_FACTS = 8
+"""Facts of a layer in a fingerprint."""
+
+
+class SavedCache(NamedTuple):
+    """What a file holds of a cache.
+
+    Attributes:
+        settings: Mode, window and sinks.
+        seen: Tokens that each layer has seen.
+        tensors: Every tensor by name; those of a layer begin with its index and a dot.
+    """
+
+    settings: RunSettings
+    seen: list[int]
+    tensors: dict[str, torch.Tensor]
+
+    @staticmethod
+    def rows_of(tensors: Mapping[str, torch.Tensor]) -> int:
+        """Rows of the batch; 0 without tensors."""
+        return next((tensor.size(0) for tensor in tensors.values() if tensor.dim()), 0)
+
+    def of(self, part: str, device: torch.device) -> dict[str, torch.Tensor]:
+        """The tensors of a part, a layer for example, by their names within it, on a device."""
+        start = f"{part}."
+        return {name.removeprefix(start): t.to(device) for name, t in self.tensors.items() if name.startswith(start)}
+
+
+def write_cache(saved: SavedCache, attachment: Attachment, path: str | os.PathLike[str]) -> None:
     """Writes a cache; see `HippocampalCache.save`."""
-    tensors = {
-        f"{index}.{name}": tensor.detach().contiguous()
-        for index, layer in enumerate(cache.layers)
-        for name, tensor in layer_tensors(layer).items()
-    }
-    if cache.padding:
-        tensors["padding"] = cache.padding.counts
-    if cache.scoreboard:
-        tensors |= {f"ballot.{name}": tensor for name, tensor in cache.scoreboard.held.items()}
     header = {
         "format": FORMAT,
-        "settings": vars(cache.settings),
-        "seen": [layer.get_seq_length() for layer in cache.layers],
-        "model": _fingerprint(cache.attachment),
+        "settings": vars(saved.settings),
+        "seen": saved.seen,
+        "model": _fingerprint(attachment),
     }
-    target = Path(path)
+    tensors = {name: tensor.detach().contiguous() for name, tensor in saved.tensors.items()}
+    text = json.dumps(header)
     try:
-        handle, part = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
-        os.close(handle)
-        try:
-            save_file(tensors, part, metadata={"ahn_cache": json.dumps(header)})
-            os.replace(part, target)
-        finally:
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(part)
-    except OSError as error:
-        raise CacheError(f"cannot write the cache to {target}: {error.strerror}") from None
+        with replaced_file(path) as part:
+            save_file(tensors, part, metadata={"ahn_cache": text, "sha256": _checksum(text, tensors)})
+    except OutputError as error:
+        raise CacheError(str(error)) from None
 
 
-def load_cache(kind: type[Kind], path: str | os.PathLike[str], model: nn.Module) -> Kind:
-    """Reads a cache; see `HippocampalCache.load`."""
-    attachment = attachment_of(model)
+def read_cache(path: str | os.PathLike[str], attachment: Attachment) -> SavedCache:
+    """What `write_cache` wrote, for the same kind of model; see `HippocampalCache.load`."""
     header, tensors = _read(Path(path))
-    if header["model"] != _fingerprint(attachment):
+    if header.model != _fingerprint(attachment):
         raise CacheError(
-            f"{path} was saved with another model or memory ({_summary(header['model'])}); this one is "
+            f"{path} was saved with another model or memory ({_summary(header.model)}); this one is "
             f"{_summary(_fingerprint(attachment))}"
         )
     try:
-        settings = RunSettings(**header["settings"])
+        settings = RunSettings(**header.settings)
+        attachment.check(settings)
     except (TypeError, ConfigError) as error:
-        raise CacheError(f"{path} holds settings that this version cannot use: {error}") from None
-    cache = kind.__new__(kind)
-    cache.begin(attachment, settings)
-    devices = [next(site.module.parameters()).device for site in attachment.sites]
-    for index, (layer, seen) in enumerate(zip(cache.layers, header["seen"], strict=True)):
-        held = {
-            name.partition(".")[2]: tensor.to(devices[index])
-            for name, tensor in tensors.items()
-            if name.startswith(f"{index}.")
-        }
-        _check_layer(layer, held, seen, path)
-        set_layer_tensors(layer, held, seen)
-    if cache.scoreboard:
-        shared = {name: tensor for name, tensor in tensors.items() if name.startswith("ballot.")}
-        cache.scoreboard.held = {name.partition(".")[2]: tensor.to(devices[0]) for name, tensor in shared.items()}
-    if "padding" in tensors:
-        counts = tensors["padding"].to(devices[0])
-        cache.padding = Padding(counts, int(counts.max()))
-    return cache
+        raise CacheError(f"{path} holds settings that this version or model cannot use: {error}") from None
+    if settings.mode == "full" or max(settings.window, settings.sinks, settings.anchors) > _MOST:
+        raise CacheError(f"{path} holds settings that no cache has; save it again")
+    return SavedCache(settings, header.seen, tensors)
 
 
 def describe_cache(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -99,30 +98,82 @@ def describe_cache(path: str | os.PathLike[str]) -> dict[str, Any]:
         CacheError: The file is missing or no saved cache.
     """
     header, tensors = _read(Path(path))
-    rows = {tensor.size(0) for tensor in tensors.values()}
     return {
-        "settings": header["settings"],
-        "model": header["model"],
-        "seen_tokens": max(header["seen"]),
-        "rows": rows.pop() if rows else 0,
+        "settings": header.settings,
+        "model": header.model,
+        "seen_tokens": max(header.seen),
+        "rows": SavedCache.rows_of(tensors),
         "nbytes": sum(tensor.nbytes for tensor in tensors.values()),
     }
 
 
-def _read(path: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+class _Header(NamedTuple):
+    """What a file says beside its tensors.
+
+    Attributes:
+        settings: Values of `RunSettings`.
+        seen: Tokens that each layer has seen.
+        model: Fingerprint of the model.
+    """
+
+    settings: dict[str, Any]
+    seen: list[int]
+    model: dict[str, Any]
+
+
+def _read(path: Path) -> tuple[_Header, dict[str, torch.Tensor]]:
+    """What a file holds, held against its checksum."""
     if not path.is_file():
         raise CacheError(f"there is no saved cache at {path}")
     try:
         with safe_open(path, "pt") as file:
-            header = json.loads((file.metadata() or {}).get("ahn_cache", "null"))
+            metadata = file.metadata() or {}
+            text, checksum = metadata.get("ahn_cache"), metadata.get("sha256")
+            values = json.loads(text or "null")
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
-    except (SafetensorError, OSError, ValueError) as error:
+    except (SafetensorError, OSError, ValueError, RecursionError) as error:
         raise CacheError(f"{path} is damaged or no saved cache ({error}); save it again") from None
-    if header is None:
+    if text is None or not isinstance(values, dict):
         raise CacheError(f"{path} is a safetensors file, but no saved cache; write one with HippocampalCache.save")
-    if header.get("format") != FORMAT:
-        raise CacheError(f"{path} has format {header.get('format')}, this version of ahn reads {FORMAT}; update ahn")
-    return header, tensors
+    if values.get("format") != FORMAT:
+        raise CacheError(_other_format(path, values.get("format")))
+    if checksum != _checksum(text, tensors):
+        raise CacheError(f"{path} is damaged (its checksum differs); save it again")
+    return _checked_header(path, values), tensors
+
+
+def _checked_header(path: Path, values: dict[str, Any]) -> _Header:
+    """What a file says, if it says all that it must."""
+    settings, seen, model = (values.get(name) for name in _Header._fields)
+    layers = model.get("layers") if isinstance(model, dict) else None
+    right = (
+        isinstance(settings, dict)
+        and isinstance(seen, list)
+        and isinstance(layers, list)
+        and all(isinstance(layer, list) and len(layer) == _FACTS for layer in layers)
+        and len(seen) == len(layers) > 0
+        and all(type(count) is int and 0 <= count <= _MOST for count in seen)
+    )
+    if not right:
+        raise CacheError(f"{path} is damaged or no saved cache (it does not say what it holds); save it again")
+    return _Header(settings, seen, model)  # type: ignore[arg-type]
+
+
+def _checksum(text: str, tensors: dict[str, torch.Tensor]) -> str:
+    """SHA-256 of what a file says and of its tensors, with their names, shapes and dtypes."""
+    digest = hashlib.sha256(text.encode())
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {list(tensor.shape)} {tensor.dtype} ".encode())
+        if tensor.numel():
+            digest.update(memoryview(tensor.detach().contiguous().cpu().flatten().view(torch.uint8).numpy()))
+    return digest.hexdigest()
+
+
+def _other_format(path: Path, found: object) -> str:
+    """What to say of a file of another format."""
+    older = isinstance(found, int) and found < FORMAT
+    remedy = "read the text again and save it anew" if older else "update ahn"
+    return f"{path} has format {found}, this version of ahn reads {FORMAT}; {remedy}"
 
 
 def _fingerprint(attachment: Attachment) -> dict[str, Any]:
@@ -131,8 +182,7 @@ def _fingerprint(attachment: Attachment) -> dict[str, Any]:
         "memory": attachment.config.memory,
         "memory_positions": attachment.config.memory_positions,
         "layers": [
-            [*site.shape, site.sliding_window, site.memory is not None, str(next(site.module.parameters()).dtype)]
-            for site in attachment.sites
+            [*site.shape, site.sliding_window, site.memory is not None, str(site.dtype)] for site in attachment.sites
         ],
     }
 
@@ -144,9 +194,3 @@ def _summary(fingerprint: dict[str, Any]) -> str:
         f"{fingerprint['memory']} on {sum(layer[6] for layer in layers)} of {len(layers)} layers, "
         f"hidden size {hidden}, {heads} heads, {kv_heads} kv heads of {size}, {dtype.removeprefix('torch.')}"
     )
-
-
-def _check_layer(layer: Any, held: dict[str, torch.Tensor], seen: int, path: object) -> None:
-    needed = {"keys", "values", "record"} if isinstance(layer, HippocampalLayer) else {"keys", "values"}
-    if seen and not needed <= held.keys():
-        raise CacheError(f"{path} lacks {', '.join(sorted(needed - held.keys()))} of a layer; save the cache again")

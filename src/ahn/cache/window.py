@@ -6,11 +6,14 @@ S sinks, W window, N keys beside them.
 Layout of a buffer's token axis: slots 0..S-1 hold the sinks, slot S + (j - S) mod W holds token j. Up to S + W tokens
 this is the order of the tokens; after that a new token overwrites the one that leaves the window and moves no other.
 Buffers grow by doubling until they hold S + W tokens and keep that size from then on.
+
+A call is all or nothing: its tokens are pending, and gradients flow through them, until `commit` writes them to the
+buffer. Only a single decoded token goes straight to its slot, whose former content is kept until then.
 """
 
 from __future__ import annotations
 
-from typing import cast
+from typing import Any, cast
 
 import torch
 
@@ -21,8 +24,12 @@ class SinkWindow:
     """Sinks and window of one layer.
 
     Args:
-        sinks: Tokens at the start of each row that stay for ever, S.
+        sinks: Tokens at the start of each row that always stay, S.
         window: Tokens of the window, the current one included, W.
+
+    Attributes:
+        seen: Tokens seen, pending ones included.
+        buffer: The slots; `None` before the first token was committed.
     """
 
     def __init__(self, sinks: int, window: int) -> None:
@@ -30,6 +37,10 @@ class SinkWindow:
         self.window = window
         self.seen = 0
         self.buffer: Tokens | None = None
+        self._ahead = 0  # tokens of `seen` that the buffer does not have yet
+        self._pending: Tokens | None = None  # the newest of them: those beyond the sinks, at most W
+        self._pending_sinks: Tokens | None = None  # all sinks, if some of them are pending
+        self._overwritten: tuple[int, Tokens] | None = None  # a slot and what it held before this call
         self._views: tuple[Tokens, Tokens, Tokens] | None = None  # of a buffer: that buffer, its sinks, nothing of it
 
     def view(self, new: Tokens, padding: Padding | None) -> View:
@@ -43,32 +54,68 @@ class SinkWindow:
         # The oldest token of a full window leaves when the first new one comes: it is evicted, never read.
         leaves = max(self.sinks, self.seen - self.window)
         first = max(self.sinks, self.seen - self.window + 1)
-        beyond_sinks = new.span(min(max(0, self.sinks - self.seen), new.length), new.length)
-        line = concatenate([*self._past(leaves), beyond_sinks])
+        line = concatenate([*self._past(leaves), self._beyond_sinks(new)])
         evicted = line.span(0, max(0, total - self.window - leaves))
-        return View(self._sinks_with(new, padding), line.span(first - leaves, line.length), first, True, evicted)
+        local = line.span(first - leaves, line.length)
+        return View(self._sinks_with(new, padding), local, first, total, self.window, True, evicted)
 
     def append(self, new: Tokens, padding: Padding | None) -> View:
-        """Stores the new tokens and returns what their queries may read.
+        """Takes in the new tokens, until `commit` or `restore`; returns what their queries may read.
 
         Args:
             new: The new tokens, following the `seen` earlier ones.
             padding: Padding at the left of the rows, or `None` where there is none.
         """
         settled = self.seen >= self.sinks + (padding.most if padding else 0)
-        if new.length == 1 and settled and not new.keys.requires_grad:
+        if new.length == 1 and settled and self._ahead == 0 and not new.keys.requires_grad:
             return self._append_one(new)
         view = self.view(new, padding)
-        with torch.no_grad():
-            self._store(new, None if settled else view.sinks)
+        if not settled:
+            self._pending_sinks = view.sinks
+        self._pending = self._newest(self._beyond_sinks(new))
+        self._ahead += new.length
+        self.seen += new.length
         return view
+
+    def reserve(self) -> None:
+        """Makes room for the pending tokens, which is all of `commit` that can fail."""
+        like = self._pending_sinks or self._pending
+        if self._ahead and like is not None:
+            buffer = self._reserved(self.seen, like)
+            if torch.is_grad_enabled():  # a backward pass may still compute from the buffer as it was
+                self.buffer = buffer.map(torch.clone)
+
+    @torch.no_grad()
+    def commit(self) -> None:
+        """Writes the pending tokens to the buffer, without their gradients."""
+        if self._pending_sinks is not None:
+            self._ring.write(0, self._pending_sinks)
+        if self._pending is not None:
+            first = self.seen - self._pending.length
+            while first < self.seen:
+                slot = self._slot(first)
+                count = min(self.seen - first, self.sinks + self.window - slot)
+                start = first - self.seen + self._pending.length
+                self._ring.write(slot, self._pending.span(start, start + count))
+                first += count
+        self._ahead, self._pending, self._pending_sinks, self._overwritten = 0, None, None, None
+
+    def snapshot(self) -> dict[str, Any]:
+        """All that a call changes, by reference, for `restore`."""
+        return dict(vars(self))
+
+    def restore(self, snapshot: dict[str, Any]) -> None:
+        """Goes back to what was when `snapshot` was taken, as if no token had come since."""
+        overwritten, buffer = self._overwritten, self.buffer
+        vars(self).update(snapshot)
+        if overwritten is not None and buffer is not None and buffer is self.buffer:
+            buffer.write(*overwritten)
 
     def _append_one(self, new: Tokens) -> View:
         """The step of decoding: one slot is read out, overwritten, and the ring is read as it lies."""
-        leaves = self.seen - self.window >= self.sinks
-        evicted = self.leaving().map(torch.clone) if leaves else new.span(0, 0)
-        self._reserved(self.seen + 1, new).write(self._slot(self.seen), new)
-        return self._after_one(evicted)
+        slot, old = self._keep_slot(new)
+        self._ring.write(slot, new)
+        return self._after_one(old if self._is_full else new.span(0, 0))
 
     def append_key(self, key: torch.Tensor, value: torch.Tensor, keep_evicted: bool) -> View:
         """Stores the key and value of one token; its record comes later, by `write_record`.
@@ -78,22 +125,41 @@ class SinkWindow:
             value: `[B, G, 1, V]`.
             keep_evicted: Whether the view shall hold the token that leaves.
         """
-        leaves = keep_evicted and self.seen - self.window >= self.sinks
-        evicted = self.leaving().map(torch.clone) if leaves else None
-        slot = self._slot(self.seen)
-        buffer = self._reserved(self.seen + 1, self._ring)
+        slot, old = self._keep_slot(self._ring)
+        buffer = self._ring
         buffer.keys[:, :, slot : slot + 1] = key
         buffer.values[:, :, slot : slot + 1] = value
-        return self._after_one(evicted)
+        return self._after_one(old if keep_evicted and self._is_full else None)
 
     def write_record(self, record_BF: torch.Tensor) -> None:
         """Stores the record of the token that came last."""
         self._ring.record[:, 0, self._slot(self.seen - 1)] = record_BF
 
+    def is_settled(self, begun: int) -> bool:
+        """Whether the next token can go straight to its slot: all before it are there, as many as `begun` at least."""
+        return self._ahead == 0 and self.seen >= max(1, begun)
+
     def leaving(self) -> Tokens:
         """The token that leaves a full window when the next one comes, as views."""
         slot = self._slot(self.seen)
         return self._ring.span(slot, slot + 1)
+
+    @property
+    def _is_full(self) -> bool:
+        """Whether a token leaves the window when the next one comes."""
+        return self.seen - self.window >= self.sinks
+
+    @property
+    def _ring(self) -> Tokens:
+        """The buffer, once tokens have come."""
+        return cast("Tokens", self.buffer)
+
+    def _keep_slot(self, like: Tokens) -> tuple[int, Tokens]:
+        """The slot of the next token, and a copy of what it holds."""
+        slot = self._slot(self.seen)
+        buffer = self._reserved(self.seen + 1, like)
+        self._overwritten = slot, buffer.span(slot, slot + 1).map(torch.clone)
+        return self._overwritten
 
     def _after_one(self, evicted: Tokens | None) -> View:
         """What the query of a token that was just stored reads: all slots as they lie."""
@@ -104,43 +170,44 @@ class SinkWindow:
         used = min(self.seen, self.sinks + self.window)
         local = self._ring if used == self._ring.length else self._ring.span(0, used)
         first = max(self.sinks, self.seen - self.window)
-        return View(sinks, local, first, False, nothing if evicted is None else evicted)
-
-    @property
-    def _ring(self) -> Tokens:
-        """The buffer, once tokens have come."""
-        return cast("Tokens", self.buffer)
-
-    def _store(self, new: Tokens, sinks: Tokens | None) -> None:
-        """Writes the sinks, if they changed, and as many new tokens as the window holds."""
-        total = self.seen + new.length
-        buffer = self._reserved(total, new)
-        if sinks is not None:
-            buffer.write(0, sinks)
-        first = max(self.seen, self.sinks, total - self.window)
-        while first < total:
-            slot = self._slot(first)
-            count = min(total - first, self.sinks + self.window - slot)
-            buffer.write(slot, new.span(first - self.seen, first - self.seen + count))
-            first += count
-        self.seen = total
+        return View(sinks, local, first, self.seen, self.window, False, nothing if evicted is None else evicted)
 
     def _slot(self, position: int) -> int:
         return position if position < self.sinks else self.sinks + (position - self.sinks) % self.window
 
+    def _beyond_sinks(self, new: Tokens) -> Tokens:
+        """Those new tokens that stand behind the places of the sinks."""
+        return new.span(min(max(0, self.sinks - self.seen), new.length), new.length)
+
+    def _newest(self, new: Tokens) -> Tokens:
+        """The last W pending tokens and new ones; a copy where a view would keep many others alive."""
+        line = new if self._pending is None else concatenate([self._pending, new])
+        kept = line.span(max(0, line.length - self.window), line.length)
+        return kept if 2 * kept.length >= line.length else kept.map(torch.clone)
+
     def _past(self, start: int) -> list[Tokens]:
-        """Held tokens of the window from `start` on, oldest first, in one or two views of the ring."""
-        if self.buffer is None or start >= self.seen:
+        """Tokens of the window from `start` on, oldest first: one or two views of the ring, then the pending ones."""
+        parts = self._stored(start, self.seen - self._ahead)
+        if self._pending is not None:
+            first = self.seen - self._pending.length
+            parts.append(self._pending.span(max(0, start - first), self._pending.length))
+        return parts
+
+    def _stored(self, start: int, stop: int) -> list[Tokens]:
+        """Tokens start..stop-1 of the ring, in their order."""
+        if self.buffer is None or start >= stop:
             return []
-        slot, count = self._slot(start), self.seen - start
+        slot, count = self._slot(start), stop - start
         until_wrap = min(count, self.sinks + self.window - slot)
         wrapped = self.buffer.span(self.sinks, self.sinks + count - until_wrap)
         return [self.buffer.span(slot, slot + until_wrap), wrapped]
 
     def _sinks_with(self, new: Tokens, padding: Padding | None) -> Tokens:
-        held = self.buffer.span(0, min(self.sinks, self.seen)) if self.buffer else new.span(0, 0)
-        if new.keys.requires_grad:  # the graph must not see the buffer, which later calls write to
-            held = held.map(torch.clone)
+        held = self._pending_sinks
+        if held is None:
+            held = self.buffer.span(0, min(self.sinks, self.seen)) if self.buffer else new.span(0, 0)
+            if new.keys.requires_grad:  # the graph must not see the buffer, which later calls write to
+                held = held.map(torch.clone)
         if padding is not None:
             return self._padded_sinks(held, new, padding) if self.seen < self.sinks + padding.most else held
         return concatenate([held, new.span(0, min(self.sinks - held.length, new.length))])

@@ -21,9 +21,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from ahn.attachment import attachment_of
+from ahn.attachment import SAVERS, attachment_of
 from ahn.checkpoint.card import write_card
-from ahn.checkpoint.content import Base, Content, inner_model, memory_config, memory_tensors
+from ahn.checkpoint.content import Base, Content, memory_config, memory_tensors
 from ahn.checkpoint.files import Stored, failure, read_json, stored_tensors, write_json, write_tensors, writing
 from ahn.config import AHNConfig
 from ahn.errors import CheckpointError
@@ -67,7 +67,7 @@ def save(model: nn.Module, path: str | os.PathLike[str], dtype: str | torch.dtyp
             this dtype).
     """
     attachment = attachment_of(model)
-    tensors, base = storable(path, memory_tensors(model), dtype), Base.of_model(inner_model(model))
+    tensors, base = storable(path, memory_tensors(model), dtype), Base.of_model(model)
     write_adapter(path, attachment.config, base, tensors)
     parameters = sum(tensor.numel() for tensor in tensors.values())
     write_card(Path(path).expanduser(), attachment.config, base, parameters=parameters, place=str(path))
@@ -177,7 +177,7 @@ def read_adapter(where: str, folder: Path) -> Content:
         where,
         "adapter",
         memory_config(where, values.get("config")),
-        Base.of_dict(base if isinstance(base, dict) else {}),
+        Base.of_dict(base if isinstance(base, dict) else {}, where),
         stored,
         values["format_version"],
         str(values.get("ahn_version") or "") or None,
@@ -263,3 +263,6 @@ def _dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
 
 def _name(dtype: str | torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
+
+
+SAVERS.append(save)

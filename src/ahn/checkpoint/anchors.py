@@ -10,9 +10,9 @@ import torch
 from torch import nn
 
 from ahn.anchors.scores import AnchorGate, AnchorQueries
-from ahn.attachment import Attachment, attachment_of
+from ahn.attachment import SAVERS, Attachment, attachment_of
 from ahn.checkpoint.adapter import Pair, about, read_pair, storable, write_pair
-from ahn.checkpoint.content import Base, check_base, check_keys, check_shapes, inner_model, layer_of
+from ahn.checkpoint.content import Base, check_base, check_keys, check_shapes, layer_of
 from ahn.checkpoint.files import Source, failure, locate, read_tensors
 from ahn.errors import ConfigError
 from ahn.memories import MemoryShape
@@ -45,7 +45,7 @@ def save_anchors(model: nn.Module, path: str | os.PathLike[str], dtype: str | to
     }
     if not tensors:
         raise ConfigError("this model has no weights for votes on anchors to save; make some with `ahn train anchors`")
-    write_pair(path, ANCHORS, about(Base.of_model(inner_model(model))), storable(path, tensors, dtype))
+    write_pair(path, ANCHORS, about(Base.of_model(model)), storable(path, tensors, dtype))
 
 
 def load_anchors(
@@ -82,7 +82,7 @@ def load_anchors(
     attachment, where = attachment_of(model), os.fspath(path_or_hub_id)
     source = Source(revision, subfolder, token, cache_dir, local_files_only)
     folder = locate(where, source, ANCHORS.config)
-    votes = _read(where, folder, attachment, Base.of_model(inner_model(model)))
+    votes = _read(where, folder, attachment, Base.of_model(model))
     for site in attachment.sites:
         if site.memory is not None:
             set_score_weights(site, votes.get(site.index, {}))
@@ -95,7 +95,7 @@ def _read(where: str, folder: Path, attachment: Attachment, base: Base) -> dict[
     values, stored = read_pair(where, folder, ANCHORS)
     made_for = values.get("base")
     check_base(
-        where, Base.of_dict(made_for if isinstance(made_for, dict) else {}), base, "its votes were", stacklevel=4
+        where, Base.of_dict(made_for if isinstance(made_for, dict) else {}, where), base, "its votes were", stacklevel=4
     )
     found = {layer: _scores(stored, layer) for key in stored if (layer := layer_of(key)) is not None}
     served = {site.index: site for site in attachment.sites if site.memory is not None}
@@ -136,3 +136,11 @@ def _empty(score: str, shape: MemoryShape, own: Mapping[str, torch.Tensor]) -> n
         return AnchorGate(shape.hidden_size, own["inner.bias"].numel())
     kinds = own["kinds"] if own["kinds"].dim() == 2 else torch.ones(1, 1)  # shapes are checked later
     return AnchorQueries(kinds.float().sum(0).clamp(min=0).long().tolist(), shape.kv_heads, shape.key_size)
+
+
+def _save_if_any(model: nn.Module, path: str) -> None:
+    if any(site.anchor_weights for site in attachment_of(model).sites):
+        save_anchors(model, path)
+
+
+SAVERS.append(_save_if_any)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import reprlib
 import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import PurePath
@@ -13,6 +14,7 @@ import torch
 from torch import nn
 
 from ahn.attachment import attachment_of
+from ahn.backbone import compat
 from ahn.backbone.survey import find_backbone
 from ahn.checkpoint.files import Stored, brief, failure, read_tensors
 from ahn.config import AHNConfig
@@ -22,6 +24,9 @@ from ahn.models import base_name
 
 Kind = Literal["adapter", "published", "merged"]
 _SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim")
+_MOST = {"num_hidden_layers": 10_000}
+"""What no model passes: a damaged file shall not make this library reserve memory for it."""
+_MOST_OF_OTHERS = 1 << 20
 _KEY = re.compile(r"layers\.(\d+)\.(.+)")
 _UNNAMED = MemoryShape(1, 1, 1, 1, 1)
 _AGAIN = "Copy or download the folder again, weights and config together"
@@ -64,13 +69,25 @@ class Base:
     @classmethod
     def of_model(cls, model: nn.Module) -> Base:
         """The base model that this model is."""
-        inner: Any = inner_model(model)
+        inner = compat.unwrap(model)
         base = cls.of_config(find_backbone(inner).config, base_name(inner))
         return dataclasses.replace(base, revision=getattr(inner.config, "_commit_hash", None))
 
     @classmethod
-    def of_dict(cls, values: Mapping[str, Any]) -> Base:
-        """The base model that a file describes."""
+    def of_dict(cls, values: Mapping[str, Any], where: str) -> Base:
+        """The base model that a file describes.
+
+        Args:
+            values: What the file says.
+            where: Its name, for messages.
+
+        Raises:
+            CheckpointError: A size is no number of a model.
+        """
+        for size in _SIZES:
+            value = values.get(size)
+            if value is not None and not (_whole(value) and value <= _MOST.get(size, _MOST_OF_OTHERS)):
+                raise failure(where, f"its {size} is {reprlib.repr(value)}", _AGAIN)
         name, revision, family = (_text(values.get(key)) for key in ("name", "revision", "model_type"))
         return _base(name, revision, family, {size: _whole(values.get(size)) for size in _SIZES})
 
@@ -199,12 +216,6 @@ def memory_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
         if site.memory is not None
         for name, tensor in site.memory.state_dict(keep_vars=True).items()
     }
-
-
-def inner_model(model: nn.Module) -> nn.Module:
-    """The model of transformers inside the wrapper of DistributedDataParallel, or the model itself."""
-    inner = getattr(model, "module", None)
-    return inner if isinstance(inner, nn.Module) and not hasattr(model, "config") else model
 
 
 def parameter_shapes(memory: str, shape: MemoryShape) -> dict[str, tuple[int, ...]]:

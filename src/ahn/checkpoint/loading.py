@@ -15,6 +15,7 @@ from torch import nn
 from ahn.attachment import Attachment, find_attachment
 from ahn.checkpoint import adapter as own
 from ahn.checkpoint import published
+from ahn.checkpoint.anchors import ANCHORS, load_anchors
 from ahn.checkpoint.content import Base, Content, check_keys, check_shapes, memory_tensors
 from ahn.checkpoint.files import (
     SHIPPED,
@@ -95,8 +96,9 @@ def from_pretrained(
     """Loads a model with its memory: a base model by name and an adapter, an adapter alone, or a merged model.
 
     Args:
-        name_or_path: As for `ahn.models.load_model`; or a folder or hub id of the published merged format; or an
-            adapter, as for `load`, which names the base model that it was made for.
+        name_or_path: As for `ahn.models.load_model`; or a folder that `save_pretrained` of a model with a memory wrote;
+            or a folder or hub id of the published merged format; or an adapter, as for `load`, which names the base
+            model that it was made for.
         adapter: A checkpoint of a memory, as for `load`, for a base model.
         config: Settings of the memory. With an adapter or a merged folder its window, sinks and sink positions are
             taken instead of the saved ones; the rest must agree. Alone it attaches an untrained memory.
@@ -111,7 +113,7 @@ def from_pretrained(
             `attn_implementation` or `trust_remote_code`.
 
     Returns:
-        The model, in evaluation mode.
+        The model, in evaluation mode, with the weights of anchor scores too where they lie beside the adapter.
 
     Raises:
         ModelError: The base model cannot be found, loaded or given a memory.
@@ -121,6 +123,8 @@ def from_pretrained(
     """
     source = Source(revision, subfolder, token, cache_dir, local_files_only)
     folder = _our_folder(name_or_path, source)
+    if folder is not None and adapter is not None and _is_base(folder):
+        folder = None  # its own memory is not wanted
     if folder is not None and adapter is not None:
         kind, remedy = ("an adapter", "Name its base model first")
         if not (folder / own.CONFIG).is_file():
@@ -128,20 +132,24 @@ def from_pretrained(
         raise failure(name_or_path, f"it is {kind}, so it takes no adapter", remedy)
     if folder is not None and not (folder / own.CONFIG).is_file():
         return _from_merged(os.fspath(name_or_path), folder, config, dtype, model_options)
-    content = None  # read before the base model, which takes long
+    content, memory_source = None, source
     if folder is not None:
-        content = read(name_or_path, source)
-        name_or_path, source = _base_of(content, source)
+        adapter, content = name_or_path, read(name_or_path, source)
+        name_or_path, source = _base_of(content, source, folder)
     elif adapter is not None:
-        content = read(adapter, dataclasses.replace(source, revision=adapter_revision, subfolder=""))
+        memory_source = dataclasses.replace(source, revision=adapter_revision, subfolder="")
+        content = read(adapter, memory_source)  # before the base model, which takes long
     options = {**source.options(), **({"subfolder": source.subfolder} if source.subfolder else {}), **model_options}
     if options["revision"] is None:
         del options["revision"]
     model = load_model(name_or_path, dtype, **options)
     if config is not None:
         attach(model, config)
-    if content is not None:
-        _put(model, content)
+    if content is not None and adapter is not None:
+        _put(model, content if folder is None or not _is_base(folder) else _without_name(content))
+        place = locate(adapter, memory_source)
+        if (place / ANCHORS.config).is_file():
+            load_anchors(model, place)
     return model
 
 
@@ -171,8 +179,20 @@ def read(path_or_hub_id: str | os.PathLike[str], source: Source | None = None) -
     return content
 
 
-def _base_of(content: Content, source: Source) -> tuple[str, Source]:
-    """Name of the base model that an adapter was made for, and where on the hub it is."""
+def _is_base(folder: Path) -> bool:
+    """Whether a folder with an adapter holds its base model too, as `save_pretrained` writes them."""
+    return (folder / own.CONFIG).is_file() and (folder / published.CONFIG).is_file()
+
+
+def _without_name(content: Content) -> Content:
+    """The same for weights that lie beside their base model, whatever its name was."""
+    return dataclasses.replace(content, base=dataclasses.replace(content.base, name=None))
+
+
+def _base_of(content: Content, source: Source, folder: Path) -> tuple[str, Source]:
+    """Name of the base model that an adapter was made for, or its own folder, and where on the hub it is."""
+    if _is_base(folder):
+        return os.fspath(folder), Source()
     if not content.base.name:
         raise failure(
             content.where,
@@ -232,7 +252,7 @@ def _fitting(
 
 
 def _our_folder(name: str | os.PathLike[str], source: Source) -> Path | None:
-    """The folder of an adapter or of a merged model in the published format, or `None` for a plain base model."""
+    """The folder of an adapter, perhaps beside its base, or of a merged model; `None` for a base model alone."""
     name = os.fspath(name)
     folder = Path(name).expanduser()
     if name in KNOWN or not name.strip():
@@ -251,7 +271,7 @@ def _our_folder(name: str | os.PathLike[str], source: Source) -> Path | None:
         folder = folder / source.subfolder
     file = folder / published.CONFIG
     merged = file.is_file() and published.is_published(read_json(file))
-    if not merged and (file.is_file() or not (folder / own.CONFIG).is_file()):
+    if not merged and not (folder / own.CONFIG).is_file():
         return None
     return locate(name, source) if remote else folder
 
@@ -273,8 +293,7 @@ def _from_merged(
     _check_base_weights(where, folder, clean)
     with _quiet():  # transformers would list every tensor of the memory as unexpected
         model = load_model(folder, dtype, config=clean, **options)
-    nameless = dataclasses.replace(content.base, name=None)  # the weights beside it are its own, whatever their name
-    _put(model, dataclasses.replace(content, base=nameless), settings)
+    _put(model, _without_name(content), settings)
     return model
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from ahn.cli import checks
 from ahn.cli.terminal import notes, output
-from ahn.config import AHNConfig, RunSettings, SinkPositions, same_setting, setting
+from ahn.config import AHNConfig, ExactTokens, SinkPositions, same_setting, setting
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -24,10 +24,15 @@ class ModelChoice:
     adapter: str | None = setting(
         None, "Folder or hub id of the memory's weights; none for an untrained one.", unset="what ships for the model"
     )
-    window: int | None = same_setting(RunSettings, "window", default=None, unset="the adapter's, or 1024")
-    sinks: int | None = same_setting(RunSettings, "sinks", default=None, unset="the adapter's, or 32")
+    window: int | None = same_setting(ExactTokens, "window", default=None, unset="the adapter's, or 1024")
+    sinks: int | None = same_setting(ExactTokens, "sinks", default=None, unset="the adapter's, or 32")
     sink_positions: SinkPositions | None = same_setting(
-        RunSettings, "sink_positions", default=None, unset="the adapter's, or bounded"
+        ExactTokens,
+        "sink_positions",
+        default=None,
+        choices=("bounded", "absolute"),
+        unset="the adapter's, or bounded",
+        kw_only=False,
     )
 
     def __post_init__(self) -> None:
@@ -38,9 +43,9 @@ class ModelChoice:
 class ModelSettings(ModelChoice):
     """The same for commands that take their own window and sinks, whatever the adapter was saved with."""
 
-    window: int = same_setting(RunSettings, "window", default=1024)
-    sinks: int = same_setting(RunSettings, "sinks", default=32)
-    sink_positions: SinkPositions = same_setting(RunSettings, "sink_positions", default="bounded")
+    window: int = same_setting(ExactTokens, "window", default=1024)
+    sinks: int = same_setting(ExactTokens, "sinks", default=32)
+    sink_positions: SinkPositions = same_setting(ModelChoice, "sink_positions", default="bounded", unset=None)
 
 
 _USUAL = AHNConfig(window=ModelSettings.window, sinks=ModelSettings.sinks, sink_positions=ModelSettings.sink_positions)
@@ -155,13 +160,5 @@ def _is_merged(name: str) -> bool:
 
 
 def _config(saved: Description) -> AHNConfig:
-    return AHNConfig.from_dict(
-        {
-            "memory": saved.memory,
-            "window": saved.window,
-            "sinks": saved.sinks,
-            "layers": saved.layers,
-            "sink_positions": saved.sink_positions,
-            "memory_positions": saved.memory_positions,
-        }
-    )
+    names = ("memory", "window", "sinks", "layers", "sink_positions", "memory_positions")
+    return AHNConfig.from_dict({name: getattr(saved, name) for name in names})

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
-
-from ahn.cli.checks import words
+from ahn.cli.options import from_fields
 from ahn.cli.terminal import UsageError, notes, output, say
+from ahn.training.anchor_settings import AnchorSettings
 
 if TYPE_CHECKING:
     from ahn.training.anchors import AnchorReport
@@ -19,51 +17,27 @@ ahn train anchors --data texts --out my-anchors  [dim]# half an hour on a laptop
 
 ahn train anchors --data texts --out my-anchors --scores asked --documents 240  [dim]# trains nothing[/dim]
 
-ahn train anchors --base Qwen/Qwen2.5-0.5B-Instruct --data texts --out anchors
+ahn train anchors --model Qwen/Qwen2.5-0.5B-Instruct --data texts --out anchors
 """
 
 
-def command(
-    data: Annotated[
-        list[str] | None,
-        typer.Option(help="Text, JSONL, a folder of them, or a dataset's name; may be given several times."),
-    ] = None,
-    out: Annotated[Path | None, typer.Option(help="Folder for the weights.")] = None,
-    base: Annotated[str, typer.Option(help="A built-in name, a folder, or a hub id.")] = "smollm2-135m",
-    scores: Annotated[str, typer.Option(help="Joined by commas: asked (trains nothing), learned.")] = "asked,learned",
-    documents: Annotated[int, typer.Option(help="Texts to read; every sixth is held out.")] = 120,
-    length: Annotated[int, typer.Option(help="Tokens of a text with its questions.")] = 1280,
-    window: Annotated[int, typer.Option(help="Tokens behind each token that count as near.")] = 256,
-    voters: Annotated[int, typer.Option(help="How many layers vote by learned.")] = 3,
-    left_out: Annotated[str, typer.Option(help="Kind of fact that only the closing table knows.")] = "fare",
-    seed: Annotated[int, typer.Option(help="Of all random numbers.")] = 0,
-) -> None:
+@from_fields
+def command(values: Annotated[dict[str, Any], AnchorSettings]) -> None:
     """Make the scores for anchors that need weights: which tokens will be needed once they have left the window?"""
-    if not data:
+    if "data" not in values:
         raise UsageError("there is nothing to hide facts in. Name a file, a folder or a dataset with --data.")
-    if out is None:
+    if "out" not in values:
         raise UsageError("there is no folder to write to. Name one with --out.")
     from ahn.cli.loading import quiet
-    from ahn.training.anchors import AnchorSettings, check_anchor_settings, train_anchors
+    from ahn.training.anchors import check_anchor_settings, train_anchors
 
-    settings = AnchorSettings(
-        data=tuple(data),
-        out=str(out),
-        base=base,
-        documents=documents,
-        length=length,
-        window=window,
-        voters=voters,
-        left_out=left_out,
-        seed=seed,
-        scores=tuple(words(scores)),
-    )
+    settings = AnchorSettings.from_dict(values)
     check_anchor_settings(settings)
     quiet()
     with notes().status("Reading ..."):
         report = train_anchors(settings, say)
     _show(report, settings.left_out)
-    say(f"wrote {out}: load it with ahn.load_anchors(model, {str(out)!r})", console=output())
+    say(f"wrote {settings.out}: load it with ahn.load_anchors(model, {settings.out!r})", console=output())
 
 
 def _show(report: AnchorReport, left_out: str) -> None:

@@ -7,11 +7,9 @@ import dataclasses
 import torch
 
 from ahn.attachment import Site
-from ahn.attention.call import Plan
-from ahn.attention.function import LayerCall
-from ahn.backbone.rotary import Rotary
 from ahn.cache import HippocampalLayer
 from ahn.cache.cache import AnyLayer, layer_tensors, new_layer
+from ahn.cache.record import TokenRecord
 from ahn.config import Mode
 from ahn.cost.counting import Counting, state_numbers
 from ahn.memories import Memory
@@ -45,19 +43,19 @@ class Actual(Counting):
     def memory_flops(self, memory: Memory, tokens: int, evicted: int) -> int:
         """Gates of every token; state and output where something was evicted."""
         shape = memory.shape
-        gates = memory.gate_count * shape.hidden_size * shape.query_heads
-        read_out = sum(parameter.numel() for parameter in memory.parameters() if parameter.dim() > 1) - gates
+        gates = len(memory.projections) * shape.hidden_size * shape.query_heads
+        output = sum(parameter.numel() for parameter in memory.parameters() if parameter.dim() > 1) - gates
         scan = memory.state_products * state_numbers(memory)
-        return 2 * tokens * gates + 2 * evicted * (scan + read_out)
+        return 2 * tokens * gates + 2 * evicted * (scan + output)
 
     def number_bytes(self) -> int:
         """Bytes of the model's dtype."""
         return self.base.dtype.itemsize
 
-    def layer_bytes(self, site: Site, way: str, tokens: int) -> int:
+    def layer_bytes(self, site: Site, method: str, tokens: int) -> int:
         """Bytes of every tensor that a layer of the cache holds."""
-        memory = None if way == "full" else self._memory(way, site) or site.memory
-        settings = dataclasses.replace(self.settings, mode=_MODES.get(way, "ahn"))
+        memory = None if method == "full" else self._memory(method, site) or site.memory
+        settings = dataclasses.replace(self.settings, mode=_MODES.get(method, "ahn"))
         layer: AnyLayer = new_layer(dataclasses.replace(site, memory=None), settings)
         if memory is not None:
             layer = HippocampalLayer(settings, site.sliding_window, self._slots(site))
@@ -75,18 +73,22 @@ class Actual(Counting):
         self, layer: HippocampalLayer, site: Site, memory: Memory, key: torch.Tensor, value: torch.Tensor
     ) -> None:
         """Does to a layer of the cache what the attention function does, with tensors that hold no values."""
-        attachment = self.base.attachment
-        hidden = torch.empty(1, key.size(2), site.shape.hidden_size, dtype=self.base.dtype, device="meta")
-        gates = memory.gates(hidden) if layer.settings.mode == "ahn" else None
-        rotary = None
-        if site.rotation is not None and attachment.config.memory_positions == "none":
-            positions = torch.zeros(1, key.size(2), device="meta")
-            rotary = Rotary(site.rotation, site.rotation.tables(positions), positions, unrotates=True)
-        plan = Plan(attachment, layer.settings, padding=None)
-        call = LayerCall(site, memory, plan, layer, True, hidden, gates, rotary)
-        view = layer.append(Tokens(key, value, call.record(key)), None)
-        if gates is not None and view.evicted.length:
+        record = key.new_zeros(1, 1, key.size(2), 0, dtype=torch.float32)
+        if layer.settings.mode == "ahn":
+            gates = memory.gates(key.new_empty(1, key.size(2), site.shape.hidden_size))
+            record = TokenRecord(gates, self._position(site, key.size(2))).pack()[:, None]
+        view = layer.append(Tokens(key, value, record), None)
+        layer.reserve()
+        layer.commit()
+        if record.size(-1) and view.evicted.length:
             layer.state = memory.empty_state(1, key.device)
+
+    def _position(self, site: Site, tokens: int) -> torch.Tensor | None:
+        """What is stored of the positions of tokens, `[1, T, P]`; `None` where the memory keeps their rotation."""
+        if site.rotation is None or self.base.attachment.config.memory_positions != "none":
+            return None
+        positions = torch.zeros(1, tokens, device="meta")
+        return site.rotation.position_record(site.rotation.tables(positions), positions, 1)
 
     def summary(self) -> str:
         """See `Counting.summary`."""

@@ -29,7 +29,8 @@ class Paper(Counting):
 
     Causal attention is half of the square. The vocabulary takes two products for every token, for the embedding counts
     as one. Keys, values and states have 4 bytes a number, and the gates of tokens in the window are left out. Products
-    of a memory are, for each evicted token, its N gates (N D H), the read (H K^2) and the output projection (H K^2).
+    of a memory are, for each evicted token, N projections of its gates (N D H), the read (H K^2) and the output
+    projection (H K^2).
 
     Source: arXiv 2510.07318, table 1. That table also counts the output gate, D H more for each evicted token, but the
     totals printed for the 14B model only come out without it.
@@ -48,20 +49,20 @@ class Paper(Counting):
     def memory_flops(self, memory: Memory, tokens: int, evicted: int) -> int:
         """Gates, read and output projection of the evicted tokens."""
         shape = memory.shape
-        gates = memory.gate_count * shape.hidden_size * shape.query_heads
+        gates = len(memory.projections) * shape.hidden_size * shape.query_heads
         return 2 * evicted * (gates + state_numbers(memory) + memory.o_proj.numel())
 
     def number_bytes(self) -> int:
         """4, whatever the model's dtype."""
         return _NUMBER_BYTES
 
-    def layer_bytes(self, site: Site, way: str, tokens: int) -> int:
+    def layer_bytes(self, site: Site, method: str, tokens: int) -> int:
         """Keys, values, the slots that are filled and, once a token was evicted, the state."""
-        reach = self.reach(way, site)
+        reach = self.reach(method, site)
         held = tokens if reach is None else min(tokens, reach)
-        memory = self._memory(way, site)
+        memory = self._memory(method, site)
         state = state_numbers(memory) if memory is not None and tokens > held else 0
-        slots = min(self._slots(site), (tokens - held) // POOLED) if way == "ct" else 0
+        slots = min(self._slots(site), (tokens - held) // POOLED) if method == "ct" else 0
         return (held + slots) * self.slot_bytes(site) + STATE_NUMBER_BYTES * state
 
     def summary(self) -> str:

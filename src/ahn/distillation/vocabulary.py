@@ -15,7 +15,7 @@ from torch import nn
 
 from ahn.distillation.head import Head
 from ahn.distillation.targets import Targets
-from ahn.memories.base import at_least_float32
+from ahn.ops import at_least_float32
 
 _SLICE_ELEMENTS = 2**23  # logits of a slice: 32 MiB in float32
 

@@ -1,20 +1,27 @@
-"""The memories by name. A new one is one file and one line of `MEMORIES`."""
+"""The memories by name. A new one is one file and one line of `MEMORIES`.
+
+A memory is imported when one is built: who only asks for names need not wait for torch.
+"""
 
 from __future__ import annotations
 
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from ahn.errors import ConfigError
-from ahn.memories.base import Gating, Memory, MemoryShape
-from ahn.memories.delta_net import DeltaNet
-from ahn.memories.gated_delta_net import GatedDeltaNet
-from ahn.memories.mamba2 import Mamba2
+
+if TYPE_CHECKING:
+    from ahn.memories.base import Gating, Memory, MemoryShape
 
 __all__ = ["MEMORIES", "Gating", "Memory", "MemoryShape", "build_memory", "memory_names"]
 
-MEMORIES: dict[str, type[Memory]] = {
-    "gated_delta_net": GatedDeltaNet,
-    "delta_net": DeltaNet,
-    "mamba2": Mamba2,
+
+MEMORIES: dict[str, str | type[Memory]] = {
+    "gated_delta_net": "GatedDeltaNet",
+    "delta_net": "DeltaNet",
+    "mamba2": "Mamba2",
 }
+"""Each memory's class, or the name of its class in the module that is called like the memory."""
 
 
 def memory_names() -> tuple[str, ...]:
@@ -34,4 +41,14 @@ def build_memory(name: str, shape: MemoryShape) -> Memory:
     """
     if name not in MEMORIES:
         raise ConfigError(f"unknown memory {name!r}; known are {', '.join(MEMORIES)}")
-    return MEMORIES[name](shape)
+    kind = MEMORIES[name]
+    if isinstance(kind, str):
+        kind = getattr(importlib.import_module(f"ahn.memories.{name}"), kind)
+    memory: Memory = kind(shape)
+    return memory
+
+
+def __getattr__(name: str) -> Any:
+    if name in ("Gating", "Memory", "MemoryShape"):
+        return getattr(importlib.import_module("ahn.memories.base"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

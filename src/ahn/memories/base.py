@@ -1,19 +1,24 @@
-"""The contract of a memory: gates from the hidden state, a scan over evicted tokens, a read-out.
+"""The contract of a memory: what it declares, and all that follows from it.
 
-Legend of shapes: B batch, T tokens, D hidden size, H query heads, G key/value heads, K key size, V value size,
-N gates per head.
+Legend of shapes: L layers, B batch, T tokens, D hidden size, H query heads, G key/value heads, K key size,
+V value size, N gates per head.
 """
 
 from __future__ import annotations
 
 import abc
-from collections.abc import Sequence
-from typing import ClassVar, NamedTuple
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
-from ahn import native
+from ahn import ops
+from ahn.errors import ConfigError
+from ahn.ops import at_least_float32, rms_norm, unit
+
+_RULES = ("delta", "additive")
 
 
 class MemoryShape(NamedTuple):
@@ -38,9 +43,8 @@ class Gating(NamedTuple):
     """What the gates of tokens do to the state, in numbers that people can read.
 
     Attributes:
-        write_BTH: How strongly each token is written, `[B, T, H]`, at least 0: beta of the delta rules, in (0, 1), or
-            the step dt of Mamba2.
-        decay_BTH: Share of the state that each token lets live, `[B, T, H]`, in (0, 1]; `None` where nothing decays.
+        write_BTH: How strongly each token is written, `[B, T, H]`, at least 0.
+        decay_BTH: Factor by which each token shrinks the state, `[B, T, H]`, in (0, 1]; `None` where nothing decays.
     """
 
     write_BTH: torch.Tensor
@@ -48,38 +52,80 @@ class Gating(NamedTuple):
 
 
 class Memory(nn.Module, abc.ABC):
-    """A recurrent network that folds evicted tokens into a state of fixed size and answers queries from it.
+    """A recurrent network that writes evicted tokens into a state of fixed size and answers queries from it.
 
-    It reuses the attention's own queries, keys and values and learns only gates and a read-out. A subclass declares
-    `gate_count` and `state_products` and implements `gates`, `gating`, `scan`, `gated_norm` and `state_shape`; gates of
-    zero must leave the state unchanged, which is how padding is kept out of it. `gates_of_layers`, `update`, `read`,
-    `decode_add` and `output_weights` serve decoding and follow from these; a subclass has its own only to be fast.
-    The output projection starts at zero, so that an untrained memory changes nothing.
+    It reuses the attention's own queries, keys and values and learns only gates and an output. A subclass declares the
+    attributes below and implements `activate`; everything else follows: parameters, scan, decoding, kernels, costs.
+    With log decay g and write strength w of a token, the rules are, for every query head:
+
+    - "delta": `S <- exp(g) S`, then `S <- S + w k (v - S^T k)^T`; a query reads `S^T q / sqrt(K)`.
+    - "additive": `S <- exp(g) S + w v k^T`; a query reads `S q`.
+
+    Keys and queries are l2-normalised. What was read passes a norm, a gate from the querying token, and the output
+    projection, which starts at zero: an untrained memory changes nothing. Gates of zero leave the state as it is,
+    which keeps padding out of it.
 
     Args:
         shape: Sizes of the attention layer.
 
+    Raises:
+        ConfigError: The rule that it declares is unknown.
+
     Attributes:
-        gate_count: Gates per token and head, N, each a projection of the hidden state.
-        state_products: Products of a vector with a head's state, `2 K V` FLOPs each, that folding one token in and
-            reading once take together.
+        rule: How a token is written: "delta", state `[H, K, V]`, or "additive", state `[H, V, K]`.
+        projections: Names of linear maps from the hidden state to one number per head, from which `activate` makes
+            gates.
+        gate_parameters: Parameters per head that `activate` also needs: by name, a function that draws them, `[H]`.
+        log_rate: Name of the gate parameter that is the log of a decay rate, if there is one.
+        bias: Whether the projections and the output gate have biases.
+        norm_per_head: Whether the norm is taken over each head before the gate, or over all heads after it.
+        gate_count: Gates per token and head, N: log decay, unless `activate` gives none, and write strength.
+        g_proj: Output gate: a linear map from the querying token's hidden state to one number per head.
 
     Source: arXiv 2510.07318, section 3.2.
     """
 
-    gate_count: ClassVar[int]
-    state_products: ClassVar[int]
+    rule: ClassVar[Literal["delta", "additive"]]
+    projections: ClassVar[tuple[str, ...]] = ()
+    gate_parameters: ClassVar[Mapping[str, Callable[[int], torch.Tensor]]] = {}
+    log_rate: ClassVar[str | None] = None
+    bias: ClassVar[bool] = False
+    norm_per_head: ClassVar[bool] = True
+    g_proj: nn.Linear
 
     def __init__(self, shape: MemoryShape) -> None:
         super().__init__()
+        if self.rule not in _RULES:
+            raise ConfigError(f"{type(self).__name__}.rule is {self.rule!r}; declare one of {', '.join(_RULES)}")
         self.shape = shape
-        self.o_proj = nn.Parameter(torch.zeros(shape.query_heads, shape.value_size, shape.value_size))
+        _, heads, _, _, value_size = shape
+        self.o_proj = nn.Parameter(torch.zeros(heads, value_size, value_size))
+        for parameter, draw in self.gate_parameters.items():
+            self.register_parameter(parameter, nn.Parameter(draw(heads)))
+        for projection in (*self.projections, "g_proj"):
+            setattr(self, projection, _projection(shape.hidden_size, heads, self.bias))
+        if self.norm_per_head:
+            self.o_norm = nn.Parameter(torch.ones(value_size))
+        else:
+            self.norm = nn.Parameter(torch.ones(heads * value_size))
+        with torch.no_grad():
+            self.gate_count = self.gates(self.g_proj.weight.new_zeros(1, 1, shape.hidden_size)).size(-2)
 
+    @staticmethod
     @abc.abstractmethod
-    def state_shape(self) -> tuple[int, int, int]:
-        """Shape of one sequence's state, `[H, K, V]` or as the memory documents."""
+    def activate(*inputs: Any, **options: Any) -> tuple[torch.Tensor | None, torch.Tensor]:
+        """Log decay and write strength of tokens.
 
-    @abc.abstractmethod
+        Args:
+            *inputs: What each of `projections` gives, `[..., H]` in the dtype of the model, then the tensors of
+                `gate_parameters`, `[H]` or broadcastable, float32 (float64 for a float64 model).
+            **options: None; a subclass gives its inputs names.
+
+        Returns:
+            Log decay (natural, at most 0), or `None` where nothing decays, and write strength, at least 0. Both are
+            `[..., H]` or broadcast to it.
+        """
+
     def gates(self, x_BTD: torch.Tensor) -> torch.Tensor:
         """Gates of tokens, computed when they are current and applied when they leave the window.
 
@@ -89,36 +135,9 @@ class Memory(nn.Module, abc.ABC):
         Returns:
             Gates, `[B, T, N, H]`, float32 (float64 for a float64 model).
         """
-
-    @abc.abstractmethod
-    def gating(self, gates_BTNH: torch.Tensor) -> Gating:
-        """What gates do to the state.
-
-        Args:
-            gates_BTNH: Gates as `gates` gives them, `[B, T, N, H]`.
-        """
-
-    @abc.abstractmethod
-    def scan(
-        self,
-        q_BTHK: torch.Tensor,
-        k_BTGK: torch.Tensor,
-        v_BTGV: torch.Tensor,
-        gates_BTNH: torch.Tensor,
-        state: torch.Tensor | None,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Folds evicted tokens into the state one after the other, reading it after each.
-
-        Args:
-            q_BTHK: Queries that read, `[B, T, H, K]`: query t reads after evicted token t was folded in.
-            k_BTGK: Keys of the evicted tokens, `[B, T, G, K]`.
-            v_BTGV: Values of the evicted tokens, `[B, T, G, V]`.
-            gates_BTNH: Their gates, `[B, T, N, H]`.
-            state: State before the first of them, `[B, *state_shape()]` float32, or `None` for an empty memory.
-
-        Returns:
-            What each query read, `[B, T, H, V]` float32, and the state after the last token.
-        """
+        projected = [getattr(self, name)(x_BTD) for name in self.projections]
+        parameters = (at_least_float32(getattr(self, name)) for name in self.gate_parameters)
+        return _stacked(self.activate(*projected, *parameters), (*x_BTD.shape[:-1], self.shape.query_heads))
 
     @classmethod
     def gates_of_layers(cls, memories: Sequence[Memory], x_LBD: torch.Tensor) -> torch.Tensor:
@@ -131,76 +150,99 @@ class Memory(nn.Module, abc.ABC):
         Returns:
             Gates, `[L, B, N, H]`, float32 (float64 for a float64 model).
         """
-        return torch.stack([memory.gates(x_BD[:, None])[:, 0] for memory, x_BD in zip(memories, x_LBD, strict=True)])
+        linears = [[getattr(memory, name) for name in cls.projections] for memory in memories]
+        parameters = (
+            at_least_float32(torch.stack([getattr(memory, name) for memory in memories])[:, None])
+            for name in cls.gate_parameters
+        )
+        return _stacked(
+            cls.activate(*ops.linear_each(x_LBD, linears), *parameters),
+            (*x_LBD.shape[:-1], memories[0].shape.query_heads),
+        )
+
+    @staticmethod
+    def gating(gates_BTNH: torch.Tensor) -> Gating:
+        """What gates do to the state.
+
+        Args:
+            gates_BTNH: Gates as `gates` gives them, `[B, T, N, H]`.
+        """
+        *log_decay, write_BTH = gates_BTNH.unbind(-2)
+        return Gating(write_BTH, log_decay[0].exp() if log_decay else None)
+
+    def scan(
+        self,
+        q_BTHK: torch.Tensor,
+        k_BTGK: torch.Tensor,
+        v_BTGV: torch.Tensor,
+        gates_BTNH: torch.Tensor,
+        state: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Writes evicted tokens into the state one after the other, reading it after each.
+
+        Args:
+            q_BTHK: Queries that read, `[B, T, H, K]`: query t reads after evicted token t was written.
+            k_BTGK: Keys of the evicted tokens, `[B, T, G, K]`.
+            v_BTGV: Values of the evicted tokens, `[B, T, G, V]`.
+            gates_BTNH: Their gates, `[B, T, N, H]`.
+            state: State before the first of them, `[B, *state_shape()]` float32, or `None` for an empty memory.
+
+        Returns:
+            What each query read, `[B, T, H, V]` float32, and the state after the last token.
+        """
+        q_BTHK, k_BTGK, v_BTGV = self._queries(q_BTHK), unit(k_BTGK), at_least_float32(v_BTGV)
+        *log_decay, write_BTH = gates_BTNH.unbind(-2)
+        if self.rule == "additive":
+            g_BTH = log_decay[0] if log_decay else torch.zeros_like(write_BTH)
+            return ops.state_space(q_BTHK, k_BTGK, v_BTGV, g_BTH, write_BTH, state)
+        if log_decay:
+            return ops.gated_delta_rule(q_BTHK, k_BTGK, v_BTGV, log_decay[0], write_BTH, state)
+        return ops.delta_rule(q_BTHK, k_BTGK, v_BTGV, write_BTH, state)
 
     @classmethod
     def update(
-        cls,
-        memories: Sequence[Memory],
-        k_LBGK: torch.Tensor,
-        v_LBGV: torch.Tensor,
-        gates_LBNH: torch.Tensor,
-        state_LB: torch.Tensor,
+        cls, k_LBGK: torch.Tensor, v_LBGV: torch.Tensor, gates_LBNH: torch.Tensor, state_LB: torch.Tensor
     ) -> None:
-        """Folds one evicted token into the states of several layers at once, in place; for decoding, no gradients.
+        """Writes one evicted token into the states of several layers at once, in place; for decoding, no gradients.
 
         Args:
-            memories: The memories of L layers, of one kind and shape.
             k_LBGK: The token's keys, `[L, B, G, K]`.
             v_LBGV: Its values, `[L, B, G, V]`.
             gates_LBNH: Its gates, `[L, B, N, H]`.
             state_LB: The states, `[L, B, *state_shape()]` float32, contiguous.
         """
-        heads = memories[0].shape.query_heads
-        q_B1HK = k_LBGK.new_zeros(k_LBGK.size(1), 1, heads, k_LBGK.size(3))
-        for memory, k, v, gates, state in zip(memories, k_LBGK, v_LBGV, gates_LBNH, state_LB, strict=True):
-            state.copy_(memory.scan(q_B1HK, k[:, None], v[:, None], gates[:, None], state)[1])
+        write_LBH, decay_LBH = cls.gating(gates_LBNH)
+        k, v, write, state = (x.flatten(0, 1) for x in (unit(k_LBGK), at_least_float32(v_LBGV), write_LBH, state_LB))
+        decay = None if decay_LBH is None else decay_LBH.flatten(0, 1)
+        if cls.rule == "delta":
+            ops.write_delta_(k, v, decay, write, state)
+        else:
+            ops.write_state_space_(k, v, torch.ones_like(write) if decay is None else decay, write, state)
 
     def read(self, q_BTHK: torch.Tensor, state: torch.Tensor) -> torch.Tensor:
-        """What queries read from a state as it is, `[B, T, H, V]` float32; for decoding.
+        """What queries read from a state as it is, `[B, T, H, V]` in the dtype of the state; for decoding.
 
         Args:
             q_BTHK: Queries, `[B, T, H, K]`.
             state: The state, `[B, *state_shape()]` float32.
         """
-        batch, length = q_BTHK.shape[:2]
-        _, heads, kv_heads, key_size, value_size = self.shape
-        key, value = (q_BTHK.new_zeros(batch, length, kv_heads, size) for size in (key_size, value_size))
-        nothing = state.new_zeros(batch, length, self.gate_count, heads)
-        return self.scan(q_BTHK, key, value, nothing, state)[0]
+        state_BHKV = state if self.rule == "delta" else state.mT
+        return torch.matmul(self._queries(q_BTHK).transpose(1, 2).to(state.dtype), state_BHKV).transpose(1, 2)
 
-    def decode_add(
-        self, local_B1HV: torch.Tensor, q_B1HK: torch.Tensor, x_B1D: torch.Tensor, state: torch.Tensor
-    ) -> torch.Tensor:
-        """The attention output of one token with what the memory adds to it, `[B, 1, H, V]`; for decoding.
-
-        Args:
-            local_B1HV: Output of the attention over exact tokens; it may be overwritten.
-            q_B1HK: The token's query, `[B, 1, H, K]`.
-            x_B1D: Input of the attention layer, `[B, 1, D]`.
-            state: The state, `[B, *state_shape()]` float32.
-        """
-        how = self.output_weights()
-        if how is not None and native.can_decode_add(local_B1HV, q_B1HK, x_B1D, state, how):
-            native.decode_add_(local_B1HV, q_B1HK, x_B1D, state, how)
-            return local_B1HV
-        return local_B1HV + self.project_out(self.read(q_B1HK, state), x_B1D).to(local_B1HV.dtype)
-
-    def output_weights(self) -> native.OutputWeights | None:
-        """What the kernel of `decode_add` needs to know, or `None` where there is no kernel for this memory."""
-        return None
-
-    @abc.abstractmethod
     def gated_norm(self, read_BTHV: torch.Tensor, x_BTD: torch.Tensor) -> torch.Tensor:
-        """Gated norm of what was read, `[B, T, H, V]` float32, before the output projection.
+        """Norm and gate of what was read, `[B, T, H, V]` float32, before the output projection.
 
         Args:
             read_BTHV: What the queries read, `[B, T, H, V]` float32.
             x_BTD: Input of the attention layer at the *querying* tokens, `[B, T, D]`.
         """
+        gate_BTH1 = F.silu(at_least_float32(self.g_proj(x_BTD)))[..., None]
+        if self.norm_per_head:
+            return rms_norm(read_BTHV, self._norm) * gate_BTH1
+        return rms_norm((read_BTHV * gate_BTH1).flatten(-2), self._norm).view_as(read_BTHV)
 
     def project_out(self, read_BTHV: torch.Tensor, x_BTD: torch.Tensor) -> torch.Tensor:
-        """What the memory adds to the attention output before its `o_proj`.
+        """What the memory adds to the attention output before the model's own output projection.
 
         Args:
             read_BTHV: What the queries read, `[B, T, H, V]` float32.
@@ -213,68 +255,63 @@ class Memory(nn.Module, abc.ABC):
         out_HXV = torch.bmm(normed_BTHV.flatten(0, 1).transpose(0, 1), self.o_proj)
         return out_HXV.transpose(0, 1).view(normed_BTHV.shape)
 
+    def decode_add(
+        self, local_B1HV: torch.Tensor, q_B1HK: torch.Tensor, x_B1D: torch.Tensor, state: torch.Tensor
+    ) -> torch.Tensor:
+        """The attention output of one token with what the memory adds to it, `[B, 1, H, V]`; for decoding.
+
+        Args:
+            local_B1HV: Output of the attention over exact tokens; it may be overwritten.
+            q_B1HK: The token's query, `[B, 1, H, K]`.
+            x_B1D: Input of the attention layer, `[B, 1, D]`.
+            state: The state, `[B, *state_shape()]` float32.
+        """
+        gate, key_first = self.g_proj, self.rule == "delta"
+        weights = ops.OutputWeights(
+            gate.weight, gate.bias, self._norm, self.o_proj, self._scale, self.norm_per_head, key_first
+        )
+        if ops.decode_add_(local_B1HV, q_B1HK, x_B1D, state, weights):
+            return local_B1HV
+        return local_B1HV + self.project_out(self.read(q_B1HK, state), x_B1D).to(local_B1HV.dtype)
+
+    @property
+    def state_products(self) -> int:
+        """Products of a vector with a head's state, `2 K V` FLOPs each, of writing one token and reading once.
+
+        The delta rule takes one more: it reads what the state holds for the key before it writes.
+        """
+        return 3 if self.rule == "delta" else 2
+
+    def state_shape(self) -> tuple[int, int, int]:
+        """Shape of one sequence's state: `[H, K, V]` by the delta rule, `[H, V, K]` by the additive one."""
+        _, heads, _, key_size, value_size = self.shape
+        return (heads, key_size, value_size) if self.rule == "delta" else (heads, value_size, key_size)
+
     def empty_state(self, batch: int, device: torch.device) -> torch.Tensor:
         """An empty state, `[B, *state_shape()]` float32."""
         return torch.zeros(batch, *self.state_shape(), device=device)
 
+    @property
+    def _norm(self) -> nn.Parameter:
+        """Weight of the norm, under the name that published checkpoints give it."""
+        return self.o_norm if self.norm_per_head else self.norm
 
-def read_rows(q_BTHK: torch.Tensor, state_BHKV: torch.Tensor) -> torch.Tensor:
-    """Queries times the state, `[B, T, H, V]`, in the dtype of the state."""
-    return torch.matmul(q_BTHK.transpose(1, 2).to(state_BHKV.dtype), state_BHKV).transpose(1, 2)
+    @property
+    def _scale(self) -> float:
+        """Length of queries when they read."""
+        return float(self.shape.key_size**-0.5) if self.rule == "delta" else 1.0
 
-
-def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float = 1e-5) -> torch.Tensor:
-    """Root-mean-square norm over the last dimension, in the dtype of `x` (float32 or float64)."""
-    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight.to(x.dtype)
-
-
-def unit(x: torch.Tensor, eps: float = 1e-6) -> torch.Tensor:
-    """`x` scaled to length 1 along the last dimension, at least in float32; zeros stay zeros."""
-    x = at_least_float32(x)
-    return x * torch.rsqrt(x.square().sum(-1, keepdim=True) + eps)
+    def _queries(self, q_BTHK: torch.Tensor) -> torch.Tensor:
+        """Queries as they read, `[B, T, H, K]`, at least in float32."""
+        return unit(q_BTHK) * self._scale if self.rule == "delta" else unit(q_BTHK)
 
 
-def at_least_float32(x: torch.Tensor) -> torch.Tensor:
-    """`x` in float32, or in float64 if it is that already."""
-    return x if x.dtype == torch.float64 else x.float()
+def _stacked(gates: Iterable[torch.Tensor | None], shape: tuple[int, ...]) -> torch.Tensor:
+    """Gates of one token each, `[..., H]` by `shape`, side by side: `[..., N, H]`, at least in float32."""
+    return torch.stack([at_least_float32(gate).expand(shape) for gate in gates if gate is not None], dim=-2)
 
 
-def inverse_softplus(y: torch.Tensor) -> torch.Tensor:
-    """The x with softplus(x) = y, for y > 0."""
-    return y + torch.log(-torch.expm1(-y))
-
-
-def draw_decay(heads: int) -> nn.Parameter:
-    """Published start of the decay rate per head, log U(0, 16), `[H]`."""
-    return nn.Parameter(torch.empty(heads).uniform_(0, 16).clamp_(min=1e-4).log())
-
-
-def draw_step(heads: int) -> nn.Parameter:
-    """Published start of the step bias per head, `[H]`: softplus of it is log-uniform in (0.001, 0.1)."""
-    low, high = torch.tensor(0.001).log(), torch.tensor(0.1).log()
-    step = (torch.rand(heads) * (high - low) + low).exp()
-    return nn.Parameter(inverse_softplus(step))
-
-
-def project_layers(x_LBD: torch.Tensor, linears: Sequence[Sequence[nn.Linear]]) -> tuple[torch.Tensor, ...]:
-    """Several linear maps of each layer's hidden state at once.
-
-    Args:
-        x_LBD: Hidden states of L layers, `[L, B, D]`.
-        linears: For each layer its maps, from D to the same size each.
-
-    Returns:
-        What each of a layer's maps gives, `[L, B, H]`.
-    """
-    maps = [linear.weight for row in linears for linear in row]
-    if native.can_multiply(*x_LBD.shape[1:]) and native.ready(x_LBD, *maps):
-        return native.linear_each(x_LBD, maps).unbind(1)
-    weights = torch.stack(maps)  # [L * maps, H, D]
-    out_LBR = torch.bmm(x_LBD, weights.view(x_LBD.size(0), -1, x_LBD.size(2)).mT)
-    return out_LBR.chunk(len(linears[0]), dim=-1)
-
-
-def gate_projection(hidden_size: int, heads: int, bias: bool = False) -> nn.Linear:
+def _projection(hidden_size: int, heads: int, bias: bool) -> nn.Linear:
     """A linear map from the hidden state to one number per head, started at N(0, 0.02)."""
     linear = nn.Linear(hidden_size, heads, bias=bias)
     nn.init.normal_(linear.weight, std=0.02)

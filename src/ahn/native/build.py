@@ -7,6 +7,7 @@ import hashlib
 import os
 import platform
 import shutil
+import stat
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -14,13 +15,14 @@ from pathlib import Path
 
 import torch
 
-from ahn._home import home, make_once
+from ahn._home import flush, home, make_once
 from ahn.errors import ModelError
 
 SOURCES = sorted(Path(__file__).parent.glob("*.[ch]"))
 _COMPILERS = ("gcc", "cc", "clang")
 _OPTIONS = ("-O3", "-std=gnu11", "-fno-math-errno", "-fno-trapping-math", "-fPIC", "-shared")
-_LIBRARY = "kernels.so"
+_LIBRARY, _CHECKSUM = "kernels.so", "kernels.sha256"
+_OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
 _SECONDS = 120  # after which a compiler is given up
 _BYTES = 2**20
 
@@ -32,8 +34,12 @@ class CannotBuild(Exception):
 def load() -> ctypes.CDLL:
     """The kernels, compiled before the first use on this machine and kept in the library's folder.
 
+    What lies there is loaded only if it is what was compiled, and if no other user could have changed it; otherwise
+    the kernels are compiled anew.
+
     Raises:
-        CannotBuild: There is no compiler, or it cannot compile them, or the system cannot load what it made.
+        CannotBuild: There is no compiler, or it cannot compile them, or the system cannot load what it made, or the
+            folder belongs to another user.
     """
     if sys.platform == "win32":
         raise CannotBuild("Windows is not supported")
@@ -44,17 +50,57 @@ def load() -> ctypes.CDLL:
         key.update(part)
     folder = home() / "kernels" / key.hexdigest()[:16]
     try:
+        _keep_from_others(folder.parent)
         make_once(
             folder,
-            lambda place: _compile(commands, place / _LIBRARY),
+            lambda place: _make(commands, place),
             doing="Compiling kernels for this CPU (once, a few seconds)",
             needed_bytes=_BYTES,
+            is_whole=_is_whole,
         )
         return ctypes.CDLL(str(folder / _LIBRARY))
     except ModelError as error:
         raise CannotBuild(str(error)) from None
     except OSError as error:
         raise CannotBuild(f"the compiled kernels cannot be loaded: {error}") from None
+
+
+def _keep_from_others(folder: Path) -> None:
+    """Takes the right to write in the folder of all kernels, if there is one, from everybody else."""
+    if not folder.is_dir():
+        return
+    found = folder.stat()
+    if found.st_uid not in (os.getuid(), 0):
+        raise CannotBuild(f"{folder} belongs to another user; set AHN_HOME to a folder of your own")
+    if found.st_mode & _OTHERS_WRITE and found.st_uid == os.getuid():
+        folder.chmod(0o755)
+
+
+def _is_safe(path: Path) -> bool:
+    """Whether a file or folder is no link and can be changed by nobody but this user and root."""
+    found = path.lstat()
+    return not stat.S_ISLNK(found.st_mode) and found.st_uid in (os.getuid(), 0) and not found.st_mode & _OTHERS_WRITE
+
+
+def _is_whole(folder: Path) -> bool:
+    """Whether a folder holds the kernels that were compiled into it, and nobody else could have changed them."""
+    library, checksum = folder / _LIBRARY, folder / _CHECKSUM
+    try:
+        safe = all(_is_safe(path) for path in (folder, library, checksum))
+        return safe and checksum.read_text() == hashlib.sha256(library.read_bytes()).hexdigest()
+    except (OSError, ValueError):
+        return False
+
+
+def _make(commands: list[list[str]], folder: Path) -> None:
+    """Compiles the kernels into a folder and waits until they are on the disk."""
+    library, checksum = folder / _LIBRARY, folder / _CHECKSUM
+    _compile(commands, library)
+    library.chmod(0o755)
+    checksum.write_text(hashlib.sha256(library.read_bytes()).hexdigest())
+    checksum.chmod(0o644)
+    for path in (library, checksum):
+        flush(path)
 
 
 def _compile(commands: list[list[str]], to: Path) -> None:

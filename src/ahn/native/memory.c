@@ -5,7 +5,7 @@
  */
 #include "vector.h"
 
-#define UNIT_EPSILON 1e-6f /* as in ahn.memories.base: of a vector's squared length */
+#define UNIT_EPSILON 1e-6f /* as in ahn.ops.norms: of a vector's squared length */
 #define NORM_EPSILON 1e-5f /* of its mean square */
 
 int ahn_panel(void) { return PANEL; }
@@ -52,11 +52,13 @@ void ahn_write_state_space(index_t states, index_t K, index_t V, const float *k,
 
 INLINE float silu(float x) { return x / (1 + expf(-x)); }
 
-/* What a query [K] reads from a state, [V]; it is brought to length `scale` first. */
-static void read_state(const float *query, const float *state, index_t K, index_t V, float scale, int per_head, float *to)
+/* What a query [K] reads from a state, [V]; it is brought to length `scale` first. With `key_first` the state is [K, V],
+ * else [V, K]. */
+static void read_state(const float *query, const float *state, index_t K, index_t V, float scale, int key_first,
+                       float *to)
 {
     float length = scale / sqrtf(dot(query, query, K) + UNIT_EPSILON);
-    if (per_head) {
+    if (key_first) {
         for (index_t v = 0; v < V; v += PANEL) tile(1, K, query, K, state + v, V, to + v, V, 0);
         for (index_t v = 0; v < V; v += LANES) store(to + v, load(to + v) * splat(length));
     } else {
@@ -64,15 +66,15 @@ static void read_state(const float *query, const float *state, index_t K, index_
     }
 }
 
-/* out [B, H, V] += what the memory says to the queries [B, H, K], as Memory.read and Memory.project_out do it in steps.
+/* out [B, H, V] += what the memory answers to the queries [B, H, K], as Memory.read and Memory.project_out do in steps.
  *
  * x [B, D] is what the attention layer read; gate_weight [H, D] and gate_bias [H] (or NULL) give a gate per head,
- * through silu. With `per_head` states are [K, V], and the norm is taken per head before the gate, weight [V]; else
- * they are [V, K], and it is taken over all heads after the gate, weight [H, V]. o_proj is [H, V, V]. Returns 0, or 1
- * where there is no memory for the scratch. */
+ * through silu. With `per_head` the norm is taken per head before the gate, weight [V]; else over all heads after the
+ * gate, weight [H, V]. With `key_first` states are [K, V], else [V, K]. o_proj is [H, V, V]. Returns 0, or 1 where there
+ * is no memory for the scratch. */
 int ahn_decode_add(index_t B, index_t H, index_t K, index_t V, index_t D, const float *q, const float *x,
-                 const float *state, const float *gate_weight, const float *gate_bias, const float *norm_weight,
-                 const float *o_proj, float scale, int per_head, float *out)
+                   const float *state, const float *gate_weight, const float *gate_bias, const float *norm_weight,
+                   const float *o_proj, float scale, int per_head, int key_first, float *out)
 {
     float *read = scratch(B * H * V);
     if (!read) return 1;
@@ -81,7 +83,7 @@ int ahn_decode_add(index_t B, index_t H, index_t K, index_t V, index_t D, const 
 #pragma omp for schedule(static)
         for (index_t row = 0; row < B * H; row++) {
             float *mine = read + row * V;
-            read_state(q + row * K, state + row * K * V, K, V, scale, per_head, mine);
+            read_state(q + row * K, state + row * K * V, K, V, scale, key_first, mine);
             float gate = dot(x + row / H * D, gate_weight + row % H * D, D) + (gate_bias ? gate_bias[row % H] : 0);
             gate = silu(gate);
             if (per_head) gate /= sqrtf(dot(mine, mine, V) / (float)V + NORM_EPSILON);

@@ -55,6 +55,11 @@ def compute_dtype(q: Tensor) -> torch.dtype:
     return torch.float64 if q.dtype == torch.float64 else torch.float32
 
 
+def at_least_float32(x: Tensor) -> Tensor:
+    """Return `x` in float32, or in float64 if it is that already."""
+    return x.to(compute_dtype(x))
+
+
 def in_compute_dtype(*tensors: Tensor) -> tuple[Tensor, ...]:
     """Return the tensors in the compute type of the first one; those that have it already are returned as they are."""
     dtype = compute_dtype(tensors[0])

@@ -1,15 +1,18 @@
-"""The recurrences for a single token: what decoding runs, in as few operations as it takes.
+"""A single token: the recurrences, and what decoding computes around them, in as few operations as possible.
 
-Shapes: B batch, T tokens (1 here), H query heads, G kv heads (H = r * G; query head h uses kv head h // r), K key
-size, V value size, X = B * H.
+Shapes: L layers, B batch, T tokens (1 here), D hidden size, H query heads, G kv heads (H = r * G; query head h uses kv
+head h // r), K key size, V value size, X = B * H.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ahn import native
+from ahn.native import OutputWeights
 from ahn.ops._shared import first_state, in_compute_dtype
 
 
@@ -61,7 +64,7 @@ def write_delta_(k_BGK: Tensor, v_BGV: Tensor, decay_BH: Tensor | None, beta_BH:
     gates = [beta_BH] if decay_BH is None else [beta_BH, decay_BH]
     if S_XKV.is_contiguous() and native.ready(k_X1K, v_X1V, S_XKV, *gates, sizes=(V,)):
         decay_X = None if decay_BH is None else decay_BH.reshape(-1)
-        native.write_delta_(k_X1K, v_X1V, decay_X, beta_BH.reshape(-1), S_XKV)
+        native.write_delta_(k_X1K[:, 0], v_X1V[:, 0], decay_X, beta_BH.reshape(-1), S_XKV)
         return
     if decay_BH is not None:
         S_XKV.mul_(decay_BH.reshape(B * H, 1, 1))
@@ -83,10 +86,55 @@ def write_state_space_(k_BGK: Tensor, v_BGV: Tensor, decay_BH: Tensor, dt_BH: Te
     S_XVK = state_BHVK.view(B * H, V, K)
     k_X1K, v_X1V = _rows(k_BGK.unsqueeze(1), H), _rows(v_BGV.unsqueeze(1), H)
     if S_XVK.is_contiguous() and native.ready(k_X1K, v_X1V, S_XVK, decay_BH, dt_BH, sizes=(K,)):
-        native.write_state_space_(k_X1K, v_X1V, decay_BH.reshape(-1), dt_BH.reshape(-1), S_XVK)
+        native.write_state_space_(k_X1K[:, 0], v_X1V[:, 0], decay_BH.reshape(-1), dt_BH.reshape(-1), S_XVK)
         return
     S_XVK.mul_(decay_BH.reshape(B * H, 1, 1))
     S_XVK.baddbmm_(v_X1V.mT * dt_BH.reshape(B * H, 1, 1), k_X1K)
+
+
+def linear_each(x_LBD: Tensor, linears: Sequence[Sequence[nn.Linear]]) -> Sequence[Tensor]:
+    """Apply several linear maps of each layer to its hidden state, all at once and without gradients.
+
+    Args:
+        x_LBD: Hidden states of L layers, `[L, B, D]`.
+        linears: Maps of each layer, alike in all layers, from D numbers to H each.
+
+    Returns:
+        What each of a layer's maps gives, `[L, B, H]`.
+    """
+    if not linears[0]:
+        return ()
+    weights = [linear.weight for row in linears for linear in row]
+    if native.can_multiply(*x_LBD.shape[1:]) and native.ready(x_LBD, *weights):
+        outputs = native.linear_each(x_LBD, weights).unbind(1)
+    else:
+        rows_LRD = torch.stack(weights).view(x_LBD.size(0), -1, x_LBD.size(2))
+        outputs = torch.bmm(x_LBD, rows_LRD.mT).chunk(len(linears[0]), dim=-1)
+    if linears[0][0].bias is None:
+        return outputs
+    biases = [torch.stack([linear.bias for linear in column])[:, None] for column in zip(*linears)]
+    return [output + bias_L1H for output, bias_L1H in zip(outputs, biases)]
+
+
+def decode_add_(local_B1HV: Tensor, q_B1HK: Tensor, x_B1D: Tensor, state: Tensor, weights: OutputWeights) -> bool:
+    """Add what a memory answers to one query per row, in place, by a kernel in C.
+
+    Its torch form is `ahn.memories.Memory.decode_add`, which also serves whatever the kernel does not take.
+
+    Args:
+        local_B1HV: What to add to.
+        q_B1HK: Queries, as the attention layer has them.
+        x_B1D: Input of the attention layer.
+        state: `[B, H, K, V]` with `weights.key_first`, else `[B, H, V, K]`.
+        weights: Output of the memory.
+
+    Returns:
+        Whether the kernel takes these tensors; if not, nothing was changed.
+    """
+    if not native.can_decode_add(local_B1HV, q_B1HK, x_B1D, state, weights):
+        return False
+    native.decode_add_(local_B1HV, q_B1HK, x_B1D, state, weights)
+    return True
 
 
 def _delta(q_BTHK: Tensor, k_BTGK: Tensor, v_BTGV: Tensor, beta_BTH: Tensor, S_BHKV: Tensor) -> tuple[Tensor, Tensor]:

@@ -17,7 +17,7 @@ from torch import nn
 import ahn
 from ahn.distillation import CePairs, Head, find_targets, vocabulary_losses
 from ahn.errors import ConfigError
-from ahn.memories.base import at_least_float32
+from ahn.ops import at_least_float32
 from ahn.training.recording import recomputes_layers, recording
 from ahn.training.teacher import TeacherCache
 

@@ -1,19 +1,19 @@
-"""A start in closed form: the output projections that best explain what the window misses, gates as they are.
+"""A closed-form start: the output projections that best explain what the window misses, with the gates unchanged.
 
-Legend of shapes: B rows, T tokens, E positions that the memory speaks at, H query heads, V value size.
+Legend of shapes: B rows, T tokens, E positions where the memory has an output, H query heads, V value size.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import nn
 
 from ahn.attachment import attachment_of
-from ahn.attention.function import LayerCall
+from ahn.attention.recording import RecordedLayer
 from ahn.memories import Memory
 from ahn.training.draws import SpanDraw
 from ahn.training.transfer import Lesson, teach
@@ -34,15 +34,14 @@ class _Counting(Lesson):
 
     moments: dict[Memory, _Moments] = dataclasses.field(default_factory=dict)
 
-    def learn(self, call: LayerCall, module: nn.Module, inputs: dict[str, Any], full_BTHV: torch.Tensor) -> None:
+    def learn(self, layer: RecordedLayer) -> None:
         """Moments of one layer."""
-        missing = self.missing(call, module, inputs, full_BTHV)
-        if not missing.view.evicted.length:
+        missing = self.missing(layer)
+        if not layer.evicted_tokens:
             return
-        query = inputs["query"]
-        raw_BEHV = call.recall(query, missing.view, query.size(2))
-        read_BEHV = call.memory.gated_norm(raw_BEHV, call.hidden[:, missing.before :]) * missing.counted_BE11
-        self.moments[call.memory] = _Moments(
+        normed_BEHV = layer.memory.gated_norm(layer.recall(), layer.hidden[:, missing.before :])
+        read_BEHV = normed_BEHV * missing.counted_BE11
+        self.moments[layer.memory] = _Moments(
             torch.einsum("behv,behw->hvw", read_BEHV, read_BEHV).double(),
             torch.einsum("behv,behw->hvw", read_BEHV, missing.output_BEHV).double(),
         )
@@ -54,10 +53,9 @@ def solve_readout(
 ) -> None:
     """Sets the output projections of the attached memories to a ridge regression on what the window misses.
 
-    For every head, `W = (R^T R + c I)^-1 R^T M`, with R what the head reads after its gated norm and M the output of
-    full attention minus that of sinks and window, both from the teacher's own hidden states: one pass of the teacher
-    over a few texts. The regression explains each layer by itself; all layers together would do too much at once, so a
-    share of it is the better start.
+    Each head gets `W = (R^T R + c I)^-1 R^T M`. R is what the head reads after its gated norm. M is the output of full
+    attention minus that of sinks and window. Both come from one pass of the teacher over a few texts. The regression
+    explains each layer separately. All layers together would overshoot, so a share of it is the better start.
 
     Args:
         model: A model with a memory attached; its gates should be open (`set_initial_gate`).

@@ -71,7 +71,7 @@ def train(settings: TrainSettings, resume: bool = False, say: Say | None = None,
     say = say or (lambda text: None)
     arguments = {stage: training_arguments(settings, stage, progress) for stage in settings.stages}
     folder = _prepare(settings, resume)
-    tokenizer = load_tokenizer(settings.base)
+    tokenizer = load_tokenizer(settings.model)
     pieces, held = _data(settings, tokenizer, say)
     _write_settings(settings, folder)
     begun = any(_is_begun(Path(str(args.output_dir))) for args in arguments.values())
@@ -105,7 +105,7 @@ def check(settings: TrainSettings, resume: bool = False) -> None:
         raise ConfigError(f"unknown memory {settings.memory!r}; known are {', '.join(MEMORIES)}")
     check_places([*settings.data, *settings.valid])
     _check_folder(settings, resume)
-    resolve(settings.base)
+    resolve(settings.model)
     if settings.adapter is not None:
         describe(settings.adapter)
 
@@ -191,7 +191,7 @@ def _check_folder(settings: TrainSettings, resume: bool) -> None:
         raise ConfigError(f"{folder} is not empty; name another folder, or go on with what is there by --resume")
     if not (folder / FILE).is_file():
         raise ConfigError(f"{folder} holds no {FILE}, so it is no training to go on with; name another folder")
-    before, now = TrainSettings.of(read_yaml(folder / FILE)).to_dict(), settings.to_dict()
+    before, now = TrainSettings.from_dict(read_yaml(folder / FILE)).to_dict(), settings.to_dict()
     changed = [name for name in now if name not in {*_MAY_CHANGE, "out"} and before[name] != now[name]]
     if changed:
         name = changed[0]
@@ -225,7 +225,7 @@ def _model(settings: TrainSettings, pieces: Pieces | PieceStream, say: Say, begu
     """The base model with the memory as it is before the first step; any memory if its weights come later."""
     half = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
     dtype = ("bfloat16" if half else "float32") if settings.dtype == "auto" else settings.dtype
-    model = load_model(settings.base, dtype)
+    model = load_model(settings.model, dtype)
     torch.manual_seed(settings.seed)
     ahn.attach(model, settings.memory_config())
     if begun:
@@ -318,5 +318,5 @@ def _close(
     report = evaluate(model, sequences, settings.span, settings.report_tokens)
     if report is not None:
         seen = max((line.get("num_input_tokens_seen", 0) for lines in curves.values() for line in lines), default=0)
-        write_report(report, folder / TABLE, {"base": settings.base, "memory": settings.memory, "tokens_seen": seen})
+        write_report(report, folder / TABLE, {"base": settings.model, "memory": settings.memory, "tokens_seen": seen})
     return report

@@ -8,182 +8,172 @@ import types
 import typing
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from ahn.config import AHNConfig, MemoryPositions, SinkPositions
+from ahn.config import (
+    AHNConfig,
+    ExactTokens,
+    MemoryPositions,
+    Settings,
+    SinkPositions,
+    check_choice,
+    file_setting,
+    same_setting,
+    setting,
+)
 from ahn.errors import ConfigError
-from ahn.training.data import Cut
-from ahn.training.draws import SINKS, TOTALS, Span, SpanDraw
-from ahn.training.losses import check_weights
-from ahn.training.sources import DataQuery
+
+if TYPE_CHECKING:  # what takes seconds to import, and help texts need not
+    from ahn.training.data import Cut
+    from ahn.training.draws import Span, SpanDraw
+    from ahn.training.sources import DataQuery
 
 STAGES = ("transfer", "distill")
-_COUNTS = (
-    "steps", "transfer_steps", "length", "batch", "accumulation", "log_every", "save_every", "keep", "eval_tokens",
-    "initial_texts",
-)  # fmt: skip
-_CHOICES: dict[str, tuple[str | None, ...]] = {
-    "draw": ("random", "fixed"),
-    "dtype": ("auto", "float32", "bfloat16", "float16"),
-    "checkpointing": (None, "none", "attention", "layers"),
-}
 FILE = "train.yaml"
 """Name under which the settings are saved beside the weights."""
+_MEMORY_FILES = {file.stem for file in (Path(__file__).parents[1] / "memories").glob("[a-z]*.py")} - {"base"}
+
+
+def _published(name: str) -> Any:
+    from ahn.training import draws
+
+    return getattr(draws, name)
 
 
 @dataclasses.dataclass(frozen=True)
-class TrainSettings:
+class TrainSettings(Settings):
     """Settings of a training, with defaults for a small model on a laptop.
 
-    Attributes:
-        data: Files, folders and datasets to train on.
-        out: Folder for everything that comes of it.
-        base: The base model, as for `ahn.from_pretrained`.
-        memory: The memory to train, a name of `ahn.memories.memory_names()`.
-        adapter: Weights to start from, as for `ahn.load`; fresh ones if left out. Of another kind of memory, what both
-            kinds have in common is taken.
-        layers: Layers that get a memory, as in `AHNConfig`.
-        sink_positions: As in `AHNConfig`.
-        memory_positions: As in `AHNConfig`.
-        dtype: Of the base model: "float32", "bfloat16", "float16"; "auto" is bfloat16 on a GPU and float32 elsewhere.
-        stages: "transfer", "distill" or both, in this order.
-        steps: Optimizer steps of the stage distill.
-        transfer_steps: Optimizer steps of the stage transfer.
-        losses: Weights of the losses of the stage distill: "kl", "ce", "attention".
-        length: Tokens of a training sequence at most.
-        min_length: Tokens at least; half of the length if left out.
-        pack: Whether to join documents, so that all sequences are full.
-        per_document: Sequences of a document at most, spread evenly over it; all if left out.
-        held_out: Share of the data that is kept for the closing table.
-        valid: Files, folders and datasets for the closing table, instead of a share.
-        split: Split of a dataset.
-        data_name: Configuration of a dataset.
-        streaming: Whether to read a dataset while training.
-        window: Window that the memory is evaluated and saved with.
-        sinks: Sinks likewise.
-        draw: "random" trains each sequence with another span, "fixed" all with `window` and `sinks`.
-        totals: Candidates for sinks and window together.
-        sink_counts: Candidates for the sinks. The published 0 is left out: without any sink a small model falls apart,
-            and its memory learns to be one.
-        batch: Sequences of a forward pass, on each process.
-        accumulation: Forward passes of a step, on each process.
-        lr: Learning rate of the stage distill.
-        transfer_lr: Learning rate of the stage transfer.
-        scale_lr: Learning rate of the logarithm of each head's read-out length, see `ahn.training.optimizer`; it
-            follows the schedule of the others. For the stage distill; 0 leaves plain AdamW.
-        schedule: Learning rate schedule, a name of transformers.
-        warmup: Share of the steps over which the learning rate rises.
-        weight_decay: Of AdamW, on matrices.
-        max_grad_norm: Length that a longer gradient is cut to.
-        initial_decay: Lowest and highest decay rate that fresh memories start with, exp(A_log), drawn uniformly; the
-            published 0 to 16 if left out. Memories without decay do not look at it.
-        initial_gate: How far the output gates of fresh memories are open: the gate of an average token is its silu;
-            the published start, near zero and of either sign, if left out.
-        initial_readout: Share of the closed-form solution that the output projections of fresh memories start with, see
-            `ahn.training.readout`; the published start, zero, if left out.
-        initial_texts: Sequences that the closed form is solved on.
-        seed: What all random numbers depend on.
-        checkpointing: What the backward pass computes again instead of keeping it: "none", "attention" (window and
-            memory, which keep the most) or "layers" (everything); if left out, "none" below 2,048 tokens a batch,
-            "attention" below 4,096, and "layers" from there on.
-        loss_share: Share of the positions that the losses on distributions look at, drawn anew in every step; the
-            vocabulary product of a small model is a large part of its work.
-        teacher_cache: Folder that keeps what the teacher thinks of each sequence (hidden size values a token), for
-            further passes and further memories; nothing is kept if left out. For the losses "kl" and "ce".
-        slice_tokens: As for `distillation_loss`.
-        log_every: Steps between two lines of the log.
-        save_every: Steps between two checkpoints.
-        keep: Checkpoints kept.
-        eval_every: Steps between two evaluations of the loss on held-out sequences, beside those before the first step
-            and after the last; none at all if 0, or if no text is held out.
-        eval_tokens: Held-out tokens read for an evaluation.
-        report_tokens: Held-out tokens read for the closing table; none if 0.
-        report_to: Where to log beside the console: "tensorboard", "wandb", or "none".
-        arguments: Further arguments of `transformers.TrainingArguments`, such as `fsdp` or `deepspeed`.
+    Each field says what it is in its `metadata["help"]`; `ahn train --help` shows those that are options too.
 
     Raises:
         ConfigError: A value is of the wrong kind or out of range.
     """
 
-    data: tuple[str, ...] = ()
-    out: str = ""
-    base: str = "smollm2-135m"
-    memory: str = "gated_delta_net"
-    adapter: str | None = None
-    layers: tuple[int, ...] | None = None
-    sink_positions: SinkPositions = "absolute"
-    memory_positions: MemoryPositions = "rope"
-    dtype: str = "auto"
-    stages: tuple[str, ...] = ("distill",)
-    steps: int = 500
-    transfer_steps: int = 200
-    losses: dict[str, float] = dataclasses.field(default_factory=lambda: {"kl": 1.0})
-    length: int = 1024
-    min_length: int | None = None
-    pack: bool = False
-    per_document: int | None = None
-    held_out: float = 0.02
-    valid: tuple[str, ...] = ()
-    split: str = "train"
-    data_name: str | None = None
-    streaming: bool = False
-    window: int = 256
-    sinks: int = 32
-    draw: str = "random"
-    totals: tuple[int, ...] = TOTALS
-    sink_counts: tuple[int, ...] = (4, *SINKS[1:])
-    batch: int = 1
-    accumulation: int = 1
-    lr: float = 1e-4
-    transfer_lr: float = 1e-3
-    scale_lr: float = 0.0
-    schedule: str = "cosine"
-    warmup: float = 0.1
-    weight_decay: float = 0.1
-    max_grad_norm: float = 1.0
-    initial_decay: tuple[float, float] | None = (0.001, 1.0)
-    initial_gate: float | None = 1.0
-    initial_readout: float | None = 0.3
-    initial_texts: int = 8
-    seed: int = 0
-    checkpointing: str | None = None
-    loss_share: float = 1.0
-    teacher_cache: str | None = None
-    slice_tokens: int | None = None
-    log_every: int = 5
-    save_every: int = 50
-    keep: int = 2
-    eval_every: int = 100
-    eval_tokens: int = 4096
-    report_tokens: int = 8192
-    report_to: str = "none"
-    arguments: dict[str, Any] = dataclasses.field(default_factory=dict)
+    data: tuple[str, ...] = setting(
+        (), "Text, JSONL, a folder of them, or a dataset's name; may be given several times."
+    )
+    out: str = setting("", "Folder for weights, settings, checkpoints, table and plot.")
+    model: str = setting("smollm2-135m", "The base model: a built-in name, a folder, or a hub id.", alias="base")
+    memory: str = setting("gated_delta_net", f"Kind of memory: {', '.join(sorted(_MEMORY_FILES))}.")
+    adapter: str | None = setting(None, "Weights to start from: a folder, name or hub id; of another kind, what fits.")
+    layers: tuple[int, ...] | None = file_setting(None, "Layers that get a memory, as in `AHNConfig`.")
+    sink_positions: SinkPositions = same_setting(ExactTokens, "sink_positions", option=False, kw_only=False)
+    memory_positions: MemoryPositions = same_setting(AHNConfig, "memory_positions", option=False, kw_only=False)
+    dtype: str = setting(
+        "auto",
+        "float32, bfloat16, float16 or auto, of the base; auto is bfloat16 on a GPU and float32 elsewhere.",
+        choices=("auto", "float32", "bfloat16", "float16"),
+        metavar="DTYPE",
+    )
+    stages: tuple[str, ...] = setting(("distill",), "distill, transfer, or transfer,distill.", joined=True)
+    steps: int = setting(500, "Optimizer steps of distill.", least=1)
+    transfer_steps: int = setting(200, "Optimizer steps of transfer.", least=1)
+    losses: dict[str, float] = file_setting(
+        help='Weights of the losses of the stage distill: "kl", "ce", "attention".', factory=lambda: {"kl": 1.0}
+    )
+    length: int = setting(1024, "Tokens of a sequence, at most.", least=1)
+    min_length: int | None = setting(None, "Leave shorter texts out.", unset="half of --length")
+    pack: bool = setting(False, "Join short texts into full sequences.", names="--pack/--cut")
+    per_document: int | None = file_setting(
+        None, "Sequences of a document at most, spread evenly over it; all if left out."
+    )
+    held_out: float = setting(0.02, "Without --valid: share of the data for it.")
+    valid: tuple[str, ...] = setting((), "Text for the closing table, as --data.")
+    split: str = file_setting("train", "Split of a dataset.")
+    data_name: str | None = file_setting(None, "Configuration of a dataset.")
+    streaming: bool = setting(False, "Read a dataset while training.", names="--streaming/--download")
+    window: int = setting(256, "Window to evaluate and save with.")
+    sinks: int = setting(32, "Sinks to evaluate and save with.")
+    draw: str = setting(
+        "random",
+        "Train each sequence with another window and other sinks, or all with these.",
+        choices=("random", "fixed"),
+    )
+    totals: tuple[int, ...] = file_setting(
+        help="Candidates for sinks and window together.", factory=lambda: _published("TOTALS")
+    )
+    sink_counts: tuple[int, ...] = file_setting(
+        help="Candidates for the sinks. The published 0 is left out: without any sink a small model falls apart, and "
+        "its memory learns to be one.",
+        factory=lambda: (4, *_published("SINKS")[1:]),
+    )
+    batch: int = setting(1, "Sequences at once, per process.", least=1)
+    accumulation: int = setting(1, "Batches of a step, per process.", least=1)
+    lr: float = setting(1e-4, "Learning rate of distill.")
+    transfer_lr: float = file_setting(1e-3, "Learning rate of the stage transfer.")
+    scale_lr: float = file_setting(
+        0.0,
+        "Learning rate of the logarithm of each head's read-out length, see `ahn.training.optimizer`; it follows the "
+        "schedule of the others. For the stage distill; 0 leaves plain AdamW.",
+        least=0,
+    )
+    schedule: str = file_setting("cosine", "Learning rate schedule, a name of transformers.")
+    warmup: float = file_setting(0.1, "Share of the steps over which the learning rate rises.", least=0)
+    weight_decay: float = file_setting(0.1, "Of AdamW, on matrices.", least=0)
+    max_grad_norm: float = file_setting(1.0, "Length that a longer gradient is cut to.", least=0)
+    initial_decay: tuple[float, float] | None = file_setting(
+        (0.001, 1.0),
+        "Lowest and highest decay rate that fresh memories start with, exp(A_log), drawn uniformly; the published 0 to "
+        "16 if left out. Memories without decay ignore it.",
+    )
+    initial_gate: float | None = file_setting(
+        1.0,
+        "How far the output gates of fresh memories are open: the gate of an average token is its silu; the published "
+        "start, near zero and of either sign, if left out.",
+    )
+    initial_readout: float | None = file_setting(
+        0.3,
+        "Share of the closed-form solution that the output projections of fresh memories start with, see "
+        "`ahn.training.readout`; the published start, zero, if left out.",
+    )
+    initial_texts: int = file_setting(8, "Sequences that the closed form is solved on.", least=1)
+    seed: int = setting(0, "Of all random numbers.")
+    checkpointing: str | None = setting(
+        None,
+        "What the backward pass computes again instead of keeping it.",
+        choices=("none", "attention", "layers"),
+        unset="by tokens of a batch: from 2,048 attention, from 4,096 layers",
+    )
+    loss_share: float = setting(1.0, "Share of the positions that the loss looks at, drawn anew in every step.")
+    teacher_cache: str | None = setting(
+        None, "Folder to keep what the teacher has read, for further trainings by kl and ce."
+    )
+    slice_tokens: int | None = file_setting(None, "As for `distillation_loss`.", least=1)
+    log_every: int = setting(5, "Steps between lines.", least=1)
+    save_every: int = setting(50, "Steps between checkpoints.", least=1)
+    keep: int = file_setting(2, "Checkpoints kept.", least=1)
+    eval_every: int = file_setting(
+        100,
+        "Steps between two evaluations of the loss on held-out sequences, beside those before the first step and after "
+        "the last; none at all if 0, or if no text is held out.",
+        least=0,
+    )
+    eval_tokens: int = file_setting(4096, "Held-out tokens read for an evaluation.", least=1)
+    report_tokens: int = file_setting(8192, "Held-out tokens read for the closing table; none if 0.", least=0)
+    report_to: str = setting("none", "tensorboard, wandb or none, beside the console.")
+    arguments: dict[str, Any] = file_setting(
+        help="Further arguments of `transformers.TrainingArguments`, such as `fsdp` or `deepspeed`.", factory=dict
+    )
 
     def __post_init__(self) -> None:
         hints = typing.get_type_hints(type(self))
         for field in dataclasses.fields(self):
             object.__setattr__(self, field.name, _typed(field.name, getattr(self, field.name), hints[field.name]))
-        for name in _COUNTS:
-            _at_least(name, getattr(self, name), 1)
-        for name in ("eval_every", "report_tokens", "weight_decay", "max_grad_norm", "warmup", "scale_lr"):
-            _at_least(name, getattr(self, name), 0)
+            _check_range(field, getattr(self, field.name))
         for name in ("lr", "transfer_lr"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ConfigError(f"{name} must be a positive number, not {getattr(self, name)}")
-        if self.slice_tokens is not None:
-            _at_least("slice_tokens", self.slice_tokens, 1)
-        self._check_choices()
+        self._check_together()
         self.span_draw.candidates(self.length)
         self.span_draw.candidates(self.cut.min_length)
 
-    def _check_choices(self) -> None:
+    def _check_together(self) -> None:
+        """Checks what settings say about each other."""
+        from ahn.training.losses import check_weights
+
         if not self.stages or [stage for stage in STAGES if stage in self.stages] != list(self.stages):
             raise ConfigError(f"stages must be transfer, distill or both in this order, not {list(self.stages)}")
-        for name, known in _CHOICES.items():
-            if getattr(self, name) not in known:
-                raise ConfigError(
-                    f"{name} must be one of {', '.join(filter(None, known))}, not {getattr(self, name)!r}"
-                )
         if not 0 < self.loss_share <= 1:
             raise ConfigError(f"loss_share must be a share above 0 and at most 1, not {self.loss_share}")
         if self.teacher_cache is not None and self.losses.get("attention"):
@@ -198,11 +188,14 @@ class TrainSettings:
 
     def memory_config(self) -> AHNConfig:
         """Settings of the memory."""
-        return AHNConfig(self.memory, self.window, self.sinks, self.layers, self.sink_positions, self.memory_positions)
+        names = ("memory", "window", "sinks", "layers", "sink_positions", "memory_positions")
+        return AHNConfig(**{name: getattr(self, name) for name in names})
 
     @property
     def cut(self) -> Cut:
         """How documents become sequences."""
+        from ahn.training.data import Cut
+
         shortest = self.min_length or max(2, self.length // 2)
         return Cut(self.length, shortest, self.pack, self.held_out, self.per_document)
 
@@ -217,34 +210,32 @@ class TrainSettings:
     @property
     def span(self) -> Span:
         """Window and sinks of evaluations."""
+        from ahn.training.draws import Span
+
         return Span(self.window, self.sinks)
 
     @property
     def span_draw(self) -> SpanDraw:
         """How window and sinks of each sequence are drawn."""
+        from ahn.training.draws import SpanDraw
+
         return SpanDraw(self.totals, self.sink_counts, self.span if self.draw == "fixed" else None, self.seed)
 
     @property
     def query(self) -> DataQuery:
         """What to take of a dataset."""
+        from ahn.training.sources import DataQuery
+
         return DataQuery(self.split, self.data_name, self.streaming)
 
     @classmethod
-    def of(cls, values: Mapping[str, Any]) -> TrainSettings:
+    def from_dict(cls, values: Mapping[str, Any]) -> TrainSettings:
         """Settings from plain values, such as those of a YAML file.
 
         Raises:
             ConfigError: A name is unknown or a value cannot work.
         """
-        known = {field.name for field in dataclasses.fields(cls)}
-        if unknown := sorted(set(values) - known):
-            raise ConfigError(f"unknown settings {', '.join(unknown)}; known are {', '.join(sorted(known))}")
-        return cls(**values)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values, ready for YAML."""
-        values = dataclasses.asdict(self)
-        return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+        return super().from_dict(_with_new_names(values))
 
 
 def read_yaml(file: str | Path) -> dict[str, Any]:
@@ -263,7 +254,7 @@ def read_yaml(file: str | Path) -> dict[str, Any]:
         raise ConfigError(f"{file} is no YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
         raise ConfigError(f"{file} holds no settings; write one `name: value` a line")
-    return values
+    return _with_new_names(values)
 
 
 def write_yaml(settings: TrainSettings, file: str | Path) -> None:
@@ -273,9 +264,19 @@ def write_yaml(settings: TrainSettings, file: str | Path) -> None:
     Path(file).write_text(yaml.safe_dump(settings.to_dict(), sort_keys=False), encoding="utf-8")
 
 
-def _at_least(name: str, value: float, least: float) -> None:
-    if not least <= value < math.inf:
-        raise ConfigError(f"{name} must be at least {least}, not {value}")
+def _with_new_names(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Values in which the base model is `model`, as which older files know `base`."""
+    return {"model" if name == "base" else name: value for name, value in values.items()}
+
+
+def _check_range(field: dataclasses.Field[Any], value: Any) -> None:
+    least, choices = field.metadata["least"], field.metadata["choices"]
+    if value is None:
+        return
+    if least is not None and not least <= value < math.inf:
+        raise ConfigError(f"{field.name} must be at least {least}, not {value}")
+    if choices:
+        check_choice(field.name, value, choices)
 
 
 def _typed(name: str, value: Any, hint: Any) -> Any:

@@ -10,8 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ahn.cli.loading import ModelSettings
-from ahn.cli.progress import work_bar
-from ahn.cli.terminal import UsageError, notes, output, say
+from ahn.cli.terminal import UsageError, notes, output, say, work_bar
 from ahn.config import setting
 from ahn.errors import ConfigError
 from ahn.evaluation.arm_names import GRAMMAR, find_arm

@@ -15,8 +15,7 @@ from ahn.cli.evaluation.options import Run, RunOptions, check_arms, open_run
 from ahn.cli.evaluation.score import SCORING_HELP, SCORINGS
 from ahn.cli.loading import ModelSettings
 from ahn.cli.options import from_fields
-from ahn.cli.progress import work_bar
-from ahn.cli.terminal import UsageError, notes, output
+from ahn.cli.terminal import UsageError, notes, output, work_bar
 from ahn.config import setting
 from ahn.evaluation.arm_names import ARMS_HELP
 from ahn.evaluation.benchmarks.schema import Scoring

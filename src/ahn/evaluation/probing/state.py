@@ -16,6 +16,7 @@ from torch import nn
 
 import ahn
 from ahn.attachment import Site, attachment_of
+from ahn.attention.recording import record_layers
 from ahn.evaluation.probing.gradients import check_text
 from ahn.generation import Reader
 from ahn.memories import Gating
@@ -98,7 +99,7 @@ def trace_state(
     evicted = ids.numel() - window - sinks
     stops = sorted({sinks + window + -(-evicted * look // looks) for look in range(1, looks + 1)})
     ranks = []
-    with ahn.mode(model, "ahn", window=window, sinks=sinks), _listening(sites) as heard:
+    with ahn.mode(model, "ahn", window=window, sinks=sinks), _listening(model, sites) as heard:
         reader = Reader(model, score=False)
         for start, stop in zip([0, *stops], stops):
             reader.feed(ids[start:stop])
@@ -115,21 +116,11 @@ def trace_state(
 
 
 @contextlib.contextmanager
-def _listening(sites: list[Site]) -> Iterator[dict[int, list[Gating]]]:
+def _listening(model: nn.Module, sites: list[Site]) -> Iterator[dict[int, list[Gating]]]:
     """Notes what the gates of every layer do, call after call."""
     heard: dict[int, list[Gating]] = {site.index: [] for site in sites}
-
-    def note(module: nn.Module, args: Any, kwargs: Any) -> None:
-        call = kwargs["ahn"]  # the library's own hook, which runs first, has put it there
-        gates = call.memory.gates(call.hidden) if call.gates is None else call.gates  # a single token brings none
-        heard[call.site.index].append(call.memory.gating(gates))
-
-    handles = [site.module.register_forward_pre_hook(note, with_kwargs=True) for site in sites]
-    try:
+    with record_layers(model, lambda layer: heard[layer.site.index].append(layer.memory.gating(layer.gates))):
         yield heard
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _joined(calls: list[Gating], field: str, sinks: int, evicted: int) -> torch.Tensor | None:

@@ -1,5 +1,6 @@
 """Training of the learned score for anchors: which tokens will later text look at, once they have left the window?"""
 
-from ahn.training.anchors.run import AnchorReport, AnchorSettings, check_anchor_settings, train_anchors
+from ahn.training.anchor_settings import AnchorSettings
+from ahn.training.anchors.run import AnchorReport, check_anchor_settings, train_anchors
 
 __all__ = ["AnchorReport", "AnchorSettings", "check_anchor_settings", "train_anchors"]

@@ -13,7 +13,6 @@ import torch
 from torch import nn
 
 import ahn
-from ahn.anchors.scores import SCORES
 from ahn.attachment import attachment_of
 from ahn.checkpoint.anchors import ANCHORS
 from ahn.errors import ConfigError
@@ -21,6 +20,7 @@ from ahn.generation import read
 from ahn.models import load_model, load_tokenizer, resolve
 from ahn.models.text import evenly
 from ahn.surgery import set_score_weights
+from ahn.training.anchor_settings import HELD_OUT, QUESTION_TOKENS, AnchorSettings, scores_with_weights
 from ahn.training.anchors.asked import collect
 from ahn.training.anchors.documents import FORMATS, Document, UnfitText, make_document
 from ahn.training.anchors.fit import Fit, fit
@@ -29,59 +29,11 @@ from ahn.training.data import Cut, load_pieces
 from ahn.training.log import Say
 from ahn.training.sources import check_places
 
-_HELD_OUT = 6  # every sixth document
-_QUESTIONS = 200  # tokens of a document that are left for them
 _SINKS = 4
 _TOP = 64  # tokens of a document that are learned from because they were needed most
 _OTHERS = 320  # and others
 KEPT = (32, 64, 128)
 """Numbers of anchors that the closing table is about."""
-MADE = tuple(name for name, score in SCORES.items() if score.weights is not None)
-"""Scores that are made here."""
-
-
-@dataclasses.dataclass(frozen=True)
-class AnchorSettings:
-    """Settings of the making of scores.
-
-    Attributes:
-        data: Files, folders and datasets to hide facts in.
-        out: Folder for the weights.
-        base: The base model, as for `ahn.from_pretrained`.
-        documents: Texts that facts are hidden in.
-        length: Tokens of each, its questions included.
-        window: Tokens that count as near.
-        voters: Layers that vote by "learned", evenly spread over the middle half of the model.
-        width: Units of a vote.
-        left_out: Kind of fact that is kept for the closing table alone, a name of `FORMATS`.
-        seed: What all random numbers depend on.
-        scores: Which scores are made, names of `MADE`. "asked" trains nothing.
-
-    Raises:
-        ConfigError: A value is out of range.
-    """
-
-    data: tuple[str, ...]
-    out: str
-    base: str = "smollm2-135m"
-    documents: int = 120
-    length: int = 1280
-    window: int = 256
-    voters: int = 3
-    width: int = 32
-    left_out: str = "fare"
-    seed: int = 0
-    scores: tuple[str, ...] = MADE
-
-    def __post_init__(self) -> None:
-        least = {"documents": _HELD_OUT, "window": 8, "length": self.window + _QUESTIONS + 64, "voters": 1, "width": 1}
-        for name, value in least.items():
-            if getattr(self, name) < value:
-                raise ConfigError(f"{name} must be at least {value}, not {getattr(self, name)}")
-        if not self.scores or not set(self.scores) <= set(MADE):
-            raise ConfigError(f"scores must be some of {', '.join(MADE)}, not {', '.join(self.scores) or 'none'}")
-        if self.left_out not in FORMATS:
-            raise ConfigError(f"left_out must be one of {', '.join(FORMATS)}, not {self.left_out!r}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,7 +68,7 @@ def check_anchor_settings(settings: AnchorSettings) -> None:
     if out.exists() and (not out.is_dir() or any(file.name != ANCHORS.config for file in out.iterdir())):
         raise ConfigError(f"{settings.out} is not empty; name another folder")
     check_places(settings.data)
-    resolve(settings.base)
+    resolve(settings.model)
 
 
 def train_anchors(settings: AnchorSettings, say: Say | None = None) -> AnchorReport:
@@ -134,8 +86,8 @@ def train_anchors(settings: AnchorSettings, say: Say | None = None) -> AnchorRep
     """
     say = say or (lambda text: None)
     check_anchor_settings(settings)
-    made = _documents(settings, load_tokenizer(settings.base))
-    model = load_model(settings.base)
+    made = _documents(settings, load_tokenizer(settings.model))
+    model = load_model(settings.model)
     ahn.attach(model, ahn.AHNConfig(window=settings.window, sinks=_SINKS))
     votes: dict[int, dict[str, nn.Module]] = {}
     queries, fits = {}, {}
@@ -152,8 +104,8 @@ def train_anchors(settings: AnchorSettings, say: Say | None = None) -> AnchorRep
         set_score_weights(site, votes.get(site.index, {}))
     ahn.save_anchors(model, settings.out, dtype="float16")
     say("looking which facts of held-out documents are kept")
-    scores = ("key_diff", *(score for score in MADE if score in settings.scores))
-    kept, facts = _kept(model, made[_HELD_OUT - 1 :: _HELD_OUT], scores, settings.window)
+    scores = ("key_diff", *(score for score in scores_with_weights() if score in settings.scores))
+    kept, facts = _kept(model, made[HELD_OUT - 1 :: HELD_OUT], scores, settings.window)
     explained = {layer: (found.ridge, found.explained) for layer, found in fits.items()}
     return AnchorReport(explained, {layer: len(weights.queries) for layer, weights in queries.items()}, kept, facts)
 
@@ -181,7 +133,7 @@ def _fits(model: nn.Module, made: list[Document], settings: AnchorSettings, say:
 
 def _documents(settings: AnchorSettings, tokenizer: Any) -> list[Document]:
     """Documents with facts; the kind that is left out stands in held-out ones alone."""
-    length = settings.length - _QUESTIONS
+    length = settings.length - QUESTION_TOKENS
     pieces, _ = load_pieces(settings.data, tokenizer, Cut(length, length // 2, per_document=200))
     if not len(pieces):
         raise ConfigError(f"no text has {length // 2:,} tokens; give longer ones, or a smaller length")
@@ -202,7 +154,7 @@ def _documents(settings: AnchorSettings, tokenizer: Any) -> list[Document]:
 
 
 def _is_held_out(number: int) -> bool:
-    return number % _HELD_OUT == _HELD_OUT - 1
+    return number % HELD_OUT == HELD_OUT - 1
 
 
 def _chosen(needed_T: torch.Tensor, document: Document, window: int, generator: torch.Generator) -> torch.Tensor:

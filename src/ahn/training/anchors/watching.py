@@ -17,8 +17,9 @@ from transformers.modeling_utils import AttentionInterface
 
 import ahn
 from ahn.attachment import Site, attachment_of
-from ahn.attention.call import mask_function
 from ahn.attention.function import attention_function
+from ahn.attention.masks import mask_function
+from ahn.backbone import compat
 from ahn.backbone.rotary import Tables
 from ahn.backbone.survey import find_backbone, implementation
 
@@ -96,9 +97,8 @@ def watch(model: nn.Module, ids: torch.Tensor, look: Look) -> None:
         look: Is given what each layer sees, in their order.
     """
     attachment, backbone = attachment_of(model), find_backbone(model)
-    device = next(backbone.parameters()).device
     with ahn.mode(model, "full"), _watched(backbone, attachment.sites, look), implementation(backbone, WATCHED):
-        backbone(input_ids=ids[None].to(device), use_cache=False)
+        backbone(input_ids=ids[None].to(compat.input_device(backbone)), use_cache=False)
 
 
 @contextlib.contextmanager

@@ -1,0 +1,91 @@
+"""Layers that decode together: layers of one kind, whose states lie in one tensor.
+
+Legend of shapes: L layers, B batch, D hidden size, N gates per head, H query heads, G key/value heads, K key size,
+V value size, F numbers per record.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable
+
+import torch
+
+from ahn.attachment import Site
+from ahn.cache.layer import HippocampalLayer
+from ahn.cache.record import TokenRecord
+from ahn.memories import Memory
+
+
+@dataclasses.dataclass(eq=False)
+class LayerGroup:
+    """Layers of one shape, kind of memory, window and device.
+
+    Attributes:
+        indices: Their layer indices.
+        memories: Their memories.
+        stores: Their parts of the cache.
+        states: The states of all of them, `[L, B, *state_shape()]`, of which each layer of the cache holds its part.
+    """
+
+    indices: list[int]
+    memories: list[Memory]
+    stores: list[HippocampalLayer]
+    states: torch.Tensor | None = None
+
+    def update(self) -> None:
+        """Updates the states with the token that leaves. The former ones stay as they are, should the call fail."""
+        leaving = [store.exact.leaving() for store in self.stores]
+        k_LBGK, v_LBGV, record_LB1F = (torch.stack(tensors).squeeze(3) for tensors in zip(*leaving))
+        memory = self.memories[0]
+        gates_LB1NH = TokenRecord.unpack(record_LB1F, memory.gate_count, memory.shape.query_heads).gates
+        states = self._copied()
+        type(memory).update(k_LBGK, v_LBGV, gates_LB1NH.squeeze(2), states)
+        self.states = states
+        for store, state in zip(self.stores, states):
+            store.state = state
+
+    def write_gates(self, hidden: dict[int, torch.Tensor]) -> None:
+        """Stores the gates of the new token, from what each attention layer read, `[B, 1, D]` by layer index."""
+        x_LBD = torch.stack([hidden[index] for index in self.indices]).squeeze(2)
+        gates_LBNH = type(self.memories[0]).gates_of_layers(self.memories, x_LBD)
+        for store, record_BF in zip(self.stores, TokenRecord(gates_LBNH, None).pack()):
+            store.exact.write_record(record_BF)
+
+    def leaves(self, sinks: int) -> bool:
+        """Whether a token leaves the window when the next one comes."""
+        return self.stores[0].exact.seen - self.stores[0].exact.window >= sinks
+
+    def has_states(self) -> bool:
+        """Whether every layer has a state."""
+        return all(store.state is not None for store in self.stores)
+
+    def _copied(self) -> torch.Tensor:
+        """A copy of the states in one tensor, from where they lie together or from wherever each of them lies."""
+        held = [store.state for store in self.stores if store.state is not None]
+        if self.states is None or not all(map(_is_same, self.states, held)):
+            return torch.stack(held)
+        return self.states.clone()
+
+
+def group_layers(sites: Iterable[Site], stores: Iterable[object]) -> list[LayerGroup]:
+    """Those layers of a cache that decode together.
+
+    Args:
+        sites: The attention layers of the model.
+        stores: Their parts of the cache.
+    """
+    found: dict[tuple[object, ...], LayerGroup] = {}
+    for site, store in zip(sites, stores, strict=True):
+        if site.memory is not None and isinstance(store, HippocampalLayer):
+            weight = site.memory.o_proj
+            kind = type(site.memory), site.shape, store.exact.window, weight.dtype, weight.device
+            group = found.setdefault(kind, LayerGroup([], [], []))
+            group.indices.append(site.index)
+            group.memories.append(site.memory)
+            group.stores.append(store)
+    return list(found.values())
+
+
+def _is_same(mine: torch.Tensor, other: torch.Tensor) -> bool:
+    return mine.data_ptr() == other.data_ptr() and mine.shape == other.shape
