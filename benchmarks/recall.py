@@ -20,8 +20,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ahn.evaluation.recall.findings import capacity_curve, cells, heat_map
-from ahn.evaluation.recall.items import EVICTED
-from ahn.evaluation.recall.tasks import TASKS, RecallSettings
+from ahn.evaluation.recall.tasks import EVICTED, TASKS, RecallSettings
 from ahn.evaluation.report import write_whole
 
 HERE = Path(__file__).parent

@@ -10,8 +10,9 @@ from transformers import AutoTokenizer
 
 from ahn.cli.texts import reference
 from ahn.evaluation.errors import EvaluationError
-from ahn.evaluation.recall.items import ItemMaker, RecallItem, RecallSettings, sentences
-from ahn.evaluation.recall.tasks import TASKS
+from ahn.evaluation.recall.items import ItemMaker, RecallItem
+from ahn.evaluation.recall.tasks import TASKS, RecallSettings
+from ahn.models.text import sentences
 from tests.cli.test_cli import write_tokenizer
 
 SINKS, WINDOW = 100, 900

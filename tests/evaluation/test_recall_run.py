@@ -22,9 +22,10 @@ from ahn.evaluation.arms import arm_reader
 from ahn.evaluation.journal import Journal
 from ahn.evaluation.recall import findings
 from ahn.evaluation.recall.findings import by_depth, capacity_curve, cells, heat_map, moved_and_dropped, verdicts
-from ahn.evaluation.recall.items import ItemMaker, RecallItem, RecallSettings, sentences
-from ahn.evaluation.recall.tasks import TASKS
+from ahn.evaluation.recall.items import ItemMaker, RecallItem
+from ahn.evaluation.recall.tasks import TASKS, RecallSettings
 from ahn.evaluation.report import read_report
+from ahn.models.text import sentences
 from tests.cli.test_cli import write_tokenizer
 from tests.tiny import tiny
 

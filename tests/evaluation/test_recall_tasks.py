@@ -11,8 +11,9 @@ import pytest
 
 from ahn.evaluation.recall import tasks as values
 from ahn.evaluation.recall.findings import in_answer, rank
-from ahn.evaluation.recall.items import ItemMaker, _hardest, _span_label, sentences
+from ahn.evaluation.recall.items import ItemMaker, _hardest, _span_label
 from ahn.evaluation.recall.tasks import TASKS, Facts, Spec
+from ahn.models.text import sentences
 
 SPEC = Spec("", 0, depth=0.5, facts=12, number=0, values=3, distractors=4)
 

@@ -13,24 +13,21 @@ from ahn.cli.loading import ModelSettings
 from ahn.cli.options import from_fields
 from ahn.cli.terminal import UsageError, notes, output, say
 from ahn.cli.texts import reference
-from ahn.evaluation.recall.tasks import TASKS, RecallSettings
+from ahn.evaluation.page import Page
+from ahn.evaluation.recall.tasks import EVICTED, TASKS, RecallSettings
+from ahn.evaluation.tables import ResultTable, with_interval
 
 if TYPE_CHECKING:
-    from ahn.evaluation.page import Page
     from ahn.evaluation.recall.items import ItemMaker
-    from ahn.evaluation.tables import ResultTable
 
 EXAMPLES = """Examples:
 
 ahn eval recall --window 256 --lengths 1024 --items 1  [dim]# a first look[/dim]
 
-ahn eval recall --tasks number,multi_key --lengths 2048,4096 --out recall
-
-ahn eval recall --tasks capacity --facts 4,8,16,32,64 --arms full,window,ahn
+ahn eval recall --tasks multi_key,capacity --facts 4,8,16,32,64 --lengths 2048,4096 --out recall
 
 ahn eval recall --arms full,window+64,ahn+64,ahn+64:random,ahn+64:oracle  [dim]# oracle: told which tokens to keep[/dim]
 """
-_REFERENCE = "Python's reference"
 COLUMNS = ("task", "tokens", "facts", "span", "arm", "texts", "values", "in the answer", "ranked first", "mean rank")
 
 
@@ -45,12 +42,13 @@ def command(settings: RecallSettings, source: ModelSettings, options: RunOptions
     text = reference() if haystack is None else checks.text_file("--haystack", haystack)
     checksum = hashlib.sha256(text.encode()).hexdigest()[:16]
     own = {name: value for name, value in vars(settings).items() if name not in ("arms", "seed")}
-    own["haystack"] = f"{'a file' if haystack else _REFERENCE}, SHA-256 {checksum}"
+    own["haystack"] = ("a file" if haystack else "Python's reference") + f", SHA-256 {checksum}"
     run = open_run("recall", source, options, settings.arms, **own)
     loaded = run.load()
     from ahn.attachment import attachment_of
     from ahn.evaluation.recall.findings import measure
-    from ahn.evaluation.recall.items import ItemMaker, sentences
+    from ahn.evaluation.recall.items import ItemMaker
+    from ahn.models.text import sentences
 
     if loaded.adapter is None and "ahn" in run.arms:
         say("the memory is untrained: ahn answers as window does", "yellow")
@@ -77,8 +75,6 @@ def _show(run: Run, model: Any, maker: ItemMaker, records: list[dict[str, Any]])
     say(f"window {maker.window:,}, sinks {maker.sinks:,}; spans are those when the question begins", console=output())
     for table in _tables(rows, settings):
         table.print(output())
-    for sentence in sentences:
-        say(sentence, "bold red" if "NONE" in sentence else "bold", console=output())
     were = {number: " was" if number == 1 else "s were" for number in (moved, dropped)}
     notices = [f"{moved:,} needle{were[moved]} moved by some sentences, out of the border of two spans."]
     if dropped:
@@ -86,8 +82,9 @@ def _show(run: Run, model: Any, maker: ItemMaker, records: list[dict[str, Any]])
     notices += [f"{number:,} facts do not fit into {length:,} tokens." for length, number in maker.left_out]
     if "full" in settings.arms and max(settings.lengths) > trained_context:
         notices.append(f"full reads more than the {trained_context:,} tokens that the model was trained on.")
-    for sentence in notices:
-        say(sentence, console=output())
+    for sentence in (*sentences, *notices):
+        style = "" if sentence in notices else "bold red" if "NONE" in sentence else "bold"
+        say(sentence, style, console=output())
     if run.out is not None:
         left_out = [{"length": length, "facts": number} for length, number in maker.left_out]
         results = {"cells": rows, "verdicts": sentences, "chance": settings.chance}
@@ -97,9 +94,6 @@ def _show(run: Run, model: Any, maker: ItemMaker, records: list[dict[str, Any]])
 
 def _tables(rows: list[dict[str, Any]], settings: RecallSettings) -> list[ResultTable]:
     """A row for every task, length and span, a column for every arm; zeros of evicted needles stand out."""
-    from ahn.evaluation.recall.items import EVICTED
-    from ahn.evaluation.tables import ResultTable
-
     lines: dict[tuple[str, int, str], dict[str, Any]] = {}
     for cell in rows:
         name = cell["task"] if cell["facts"] is None else f"{cell['task']} {cell['facts']}"
@@ -129,9 +123,7 @@ def _tables(rows: list[dict[str, Any]], settings: RecallSettings) -> list[Result
 def _page(
     run: Run, maker: ItemMaker, records: list[dict[str, Any]], rows: list[dict[str, Any]], sentences: list[str]
 ) -> Page:
-    from ahn.evaluation.page import Page
     from ahn.evaluation.recall.findings import capacity_curve, heat_map
-    from ahn.evaluation.tables import ResultTable, with_interval
 
     settings, page = maker.settings, Page(f"Recall by span: {run.source.model}")
     page.text(

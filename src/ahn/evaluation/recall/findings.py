@@ -17,8 +17,8 @@ from ahn.evaluation.bootstrap import interval
 from ahn.evaluation.drawing import arm_colours, new_figure
 from ahn.evaluation.driver import Job, OnProgress, complete
 from ahn.evaluation.journal import Journal
-from ahn.evaluation.recall.items import EVICTED, LABELS, ItemMaker, RecallItem
-from ahn.evaluation.recall.tasks import RecallSettings, Spec, Value
+from ahn.evaluation.recall.items import ItemMaker, RecallItem
+from ahn.evaluation.recall.tasks import EVICTED, LABELS, RecallSettings, Spec, Value
 from ahn.models import prompts
 
 _GROUPED = re.compile(r"(?<=\d),(?=\d{3})")
@@ -29,13 +29,9 @@ Record = dict[str, Any]
 
 
 def measure(model: Any, maker: ItemMaker, journal: Journal, on_progress: OnProgress = lambda *_: None) -> list[Record]:
-    """The records of all texts and arms; what the journal does not hold yet is read.
+    """The records of all texts and arms; what the journal does not hold yet is read, and kept there at once.
 
-    Args:
-        model: A causal language model with a memory attached.
-        maker: Makes the texts.
-        journal: Where each arm's answers to one text are kept as soon as they are there.
-        on_progress: Called with the number of tokens of `maker.tokens` that are read.
+    `on_progress` is told how many of the maker's tokens are read.
     """
     stop = prompts.stop_ids(model, maker.tokenizer)
     jobs = (

@@ -1,8 +1,4 @@
-"""The texts of a run as tokens: filled up to a length, and needles moved until each is in one span.
-
-A needle is among the sinks, in the window, or evicted when it is asked for. Each text is made anew from the seed and
-its own name.
-"""
+"""The texts of a run as tokens, each made anew from the seed and its name: filled up to a length, needles in one span."""
 
 from __future__ import annotations
 
@@ -11,49 +7,23 @@ import dataclasses
 import functools
 import itertools
 import random
-import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from ahn.evaluation.errors import EvaluationError
-from ahn.evaluation.recall.tasks import TASKS, Facts, Needle, Question, Questions, RecallSettings, Spec, Value
+from ahn.evaluation.recall.tasks import EVICTED, LABELS, TASKS, Facts, Needle, Question, RecallSettings, Spec, Value
 from ahn.models import prompts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-EVICTED = "evicted"
-LABELS = ("sinks", "window", EVICTED)
-"""Spans of a text, in the order of tables; the last one is the hardest to reach."""
-
-_LONGEST = 400  # characters of a sentence; what goes on for longer is cut between words
 _SHORTEST = 3  # tokens of a sentence
 _ROUNDS = 6
 _LOOK_AHEAD = 80  # sentences among which the last one is chosen, so that the text gets the wanted length
 _FURTHEST = 60  # sentences by which a needle may be moved
-# After the end of a sentence with its quotes and brackets, after an empty line, and after a full stop of Chinese.
-_ENDS = re.compile(r"(?<=[.!?])[\"'”’)\]]*\s+|\n\s*\n\s*|[。！？]+[”’」』）]*\s*")
 _MISSING = 0.05  # share of a length that a haystack may be too short by
 _ROOM = 8  # tokens that an answer may take besides its values
 _ROOM_PER_VALUE = 6
-
-
-def sentences(text: str) -> list[str]:
-    """A text in sentences that join to the whole, each with the white space after it.
-
-    A sentence of more than 400 characters is cut between words, or anywhere if it has none.
-    """
-    ends = [match.end() for match in _ENDS.finditer(text)]
-    parts = (text[start:stop] for start, stop in zip([0, *ends], [*ends, len(text)]))
-    return [short for part in parts for short in _shortened(part) if short.strip()]
-
-
-def _shortened(sentence: str) -> Iterator[str]:
-    while len(sentence) > _LONGEST:
-        cut = sentence.rfind(" ", 1, _LONGEST) + 1 or _LONGEST
-        yield sentence[:cut]
-        sentence = sentence[cut:]
-    yield sentence
 
 
 def _span_label(start: int, stop: int, sinks: int, window: int, question: int, end: int) -> str | None:
@@ -154,18 +124,17 @@ class RecallItem:
 
     Attributes:
         context: Token ids of the chat's opening and the text.
-        questions: As `Facts.questions`.
         labels: Span of the needles of each value; `None`, which counts for nothing, if they straddle two everywhere.
         depths: Where the first needle of each value is in the text: 0 is the beginning, 1 the end.
         needles: Tokens of the needles that are asked for, places in `context`.
         window_begins: Depth in the text at which the window begins; 0 or less if all of it is in the window.
         moved: Needles that straddled two spans and were moved.
-        tokens: Tokens of the longest prompt, without the answer.
+        tokens: Tokens of the longest prompt.
         dropped: Values that count for nothing.
     """
 
     context: tuple[int, ...]
-    questions: Questions
+    questions: dict[Question, tuple[Value, ...]]
     labels: dict[Value, str | None]
     depths: dict[Value, float]
     needles: frozenset[int]

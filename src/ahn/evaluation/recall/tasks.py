@@ -1,7 +1,6 @@
 """What is hidden in a text and what is asked about it, task by task: pure data, the same for the same random numbers.
 
-The tasks follow RULER (arXiv 2404.06654) with words of their own. The capacity curve asks for some of N facts, as in
-associative recall.
+The tasks follow RULER (arXiv 2404.06654) with words of their own; capacity asks for some of N facts.
 """
 
 from __future__ import annotations
@@ -15,6 +14,10 @@ from typing import NamedTuple
 
 from ahn.config import setting
 from ahn.evaluation.arm_names import ARMS, ARMS_HELP
+
+EVICTED = "evicted"
+LABELS = ("sinks", "window", EVICTED)
+"""Spans of a text, in the order of tables; the last one is the hardest to reach."""
 
 _OTHER_KEYS = 3  # needles with other keys beside the one that multi_key asks for
 _TRIES = 30  # draws of a new value before a longer one is made
@@ -155,10 +158,9 @@ def _multi_query(rng: random.Random, spec: Spec) -> Facts:
 
 
 def _variables(rng: random.Random, spec: Spec) -> Facts:
-    """Two chains of variables, each set to the one before; one chain is asked for by its number.
+    """Two chains of variables, each set to the one before, from the wanted depth on; one is asked for by its number.
 
-    The chain begins at the wanted depth and is spread over the rest of the text. A variable is known only through all
-    those before it, so the one that is hardest to reach gives it its span.
+    A variable is known only through all those before it, so the one that is hardest to reach gives it its span.
     """
     names, numbers = _new(rng, "variable", 2 * spec.values), _new(rng, "number", 2)
     chain, other = names[: spec.values], names[spec.values :]
