@@ -142,11 +142,9 @@ def make_page(probe: Probe, report: EvaluationReport, top: int) -> Page:
     """
     tokens, scale = shown(probe)
     page = Page(f"What the memory has kept of {probe.title}")
-    for sentence in summary(probe):
-        page.text(sentence)
+    page.text(*summary(probe))
     page.heading("Gradient of the loss on every token")
-    page.text(_MEANING)
-    page.text(_WAYS[probe.positions])
+    page.text(_MEANING, _WAYS[probe.positions])
     page.markup(coloured_text(tokens, scale), STYLE)
     page.table(_table(tokens, top))
     page.heading("State and gates")

@@ -43,9 +43,9 @@ class Page:
         self._styles = [_STYLE]
         self.figures: dict[str, Any] = {}
 
-    def text(self, paragraph: str) -> None:
-        """Adds a paragraph."""
-        self._parts.append(f"<p>{escape(paragraph)}</p>")
+    def text(self, *paragraphs: str) -> None:
+        """Adds paragraphs."""
+        self._parts += [f"<p>{escape(paragraph)}</p>" for paragraph in paragraphs]
 
     def heading(self, text: str) -> None:
         """Adds a heading."""

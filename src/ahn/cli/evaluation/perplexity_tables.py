@@ -68,8 +68,7 @@ def make_page(settings: dict[str, Any], results: dict[str, Any], lines: Sequence
     from ahn.evaluation.perplexity.curves import plot
 
     page = Page(f"Streaming perplexity: {settings['model']}")
-    for line in lines:
-        page.text(line)
+    page.text(*lines)
     first, *others = tables(settings, results)
     page.table(first)
     sinks, window = settings["sinks"], settings["window"]
@@ -81,8 +80,7 @@ def make_page(settings: dict[str, Any], results: dict[str, Any], lines: Sequence
     )
     for table in others:
         page.table(table)
-    for line in remarks(results):
-        page.text(line)
+    page.text(*remarks(results))
     page.heading("Documents")
     arms = list(results["arms"])
     rows = [[row["name"], row["tokens"], *_scores(row["nll"]["beyond"], arms)] for row in results["documents"]]

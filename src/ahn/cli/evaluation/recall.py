@@ -28,6 +28,7 @@ ahn eval recall --tasks multi_key,capacity --facts 4,8,16,32,64 --lengths 2048,4
 
 ahn eval recall --arms full,window+64,ahn+64,ahn+64:random,ahn+64:oracle  [dim]# oracle: told which tokens to keep[/dim]
 """
+Rows = list[dict[str, Any]]
 COLUMNS = ("task", "tokens", "facts", "span", "arm", "texts", "values", "in the answer", "ranked first", "mean rank")
 
 
@@ -38,11 +39,10 @@ def command(settings: RecallSettings, source: ModelSettings, options: RunOptions
         checks.one_of("--tasks", task, tuple(TASKS))
     lengths, facts = _numbers("--lengths", settings.lengths), _numbers("--facts", settings.facts)
     settings = dataclasses.replace(settings, lengths=lengths, facts=facts, seed=options.seed)
-    haystack = settings.haystack
-    text = reference() if haystack is None else checks.text_file("--haystack", haystack)
+    text = reference() if settings.haystack is None else checks.text_file("--haystack", settings.haystack)
     checksum = hashlib.sha256(text.encode()).hexdigest()[:16]
     own = {name: value for name, value in vars(settings).items() if name not in ("arms", "seed")}
-    own["haystack"] = ("a file" if haystack else "Python's reference") + f", SHA-256 {checksum}"
+    own["haystack"] = ("a file" if settings.haystack else "Python's reference") + f", SHA-256 {checksum}"
     run = open_run("recall", source, options, settings.arms, **own)
     loaded = run.load()
     from ahn.attachment import attachment_of
@@ -64,7 +64,7 @@ def command(settings: RecallSettings, source: ModelSettings, options: RunOptions
     _show(run, loaded.model, maker, records)
 
 
-def _show(run: Run, model: Any, maker: ItemMaker, records: list[dict[str, Any]]) -> None:
+def _show(run: Run, model: Any, maker: ItemMaker, records: Rows) -> None:
     """Prints the results, and writes them where they are wanted."""
     from ahn.attachment import attachment_of
     from ahn.evaluation.recall.findings import cells, moved_and_dropped, verdicts
@@ -92,7 +92,7 @@ def _show(run: Run, model: Any, maker: ItemMaker, records: list[dict[str, Any]])
         run.finish(results, _page(run, maker, records, rows, [*sentences, *notices]), model)
 
 
-def _tables(rows: list[dict[str, Any]], settings: RecallSettings) -> list[ResultTable]:
+def _tables(rows: Rows, settings: RecallSettings) -> list[ResultTable]:
     """A row for every task, length and span, a column for every arm; zeros of evicted needles stand out."""
     lines: dict[tuple[str, int, str], dict[str, Any]] = {}
     for cell in rows:
@@ -120,9 +120,7 @@ def _tables(rows: list[dict[str, Any]], settings: RecallSettings) -> list[Result
     ]
 
 
-def _page(
-    run: Run, maker: ItemMaker, records: list[dict[str, Any]], rows: list[dict[str, Any]], sentences: list[str]
-) -> Page:
+def _page(run: Run, maker: ItemMaker, records: Rows, rows: Rows, sentences: list[str]) -> Page:
     from ahn.evaluation.recall.findings import capacity_curve, heat_map
 
     settings, page = maker.settings, Page(f"Recall by span: {run.source.model}")
@@ -131,8 +129,7 @@ def _page(
         "question began, and in the window if it is there until the answer ends."
     )
     page.heading("Evicted needles")
-    for sentence in sentences:
-        page.text(sentence)
+    page.text(*sentences)
     for task in settings.tasks:
         counts = TASKS[task].counts_facts
         if not counts or any(cell["facts"] for cell in rows):

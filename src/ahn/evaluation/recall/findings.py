@@ -104,7 +104,6 @@ def _ranks(maker: ItemMaker, reader: ArmReader, values: Sequence[Value]) -> dict
 
 
 def _after(reader: ArmReader, ids: Sequence[int]) -> ArmReader:
-    """A copy of a reader that has read some tokens more."""
     fork = reader.fork()
     fork.feed(torch.tensor(ids))
     return fork

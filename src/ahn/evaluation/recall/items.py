@@ -1,4 +1,4 @@
-"""The texts of a run as tokens, each made anew from the seed and its name: filled up to a length, needles in one span."""
+"""The texts of a run as tokens, each made anew from the seed and its name: filled up to a length, needles in spans."""
 
 from __future__ import annotations
 

@@ -6,6 +6,7 @@ The tasks follow RULER (arXiv 2404.06654) with words of their own; capacity asks
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import random
 import uuid
@@ -122,13 +123,10 @@ def _new(rng: random.Random, kind: str, count: int, taken: Collection[str] = ())
     return values
 
 
-def _single(kind: str) -> Callable[[random.Random, Spec], Facts]:
-    def make(rng: random.Random, spec: Spec) -> Facts:
-        (key,) = _new(rng, "word", 1)
-        right, *wrong = _new(rng, kind, 1 + spec.distractors, [key])
-        return Facts(_needles([key], [right], [spec.depth or 0.0], kind), _ask(key, right, 0, wrong, kind))
-
-    return make
+def _single(rng: random.Random, spec: Spec, kind: str = "number") -> Facts:
+    (key,) = _new(rng, "word", 1)
+    right, *wrong = _new(rng, kind, 1 + spec.distractors, [key])
+    return Facts(_needles([key], [right], [spec.depth or 0.0], kind), _ask(key, right, 0, wrong, kind))
 
 
 def _multi_key(rng: random.Random, spec: Spec) -> Facts:
@@ -220,9 +218,9 @@ class RecallTask(NamedTuple):
 
 
 TASKS = {
-    "number": RecallTask("one needle, a number", _single("number")),
-    "word": RecallTask("one needle, a word", _single("word")),
-    "uuid": RecallTask("one needle, a UUID", _single("code")),
+    "number": RecallTask("one needle, a number", _single),
+    "word": RecallTask("one needle, a word", functools.partial(_single, kind="word")),
+    "uuid": RecallTask("one needle, a UUID", functools.partial(_single, kind="code")),
     "multi_key": RecallTask("one of several keys", _multi_key),
     "multi_value": RecallTask("all values of one key", _multi_value),
     "multi_query": RecallTask("the values of several keys", _multi_query),
@@ -256,7 +254,6 @@ def _pairs(rng: random.Random, count: int) -> tuple[list[str], list[str]]:
 
 
 def _wrong(rng: random.Random, near: Sequence[str], right: Sequence[str], spec: Spec) -> tuple[str, ...]:
-    """Wrong numbers: those of the same text first, then new ones."""
     wrong = [number for number in near if number not in right][: spec.distractors]
     return (*wrong, *_new(rng, "number", spec.distractors - len(wrong), [*near, *right]))
 
