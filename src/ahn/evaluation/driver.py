@@ -34,7 +34,7 @@ def complete(jobs: Iterable[Job], journal: Journal, on_progress: OnProgress) -> 
     Args:
         jobs: In the order in which they are done, the same in every run.
         journal: Where the records are kept.
-        on_progress: Called with what is done by now, that of former runs included.
+        on_progress: Called with what is done by now, that of former runs included: before each job and at the end.
 
     Yields:
         The record of each job, as the journal gives it back.
@@ -45,8 +45,8 @@ def complete(jobs: Iterable[Job], journal: Journal, on_progress: OnProgress) -> 
             on_progress(done)
             journal.add(job.key, job.measure(functools.partial(_tell, on_progress, done)))
         done += job.size
-        on_progress(done)
         yield journal.done[job.key]
+    on_progress(done)
 
 
 def _tell(on_progress: OnProgress, before: int, part: int, remark: str = "") -> None:
