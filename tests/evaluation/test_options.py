@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from ahn.anchors.scores import AnchorQueries
 from ahn.attachment import attachment_of
 from ahn.cli import main
-from ahn.cli.evaluation import options, recall
+from ahn.cli.evaluation import recall, runs
 from ahn.cli.loading import ModelSettings
 from ahn.errors import AHNError
 from ahn.evaluation.arm_names import GRAMMAR
@@ -61,22 +61,22 @@ def test_arms_are_named_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_goes_on_with_the_same_settings_only(capsys: pytest.CaptureFixture[str]) -> None:
-    shared = (TINY, options.RunOptions(Path("run")), ARMS)
-    run = options.open_run("perplexity", *shared, length=5)
+    shared = (TINY, runs.RunOptions(Path("run")), ARMS)
+    run = runs.open_run("perplexity", *shared, length=5)
     assert run.settings["arms"] == ["window", "ahn"]
     assert not Path("run").exists()
     run.journal.add("a", {"x": 1})
     assert capsys.readouterr().err == ""
-    assert options.open_run("perplexity", *shared, length=5).journal.done == {"a": {"x": 1}}
+    assert runs.open_run("perplexity", *shared, length=5).journal.done == {"a": {"x": 1}}
     assert capsys.readouterr().err == "going on with run: 1 finished item\n"
     with pytest.raises(AHNError, match="was begun with length = 5, not 6;"):
-        options.open_run("perplexity", *shared, length=6)
+        runs.open_run("perplexity", *shared, length=6)
     with pytest.raises(AHNError, match="was begun with command = perplexity, not recall;"):
-        options.open_run("recall", *shared, length=5)
+        runs.open_run("recall", *shared, length=5)
 
 
 def test_says_how_to_go_on(capsys: pytest.CaptureFixture[str]) -> None:
-    run = options.open_run("perplexity", TINY, options.RunOptions(Path("run")), ARMS)
+    run = runs.open_run("perplexity", TINY, runs.RunOptions(Path("run")), ARMS)
     run.journal.add("a", {})
     with pytest.raises(KeyboardInterrupt), run.working():
         raise KeyboardInterrupt
@@ -84,7 +84,7 @@ def test_says_how_to_go_on(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_finish(capsys: pytest.CaptureFixture[str]) -> None:
-    run = options.open_run("perplexity", TINY, options.RunOptions(Path("run")), ARMS)
+    run = runs.open_run("perplexity", TINY, runs.RunOptions(Path("run")), ARMS)
     page = Page("x")
     page.figure("curve", Figure(), "a curve")
     run.finish({"nll": 1.5}, page, with_memory())
@@ -121,8 +121,8 @@ def test_score_checksum() -> None:
 
 
 def checksum(model: Any) -> str:
-    return options.weights_checksum((site.index, site.memory) for site in attachment_of(model).sites)
+    return runs.weights_checksum((site.index, site.memory) for site in attachment_of(model).sites)
 
 
 def score_checksum(model: Any) -> str:
-    return options.weights_checksum((site.index, site.anchor_weights) for site in attachment_of(model).sites)
+    return runs.weights_checksum((site.index, site.anchor_weights) for site in attachment_of(model).sites)

@@ -15,11 +15,11 @@ import ahn
 from ahn.cli import main
 from ahn.evaluation import EvaluationError
 from ahn.evaluation.journal import Journal
-from ahn.evaluation.perplexity import scoring as measuring
+from ahn.evaluation.perplexity import reading as measuring
 from ahn.evaluation.perplexity.averages import average, closed_share
 from ahn.evaluation.perplexity.documents import TokenDocument, pieces, whole
 from ahn.evaluation.perplexity.ngrams import GROUPS, group_tokens
-from ahn.evaluation.perplexity.scoring import PerplexityPlan, bin_tokens, key, make_plan, measure, read_all
+from ahn.evaluation.perplexity.reading import PerplexityPlan, bin_tokens, key, make_plan, measure, read_all
 from ahn.evaluation.report import read_report
 from ahn.generation import read
 from tests.cli.test_cli import as_before, place  # noqa: F401 (fixtures)

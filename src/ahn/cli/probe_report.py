@@ -10,7 +10,7 @@ from rich.text import Text
 
 from ahn.evaluation.page import Page
 from ahn.evaluation.probing.figures import draw
-from ahn.evaluation.probing.tokens import STYLE, Scale, ShownToken, coloured_text, show_tokens, strongest, token_texts
+from ahn.evaluation.probing.shading import STYLE, Scale, ShownToken, coloured_text, show_tokens, strongest, token_texts
 from ahn.evaluation.report import EvaluationReport, environment
 from ahn.evaluation.tables import ResultTable
 

@@ -13,7 +13,7 @@ from typing import Any
 from ahn.evaluation.benchmarks import find, find_in_file_name
 from ahn.evaluation.benchmarks.schema import Sample, Target
 from ahn.evaluation.errors import EvaluationError
-from ahn.evaluation.metrics.options import with_letter
+from ahn.evaluation.metrics.choices import with_letter
 from ahn.evaluation.records import Record, read_records
 
 # Ours first, then what the official scripts write.

@@ -25,8 +25,8 @@ def command(
     ] = False,
 ) -> None:
     """Show how two evaluations differ: their settings, and their results number by number."""
-    from ahn.cli.evaluation.options import REPORT
-    from ahn.evaluation.comparison import compare
+    from ahn.cli.evaluation.runs import REPORT
+    from ahn.evaluation.differences import compare
     from ahn.evaluation.report import read_report
     from ahn.evaluation.tables import ResultTable
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ahn.cli import checks
-from ahn.cli.evaluation.options import Run, RunOptions, open_run
+from ahn.cli.evaluation.runs import Run, RunOptions, open_run
 from ahn.cli.loading import ModelSettings
 from ahn.cli.options import from_fields
 from ahn.cli.terminal import UsageError, output, say
@@ -61,7 +61,7 @@ def _evaluate(run: Run, loaded: Loaded, texts: dict[str, str]) -> None:
     from ahn.cli.evaluation import perplexity_tables
     from ahn.evaluation.perplexity.averages import average
     from ahn.evaluation.perplexity.ngrams import group_tokens
-    from ahn.evaluation.perplexity.scoring import make_plan, read_all
+    from ahn.evaluation.perplexity.reading import make_plan, read_all
 
     settings = run.settings
     tokens, every = _documents(settings, loaded, texts)

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from ahn.cli.loading import Loaded
     from ahn.evaluation.page import Page
     from ahn.evaluation.perplexity.documents import TokenDocument
-    from ahn.evaluation.perplexity.scoring import PerplexityPlan
+    from ahn.evaluation.perplexity.reading import PerplexityPlan
 
 _GROUPS = {
     "evicted": "repeats what left the window",

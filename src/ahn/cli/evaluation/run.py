@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ahn.cli import checks
-from ahn.cli.evaluation.options import Run, RunOptions, check_arms, open_run
+from ahn.cli.evaluation.runs import Run, RunOptions, check_arms, open_run
 from ahn.cli.evaluation.score import SCORING_HELP, SCORINGS
 from ahn.cli.loading import ModelSettings
 from ahn.cli.options import from_fields

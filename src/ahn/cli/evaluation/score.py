@@ -50,7 +50,7 @@ def command(settings: ScoreSettings) -> None:
     target = None if settings.json is None else settings.json.expanduser()
     checks.file_to_write("--json", target)
     from ahn.evaluation import averages, read_predictions, score_predictions
-    from ahn.evaluation.scores import to_json
+    from ahn.evaluation.set_scores import to_json
 
     scores = score_predictions(read_predictions(settings.files, settings.task), settings.scoring)
     for title in dict.fromkeys(each.target.benchmark.title for each in scores):

@@ -10,7 +10,7 @@ from ahn.evaluation.benchmarks import find
 from ahn.evaluation.benchmarks.schema import Fields, Hub, Sample, Target
 from ahn.evaluation.errors import AnswerError, EvaluationError
 from ahn.evaluation.libraries import library
-from ahn.evaluation.metrics.options import with_letter
+from ahn.evaluation.metrics.choices import with_letter
 from ahn.evaluation.records import Record, read_records
 
 

@@ -11,7 +11,7 @@ from ahn.evaluation.benchmarks import find
 from ahn.evaluation.benchmarks.schema import Scoring
 from ahn.evaluation.bootstrap import interval
 from ahn.evaluation.predictions import Prediction
-from ahn.evaluation.scores import SetScore, averages, score_predictions
+from ahn.evaluation.set_scores import SetScore, averages, score_predictions
 
 BASELINE = "window"
 """The arm that the others are compared with."""

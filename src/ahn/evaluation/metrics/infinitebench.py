@@ -1,4 +1,4 @@
-"""InfiniteBench's scorers, except those of its two tasks with options (`options.py`).
+"""InfiniteBench's scorers, except those of its two tasks with options (`choices.py`).
 
 Right or wrong is 1.0 or 0.0. A record without an answer scores 0. Where a scorer compares with one answer, that is the
 first.

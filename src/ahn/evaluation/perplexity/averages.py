@@ -13,7 +13,7 @@ from torch import nn
 from ahn.evaluation.bootstrap import interval
 from ahn.evaluation.perplexity.documents import TokenDocument
 from ahn.evaluation.perplexity.ngrams import GROUPS
-from ahn.evaluation.perplexity.scoring import PerplexityPlan, key
+from ahn.evaluation.perplexity.reading import PerplexityPlan, key
 from ahn.generation import full_cache_bytes
 
 SPANS = ("beyond", "after")
