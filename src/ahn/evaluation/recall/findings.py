@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from ahn.anchors.scores import oracle
 from ahn.evaluation.arms import ArmReader, arm_reader
 from ahn.evaluation.bootstrap import interval
+from ahn.evaluation.controls import CONTROLS, Oracle
 from ahn.evaluation.drawing import arm_colours, new_figure
 from ahn.evaluation.driver import Job, OnProgress, complete
 from ahn.evaluation.journal import Journal
@@ -62,25 +62,25 @@ def _record(model: Any, maker: ItemMaker, spec: Spec, arm: str, stop: Collection
     record |= {"values": [], "answers": [], "seconds": 0.0, "cache_bytes": 0}
     if item.dropped == len(item.labels):
         return record
-    with oracle(item.needles):
-        reader = arm_reader(model, arm, score=False)
-        reader.feed(torch.tensor(_context_for(arm, item, maker.sinks, maker.window)))
-        for question, values in item.questions.items():
-            counted = [value for value in values if item.labels[value] is not None]
-            if counted:
-                ranks = _ranks(maker, reader, counted)
-                answer = _after(reader, maker.closing(question)).answer(maker.tokenizer, maker.limit(values), stop)
-                record["answers"].append(answer)
-                record["values"] += [
-                    {
-                        "value": value.text,
-                        "label": item.labels[value],
-                        "depth": item.depths[value],
-                        "found": in_answer(value.text, answer),
-                        "rank": ranks[value],
-                    }
-                    for value in counted
-                ]
+    controls = {**CONTROLS, Oracle.name: Oracle(item.needles)}
+    reader = arm_reader(model, arm, score=False, controls=controls)
+    reader.feed(torch.tensor(_context_for(arm, item, maker.sinks, maker.window)))
+    for question, values in item.questions.items():
+        counted = [value for value in values if item.labels[value] is not None]
+        if counted:
+            ranks = _ranks(maker, reader, counted)
+            answer = _after(reader, maker.closing(question)).answer(maker.tokenizer, maker.limit(values), stop)
+            record["answers"].append(answer)
+            record["values"] += [
+                {
+                    "value": value.text,
+                    "label": item.labels[value],
+                    "depth": item.depths[value],
+                    "found": in_answer(value.text, answer),
+                    "rank": ranks[value],
+                }
+                for value in counted
+            ]
     return record | {"seconds": reader.seconds, "cache_bytes": reader.cache_bytes}
 
 
