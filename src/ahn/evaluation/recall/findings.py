@@ -62,8 +62,7 @@ def _record(model: Any, maker: ItemMaker, spec: Spec, arm: str, stop: Collection
     record |= {"values": [], "answers": [], "seconds": 0.0, "cache_bytes": 0}
     if item.dropped == len(item.labels):
         return record
-    controls = {**CONTROLS, Oracle.name: Oracle(item.needles)}
-    reader = arm_reader(model, arm, score=False, controls=controls)
+    reader = arm_reader(model, arm, score=False, controls={**CONTROLS, Oracle.name: Oracle(item.needles)})
     reader.feed(torch.tensor(_context_for(arm, item, maker.sinks, maker.window)))
     for question, values in item.questions.items():
         counted = [value for value in values if item.labels[value] is not None]
@@ -218,7 +217,6 @@ def _means(pairs: Iterable[tuple[Any, float]]) -> dict[Any, float]:
 
 
 def _map(panel: Any, means: Mapping[tuple[str, int, int], float], arm: str, settings: RecallSettings) -> Any:
-    """Depths downwards, lengths to the right; what was not measured stays grey."""
     rows, lengths = range(settings.depths), settings.lengths
     panel.set_facecolor("lightgrey")
     table = [[means.get((arm, length, row), math.nan) for length in lengths] for row in rows]
