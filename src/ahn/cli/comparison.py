@@ -64,7 +64,7 @@ class Arm:
         """The mode, for as long as a `with` block lasts."""
         arm = find_arm(self.mode)
         settings = arm.settings(0) if arm.added else {}
-        return ahn.mode(self.model, arm.way, **settings)  # type: ignore[arg-type]
+        return ahn.mode(self.model, arm.method, **settings)  # type: ignore[arg-type]
 
     def feed(self, ids: Any) -> None:
         """Reads on, up to the arm's limit."""

@@ -153,6 +153,6 @@ def _reading_floor(counted: Counting, machine: Machine, arm: str, context: int, 
 
 def _cost(counted: Counting, arm: str, context: int) -> Cost:
     """What the cost model knows of an arm; anchors, which it does not count, are few against the window."""
-    way = find_arm(arm).way
-    name = {"ahn": counted.base.attachment.config.memory, "ct_max": "ct", "ct_mean": "ct"}.get(way, way)
+    method = find_arm(arm).method
+    name = {"ahn": counted.base.attachment.config.memory, "ct_max": "ct", "ct_mean": "ct"}.get(method, method)
     return counted.at(context)[name]

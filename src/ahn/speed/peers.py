@@ -113,7 +113,7 @@ class ArmPeer(Peer):
         super().__init__(model)
         found, now = find_arm(arm), attachment_of(model).settings
         settings = found.settings(now.window)
-        with ahn.mode(model, cast(Mode, found.way), **settings), torch.no_grad():
+        with ahn.mode(model, cast(Mode, found.method), **settings), torch.no_grad():
             self._cache = HippocampalCache(model)
             exact = self._cache.settings.sinks + self._cache.settings.window
             real = min(context, exact + 8)
