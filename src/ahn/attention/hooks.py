@@ -36,14 +36,14 @@ _HAS_HEAD: ContextVar[bool] = ContextVar("ahn_has_head", default=False)
 def before_model(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Before the whole model, head included: from now on its cache waits for the head."""
     _HAS_HEAD.set(True)
-    if (cache := _given_cache(model, args, kwargs)) is not None:
+    if (cache := _given_cache(args, kwargs)) is not None:
         cache.settle()
 
 
 def after_model(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
     """After the whole model, also where it failed: keeps what was read, or takes it back."""
     _HAS_HEAD.set(False)
-    if (cache := _given_cache(model, args, kwargs)) is None:
+    if (cache := _given_cache(args, kwargs)) is None:
         return
     if output is None:
         cache.rollback()
@@ -125,9 +125,8 @@ def _named(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     return {**dict(zip(inspect.signature(module.forward).parameters, args, strict=False)), **kwargs} if args else kwargs
 
 
-def _given_cache(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> HippocampalCache | None:
-    cache = compat.find_cache(_named(model, args, kwargs))
-    return cache if isinstance(cache, HippocampalCache) else None
+def _given_cache(args: tuple[Any, ...], kwargs: dict[str, Any]) -> HippocampalCache | None:
+    return next((each for each in (*args, *kwargs.values()) if isinstance(each, HippocampalCache)), None)
 
 
 def _inputs(kwargs: dict[str, Any]) -> Any:

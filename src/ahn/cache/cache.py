@@ -17,6 +17,7 @@ from ahn.attachment import Attachment, Site, attachment_of
 from ahn.cache.compressive import state_slots
 from ahn.cache.groups import LayerGroup
 from ahn.cache.layer import HippocampalLayer
+from ahn.cache.layout import check_saved
 from ahn.cache.storage import SavedCache, read_cache, write_cache
 from ahn.config import RunSettings
 from ahn.errors import CacheError, ConfigError
@@ -216,6 +217,7 @@ class HippocampalCache(Cache):
         saved = read_cache(path, attachment)
         cache = cls.__new__(cls)
         cache.begin(attachment, saved.settings)
+        check_saved(os.fspath(path), saved, attachment, cache.layers, cache.scoreboard)
         devices = [next(site.module.parameters()).device for site in attachment.sites]
         for index, (layer, seen) in enumerate(zip(cache.layers, saved.seen, strict=True)):
             set_layer_tensors(layer, saved.of(str(index), devices[index]), seen)

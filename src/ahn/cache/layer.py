@@ -99,7 +99,7 @@ class HippocampalLayer(CacheLayerMixin):
     def commit(self) -> None:
         """Keeps what came since the last `commit`, without its gradients."""
         self.exact.commit()
-        if self.state is not None:
+        if self.state is not None and self.state.requires_grad:
             self.state = self.state.detach()
         for store in self._stores():
             store.map_tensors(torch.Tensor.detach)

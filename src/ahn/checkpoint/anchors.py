@@ -95,7 +95,7 @@ def _read(where: str, folder: Path, attachment: Attachment, base: Base) -> dict[
     values, stored = read_pair(where, folder, ANCHORS)
     made_for = values.get("base")
     check_base(
-        where, Base.of_dict(made_for if isinstance(made_for, dict) else {}), base, "its votes were", stacklevel=4
+        where, Base.of_dict(made_for if isinstance(made_for, dict) else {}, where), base, "its votes were", stacklevel=4
     )
     found = {layer: _scores(stored, layer) for key in stored if (layer := layer_of(key)) is not None}
     served = {site.index: site for site in attachment.sites if site.memory is not None}
