@@ -77,7 +77,7 @@ def after_call(backbone: Any, args: Any, output: Any) -> Any:
     CURRENT.reset(call.token)
     call.token = None
     if output is not None and call.step is not None:
-        call.step.close(call.selection)
+        call.step.close()
     if output is not None and call.selection is not None:
         call.selection.close()
     if call.is_chunk or call.cache is None:
@@ -197,8 +197,7 @@ def _prepare(call: Call, cache: HippocampalCache, new: int) -> None:
     if call.has_gradients:
         call.before = cache.snapshots()
     if cache.scoreboard is not None:
-        seen = cache.get_seq_length()
-        call.selection = Selection(cache.scoreboard, seen, cache.scoreboard.choose(seen, new, call.padding))
+        call.selection = Selection(cache.scoreboard, cache.get_seq_length(), new, call.padding)
     call.step = begin_step(cache, new)
 
 

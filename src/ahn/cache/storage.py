@@ -19,7 +19,7 @@ from ahn.config import RunSettings
 from ahn.errors import CacheError, ConfigError, OutputError
 
 FORMAT = 2
-"""Format of saved caches. Since 2, Mamba2 keeps log decay and step of each token instead of the step alone."""
+"""Format of saved caches. Since 2, `side` is called `record`, and Mamba2 keeps log decay and step of each token."""
 
 
 _MOST = 2**40
