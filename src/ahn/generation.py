@@ -52,8 +52,8 @@ class Reading:
 
     Attributes:
         tokens: Number of tokens read.
-        nll: Negative log-likelihood of each token but the first, given all before it, in nats: `[T - 1]` float32 on
-            the CPU, element `i` for token `i + 1`; empty if nothing was scored.
+        nll: Negative log-likelihood in nats of each token but the first, given all before it: `[T - 1]` float32 on the
+            CPU. Element `i` is that of token `i + 1`. Empty if nothing was scored.
         seconds: Time that the model took.
         cache: What the model keeps of the text; reading or generating can go on with it.
         logits: What the model expects next, `[V]`.

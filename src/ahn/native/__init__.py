@@ -69,7 +69,7 @@ class Segment(NamedTuple):
     Attributes:
         queries: `[B, H, T, K]`.
         keys: `[B, G, N, K]`, the last dimension dense.
-        values: `[B, G, N, V]`, likewise.
+        values: `[B, G, N, V]`, the last dimension dense.
         first: Index of the token at the first place; the others follow it.
         window: A query reads that many tokens up to its own.
         visible: For places without an order, instead of these two: index of the first token whose query reads each, and
@@ -118,7 +118,7 @@ def ready(*tensors: Tensor, sizes: Sequence[int] = ()) -> bool:
         sizes: Sizes of keys and values, which must fill whole vectors.
 
     Returns:
-        True for plain float32 tensors on a CPU of which no gradient is asked, where the kernels could be compiled.
+        True for plain float32 tensors on a CPU that need no gradient, if the kernels could be compiled.
     """
     if torch.compiler.is_compiling():
         return False
@@ -202,7 +202,7 @@ def attend(segments: Sequence[Segment], seen: int, scaling: float) -> Tensor:
 
 
 def attend_one(segments: Sequence[Segment], seen: int, scaling: float) -> Tensor:
-    """One softmax of a single query over several segments of keys, of which those without `visible` are read whole.
+    """One softmax of a single query over several segments of keys; segments without `visible` are read whole.
 
     Args:
         segments: The keys; the queries are `[B, H, 1, K]`, dense.
@@ -288,7 +288,7 @@ def decode_add_(local_B1HV: Tensor, q_B1HK: Tensor, x_B1D: Tensor, state: Tensor
 
 
 def can_multiply(vectors: int, size: int) -> bool:
-    """Whether `linear` and `linear_each` take so many vectors of a size."""
+    """Whether `linear` and `linear_each` take this number of vectors of this size."""
     return vectors <= MOST_VECTORS and size % 8 == 0
 
 
