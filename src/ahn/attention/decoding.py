@@ -1,8 +1,8 @@
 """One decoded token: what all layers do at once instead of one after the other.
 
 The token that leaves the window is known before the next one is read. So one set of operations updates the states of
-all layers at the start of the call. Gates matter only once their token leaves, so those of the new token are computed for
-all layers at the end. In between a layer only reads its state. On a CPU a small operation costs more than its
+all layers at the start of the call. Gates matter only once their token leaves, so those of the new token are computed
+for all layers at the end. In between a layer only reads its state. On a CPU a small operation costs more than its
 arithmetic, and a token of a small model has thousands of them.
 
 Legend of shapes: B batch, D hidden size.
