@@ -1,7 +1,7 @@
-"""Kernels in C for float32 on a CPU, without gradients; the torch forms they stand for are always there too.
+"""Kernels in C for float32 on a CPU, without gradients. Each has an equivalent in torch.
 
-They are compiled when the first tensors come that they can work on, for the machine at hand. Where that is not possible
-(no C compiler, Windows), or where `AHN_NATIVE=0` is set, everything runs in torch, more slowly.
+They are compiled for this machine when the first tensors come that they can work on. Where that is not possible (no C
+compiler, Windows), or where `AHN_NATIVE=0` is set, everything runs in torch, more slowly.
 
 Legend of shapes: B batch, T tokens, H query heads, G key/value heads, K key size, V value size, D hidden size,
 X states, N places of a segment.
@@ -58,7 +58,6 @@ _ARGUMENTS = {
     "ahn_decode_add": [*[_INT] * 5, *[_POINTER] * 7, _FLOAT, ctypes.c_int, ctypes.c_int, _POINTER],
 }
 
-
 MOST_VECTORS = 4
 """Vectors that `linear` multiplies at once."""
 
@@ -72,8 +71,8 @@ class Segment(NamedTuple):
         values: `[B, G, N, V]`, the last dimension dense.
         first: Index of the token at the first place; the others follow it.
         window: A query reads that many tokens up to its own.
-        visible: For places without an order, instead of these two: index of the first token whose query reads each, and
-            of the first whose query reads it no more, `[B or 1, N]` int64 each.
+        visible: For places without an order, in place of `first` and `window`: index of the first token whose query
+            reads each, and of the first whose query no longer does, `[B or 1, N]` int64 each.
         mask: For a single query: added to its scores, `[B, N]`, or `None`.
     """
 
