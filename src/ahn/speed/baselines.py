@@ -21,7 +21,7 @@ from ahn.cache.cache import AnyLayer, layer_tensors, set_layer_tensors
 from ahn.config import Mode
 from ahn.evaluation.arm_names import find_arm
 from ahn.generation import automatic_chunk, cache_bytes
-from ahn.speed.turns import timed
+from ahn.speed.timing import timed
 
 STEPS = 2
 """Tokens that are decoded in a turn, after one that is not timed."""
@@ -34,7 +34,7 @@ def bare_copy(model: Any) -> Any:
     return base
 
 
-class Peer(abc.ABC):
+class Baseline(abc.ABC):
     """A way of reading at one context.
 
     Args:
@@ -74,7 +74,7 @@ class Peer(abc.ABC):
             self.model(**compat.with_cache(self.model, arguments, cache))
 
 
-class FullPeer(Peer):
+class FullBaseline(Baseline):
     """The base model with the cache of transformers.
 
     Args:
@@ -100,7 +100,7 @@ class FullPeer(Peer):
         return self._cache
 
 
-class ArmPeer(Peer):
+class ArmBaseline(Baseline):
     """A model with a memory attached, in one of the arms.
 
     Args:
@@ -131,8 +131,8 @@ class ArmPeer(Peer):
         return self._cache.fork()
 
 
-def peers(base: Any, model: Any, arms: list[str], context: int) -> dict[str, Peer]:
-    """A peer for each arm, by its name, `full` being the base model with nothing attached.
+def baselines(base: Any, model: Any, arms: list[str], context: int) -> dict[str, Baseline]:
+    """A baseline for each arm, by its name, `full` being the base model with nothing attached.
 
     Args:
         base: The base model, as `bare_copy` gives it.
@@ -140,7 +140,9 @@ def peers(base: Any, model: Any, arms: list[str], context: int) -> dict[str, Pee
         arms: Names of the arms; `tail` is none that is timed.
         context: Tokens read.
     """
-    return {arm: FullPeer(base, model, context) if arm == "full" else ArmPeer(model, arm, context) for arm in arms}
+    return {
+        arm: FullBaseline(base, model, context) if arm == "full" else ArmBaseline(model, arm, context) for arm in arms
+    }
 
 
 def _settle(cache: HippocampalCache, read: int) -> None:
