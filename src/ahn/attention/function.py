@@ -1,4 +1,4 @@
-"""The attention function of a model with a memory: local softmax plus what the memory reads, one path for everything.
+"""The attention function of a model with a memory, for every call: local softmax plus what the memory reads.
 
 Legend of shapes: B batch, T new tokens, E evicted tokens, D hidden size, H query heads, G key/value heads, K key size,
 V value size, N gates per head.
