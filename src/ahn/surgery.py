@@ -15,7 +15,7 @@ from transformers.generation.configuration_utils import GenerationMode
 from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import AttentionInterface
 
-from ahn.attachment import SAVERS, Attachment, Site, attachment_of, find_attachment, mode, set_attachment
+from ahn.attachment import MODULE, SAVERS, Attachment, Site, attachment_of, find_attachment, mode, set_attachment
 from ahn.attention.function import IMPLEMENTATION, attention_function
 from ahn.attention.hooks import after_call, after_model, before_call, before_layer, before_model
 from ahn.attention.masks import mask_function
@@ -30,9 +30,6 @@ from ahn.memories import MemoryShape, build_memory
 
 AttentionInterface.register(IMPLEMENTATION, attention_function)
 AttentionMaskInterface.register(IMPLEMENTATION, mask_function)
-
-MODULE = "memory"
-"""Name of the memory inside its attention module, hence in the model's state dict."""
 
 SCORE_WEIGHTS = "anchor_votes"
 """Name of the weights of anchor scores there; the word is older than the score."""
@@ -159,8 +156,8 @@ def _sites(backbone: Any, layers: list[CapturedLayer], config: AHNConfig) -> tup
     )
     for index in _chosen(sites, config):
         site = sites[index]
-        site.memory = build_memory(config.memory, site.shape).to(site.device, site.dtype)
-        site.memory.train(backbone.training)
+        site.built = build_memory(config.memory, site.shape).to(site.device, site.dtype)
+        site.built.train(backbone.training)
     return sites
 
 
