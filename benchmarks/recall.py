@@ -60,7 +60,17 @@ GROUPS = {
     "controls": Group(
         SINGLE,
         (1536,),
-        ("window", "window+64", "ahn", "ahn+64:random", "ahn+64:recent", "ahn+64:key_diff", "ahn+64:oracle"),
+        (
+            "window",
+            "window+64",
+            "ahn",
+            "ahn+64:random",
+            "ahn+64:recent",
+            "ahn+64:key_diff",
+            "ahn+64:value_norm",
+            "ahn+64:window_attention",
+            "ahn+64:oracle",
+        ),
         items=1,
     ),
     "keys": Group(("multi_key",), (1536,), ("full", "ahn+128:asked", "ahn+128:learned"), items=5),

@@ -1,5 +1,6 @@
 """The folder of made things: one process makes, others wait, and nobody sees half of it."""
 
+import errno
 import os
 import shutil
 import signal
@@ -10,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from ahn._home import home, make_once
-from ahn.errors import ModelError
+from ahn._home import home, make_once, write_text
+from ahn.errors import ModelError, OutputError
 
 SLOW_MAKER = """
 import sys, time
@@ -138,3 +139,67 @@ def test_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, when: str) -
         make_once(tmp_path / "thing", fill_up, doing="Making it", needed_bytes=600 << 20)
     assert not (tmp_path / "thing").exists()
     assert not list(tmp_path.glob(".thing.*"))
+
+
+class TestWrittenFiles:
+    def test_replaces_what_was_there_and_keeps_its_rights(self, tmp_path: Path) -> None:
+        file = tmp_path / "page"
+        file.write_text("old")
+        file.chmod(0o640)
+        write_text(file, "new")
+        assert (file.read_text(), oct(file.stat().st_mode & 0o777)) == ("new", "0o640")
+        assert list(tmp_path.iterdir()) == [file]
+
+    def test_new_ones_have_the_rights_of_new_files(self, tmp_path: Path) -> None:
+        write_text(tmp_path / "ours", "text")
+        (tmp_path / "theirs").write_text("text")
+        assert len({(tmp_path / name).stat().st_mode for name in ("ours", "theirs")}) == 1
+
+    def test_writes_where_a_link_points_to(self, tmp_path: Path) -> None:
+        (tmp_path / "there").mkdir()
+        link, file = tmp_path / "link", tmp_path / "there" / "file"
+        link.symlink_to(file)
+        for text in ("first", "second"):  # the file need not be there
+            write_text(link, text)
+            assert link.is_symlink()
+            assert file.read_text() == text
+
+    def test_refuses_what_is_no_file(self, tmp_path: Path) -> None:
+        os.mkfifo(tmp_path / "pipe")
+        (tmp_path / "folder").mkdir()
+        (tmp_path / "null").symlink_to("/dev/null")
+        for name in ("pipe", "folder", "null"):
+            with pytest.raises(OutputError, match=f"{name}: it is (a folder|no regular file)"):
+                write_text(tmp_path / name, "text")
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["folder", "null", "pipe"]
+
+    def test_refuses_what_is_read(self, tmp_path: Path) -> None:
+        source, link = tmp_path / "source", tmp_path / "link"
+        source.write_text("text")
+        link.symlink_to(source)
+        with pytest.raises(OutputError, match="it is what is read"):
+            write_text(link, "page", inputs=[tmp_path / "another", source])
+        assert source.read_text() == "text"
+
+    @pytest.mark.parametrize("when", ["while it is written", "when it is flushed"])
+    def test_a_full_disk_leaves_what_was_there(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, when: str
+    ) -> None:
+        file = tmp_path / "page"
+        file.write_text("old")
+
+        def fail(*_: object, **__: object) -> None:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+        monkeypatch.setattr(*((os, "fsync") if when == "when it is flushed" else (Path, "write_text")), fail)
+        with pytest.raises(OutputError, match=rf"cannot write {file}: No space left on device"):
+            write_text(file, "new")
+        assert file.read_text() == "old"
+        assert list(tmp_path.iterdir()) == [file]
+
+    @pytest.mark.parametrize("name", ["no/such/folder", "x" * 300])
+    def test_names_a_place_that_cannot_be(self, tmp_path: Path, name: str) -> None:
+        with pytest.raises(OutputError, match="cannot write") as error:
+            write_text(tmp_path / name, "text")
+        assert "\n" not in str(error.value)
+        assert list(tmp_path.iterdir()) == []

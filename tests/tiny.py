@@ -15,7 +15,8 @@ from torch import nn
 
 import ahn
 from ahn import memories
-from ahn.anchors.scores import AnchorGate, AnchorQueries
+from ahn.anchors.learned import AnchorGate
+from ahn.anchors.queries import AnchorQueries
 from ahn.attachment import attachment_of
 from ahn.backbone.compat import CACHE
 from ahn.surgery import set_score_weights
@@ -159,7 +160,7 @@ def awaken(model: nn.Module) -> None:
 
 
 def give_score_weights(model: nn.Module, layers: tuple[int, ...] = (0, 2)) -> None:
-    """Random weights for votes on anchors, of every score that takes some, for some layers."""
+    """Random weights of every anchor score that takes some, for some layers."""
     torch.manual_seed(17)
     for site in attachment_of(model).sites:
         if site.index in layers:

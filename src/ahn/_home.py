@@ -1,19 +1,20 @@
-"""The folder in which the library keeps what it makes once, and the way to make such a thing safely."""
+"""What the library writes: the folder of what it makes once, and files that users name, each whole or not at all."""
 
 from __future__ import annotations
 
 import os
 import shutil
+import stat
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
-from ahn.errors import ModelError
+from ahn.errors import ModelError, OutputError
 
 _DONE = ".complete"
 
@@ -70,6 +71,84 @@ def make_once(
             f"Set AHN_HOME to a folder that is writable and has {needed_bytes >> 20} MB free."
         ) from None
     return folder
+
+
+@contextmanager
+def replaced_file(path: str | os.PathLike[str], inputs: Iterable[str | os.PathLike[str]] = ()) -> Iterator[Path]:
+    """Yields an empty file beside another one, whose place it takes at the end, once it is on the disk.
+
+    Where `path` is a link, the file that it points to is replaced. If anything fails, what was there stays as it was
+    and nothing else is left.
+
+    Args:
+        path: The file to write.
+        inputs: Files that are read meanwhile, none of which this may be.
+
+    Raises:
+        OutputError: It is no regular file, or one of the inputs; or the place is not writable or the disk full.
+    """
+    target = Path(os.path.realpath(path))
+    try:
+        _check_replaceable(target, path, inputs)
+        handle, name = tempfile.mkstemp(dir=target.parent, prefix=".ahn-", suffix=".part")
+        os.close(handle)
+        part = Path(name)
+        try:
+            yield part
+            part.chmod(stat.S_IMODE(target.stat().st_mode) if target.exists() else 0o666 & ~umask())
+            flush(part)
+            os.replace(part, target)
+            with suppress(OSError):  # some file systems have no such thing
+                flush(target.parent)
+        finally:
+            part.unlink(missing_ok=True)
+    except (OSError, SafetensorError) as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        raise OutputError(
+            f"cannot write {os.fspath(path)}: {reason}; name a place that is writable and has space"
+        ) from None
+
+
+def _check_replaceable(target: Path, path: str | os.PathLike[str], inputs: Iterable[str | os.PathLike[str]]) -> None:
+    """Checks that a file is a regular one, if it is there, and none of the inputs."""
+    if not target.exists():
+        return
+    if not target.is_file():
+        kind = "a folder" if target.is_dir() else "no regular file"
+        raise OutputError(f"cannot write {os.fspath(path)}: it is {kind}; name a file")
+    if any(os.path.exists(other) and target.samefile(other) for other in inputs):
+        raise OutputError(f"cannot write {os.fspath(path)}: it is what is read; name another file")
+
+
+def write_text(path: str | os.PathLike[str], text: str, inputs: Iterable[str | os.PathLike[str]] = ()) -> None:
+    """Writes a text in UTF-8 as `replaced_file` does.
+
+    Args:
+        path: The file to write.
+        text: What it shall hold.
+        inputs: As for `replaced_file`.
+
+    Raises:
+        OutputError: As for `replaced_file`.
+    """
+    with replaced_file(path, inputs) as part:
+        part.write_text(text, encoding="utf-8")
+
+
+def flush(path: Path) -> None:
+    """Waits until a file, or what a folder lists, is on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def umask() -> int:
+    """The rights that new files of this process do not get."""
+    mask = os.umask(0o022)
+    os.umask(mask)
+    return mask
 
 
 @contextmanager

@@ -1,7 +1,7 @@
 """What attaching leaves on a model: where the memories sit, and which settings a run has.
 
-The settings of a run live beside the model, never in its config. A call takes those of the innermost `mode` block that is
-open around it; where there is none, as in a thread that was started inside of a block, those of the block that was
+The settings of a run live beside the model, never in its config. A call takes those of the innermost `mode` block that
+is open around it; where there is none, as in a thread that was started inside of a block, those of the block that was
 opened last anywhere; and without any block those of the memory's config. A cache keeps the settings it was made with.
 """
 
@@ -17,10 +17,11 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from ahn.anchors.scores import PREFERRED, SCORES, default_layers, find_score
+from ahn.anchors.base import Score
+from ahn.anchors.policy import check_anchors
 from ahn.backbone import compat
 from ahn.backbone.rotary import Rotation
-from ahn.config import AUTO, AHNConfig, Mode, RunChanges, RunSettings
+from ahn.config import AHNConfig, Mode, RunChanges, RunSettings
 from ahn.errors import ConfigError, ModelError
 from ahn.memories import Memory, MemoryShape
 
@@ -51,7 +52,7 @@ class Site:
         sliding_window: Tokens that the base model's layer itself sees, or `None` for full attention.
         built: The memory that was made for it; `None` where the layer keeps the base model's own attention.
         rotation: How to undo its rotary positions; `None` where it has none or nothing asks for it.
-        anchor_weights: Its weights for votes on anchors, by score; `None` where it has none.
+        anchor_weights: Its weights of anchor scores, by score; `None` where it has none.
     """
 
     module: nn.Module
@@ -85,7 +86,7 @@ class Site:
         return self.found_device if weight is None or weight.is_meta else weight.device
 
     def score_weights(self, score: str) -> nn.Module | None:
-        """Its weights for votes by a score, or `None` where it has none."""
+        """Its weights of one anchor score, or `None` where it has none."""
         return self.anchor_weights[score] if self.anchor_weights is not None and score in self.anchor_weights else None
 
 
@@ -133,11 +134,6 @@ class Attachment:
     @property
     def settings(self) -> RunSettings:
         """Settings of a run that starts now: those of the innermost `mode`, or the config's."""
-        return self._decided(self.given)
-
-    @property
-    def given(self) -> RunSettings:
-        """The same as they were given: with anchors, the score may be "auto"."""
         around = [block for block in _AROUND.get() if block in _OPEN]
         blocks = [block for block in (*_OPEN, *around) if block.attachment is self]
         return blocks[-1].settings if blocks else RunSettings.of(self.config)
@@ -151,8 +147,17 @@ class Attachment:
         """Whether some layers have no memory."""
         return any(site.memory is None for site in self.sites)
 
-    def check(self, settings: RunSettings) -> None:
+    @property
+    def weighted_layers(self) -> dict[int, frozenset[str]]:
+        """For the index of each layer with a memory, in order, the anchor scores that it has weights for."""
+        return {site.index: frozenset(site.anchor_weights or ()) for site in self.sites if site.memory is not None}
+
+    def check(self, settings: RunSettings, score: Score | None = None) -> None:
         """Checks that this model can be read with these settings.
+
+        Args:
+            settings: The settings.
+            score: What anchors are chosen by, where it is not what the settings say.
 
         Raises:
             ConfigError: The rotary positions must be undone and cannot be, bounded sinks do not fit into the trained
@@ -170,70 +175,18 @@ class Attachment:
                 f"sinks + window = {span} exceed the {self.trained_context} positions that the base model was trained "
                 'on, so bounded sinks cannot precede the window; use a smaller window or sink_positions="absolute"'
             )
-        self._check_anchors(self._decided(settings))
         for site in self.sites:
             if site.memory is not None and site.sliding_window is not None and site.sliding_window <= settings.sinks:
                 raise ConfigError(
                     f"{settings.sinks} sinks leave no window in layer {site.index}, which slides over "
                     f"{site.sliding_window} tokens by itself; use fewer sinks or leave it out with layers="
                 )
+        check_anchors(settings, self.weighted_layers, self._shortest_window(settings), self.rotation_problem, score)
 
-    def scoring_layers(self, settings: RunSettings) -> frozenset[int]:
-        """Indices of the layers that vote on anchors.
-
-        Raises:
-            ConfigError: The score needs weights, and no layer has any.
-        """
-        score = settings.anchor_score
-        weighted = find_score(score).weights is not None
-        able = [site.index for site in self._served() if not weighted or site.score_weights(score) is not None]
-        if settings.anchor_layers is not None:
-            able = [index for index in able if index in settings.anchor_layers]
-        elif not weighted:
-            able = default_layers(score, able)
-        if not able:
-            where = "this model" if settings.anchor_layers is None else f"layers {list(settings.anchor_layers)}"
-            raise ConfigError(
-                f'anchor_score="{score}" has no weights on {where}; load some with '
-                "ahn.load_anchors(model, name), or choose anchors by key_diff"
-            )
-        return frozenset(able)
-
-    def _served(self) -> list[Site]:
-        """Layers with a memory."""
-        return [site for site in self.sites if site.memory is not None]
-
-    def _decided(self, settings: RunSettings) -> RunSettings:
-        """Settings that name the score, where there are anchors."""
-        if not settings.anchors or settings.anchor_score != AUTO:
-            return settings
-        layers = settings.anchor_layers
-        scorers = [site for site in self._served() if layers is None or site.index in layers]
-        able = (
-            name
-            for name in PREFERRED
-            if SCORES[name].weights is None or any(site.score_weights(name) is not None for site in scorers)
-        )
-        return dataclasses.replace(settings, anchor_score=next(able))
-
-    def _check_anchors(self, settings: RunSettings) -> None:
-        if settings.anchor_score == AUTO:
-            return
-        score = find_score(settings.anchor_score)
-        if not settings.anchors:
-            return
-        served = [site.index for site in self._served()]
-        if unknown := sorted(set(settings.anchor_layers or ()) - set(served)):
-            raise ConfigError(f"anchor_layers names {unknown}, but the layers with a memory are {served}")
-        if score.pre_rope and self.rotation_problem:
-            others = ", ".join(name for name, other in SCORES.items() if not other.pre_rope)
-            raise ConfigError(
-                f"the rotary positions of this model cannot be undone ({self.rotation_problem}), as anchor_score="
-                f'"{settings.anchor_score}" asks; use one of {others}'
-            )
-        needed = score.span(settings.window)
-        if settings.window <= needed:
-            raise ConfigError(f"anchors need a window of more than {needed} tokens, not {settings.window}")
+    def _shortest_window(self, settings: RunSettings) -> int:
+        """Tokens of the shortest window of a layer with a memory."""
+        served = [site.sliding_window for site in self.sites if site.memory is not None]
+        return min([settings.window, *(own - settings.sinks for own in served if own is not None)])
 
 
 def set_attachment(model: nn.Module, attachment: Attachment | None) -> None:
@@ -286,7 +239,7 @@ def mode(
         ConfigError: A value is out of range, or the model cannot be read with these settings.
     """
     attachment = attachment_of(model)
-    settings = RunSettings.of(attachment.given, mode=name, **changes)
+    settings = RunSettings.of(attachment.settings, mode=name, **changes)
     attachment.check(settings)
     block = Block(attachment, settings)
     _OPEN.append(block)

@@ -109,8 +109,8 @@ class ExactTokens(Settings):
         anchors: Tokens that stay exact beyond the window, chosen as they leave it; 0 for none. Mode "ahn" reads them.
         anchor_score: What they are chosen by, a key of `ahn.anchors.scores.SCORES`; looked up when it is attached.
             "auto" takes what the model has weights for, `learned` before `asked`, and `key_diff` where it has none.
-        anchor_layers: Indices of the layers that vote on anchors; `None` takes those that the score does best with, see
-            `ahn.anchors.scores.default_layers`.
+        anchor_layers: Indices of the layers whose mean score counts; `None` leaves it to the score, see
+            `ahn.anchors.base.Score.default_layers`.
 
     Raises:
         ConfigError: A value is out of range.

@@ -23,3 +23,7 @@ class CacheError(AHNError):
 
 class CheckpointError(AHNError):
     """An adapter, a published checkpoint or a saved cache cannot be read or does not fit the model."""
+
+
+class OutputError(AHNError):
+    """A file cannot be written where it was asked for."""

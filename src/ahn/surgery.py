@@ -115,18 +115,18 @@ def detach(model: nn.Module) -> None:
         set_attachment(module, None)
 
 
-def set_score_weights(site: Site, votes: Mapping[str, nn.Module]) -> None:
-    """Gives a layer weights for votes on anchors, in place of all that it has.
+def set_score_weights(site: Site, weights: Mapping[str, nn.Module]) -> None:
+    """Gives a layer weights of anchor scores, in place of all that it has.
 
     Args:
         site: A layer with a memory.
-        votes: The weights by score, on any device; none takes away what it has.
+        weights: The weights by score, on any device; none takes away what it has.
     """
     if site.anchor_weights is not None:
         delattr(site.module, SCORE_WEIGHTS)
         site.anchor_weights = None
-    if votes:
-        site.anchor_weights = nn.ModuleDict(votes).to(site.device).eval().requires_grad_(False)
+    if weights:
+        site.anchor_weights = nn.ModuleDict(weights).to(site.device).eval().requires_grad_(False)
         site.module.add_module(SCORE_WEIGHTS, site.anchor_weights)
 
 

@@ -9,10 +9,12 @@ import pytest
 import torch
 
 import ahn
-from ahn.anchors.scores import POOL, SCORES, default_layers, oracle
+from ahn.anchors.pooling import POOL
+from ahn.anchors.scores import SCORES
 from ahn.anchors.selection import Scoreboard, _Anchors, select
 from ahn.backbone.compat import CACHE
 from ahn.errors import ConfigError
+from ahn.evaluation.controls import Oracle, Recent
 from ahn.tokens import NEVER
 from tests.tiny import give_score_weights, read, text, tiny, with_memory
 
@@ -96,12 +98,12 @@ def test_the_most_recent_anchors_are_a_larger_window(chunks: Any, sink_positions
     ahn.attach(model, config)
     with ahn.mode(model, "window", window=WINDOW + ANCHORS):
         expected = read(model, ids)
-    with ahn.mode(model, "ahn", anchor_score="recent"):
-        torch.testing.assert_close(read(model, ids, chunks), expected, rtol=0, atol=3e-5)
+    recent = ahn.HippocampalCache(model, anchor_score=Recent())
+    torch.testing.assert_close(read(model, ids, chunks or [80], cache=recent), expected, rtol=0, atol=3e-5)
     assert not torch.allclose(read(model, ids, chunks), expected, atol=1e-3)
 
 
-@pytest.mark.parametrize("score", ["key_diff", "asked"])
+@pytest.mark.parametrize("score", SCORES)
 @pytest.mark.parametrize("sink_positions", ["absolute", "bounded"])
 def test_padded_rows_read_as_alone(sink_positions: Any, score: str) -> None:
     model = anchored(model={"max_position_embeddings": 40}, sink_positions=sink_positions, anchor_score=score)
@@ -171,11 +173,11 @@ def test_a_long_call_returns_all_that_a_short_one_does() -> None:
     assert torch.isfinite(output.loss)
 
 
-@pytest.mark.parametrize("voters", [None, (0, 1, 2), (2,)])
-def test_votes_are_those_of_the_chosen_layers(voters: tuple[int, ...] | None) -> None:
+@pytest.mark.parametrize("chosen", [None, (0, 1, 2), (2,)])
+def test_scores_are_those_of_the_chosen_layers(chosen: tuple[int, ...] | None) -> None:
     """The choice against one made of the keys of these layers, spelled out."""
     model, ids = anchored(), text(1, 75)
-    with ahn.mode(model, "ahn", anchor_layers=voters):
+    with ahn.mode(model, "ahn", anchor_layers=chosen):
         cache = ahn.HippocampalCache(model)
     keys: list[torch.Tensor] = []
     hooks = [
@@ -189,18 +191,18 @@ def test_votes_are_those_of_the_chosen_layers(voters: tuple[int, ...] | None) ->
     unit = layers / layers.norm(dim=-1, keepdim=True)
     later = (torch.arange(75) + WINDOW // 4).clamp(max=74)
     mean = (unit.cumsum(1) / torch.arange(1, 76)[:, None, None])[:, later]
-    votes = -torch.cosine_similarity(layers, mean, dim=-1)[list(voters or (1, 2))].mean((0, 2))
-    scores = {j: float(votes[max(0, j - POOL) : j + POOL + 1].mean()) for j in range(SINKS, 75 - WINDOW)}
-    best = sorted(scores, key=lambda j: -scores[j])[:ANCHORS]
+    scores = -torch.cosine_similarity(layers, mean, dim=-1)[list(chosen or (1, 2))].mean((0, 2))
+    pooled = {j: float(scores[max(0, j - POOL) : j + POOL + 1].mean()) for j in range(SINKS, 75 - WINDOW)}
+    best = sorted(pooled, key=lambda j: -pooled[j])[:ANCHORS]
     assert cache.scoreboard is not None
     assert sorted(cache.scoreboard.held[f"tokens.{WINDOW}"][0].tolist()) == sorted(best)
     assert cache.anchor_tokens == [best]
 
 
-def test_usual_voters() -> None:
-    assert default_layers("key_diff", range(30)) == [18, 20]
-    assert default_layers("key_diff", [1, 4, 7]) == [4, 7]
-    assert default_layers("random", [1, 4, 7]) == [1, 4, 7]
+def test_default_layers() -> None:
+    assert SCORES["key_diff"].default_layers(range(30)) == [18, 20]
+    assert SCORES["key_diff"].default_layers([1, 4, 7]) == [4, 7]
+    assert SCORES["key_norm"].default_layers([1, 4, 7]) == [1, 4, 7]
 
 
 def test_layers_that_cannot_vote_are_named() -> None:
@@ -224,12 +226,14 @@ def test_longest_call_leaves_room_for_the_neighbours() -> None:
     assert NEVER > 2**60
 
 
-def test_what_is_told_is_kept() -> None:
-    model, wanted = with_memory(), set(range(20, 29))
-    with oracle(wanted), ahn.mode(model, "ahn", anchors=9, anchor_score="oracle"):
-        cache = ahn.HippocampalCache(model)
-        read(model, text(1, 70), [29, 1, 1, 39], cache=cache)
-        assert set(cache.anchor_tokens[0]) == wanted
+def test_a_score_that_is_not_registered() -> None:
+    model, wanted = with_memory(anchors=9), set(range(20, 29))
+    cache = ahn.HippocampalCache(model, anchor_score=Oracle(wanted))
+    assert cache.settings.anchor_score == "oracle"
+    read(model, text(1, 70)[:, :40], [29, 1, 1, 9], cache=cache)
+    for each in (cache, cache.fork()):
+        read(model, text(1, 70)[:, 40:], cache=each)
+        assert set(each.anchor_tokens[0]) == wanted
     with pytest.raises(ConfigError, match="unknown anchor_score 'oracle'"):
         with_memory(anchors=4, anchor_score="oracle")
 

@@ -1,4 +1,4 @@
-"""Votes on anchors that need weights: who votes, and weights that come and go."""
+"""Anchor scores that need weights: which layers score, and weights that come and go."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ import pytest
 import torch
 
 import ahn
-from ahn.anchors.scores import LONG_POOL, POOL, AnchorQueries
+from ahn.anchors.pooling import LONG_POOL, POOL
+from ahn.anchors.queries import AnchorQueries
 from ahn.attachment import attachment_of
 from ahn.errors import CheckpointError
 from ahn.surgery import set_score_weights
@@ -25,11 +26,11 @@ def learned(layers: tuple[int, ...] = (0, 2), family: str = "llama", **settings:
     return model
 
 
-def scores_of(votes_T: torch.Tensor, reach: int, behind: int, fade: float) -> dict[int, float]:
+def scores_of(scores_T: torch.Tensor, kernel: int, after: int, slope: float) -> dict[int, float]:
     """Means over neighbours, of which tokens a quarter of a window before and some behind are lent some."""
-    means = [float(votes_T[max(0, j - reach) : j + reach + 1].mean()) for j in range(75)]
+    means = [float(scores_T[max(0, j - kernel) : j + kernel + 1].mean()) for j in range(75)]
     return {
-        j: max(means[k] - fade * abs(k - j) for k in range(max(0, j - behind), j + WINDOW // 4 + 1))
+        j: max(means[k] - slope * abs(k - j) for k in range(max(0, j - after), j + WINDOW // 4 + 1))
         for j in range(SINKS, 75 - WINDOW)
     }
 
@@ -49,14 +50,16 @@ def test_the_layers_with_a_gate_vote() -> None:
     read(model, ids, [13] * 5 + [10], cache=cache)
     gates = [attachment_of(model).site(layer).score_weights("learned") for layer in seen]
     with torch.no_grad():
-        votes = torch.stack([gate(torch.cat(parts, 1)) for gate, parts in zip(gates, seen.values()) if gate]).mean(0)[0]
-    assert cache.anchor_tokens == [best_tokens(scores_of(votes, POOL, 2, 0.07))]
+        scores = torch.stack([gate(torch.cat(parts, 1)) for gate, parts in zip(gates, seen.values()) if gate]).mean(0)[
+            0
+        ]
+    assert cache.anchor_tokens == [best_tokens(scores_of(scores, POOL, 2, 0.07))]
 
 
 def test_asked_takes_the_best_kind_of_the_mean_over_layers_of_the_most_that_a_query_would_look() -> None:
     """The choice against one made of the keys of both layers, spelled out.
 
-    One layer votes by the kind of long facts alone.
+    One layer scores by the kind of long facts alone.
     """
     model, ids = with_memory(anchors=ANCHORS, anchor_score="asked"), text(1, 75)
     give_score_weights(model, (0, 2))
@@ -100,22 +103,22 @@ def test_layers_must_vote_by_the_same_kinds(tmp_path: Path) -> None:
     model = with_memory(anchors=ANCHORS, anchor_score="asked")
     give_score_weights(model, (0, 2))
     set_score_weights(attachment_of(model).site(2), {"asked": AnchorQueries([4], 2, 8)})
-    ahn.save_anchors(model, tmp_path / "votes")
-    with pytest.raises(CheckpointError, match=r"its layers vote by different kinds of facts. Make it anew"):
-        ahn.load_anchors(model, tmp_path / "votes")
+    ahn.save_anchors(model, tmp_path / "weights")
+    with pytest.raises(CheckpointError, match=r"its layers score different kinds of facts. Make it anew"):
+        ahn.load_anchors(model, tmp_path / "weights")
 
 
 @pytest.mark.parametrize("dtype", [None, "bfloat16"])
-def test_saved_votes_read_alike(tmp_path: Path, dtype: Any) -> None:
+def test_saved_weights_read_alike(tmp_path: Path, dtype: Any) -> None:
     model, ids = learned(), text(1, 75)
-    ahn.save_anchors(model, tmp_path / "votes", dtype)
-    assert sorted(file.name for file in (tmp_path / "votes").iterdir()) == [
+    ahn.save_anchors(model, tmp_path / "weights", dtype)
+    assert sorted(file.name for file in (tmp_path / "weights").iterdir()) == [
         "anchors.safetensors",
         "anchors_config.json",
     ]
     other = with_memory(anchors=ANCHORS, anchor_score="learned")
     give_score_weights(other, (0, 1))  # they are replaced
-    ahn.load_anchors(other, tmp_path / "votes")
+    ahn.load_anchors(other, tmp_path / "weights")
     assert attachment_of(other).site(1).score_weights("learned") is None
     if dtype is None:
         assert torch.equal(read(other, ids), read(model, ids))
@@ -126,7 +129,7 @@ def test_saved_votes_read_alike(tmp_path: Path, dtype: Any) -> None:
         assert torch.equal(theirs.inner.weight, ours.inner.weight.bfloat16().float())
 
 
-def test_votes_go_with_the_memory() -> None:
+def test_weights_go_with_the_memory() -> None:
     model = learned()
     assert any("anchor_votes" in name for name in model.state_dict())
     assert not any(p.requires_grad for name, p in model.named_parameters() if "anchor_votes" in name)
@@ -134,7 +137,7 @@ def test_votes_go_with_the_memory() -> None:
     assert not any("anchor_votes" in name for name in model.state_dict())
 
 
-def test_a_copied_model_has_votes_of_its_own() -> None:
+def test_a_copied_model_has_weights_of_its_own() -> None:
     model, ids = learned(), text(1, 75)
     copied, expected = copy.deepcopy(model), read(model, ids)
     give_score_weights(model, ())
@@ -145,13 +148,13 @@ def test_a_copied_model_has_votes_of_its_own() -> None:
 
 
 class TestErrors:
-    def test_no_votes(self, tmp_path: Path) -> None:
+    def test_no_weights(self, tmp_path: Path) -> None:
         model = with_memory(anchors=ANCHORS, anchor_score="learned")
         with pytest.raises(ahn.AHNError, match=r"no weights on this model; load some with ahn\.load_anchors"):
             read(model, text(1, 75))
-        with ahn.mode(model, "ahn", anchor_score="recent"):
+        with ahn.mode(model, "ahn", anchor_score="value_norm"):
             read(model, text(1, 75))
-        with pytest.raises(ahn.AHNError, match="no weights for votes on anchors to save"):
+        with pytest.raises(ahn.AHNError, match="no weights of anchor scores to save"):
             ahn.save_anchors(model, tmp_path)
 
     def test_no_such_folder(self, tmp_path: Path) -> None:
@@ -162,39 +165,39 @@ class TestErrors:
             ahn.load_anchors(with_memory(), tmp_path / "memory")
 
     def test_another_base(self, tmp_path: Path) -> None:
-        ahn.save_anchors(learned(), tmp_path / "votes")
-        with pytest.raises(ahn.AHNError, match="its votes were made for"):
-            ahn.load_anchors(with_memory("qwen3"), tmp_path / "votes")
+        ahn.save_anchors(learned(), tmp_path / "weights")
+        with pytest.raises(ahn.AHNError, match="its anchor scores were made for"):
+            ahn.load_anchors(with_memory("qwen3"), tmp_path / "weights")
 
     def test_a_layer_without_memory(self, tmp_path: Path) -> None:
-        ahn.save_anchors(learned(), tmp_path / "votes")
+        ahn.save_anchors(learned(), tmp_path / "weights")
         model = with_memory(layers=(0, 1))
-        with pytest.raises(ahn.AHNError, match="it votes in layer 2, which has no memory"):
-            ahn.load_anchors(model, tmp_path / "votes")
+        with pytest.raises(ahn.AHNError, match="it scores tokens in layer 2, which has no memory"):
+            ahn.load_anchors(model, tmp_path / "weights")
         assert attachment_of(model).site(0).score_weights("learned") is None
 
     def test_a_folder_that_is_damaged(self, tmp_path: Path) -> None:
-        ahn.save_anchors(learned(), tmp_path / "votes")
-        file = tmp_path / "votes" / "anchors.safetensors"
+        ahn.save_anchors(learned(), tmp_path / "weights")
+        file = tmp_path / "weights" / "anchors.safetensors"
         file.write_bytes(file.read_bytes()[:-4] + b"abcd")
         with pytest.raises(ahn.AHNError, match="checksums differ"):
-            ahn.load_anchors(with_memory(), tmp_path / "votes")
+            ahn.load_anchors(with_memory(), tmp_path / "weights")
 
 
 def test_auto_takes_what_the_model_has_weights_for() -> None:
     model = with_memory(anchors=ANCHORS)
     attachment = attachment_of(model)
-    assert attachment.given.anchor_score == "auto"
-    assert attachment.settings.anchor_score == ahn.HippocampalCache(model).settings.anchor_score == "key_diff"
+    assert attachment.settings.anchor_score == "auto"
+    assert ahn.HippocampalCache(model).settings.anchor_score == "key_diff"
     give_score_weights(model, (0, 2))
-    assert attachment.settings.anchor_score == ahn.HippocampalCache(model).settings.anchor_score == "learned"
+    assert ahn.HippocampalCache(model).settings.anchor_score == "learned"
     del attachment.site(0).anchor_weights["learned"]  # type: ignore[union-attr]
     with ahn.mode(model, "ahn", anchor_layers=[0]):
         assert ahn.HippocampalCache(model).settings.anchor_score == "asked"
     with ahn.mode(model, "ahn", anchor_layers=[1]):
         assert ahn.HippocampalCache(model).settings.anchor_score == "key_diff"
-        with ahn.mode(model, "ahn", anchor_score="recent"), ahn.mode(model, "ahn", anchor_score="auto"):
-            assert attachment.settings.anchor_score == "key_diff"
+        with ahn.mode(model, "ahn", anchor_score="value_norm"), ahn.mode(model, "ahn", anchor_score="auto"):
+            assert ahn.HippocampalCache(model).settings.anchor_score == "key_diff"
 
 
 def test_auto_is_decided_when_a_text_begins(tmp_path: Path) -> None:

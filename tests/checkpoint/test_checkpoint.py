@@ -353,6 +353,10 @@ DAMAGED: dict[str, tuple[Callable[[Path], Any], str]] = {
         "made for a model with model_type qwen2, but this is a model with model_type llama",
     ),
     "other width": (lambda f: rewrite_config(f, "base", "hidden_size", value=64), "hidden_size 64"),
+    "more layers than any model": (
+        lambda f: rewrite_config(f, "base", "num_hidden_layers", value=10**30),
+        "num_hidden_layers is 1000000",
+    ),
     "other depth": (lambda f: rewrite_config(f, "base", "num_hidden_layers", value=4), "num_hidden_layers 4"),
     "other heads": (lambda f: rewrite_config(f, "base", "num_attention_heads", value=8), "num_attention_heads 8"),
     "other kv heads": (lambda f: rewrite_config(f, "base", "num_key_value_heads", value=4), "num_key_value_heads 4"),

@@ -168,6 +168,16 @@ class TestVariations:
         assert values(tmp_path / "released")["fa_layer_ids"] == "1"
         assert checkpoint.describe(tmp_path / "released").layers == (0, 2)
 
+    def test_weights_of_layers_with_full_attention_are_left_out(self, tmp_path: Path) -> None:
+        folder = merged(GATED, tmp_path)
+        whole = read(checkpoint.from_pretrained(folder, config=ahn.AHNConfig(layers=None)), text(1, 8))
+        (folder / "config.json").write_text(json.dumps({**values(folder), "fa_layer_ids": "1"}))
+        with pytest.warns(UserWarning, match=r"memory for layers \[1\] too, which keep full attention"):
+            model = checkpoint.from_pretrained(folder)
+        assert attachment_of(model).config.layers == (0, 2)
+        assert not [key for key in memory_tensors(model) if key.startswith("layers.1.")]
+        torch.testing.assert_close(read(model, text(1, 8)), whole, rtol=0, atol=1e-5)  # within the window
+
     def test_a_run_may_choose_its_own_window(self) -> None:
         config = ahn.AHNConfig(window=9, sinks=2, sink_positions="bounded")
         model = checkpoint.from_pretrained(GOLDEN / GATED, config=config)
@@ -301,7 +311,13 @@ MEMORY_DAMAGED: dict[str, tuple[Callable[[Path], Any], str]] = {
     "layers out of range": (set_value("fa_layer_ids", "3"), "fa_layer_ids '3'"),
     "layers all exact": (set_value("fa_layer_ids", "0,1,2"), "fa_layer_ids"),
     "layers no numbers": (set_value("fa_layer_ids", "a"), "fa_layer_ids 'a'"),
-    "layer exact but stored": (set_value("fa_layer_ids", "1"), "too many: layers"),
+    "no such layer is stored": (
+        tensors_of(lambda t: t.update({k.replace("1", "7", 1): t[k].clone() for k in [*t] if PREFIX in k})),
+        "too many: layers",
+    ),
+    "more layers than any model": (set_value("num_hidden_layers", 10**30), "num_hidden_layers is 1000000"),
+    "layers below zero": (set_value("num_hidden_layers", -3), "num_hidden_layers is -3"),
+    "a width that is no number": (set_value("hidden_size", "wide"), "hidden_size is 'wide'"),
     "no sizes": (without_value("num_hidden_layers"), "does not say the base model's num_hidden_layers"),
     "config is not JSON": (lambda f: (f / "config.json").write_text("{"), "cannot be read"),
     "no weights": (lambda f: (f / "ahn_only.safetensors").unlink(), r"holds no \*.safetensors"),

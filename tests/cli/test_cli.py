@@ -39,8 +39,8 @@ SURFACE = {
         "--arms", "--contexts", "--rounds", "--plot", "--json", "--model", "--adapter", "--window", "--sinks",
         "--sink-positions",
     ],
-    "convert": ["SOURCE", "TARGET", "--to", "--base", "--force"],
-    "merge": ["BASE", "ADAPTER", "TARGET", "--force"],
+    "convert": ["SOURCE", "TARGET", "--to", "--model", "--base", "--force"],
+    "merge": ["MODEL", "ADAPTER", "TARGET", "--force"],
     "probe": [
         "FILE", "--model", "--adapter", "--window", "--sinks", "--tokens", "--positions", "--top", "--html",
         "--json", "--memory-figures", "--seed",
@@ -573,7 +573,7 @@ class TestCost:
 class TestConvertAndMerge:
     def test_there_and_back(self, run, tmp_path):
         published, back = str(tmp_path / "published"), str(tmp_path / "back")
-        assert run("convert", "adapter", published, "--base", "./model")[0] == 0
+        assert run("convert", "adapter", published, "--model", "./model")[0] == 0
         assert json.loads(run("inspect", published, "--json")[1])["kind"] == "published"
         status, out, _ = run("convert", published, back)
         assert status == 0

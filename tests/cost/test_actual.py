@@ -14,8 +14,7 @@ from ahn.attachment import attachment_of
 from ahn.backbone.survey import PROBE, find_backbone, implementation
 from ahn.cache.compressive import POOLED
 from ahn.cost import Counting, cost_model, read_base
-from ahn.cost.counting import state_numbers
-from ahn.cost.pooling import slots_read
+from ahn.cost.counting import slots_read, state_numbers
 from ahn.errors import ConfigError, ModelError
 from ahn.generation import cache_bytes
 from tests.tiny import FAMILIES, MEMORIES, text, tiny

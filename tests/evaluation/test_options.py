@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from matplotlib.figure import Figure
 
-from ahn.anchors.scores import AnchorQueries
+from ahn.anchors.queries import AnchorQueries
 from ahn.attachment import attachment_of
 from ahn.cli.evaluation import options
 from ahn.cli.terminal import UsageError

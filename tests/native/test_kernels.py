@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ahn import native, ops
+from ahn.errors import ShapeError
 from ahn.memories import MemoryShape, build_memory
 from ahn.native import Segment
 
@@ -286,3 +287,62 @@ def test_threads_change_nothing() -> None:
         torch.set_num_threads(threads)
     for other in found[1:]:
         assert all(torch.equal(x, y) for x, y in zip(found[0], other, strict=True))
+
+
+B, T, H, G, K, V, D = 2, 3, 4, 2, 16, 32, 24
+SHAPES = {
+    "scan": {
+        "q": (B, T, H, K),
+        "k": (B, T, G, K),
+        "v": (B, T, G, V),
+        "g": (B, T, H),
+        "beta": (B, T, H),
+        "s": (B, H, K, V),
+    },
+    "write_delta_": {"k": (6, K), "v": (6, V), "decay": (6,), "write": (6,), "s": (6, K, V)},
+    "write_state_space_": {"k": (6, K), "v": (6, V), "decay": (6,), "step": (6,), "s": (6, V, K)},
+    "decode_add_": {
+        "local": (B, 1, H, V),
+        "q": (B, 1, H, K),
+        "x": (B, 1, D),
+        "s": (B, H, K, V),
+        "gate": (H, D),
+        "bias": (H,),
+        "norm": (V,),
+        "o_proj": (H, V, V),
+    },
+    "linear": {"x": (3, K), "weight": (5, K), "bias": (5,)},
+    "attend": {
+        "q": (B, H, T, K),
+        "k": (B, G, 7, K),
+        "v": (B, G, 7, V),
+        "visible_from": (B, 7),
+        "visible_until": (B, 7),
+        "mask": (B, 7),
+    },
+}
+
+
+def run_kernel(kernel: str, tensors: dict[str, Tensor]) -> None:
+    given = list(tensors.values())
+    if kernel == "decode_add_":
+        native.decode_add_(*given[:4], native.OutputWeights(*given[4:], 1.0, per_head=True, key_first=True))
+    elif kernel == "attend":
+        segment = Segment(*given[:3], visible=(given[3].long(), given[4].long()), mask=given[5])
+        first = (torch.rand(SHAPES[kernel][name]) for name in "qkv")
+        native.attend([Segment(*first), segment], 7, 1.0)
+    else:
+        getattr(native, kernel)(*given)
+
+
+@pytest.mark.parametrize(("kernel", "name"), [(kernel, name) for kernel in SHAPES for name in ["", *SHAPES[kernel]]])
+def test_a_tensor_of_another_shape_is_refused(kernel: str, name: str) -> None:
+    """Empty ones too, of which a kernel would read what lies at address 0."""
+    tensors = {key: torch.rand(shape) for key, shape in SHAPES[kernel].items()}
+    run_kernel(kernel, tensors)
+    if name:
+        shape = SHAPES[kernel][name]
+        rows = [] if name == "x" and kernel == "linear" else [(0, *shape[1:])]  # no vectors are no mistake
+        for other in (*rows, (*shape[:-1], 0), (*shape[:-1], shape[-1] + 16)):
+            with pytest.raises(ShapeError):
+                run_kernel(kernel, {**tensors, name: torch.rand(other)})

@@ -10,8 +10,7 @@ import pytest
 import torch
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-from ahn.anchors.queries import NEVER_ASKED
-from ahn.anchors.scores import AnchorQueries
+from ahn.anchors.queries import NEVER_ASKED, AnchorQueries
 from ahn.errors import ConfigError
 from ahn.training.anchors.asked import _is_long, _Layer, _read, _Seen, _voters, collect
 from ahn.training.anchors.documents import Document

@@ -1,1 +1,1 @@
-"""Which evicted tokens stay exact: the scores by which they are chosen, and how layers cast them."""
+"""Which tokens stay exact once they leave the window: scores, how they are pooled, and the choice of the best."""

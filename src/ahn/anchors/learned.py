@@ -1,17 +1,22 @@
-"""The learned vote: two small layers on what an attention layer reads.
+"""The score `learned`: a small trained network on what an attention layer reads.
 
 Legend of shapes: B batch, T tokens, D hidden size, M width.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import nn
 from torch.nn import functional
 
+from ahn.anchors.base import LayerTokens, Score
+from ahn.anchors.pooling import Pooling
+
 
 class AnchorGate(nn.Module):
-    """How much questions will look at a token, from the hidden state that a layer reads.
+    """Foresees how much later questions attend to a token, from the hidden state that a layer reads.
 
     Args:
         hidden_size: Size of the hidden state, D.
@@ -24,11 +29,30 @@ class AnchorGate(nn.Module):
         self.outer = nn.Linear(width, 1)
 
     def forward(self, hidden_BTD: torch.Tensor) -> torch.Tensor:
-        """Votes, `[B, T]` float32.
+        """Scores, `[B, T]` float32.
 
         Args:
             hidden_BTD: Input of the attention layer, after the layer's input norm.
         """
         inner_BTM = functional.silu(self.inner(hidden_BTD.to(self.inner.weight.dtype)))
-        votes_BT: torch.Tensor = self.outer(inner_BTM).squeeze(-1).float()
-        return votes_BT
+        scores_BT: torch.Tensor = self.outer(inner_BTM).squeeze(-1).float()
+        return scores_BT
+
+
+class Learned(Score):
+    """What a network says that was trained to foresee how much questions attend to a token: `ahn train anchors`."""
+
+    name = "learned"
+    pooling = Pooling(spread=(12, 2), slope=0.07)
+    weight_names = ("inner.weight", "inner.bias", "outer.weight", "outer.bias")
+
+    def score(self, tokens: LayerTokens) -> torch.Tensor:
+        """See `Score.score`."""
+        scores: torch.Tensor = tokens.weights(tokens.hidden)
+        return scores
+
+    def build(
+        self, tensors: Mapping[str, torch.Tensor], *, hidden_size: int, kv_heads: int, key_size: int
+    ) -> AnchorGate:
+        """See `Score.build`."""
+        return AnchorGate(hidden_size, tensors["inner.bias"].numel())

@@ -1,34 +1,40 @@
-"""The asked vote: queries that a model itself has once answered questions with, kept and put to every key.
+"""The score `asked`: queries that the model itself once answered questions with, kept and put to every key.
 
-Legend of shapes: B batch, C kinds of facts, R reaches, G key/value heads, T tokens, K key size, N queries of a layer.
+Legend of shapes: B batch, C kinds of facts, R pooling kernels, G key/value heads, T tokens, K key size, N queries of a
+layer.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import nn
 
+from ahn.anchors.base import LayerTokens, Score
+from ahn.anchors.pooling import LONG_POOL, POOL, Pooling
+
+NEVER_ASKED = -1e4
+"""Offset of a query for the heads that it does not attend to."""
+
 
 class AnchorQueries(nn.Module):
-    """How much questions of some kinds would look at a token, from its key: the most that any query of a kind would.
+    """Scores a key by the largest attention that any stored query of each kind would give it.
 
-    A query's offset takes away what it gives everything, so that the score is the log of a share of attention, and
-    what queries of its kind give few tokens of other texts, so that all kinds are as rare. Nothing here is trained.
+    Each query has an offset: minus its log normaliser, which makes scores logs of attention shares, and minus a
+    threshold of its kind, which makes all kinds equally selective. Nothing here is trained.
 
     Args:
         counts: Queries of each kind, C numbers, not all of them 0.
         heads: Key/value heads, G.
         key_size: Size of a key, K.
-        long: For each kind whether its facts are long; none are where nothing is said.
+        long: For each kind whether its facts are long; all are short if left out.
 
     Attributes:
         counts: As given.
         queries: The queries, those of the first kind first, `[N, K]`.
-        kinds: Which kind each is of: 1 there, 0 for the others, `[N, C]`.
-        offsets: What is added to the product of each with a key of each head, `[N, G]`; `NEVER_ASKED` for all heads but
-            the one that it looks at.
+        kinds: The kind of each: 1 there, 0 for the others, `[N, C]`.
+        offsets: Added to the product of each with a key of each head, `[N, G]`; `NEVER_ASKED` for all heads but one.
         long: For each kind whether its facts are long: 1 or 0, `[C]`.
     """
 
@@ -46,11 +52,11 @@ class AnchorQueries(nn.Module):
         self.register_buffer("long", torch.tensor(long or [False] * len(counts)).float())
 
     def forward(self, keys_BGTK: torch.Tensor) -> torch.Tensor:
-        """Votes by kind, `[B, T, C, R]` float32: for the mean over near neighbours, and for that over more of them.
+        """Scores by kind, `[B, T, C, R]` float32, for short pooling and for long.
 
-        They are NaN for kinds that nothing here asks for, and the second for kinds that are not long.
+        They are NaN for kinds without a query here, and for long pooling of kinds that are not long.
 
-        All queries are put to the keys of all heads, though each looks at one: a few products more, many calls less.
+        All queries are put to the keys of all heads, though each attends to one: more products, far fewer calls.
 
         Args:
             keys_BGTK: Keys as they were before their rotation.
@@ -59,13 +65,35 @@ class AnchorQueries(nn.Module):
         keys_KX = keys_BGTK.permute(3, 1, 0, 2).reshape(size, -1).float()
         shares_NGX = (self.queries.float() @ keys_KX).view(-1, heads, batch * tokens)
         shares_NGX = shares_NGX + self.offsets.float()[..., None]
-        votes = [
+        scores = [
             own.amax((0, 1)) if len(own) else own.new_full(own.shape[2:], torch.nan)
             for own in shares_NGX.split(self.counts)
         ]
-        near_BTC = torch.stack(votes, dim=-1).view(batch, tokens, -1)
-        return torch.stack((near_BTC, near_BTC.masked_fill(self.long == 0, torch.nan)), dim=-1)
+        short_BTC = torch.stack(scores, dim=-1).view(batch, tokens, -1)
+        return torch.stack((short_BTC, short_BTC.masked_fill(self.long == 0, torch.nan)), dim=-1)
 
 
-NEVER_ASKED = -1e4
-"""Offset where a query does not look."""
+class Asked(Score):
+    """How much the queries of example questions would attend to a key, by kind of fact: `AnchorQueries`."""
+
+    name = "asked"
+    pooling = Pooling((POOL, LONG_POOL), bonus=0.8, spread=(12, 4), slope=0.02)
+    pre_rope = True
+    weight_names = ("queries", "kinds", "offsets", "long")
+
+    def score(self, tokens: LayerTokens) -> torch.Tensor:
+        """See `Score.score`."""
+        scores: torch.Tensor = tokens.weights(tokens.pre_rope_keys)
+        return scores
+
+    def build(
+        self, tensors: Mapping[str, torch.Tensor], *, hidden_size: int, kv_heads: int, key_size: int
+    ) -> AnchorQueries:
+        """See `Score.build`."""
+        kinds = tensors["kinds"] if tensors["kinds"].dim() == 2 else torch.ones(1, 1)  # the caller checks shapes
+        return AnchorQueries(kinds.float().sum(0).clamp(min=0).long().tolist(), kv_heads, key_size)
+
+    def disagreement(self, weights: Sequence[nn.Module]) -> str | None:
+        """See `Score.disagreement`."""
+        kinds = {len(own.counts) for own in weights if isinstance(own, AnchorQueries)}
+        return "its layers score different kinds of facts" if len(kinds) > 1 else None

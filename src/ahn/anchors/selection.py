@@ -1,12 +1,11 @@
-"""Which tokens become anchors: they are chosen by their votes as they leave the window.
+"""Which tokens become anchors: the best scored of those that leave the window.
 
-All layers share one choice. Each votes on a token when it is read; when the token leaves the window, its score is the
-mean of the layers' common vote over it and its neighbours, and the bank holds the best scores so far. Some scores take
-means over several neighbourhoods, of which the highest counts, and lend what a token has to a few around it. As votes
-are frozen when they are given, the bank depends on the text alone, not on the chunks in which it was read.
+All layers share one choice. Some of them score each token, and the mean of the layers goes to the scoreboard. When the
+token leaves the window, its score is pooled with those of its neighbours, and the bank holds the best so far. A score
+is final before its token can leave: the choice depends on the text alone, not on the chunks in which it was read.
 
-Legend of shapes: B batch, E tokens that leave the window in a call, C of them that enter the bank of some row, G
-key/value heads, K key size, V value size, N anchors, P places in the ring of votes, R reaches of a score.
+Legend of shapes: B batch, T new tokens, E tokens that leave the window in a call, C of them that enter the bank of some
+row, G key/value heads, K key size, N anchors, P places on the scoreboard, R pooling kernels.
 """
 
 from __future__ import annotations
@@ -16,19 +15,21 @@ from typing import NamedTuple
 
 import torch
 
-from ahn.anchors.queries import NEVER_ASKED
-from ahn.anchors.scores import Score
+from ahn.anchors.base import LayerTokens, Score, unrotate_together
 from ahn.tokens import NEVER, Padding
+
+_NOT_SCORED = -1e4
+"""Score of a token where no layer has one of any kind."""
 
 
 class Selected(NamedTuple):
-    """Which tokens that leave the window in a call become anchors, and how long each anchor is read.
+    """Which tokens that leave the window in a call become anchors, and which queries read each anchor.
 
     Attributes:
         entering: Places among the tokens that leave, `[C]` int64.
         visible_from: Index of the first token whose query reads each anchor, the N held before and the C new ones,
             `[B or 1, N + C]` int64.
-        visible_until: Index of the first token whose query reads it no more, likewise.
+        visible_until: Index of the first token whose query no longer reads it, `[B or 1, N + C]` int64.
         source: Which of those N + C each place of the bank holds after the call, `[B or 1, N]` int64; `None` where
             nothing changes.
     """
@@ -40,7 +41,7 @@ class Selected(NamedTuple):
 
 
 class Scoreboard:
-    """The votes on the tokens of a cache, and which of them are anchors.
+    """The scores of the tokens of a cache, and which of them are anchors.
 
     Layers that slide by themselves have a window of their own, so that tokens leave them earlier; each window has its
     own list of anchors.
@@ -49,13 +50,14 @@ class Scoreboard:
         anchors: Number of anchors, N.
         sinks: Sinks of each row, which never leave.
         windows: Windows of the layers, in tokens.
-        layers: Indices of the layers that vote.
-        score: What they vote by.
+        layers: Indices of the layers that score.
+        score: What they score by.
 
     Attributes:
-        delay: Tokens after which a token is voted on.
-        held: Every tensor held, by name: `votes` `[B, P, R]` float32, and for each window w `scores.w` `[B, N]` float32
-            and `tokens.w` `[B, N]` int64, -1 at places without an anchor.
+        delay: Tokens that must follow a token before its score is final.
+        held: Every tensor held, by name: `votes` `[B, P, R]` float32, the layers' mean score of each token, token j at
+            j mod P; and for each window w `scores.w` `[B, N]` float32 and `tokens.w` `[B, N]` int64, -1 at places
+            without an anchor. Saved caches have these names.
     """
 
     def __init__(self, anchors: int, sinks: int, windows: set[int], layers: frozenset[int], score: Score) -> None:
@@ -63,110 +65,132 @@ class Scoreboard:
         self.sinks = sinks
         self.layers = layers
         self.score = score
-        self.delay = score.delay(min(windows))
         self.windows = windows
-        self.places = max(windows) + max(reach + score.behind(reach) for reach in score.reaches)
+        self.delay = score.delay(min(windows))
+        self._margins = score.pooling.margins(min(windows))
+        self._places = max(windows) + self._margins[0]
         self.held: dict[str, torch.Tensor] = {}
 
     @property
     def longest_call(self) -> int:
-        """Tokens of the longest call whose leaving tokens, and their neighbours, have all been voted on before."""
+        """Tokens of the longest call before which everything was final that decides on the tokens that leave in it."""
         return min(self.windows) - self.score.span(min(self.windows))
 
-    def count(self, votes_BTR: torch.Tensor, seen: int) -> None:
-        """Keeps the votes that a call gave.
+    def record(self, scores_BTR: torch.Tensor, seen: int, new: int) -> None:
+        """Keeps the scores that a call gave.
 
         Args:
-            votes_BTR: Those of all layers as one: on the new tokens or, with a delay, on as many before them.
+            scores_BTR: The layers' mean scores of the tokens from `seen - delay` (or 0) on, see `Score.score`.
             seen: Tokens read before the call.
+            new: Tokens of the call.
         """
         if "votes" not in self.held:
-            rows, _, reaches = votes_BTR.shape
-            self.held["votes"] = votes_BTR.new_zeros(rows, self.places, reaches, dtype=torch.float32)
+            rows, _, kernels = scores_BTR.shape
+            self.held["votes"] = scores_BTR.new_zeros(rows, self._places, kernels, dtype=torch.float32)
+        held, scores_BTR = self.held["votes"], scores_BTR.detach().float()
         first = max(0, seen - self.delay)
-        place = torch.arange(first, first + votes_BTR.size(1), device=votes_BTR.device) % self.places
-        # Not in place: a call that fails leaves the votes of before.
-        self.held["votes"] = self.held["votes"].index_copy(1, place, votes_BTR.detach().float())
+        place = torch.arange(first, first + scores_BTR.size(1), device=held.device) % self._places
+        # Not in place: a call that fails leaves the scores of before.
+        if self.score.accumulates:
+            held = held.index_fill(1, place[seen - first :], 0.0)
+            self.held["votes"] = held.index_add(1, place, scores_BTR)
+        else:
+            self.held["votes"] = held.index_copy(1, place, scores_BTR)
 
-    def choose(self, seen: int, new: int, padding: Padding | None) -> dict[int, Selected]:
-        """The choice for the tokens that leave each window in a call, and keeps it.
+    def select(self, seen: int, new: int, padding: Padding | None) -> dict[int, Selected]:
+        """The choice among the tokens that leave each window in a call, and keeps it.
 
         Args:
             seen: Tokens read before the call.
             new: Tokens of the call.
             padding: Padding at the left of the rows, or `None` where there is none.
         """
-        if "votes" not in self.held:
-            return {}
         by_window = {}
-        for window in self.windows:
+        for window in self.windows if "votes" in self.held else ():
             first = max(self.sinks, seen - window)
-            leaving = torch.arange(first, max(first, seen + new - window), device=self.held["votes"].device)
-            selected = self._choose(window, leaving, padding)
+            selected = self._select(window, first, max(first, seen + new - window), padding)
             if selected is not None:
                 by_window[window] = selected
         return by_window
 
-    def _choose(self, window: int, leaving_E: torch.Tensor, padding: Padding | None) -> Selected | None:
-        scores, tokens = f"scores.{window}", f"tokens.{window}"
-        if leaving_E.numel() and scores not in self.held:
+    def _select(self, window: int, first: int, stop: int, padding: Padding | None) -> Selected | None:
+        scores, tokens, device = f"scores.{window}", f"tokens.{window}", self.held["votes"].device
+        if stop > first and scores not in self.held:
             rows = self.held["votes"].size(0)
             self.held[scores] = self.held["votes"].new_full((rows, self.anchors), float("-inf"))
-            self.held[tokens] = torch.full((rows, self.anchors), -1, device=leaving_E.device)
+            self.held[tokens] = torch.full((rows, self.anchors), -1, device=device)
         if scores not in self.held:
             return None
         held = _Anchors(self.held[scores], self.held[tokens])
-        candidates = _Anchors(self._scores(leaving_E, padding), leaving_E.expand(held.tokens.size(0), -1))
-        selected, after = select(held, candidates, window)
+        leaving = torch.arange(first, stop, device=device).expand(held.tokens.size(0), -1)
+        selected, after = select(held, _Anchors(self._pooled(first, stop, padding), leaving), window)
         if after is not None:
             self.held[scores], self.held[tokens] = after
         return selected
 
-    def _scores(self, token_E: torch.Tensor, padding: Padding | None) -> torch.Tensor:
-        """The highest score of each token, `[B, E]`; -inf for padding and sinks."""
+    def _pooled(self, first: int, stop: int, padding: Padding | None) -> torch.Tensor:
+        """Pooled scores of the tokens from `first` to `stop` - 1, `[B, E]`; -inf for padding and sinks."""
+        scores_BPR, (left, right) = self.held["votes"], self._margins
+        index = torch.arange(first - left, stop + right, device=scores_BPR.device)
         begin = torch.zeros(1, dtype=torch.long) if padding is None else padding.counts
-        begin_B1 = begin.to(token_E.device)[:, None]
-        reaches = zip(self.held["votes"].unbind(-1), self.score.reaches, strict=True)
-        means = [self._means(votes_BP, reach, token_E, begin_B1) for votes_BP, reach in reaches]
-        return torch.stack(means).amax(0).masked_fill(token_E < begin_B1 + self.sinks, float("-inf"))
-
-    def _means(self, votes_BP: torch.Tensor, reach: int, token_E: torch.Tensor, begin_B1: torch.Tensor) -> torch.Tensor:
-        """Mean votes of tokens and their neighbours within a reach, or what others lend, `[B, E]`."""
-        before, behind = self.score.before(min(self.windows)), self.score.behind(reach)
-        apart = torch.arange(-behind, before + 1, device=token_E.device)
-        near = token_E[:, None] + torch.arange(-reach - behind, reach + before + 1, device=token_E.device)
-        real = (near >= begin_B1[..., None]).to(votes_BP.dtype)
-        votes = votes_BP[:, near % self.places] * real
-        sums, counts = (x.unfold(-1, 2 * reach + 1, 1).sum(-1) for x in (votes, real))
-        means = sums / counts.clamp(min=1) + self.score.ahead(reach) - self.score.fade * apart.abs()
-        return means.masked_fill(counts == 0, float("-inf")).amax(-1)
+        begin_B1 = begin.to(index.device)[:, None]
+        if stop == first:
+            return scores_BPR.new_zeros(scores_BPR.size(0), 0)
+        real = (index >= begin_B1).to(scores_BPR.dtype)
+        pooled_BE = self.score.pooling.apply(scores_BPR[:, index % self._places], real, min(self.windows))
+        return pooled_BE.masked_fill(index[left : left + stop - first] < begin_B1 + self.sinks, float("-inf"))
 
 
 @dataclasses.dataclass
 class Selection:
-    """The choice of anchors in one call, and the votes on its new tokens.
+    """The choice of anchors in one call, and the scores of its new tokens.
 
     Attributes:
-        scoreboard: Where the votes go when the call ends.
+        scoreboard: Where the scores go when the call ends.
         seen: Tokens read before the call.
-        selected: By window, which of the tokens that leave become anchors.
-        votes: What the layers voted in this call, `[B, T]` each or, by kind and reach, `[B, T, kinds, R]`.
+        new: Tokens of the call.
+        padding: Padding at the left of the rows, or `None`.
+        selected: By window, which of the tokens that leave become anchors; made when the call begins.
     """
 
     scoreboard: Scoreboard
     seen: int
-    selected: dict[int, Selected]
-    votes: list[torch.Tensor] = dataclasses.field(default_factory=list)
+    new: int
+    padding: Padding | None
+
+    def __post_init__(self) -> None:
+        self.selected = self.scoreboard.select(self.seen, self.new, self.padding)
+        self._scores: list[torch.Tensor] = []  # of each layer
+        self._waiting: list[LayerTokens] = []
+
+    def add(self, tokens: LayerTokens, later: bool) -> None:
+        """Scores the new tokens of a layer.
+
+        Args:
+            tokens: The tokens.
+            later: Whether to wait for the other layers, which spares operations and holds all their tensors.
+        """
+        self._waiting.append(tokens)
+        if not later:
+            self._score_waiting()
 
     def close(self) -> None:
-        """Hands the votes in: the mean of the layers and, where they voted by kind, its best."""
-        device = self.votes[0].device
-        votes = torch.stack([votes.to(device) for votes in self.votes]).nanmean(0)
-        if votes.dim() > 2:
-            best_BTR = votes.nan_to_num(nan=NEVER_ASKED).amax(2)
-        else:
-            best_BTR = votes[..., None]
-        self.scoreboard.count(best_BTR, self.seen)
+        """Hands in the mean of the layers and, where they scored by kind, that of the best kind."""
+        self._score_waiting()
+        device = self._scores[0].device
+        scores = torch.stack([scores.to(device) for scores in self._scores]).nanmean(0)
+        best_BTR = scores.nan_to_num(nan=_NOT_SCORED).amax(2) if scores.dim() > 2 else scores[..., None]
+        self.scoreboard.record(best_BTR, self.seen, self.new)
+
+    @torch.no_grad()
+    def _score_waiting(self) -> None:
+        score = self.scoreboard.score
+        if score.pre_rope and len(self._waiting) > 1:
+            unrotate_together(self._waiting)
+        for tokens in self._waiting:
+            scores = score.score(tokens)
+            self._scores.append(scores.expand(tokens.keys.size(0), *scores.shape[1:]))
+        self._waiting = []
 
 
 class _Anchors(NamedTuple):

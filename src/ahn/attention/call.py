@@ -100,10 +100,11 @@ class Call:
         layer = None if self.cache is None else self.cache.layers[site.index]
         if not isinstance(layer, HippocampalLayer):
             return new_memory_layer(site, memory, self.settings), True
-        if self.selection is not None and self.has_gradients and not torch.is_grad_enabled():
+        is_long = self.is_chunk or bool(self.chunk_outputs)
+        if is_long and self.has_gradients and not torch.is_grad_enabled():
             raise CacheError(
-                "a call with anchors is read in chunks, whose gradients activation checkpointing loses with "
-                "use_reentrant=True; pass use_reentrant=False, or read without anchors"
+                "a long call with anchors is read in chunks, between which activation checkpointing with "
+                "use_reentrant=True loses gradients; pass use_reentrant=False, or read without anchors"
             )
         if site.index not in self.served:
             self.served.add(site.index)

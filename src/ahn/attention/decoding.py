@@ -13,8 +13,6 @@ from __future__ import annotations
 import torch
 
 from ahn import ops
-from ahn.anchors.scoring import Scorer, score_tokens
-from ahn.anchors.selection import Selection
 from ahn.cache import HippocampalCache
 from ahn.cache.groups import LayerGroup, group_layers
 
@@ -28,36 +26,18 @@ class DecodeStep:
 
     Attributes:
         hidden: What each attention layer has read so far in this call, `[B, 1, D]`, by layer index.
-        scorers: What each layer has to vote by, by layer index; none where each votes for itself.
     """
 
     def __init__(self, groups: list[LayerGroup], cache: HippocampalCache) -> None:
         self.groups = groups
         self.hidden: dict[int, torch.Tensor] = {}
-        self.scorers: dict[int, Scorer] = {}
-        self._settings, self._padding, self._seen = cache.settings, cache.padding, cache.seen_tokens
+        self._settings = cache.settings
 
-    def close(self, selection: Selection | None) -> None:
-        """Ends the call, in which every layer has read the token.
-
-        Args:
-            selection: The choice of anchors, where there are any.
-        """
-        for group in self.groups:
-            if self._settings.mode == "ahn":
+    def close(self) -> None:
+        """Ends the call, in which every layer has read the token."""
+        if self._settings.mode == "ahn":
+            for group in self.groups:
                 group.write_gates(self.hidden)
-            if selection is not None:
-                selection.votes += self._votes(
-                    [self.scorers[i] for i in group.indices if i in self.scorers], selection.scoreboard.delay
-                )
-
-    def _votes(self, scorers: list[Scorer], delay: int) -> list[torch.Tensor]:
-        """Votes of layers of one shape, those with the same rotation at once."""
-        alike: dict[int, list[Scorer]] = {}
-        for scorer in scorers:
-            alike.setdefault(id(scorer.rotary and scorer.rotary.tables[0]), []).append(scorer)
-        score = self._settings.anchor_score
-        return [vote for each in alike.values() for vote in score_tokens(each, score, self._seen, delay, self._padding)]
 
 
 def begin_step(cache: HippocampalCache, new: int) -> DecodeStep | None:

@@ -13,12 +13,13 @@ import torch
 from torch import nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from ahn.anchors.scoring import Scorer, score_tokens
+from ahn.anchors.base import LayerTokens
 from ahn.anchors.selection import Selected
 from ahn.attachment import find_attachment
 from ahn.attention import softmax, softmax_native
 from ahn.attention.call import LayerCall, Softmax
 from ahn.attention.masks import CallMask
+from ahn.attention.weights import attention_blocks
 from ahn.cache.layer import HippocampalLayer
 from ahn.cache.record import TokenRecord
 from ahn.errors import ModelError
@@ -61,9 +62,10 @@ def attention_function(
     if ahn.call.step is not None:
         return _decode(ahn, query, key, value, rule), None
     store, is_first = ahn.call.open_layer(ahn.site, ahn.memory)
+    new = Tokens(key, value, ahn.record(key))
+    view = store.append(new, ahn.call.padding, _selected(ahn, store))
     if is_first:
-        _score(ahn, store, key)
-    view = store.append(Tokens(key, value, ahn.record(key)), ahn.call.padding, _selected(ahn, store))
+        _score(ahn, store, query, new, view, rule)
     local = attend_local(ahn, query, view, rule)
     if ahn.gates is None or not view.evicted.length:
         return local, None
@@ -123,26 +125,35 @@ def _decode(
     store, _ = layer.call.open_layer(layer.site, layer.memory)
     if layer.call.step is not None:
         layer.call.step.hidden[layer.site.index] = layer.hidden
-    _score(layer, store, key)
     view = store.append_key(key, value, _selected(layer, store))
+    _score(layer, store, query, Tokens(key, value, key[..., :0]), view, rule)
     local = attend_local(layer, query, view, rule)
     if store.state is None:
         return local
     return layer.memory.decode_add(local, query.transpose(1, 2), layer.hidden, store.state)
 
 
-def _score(layer: LayerCall, store: HippocampalLayer, key: torch.Tensor) -> None:
-    """Hands in the layer's votes on the new tokens, where it has any."""
+def _score(
+    layer: LayerCall, store: HippocampalLayer, query: torch.Tensor, new: Tokens, view: View, rule: Softmax
+) -> None:
+    """Scores the new tokens for the choice of anchors, where the layer takes part in it."""
     selection, call = layer.call.selection, layer.call
     if selection is None or layer.site.index not in selection.scoreboard.layers:
         return
-    weights = layer.site.score_weights(call.settings.anchor_score)
-    scorer = Scorer(store, key, layer.hidden, weights, layer.rotary)
-    if call.step is not None:
-        call.step.scorers[layer.site.index] = scorer
-    else:
-        delay = selection.scoreboard.delay
-        selection.votes += score_tokens([scorer], call.settings.anchor_score, store.exact.seen, delay, call.padding)
+    tokens = LayerTokens(
+        selection.seen,
+        selection.scoreboard.delay,
+        call.padding,
+        layer.hidden,
+        query,
+        new.keys,
+        new.values,
+        attention=lambda: attention_blocks(call, view, query, layer.sink_queries(query, view.seen), rule),
+        weights=layer.site.score_weights(selection.scoreboard.score.name),
+        state=store.score_state.held,
+        rotary=layer.rotary,
+    )
+    selection.add(tokens, later=call.step is not None)
 
 
 def _selected(layer: LayerCall, store: HippocampalLayer) -> Selected | None:

@@ -36,14 +36,14 @@ _HAS_HEAD: ContextVar[bool] = ContextVar("ahn_has_head", default=False)
 def before_model(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Before the whole model, head included: from now on its cache waits for the head."""
     _HAS_HEAD.set(True)
-    if (cache := _given_cache(model, args, kwargs)) is not None:
+    if (cache := _given_cache(args, kwargs)) is not None:
         cache.settle()
 
 
 def after_model(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
     """After the whole model, also where it failed: keeps what was read, or takes it back."""
     _HAS_HEAD.set(False)
-    if (cache := _given_cache(model, args, kwargs)) is None:
+    if (cache := _given_cache(args, kwargs)) is None:
         return
     if output is None:
         cache.rollback()
@@ -77,7 +77,7 @@ def after_call(backbone: Any, args: Any, output: Any) -> Any:
     CURRENT.reset(call.token)
     call.token = None
     if output is not None and call.step is not None:
-        call.step.close(call.selection)
+        call.step.close()
     if output is not None and call.selection is not None:
         call.selection.close()
     if call.is_chunk or call.cache is None:
@@ -125,9 +125,8 @@ def _named(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     return {**dict(zip(inspect.signature(module.forward).parameters, args, strict=False)), **kwargs} if args else kwargs
 
 
-def _given_cache(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> HippocampalCache | None:
-    cache = compat.find_cache(_named(model, args, kwargs))
-    return cache if isinstance(cache, HippocampalCache) else None
+def _given_cache(args: tuple[Any, ...], kwargs: dict[str, Any]) -> HippocampalCache | None:
+    return next((each for each in (*args, *kwargs.values()) if isinstance(each, HippocampalCache)), None)
 
 
 def _inputs(kwargs: dict[str, Any]) -> Any:
@@ -198,8 +197,7 @@ def _prepare(call: Call, cache: HippocampalCache, new: int) -> None:
     if call.has_gradients:
         call.before = cache.snapshots()
     if cache.scoreboard is not None:
-        seen = cache.get_seq_length()
-        call.selection = Selection(cache.scoreboard, seen, cache.scoreboard.choose(seen, new, call.padding))
+        call.selection = Selection(cache.scoreboard, cache.get_seq_length(), new, call.padding)
     call.step = begin_step(cache, new)
 
 

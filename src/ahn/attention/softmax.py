@@ -20,7 +20,7 @@ from ahn.tokens import ExtraKV, Tokens, View
 _HAS_LOG_SUM = hasattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu")
 
 
-_Part = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]
+Part = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]
 """Keys, values and their additive mask."""
 
 
@@ -41,7 +41,7 @@ def attend(
     """
     if not view.ordered:
         return _attend_one(call, view, query, sink_query, softmax).transpose(1, 2)
-    size = _block_size(view.window, query)
+    size = block_size(view.window, query)
     starts = range(view.seen - query.size(2), view.seen, size)
     blocks = [
         _attend_block(call, view, query, sink_query, softmax, (start, min(start + size, view.seen))) for start in starts
@@ -68,11 +68,26 @@ def _attend_one(
         )
         far = far_keys, far_values, F.pad(extra_one, (sinks, 0))
         return _merged(query, (keys[:, :, sinks:], values[:, :, sinks:], None), sink_query, far, softmax)
-    extra = read_by(extra, seen - 1, seen)
+    part, other = ring_and_extra(view, query, mask)
+    return _attend(query, sink_query, *part, other, softmax)
+
+
+def ring_and_extra(view: View, query: torch.Tensor, mask: torch.Tensor | None) -> tuple[Part, slice]:
+    """What a single query reads: extra keys, then the slots of the ring as they lie; which are extra keys and sinks.
+
+    Args:
+        view: What it may read.
+        query: The query, `[B, H, 1, K]`.
+        mask: Mask of the slots, or `None` if all may be read.
+    """
+    keys, values, block = view.local.keys, view.local.values, (view.seen - 1, view.seen)
+    if view.extra is None:
+        return (keys, values, mask), slice(0, view.sinks.length)
+    extra = read_by(view.extra, *block)
     mask = keys.new_zeros(1, keys.size(2)) if mask is None else mask
-    mask = beside(extra_mask(extra, (seen - 1, seen), 1, query), mask)
+    mask = beside(extra_mask(extra, block, 1, query), mask)
     keys, values = torch.cat((extra.keys, keys), dim=2), torch.cat((extra.values, values), dim=2)
-    return _attend(query, sink_query, keys, values, mask, slice(0, extra.keys.size(2) + sinks), softmax)
+    return (keys, values, mask), slice(0, extra.keys.size(2) + view.sinks.length)
 
 
 def _attend_block(
@@ -86,21 +101,35 @@ def _attend_block(
     """The queries of one block of tokens, by first and last + 1 index, `[B, H, stop - start, V]`."""
     (start, stop), first = block, view.seen - query.size(2)
     rows = slice(start - first, stop - first)
-    keys_from = max(view.first, start - view.window + 1)
-    near = view.local.span(keys_from - view.first, max(keys_from, stop) - view.first)
-    repeats = query.size(1) // near.keys.size(1) if _stacks_heads(query) else 1
-    mask = block_mask(call, view, block, keys_from, repeats, query)
-    parts: list[Tokens | ExtraKV] = [near, view.sinks]
-    if view.extra is not None and (extra := read_by(view.extra, start, stop)).keys.size(2):
-        mask = beside(mask, extra_mask(extra, block, repeats, query))
-        parts.append(extra)
-    keys, values = (torch.cat([part[index] for part in parts], dim=2) for index in (0, 1))
+    repeats = query.size(1) // view.local.keys.size(1) if _stacks_heads(query) else 1
+    part, near = block_part(call, view, block, repeats, query)
     # Within the trained context both queries are the same, so that blocks before its end need one of them only.
     same = sink_query is None or stop <= call.attachment.trained_context
     sink_rows = None if same or sink_query is None else sink_query[:, :, rows]
     # Queries among the sinks see no token of the window, whose log-sum alone would be undefined.
     attend_rows = _attend_explicitly if sink_rows is not None and start < view.sinks.length else _attend
-    return attend_rows(query[:, :, rows], sink_rows, keys, values, mask, slice(near.length, None), softmax)
+    return attend_rows(query[:, :, rows], sink_rows, *part, slice(near, None), softmax)
+
+
+def block_part(call: Call, view: View, block: tuple[int, int], repeats: int, like: torch.Tensor) -> tuple[Part, int]:
+    """What a block of queries reads: tokens of the window, then sinks and extra keys; how many are of the window.
+
+    Args:
+        call: The call, for its masks.
+        view: What the queries may read.
+        block: First and last + 1 index of the queries.
+        repeats: How often to stack the mask, for query heads stacked on one kv head.
+        like: A tensor of the dtype and device to use.
+    """
+    keys_from = max(view.first, block[0] - view.window + 1)
+    near = view.local.span(keys_from - view.first, max(keys_from, block[1]) - view.first)
+    mask = block_mask(call, view, block, keys_from, repeats, like)
+    parts: list[Tokens | ExtraKV] = [near, view.sinks]
+    if view.extra is not None and (extra := read_by(view.extra, *block)).keys.size(2):
+        mask = beside(mask, extra_mask(extra, block, repeats, like))
+        parts.append(extra)
+    keys, values = (torch.cat([part[index] for part in parts], dim=2) for index in (0, 1))
+    return (keys, values, mask), near.length
 
 
 def _attend(
@@ -152,14 +181,14 @@ def _attend_in_two(
     return _merged(q_BHTK, near, sink_q_BHTK, far, softmax)
 
 
-def _merged(q_BHTK: torch.Tensor, near: _Part, far_q_BHTK: torch.Tensor, far: _Part, softmax: Softmax) -> torch.Tensor:
+def _merged(q_BHTK: torch.Tensor, near: Part, far_q_BHTK: torch.Tensor, far: Part, softmax: Softmax) -> torch.Tensor:
     """One softmax over two sets of keys by the fused kernel, merged by the size of their denominators."""
     near_out, near_sum = _fused(q_BHTK, near, softmax)
     far_out, far_sum = _fused(far_q_BHTK, far, softmax)
     return torch.lerp(near_out, far_out, torch.sigmoid(far_sum - near_sum)[..., None].to(near_out.dtype))
 
 
-def _fused(q_BHTK: torch.Tensor, part: _Part, softmax: Softmax) -> tuple[torch.Tensor, torch.Tensor]:
+def _fused(q_BHTK: torch.Tensor, part: Part, softmax: Softmax) -> tuple[torch.Tensor, torch.Tensor]:
     """Output of the fused kernel on CPU, `[B, H, T, V]`, and the logarithm of its denominators, `[B, H, T]`."""
     keys, values, mask = part
     query, new = q_BHTK, q_BHTK.size(2)
@@ -190,6 +219,20 @@ def _attend_explicitly(
     softmax: Softmax,
 ) -> torch.Tensor:
     """The softmax spelled out, float32 inside, query heads stacked on their kv head."""
+    weights = explicit_weights(q_BHTK, sink_q_BHTK, k_BGNK, mask, sinks, softmax).to(v_BGNV.dtype)
+    weights = F.dropout(weights, softmax.dropout) if softmax.dropout else weights
+    return torch.matmul(weights, v_BGNV).view(*q_BHTK.shape[:3], -1)
+
+
+def explicit_weights(
+    q_BHTK: torch.Tensor,
+    sink_q_BHTK: torch.Tensor | None,
+    k_BGNK: torch.Tensor,
+    mask: torch.Tensor | None,
+    sinks: slice,
+    softmax: Softmax,
+) -> torch.Tensor:
+    """The weights of the softmax, query heads stacked on their kv head, `[B, G, H / G * T, N]` float32."""
     batch, heads, new, size = q_BHTK.shape
     groups = k_BGNK.size(1)
     stacked = (batch, groups, heads // groups * new, size)
@@ -206,9 +249,7 @@ def _attend_explicitly(
     if softmax.s_aux is not None:
         extra = softmax.s_aux.float().view(1, groups, -1, 1).expand(batch, -1, -1, new).reshape(*scores.shape[:3], 1)
         scores = torch.cat((scores, extra), dim=-1)
-    weights = torch.softmax(scores, dim=-1)[..., : k_BGNK.size(2)].to(v_BGNV.dtype)
-    weights = F.dropout(weights, softmax.dropout) if softmax.dropout else weights
-    return torch.matmul(weights, v_BGNV).view(batch, heads, new, -1)
+    return torch.softmax(scores, dim=-1)[..., : k_BGNK.size(2)]
 
 
 def _scores(q: torch.Tensor, k: torch.Tensor, scaling: float) -> torch.Tensor:
@@ -221,7 +262,7 @@ def _stacks_heads(q: torch.Tensor) -> bool:
     return q.device.type != "cpu"
 
 
-def _block_size(window: int, q: torch.Tensor) -> int:
+def block_size(window: int, q: torch.Tensor) -> int:
     """Queries per block: large enough for fast products, small enough that few masked keys are multiplied."""
     if q.device.type != "cpu":
         return 1024

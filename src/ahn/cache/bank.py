@@ -20,10 +20,8 @@ class Bank(Store):
         anchors: Number of anchors, N.
     """
 
-    names = ("anchor_keys", "anchor_values")
-
     def __init__(self, anchors: int) -> None:
-        super().__init__()
+        super().__init__("anchor_keys", "anchor_values")
         self.anchors = anchors
 
     def append(self, evicted: Tokens, selected: Selected) -> ExtraKV:
@@ -49,9 +47,3 @@ class Bank(Store):
         if name not in self.held:
             self.held[name] = like.new_zeros(*like.shape[:2], self.anchors, like.size(3))
         return self.held[name]
-
-
-class KeyMean(Store):
-    """Unit keys of a layer before their rotation, `[B, G, _, K]` float32: the sum of all, and the last ones."""
-
-    names = ("key_total", "key_recent")

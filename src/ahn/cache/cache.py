@@ -11,12 +11,14 @@ import torch
 from torch import nn
 from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
 
-from ahn.anchors.scores import find_score
+from ahn.anchors.base import Score
+from ahn.anchors.policy import Policy, settle
 from ahn.anchors.selection import Scoreboard
 from ahn.attachment import Attachment, Site, attachment_of
 from ahn.cache.compressive import state_slots
 from ahn.cache.groups import LayerGroup
 from ahn.cache.layer import HippocampalLayer
+from ahn.cache.layout import check_saved
 from ahn.cache.storage import SavedCache, read_cache, write_cache
 from ahn.config import RunSettings
 from ahn.errors import CacheError, ConfigError
@@ -55,13 +57,15 @@ class HippocampalCache(Cache):
         model: A model with a memory attached.
         window: Tokens of the window; those of the current mode if left out.
         sinks: Number of sinks; those of the current mode if left out.
+        anchor_score: What anchors are chosen by in place of the score that the current mode names: an object of a
+            subclass of `ahn.anchors.base.Score`, which need not be registered.
 
     Raises:
         ModelError: No memory is attached to the model.
         ConfigError: A value is out of range, or the current mode is "full".
 
     Attributes:
-        settings: Mode, window and sinks, fixed for the life of the cache.
+        settings: Mode, window, sinks and what anchors are chosen by, fixed for the life of the cache.
         padding: Padding at the left of the rows, or `None`.
         scoreboard: The choice of the anchors, where there are any.
         groups: Layers that decode together; found when decoding begins.
@@ -70,7 +74,14 @@ class HippocampalCache(Cache):
 
     layers: list[AnyLayer]  # type: ignore[assignment]
 
-    def __init__(self, model: nn.Module, *, window: int | None = None, sinks: int | None = None) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        window: int | None = None,
+        sinks: int | None = None,
+        anchor_score: Score | None = None,
+    ) -> None:
         attachment = attachment_of(model)
         now = attachment.settings
         if now.mode == "full":
@@ -78,28 +89,32 @@ class HippocampalCache(Cache):
         settings = dataclasses.replace(
             now, window=now.window if window is None else window, sinks=now.sinks if sinks is None else sinks
         )
-        attachment.check(settings)
-        self.begin(attachment, settings)
+        attachment.check(settings, anchor_score)
+        self.begin(attachment, settings, anchor_score)
 
-    def begin(self, attachment: Attachment, settings: RunSettings) -> None:
+    def begin(self, attachment: Attachment, settings: RunSettings, score: Score | None = None) -> None:
         """Sets up an empty cache with settings that were checked before.
+
+        Args:
+            attachment: What is attached to the model.
+            settings: The settings.
+            score: What anchors are chosen by, where it is not what the settings say.
 
         Raises:
             ConfigError: The anchors are chosen by a score that needs weights, and the model has none for it.
         """
-        scorers = attachment.scoring_layers(settings) if settings.has_anchors else frozenset()
+        policy = settle(settings, attachment.weighted_layers, score) if settings.has_anchors else None
         self.attachment = attachment
-        self.settings = settings
+        self.settings = settings if policy is None else dataclasses.replace(settings, anchor_score=policy.score.name)
         self.padding: Padding | None = None
         self.groups: list[LayerGroup] = []
         self._before: Before | None = None
         self._is_read = False
-        super().__init__(layers=[new_layer(site, settings) for site in attachment.sites])
+        super().__init__(layers=[new_layer(site, settings, policy) for site in attachment.sites])
         windows = {layer.exact.window for layer in self.layers if isinstance(layer, HippocampalLayer)}
         self.scoreboard: Scoreboard | None = None
-        if settings.has_anchors:
-            score = find_score(settings.anchor_score)
-            self.scoreboard = Scoreboard(settings.anchors, settings.sinks, windows, scorers, score)
+        if policy is not None:
+            self.scoreboard = Scoreboard(settings.anchors, settings.sinks, windows, policy.layers, policy.score)
 
     @property
     def anchor_tokens(self) -> list[list[int]]:
@@ -216,6 +231,7 @@ class HippocampalCache(Cache):
         saved = read_cache(path, attachment)
         cache = cls.__new__(cls)
         cache.begin(attachment, saved.settings)
+        check_saved(os.fspath(path), saved, attachment, cache.layers, cache.scoreboard)
         devices = [next(site.module.parameters()).device for site in attachment.sites]
         for index, (layer, seen) in enumerate(zip(cache.layers, saved.seen, strict=True)):
             set_layer_tensors(layer, saved.of(str(index), devices[index]), seen)
@@ -230,7 +246,7 @@ class HippocampalCache(Cache):
         """An independent copy: both continue from here, bit for bit alike."""
         self.settle()
         twin = type(self).__new__(type(self))
-        twin.begin(self.attachment, self.settings)
+        twin.begin(self.attachment, self.settings, self.scoreboard.score if self.scoreboard else None)
         for mine, other in zip(self.layers, twin.layers, strict=True):
             set_layer_tensors(
                 other, {name: t.clone() for name, t in layer_tensors(mine).items()}, mine.get_seq_length()
@@ -301,19 +317,22 @@ class HippocampalCache(Cache):
             self.padding = Padding(counts[rows.to(counts.device)], self.padding.most)
 
 
-def new_layer(site: Site, settings: RunSettings) -> AnyLayer:
+def new_layer(site: Site, settings: RunSettings, policy: Policy | None = None) -> AnyLayer:
     """An empty layer of a cache: ours for a layer with a memory, the base model's own kind for another."""
     if site.memory is not None:
-        return new_memory_layer(site, site.memory, settings)
+        scores = policy is not None and site.index in policy.layers
+        return new_memory_layer(site, site.memory, settings, policy.score.state_names if policy and scores else ())
     if site.sliding_window is not None:
         return DynamicSlidingWindowLayer(site.sliding_window)
     return DynamicLayer()
 
 
-def new_memory_layer(site: Site, memory: Memory, settings: RunSettings) -> HippocampalLayer:
-    """An empty layer of a cache for a layer with a memory."""
+def new_memory_layer(
+    site: Site, memory: Memory, settings: RunSettings, score_names: tuple[str, ...] = ()
+) -> HippocampalLayer:
+    """An empty layer of a cache for a layer with a memory, see `HippocampalLayer`."""
     number_bytes = site.dtype.itemsize
-    return HippocampalLayer(settings, site.sliding_window, state_slots(memory, number_bytes))
+    return HippocampalLayer(settings, site.sliding_window, state_slots(memory, number_bytes), score_names)
 
 
 def refuse_assisted_decoding() -> NoReturn:

@@ -49,10 +49,8 @@ class PooledStore(Store):
         window: Tokens of the window: token j leaves it when token j + window comes.
     """
 
-    names = ("slot_keys", "slot_values", "pending_keys", "pending_values")
-
     def __init__(self, slots: int, pooling: Pooling, sinks: int, window: int) -> None:
-        super().__init__()
+        super().__init__("slot_keys", "slot_values", "pending_keys", "pending_values")
         self.slots = slots
         self.pooling = pooling
         self.sinks = sinks

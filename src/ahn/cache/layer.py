@@ -9,7 +9,7 @@ import torch
 from transformers.cache_utils import CacheLayerMixin
 
 from ahn.anchors.selection import Selected
-from ahn.cache.bank import Bank, KeyMean
+from ahn.cache.bank import Bank
 from ahn.cache.compressive import POOLINGS, PooledStore
 from ahn.cache.store import Store
 from ahn.cache.window import SinkWindow
@@ -29,12 +29,13 @@ class HippocampalLayer(CacheLayerMixin):
         sliding_window: The layer's own sliding window in tokens, if the base model has one: the exact tokens never
             pass it, so that sinks and window together show at most what the base model sees.
         slots: Slots of a Compressive Transformer, for the modes that read them.
+        score_names: Names of what the score of the anchors keeps here.
 
     Attributes:
         exact: Sinks and window.
         pooled: Slots, in the modes of a Compressive Transformer.
         bank: Anchors, where there are any.
-        key_mean: Keys before their rotation, for votes on anchors.
+        score_state: What the score of the anchors keeps here.
         state: State of the memory, `[B, *state_shape]` float32, or `None` before the first eviction.
     """
 
@@ -43,7 +44,13 @@ class HippocampalLayer(CacheLayerMixin):
     is_croppable = False
     supports_early_init = False
 
-    def __init__(self, settings: RunSettings, sliding_window: int | None = None, slots: int = 0) -> None:
+    def __init__(
+        self,
+        settings: RunSettings,
+        sliding_window: int | None = None,
+        slots: int = 0,
+        score_names: tuple[str, ...] = (),
+    ) -> None:
         super().__init__()
         window = settings.window
         if sliding_window is not None:
@@ -58,7 +65,7 @@ class HippocampalLayer(CacheLayerMixin):
         pooling = POOLINGS.get(settings.mode)
         self.pooled = PooledStore(slots, pooling, settings.sinks, window) if pooling and slots else None
         self.bank = Bank(settings.anchors) if settings.has_anchors else None
-        self.key_mean = KeyMean()
+        self.score_state = Store(*score_names)
         self.state: torch.Tensor | None = None
 
     def append(self, new: Tokens, padding: Padding | None, selected: Selected | None = None) -> View:
@@ -99,7 +106,7 @@ class HippocampalLayer(CacheLayerMixin):
     def commit(self) -> None:
         """Keeps what came since the last `commit`, without its gradients."""
         self.exact.commit()
-        if self.state is not None:
+        if self.state is not None and self.state.requires_grad:
             self.state = self.state.detach()
         for store in self._stores():
             store.map_tensors(torch.Tensor.detach)
@@ -117,7 +124,7 @@ class HippocampalLayer(CacheLayerMixin):
         self.state, self.is_initialized = snapshot["state"], snapshot["started"]
 
     def _stores(self) -> list[Store]:
-        stores: tuple[Store | None, ...] = (self.pooled, self.bank, self.key_mean)
+        stores: tuple[Store | None, ...] = (self.pooled, self.bank, self.score_state)
         return [store for store in stores if store is not None]
 
     def tensors(self) -> dict[str, torch.Tensor]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import ClassVar
 
 import torch
 
@@ -11,14 +10,15 @@ import torch
 class Store:
     """What a store behind the window holds, by name.
 
+    Args:
+        *names: Names of its tensors.
+
     Attributes:
-        names: Names of its tensors.
         held: Its tensors; none before something was stored.
     """
 
-    names: ClassVar[tuple[str, ...]]
-
-    def __init__(self) -> None:
+    def __init__(self, *names: str) -> None:
+        self.names = names
         self.held: dict[str, torch.Tensor] = {}
 
     def tensors(self) -> dict[str, torch.Tensor]:

@@ -177,7 +177,7 @@ def read_adapter(where: str, folder: Path) -> Content:
         where,
         "adapter",
         memory_config(where, values.get("config")),
-        Base.of_dict(base if isinstance(base, dict) else {}),
+        Base.of_dict(base if isinstance(base, dict) else {}, where),
         stored,
         values["format_version"],
         str(values.get("ahn_version") or "") or None,

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from ahn._home import write_text
 from ahn.checkpoint.content import Base
-from ahn.checkpoint.files import writing
 from ahn.config import AHNConfig
 
 CARD = "README.md"
@@ -43,15 +43,14 @@ def write_card(
         Whether a card was written.
 
     Raises:
-        CheckpointError: The folder cannot be written.
+        OutputError: The folder cannot be written.
     """
     file = folder / CARD
     if file.exists() and _MARK not in file.read_text(encoding="utf-8", errors="replace"):
         return False
     text = f"---\n{_metadata(base, licence, datasets)}\n---\n\n{_body(config, base, parameters, place, anchors)}"
     text += "".join(f"\n## {heading}\n\n{body.strip()}\n" for heading, body in (sections or {}).items())
-    with writing(folder):
-        file.write_text(f"{text}\n{_MARK}\n", encoding="utf-8")
+    write_text(file, f"{text}\n{_MARK}\n")
     return True
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import reprlib
 import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import PurePath
@@ -23,6 +24,9 @@ from ahn.models import base_name
 
 Kind = Literal["adapter", "published", "merged"]
 _SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim")
+_MOST = {"num_hidden_layers": 10_000}
+"""What no model passes: a damaged file shall not make this library reserve memory for it."""
+_MOST_OF_OTHERS = 1 << 20
 _KEY = re.compile(r"layers\.(\d+)\.(.+)")
 _UNNAMED = MemoryShape(1, 1, 1, 1, 1)
 _AGAIN = "Copy or download the folder again, weights and config together"
@@ -70,8 +74,20 @@ class Base:
         return dataclasses.replace(base, revision=getattr(inner.config, "_commit_hash", None))
 
     @classmethod
-    def of_dict(cls, values: Mapping[str, Any]) -> Base:
-        """The base model that a file describes."""
+    def of_dict(cls, values: Mapping[str, Any], where: str) -> Base:
+        """The base model that a file describes.
+
+        Args:
+            values: What the file says.
+            where: Its name, for messages.
+
+        Raises:
+            CheckpointError: A size is no number of a model.
+        """
+        for size in _SIZES:
+            value = values.get(size)
+            if value is not None and not (_whole(value) and value <= _MOST.get(size, _MOST_OF_OTHERS)):
+                raise failure(where, f"its {size} is {reprlib.repr(value)}", _AGAIN)
         name, revision, family = (_text(values.get(key)) for key in ("name", "revision", "model_type"))
         return _base(name, revision, family, {size: _whole(values.get(size)) for size in _SIZES})
 

@@ -17,6 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from ahn._home import flush, umask
 from ahn.errors import CheckpointError
 from ahn.models import KNOWN
 
@@ -291,19 +292,14 @@ def _reader(file: Path) -> Iterator[Any]:
 def write_tensors(tensors: Mapping[str, torch.Tensor], file: Path) -> None:
     """Writes a safetensors file and waits until it is on the disk."""
     save_file({key: tensor.contiguous() for key, tensor in sorted(tensors.items())}, file, {"format": "pt"})
-    file.chmod(0o666 & ~_umask())  # safetensors 0.8 keeps its files from everybody else
-    _flush(file)
+    file.chmod(0o666 & ~umask())  # safetensors 0.8 keeps its files from everybody else
+    flush(file)
 
 
 def write_json(values: Mapping[str, Any], file: Path) -> None:
     """Writes a JSON file and waits until it is on the disk."""
     file.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-    _flush(file)
-
-
-def _flush(file: Path) -> None:
-    with file.open("rb+") as handle:
-        os.fsync(handle.fileno())
+    flush(file)
 
 
 @contextlib.contextmanager
@@ -336,15 +332,9 @@ def new_folder(target: str | os.PathLike[str]) -> Iterator[Path]:
         part = Path(tempfile.mkdtemp(prefix=f".{place.name}.", dir=place.parent))
         try:
             yield part
-            part.chmod(0o777 & ~_umask())
+            part.chmod(0o777 & ~umask())
             if place.is_dir():
                 place.rmdir()
             os.replace(part, place)
         finally:
             shutil.rmtree(part, ignore_errors=True)
-
-
-def _umask() -> int:
-    mask = os.umask(0o022)
-    os.umask(mask)
-    return mask

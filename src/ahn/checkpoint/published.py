@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ahn.checkpoint.content import Base, Content, Kind, memory_config, require_published_positions
+from ahn.checkpoint.content import Base, Content, Kind, layer_of, memory_config, require_published_positions
 from ahn.checkpoint.files import Stored, failure, read_json, stored_tensors, weight_files
 from ahn.config import AHNConfig
 
@@ -72,6 +73,9 @@ def read_published(where: str, folder: Path) -> Content:
 
     Raises:
         CheckpointError: A file is missing or damaged, or holds what this library does not have.
+
+    Warns:
+        UserWarning: It holds weights for layers that keep full attention; they are left out.
     """
     values = read_json(folder / CONFIG)
     if not is_published(values):
@@ -81,11 +85,25 @@ def read_published(where: str, folder: Path) -> Content:
     for option in ("use_ahn_router", "use_q_proj"):
         if values.get(option):
             raise failure(where, f"it was trained with {option}, which this library does not have", "Train without it")
-    base = _base(values)
+    base = _base(where, values)
     _require_sizes(where, base, _AGAIN)
     config = memory_config(where, _settings(where, values, base))
     stored, kind = _memory_keys(where, config.memory, stored_tensors(weight_files(folder)))
-    return Content(where, kind, config, base, stored)
+    return Content(where, kind, config, base, _of_served_layers(where, stored, config.layers))
+
+
+def _of_served_layers(where: str, stored: dict[str, Stored], layers: tuple[int, ...] | None) -> dict[str, Stored]:
+    """The tensors without those of layers that keep full attention, which released files hold too."""
+    if layers is None:
+        return stored
+    idle = sorted({layer for key in stored if (layer := layer_of(key)) is not None and layer not in layers})
+    if idle:
+        warnings.warn(
+            f"{where}: it holds a memory for layers {idle} too, which keep full attention by its fa_layer_ids; "
+            "that memory is left out",
+            stacklevel=5,
+        )
+    return {key: tensor for key, tensor in stored.items() if layer_of(key) in layers}
 
 
 def clean_config(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -212,9 +230,9 @@ def _older_names(values: Mapping[str, Any]) -> dict[str, Any]:
     return {**older, **values}
 
 
-def _base(values: Mapping[str, Any]) -> Base:
+def _base(where: str, values: Mapping[str, Any]) -> Base:
     """The base model that a published config describes."""
-    base = Base.of_dict({**values, "name": values.get("_name_or_path")})
+    base = Base.of_dict({**values, "name": values.get("_name_or_path")}, where)
     heads, hidden = base.num_attention_heads, base.hidden_size
     head_dim = base.head_dim or (hidden // heads if heads and hidden else None)
     return dataclasses.replace(base, num_key_value_heads=base.num_key_value_heads or heads, head_dim=head_dim)

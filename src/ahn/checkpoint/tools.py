@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import shutil
 from collections.abc import Mapping
@@ -213,7 +212,7 @@ def _write_shards(
     size = sum(each.bytes for each in stored.values())
     size += sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
     index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(places.items()))}
-    (place / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    write_json(index, place / INDEX)
 
 
 def _check_mergeable(where: str, stored: Mapping[str, Stored], content: Content) -> None:

@@ -53,7 +53,7 @@ def command(settings: BenchSettings, source: ModelSettings) -> None:
     checks.file_to_write("--json", settings.json)
     plots = checks.plots_to_write(settings.plot)
     from ahn.cli import loading
-    from ahn.cli.progress import work_bar
+    from ahn.cli.terminal import work_bar
 
     loaded = loading.load(source)
     from ahn import native

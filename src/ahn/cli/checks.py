@@ -1,9 +1,15 @@
-"""Arguments are checked before anything is loaded: each function says what is wrong and what would be right."""
+"""Arguments are checked before anything is loaded: each function says what is wrong and what would be right.
+
+A folder is written whole, in place of an older one if the user said so.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import shutil
 import sys
-from collections.abc import Iterable, Mapping
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -42,10 +48,10 @@ def words(given: str) -> list[str]:
 
 def several_of(option: str, given: str, known: tuple[str, ...]) -> list[str]:
     """The words joined by commas, each once; at least one, and all of them known."""
-    found = words(given)
-    for name in found or [""]:
+    chosen = words(given)
+    for name in chosen or [""]:
         one_of(option, name, known)
-    return found
+    return chosen
 
 
 def mode(option: str, name: str | None) -> None:
@@ -62,10 +68,10 @@ def mode(option: str, name: str | None) -> None:
 
 def modes(option: str, given: str) -> list[str]:
     """Modes joined by commas, each once."""
-    found = words(given)
-    for name in found or [""]:
+    chosen = words(given)
+    for name in chosen or [""]:
         mode(option, name)
-    return found
+    return chosen
 
 
 def span(window: int | None, sinks: int | None, sink_positions: str | None) -> None:
@@ -87,6 +93,25 @@ def folder_to_write(path: Path, source: str, force: bool) -> None:
         raise UsageError(f"{path} is not empty. Name another folder, or replace it with --force.")
     if not any((path / name).is_file() for name in ("ahn_config.json", "config.json")):
         raise UsageError(f"{path} holds other things than a checkpoint, so --force does not replace it. Name another.")
+
+
+@contextlib.contextmanager
+def whole_folder(target: Path) -> Iterator[Path]:
+    """A folder to write that becomes `target` when all went well; only then what was there before is gone."""
+    if not target.is_dir() or not any(target.iterdir()):
+        yield target
+        return
+    work = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    try:
+        yield work / "new"
+        target.rename(work / "old")
+        try:
+            (work / "new").rename(target)
+        except OSError:
+            (work / "old").rename(target)
+            raise
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
 
 
 def file_to_write(option: str, path: Path | None) -> None:

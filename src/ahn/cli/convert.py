@@ -2,46 +2,50 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
-from typing import Annotated
-
-import typer
+from typing import Literal
 
 from ahn.cli import checks
-from ahn.cli.replacing import replaced
+from ahn.cli.options import from_fields
 from ahn.cli.terminal import output, say
+from ahn.config import setting
 
 EXAMPLES = """Examples:
 
 ahn convert downloaded-ahn my-adapter
 
-ahn convert my-adapter to-publish --base Qwen/Qwen2.5-3B-Instruct
+ahn convert my-adapter to-publish --model Qwen/Qwen2.5-3B-Instruct
 """
-FORMATS = ("adapter", "published")
 
 
-def command(
-    source: Annotated[str, typer.Argument(metavar="SOURCE", help="Folder or hub id of a memory's weights.")],
-    target: Annotated[Path, typer.Argument(metavar="TARGET", help="Folder to write.")],
-    to: Annotated[
-        str | None,
-        typer.Option(metavar="adapter|published", help="Format to write.  [dim]\\[default: the other one][/dim]"),
-    ] = None,
-    base: Annotated[str | None, typer.Option(help="The base model, for what the source does not say about it.")] = None,
-    force: Annotated[bool, typer.Option("--force", help="Replace a checkpoint that is there.")] = False,
-) -> None:
+@dataclasses.dataclass(frozen=True)
+class ConvertSettings:
+    """From which format to which."""
+
+    source: str = setting(help="Folder or hub id of a memory's weights.", argument=True, metavar="SOURCE")
+    target: Path = setting(help="Folder to write.", argument=True, metavar="TARGET")
+    to: Literal["adapter", "published"] | None = setting(
+        None, "Format to write.", choices=("adapter", "published"), unset="the other one"
+    )
+    model: str | None = setting(None, "The base model, for what the source does not say about it.", alias="base")
+    force: bool = setting(False, "Replace a checkpoint that is there.")
+
+
+@from_fields
+def command(settings: ConvertSettings) -> None:
     """Convert a memory between this library's format and the published one, bit for bit."""
-    checks.one_of("--to", to, FORMATS)
-    target = target.expanduser()
-    checks.folder_to_write(target, source, force)
+    target = settings.target.expanduser()
+    checks.folder_to_write(target, settings.source, settings.force)
     from ahn.checkpoint import convert, describe
     from ahn.cli.loading import quiet
 
     quiet()
-    with replaced(target) as place:
-        convert(source, place, to=to, base=base)  # type: ignore[arg-type]
-    held = describe(target)
+    with checks.whole_folder(target) as folder:
+        convert(settings.source, folder, to=settings.to, base=settings.model)
+    written = describe(target)
     say(
-        f"wrote {target}: {held.kind}, {held.memory} in {len(held.layers)} layers, {held.parameters:,} parameters",
+        f"wrote {target}: {written.kind}, {written.memory} in {len(written.layers)} layers, "
+        f"{written.parameters:,} parameters",
         console=output(),
     )

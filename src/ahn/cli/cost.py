@@ -6,12 +6,14 @@ import dataclasses
 import json
 from fractions import Fraction
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import typer
 
 from ahn.cli import checks
+from ahn.cli.options import from_fields
 from ahn.cli.terminal import UsageError, notes, output, say
+from ahn.config import AHNConfig, ExactTokens, MemoryPositions, same_setting, setting
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -26,9 +28,6 @@ ahn cost qwen2.5-14b --convention paper  [dim]# as the paper counts[/dim]
 
 ahn cost ./my-model --context 1000000 --window 4096 --sinks 32 --plot cost.png
 """
-CONVENTIONS = ("actual", "paper")
-DTYPES = ("float32", "bfloat16", "float16", "auto")
-MEMORY_POSITIONS = ("rope", "none")
 COUNTED = {
     "mixer_flops": "mixers",
     "prefill_flops": "prefill",
@@ -38,61 +37,61 @@ COUNTED = {
 """Columns of the table that are compared with full attention."""
 
 
-def command(
-    model: Annotated[
-        str, typer.Argument(metavar="MODEL", help="A built-in name, qwen2.5-3b, -7b or -14b, a folder, or a hub id.")
-    ],
-    context: Annotated[int, typer.Option(help="Tokens that are read.")] = 128000,
-    window: Annotated[int, typer.Option(help="Tokens kept exactly behind the current one.")] = 32640,
-    sinks: Annotated[int, typer.Option(help="Tokens kept exactly at the start.")] = 128,
-    convention: Annotated[
-        str,
-        typer.Option(metavar="actual|paper", help="What this library computes and holds, or what the paper counts."),
-    ] = "actual",
-    dtype: Annotated[
-        str | None, typer.Option(help="float32, bfloat16 or float16.  [dim]\\[default: the model's own][/dim]")
-    ] = None,
-    memory_positions: Annotated[
-        str | None,
-        typer.Option(metavar="rope|none", help="What the memory sees of positions.  [dim]\\[default: rope][/dim]"),
-    ] = None,
-    plot: Annotated[
-        list[Path] | None, typer.Option(help="Draw it to a .png or .svg file; may be given several times.")
-    ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
-) -> None:
+@dataclasses.dataclass(frozen=True)
+class CostSettings:
+    """Which model is counted, how, and for how long a text."""
+
+    model: str = setting(
+        help="A built-in name, qwen2.5-3b, -7b or -14b, a folder, or a hub id.", argument=True, metavar="MODEL"
+    )
+    context: int = setting(128000, "Tokens that are read.", least=1)
+    window: int = same_setting(ExactTokens, "window")
+    sinks: int = same_setting(ExactTokens, "sinks")
+    convention: Literal["actual", "paper"] = setting(
+        "actual", "What this library computes and holds, or what the paper counts.", choices=("actual", "paper")
+    )
+    dtype: str | None = setting(
+        None,
+        "float32, bfloat16 or float16.",
+        choices=("float32", "bfloat16", "float16", "auto"),
+        metavar="DTYPE",
+        unset="the model's own",
+    )
+    memory_positions: MemoryPositions | None = same_setting(
+        AHNConfig, "memory_positions", default=None, unset="rope", kw_only=False
+    )
+    plot: tuple[Path, ...] = setting((), "Draw it to a .png or .svg file; may be given several times.")
+    json: bool = setting(False, "Print JSON instead of a table.")
+
+
+@from_fields
+def command(settings: CostSettings) -> None:
     """Count parameters, FLOPs and cache bytes of a model: full, with a window, and with each memory."""
-    checks.at_least("--context", context, 1)
-    checks.span(window, sinks, None)
-    checks.one_of("--convention", convention, CONVENTIONS)
-    checks.one_of("--dtype", dtype, DTYPES)
-    checks.one_of("--memory-positions", memory_positions, MEMORY_POSITIONS)
-    if convention == "paper" and (dtype or memory_positions):
-        given = "--dtype" if dtype else "--memory-positions"
-        raise UsageError(f"{given} does not go with --convention paper, which counts 4 bytes a number. Leave it out.")
-    files = [path.expanduser() for path in plot or []]
-    for path in files:
-        checks.plot_to_write("--plot", path)
+    if settings.convention == "paper" and (settings.dtype or settings.memory_positions):
+        option = "--dtype" if settings.dtype else "--memory-positions"
+        raise UsageError(f"{option} does not go with --convention paper, which counts 4 bytes a number. Leave it out.")
+    plots = checks.plots_to_write(settings.plot)
     from ahn.cli.loading import quiet
 
     quiet()
-    with notes().status(f"Measuring {model} ..."):
-        from ahn.config import AHNConfig
+    with notes().status(f"Measuring {settings.model} ..."):
         from ahn.cost import cost_model
 
-        config = AHNConfig(window=window, sinks=sinks, memory_positions=memory_positions or "rope")  # type: ignore[arg-type]
-        counted = cost_model(model, config, convention, dtype)  # type: ignore[arg-type]
-        costs = counted.at(context)
-        if files:
+        config = AHNConfig(
+            window=settings.window, sinks=settings.sinks, memory_positions=settings.memory_positions or "rope"
+        )
+        counted = cost_model(settings.model, config, settings.convention, settings.dtype)
+        costs = counted.at(settings.context)
+        if plots:
             from ahn.cost.plot import plot_costs
 
-            plot_costs(counted, context, files)
-    if as_json:
-        typer.echo(json.dumps(_facts(counted, context, costs), indent=2))
+            plot_costs(counted, settings.context, plots)
+    if settings.json:
+        typer.echo(json.dumps(_facts(counted, settings.context, costs), indent=2))
     else:
-        _show(counted, context, costs)
-    for path in files:
-        say(f"wrote {path}", console=notes() if as_json else output())
+        _show(counted, settings.context, costs)
+    for path in plots:
+        say(f"wrote {path}", console=notes() if settings.json else output())
 
 
 def _facts(model: Counting, context: int, costs: dict[str, Cost]) -> dict[str, Any]:
@@ -112,10 +111,10 @@ def _facts(model: Counting, context: int, costs: dict[str, Cost]) -> dict[str, A
         "memory_positions": config.memory_positions,
         "number_bytes": model.number_bytes(),
         "ct_slots": model.slots[1],
-        "costs": {way: dataclasses.asdict(cost) for way, cost in costs.items()},
+        "costs": {method: dataclasses.asdict(cost) for method, cost in costs.items()},
         "share_of_full": {
-            way: {name: getattr(cost, name) / getattr(costs["full"], name) for name in COUNTED}
-            for way, cost in costs.items()
+            method: {name: getattr(cost, name) / getattr(costs["full"], name) for name in COUNTED}
+            for method, cost in costs.items()
         },
         "notes": model.notes,
     }
@@ -139,7 +138,7 @@ def _show(model: Counting, context: int, costs: dict[str, Cost]) -> None:
 
 
 def _table(costs: dict[str, Cost]) -> Table:
-    """One row for every way to read, in the units of full attention."""
+    """One row for every method, in the units of full attention."""
     from rich import box
     from rich.table import Table
 
@@ -154,13 +153,13 @@ def _table(costs: dict[str, Cost]) -> Table:
     table.add_column("added\nparams", justify="right", no_wrap=True)
     for name, title in COUNTED.items():
         table.add_column(f"{title}\n{units[name]}", justify="right", no_wrap=True)
-    for way, cost in costs.items():
+    for method, cost in costs.items():
         cells = []
         for name in COUNTED:
             value, whole = getattr(cost, name), getattr(full, name)
             share = percent(value, whole, digits=1 if value < whole else 0).replace(" ", "")
             cells.append(f"{scaled(value, powers[name])} {share:>5}")
-        table.add_row(way, _count(cost.parameters), *cells)
+        table.add_row(method, _count(cost.parameters), *cells)
     return table
 
 

@@ -114,7 +114,7 @@ def _read(loaded: Loaded, settings: GenerateSettings, text: str, follows: bool) 
     import torch
 
     import ahn
-    from ahn.cli.progress import reading_bar, summary
+    from ahn.cli.terminal import reading_bar, summary
     from ahn.evaluation.arm_names import find_arm
     from ahn.generation import Reader
     from ahn.models import prompts

@@ -95,13 +95,13 @@ def load(settings: ModelChoice, like: AHNConfig | None = None) -> Loaded:
         config = replace(config, **{key: value for key, value in changes.items() if value is not None})
         tokenizer = load_tokenizer(name)
         model = from_pretrained(name, chosen, config)
-        if (votes := _votes_for(name)) is not None:
-            load_anchors(model, votes)
+        if (weights := _score_weights_for(name)) is not None:
+            load_anchors(model, weights)
     return Loaded(name, model, tokenizer, config, chosen or (name if saved else None))
 
 
-def _votes_for(name: str) -> str | None:
-    """The name of the weights for votes on anchors that ship for a model, if some do."""
+def _score_weights_for(name: str) -> str | None:
+    """The name of the weights of anchor scores that ship for a model, if some do."""
     from ahn.checkpoint.anchors import ANCHORS
     from ahn.checkpoint.files import shipped
 

@@ -8,7 +8,6 @@ from typing import Annotated
 import typer
 
 from ahn.cli import checks
-from ahn.cli.replacing import replaced
 from ahn.cli.terminal import megabytes, output, say
 
 EXAMPLES = """Examples:
@@ -20,7 +19,7 @@ ahn generate "Hello" --model ./merged
 
 
 def command(
-    base: Annotated[str, typer.Argument(metavar="BASE", help="The base model: name, folder or hub id.")],
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="The base model: name, folder or hub id.")],
     adapter: Annotated[str, typer.Argument(metavar="ADAPTER", help="The memory: a folder or a hub id.")],
     target: Annotated[Path, typer.Argument(metavar="TARGET", help="Folder to write.")],
     force: Annotated[bool, typer.Option("--force", help="Replace a checkpoint that is there.")] = False,
@@ -28,12 +27,12 @@ def command(
     """Write a base model, its tokenizer and a memory into one folder that --model and ahn.from_pretrained take."""
     target = target.expanduser()
     checks.folder_to_write(target, adapter, force)
-    checks.folder_to_write(target, base, force)
+    checks.folder_to_write(target, model, force)
     from ahn.checkpoint import merge
     from ahn.cli.loading import quiet
 
     quiet()
-    with replaced(target) as place:
-        merge(base, adapter, place)
+    with checks.whole_folder(target) as folder:
+        merge(model, adapter, folder)
     size = sum(file.stat().st_size for file in target.rglob("*") if file.is_file())
     say(f"wrote {target}: {megabytes(size)} MB", console=output())

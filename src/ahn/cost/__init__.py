@@ -7,10 +7,9 @@ from typing import TYPE_CHECKING, Literal, get_args
 
 from ahn.config import AHNConfig
 from ahn.cost.actual import Actual
-from ahn.cost.base import Base, read_base
+from ahn.cost.base import SHAPES, Base, read_base
 from ahn.cost.counting import Cost, Counting
 from ahn.cost.paper import Paper
-from ahn.cost.shapes import SHAPES
 from ahn.errors import ConfigError
 
 if TYPE_CHECKING:

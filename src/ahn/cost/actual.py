@@ -52,10 +52,10 @@ class Actual(Counting):
         """Bytes of the model's dtype."""
         return self.base.dtype.itemsize
 
-    def layer_bytes(self, site: Site, way: str, tokens: int) -> int:
+    def layer_bytes(self, site: Site, method: str, tokens: int) -> int:
         """Bytes of every tensor that a layer of the cache holds."""
-        memory = None if way == "full" else self._memory(way, site) or site.memory
-        settings = dataclasses.replace(self.settings, mode=_MODES.get(way, "ahn"))
+        memory = None if method == "full" else self._memory(method, site) or site.memory
+        settings = dataclasses.replace(self.settings, mode=_MODES.get(method, "ahn"))
         layer: AnyLayer = new_layer(dataclasses.replace(site, built=None), settings)
         if memory is not None:
             layer = HippocampalLayer(settings, site.sliding_window, self._slots(site))

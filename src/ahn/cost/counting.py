@@ -1,4 +1,4 @@
-"""Parameters, FLOPs and cache bytes of each way to read a text, as exact whole numbers.
+"""Parameters, FLOPs and cache bytes of each method of reading a text, as exact whole numbers.
 
 Two conventions fill in what they count differently: `ahn.cost.actual` and `ahn.cost.paper`.
 Legend of sizes: L tokens read, E evicted tokens, H query heads, G key/value heads, K key size, V value size.
@@ -15,14 +15,13 @@ from ahn.cache import HippocampalLayer
 from ahn.cache.compressive import POOLED, state_slots
 from ahn.config import RunSettings
 from ahn.cost.base import Base
-from ahn.cost.pooling import slots_read
 from ahn.errors import ConfigError
 from ahn.memories import Memory, memory_names
 
 
 @dataclasses.dataclass(frozen=True)
 class Cost:
-    """What one way of reading costs, for one row.
+    """What one method of reading costs, for one row.
 
     Attributes:
         parameters: Learned numbers beside the base model's.
@@ -78,8 +77,8 @@ class Counting(abc.ABC):
         """Bytes of one number of a key or value."""
 
     @abc.abstractmethod
-    def layer_bytes(self, site: Site, way: str, tokens: int) -> int:
-        """Bytes that one layer holds, for each way but `ct`."""
+    def layer_bytes(self, site: Site, method: str, tokens: int) -> int:
+        """Bytes that one layer holds, for each method but `ct`."""
 
     @abc.abstractmethod
     def summary(self) -> str:
@@ -90,8 +89,8 @@ class Counting(abc.ABC):
         return []
 
     @property
-    def ways(self) -> tuple[str, ...]:
-        """Names of the ways to read."""
+    def methods(self) -> tuple[str, ...]:
+        """Names of the methods of reading."""
         return ("full", "window", "ct", *memory_names())
 
     @property
@@ -112,7 +111,7 @@ class Counting(abc.ABC):
         return min(counts), max(counts)
 
     def at(self, context: int) -> dict[str, Cost]:
-        """What each way costs when a text of this many tokens is read.
+        """What each method costs when a text of this many tokens is read.
 
         Args:
             context: Number of tokens, at least 1.
@@ -125,44 +124,46 @@ class Counting(abc.ABC):
             raise ConfigError(f"context must be at least 1 token, not {context}")
         if limit is not None and context > limit:
             raise ConfigError(f"this model has positions for {limit} tokens only, not {context}; use a smaller context")
-        return {way: self._cost(way, context) for way in self.ways}
+        return {method: self._cost(method, context) for method in self.methods}
 
-    def _cost(self, way: str, tokens: int) -> Cost:
-        mixers, others = self._mixer_flops(way, tokens), 2 * self.base.other_weights
+    def _cost(self, method: str, tokens: int) -> Cost:
+        mixers, others = self._mixer_flops(method, tokens), 2 * self.base.other_weights
         return Cost(
             parameters=sum(
                 count * parameters(memory)
                 for site, count in self.base.layers
-                if (memory := self._memory(way, site)) is not None
+                if (memory := self._memory(method, site)) is not None
             ),
             mixer_flops=mixers,
             prefill_flops=mixers + tokens * others + self.vocabulary_flops(tokens),
-            token_flops=self._mixer_flops(way, tokens + 1) - mixers + others + self.vocabulary_flops(1),
-            cache_bytes=sum(count * self.layer_bytes(site, way, tokens) for site, count in self.base.layers),
+            token_flops=self._mixer_flops(method, tokens + 1) - mixers + others + self.vocabulary_flops(1),
+            cache_bytes=sum(count * self.layer_bytes(site, method, tokens) for site, count in self.base.layers),
         )
 
-    def _memory(self, way: str, site: Site) -> Memory | None:
-        return None if site.memory is None else self.base.memories.get((way, site.shape))
+    def _memory(self, method: str, site: Site) -> Memory | None:
+        return None if site.memory is None else self.base.memories.get((method, site.shape))
 
-    def _mixer_flops(self, way: str, tokens: int) -> int:
+    def _mixer_flops(self, method: str, tokens: int) -> int:
         projections = 2 * tokens * self.base.mixer_weights
-        return projections + sum(count * self._attention_flops(way, site, tokens) for site, count in self.base.layers)
+        return projections + sum(
+            count * self._attention_flops(method, site, tokens) for site, count in self.base.layers
+        )
 
-    def _attention_flops(self, way: str, site: Site, tokens: int) -> int:
+    def _attention_flops(self, method: str, site: Site, tokens: int) -> int:
         """FLOPs of one layer but for its projections: queries with keys, weights with values, and a memory's own."""
-        reach = self.reach(way, site)
+        reach = self.reach(method, site)
         seen = tokens if reach is None else min(tokens, reach)
         evicted = tokens - seen
         pairs = self.triangle(seen) + 2 * evicted * seen
-        if way == "ct" and site.memory is not None:
+        if method == "ct" and site.memory is not None:
             pairs += 2 * slots_read(evicted, self._slots(site))
-        memory = self._memory(way, site)
+        memory = self._memory(method, site)
         added = 0 if memory is None else self.memory_flops(memory, tokens, evicted)
         return site.shape.query_heads * (site.shape.key_size + site.shape.value_size) * pairs + added
 
-    def reach(self, way: str, site: Site) -> int | None:
+    def reach(self, method: str, site: Site) -> int | None:
         """How many tokens a query of a layer reads exactly at most, itself among them; `None` for all."""
-        if way == "full" or site.memory is None:
+        if method == "full" or site.memory is None:
             return site.sliding_window
         exact = HippocampalLayer(self.settings, site.sliding_window).exact
         return exact.sinks + exact.window
@@ -184,3 +185,16 @@ def state_numbers(memory: Memory) -> int:
     """Numbers in the state of one layer's memory."""
     rows, columns, heads = memory.state_shape()
     return rows * columns * heads
+
+
+def slots_read(evicted: int, slots: int) -> int:
+    """Slots that all queries read together, each those that are filled when its own token has come: first in first out.
+
+    Args:
+        evicted: Tokens that have left the window; one query comes with each.
+        slots: Slots that there are.
+    """
+    growing = min(evicted, POOLED * slots)
+    groups, rest = divmod(growing, POOLED)
+    filling = POOLED * groups * (groups - 1) // 2 + groups * (rest + 1)
+    return filling + (evicted - growing) * slots

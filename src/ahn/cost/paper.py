@@ -56,13 +56,13 @@ class Paper(Counting):
         """4, whatever the model's dtype."""
         return _NUMBER_BYTES
 
-    def layer_bytes(self, site: Site, way: str, tokens: int) -> int:
+    def layer_bytes(self, site: Site, method: str, tokens: int) -> int:
         """Keys, values, the slots that are filled and, once a token was evicted, the state."""
-        reach = self.reach(way, site)
+        reach = self.reach(method, site)
         held = tokens if reach is None else min(tokens, reach)
-        memory = self._memory(way, site)
+        memory = self._memory(method, site)
         state = state_numbers(memory) if memory is not None and tokens > held else 0
-        slots = min(self._slots(site), (tokens - held) // POOLED) if way == "ct" else 0
+        slots = min(self._slots(site), (tokens - held) // POOLED) if method == "ct" else 0
         return (held + slots) * self.slot_bytes(site) + STATE_NUMBER_BYTES * state
 
     def summary(self) -> str:

@@ -63,9 +63,9 @@ def _panel(
 
     power, name = unit(value(costs[-1]["full"]))
     keys = []
-    for way, style in _styles().items():
-        panel.plot(contexts, [value(cost[way]) / 10**power for cost in costs], **style)
-        label = f"{way}: {scaled(value(costs[-1][way]), power)}"
+    for method, style in _styles().items():
+        panel.plot(contexts, [value(cost[method]) / 10**power for cost in costs], **style)
+        label = f"{method}: {scaled(value(costs[-1][method]), power)}"
         keys.append(Line2D([], [], label=label, **{**style, "linestyle": "solid"}))
     panel.set(title=title, xlabel="context (tokens)", ylabel=name, xlim=(0, 1.01 * contexts[-1]), ylim=(0, None))
     panel.xaxis.set_major_formatter(lambda tokens, _: f"{tokens:,.0f}")
@@ -75,7 +75,7 @@ def _panel(
 
 
 def _styles() -> dict[str, dict[str, Any]]:
-    """How each way is drawn: memories as dashes that take turns, on top of the broad line of the window."""
+    """How each method is drawn: memories as dashes that take turns, on top of the broad line of the window."""
     styles: dict[str, dict[str, Any]] = {
         "full": {"color": "black", "linewidth": 2},
         "window": {"color": "lightsteelblue", "linewidth": 5, "solid_capstyle": "butt"},

@@ -1,6 +1,6 @@
-"""What teacher and student are compared by: which positions count, their logits, and the losses on them.
+"""How teacher and student are compared: the positions that count, their logits, and the losses on them.
 
-Training lowers these losses; evaluation asks what they still hang on.
+Training lowers these losses. Evaluation asks which tokens they still depend on.
 """
 
 from ahn.distillation.head import Head

@@ -1,4 +1,4 @@
-"""From hidden states to logits exactly as the model does it, for as few positions at a time as one likes.
+"""From hidden states to logits exactly as the model computes them, for any number of positions at a time.
 
 Legend of shapes: N positions, D hidden size, V vocabulary.
 """
@@ -27,10 +27,10 @@ class _Output(BaseModelOutputWithPastAndCrossAttentions):
 
 
 class Head:
-    """The part of a causal language model behind its stack of layers: vocabulary product, scaling, soft-capping.
+    """The part of a causal language model after its stack of layers: vocabulary product, scaling, soft-capping.
 
-    The model's own `forward` runs with its stack of layers standing aside, so that whatever a family does to its
-    logits is done here too, without a line about any family.
+    The model's own `forward` runs with its stack of layers bypassed. Whatever a family does to its logits is therefore
+    done here too, without code for any family.
 
     Args:
         model: A causal language model with a memory attached.
@@ -52,10 +52,10 @@ class Head:
 
     @torch.no_grad()
     def check(self) -> None:
-        """Makes sure, on a few tokens, that the logits are those of the model.
+        """Checks on a few tokens that the logits equal those of the model.
 
         Raises:
-            ModelError: They are not, so that the model cannot be trained in slices.
+            ModelError: They do not, so the model cannot be trained in slices.
         """
         name = type(self.model).__name__
         ids = sample(self.backbone, 4)

@@ -1,4 +1,4 @@
-"""Which positions of a batch a loss counts: those beyond sinks and window, where the student lacks something.
+"""The positions of a batch that a loss counts: those beyond sinks and window, where the student lacks something.
 
 Legend of shapes: B rows, T tokens; positions of a batch are numbered row after row, b * T + t.
 """
@@ -44,8 +44,8 @@ def find_targets(batch: Mapping[str, torch.Tensor], window: int, sinks: int, ce_
             `attention_mask`, `[B, T]`, 0 at padding (none if left out).
         window: Tokens of the window, the current one included.
         sinks: Sinks of each row, which are not part of the window.
-        ce_pairs: "next" predicts every labelled token from the one before it; "published" does as the published code:
-            it first drops the positions that do not count and then predicts each from the one left before it.
+        ce_pairs: "next" predicts every labelled token from the one before it. "published" does what the
+            published code does. It first drops the positions that do not count, then predicts each from the one before.
     """
     ids = batch["input_ids"]
     labels = batch.get("labels")

@@ -4,8 +4,8 @@ All but `full` have the same lossless budget, sinks and window.
 
 - `full`: the base model itself.
 - `window`: sinks and sliding window; `window+64`: a window that is 64 tokens larger.
-- `ahn`: the memory beside them; `ahn+64`: 64 anchors too; `ahn+64:recent`: chosen by another score
-  (`ahn+64:oracle` by one that knows them, inside `ahn.anchors.scores.oracle`).
+- `ahn`: the memory beside them; `ahn+64`: 64 anchors too; `ahn+64:recent`: chosen by another score or a control, see
+  `ahn.evaluation.controls`.
 - `ct_max`, `ct_mean`: the slots of a Compressive Transformer beside them.
 - `tail`: the base model given nothing but the tokens of sinks and window as its whole input: all that can be known
   without what was evicted. A layer of a sliding window reads what the layer below read further back, so that `window`
@@ -15,17 +15,19 @@ All but `full` have the same lossless budget, sinks and window.
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import nn
 
 import ahn
+from ahn.anchors.base import Score
 from ahn.attachment import attachment_of
 from ahn.cache import HippocampalCache
 from ahn.config import Mode
 from ahn.evaluation.arm_names import ARMS, find_arm
+from ahn.evaluation.controls import CONTROLS
 from ahn.generation import Reader, cache_bytes, decode, text_of
 
 if TYPE_CHECKING:
@@ -44,6 +46,7 @@ class ArmReader:
         model: A model with a memory attached; window and sinks are those of its current settings.
         mode: Mode to read in.
         score: Whether every token is scored.
+        control: What anchors are chosen by, in place of a score that the settings name.
         **settings: Further settings of the mode, as for `ahn.mode`.
 
     Attributes:
@@ -52,12 +55,15 @@ class ArmReader:
         seconds: Time that the model took for them.
     """
 
-    def __init__(self, model: nn.Module, mode: Mode, score: bool = True, **settings: Any) -> None:
+    def __init__(
+        self, model: nn.Module, mode: Mode, score: bool = True, control: Score | None = None, **settings: Any
+    ) -> None:
         self.model = model
         self.mode = mode
         self.tokens = 0
         with ahn.mode(model, mode, **settings):
-            self._reader = Reader(model, score=score)
+            cache = None if control is None else HippocampalCache(model, anchor_score=control)
+            self._reader = Reader(model, cache, score=score)
 
     def feed(self, input_ids: torch.Tensor) -> None:
         """Reads a piece of text, `[T]`; a long one in several forward passes."""
@@ -199,13 +205,16 @@ class TailReader(ArmReader):
         return torch.cat((sinks, rest[max(0, rest.numel() - window) :]))
 
 
-def arm_reader(model: nn.Module, arm: str, *, score: bool = True) -> ArmReader:
+def arm_reader(
+    model: nn.Module, arm: str, *, score: bool = True, controls: Mapping[str, Score] = CONTROLS
+) -> ArmReader:
     """A reader for a text in one arm, with the window and sinks that are current.
 
     Args:
         model: A model with a memory attached.
         arm: A name as for `ahn.evaluation.arm_names.find_arm`.
         score: Whether every token is scored; without it the last logits of each piece are computed only.
+        controls: Scores that are not registered, by the name that the arm has for them.
 
     Raises:
         ConfigError: There is no such arm.
@@ -214,8 +223,10 @@ def arm_reader(model: nn.Module, arm: str, *, score: bool = True) -> ArmReader:
     found = find_arm(arm)
     if found.way == "tail":
         return TailReader(model, score)
-    settings = found.settings(attachment_of(model).settings.window)
-    return ArmReader(model, cast(Mode, found.way), score, **settings)
+    settings, control = found.settings(attachment_of(model).settings.window), controls.get(found.anchor_score or "")
+    if control is not None:
+        del settings["anchor_score"]
+    return ArmReader(model, cast(Mode, found.way), score, control, **settings)
 
 
 def _forked(reader: Reader) -> Reader:

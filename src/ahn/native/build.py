@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from ahn._home import home, make_once
+from ahn._home import flush, home, make_once
 from ahn.errors import ModelError
 
 SOURCES = sorted(Path(__file__).parent.glob("*.[ch]"))
@@ -100,8 +100,7 @@ def _make(commands: list[list[str]], folder: Path) -> None:
     checksum.write_text(hashlib.sha256(library.read_bytes()).hexdigest())
     checksum.chmod(0o644)
     for path in (library, checksum):
-        with path.open("rb+") as file:
-            os.fsync(file.fileno())
+        flush(path)
 
 
 def _compile(commands: list[list[str]], to: Path) -> None:

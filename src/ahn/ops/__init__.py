@@ -1,8 +1,8 @@
 """The recurrences of the memories as pure functions of tensors.
 
-Every call picks its backend from the tensors it is given: one token goes to a short path for decoding, CUDA tensors
-to the kernels of flash-linear-attention where that is installed, float32 on a CPU without gradients to kernels in C
-where these can be compiled, everything else to the chunked form in plain torch.
+Every call picks its backend from its tensors. One token takes a short path for decoding. CUDA tensors go to the kernels
+of flash-linear-attention, if it is installed. Float32 on a CPU without gradients goes to the kernels in C, if these can
+be compiled. Everything else takes the chunked form in plain torch.
 
 Shapes: B batch, T tokens, H query heads, G kv heads (H = r * G; query head h uses kv head h // r), K key size,
 V value size.

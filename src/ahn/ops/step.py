@@ -1,4 +1,4 @@
-"""A single token: what decoding runs of the recurrences and around them, in as few operations as it takes.
+"""A single token: the recurrences, and what decoding computes around them, in as few operations as possible.
 
 Shapes: L layers, B batch, T tokens (1 here), D hidden size, H query heads, G kv heads (H = r * G; query head h uses kv
 head h // r), K key size, V value size, X = B * H.
@@ -64,7 +64,7 @@ def write_delta_(k_BGK: Tensor, v_BGV: Tensor, decay_BH: Tensor | None, beta_BH:
     gates = [beta_BH] if decay_BH is None else [beta_BH, decay_BH]
     if S_XKV.is_contiguous() and native.ready(k_X1K, v_X1V, S_XKV, *gates, sizes=(V,)):
         decay_X = None if decay_BH is None else decay_BH.reshape(-1)
-        native.write_delta_(k_X1K, v_X1V, decay_X, beta_BH.reshape(-1), S_XKV)
+        native.write_delta_(k_X1K[:, 0], v_X1V[:, 0], decay_X, beta_BH.reshape(-1), S_XKV)
         return
     if decay_BH is not None:
         S_XKV.mul_(decay_BH.reshape(B * H, 1, 1))
@@ -86,7 +86,7 @@ def write_state_space_(k_BGK: Tensor, v_BGV: Tensor, decay_BH: Tensor, dt_BH: Te
     S_XVK = state_BHVK.view(B * H, V, K)
     k_X1K, v_X1V = _rows(k_BGK.unsqueeze(1), H), _rows(v_BGV.unsqueeze(1), H)
     if S_XVK.is_contiguous() and native.ready(k_X1K, v_X1V, S_XVK, decay_BH, dt_BH, sizes=(K,)):
-        native.write_state_space_(k_X1K, v_X1V, decay_BH.reshape(-1), dt_BH.reshape(-1), S_XVK)
+        native.write_state_space_(k_X1K[:, 0], v_X1V[:, 0], decay_BH.reshape(-1), dt_BH.reshape(-1), S_XVK)
         return
     S_XVK.mul_(decay_BH.reshape(B * H, 1, 1))
     S_XVK.baddbmm_(v_X1V.mT * dt_BH.reshape(B * H, 1, 1), k_X1K)

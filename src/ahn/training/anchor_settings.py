@@ -18,7 +18,7 @@ def scores_with_weights() -> tuple[str, ...]:
     """Names of the scores that need weights, which are made here."""
     from ahn.anchors.scores import SCORES
 
-    return tuple(name for name, score in SCORES.items() if score.weights is not None)
+    return tuple(name for name, score in SCORES.items() if score.weight_names)
 
 
 @dataclasses.dataclass(frozen=True)

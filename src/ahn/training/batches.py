@@ -1,4 +1,4 @@
-"""Pieces of text of one length, as datasets and batches.
+"""Sequences of tokens as datasets and batches.
 
 Legend of shapes: B rows, T tokens.
 """
@@ -17,7 +17,7 @@ from ahn.models.text import evenly
 
 
 class Piece(NamedTuple):
-    """Tokens that are read as one sequence.
+    """One sequence of tokens.
 
     Attributes:
         ids: Token ids.
@@ -29,10 +29,10 @@ class Piece(NamedTuple):
 
 
 class Pieces(Dataset[dict[str, torch.Tensor]]):
-    """Pieces in memory, four bytes a token.
+    """Sequences in memory, four bytes a token.
 
     Args:
-        pieces: The pieces.
+        pieces: The sequences.
     """
 
     def __init__(self, pieces: Iterable[Piece]) -> None:
@@ -47,26 +47,26 @@ class Pieces(Dataset[dict[str, torch.Tensor]]):
 
     @property
     def tokens(self) -> int:
-        """Tokens of all pieces."""
+        """Tokens of all sequences."""
         return sum(len(ids) for ids, _ in self._pieces)
 
     def spread(self, tokens: int) -> Pieces:
-        """Some of the pieces, at even distances: as many as have so many tokens in all, but at least one."""
+        """Sequences at even distances that have about this number of tokens together; at least one sequence."""
         count = max(1, min(len(self), tokens * len(self) // max(1, self.tokens)))
         chosen = Pieces([])
         chosen._pieces = evenly(self._pieces, count)
         return chosen
 
     def lengths(self) -> list[int]:
-        """Tokens of each piece."""
+        """Tokens of each sequence."""
         return [len(ids) for ids, _ in self._pieces]
 
 
 class PieceStream(IterableDataset[dict[str, torch.Tensor]]):
-    """Pieces made while they are read, for texts that are too large for the memory.
+    """Sequences that are made while they are read, for texts that do not fit into memory.
 
     Args:
-        pieces: Starts a new pass over the pieces; every call must give the same ones.
+        pieces: Starts a new pass over the sequences; every call must give the same ones.
     """
 
     def __init__(self, pieces: Callable[[], Iterable[Piece]]) -> None:
@@ -82,7 +82,7 @@ class PieceStream(IterableDataset[dict[str, torch.Tensor]]):
 
 
 def collate(items: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
-    """A batch of pieces, padded on the right where they differ in length.
+    """A batch of sequences, padded on the right where they differ in length.
 
     Args:
         items: `input_ids`, `[T]`, and optionally `labels`, `[T]`.

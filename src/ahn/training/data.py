@@ -1,4 +1,4 @@
-"""From documents to pieces of one length: tokenised, cut or packed, the short ones left out, a share held out."""
+"""From documents to sequences: tokenise, cut or pack, leave out short ones, and hold out a share."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class Cut:
-    """How documents become pieces.
+    """How documents become sequences.
 
     Attributes:
-        length: Tokens of a piece at most.
-        min_length: Tokens of a piece at least; shorter ones are left out.
-        pack: Whether to join documents, with an end-of-text token between them, so that all pieces are full.
-        held_out: Share of the tokens that is kept for evaluation: the end of each long document, or every so many
-            short documents.
-        per_document: Pieces of a document at most, spread evenly over it; all of them if left out. It keeps a few long
+        length: Most tokens of a sequence.
+        min_length: Fewest tokens of a sequence; shorter ones are left out.
+        pack: Whether to join documents, with an end-of-text token between them, so that all sequences are full.
+        held_out: Share of the tokens that is kept for evaluation: the end of each long document, and some of the short
+            documents at even distances.
+        per_document: Most sequences of a document, spread evenly over it; all of them if left out. It keeps a few long
             documents from drowning many short ones. Not for documents that are joined.
 
     Raises:
@@ -53,7 +53,7 @@ class Cut:
 def load_pieces(
     places: Iterable[str], tokenizer: PreTrainedTokenizerBase, cut: Cut, query: DataQuery | None = None
 ) -> tuple[Pieces, Pieces]:
-    """Pieces to train on and pieces held out, in memory.
+    """Sequences to train on and sequences held out, in memory.
 
     Args:
         places: As for `documents`.
@@ -84,14 +84,14 @@ def stream_pieces(
     query: DataQuery | None = None,
     held_out_pieces: int = 16,
 ) -> tuple[PieceStream, Pieces]:
-    """Pieces to train on while they are read, and the first held-out pieces, in memory.
+    """Sequences to train on, made while they are read, and the first held-out sequences, in memory.
 
     Args:
         places: As for `documents`.
         tokenizer: The base model's tokenizer.
         cut: How to cut.
         query: As for `documents`.
-        held_out_pieces: How many held-out pieces to look for, among a bounded number of others.
+        held_out_pieces: How many held-out sequences to look for, among a bounded number of others.
     """
     places = list(places)
 
@@ -109,7 +109,7 @@ def tokenise(document: Document, tokenizer: Any) -> Piece:
     """All tokens of a document, without the opening that `cut_document` adds.
 
     Args:
-        document: A text, every token of which counts, or a conversation, of which the assistant's tokens count.
+        document: A text, where every token counts, or a conversation, where only the assistant's tokens count.
         tokenizer: The tokenizer; it needs a chat template for conversations.
 
     Raises:
@@ -121,12 +121,12 @@ def tokenise(document: Document, tokenizer: Any) -> Piece:
 
 
 def cut_document(piece: Piece, cut: Cut, opening: list[int]) -> list[Piece]:
-    """Consecutive pieces of a document, each of which begins with the opening.
+    """Cuts a document into consecutive sequences, each with the opening in front.
 
     Args:
         piece: The document's tokens.
         cut: How to cut; what is left at the end is kept if it is long enough.
-        opening: Tokens before each piece, which do not count.
+        opening: Tokens before each sequence, which do not count.
     """
     size = cut.length - len(opening)
     pieces = []
@@ -143,7 +143,7 @@ def cut_document(piece: Piece, cut: Cut, opening: list[int]) -> list[Piece]:
 
 
 def _split(places: list[str], tokenizer: Any, cut: Cut, query: DataQuery | None) -> Iterator[tuple[Piece, bool]]:
-    """All pieces, each with whether it is held out."""
+    """All sequences, each with whether it is held out."""
     opening, quota = opening_of(tokenizer), _Quota(cut.held_out)
     whole = (tokenise(document, tokenizer) for document in documents(places, query))
     if not cut.pack:
@@ -163,14 +163,14 @@ def _split(places: list[str], tokenizer: Any, cut: Cut, query: DataQuery | None)
 
 
 def _spread(pieces: list[Piece], most: int | None) -> list[Piece]:
-    """So many of the pieces, at even distances."""
+    """At most this number of sequences, at even distances."""
     if most is None or len(pieces) <= most:
         return pieces
     return evenly(pieces, most)
 
 
 class _Quota:
-    """Keeps a share of what comes by, whatever the sizes it comes in."""
+    """Keeps a fixed share of all items, whatever the sizes of the groups in which they arrive."""
 
     def __init__(self, share: float) -> None:
         self.share = share
@@ -185,7 +185,7 @@ class _Quota:
 
 
 def _packer(cut: Cut, opening: list[int], separator: int | None) -> Callable[[Piece | None], list[Piece]]:
-    """Joins documents; gives full pieces as they come, and what is left when it is given `None`."""
+    """Joins documents into full sequences, which it returns as they fill up; `None` returns the rest."""
     ids: list[int] = []
     labels: list[int] = []
     size = cut.length - len(opening)
@@ -204,7 +204,7 @@ def _packer(cut: Cut, opening: list[int], separator: int | None) -> Callable[[Pi
 
 
 def _conversation(document: Document, tokenizer: Any) -> Piece:
-    """Tokens of a conversation; those of the assistant's messages, with what ends them, are the labels."""
+    """Tokens of a conversation. Labels are the tokens of the assistant's messages and those that end them."""
     text, spans = _rendered(document, tokenizer)
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
     labels = []

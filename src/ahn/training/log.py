@@ -1,4 +1,4 @@
-"""What is said of a training while it runs, and read of it afterwards."""
+"""What a training prints while it runs, and its log afterwards."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ Say = Callable[[str], None]
 
 
 class Lines(TrainerCallback):
-    """Says a line for every line of the log.
+    """Prints a line for every line of the log.
 
     Args:
         stage: Name of the stage.
-        say: Is given the line.
+        say: Prints the line.
     """
 
     def __init__(self, stage: str, say: Say) -> None:

@@ -1,4 +1,4 @@
-"""AdamW that also learns one factor for each head of the read-outs, which a noisy gradient of its elements hides."""
+"""AdamW that also learns one factor per read-out head, whose gradient is less noisy than those of the elements."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ import torch
 class HeadScaledAdamW(torch.optim.AdamW):
     """AdamW, and after each of its steps a step of Adam on the logarithm of the length of every head's read-out.
 
-    The gradient of one element of a read-out is almost all noise, and AdamW's step on it is as long as one on a signal;
-    how far a head should speak up as a whole is one number, whose gradient `<G, W>` sums thousands of elements and is
-    much clearer. Read-outs are the parameters of three dimensions, `[H, V, V]`.
+    The gradient of one element of a read-out is almost all noise, yet AdamW's step on it is as long as one on a signal.
+    The length of a whole head is one number. Its gradient `<G, W>` sums thousands of elements, so it is much less
+    noisy. Read-outs are the parameters with three dimensions, `[H, V, V]`.
 
     Args:
         params: As for `AdamW`.

@@ -8,10 +8,10 @@ from torch import distributed
 
 
 def part() -> None:
-    """Leaves the group of processes, if there is one; the last thing that each of them does.
+    """Leaves the process group, if there is one. Every process does this last.
 
-    Without it threads of the group may outlive the interpreter, and abort a process whose work is done
-    (github.com/pytorch/pytorch/pull/179291). What still refers to the group is let go first.
+    Without it threads of the group may outlive the interpreter, and abort a process that has finished its work
+    (github.com/pytorch/pytorch/pull/179291). References to the group are dropped first.
     """
     gc.collect()
     if distributed.is_available() and distributed.is_initialized():

@@ -1,6 +1,6 @@
-"""A start in closed form: the output projections that best explain what the window misses, gates as they are.
+"""A closed-form start: the output projections that best explain what the window misses, with the gates unchanged.
 
-Legend of shapes: B rows, T tokens, E positions that the memory speaks at, H query heads, V value size.
+Legend of shapes: B rows, T tokens, E positions where the memory has an output, H query heads, V value size.
 """
 
 from __future__ import annotations
@@ -53,10 +53,9 @@ def solve_readout(
 ) -> None:
     """Sets the output projections of the attached memories to a ridge regression on what the window misses.
 
-    For every head, `W = (R^T R + c I)^-1 R^T M`, with R what the head reads after its gated norm and M the output of
-    full attention minus that of sinks and window, both from the teacher's own hidden states: one pass of the teacher
-    over a few texts. The regression explains each layer by itself; all layers together would do too much at once, so a
-    share of it is the better start.
+    Each head gets `W = (R^T R + c I)^-1 R^T M`. R is what the head reads after its gated norm. M is the output of full
+    attention minus that of sinks and window. Both come from one pass of the teacher over a few texts. The regression
+    explains each layer separately. All layers together would overshoot, so a share of it is the better start.
 
     Args:
         model: A model with a memory attached; its gates should be open (`set_initial_gate`).

@@ -1,4 +1,4 @@
-"""Standing between a model and its attention function: to see what each layer puts out, and to save memory.
+"""A wrapper around a model's attention function, to record the output of each layer and to save memory.
 
 The model runs under another name of the same function, in either mode and with gradients, whatever its family.
 """
@@ -26,7 +26,7 @@ RECORDING = "ahn_recording"
 
 @dataclasses.dataclass(frozen=True)
 class _Wanted:
-    """What a run under the other name is for."""
+    """What the wrapped function should do in a run."""
 
     outputs: dict[int, torch.Tensor] | None
     recompute: bool
@@ -39,13 +39,13 @@ _WANTED: ContextVar[_Wanted | None] = ContextVar("ahn_recording", default=None)
 def recording(
     backbone: nn.Module, outputs: dict[int, torch.Tensor] | None = None, recompute: bool = False
 ) -> Iterator[None]:
-    """Notes the attention outputs of a call, or does without what its backward pass would have them keep.
+    """Records the attention outputs of a call, or recomputes them in the backward pass instead of keeping activations.
 
     Args:
         backbone: The stack of layers of a model with a memory attached.
-        outputs: Is given the attention outputs, `[B, T, H, V]`, by layer index.
-        recompute: Whether to compute window and memory again in the backward pass. They keep more than all the rest
-            of a layer, and cost little of its time.
+        outputs: Receives the attention outputs, `[B, T, H, V]`, by layer index.
+        recompute: Whether to compute window and memory again in the backward pass. They keep more activations than the
+            rest of a layer, and take little of its time.
     """
     token = _WANTED.set(_Wanted(outputs, recompute))
     try:

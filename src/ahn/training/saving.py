@@ -1,4 +1,4 @@
-"""What a training keeps on disk: adapters of a few megabytes, and checkpoints that are whole or not there at all."""
+"""What a training keeps on disk: adapters of a few megabytes, and checkpoints that are complete or absent."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def load_adapter(model: nn.Module, path: str | os.PathLike[str]) -> None:
 
 @contextlib.contextmanager
 def staged(folder: Path, name: str, write: bool) -> Iterator[Path]:
-    """A place to write `folder/name` that takes its name in one step when all is on the disk.
+    """A temporary folder for `folder/name`, renamed in one step when everything is on the disk.
 
     Args:
         folder: Folder of the run.
@@ -72,7 +72,7 @@ def staged(folder: Path, name: str, write: bool) -> Iterator[Path]:
         write: Whether this process moves it; the others only learn the place.
 
     Yields:
-        The folder in which to write `name`. What a process left there that died is removed first.
+        The folder in which to write `name`. Leftovers of a process that died are removed first.
     """
     place = folder / _STAGING
     if write:

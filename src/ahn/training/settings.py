@@ -62,8 +62,9 @@ class TrainSettings(Settings):
     memory_positions: MemoryPositions = same_setting(AHNConfig, "memory_positions", option=False, kw_only=False)
     dtype: str = setting(
         "auto",
-        "Of the base; auto is bfloat16 on a GPU and float32 elsewhere.",
+        "float32, bfloat16, float16 or auto, of the base; auto is bfloat16 on a GPU and float32 elsewhere.",
         choices=("auto", "float32", "bfloat16", "float16"),
+        metavar="DTYPE",
     )
     stages: tuple[str, ...] = setting(("distill",), "distill, transfer, or transfer,distill.", joined=True)
     steps: int = setting(500, "Optimizer steps of distill.", least=1)

@@ -1,4 +1,4 @@
-"""How memories start: how fast fresh ones forget, how far they open, what they take from another kind of memory."""
+"""Initial weights of memories: decay rates, output gates, and what is copied from another kind of memory."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from ahn.errors import CheckpointError
 def set_initial_decay(model: nn.Module, low: float, high: float, seed: int) -> bool:
     """Draws the decay rates of the attached memories, exp of the parameter `log_rate`, uniformly from a range.
 
-    The published range, 0 to 16, makes most heads forget within a few tokens; a short training does not get them out
-    of it, and starts better from slow rates.
+    The published range, 0 to 16, makes most heads forget within a few tokens. A short training does not change that, so
+    it starts better from slow rates.
 
     Args:
         model: A model with a memory attached.
-        low: Lowest rate; a little above 0 at least, for its logarithm is what is learned.
+        low: Lowest rate; above 0, because its logarithm is learned.
         high: Highest rate.
         seed: What the draw depends on.
 
@@ -44,10 +44,10 @@ def set_initial_decay(model: nn.Module, low: float, high: float, seed: int) -> b
 
 @torch.no_grad()
 def set_initial_gate(model: nn.Module, opening: float, sequences: Iterable[torch.Tensor]) -> None:
-    """Opens the output gates of the attached memories: an average token of each layer lets `silu(opening)` through.
+    """Opens the output gates of the attached memories: for an average token each gate is `silu(opening)`.
 
-    Published gates start near zero and with either sign, and the output projection starts at zero: both learn from
-    each other's product and hardly move at first. Open gates let the projection learn from the first step on.
+    Published gates start near zero and with either sign, and the output projection starts at zero. Each is multiplied
+    by the other, so both hardly move at first. Open gates let the projection learn from the first step on.
 
     Args:
         model: A model with a memory attached.
@@ -66,7 +66,7 @@ def set_initial_gate(model: nn.Module, opening: float, sequences: Iterable[torch
 
 
 def _mean_inputs(model: nn.Module, sequences: Iterable[torch.Tensor]) -> dict[int, torch.Tensor]:
-    """What each layer with a memory reads on average, `[D]` float32, by layer index."""
+    """Mean input of each layer with a memory, `[D]` float32, by layer index."""
     sites = [site for site in attachment_of(model).sites if site.memory is not None]
     sums: dict[int, torch.Tensor] = {}
     tokens = 0
@@ -92,17 +92,17 @@ def _mean_inputs(model: nn.Module, sequences: Iterable[torch.Tensor]) -> dict[in
 
 @torch.no_grad()
 def copy_common(model: nn.Module, adapter: str) -> list[str]:
-    """Takes what the weights of another kind of memory have in common with the attached one.
+    """Copies the weights that another kind of memory has in common with the attached one.
 
-    A memory of one kind that has learned where to read is a good start for another: the read-out, the output gate and
-    the write strength are the same maps in all of them.
+    A trained memory is a good start for another kind: the read-out, the output gate and the write strength are the same
+    maps in all kinds.
 
     Args:
         model: A model with a memory attached.
         adapter: As for `ahn.load`.
 
     Returns:
-        Names of the parameters that were taken, without their layers.
+        Names of the copied parameters, without their layers.
 
     Raises:
         CheckpointError: There is no such adapter, or it has nothing in common with the memory.

@@ -1,4 +1,4 @@
-"""What the teacher thinks of a text, kept on the disk: read once, used in every pass over it and for every memory.
+"""The teacher's hidden states on disk: each text is read once and serves every pass and every memory.
 
 Legend of shapes: B rows, T tokens, R real tokens of a row, D hidden size.
 """
@@ -28,9 +28,8 @@ _SAMPLED = 4096  # elements of each weight that tell one base model from another
 class TeacherCache:
     """A folder with the last hidden states of texts that a base model has read with full attention.
 
-    Each text is a file of D values a token in the model's dtype. The names of the files depend on the tokens and on
-    the base model's weights, so that one folder serves several models and never mixes them up. What is read from it
-    is what was written, to the bit.
+    Each text is a file with D values per token in the model's dtype. The names of the files depend on the tokens and on
+    the base model's weights, so one folder can serve several models. Reading returns the written values exactly.
 
     Args:
         folder: The folder; made if it is not there.
@@ -99,7 +98,7 @@ def _load(file: Path, device: torch.device) -> torch.Tensor | None:
 
 
 def _fingerprint(model: nn.Module) -> str:
-    """Tells base models apart by what they are made of, not by their names."""
+    """A name for the base model that depends on its weights, not on its name."""
     ours = {id(tensor) for tensor in memory_tensors(model).values()}
     digest = hashlib.sha256(type(model).__name__.encode())
     for name, parameter in model.named_parameters():

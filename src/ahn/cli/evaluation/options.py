@@ -89,17 +89,19 @@ class Run:
 
         What those choose by that name no score goes into the settings.
         """
-        from ahn.anchors.scores import ORACLE
-        from ahn.attachment import attachment_of, mode
+        from ahn.attachment import mode
+        from ahn.cache import HippocampalCache
+        from ahn.evaluation.controls import CONTROLS, Oracle
 
-        attachment = attachment_of(model)
+        # Recall alone knows which tokens an oracle wants.
+        known = {*CONTROLS, Oracle.name} if self.settings["command"] == "recall" else CONTROLS.keys()
         for arm in anchored:
-            if arm.anchor_score == ORACLE and self.settings["command"] == "recall":
-                continue  # it alone tells which tokens
+            if arm.anchor_score in known:
+                continue
             with mode(model, "ahn", **arm.settings(self.settings["window"])):
-                attachment.scoring_layers(attachment.settings)
-                if arm.anchor_score is None:
-                    self.settings["anchor_score"] = attachment.settings.anchor_score
+                chosen = HippocampalCache(model).settings.anchor_score
+            if arm.anchor_score is None:
+                self.settings["anchor_score"] = chosen
 
     @contextlib.contextmanager
     def working(self) -> Iterator[None]:

@@ -76,7 +76,7 @@ def command(
 def _evaluate(run: options.Run, loaded: Loaded, texts: dict[str, str]) -> None:
     """The work: reads everything that the journal lacks, and reports."""
     from ahn.cli.evaluation import perplexity_show as show
-    from ahn.cli.progress import work_bar
+    from ahn.cli.terminal import work_bar
     from ahn.evaluation.perplexity.measure import make_plan, read_all
     from ahn.evaluation.perplexity.ngrams import group_tokens
     from ahn.evaluation.perplexity.results import results

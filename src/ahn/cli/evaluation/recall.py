@@ -97,7 +97,7 @@ def _run(run: options.Run, settings: Settings, text: str) -> None:
     loaded = run.load()
     from ahn.attachment import attachment_of
     from ahn.cli.evaluation import recall_report
-    from ahn.cli.progress import work_bar
+    from ahn.cli.terminal import work_bar
     from ahn.evaluation.recall.run import measure
 
     if loaded.adapter is None and "ahn" in run.arms:

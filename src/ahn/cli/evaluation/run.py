@@ -17,8 +17,7 @@ from ahn.cli.evaluation import options, run_tables
 from ahn.cli.evaluation.by_arms import print_by_arms
 from ahn.cli.evaluation.options import Run
 from ahn.cli.evaluation.score import SCORINGS
-from ahn.cli.progress import work_bar
-from ahn.cli.terminal import UsageError, notes, output
+from ahn.cli.terminal import UsageError, notes, output, work_bar
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ahn.anchors.scores import oracle
 from ahn.evaluation.arms import ArmReader, arm_reader
+from ahn.evaluation.controls import CONTROLS, Oracle
 from ahn.evaluation.recall.items import Asked, Item, Target
 from ahn.evaluation.recall.plan import Place, Plan
 from ahn.evaluation.recall.scoring import found, log_probability, rank
@@ -74,10 +74,10 @@ def _answered(model: Any, plan: Plan, arm: str, item: Item, stop: Collection[int
     scored = [ask for ask in item.asks if any(target.label is not None for target in ask.targets)]
     if not scored:
         return {"values": [], "answers": [], "seconds": 0.0, "cache_bytes": 0}
-    with oracle(item.needles):
-        reader = arm_reader(model, arm, score=False)
-        reader.feed(torch.tensor(_read_by(arm, item)))
-        return _asked(plan, reader, scored, stop)
+    controls = {**CONTROLS, Oracle.name: Oracle(item.needles)}
+    reader = arm_reader(model, arm, score=False, controls=controls)
+    reader.feed(torch.tensor(_read_by(arm, item)))
+    return _asked(plan, reader, scored, stop)
 
 
 def _asked(plan: Plan, reader: ArmReader, scored: Sequence[Asked], stop: Collection[int]) -> Record:

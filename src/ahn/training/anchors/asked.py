@@ -22,7 +22,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from ahn.anchors.scores import AnchorQueries
+from ahn.anchors.queries import AnchorQueries
 from ahn.attachment import attachment_of
 from ahn.backbone.rotary import Tables
 from ahn.errors import ConfigError

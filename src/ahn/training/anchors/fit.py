@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import torch
 
-from ahn.anchors.scores import AnchorGate
+from ahn.anchors.learned import AnchorGate
 
 _RIDGE = 0.1  # of the variance of an input
 _EPOCHS, _BATCH = 6, 256

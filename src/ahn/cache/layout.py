@@ -1,0 +1,181 @@
+"""What a saved cache must hold: names, shapes and numbers that follow from the model, the settings and the tokens seen.
+
+Legend of shapes: B batch, G key/value heads, K key size, V value size, F numbers of a record, L places of a ring,
+N anchors, P places of a scoreboard, R pooling kernels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+from transformers.cache_utils import DynamicLayer
+
+from ahn.anchors.selection import Scoreboard
+from ahn.attachment import Attachment, Site
+from ahn.cache.compressive import POOLED
+from ahn.cache.layer import HippocampalLayer
+from ahn.cache.storage import SavedCache
+from ahn.errors import CacheError
+
+_MOST = 2**40
+_ANY = range(1, _MOST)
+Size = int | range
+Tensors = Mapping[str, torch.Tensor]
+
+
+class Part(NamedTuple):
+    """A tensor that a part of a cache holds.
+
+    Attributes:
+        shape: Its sizes; a range where several are right.
+        needed: Whether it must be there.
+        dtypes: What it may be stored in.
+        most: Its numbers lie below it; `None` for numbers that must be finite.
+        least: And not below this.
+    """
+
+    shape: tuple[Size, ...]
+    needed: bool = True
+    dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.float64)
+    least: float | None = None
+    most: float | None = None
+
+
+Layout = dict[str, Part]
+_STORED = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def check_saved(
+    where: str,
+    saved: SavedCache,
+    attachment: Attachment,
+    layers: Sequence[HippocampalLayer | DynamicLayer],
+    scoreboard: Scoreboard | None,
+) -> None:
+    """Checks that a file holds a cache of this model, down to the shape of every tensor.
+
+    Args:
+        where: The file, for messages.
+        saved: What it holds.
+        attachment: What the model has attached.
+        layers: Empty layers of a cache with the saved settings.
+        scoreboard: The empty scoreboard of that cache, if it has anchors.
+
+    Raises:
+        CacheError: It does not.
+    """
+    rows, most = saved.rows_of(saved.tensors), max(saved.seen)
+    if any(seen != most for seen, site in zip(saved.seen, attachment.sites) if site.memory is not None):
+        raise CacheError(f"{where}: its layers have seen different numbers of tokens; save the cache again")
+    unrotates = attachment.config.memory_positions == "none"
+    layouts = {
+        str(site.index): layer_layout(site, layer, unrotates, rows, seen)
+        for site, layer, seen in zip(attachment.sites, layers, saved.seen, strict=True)
+    }
+    if scoreboard is not None:
+        layouts["ballot"] = scoreboard_layout(scoreboard, saved.settings.sinks, rows, most)
+    layout = {f"{part}.{name}": due for part, parts in layouts.items() for name, due in parts.items()}
+    layout["padding"] = Part((rows,), False, (torch.int64,), 0, most + 1)
+    check_layout(where, saved.tensors, layout)
+
+
+def layer_layout(site: Site, layer: HippocampalLayer | DynamicLayer, unrotates: bool, rows: int, seen: int) -> Layout:
+    """What a layer of a cache holds after `seen` tokens.
+
+    Args:
+        site: The layer of the model.
+        layer: An empty layer of the cache.
+        unrotates: Whether the memory takes keys as they were before their rotation.
+        rows: Rows of the batch.
+        seen: Tokens seen.
+    """
+    _, _, G, K, V = site.shape
+    if not isinstance(layer, HippocampalLayer):
+        most = seen if site.sliding_window is None else min(seen, site.sliding_window)
+        places = range(max(0, most - (site.sliding_window is not None)), most + 1)
+        return {name: Part((rows, G, places, _ANY), seen > 0, _STORED) for name in ("keys", "values")}
+    span = layer.exact.sinks + layer.exact.window
+    places, evicts = range(min(seen, span), span + 1), seen > span
+    layout = {
+        "keys": Part((rows, G, places, K), seen > 0, _STORED),
+        "values": Part((rows, G, places, V), seen > 0, _STORED),
+        "record": Part((rows, 1, places, _record_size(site, layer, unrotates)), seen > 0),
+    }
+    if evicts and layer.settings.mode == "ahn" and site.memory is not None:
+        layout["state"] = Part((rows, *site.memory.state_shape()))
+    if evicts and layer.bank is not None:
+        layout |= _keys_and_values("anchor", rows, layer.bank.anchors, site)
+    if evicts and layer.pooled is not None:
+        layout |= _keys_and_values("slot", rows, layer.pooled.slots, site)
+        layout |= _keys_and_values("pending", rows, POOLED - 1, site)
+    if layer.bank is not None:
+        layout["key_total"] = Part((rows, G, 1, K), needed=False)
+        layout["key_recent"] = Part((rows, G, range(layer.exact.window + 1), K), needed=False)
+    return layout
+
+
+def scoreboard_layout(scoreboard: Scoreboard, sinks: int, rows: int, seen: int) -> Layout:
+    """What the scoreboard of a cache holds after `seen` tokens."""
+    layout = {"votes": Part((rows, _ANY, _ANY), least=-float("inf"), most=float("inf"))} if seen else {}
+    for window in scoreboard.windows:
+        if seen > sinks + window:
+            shape = (rows, scoreboard.anchors)
+            layout[f"scores.{window}"] = Part(shape, least=-float("inf"), most=float("inf"))
+            layout[f"tokens.{window}"] = Part(shape, dtypes=(torch.int64,), least=-1, most=seen)
+    return layout
+
+
+def check_layout(what: str, tensors: Tensors, layout: Layout) -> None:
+    """Checks tensors by name.
+
+    Args:
+        what: What holds them, for messages.
+        tensors: The tensors by name.
+        layout: What they must be.
+
+    Raises:
+        CacheError: One is missing or surplus, or of another shape or dtype, or holds numbers that cannot be.
+    """
+    if missing := sorted(name for name, part in layout.items() if part.needed and name not in tensors):
+        raise CacheError(f"{what} lacks {missing[0]}; save the cache again")
+    for name, tensor in tensors.items():
+        if name not in layout:
+            raise CacheError(f"{what} holds {name}, which no such cache has; save it again")
+        _check_part(f"{what}: {name}", tensor, layout[name])
+
+
+def _check_part(what: str, tensor: torch.Tensor, part: Part) -> None:
+    fits = tensor.dim() == len(part.shape) and all(
+        size in due if isinstance(due, range) else size == due for size, due in zip(tensor.shape, part.shape)
+    )
+    if not fits:
+        due = [f"{size.start} to {size.stop - 1}" if isinstance(size, range) else str(size) for size in part.shape]
+        raise CacheError(f"{what} has the shape {list(tensor.shape)} instead of [{', '.join(due)}]")
+    if tensor.dtype not in part.dtypes:
+        raise CacheError(f"{what} is stored in {str(tensor.dtype).removeprefix('torch.')}")
+    if part.least is None or part.most is None:
+        right = tensor.isfinite()
+    else:
+        right = (tensor >= part.least) & (tensor < part.most)
+    if not bool(right.all()):
+        raise CacheError(f"{what} holds numbers that cannot be")
+
+
+def _record_size(site: Site, layer: HippocampalLayer, unrotates: bool) -> Size:
+    """Numbers of a record, F: the gates and, for a memory that takes keys before their rotation, the position."""
+    if layer.settings.mode != "ahn" or site.memory is None:
+        return 0
+    gates = site.memory.gate_count * site.shape.query_heads
+    if site.rotation is None or not unrotates:
+        return gates
+    return range(gates + 2, gates + 2 * site.shape.key_size + 1) if site.rotation.changes_with_length else gates + 1
+
+
+def _keys_and_values(name: str, rows: int, places: int, site: Site) -> Layout:
+    _, _, G, K, V = site.shape
+    return {
+        f"{name}_keys": Part((rows, G, places, K), dtypes=_STORED),
+        f"{name}_values": Part((rows, G, places, V), dtypes=_STORED),
+    }
