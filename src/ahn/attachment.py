@@ -118,6 +118,7 @@ class Attachment:
         trained_context: Positions that the base model was trained on.
         rotation_problem: Why the rotary positions of this model cannot be undone, or `None` if they can or it has none.
         position_limit: Tokens that a model with a table of positions can read at all, or `None`.
+        is_wrapped: Whether the model holds its decoder inside a wrapper, as those that also see images do.
         handles: The hooks that were registered.
         implementations: Every config that was changed, with the attention implementation it named before.
     """
@@ -128,6 +129,7 @@ class Attachment:
     trained_context: int
     rotation_problem: str | None = None
     position_limit: int | None = None
+    is_wrapped: bool = False
     handles: list[RemovableHandle] = dataclasses.field(default_factory=list)
     implementations: list[tuple[Any, str | None]] = dataclasses.field(default_factory=list)
 
