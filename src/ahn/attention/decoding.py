@@ -11,7 +11,6 @@ Legend of shapes: B batch, D hidden size.
 from __future__ import annotations
 
 import torch
-from torch import nn
 
 from ahn import ops
 from ahn.cache import HippocampalCache
@@ -55,7 +54,7 @@ def begin_step(cache: HippocampalCache, new: int) -> DecodeStep | None:
         return None
     groups = cache.groups = cache.groups or group_layers(cache.attachment.sites, cache.layers)
     begun = settings.sinks + (cache.padding.most if cache.padding else 0)
-    if not all(_is_here(group) and group.stores[0].exact.is_settled(begun) for group in groups):
+    if not all(group.is_plain() and group.stores[0].exact.is_settled(begun) for group in groups):
         return None
     if settings.mode == "window":
         return DecodeStep(groups, cache)
@@ -65,9 +64,3 @@ def begin_step(cache: HippocampalCache, new: int) -> DecodeStep | None:
     for group in leaving:
         group.update()
     return DecodeStep(groups, cache)
-
-
-def _is_here(group: LayerGroup) -> bool:
-    """Whether the weights can be used outside of their layer's forward pass: neither offloaded nor sharded."""
-    weight = group.memories[0].o_proj
-    return type(weight) is nn.Parameter and not weight.is_meta

@@ -23,7 +23,7 @@ from ahn.attention.masks import CallMask
 from ahn.attention.weights import attention_blocks
 from ahn.cache.layer import HippocampalLayer
 from ahn.cache.record import TokenRecord
-from ahn.errors import ModelError
+from ahn.errors import CacheError, ModelError
 from ahn.tokens import Padding, Tokens, View
 
 IMPLEMENTATION = "ahn"
@@ -59,6 +59,8 @@ def attention_function(
         base = _base_attention(module)
         output, weights = base(module, query, key, value, mask, scaling=scaling, dropout=dropout, **kwargs)
         return output, weights
+    if kwargs.get("is_causal") is False or not getattr(module, "is_causal", True):
+        raise CacheError('attention in both directions (is_causal=False): read inside ahn.mode(model, "full")')
     softmax = softmax_of(query, scaling, dropout, kwargs)
     if ahn.call.step is not None:
         return _decode(ahn, query, key, value, softmax), None

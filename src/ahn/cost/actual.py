@@ -55,7 +55,7 @@ class Actual(Counting):
         """Bytes of every tensor that a layer of the cache holds."""
         memory = None if method == "full" else self._memory(method, site) or site.memory
         settings = dataclasses.replace(self.settings, mode=_MODES.get(method, "ahn"))
-        layer: AnyLayer = new_layer(dataclasses.replace(site, memory=None), settings)
+        layer: AnyLayer = new_layer(dataclasses.replace(site, built=None), settings)
         if memory is not None:
             layer = HippocampalLayer(settings, site.sliding_window, self._slots(site))
         key, value = (
