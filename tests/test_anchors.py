@@ -10,6 +10,7 @@ import torch
 
 import ahn
 from ahn._compat import CACHE
+from ahn.cache import HippocampalCache
 from ahn.cache.anchors import Ballot, _Anchors, elect
 from ahn.cache.exact import NEVER
 from ahn.errors import ConfigError
@@ -95,11 +96,26 @@ def test_the_most_recent_anchors_are_a_larger_window(chunks: Any, sink_positions
     model, ids = tiny(), text(2, 80)
     config = ahn.AHNConfig(window=WINDOW, sinks=SINKS, sink_positions=sink_positions, anchors=ANCHORS)
     ahn.attach(model, config)
-    with ahn.mode(model, "window", window=WINDOW + ANCHORS):
+    with ahn.mode(model, "window", window=WINDOW + ANCHORS, anchors=0):
         expected = read(model, ids)
-    with ahn.mode(model, "ahn", anchor_score="recent"):
-        torch.testing.assert_close(read(model, ids, chunks), expected, rtol=0, atol=3e-5)
+    for mode in ("ahn", "window"):
+        with ahn.mode(model, mode, anchor_score="recent"):
+            torch.testing.assert_close(read(model, ids, chunks), expected, rtol=0, atol=3e-5)
     assert not torch.allclose(read(model, ids, chunks), expected, atol=1e-3)
+
+
+@pytest.mark.parametrize("chunks", [None, 1, [40, 1, 1, 1, 37]], ids=str)
+def test_a_window_with_anchors_hears_no_memory(chunks: Any) -> None:
+    """It reads what the same model with a memory that says nothing reads with as many anchors."""
+    silent, awake, ids = tiny(), anchored(), text(2, 80)
+    ahn.attach(silent, ahn.AHNConfig(window=WINDOW, sinks=SINKS, anchors=ANCHORS))
+    with ahn.mode(awake, "window"):
+        found = read(awake, ids, chunks)
+        cache = HippocampalCache(awake)
+        with torch.no_grad():
+            awake(ids, use_cache=True, **{CACHE: cache})
+    torch.testing.assert_close(found, read(silent, ids), rtol=0, atol=3e-5)
+    assert all(layer.state is None and "anchor_keys" in layer.tensors() for layer in cache.cascades)
 
 
 @pytest.mark.parametrize("score", ["key_diff", "asked"])
@@ -216,7 +232,7 @@ def test_without_anchors_nothing_is_kept_for_them() -> None:
     cache = ahn.HippocampalCache(with_memory())
     assert cache.ballot is None
     assert cache.anchor_tokens == []
-    with ahn.mode(model := anchored(), "window"):
+    with ahn.mode(model := anchored(), "ct_max"):
         assert ahn.HippocampalCache(model).ballot is None
 
 

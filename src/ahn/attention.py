@@ -163,7 +163,7 @@ def attention_function(
     new = Tokens(key, value, ahn.side(key))
     seen = store.exact.seen + new.length
     choice = ahn.elect(key)
-    view = store.append(new, padding, choice) if ahn.kept else store.view(new, padding)
+    view = store.append(new, padding, choice) if ahn.kept else store.view(new, padding, choice)
     local = local_attention(ahn.lookup(query, view, seen), softmax)
     if ahn.gates is None or not view.evicted.length:
         return local, None

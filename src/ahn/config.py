@@ -92,7 +92,7 @@ class RunSettings:
         window: Tokens of the window, the current one included.
         sinks: Tokens at the start of each sequence that stay exact.
         sink_positions: See `AHNConfig`.
-        anchors: See `AHNConfig`; read in mode "ahn" only.
+        anchors: See `AHNConfig`; read in the modes "ahn" and "window".
         anchor_score: See `AHNConfig`.
         anchor_layers: See `AHNConfig`.
     """
@@ -121,7 +121,7 @@ class RunSettings:
     @property
     def has_anchors(self) -> bool:
         """Whether anchors are chosen and read."""
-        return self.mode == "ahn" and self.anchors > 0
+        return self.mode in ("ahn", "window") and self.anchors > 0
 
 
 def check_span(window: int, sinks: int) -> None:

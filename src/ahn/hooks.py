@@ -20,6 +20,7 @@ from ahn.cache.cache import check_cache, new_cascade
 from ahn.config import RunSettings
 from ahn.decoding import begin_step
 from ahn.errors import CacheError
+from ahn.foreseen import foreseen_election, is_foreseen
 from ahn.pieces import joined, read_first_pieces
 from ahn.plan import CURRENT, Plan, find_padding
 from ahn.positions import Rotary
@@ -35,10 +36,12 @@ def before_call(backbone: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
     settings = _settings(attachment, cache)
     if settings.mode != "full" and inputs is not None:
         if cache is None:
-            cache = _new_cache(attachment, backbone, kwargs, needed=settings.has_anchors)
+            cache = _new_cache(attachment, backbone, kwargs, settings.has_anchors and not is_foreseen())
         padding = _padding(attachment, cache, inputs, kwargs.get("attention_mask"))
     kwargs = _compat.with_cache(backbone, kwargs, cache)
     plan = Plan(attachment, settings, padding)
+    if settings.has_anchors and cache is None:
+        plan.election = foreseen_election(attachment, settings, padding)
     if isinstance(cache, HippocampalCache) and cache.ballot is not None and inputs is not None:
         plan.before, kwargs = read_first_pieces(backbone, cache.seen_tokens, cache.ballot.longest_call, kwargs)
         cache.padding = padding  # of which the pieces saw their parts
@@ -58,7 +61,7 @@ def after_call(backbone: Any, args: Any, output: Any) -> Any:
     CURRENT.reset(plan.token)
     if output is not None and plan.step is not None:
         plan.step.close(plan.election)
-    if output is not None and plan.election is not None:
+    if output is not None and plan.election is not None and plan.election.votes:
         plan.election.close()
     return joined([*plan.before, output]) if output is not None and plan.before else None
 

@@ -13,6 +13,7 @@ import dataclasses
 import torch
 import torch.nn.functional as F
 
+from ahn.block_attention import Block, Keys, block_attention, can_attend
 from ahn.cache.exact import Extra, Tokens
 from ahn.compiled_attention import compiled_attention
 from ahn.lookup import Lookup
@@ -58,10 +59,53 @@ def local_attention(lookup: Lookup, softmax: Softmax) -> torch.Tensor:
             return out
     if not lookup.view.ordered:
         return _attend_one(lookup, softmax).transpose(1, 2)
+    if _can_attend_in_blocks(lookup, softmax):
+        return _attend_in_blocks(lookup, softmax.scaling).transpose(1, 2)
     size = _block_size(lookup.window, lookup.queries)
     starts = range(lookup.first, lookup.seen, size)
     blocks = [_attend_block(lookup, start, min(start + size, lookup.seen), softmax) for start in starts]
     return (blocks[0] if len(blocks) == 1 else torch.cat(blocks, dim=2)).transpose(1, 2)
+
+
+def _can_attend_in_blocks(lookup: Lookup, softmax: Softmax) -> bool:
+    """Whether the function with a backward pass of its own serves: a plain softmax, and rows that are all alike."""
+    view, plain = lookup.view, softmax == Softmax(softmax.scaling) and lookup.far_queries is None
+    alike = lookup.plan.padding is None and (view.extra is None or view.extra.born.size(0) == 1)
+    return plain and alike and can_attend(lookup.queries, view.local.keys, view.local.values)
+
+
+def _attend_in_blocks(lookup: Lookup, scaling: float) -> torch.Tensor:
+    """All queries, block by block in both directions, `[B, H, T, V]`."""
+    view = lookup.view
+    nothing = view.sinks.span(0, 0)
+    extra = nothing if view.extra is None else view.extra
+    name = f"blocks of {lookup.queries.dtype} over {lookup.window}"  # masks are the same in all such layers
+    source = lookup.plan if view.extra is None else view.extra.born
+    blocks = lookup.plan.shared(name, source, lambda: _blocks(lookup))
+    keys, values = (Keys(view.local[index], view.sinks[index], extra[index]) for index in (0, 1))
+    return block_attention(lookup.queries, keys, values, blocks, scaling)
+
+
+def _blocks(lookup: Lookup) -> list[Block]:
+    """The queries of a call in blocks, with what each reads."""
+    view, plan, size = lookup.view, lookup.plan, _block_size(lookup.window, lookup.queries)
+    repeats = lookup.queries.size(1) // view.local.keys.size(1)
+    like = lookup.queries.to(torch.get_autocast_dtype("cpu")) if torch.is_autocast_enabled("cpu") else lookup.queries
+    blocks = []
+    for start in range(lookup.first, lookup.seen, size):
+        stop = min(start + size, lookup.seen)
+        keys_from = max(view.first, start - lookup.window + 1)
+        mask = plan.block_mask((start, stop), keys_from, view.sinks.length, lookup.window, repeats, like)
+        places = torch.zeros(0, dtype=torch.long)
+        if view.extra is not None:
+            read = ((view.extra.born < stop) & (view.extra.died > start))[0]
+            places = read.nonzero().flatten()
+            allowed = view.extra.allowed(start, stop)[0][:, read].repeat(repeats, 1)
+            mask = torch.cat((mask, like.new_zeros(allowed.shape).masked_fill_(~allowed, float("-inf"))), dim=-1)
+        rows = slice(start - lookup.first, stop - lookup.first)
+        reach = slice(keys_from - view.first, max(keys_from, stop) - view.first)
+        blocks.append(Block(rows, reach, places, mask))
+    return blocks
 
 
 def _attend_one(lookup: Lookup, softmax: Softmax) -> torch.Tensor:

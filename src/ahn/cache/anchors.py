@@ -95,6 +95,7 @@ class Ballot:
         windows: Windows of the layers, in tokens.
         voters: Indices of the layers that vote.
         score: What they vote by.
+        places: Places in the ring of votes, P; as few as do if left out.
 
     Attributes:
         delay: Tokens after which a token is voted on.
@@ -102,14 +103,22 @@ class Ballot:
             and `tokens.w` `[B, N]` int64, -1 at places without an anchor.
     """
 
-    def __init__(self, anchors: int, sinks: int, windows: set[int], voters: frozenset[int], score: Score) -> None:
+    def __init__(
+        self,
+        anchors: int,
+        sinks: int,
+        windows: set[int],
+        voters: frozenset[int],
+        score: Score,
+        places: int | None = None,
+    ) -> None:
         self.anchors = anchors
         self.sinks = sinks
         self.voters = voters
         self.score = score
         self.delay = score.delay(min(windows))
         self.windows = windows
-        self.places = max(windows) + max(reach + score.behind(reach) for reach in score.reaches)
+        self.places = places or max(windows) + max(reach + score.behind(reach) for reach in score.reaches)
         self.held: dict[str, torch.Tensor] = {}
 
     @property

@@ -58,9 +58,11 @@ class HippocampalLayer(CacheLayerMixin):
         self.tally = Tally()
         self.state: torch.Tensor | None = None
 
-    def view(self, new: Tokens, padding: Padding | None) -> View:
-        """What the queries of new tokens read and what leaves the window, without storing anything."""
+    def view(self, new: Tokens, padding: Padding | None, choice: Choice | None = None) -> View:
+        """What the queries of new tokens read and what leaves the window, without storing any new token."""
         view, seen = self.exact.view(new, padding), self.exact.seen + new.length
+        if self.bank is not None and choice is not None:
+            return view._replace(extra=self.bank.append(view.evicted, choice))
         if self.pooled is None:
             return view
         return view._replace(extra=self.pooled.view(view.evicted, self._first(view, seen), padding))

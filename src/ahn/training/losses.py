@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -17,9 +18,11 @@ from torch import nn
 import ahn
 from ahn.distillation import CePairs, Head, find_targets, vocabulary_losses
 from ahn.errors import ConfigError
+from ahn.foreseen import foreseen
 from ahn.memories.base import at_least_float32
 from ahn.training.recording import recomputes_layers, recording
 from ahn.training.teacher import TeacherCache
+from ahn.training.votes import SCORE, noting_votes
 
 LOSSES = ("kl", "ce", "attention")
 """kl: divergence of the student's next-token distribution from the teacher's, nats per token. ce: the student's
@@ -77,6 +80,7 @@ def distillation_loss(
     ce_pairs: CePairs = "next",
     recompute_attention: bool = True,
     teacher: TeacherCache | None = None,
+    anchors: int = 0,
 ) -> LossOutput:
     """Losses of the student against the teacher at the positions beyond sinks and window.
 
@@ -92,13 +96,15 @@ def distillation_loss(
         recompute_attention: Whether to compute window and memory again in the backward pass instead of keeping what
             they need, unless whole layers are computed again anyway.
         teacher: Where the teacher's hidden states are kept from one reading of a text to the next; not for the loss
-            "attention", which needs more of the teacher.
+            "attention" nor for anchors, which need more of the teacher.
+        anchors: Anchors that the student reads beside sinks and window, by the score "learned". The votes on them are
+            those of the teacher's pass, so that the student reads the whole text at once.
 
     Returns:
         Sums over the positions, and their number.
 
     Raises:
-        ConfigError: A loss is unknown, or window and sinks are out of range.
+        ConfigError: A loss is unknown, window and sinks are out of range, or the model has no weights for votes.
 
     Source: arXiv 2510.07318, section 3.3.
     """
@@ -108,12 +114,14 @@ def distillation_loss(
     inputs = {name: batch[name] for name in ("input_ids", "attention_mask") if batch.get(name) is not None}
     seen_teacher: dict[int, torch.Tensor] | None = {} if "attention" in wanted else None
     seen_student: dict[int, torch.Tensor] | None = {} if "attention" in wanted else None
-    hidden_teacher = None
-    if wanted.keys() & {"kl", "attention"}:
-        hidden_teacher = _teacher_states(model, backbone, inputs, seen_teacher, teacher).flatten(0, 1)
-    student = ahn.mode(model, "ahn", window=window, sinks=sinks)
+    hidden_teacher, votes = None, list[torch.Tensor]()
+    if wanted.keys() & {"kl", "attention"} or anchors:
+        with noting_votes(model, votes) if anchors else nullcontext():
+            kept = None if anchors else teacher
+            hidden_teacher = _teacher_states(model, backbone, inputs, seen_teacher, kept).flatten(0, 1)
+    student = ahn.mode(model, "ahn", window=window, sinks=sinks, anchors=anchors, anchor_score=SCORE)
     recompute = recompute_attention and not recomputes_layers(backbone)
-    with student, recording(backbone, seen_student, recompute):
+    with student, foreseen(votes) if anchors else nullcontext(), recording(backbone, seen_student, recompute):
         hidden_student = backbone(**inputs, use_cache=False).last_hidden_state.flatten(0, 1)
     sums: dict[str, torch.Tensor] = {}
     if wanted.keys() & {"kl", "ce"}:

@@ -16,6 +16,7 @@ from ahn.training.data import Cut
 from ahn.training.draws import SINKS, TOTALS, Span, SpanDraw
 from ahn.training.losses import check_weights
 from ahn.training.sources import DataQuery
+from ahn.training.votes import AnchorDraw
 
 STAGES = ("transfer", "distill")
 _COUNTS = (
@@ -26,6 +27,7 @@ _CHOICES: dict[str, tuple[str | None, ...]] = {
     "draw": ("random", "fixed"),
     "dtype": ("auto", "float32", "bfloat16", "float16"),
     "checkpointing": (None, "none", "attention", "layers"),
+    "precision": ("auto", "float32", "bfloat16"),
 }
 FILE = "train.yaml"
 """Name under which the settings are saved beside the weights."""
@@ -50,6 +52,8 @@ class TrainSettings:
         steps: Optimizer steps of the stage distill.
         transfer_steps: Optimizer steps of the stage transfer.
         losses: Weights of the losses of the stage distill: "kl", "ce", "attention".
+        precision: What a float32 base multiplies in while memories are distilled: "float32", "bfloat16" (state, loss
+            and weights stay in float32); "auto" measures for a second on a CPU which is faster.
         length: Tokens of a training sequence at most.
         min_length: Tokens at least; half of the length if left out.
         pack: Whether to join documents, so that all sequences are full.
@@ -65,6 +69,11 @@ class TrainSettings:
         totals: Candidates for sinks and window together.
         sink_counts: Candidates for the sinks. The published 0 is left out: without any sink a small model falls apart,
             and its memory learns to be one.
+        anchors: Numbers of anchors that the student of the stage distill reads beside sinks and window; one is drawn
+            for each sequence. With several, one memory serves with and without.
+        anchor_weights: Weights of the score "learned", by which they are chosen, as for `ahn.load_anchors`.
+        average: Part of the steps of the stage distill over which the weights that are kept are averaged: 0.25 for
+            about the last quarter; 0 keeps the last.
         batch: Sequences of a forward pass, on each process.
         accumulation: Forward passes of a step, on each process.
         lr: Learning rate of the stage distill.
@@ -115,6 +124,7 @@ class TrainSettings:
     memory_positions: MemoryPositions = "rope"
     dtype: str = "auto"
     stages: tuple[str, ...] = ("distill",)
+    precision: str = "auto"
     steps: int = 500
     transfer_steps: int = 200
     losses: dict[str, float] = dataclasses.field(default_factory=lambda: {"kl": 1.0})
@@ -132,6 +142,9 @@ class TrainSettings:
     draw: str = "random"
     totals: tuple[int, ...] = TOTALS
     sink_counts: tuple[int, ...] = (4, *SINKS[1:])
+    anchors: tuple[int, ...] = (0,)
+    anchor_weights: str | None = None
+    average: float = 0.0
     batch: int = 1
     accumulation: int = 1
     lr: float = 1e-4
@@ -188,6 +201,10 @@ class TrainSettings:
             raise ConfigError(f"loss_share must be a share above 0 and at most 1, not {self.loss_share}")
         if self.teacher_cache is not None and self.losses.get("attention"):
             raise ConfigError("teacher_cache does not serve the loss attention; leave one of the two out")
+        if not 0 <= self.average <= 1:
+            raise ConfigError(f"average must be a part of the steps from 0 to 1, not {self.average}")
+        if any(self.anchor_draw.counts) and (self.anchor_weights is None or self.teacher_cache is not None):
+            raise ConfigError("anchors need anchor_weights to be chosen by, and a teacher that reads: no teacher_cache")
         if self.scale_lr and "optim" in self.arguments:
             raise ConfigError("scale_lr is a setting of our own AdamW; leave it or the argument optim out")
         low, high = self.initial_decay or (0, 1)
@@ -223,6 +240,11 @@ class TrainSettings:
     def span_draw(self) -> SpanDraw:
         """How window and sinks of each sequence are drawn."""
         return SpanDraw(self.totals, self.sink_counts, self.span if self.draw == "fixed" else None, self.seed)
+
+    @property
+    def anchor_draw(self) -> AnchorDraw:
+        """How the number of anchors of each sequence is drawn."""
+        return AnchorDraw(self.anchors, self.seed)
 
     @property
     def query(self) -> DataQuery:
