@@ -3,8 +3,8 @@
 Autograd would keep the keys and values of every block, and fill a tensor as large as all queries for each of them on
 the way back. Here the backward pass adds what a block contributes in place. For the CPU; elsewhere autograd serves.
 
-Legend of shapes: B batch, T queries, H query heads, G key/value heads (H = r * G), K key size, V value size, W tokens of
-the window, S sinks, N extra keys, M keys of a block.
+Legend of shapes: B batch, T queries, H query heads, G key/value heads (H = r * G), K key size, V value size,
+W tokens of the window, S sinks, N extra keys, M keys of a block.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ def block_attention(
         blocks: The queries in blocks, in their order.
         scaling: Factor on the products of queries and keys.
     """
-    tensors = (q_BHTK, *keys, *values)
+    tensors: tuple[torch.Tensor, ...] = (q_BHTK, *keys, *values)
     if torch.is_autocast_enabled("cpu"):
         tensors = tuple(tensor.to(torch.get_autocast_dtype("cpu")) for tensor in tensors)
     out: torch.Tensor = _Blocks.apply(blocks, scaling, *tensors)

@@ -2,7 +2,8 @@
 
 Every call picks its backend from the tensors it is given: one token goes to a short path for decoding, CUDA tensors
 to the kernels of flash-linear-attention where that is installed, float32 on a CPU without gradients to kernels in C
-where these can be compiled, everything else to the chunked form in plain torch.
+where these can be compiled, everything else to the chunked form in plain torch, on a CPU with a backward pass that
+keeps little.
 
 Shapes: B batch, T tokens, H query heads, G kv heads (H = r * G; query head h uses kv head h // r), K key size,
 V value size.
@@ -19,7 +20,7 @@ import torch
 from torch import Tensor
 
 from ahn.errors import ConfigError
-from ahn.ops import chunked, compiled, cuda, naive, step
+from ahn.ops import chunked, compiled, cuda, grouped, naive, step
 from ahn.ops._shared import check_shapes
 from ahn.ops.step import write_delta_, write_state_space_
 
@@ -33,7 +34,7 @@ __all__ = [
     "write_state_space_",
 ]
 
-_NAMES = ("auto", "naive", "chunked", "compiled", "cuda")
+_NAMES = ("auto", "naive", "chunked", "grouped", "compiled", "cuda")
 _chosen: ContextVar[str] = ContextVar("ahn_ops_backend", default="auto")
 
 
@@ -42,7 +43,8 @@ def backend(name: str) -> Iterator[None]:
     """Run every recurrence of this thread or task with one backend; meant for tests and comparisons.
 
     Args:
-        name: "auto" (pick per call), "naive" (the loop, the ground truth), "chunked", "compiled" (C) or "cuda".
+        name: "auto" (pick per call), "naive" (the loop, the ground truth), "chunked", "grouped" (chunked, with a
+            lean backward pass), "compiled" (C) or "cuda".
 
     Raises:
         ConfigError: There is no such backend.
@@ -177,8 +179,8 @@ def _pick(q_BTHK: Tensor, k_BTGK: Tensor, v_BTGV: Tensor, *others: Tensor | None
     name = _chosen.get()
     if name == "naive":
         return naive
-    if name == "chunked":
-        return chunked
+    if name in ("chunked", "grouped"):
+        return chunked if name == "chunked" else grouped
     if name == "cuda":
         if not q_BTHK.is_cuda:
             raise ConfigError(f"backend 'cuda' needs tensors on a CUDA device, got {q_BTHK.device}; use 'auto'")
@@ -196,6 +198,8 @@ def _pick(q_BTHK: Tensor, k_BTGK: Tensor, v_BTGV: Tensor, *others: Tensor | None
         return step
     if q_BTHK.is_cuda:
         return cuda if cuda.available() else chunked
+    if grouped.serves(q_BTHK, k_BTGK, v_BTGV, *others):
+        return grouped
     return compiled if compiled.available(q_BTHK, k_BTGK, v_BTGV, *others) else chunked
 
 
