@@ -72,7 +72,11 @@ class Place(NamedTuple):
 
 
 def score(model: Any, ids: torch.Tensor, arm: Arm, place: Place) -> tuple[float, int]:
-    """Mean negative log-likelihood beyond sinks and window, and the bytes of the cache."""
+    """Mean negative log-likelihood beyond sinks and window, and the bytes of the cache.
+
+    In half precision products alone are rounded, as in a training; what is kept has other sizes then, so that caches
+    are weighed in float32.
+    """
     half = torch.autocast("cpu", torch.bfloat16) if place.precision == "bfloat16" else nullcontext()
     settings = {"window": place.window + arm.larger, "sinks": place.sinks, "anchors": arm.anchors}
     with ahn.mode(model, arm.mode, sink_positions=place.sink_positions, **settings), half:
@@ -115,8 +119,10 @@ def _measure_piece(
             continue
         name = f"{arm.name} {weights_of(arm, options.label, options.anchor_label)}".strip()
         known = table.setdefault(name, {"nll": {}})
+        if "bytes" not in known:
+            known["bytes"] = score(model, ids, arm, place._replace(precision="float32"))[1]
         if piece not in known["nll"]:
-            known["nll"][piece], known["bytes"] = score(model, ids, arm, place)
+            known["nll"][piece], _ = score(model, ids, arm, place)
 
 
 def write(kept: dict[str, Any]) -> None:
@@ -178,9 +184,7 @@ def show(kept: dict[str, Any]) -> None:
         length, window, sinks, positions, precision = key.split()
         rows = rows_of(table)
         print(f"\n{length} tokens, window {window}, sinks {sinks} ({positions}), {precision}:\n")
-        print(
-            "| arm | pieces | MB more than the window | nats per token | share of the gap | nats better at equal bytes |"
-        )
+        print("| arm | pieces | MB beside it | nats per token | share of the gap | nats better at equal bytes |")
         print("|---|---|---|---|---|---|")
         for row in rows:
             share, low, high = row.share
