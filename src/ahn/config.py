@@ -106,7 +106,8 @@ class ExactTokens(Settings):
         sinks: First tokens of each sequence that always stay exact.
         sink_positions: "absolute" reads sinks at their true distance (as published). "bounded" never lets that distance
             pass the base model's trained context, so that texts of any length stay in the range it knows.
-        anchors: Tokens that stay exact beyond the window, chosen as they leave it; 0 for none. Mode "ahn" reads them.
+        anchors: Tokens that stay exact beyond the window, chosen as they leave it; 0 for none. Modes "ahn" and
+            "window" read them.
         anchor_score: What they are chosen by, a key of `ahn.anchors.scores.SCORES`; looked up when it is attached.
             "auto" takes what the model has weights for, `learned` before `asked`, and `key_diff` where it has none.
         anchor_layers: Indices of the layers whose mean score counts; `None` leaves it to the score, see
@@ -171,7 +172,7 @@ class RunSettings(ExactTokens):
     @property
     def has_anchors(self) -> bool:
         """Whether anchors are chosen and read."""
-        return self.mode == "ahn" and self.anchors > 0
+        return self.mode in ("ahn", "window") and self.anchors > 0
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ahn import ops
 from ahn.errors import ConfigError, ShapeError
-from ahn.ops import chunked, cuda, naive, step
+from ahn.ops import chunked, cuda, grouped, naive, step
 
 
 class OnCuda(Tensor):
@@ -81,6 +81,16 @@ def test_cpu_tensors_choose_by_length(T: int, expected: ModuleType) -> None:
     assert pick(tensors(T)) is expected
 
 
+def test_gradients_on_a_cpu_choose_groups() -> None:
+    given = tensors()
+    given["q"].requires_grad_()
+    assert pick(given) is grouped
+    with torch.no_grad():
+        assert pick(given) is chunked
+    with ops.backend("grouped"), torch.no_grad():
+        assert pick(given) is grouped
+
+
 def test_cpu_tensors_never_reach_fla(fla: list[dict[str, Any]]) -> None:
     ops.gated_delta_rule(*tensors().values())
     assert fla == []
@@ -112,7 +122,7 @@ def test_backend_ends_after_an_error() -> None:
 
 
 def test_unknown_backend_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"'triton'.*auto, naive, chunked, compiled, cuda"), ops.backend("triton"):
+    with pytest.raises(ConfigError, match=r"'triton'.*auto, naive, chunked, grouped, compiled"), ops.backend("triton"):
         pass
 
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ahn import ops
-from ahn.ops import chunked, cuda, naive, step
+from ahn.ops import chunked, cuda, grouped, naive, step
 
 RULES = ["gated_delta_rule", "delta_rule", "state_space"]
 LENGTHS = [1, 2, 31, 32, 33, 63, 64, 65, 130]
@@ -76,6 +76,8 @@ def test_chunked_equals_naive(rule: str, T: int, H: int, G: int, dtype: torch.dt
 def test_chunked_gradients_equal_naive(rule: str, T: int, H: int, G: int, dtype: torch.dtype, tolerance: float) -> None:
     tensors = inputs(rule, T, H, G, dtype)
     assert_same(gradients(chunked, rule, tensors), gradients(naive, rule, tensors), tolerance)
+    assert_same(run(grouped, rule, tensors), run(naive, rule, tensors), TOLERANCE[dtype])
+    assert_same(gradients(grouped, rule, tensors), gradients(naive, rule, tensors), tolerance)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])
@@ -92,7 +94,16 @@ def test_many_groups_of_chunks_equal_one(rule: str, monkeypatch: pytest.MonkeyPa
     tensors = inputs(rule, 130)
     one = run(chunked, rule, tensors) + gradients(chunked, rule, tensors)
     monkeypatch.setattr("ahn.ops._chunks._CPU_ELEMENTS_PER_THREAD", 1)
-    assert_same(run(chunked, rule, tensors) + gradients(chunked, rule, tensors), one, 1e-12)
+    for module in (chunked, grouped):
+        assert_same(run(module, rule, tensors) + gradients(module, rule, tensors), one, 1e-12)
+
+
+def test_groups_keep_the_states_between_them_alone() -> None:
+    leaves = [x.requires_grad_() for x in inputs("gated_delta_rule", 130)]
+    kept: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
+        ops.gated_delta_rule(*leaves)
+    assert sum(x.numel() for x in kept) <= sum(x.numel() for x in leaves) + 2 * leaves[-1].numel()
 
 
 @pytest.mark.parametrize("module", [naive, chunked, step], ids=["naive", "chunked", "step"])

@@ -62,7 +62,14 @@ class Gradients(TrainerCallback):
 
 
 def trainer_for(
-    out: Path, model: Any = None, data: Any = None, stage: Any = "distill", scale_lr: float = 0.0, **changes: Any
+    out: Path,
+    model: Any = None,
+    data: Any = None,
+    stage: Any = "distill",
+    scale_lr: float = 0.0,
+    anchors: Any = None,
+    average: float = 0.0,
+    **changes: Any,
 ) -> AHNTrainer:
     """A trainer of a tiny model that says nothing."""
     trainer = AHNTrainer(
@@ -71,6 +78,8 @@ def trainer_for(
         weights={"kl": 1.0, "attention": 2.0},
         stage=stage,
         scale_lr=scale_lr,
+        anchors=anchors,
+        average=average,
         draw=SpanDraw(totals=(16, 24, 32), sinks=(0, 4, 8), seed=5),
         train_dataset=pieces() if data is None else data,
     )

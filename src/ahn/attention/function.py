@@ -18,6 +18,7 @@ from ahn.anchors.selection import Selected
 from ahn.attachment import find_attachment
 from ahn.attention import softmax as in_torch
 from ahn.attention import softmax_native as in_c
+from ahn.attention import softmax_training as with_gradients
 from ahn.attention.call import LayerCall, Softmax
 from ahn.attention.masks import CallMask
 from ahn.attention.weights import attention_blocks
@@ -90,9 +91,11 @@ def attend_local(layer: LayerCall, query: torch.Tensor, view: View, softmax: Sof
         softmax: The layer's softmax.
     """
     sink_query = layer.sink_queries(query, view.seen)
-    backend = in_c if in_c.can_attend(layer.call, view, query, sink_query, softmax) else in_torch
-    attended: torch.Tensor = backend.attend(layer.call, view, query, sink_query, softmax)
-    return attended
+    for backend in (in_c, with_gradients):
+        if backend.can_attend(layer.call, view, query, sink_query, softmax):
+            attended: torch.Tensor = backend.attend(layer.call, view, query, sink_query, softmax)
+            return attended
+    return in_torch.attend(layer.call, view, query, sink_query, softmax)
 
 
 def read_memory(layer: LayerCall, store: HippocampalLayer, query: torch.Tensor, view: View) -> torch.Tensor:

@@ -38,11 +38,16 @@ def is_visible(query: Index, visible_from: Index, visible_until: Index) -> torch
 
 def read_by(extra: ExtraKV, start: int, stop: int) -> ExtraKV:
     """Those extra keys that any query from `start` to `stop` - 1 reads."""
-    read = ((extra.visible_from < stop) & (extra.visible_until > start)).any(0)
+    read = read_by_any(extra, start, stop)
     if bool(read.all()):
         return extra
     keys, values, visible_from, visible_until = extra
     return ExtraKV(keys[:, :, read], values[:, :, read], visible_from[:, read], visible_until[:, read])
+
+
+def read_by_any(extra: ExtraKV, start: int, stop: int) -> torch.Tensor:
+    """Whether any query from `start` to `stop` - 1 reads each extra key, in any row, `[N]`."""
+    return ((extra.visible_from < stop) & (extra.visible_until > start)).any(0)
 
 
 def visible_extra(extra: ExtraKV, start: int, stop: int) -> torch.Tensor:

@@ -44,7 +44,7 @@ class Arm(NamedTuple):
             window: Tokens of the window.
         """
         if self.method == "window":
-            return {"window": window + self.added}
+            return {"window": window + self.added, "anchors": 0}
         if self.method != "ahn":
             return {}
         score = {} if self.anchor_score is None else {"anchor_score": self.anchor_score}

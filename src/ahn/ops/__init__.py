@@ -2,7 +2,8 @@
 
 Every call picks its backend from its tensors. One token takes a short path for decoding. CUDA tensors go to the kernels
 of flash-linear-attention, if it is installed. Float32 on a CPU without gradients goes to the kernels in C, if these can
-be compiled. Everything else takes the chunked form in plain torch.
+be compiled. Gradients on a CPU go to groups of tokens, of which little is kept. Everything else takes the chunked form
+in plain torch.
 
 Shapes: B batch, T tokens, H query heads, G kv heads (H = r * G; query head h uses kv head h // r), K key size,
 V value size.
@@ -20,7 +21,7 @@ from torch import Tensor
 
 from ahn.errors import ConfigError
 from ahn.native import OutputWeights
-from ahn.ops import chunked, compiled, cuda, naive, step
+from ahn.ops import chunked, compiled, cuda, grouped, naive, step
 from ahn.ops._shared import at_least_float32, check_shapes
 from ahn.ops.norms import rms_norm, unit
 from ahn.ops.step import decode_add_, linear_each, write_delta_, write_state_space_
@@ -41,7 +42,7 @@ __all__ = [
     "write_state_space_",
 ]
 
-_NAMES = ("auto", "naive", "chunked", "compiled", "cuda")
+_NAMES = ("auto", "naive", "chunked", "grouped", "compiled", "cuda")
 _chosen: ContextVar[str] = ContextVar("ahn_ops_backend", default="auto")
 
 
@@ -50,7 +51,8 @@ def backend(name: str) -> Iterator[None]:
     """Run every recurrence of this thread or task with one backend; meant for tests and comparisons.
 
     Args:
-        name: "auto" (pick per call), "naive" (the loop, the ground truth), "chunked", "compiled" (C) or "cuda".
+        name: "auto" (pick per call), "naive" (the loop, the ground truth), "chunked", "grouped" (chunked, with a
+            backward pass that keeps little), "compiled" (C) or "cuda".
 
     Raises:
         ConfigError: There is no such backend.
@@ -185,8 +187,8 @@ def _pick(q_BTHK: Tensor, k_BTGK: Tensor, v_BTGV: Tensor, *others: Tensor | None
     name = _chosen.get()
     if name == "naive":
         return naive
-    if name == "chunked":
-        return chunked
+    if name in ("chunked", "grouped"):
+        return chunked if name == "chunked" else grouped
     if name == "cuda":
         if not q_BTHK.is_cuda:
             raise ConfigError(f"backend 'cuda' needs tensors on a CUDA device, got {q_BTHK.device}; use 'auto'")
@@ -204,6 +206,8 @@ def _pick(q_BTHK: Tensor, k_BTGK: Tensor, v_BTGV: Tensor, *others: Tensor | None
         return step
     if q_BTHK.is_cuda:
         return cuda if cuda.available() else chunked
+    if grouped.serves(q_BTHK, k_BTGK, v_BTGV, *others):
+        return grouped
     return compiled if compiled.available(q_BTHK, k_BTGK, v_BTGV, *others) else chunked
 
 

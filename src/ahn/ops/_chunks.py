@@ -20,17 +20,20 @@ _CPU_ELEMENTS_PER_THREAD = 2**16
 _DEVICE_ELEMENTS = 2**24
 
 
-def token_groups(q_BTHK: Tensor) -> Iterator[tuple[slice, int]]:
-    """Yield (span of tokens, tokens of a chunk): groups of whole chunks, then what is left as one shorter chunk."""
+def token_groups(q_BTHK: Tensor, *others: Tensor) -> Iterator[tuple[tuple[Tensor, ...], int]]:
+    """Yield (parts of all tensors, tokens of a chunk): groups of whole chunks, then what is left as a shorter chunk.
+
+    The tensors are split at once: a slice of its own for each part would have a gradient as large as the whole.
+    """
     B, T, H, K = q_BTHK.shape
     on_cpu = q_BTHK.device.type == "cpu"
     elements = _CPU_ELEMENTS_PER_THREAD * max(2, torch.get_num_threads()) if on_cpu else _DEVICE_ELEMENTS
     step = _CHUNK_TOKENS * max(1, elements // (_CHUNK_TOKENS * max(1, B * H * K)))
     whole = T - T % _CHUNK_TOKENS
-    for start in range(0, whole, step):
-        yield slice(start, min(start + step, whole)), _CHUNK_TOKENS
-    if whole < T:
-        yield slice(whole, T), T - whole
+    sizes = [min(step, whole - start) for start in range(0, whole, step)]
+    sizes += [T - whole] if whole < T else []
+    for parts in zip(*(x.split(sizes, dim=1) for x in (q_BTHK, *others))):
+        yield parts, min(_CHUNK_TOKENS, parts[0].size(1))
 
 
 def by_chunk(x: Tensor, C: int) -> Tensor:

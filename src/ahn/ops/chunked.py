@@ -34,8 +34,7 @@ def gated_delta_rule(
         return q_BTHK.new_zeros(B, 0, H, V), S_BHKV.clone()
     S_XKV = S_BHKV.reshape(B * H, K, V)
     outputs: list[Tensor] = []
-    for span, C in token_groups(q_BTHK):
-        q, k, v, g, beta = (x[:, span] for x in (q_BTHK, k_BTGK, v_BTGV, g_BTH, beta_BTH))
+    for (q, k, v, g, beta), C in token_groups(q_BTHK, k_BTGK, v_BTGV, g_BTH, beta_BTH):
         chunks_XCV, S_XKV = _delta_group(q, k, v, g, beta, S_XKV, C)
         outputs += [o_XCV.view(B, H, C, V).transpose(1, 2) for o_XCV in chunks_XCV]
     return torch.cat(outputs, dim=1), S_XKV.view(B, H, K, V)
@@ -65,8 +64,7 @@ def state_space(
     if T == 0:
         return q_BTHK.new_zeros(B, 0, H, V), S_BHVK.clone()
     outputs: list[Tensor] = []
-    for span, C in token_groups(q_BTHK):
-        q, k, v, g, dt = (x[:, span] for x in (q_BTHK, k_BTGK, v_BTGV, g_BTH, dt_BTH))
+    for (q, k, v, g, dt), C in token_groups(q_BTHK, k_BTGK, v_BTGV, g_BTH, dt_BTH):
         o_BTHV, S_BHVK = _state_space_group(q, k, v, g, dt, S_BHVK, C)
         outputs.append(o_BTHV)
     return torch.cat(outputs, dim=1), S_BHVK

@@ -38,6 +38,7 @@ class Distiller(nn.Module):
         slice_tokens: As for `distillation_loss`.
         recompute_attention: As for `distillation_loss`.
         teacher: As for `distillation_loss`.
+        precision: What the base multiplies in while it trains; its own dtype if left out.
 
     Raises:
         ModelError: No memory is attached, or the model's head cannot be run in slices.
@@ -54,6 +55,7 @@ class Distiller(nn.Module):
         slice_tokens: int | None = None,
         recompute_attention: bool = True,
         teacher: TeacherCache | None = None,
+        precision: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         if stage not in ("transfer", "distill"):
@@ -66,9 +68,10 @@ class Distiller(nn.Module):
         self.model = model
         self._no_split_modules = getattr(model, "_no_split_modules", None)  # where FSDP cuts
         model.requires_grad_(False)
-        self._autocast = _half_precision(model)
+        self._half = _half_precision(model)
+        self._autocast = self._half or (precision if precision != torch.float32 else None)
         for memory in self.memories():
-            if self._autocast:
+            if self._half:
                 memory.float()
             memory.requires_grad_(True)
         if stage == "distill":
@@ -85,6 +88,7 @@ class Distiller(nn.Module):
         spans: Sequence[Span],
         labels: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
+        anchors: Sequence[int] | None = None,
     ) -> dict[str, torch.Tensor]:
         """Sums of the losses over their positions, by name.
 
@@ -93,14 +97,15 @@ class Distiller(nn.Module):
             spans: Window and sinks of each row. Rows with the same span are read together.
             labels: `[B, T]`, -100 where a token does not count.
             attention_mask: `[B, T]`, 0 at padding.
+            anchors: Anchors of each row in the stage "distill"; those of the model's settings if left out.
         """
         given = {"input_ids": input_ids, "labels": labels, "attention_mask": attention_mask}
         batch = {name: tensor for name, tensor in given.items() if tensor is not None}
         sums: dict[str, torch.Tensor] = {}
-        for span, rows in self._groups(spans).items():
+        for (span, count, *_), rows in self._groups(spans, anchors).items():
             part = {name: tensor[rows] for name, tensor in batch.items()}
             with self._precision(input_ids.device.type):
-                output = self._loss(part, Span(*span[:2]))
+                output = self._loss(part, span, count)
             for name, loss in output.sums.items():
                 sums[name] = sums[name] + loss if name in sums else loss
         return sums
@@ -146,12 +151,14 @@ class Distiller(nn.Module):
 
     def finish(self) -> None:
         """Gives the memories the dtype of the base, so that the model can be used outside of a training."""
-        if self._autocast:
+        if self._half:
             for memory in self.memories():
-                memory.to(self._autocast)
+                memory.to(self._half)
 
-    def _loss(self, batch: Mapping[str, torch.Tensor], span: Span) -> LossOutput:
+    def _loss(self, batch: Mapping[str, torch.Tensor], span: Span, anchors: int | None) -> LossOutput:
         if self.stage == "distill":
+            if anchors and self.is_sharded():  # processes would make different numbers of passes
+                raise ConfigError("anchors are not trained with in a sharded model (FSDP2); use DDP or one process")
             if self.teacher is not None and self.is_sharded():  # processes that find a text would not wait for others
                 raise ConfigError("teacher_cache does not serve a sharded model (FSDP2); leave it out")
             return distillation_loss(
@@ -162,17 +169,19 @@ class Distiller(nn.Module):
                 slice_tokens=self.slice_tokens,
                 recompute_attention=self.recompute_attention,
                 teacher=self.teacher,
+                anchors=anchors,
             )
         if self.is_sharded():
             raise ConfigError("the stage transfer does not run sharded (FSDP2); run it with DDP or in one process")
         return transfer_loss(self.model, batch, *span)
 
-    def _groups(self, spans: Sequence[Span]) -> dict[tuple[int, ...], list[int]]:
+    def _groups(self, spans: Sequence[Span], anchors: Sequence[int] | None) -> dict[tuple[Any, ...], list[int]]:
         """Rows that are read together. A sharded model reads row by row: all processes must make as many passes."""
         sharded = self.is_sharded()
-        groups: dict[tuple[int, ...], list[int]] = {}
+        groups: dict[tuple[Any, ...], list[int]] = {}
         for row, span in enumerate(spans):
-            groups.setdefault((*span, row) if sharded else tuple(span), []).append(row)
+            alike = Span(*span), None if anchors is None else anchors[row]
+            groups.setdefault((*alike, row) if sharded else alike, []).append(row)
         return groups
 
     def is_sharded(self) -> bool:

@@ -13,8 +13,9 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
+from ahn.anchors.scores import SCORES
 from ahn.attachment import attachment_of
-from ahn.config import check_span
+from ahn.config import check_span, check_whole
 from ahn.distillation import IGNORED
 from ahn.errors import ConfigError
 
@@ -23,6 +24,9 @@ TOTALS = (32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
 
 SINKS = (0, 32, 64, 128, 512, 2048, 4096)
 """Published candidates for the sinks."""
+
+ANCHOR_SCORE = "learned"
+"""The score that chooses the anchors of a training."""
 
 
 class Span(NamedTuple):
@@ -144,3 +148,35 @@ class SpanDraw:
         if not sinks or not totals:
             raise ConfigError(f"none of the candidates {list(self.totals)} and {list(self.sinks)} fits this model")
         return dataclasses.replace(self, totals=totals, sinks=sinks)
+
+
+@dataclasses.dataclass(frozen=True)
+class AnchorDraw:
+    """The rule that the number of anchors of each training sequence is drawn by.
+
+    Attributes:
+        counts: Candidates; a number that is listed twice is drawn twice as often.
+        seed: What the draws depend on.
+
+    Raises:
+        ConfigError: A candidate is out of range, or there is none.
+    """
+
+    counts: tuple[int, ...] = (0,)
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.counts:
+            raise ConfigError("anchors must name at least one number; 0 is without any")
+        for count in self.counts:
+            check_whole("anchors", count, 0)
+
+    def draw(self, span: Span, *place: int) -> int:
+        """The number of anchors of a sequence; 0 where its window is too short for them.
+
+        Args:
+            span: Its window and sinks.
+            *place: Where it stands in the training, as for `SpanDraw.draw`.
+        """
+        count = random.Random("/".join(map(str, ("anchors", self.seed, *place)))).choice(self.counts)
+        return count if span.window > SCORES[ANCHOR_SCORE].span(span.window) else 0

@@ -18,6 +18,7 @@ import ahn
 from ahn.distillation import CePairs, Head, find_targets, vocabulary_losses
 from ahn.errors import ConfigError
 from ahn.ops import at_least_float32
+from ahn.training.draws import ANCHOR_SCORE
 from ahn.training.recording import recomputes_layers, recording
 from ahn.training.teacher import TeacherCache
 
@@ -77,6 +78,7 @@ def distillation_loss(
     ce_pairs: CePairs = "next",
     recompute_attention: bool = True,
     teacher: TeacherCache | None = None,
+    anchors: int | None = None,
 ) -> LossOutput:
     """Losses of the student against the teacher at the positions beyond sinks and window.
 
@@ -93,12 +95,14 @@ def distillation_loss(
             they need, unless whole layers are computed again anyway.
         teacher: Where the teacher's hidden states are kept from one reading of a text to the next; not for the loss
             "attention", which needs more of the teacher.
+        anchors: Anchors that the student reads beside sinks and window, chosen by the score "learned"; those of the
+            current settings if left out. A text is then read in chunks, and gradients flow through all of them.
 
     Returns:
         Sums over the positions, and their number.
 
     Raises:
-        ConfigError: A loss is unknown, or window and sinks are out of range.
+        ConfigError: A loss is unknown, a number is out of range, or the model has no weights to choose anchors by.
 
     Source: arXiv 2510.07318, section 3.3.
     """
@@ -111,7 +115,8 @@ def distillation_loss(
     hidden_teacher = None
     if wanted.keys() & {"kl", "attention"}:
         hidden_teacher = _teacher_states(model, backbone, inputs, seen_teacher, teacher).flatten(0, 1)
-    student = ahn.mode(model, "ahn", window=window, sinks=sinks)
+    score = ANCHOR_SCORE if anchors else None
+    student = ahn.mode(model, "ahn", window=window, sinks=sinks, anchors=anchors, anchor_score=score)
     recompute = recompute_attention and not recomputes_layers(backbone)
     with student, recording(backbone, seen_student, recompute):
         hidden_student = backbone(**inputs, use_cache=False).last_hidden_state.flatten(0, 1)

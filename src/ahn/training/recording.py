@@ -43,7 +43,7 @@ def recording(
 
     Args:
         backbone: The stack of layers of a model with a memory attached.
-        outputs: Receives the attention outputs, `[B, T, H, V]`, by layer index.
+        outputs: Receives the attention outputs, `[B, T, H, V]`, by layer index; those of a call in chunks are joined.
         recompute: Whether to compute window and memory again in the backward pass. They keep more activations than the
             rest of a layer, and take little of its time.
     """
@@ -72,7 +72,9 @@ def _recorded(
     else:
         output, weights = attention_function(module, query, key, value, mask, **kwargs)
     if wanted.outputs is not None:
-        wanted.outputs[int(module.layer_idx)] = output  # type: ignore[arg-type]
+        index = int(module.layer_idx)  # type: ignore[arg-type]
+        earlier = [wanted.outputs[index]] if index in wanted.outputs else []
+        wanted.outputs[index] = torch.cat([*earlier, output], dim=1) if earlier else output
     return output, weights
 
 

@@ -25,6 +25,7 @@ from ahn.training.batches import Pieces, PieceStream, collate
 from ahn.training.data import load_pieces, stream_pieces
 from ahn.training.distiller import Distiller, Stage
 from ahn.training.log import Lines, Say, read_history
+from ahn.training.precision import fastest_precision
 from ahn.training.readout import solve_readout
 from ahn.training.report import PLOT, TABLE, Report, evaluate, plot_losses, write_report
 from ahn.training.saving import load_adapter, save_adapter
@@ -35,7 +36,7 @@ from ahn.training.teacher import TeacherCache
 from ahn.training.trainer import AHNTrainer
 
 _STATE = "trainer_state.json"
-_MAY_CHANGE = {"log_every", "save_every", "keep", "report_tokens", "report_to", "teacher_cache"}
+_MAY_CHANGE = {"log_every", "save_every", "keep", "report_tokens", "report_to", "teacher_cache", "precision"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,6 +77,11 @@ def train(settings: TrainSettings, resume: bool = False, say: Say | None = None,
     _write_settings(settings, folder)
     begun = any(_is_begun(Path(str(args.output_dir))) for args in arguments.values())
     model = _model(settings, pieces, say, begun)
+    if settings.anchor_weights is not None:
+        ahn.load_anchors(model, settings.anchor_weights)
+    if settings.precision == "auto" and "distill" in settings.stages:
+        settings = dataclasses.replace(settings, precision=_precision(model, say))
+        _write_settings(settings, folder)
     curves = {}
     for stage, args in arguments.items():
         curves[stage] = _run_stage(model, settings, stage, args, (pieces, held), say)
@@ -270,7 +276,9 @@ def _run_stage(
     name: Stage = "transfer" if stage == "transfer" else "distill"
     cached = settings.teacher_cache if name == "distill" else None
     teacher = None if cached is None else TeacherCache(cached, model)
-    distiller = Distiller(model, settings.losses, name, settings.slice_tokens, settings.recomputed != "none", teacher)
+    precision = torch.bfloat16 if name == "distill" and settings.precision == "bfloat16" else None
+    recomputes = settings.recomputed != "none"
+    distiller = Distiller(model, settings.losses, name, settings.slice_tokens, recomputes, teacher, precision)
     if settings.recomputed == "layers" and name == "distill":
         distiller.activation_checkpointing_enable()
     checkpoint = _last_checkpoint(folder)
@@ -284,6 +292,8 @@ def _run_stage(
         evaluation_span=settings.span,
         loss_share=settings.loss_share,
         scale_lr=settings.scale_lr if name == "distill" else 0.0,
+        anchors=settings.anchor_draw if name == "distill" else None,
+        average=settings.average if name == "distill" else 0.0,
         train_dataset=data[0],
         eval_dataset=data[1].spread(settings.eval_tokens) if len(data[1]) else None,
         callbacks=[Lines(stage, say)],
@@ -291,9 +301,21 @@ def _run_stage(
     trainer.remove_callback(PrinterCallback)
     trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_state()
+    if trainer.average is not None:
+        trainer.average.settle()
     trainer.save_model()  # marks the stage as done
     trainer.accelerator.wait_for_everyone()
     return read_history(folder / _STATE)
+
+
+def _precision(model: Any, say: Say) -> str:
+    """What the base multiplies in: the faster one on a CPU with one process, its own elsewhere."""
+    weight = model.get_input_embeddings().weight
+    if weight.device.type != "cpu" or weight.dtype != torch.float32 or torch.distributed.is_initialized():
+        return "float32"
+    found = str(fastest_precision(model)).removeprefix("torch.")
+    say(f"the base multiplies in {found}, which is the faster here")
+    return found
 
 
 def _last_checkpoint(folder: Path) -> str | None:

@@ -25,7 +25,7 @@ from ahn.errors import ConfigError
 
 if TYPE_CHECKING:  # what takes seconds to import, and help texts need not
     from ahn.training.data import Cut
-    from ahn.training.draws import Span, SpanDraw
+    from ahn.training.draws import AnchorDraw, Span, SpanDraw
     from ahn.training.sources import DataQuery
 
 STAGES = ("transfer", "distill")
@@ -72,6 +72,12 @@ class TrainSettings(Settings):
     losses: dict[str, float] = file_setting(
         help='Weights of the losses of the stage distill: "kl", "ce", "attention".', factory=lambda: {"kl": 1.0}
     )
+    precision: str = file_setting(
+        "auto",
+        "What a float32 base multiplies in during the stage distill: float32, bfloat16 or auto, which takes the faster one "
+        "on a CPU. State, loss and weights stay in float32.",
+        choices=("auto", "float32", "bfloat16"),
+    )
     length: int = setting(1024, "Tokens of a sequence, at most.", least=1)
     min_length: int | None = setting(None, "Leave shorter texts out.", unset="half of --length")
     pack: bool = setting(False, "Join short texts into full sequences.", names="--pack/--cut")
@@ -97,6 +103,20 @@ class TrainSettings(Settings):
         help="Candidates for the sinks. The published 0 is left out: without any sink a small model falls apart, and "
         "its memory learns to be one.",
         factory=lambda: (4, *_published("SINKS")[1:]),
+    )
+    anchors: tuple[int, ...] = file_setting(
+        (0,),
+        "Numbers of anchors that the student of the stage distill reads; one is drawn for each sequence. With several, one "
+        "memory serves with and without anchors.",
+    )
+    anchor_weights: str | None = file_setting(
+        None, "Weights of the score learned, which chooses the anchors, as for `ahn.load_anchors`."
+    )
+    average: float = file_setting(
+        0.0,
+        "Part of the steps of the stage distill that the saved weights are averaged over: 0.25 for about the last "
+        "quarter. 0 keeps the last weights.",
+        least=0,
     )
     batch: int = setting(1, "Sequences at once, per process.", least=1)
     accumulation: int = setting(1, "Batches of a step, per process.", least=1)
@@ -178,6 +198,10 @@ class TrainSettings(Settings):
             raise ConfigError(f"loss_share must be a share above 0 and at most 1, not {self.loss_share}")
         if self.teacher_cache is not None and self.losses.get("attention"):
             raise ConfigError("teacher_cache does not serve the loss attention; leave one of the two out")
+        if self.average > 1:
+            raise ConfigError(f"average must be a part of the steps from 0 to 1, not {self.average}")
+        if any(self.anchor_draw.counts) and self.anchor_weights is None:
+            raise ConfigError("anchors need anchor_weights, the weights of the score that chooses them")
         if self.scale_lr and "optim" in self.arguments:
             raise ConfigError("scale_lr is a setting of our own AdamW; leave it or the argument optim out")
         low, high = self.initial_decay or (0, 1)
@@ -220,6 +244,13 @@ class TrainSettings(Settings):
         from ahn.training.draws import SpanDraw
 
         return SpanDraw(self.totals, self.sink_counts, self.span if self.draw == "fixed" else None, self.seed)
+
+    @property
+    def anchor_draw(self) -> AnchorDraw:
+        """How the number of anchors of each sequence is drawn."""
+        from ahn.training.draws import AnchorDraw
+
+        return AnchorDraw(self.anchors, self.seed)
 
     @property
     def query(self) -> DataQuery:

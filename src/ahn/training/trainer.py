@@ -9,14 +9,15 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import Trainer, TrainerState, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer_utils import TrainOutput, get_last_checkpoint, rotate_checkpoints
 
 from ahn.attachment import attachment_of
 from ahn.errors import CheckpointError, ConfigError
+from ahn.training.averaging import Average
 from ahn.training.batches import collate
 from ahn.training.distiller import Distiller, Stage
-from ahn.training.draws import Span, SpanDraw, thinned
+from ahn.training.draws import AnchorDraw, Span, SpanDraw, thinned
 from ahn.training.optimizer import HeadScaledAdamW
 from ahn.training.saving import load_adapter, save_adapter, staged
 
@@ -42,6 +43,9 @@ class AHNTrainer(Trainer):
             drawn anew in every step.
         slice_tokens: As for `distillation_loss`, if the model is no `Distiller`.
         scale_lr: Learning rate of the length of each head's read-out, by `HeadScaledAdamW`; 0 for what `args` name.
+        anchors: How the number of anchors of each sequence is drawn. Those of the current settings if left out, and in
+            evaluations.
+        average: Part of the steps over which weights are averaged beside the training, see `Average`; 0 for none.
         **others: As for `Trainer`; datasets give `input_ids` and, optionally, `labels` and `attention_mask`.
 
     Raises:
@@ -63,6 +67,8 @@ class AHNTrainer(Trainer):
         loss_share: float = 1.0,
         slice_tokens: int | None = None,
         scale_lr: float = 0.0,
+        anchors: AnchorDraw | None = None,
+        average: float = 0.0,
         **others: Any,
     ) -> None:
         distiller = model if isinstance(model, Distiller) else Distiller(model, weights, stage, slice_tokens)
@@ -78,6 +84,8 @@ class AHNTrainer(Trainer):
         config = attachment_of(distiller.model).config
         self.evaluation_span = evaluation_span or Span(config.window, config.sinks)
         self.loss_share = loss_share
+        self.anchors = anchors
+        self.average = Average(distiller.model, average) if average else None
         self._staging: Path | None = None
         self._sums = torch.zeros(len(distiller.weights), dtype=torch.float64)
         self._counts = torch.zeros(len(distiller.weights), dtype=torch.float64)
@@ -88,6 +96,8 @@ class AHNTrainer(Trainer):
                 _adam_values(args) | {"scale_ratio": scale_lr / args.learning_rate},
             )
         super().__init__(model=distiller, args=args, **others)
+        if self.average is not None:
+            self.add_callback(_Averaging(self.average))
         self.model_accepts_loss_kwargs = True  # transformers before 5.23: losses are divided by us
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
@@ -120,6 +130,9 @@ class AHNTrainer(Trainer):
             first = (batch_number * processes + process) * self.args.per_device_train_batch_size
             spans = [self.draw.draw(each, self.state.global_step, first + row) for row, each in enumerate(lengths)]
             batch["spans"] = [tuple(span) for span in spans]
+            if self.anchors is not None:
+                step = self.state.global_step
+                batch["anchors"] = [self.anchors.draw(span, step, first + row) for row, span in enumerate(spans)]
             batch["labels"] = thinned(batch["labels"], self.loss_share, self.draw.seed, self.state.global_step, first)
             for name, count in self.distiller.count(batch, spans).items():
                 totals[name] += count
@@ -177,7 +190,10 @@ class AHNTrainer(Trainer):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Saves the adapter: on every process if the model is sharded, never the base model."""
-        save_adapter(self.distiller.model, output_dir or str(self.args.output_dir), write=self.args.should_save)
+        folder = output_dir or str(self.args.output_dir)
+        save_adapter(self.distiller.model, folder, write=self.args.should_save)
+        if self.average is not None and self._staging is not None:
+            self.average.save(folder, write=self.args.should_save)
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save")
 
@@ -221,10 +237,22 @@ class AHNTrainer(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         load_adapter(self.distiller.model, resume_from_checkpoint)
+        if self.average is not None:
+            self.average.load(resume_from_checkpoint)
 
     def _load_best_model(self) -> None:
         if self.state.best_model_checkpoint is not None:
             load_adapter(self.distiller.model, self.state.best_model_checkpoint)
+
+
+class _Averaging(TrainerCallback):
+    """Tells the average that a step was taken."""
+
+    def __init__(self, average: Average) -> None:
+        self.average = average
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        self.average.update(state.global_step)
 
 
 def _adam_values(args: TrainingArguments) -> dict[str, Any]:

@@ -1,0 +1,56 @@
+"""The precision that is measured, and the base that multiplies in half precision."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from ahn.checkpoint.content import memory_tensors
+from ahn.training import precision
+from ahn.training.averaging import Average
+from ahn.training.distiller import Distiller
+from ahn.training.precision import fastest_precision
+from tests.tiny import text, tiny, with_memory
+
+
+@pytest.mark.parametrize(("factor", "expected"), [(1.1, torch.float32), (2.0, torch.bfloat16)])
+def test_half_precision_must_be_worth_it(factor: float, expected: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(precision, "_rate", lambda weight, seconds: factor if weight.dtype == torch.bfloat16 else 1.0)
+    assert fastest_precision(tiny()) == expected
+
+
+def test_it_measures_both() -> None:
+    assert fastest_precision(tiny(), seconds=0.01) in (torch.float32, torch.bfloat16)
+
+
+def test_half_precision_leaves_the_weights_and_about_the_loss() -> None:
+    losses, slopes = [], []
+    for dtype in (None, torch.bfloat16):
+        model = with_memory()
+        distiller = Distiller(model, precision=dtype)
+        loss = distiller(input_ids=text(1, 70), spans=[(16, 5)])["kl"]
+        loss.backward()
+        losses.append(loss.item())
+        slopes.append(torch.cat([tensor.grad.flatten() for tensor in memory_tensors(model).values()]))
+        assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+        distiller.finish()
+        assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+    assert losses[1] == pytest.approx(losses[0], rel=0.1)
+    assert torch.cosine_similarity(slopes[0], slopes[1], dim=0) > 0.95
+
+
+def test_the_average_is_the_mean_of_the_last_steps() -> None:
+    model = with_memory()
+    whole, part = Average(model, 1.0), Average(model, 0.5)
+    tensor = next(iter(memory_tensors(model).values()))
+    name = next(iter(memory_tensors(model)))
+    with torch.no_grad():
+        for step in range(1, 9):
+            tensor.fill_(float(step))
+            whole.update(step)
+            part.update(step)
+    torch.testing.assert_close(whole.weights[name], torch.full_like(tensor, 4.5))
+    assert 5.5 < float(part.weights[name].mean()) < 8
+    with part.in_place():
+        assert torch.equal(tensor, part.weights[name])
+    assert float(tensor.mean()) == 8
