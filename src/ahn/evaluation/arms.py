@@ -1,4 +1,4 @@
-"""Ways of reading that are compared with each other: each takes a text piece by piece, scores it, and answers.
+"""The arms that are compared with each other: each takes a text part by part, scores it, and answers.
 
 All but `full` have the same lossless budget, sinks and window.
 
@@ -79,7 +79,7 @@ class ArmReader:
     @property
     def logits(self) -> torch.Tensor:
         """What the model expects next, `[V]`."""
-        return self._reader.result().logits
+        return self._reader.logits
 
     @property
     def seconds(self) -> float:
@@ -220,18 +220,18 @@ def arm_reader(
         ConfigError: There is no such arm.
         ModelError: No memory is attached.
     """
-    found = find_arm(arm)
-    if found.way == "tail":
+    kind = find_arm(arm)
+    if kind.method == "tail":
         return TailReader(model, score)
-    settings, control = found.settings(attachment_of(model).settings.window), controls.get(found.anchor_score or "")
+    settings, control = kind.settings(attachment_of(model).settings.window), controls.get(kind.anchor_score or "")
     if control is not None:
         del settings["anchor_score"]
-    return ArmReader(model, cast(Mode, found.way), score, control, **settings)
+    return ArmReader(model, cast(Mode, kind.method), score, control, **settings)
 
 
 def _forked(reader: Reader) -> Reader:
     """A reader that goes on from a copy of what another has read, and scores from there on."""
     cache = reader.cache.fork() if isinstance(reader.cache, HippocampalCache) else copy.deepcopy(reader.cache)
     twin = Reader(reader.model, cache)
-    twin.logits = reader.result().logits.clone()
+    twin.logits = reader.logits.clone()
     return twin
