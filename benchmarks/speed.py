@@ -28,10 +28,9 @@ from ahn.cost import SHAPES
 from ahn.evaluation.report import environment, plain, write_whole
 from ahn.models import load_model
 from ahn.speed import Speed, Timing, measure, read_seconds
-from ahn.speed.machine import Machine
-from ahn.speed.peers import peers
+from ahn.speed.baselines import baselines
 from ahn.speed.plot import plot_speed
-from ahn.speed.turns import Spread, ratio, take_turns
+from ahn.speed.timing import Machine, Spread, interleave, ratio
 
 HERE = Path(__file__).parent
 ON_GPU = torch.cuda.is_available()
@@ -66,8 +65,8 @@ def time_long() -> dict[str, Any]:
     model = smollm2()
     places = (8192, 100_000)
     with ahn.mode(model, "ahn", **SPAN):
-        cases = {str(place): peers(None, model, ["ahn"], place)["ahn"].decode for place in places}
-        taken = take_turns(cases, 41)
+        cases = {str(place): baselines(None, model, ["ahn"], place)["ahn"].decode for place in places}
+        taken = interleave(cases, 41)
     return {**environment(model), "late_to_early": ratio(taken[str(places[1])], taken[str(places[0])])}
 
 

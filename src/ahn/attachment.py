@@ -1,8 +1,8 @@
 """What attaching leaves on a model: where the memories sit, and which settings a run has.
 
 The settings of a run live beside the model, never in its config. A call takes those of the innermost `mode` block that
-is open around it; where there is none, as in a thread that was started inside of a block, those of the block that was
-opened last anywhere; and without any block those of the memory's config. A cache keeps the settings it was made with.
+is open around it. A thread without a block of its own takes those of the block that was opened last anywhere. Without
+any block the memory's config holds. A cache keeps the settings it was made with.
 """
 
 from __future__ import annotations
@@ -213,14 +213,13 @@ def mode(
     """Reads in another mode, or with another window, inside a `with` block.
 
     A cache that is already alive keeps the settings it was made with. Blocks may be nested. A block also holds in
-    threads that have no block of their own, as when `model.generate` streams from a thread that was started inside it;
-    threads and tasks with blocks of their own do not see each other's.
+    threads that have no block of their own, as when `model.generate` streams from a thread that was started inside it.
+    Threads and tasks with blocks of their own do not see each other's.
 
     Args:
         model: A model with a memory attached.
-        name: "full" is the base model itself, "window" reads sinks and window with the memory silent, "ahn" reads all;
-            "ct_max" and "ct_mean" read the slots of a Compressive Transformer in place of the memory, see
-            `ahn.cache.compressive`.
+        name: "full" is the base model itself. "window" reads sinks and window, and "ahn" adds the memory. "ct_max" and
+            "ct_mean" read the slots of a Compressive Transformer instead of the memory, see `ahn.cache.compressive`.
         **changes: `window`, `sinks`, `sink_positions`, `anchors`, `anchor_score` and `anchor_layers`, see
             `ahn.config.ExactTokens`; what is left out or `None` is as before.
 

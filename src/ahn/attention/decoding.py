@@ -1,9 +1,9 @@
 """One decoded token: what all layers do at once instead of one after the other.
 
-Which token leaves the window is known before the next one is read, so one set of operations updates the states
-of all layers at the start of the call; and gates matter only once their token leaves, so those of the new token are
-computed for all layers at the end. In between a layer only reads its state. On a CPU a small operation costs more than
-its arithmetic, and a token of a small model has thousands of them.
+The token that leaves the window is known before the next one is read. So one set of operations updates the states of
+all layers at the start of the call. Gates matter only once their token leaves, so those of the new token are computed
+for all layers at the end. In between a layer only reads its state. On a CPU a small operation costs more than its
+arithmetic, and a token of a small model has thousands of them.
 
 Legend of shapes: B batch, D hidden size.
 """
@@ -42,7 +42,7 @@ class DecodeStep:
 
 
 def begin_step(cache: HippocampalCache, new: int) -> DecodeStep | None:
-    """Starts a call that can be read together; `None` for every other, which the layers read one by one.
+    """Starts a call that all layers can read together; `None` if the layers must read it one by one.
 
     Args:
         cache: The cache of the call.

@@ -28,7 +28,7 @@ from ahn.errors import CacheError
 from ahn.tokens import Padding
 
 CHUNK = "ahn_chunk_of"
-"""Argument by which a chunk of a long call says whose it is."""
+"""Argument that names the long call to which a chunk belongs."""
 
 _HAS_HEAD: ContextVar[bool] = ContextVar("ahn_has_head", default=False)
 

@@ -1,7 +1,9 @@
 """Which keys a query may read: the one rule, the padding that bends it, and additive masks that say so.
 
-A key is visible from the query of one token until that of another: a token of the window from its own for W queries, a
-sink from its own on, an extra key as its store says. The kernels in C hold `ahn.native.Segment` to the same rule.
+A key is visible from the query of one token until that of another. A token of the window is visible for W queries from
+its own on, a sink from its own on, and an extra key as its store says. The kernels in C apply the same rule to
+`ahn.native.Segment`.
+
 Legend of shapes: B batch, S sinks, W window, N extra keys.
 """
 

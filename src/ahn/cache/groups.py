@@ -25,7 +25,7 @@ class LayerGroup:
         indices: Their layer indices.
         memories: Their memories.
         stores: Their parts of the cache.
-        states: The states of all of them, `[L, B, *state_shape()]`, of which each layer of the cache holds its part.
+        states: The states of all of them, `[L, B, *state_shape()]`. Each layer of the cache holds its part.
     """
 
     indices: list[int]

@@ -28,7 +28,7 @@ class UsageError(Exception):
 
 
 @dataclass
-class Outcome:
+class ExitStatus:
     """How a command ended; `status` is the exit status of the process."""
 
     status: int = 0
@@ -124,9 +124,9 @@ def _rates(now: Progress) -> str:
 
 
 @contextlib.contextmanager
-def reporting() -> Iterator[Outcome]:
+def reporting() -> Iterator[ExitStatus]:
     """Turns every error into one line on standard error and an exit status; `AHN_DEBUG=1` shows the traceback."""
-    outcome = Outcome()
+    outcome = ExitStatus()
     with _one_line_warnings():
         try:
             yield outcome

@@ -79,7 +79,7 @@ class ArmReader:
     @property
     def logits(self) -> torch.Tensor:
         """What the model expects next, `[V]`."""
-        return self._reader.result().logits
+        return self._reader.logits
 
     @property
     def seconds(self) -> float:
@@ -233,5 +233,5 @@ def _forked(reader: Reader) -> Reader:
     """A reader that goes on from a copy of what another has read, and scores from there on."""
     cache = reader.cache.fork() if isinstance(reader.cache, HippocampalCache) else copy.deepcopy(reader.cache)
     twin = Reader(reader.model, cache)
-    twin.logits = reader.result().logits.clone()
+    twin.logits = reader.logits.clone()
     return twin

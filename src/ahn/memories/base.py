@@ -44,7 +44,7 @@ class Gating(NamedTuple):
 
     Attributes:
         write_BTH: How strongly each token is written, `[B, T, H]`, at least 0.
-        decay_BTH: Factor by which each token shrinks the state, `[B, T, H]`, in (0, 1]; `None` where nothing decays.
+        decay_BTH: Factor on the state at each token, `[B, T, H]`, in (0, 1]; `None` where nothing decays.
     """
 
     write_BTH: torch.Tensor

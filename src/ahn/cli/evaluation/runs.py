@@ -84,15 +84,14 @@ class Run:
         from ahn.cache import HippocampalCache
         from ahn.evaluation.controls import CONTROLS, Oracle
 
-        # Recall alone knows which tokens an oracle wants.
+        # Recall alone tells the oracle which tokens.
         known = {*CONTROLS, Oracle.name} if self.settings["command"] == "recall" else CONTROLS.keys()
         for arm in map(find_arm, self.arms):
-            if not arm.has_anchors or arm.anchor_score in known:
-                continue
-            with mode(model, "ahn", **arm.settings(self.settings["window"])):
-                chosen = HippocampalCache(model).settings.anchor_score
-            if arm.anchor_score is None:
-                self.settings["anchor_score"] = chosen
+            if arm.has_anchors and arm.anchor_score not in known:
+                with mode(model, "ahn", **arm.settings(self.settings["window"])):
+                    chosen = HippocampalCache(model).settings.anchor_score
+                if arm.anchor_score is None:
+                    self.settings["anchor_score"] = chosen
 
     @contextlib.contextmanager
     def working(self) -> Iterator[None]:

@@ -62,7 +62,8 @@ def _record(model: Any, maker: ItemMaker, spec: Spec, arm: str, stop: Collection
     record |= {"values": [], "answers": [], "seconds": 0.0, "cache_bytes": 0}
     if item.dropped == len(item.labels):
         return record
-    reader = arm_reader(model, arm, score=False, controls={**CONTROLS, Oracle.name: Oracle(item.needles)})
+    controls = {**CONTROLS, Oracle.name: Oracle(item.needles)}
+    reader = arm_reader(model, arm, score=False, controls=controls)
     reader.feed(torch.tensor(_context_for(arm, item, maker.sinks, maker.window)))
     for question, values in item.questions.items():
         counted = [value for value in values if item.labels[value] is not None]

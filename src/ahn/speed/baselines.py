@@ -1,7 +1,7 @@
 """The ways of reading that are timed against each other, each with a cache as it is after a text of some length.
 
-What a token costs does not depend on what the text says. So the keys and values of full attention are random numbers,
-and a bounded memory reads a text that fills its window and is then told that it has read more.
+The cost of a token does not depend on the content of the text. So the keys and values of full attention are random
+numbers. A bounded memory reads a text that fills its window, and then its token count is raised to the context.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from ahn.cache.cache import AnyLayer, layer_tensors, set_layer_tensors
 from ahn.config import Mode
 from ahn.evaluation.arm_names import find_arm
 from ahn.generation import automatic_chunk, cache_bytes
-from ahn.speed.turns import timed
+from ahn.speed.timing import timed
 
 STEPS = 2
 """Tokens that are decoded in a turn, after one that is not timed."""
@@ -34,7 +34,7 @@ def bare_copy(model: Any) -> Any:
     return base
 
 
-class Peer(abc.ABC):
+class Baseline(abc.ABC):
     """A way of reading at one context.
 
     Args:
@@ -63,18 +63,18 @@ class Peer(abc.ABC):
 
     @torch.no_grad()
     def read(self, tokens: int) -> float:
-        """Seconds of reading so many tokens in one forward pass, of which the last one's logits are computed."""
+        """Seconds to read this number of tokens in one forward pass, with logits of the last one only."""
         cache = self._placed()
         return timed(lambda: self._read(cache, tokens))
 
     def _read(self, cache: Cache, *sizes: int) -> None:
-        """Reads forward passes of so many tokens."""
+        """Reads forward passes of this number of tokens."""
         for tokens in sizes:
             arguments = {"input_ids": self._ids[:, :tokens], "use_cache": True, "logits_to_keep": 1}
             self.model(**compat.with_cache(self.model, arguments, cache))
 
 
-class FullPeer(Peer):
+class FullBaseline(Baseline):
     """The base model with the cache of transformers.
 
     Args:
@@ -100,7 +100,7 @@ class FullPeer(Peer):
         return self._cache
 
 
-class ArmPeer(Peer):
+class ArmBaseline(Baseline):
     """A model with a memory attached, in one of the arms.
 
     Args:
@@ -131,8 +131,8 @@ class ArmPeer(Peer):
         return self._cache.fork()
 
 
-def peers(base: Any, model: Any, arms: list[str], context: int) -> dict[str, Peer]:
-    """A peer for each arm, by its name, `full` being the base model with nothing attached.
+def baselines(base: Any, model: Any, arms: list[str], context: int) -> dict[str, Baseline]:
+    """A baseline for each arm, by its name, `full` being the base model with nothing attached.
 
     Args:
         base: The base model, as `bare_copy` gives it.
@@ -140,7 +140,9 @@ def peers(base: Any, model: Any, arms: list[str], context: int) -> dict[str, Pee
         arms: Names of the arms; `tail` is none that is timed.
         context: Tokens read.
     """
-    return {arm: FullPeer(base, model, context) if arm == "full" else ArmPeer(model, arm, context) for arm in arms}
+    return {
+        arm: FullBaseline(base, model, context) if arm == "full" else ArmBaseline(model, arm, context) for arm in arms
+    }
 
 
 def _settle(cache: HippocampalCache, read: int) -> None:
@@ -153,7 +155,7 @@ def _settle(cache: HippocampalCache, read: int) -> None:
 
 
 def _fill(layer: AnyLayer, shape: Any, tokens: int, seen: int, model: Any) -> None:
-    """Random keys and values for so many tokens."""
+    """Random keys and values for this number of tokens."""
     rows = (1, shape.kv_heads, tokens)
     keys, values = (
         torch.randn(*rows, size, device=model.device, dtype=model.dtype) for size in (shape.key_size, shape.value_size)
