@@ -161,7 +161,7 @@ def test_refuses_a_chunk_of_nothing(model):
 
 def test_has_no_result_before_the_first_piece(model):
     with pytest.raises(ShapeError, match="nothing has been read"):
-        Reader(model).logits
+        _ = Reader(model).logits
 
 
 @torch.no_grad()
