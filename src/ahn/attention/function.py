@@ -16,7 +16,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from ahn.anchors.base import LayerTokens
 from ahn.anchors.selection import Selected
 from ahn.attachment import find_attachment
-from ahn.attention import softmax, softmax_native
+from ahn.attention import softmax as in_torch
+from ahn.attention import softmax_native as in_c
 from ahn.attention.call import LayerCall, Softmax
 from ahn.attention.masks import CallMask
 from ahn.attention.weights import attention_blocks
@@ -58,15 +59,15 @@ def attention_function(
         base = _base_attention(module)
         output, weights = base(module, query, key, value, mask, scaling=scaling, dropout=dropout, **kwargs)
         return output, weights
-    rule = softmax_of(query, scaling, dropout, kwargs)
+    softmax = softmax_of(query, scaling, dropout, kwargs)
     if ahn.call.step is not None:
-        return _decode(ahn, query, key, value, rule), None
+        return _decode(ahn, query, key, value, softmax), None
     store, is_first = ahn.call.open_layer(ahn.site, ahn.memory)
     new = Tokens(key, value, ahn.record(key))
     view = store.append(new, ahn.call.padding, _selected(ahn, store))
     if is_first:
-        _score(ahn, store, query, new, view, rule)
-    local = attend_local(ahn, query, view, rule)
+        _score(ahn, store, query, new, view, softmax)
+    local = attend_local(ahn, query, view, softmax)
     if ahn.gates is None or not view.evicted.length:
         return local, None
     return _added_to_last(local, read_memory(ahn, store, query, view)), None
@@ -78,18 +79,18 @@ def softmax_of(query: torch.Tensor, scaling: float | None, dropout: float, kwarg
     return Softmax(scaling, dropout, kwargs.get("softcap"), kwargs.get("s_aux"))
 
 
-def attend_local(layer: LayerCall, query: torch.Tensor, view: View, rule: Softmax) -> torch.Tensor:
+def attend_local(layer: LayerCall, query: torch.Tensor, view: View, softmax: Softmax) -> torch.Tensor:
     """Attention of new tokens over sinks, extra keys and window, `[B, T, H, V]` in the dtype of the values.
 
     Args:
         layer: The layer in this call.
         query: Queries of the new tokens, `[B, H, T, K]`.
         view: What they may read.
-        rule: The layer's softmax.
+        softmax: The layer's softmax.
     """
     sink_query = layer.sink_queries(query, view.seen)
-    backend = softmax_native if softmax_native.can_attend(layer.call, view, query, sink_query, rule) else softmax
-    attended: torch.Tensor = backend.attend(layer.call, view, query, sink_query, rule)
+    backend = in_c if in_c.can_attend(layer.call, view, query, sink_query, softmax) else in_torch
+    attended: torch.Tensor = backend.attend(layer.call, view, query, sink_query, softmax)
     return attended
 
 
@@ -119,22 +120,22 @@ def recall(layer: LayerCall, store: HippocampalLayer, query: torch.Tensor, view:
 
 
 def _decode(
-    layer: LayerCall, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, rule: Softmax
+    layer: LayerCall, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, softmax: Softmax
 ) -> torch.Tensor:
     """Attention of the one token of a step, `[B, 1, H, V]`: what leaves the window is in the state already."""
     store, _ = layer.call.open_layer(layer.site, layer.memory)
     if layer.call.step is not None:
         layer.call.step.hidden[layer.site.index] = layer.hidden
     view = store.append_key(key, value, _selected(layer, store))
-    _score(layer, store, query, Tokens(key, value, key[..., :0]), view, rule)
-    local = attend_local(layer, query, view, rule)
+    _score(layer, store, query, Tokens(key, value, key[..., :0]), view, softmax)
+    local = attend_local(layer, query, view, softmax)
     if store.state is None:
         return local
     return layer.memory.decode_add(local, query.transpose(1, 2), layer.hidden, store.state)
 
 
 def _score(
-    layer: LayerCall, store: HippocampalLayer, query: torch.Tensor, new: Tokens, view: View, rule: Softmax
+    layer: LayerCall, store: HippocampalLayer, query: torch.Tensor, new: Tokens, view: View, softmax: Softmax
 ) -> None:
     """Scores the new tokens for the choice of anchors, where the layer takes part in it."""
     selection, call = layer.call.selection, layer.call
@@ -148,7 +149,7 @@ def _score(
         query,
         new.keys,
         new.values,
-        attention=lambda: attention_blocks(call, view, query, layer.sink_queries(query, view.seen), rule),
+        attention=lambda: attention_blocks(call, view, query, layer.sink_queries(query, view.seen), softmax),
         weights=layer.site.score_weights(selection.scoreboard.score.name),
         state=store.score_state.held,
         rotary=layer.rotary,

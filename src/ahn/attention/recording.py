@@ -74,8 +74,8 @@ class RecordedLayer:
     def read_window(self) -> torch.Tensor:
         """What sinks and window give, `[B, T, H, V]`, where nothing was read before the call."""
         arguments = dict(self._arguments)
-        rule = softmax_of(self._query, arguments.pop("scaling", None), arguments.pop("dropout", 0.0), arguments)
-        return attend_local(self._layer, self._query, self._view, rule)
+        softmax = softmax_of(self._query, arguments.pop("scaling", None), arguments.pop("dropout", 0.0), arguments)
+        return attend_local(self._layer, self._query, self._view, softmax)
 
     def recall(self) -> torch.Tensor:
         """What the memory reads for the last E tokens, `[B, E, H, V]` raw, where nothing was read before the call."""

@@ -232,7 +232,7 @@ class HippocampalCache(Cache):
         cache = cls.__new__(cls)
         cache.begin(attachment, saved.settings)
         check_saved(os.fspath(path), saved, attachment, cache.layers, cache.scoreboard)
-        devices = [next(site.module.parameters()).device for site in attachment.sites]
+        devices = [site.device for site in attachment.sites]
         for index, (layer, seen) in enumerate(zip(cache.layers, saved.seen, strict=True)):
             set_layer_tensors(layer, saved.of(str(index), devices[index]), seen)
         if cache.scoreboard:

@@ -38,13 +38,12 @@ class Part(NamedTuple):
 
     shape: tuple[Size, ...]
     needed: bool = True
-    dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.float64)
+    dtypes: tuple[torch.dtype, ...] = (torch.float32,)
     least: float | None = None
     most: float | None = None
 
 
 Layout = dict[str, Part]
-_STORED = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def check_saved(
@@ -92,27 +91,29 @@ def layer_layout(site: Site, layer: HippocampalLayer | DynamicLayer, unrotates: 
         seen: Tokens seen.
     """
     _, _, G, K, V = site.shape
+    computed, exact = _computed(site), _exact(site)
     if not isinstance(layer, HippocampalLayer):
         most = seen if site.sliding_window is None else min(seen, site.sliding_window)
         places = range(max(0, most - (site.sliding_window is not None)), most + 1)
-        return {name: Part((rows, G, places, _ANY), seen > 0, _STORED) for name in ("keys", "values")}
+        sizes = {"keys": K, "values": V}
+        return {name: Part((rows, G, places, size), seen > 0, computed) for name, size in sizes.items()}
     span = layer.exact.sinks + layer.exact.window
     places, evicts = range(min(seen, span), span + 1), seen > span
     layout = {
-        "keys": Part((rows, G, places, K), seen > 0, _STORED),
-        "values": Part((rows, G, places, V), seen > 0, _STORED),
-        "record": Part((rows, 1, places, _record_size(site, layer, unrotates)), seen > 0),
+        "keys": Part((rows, G, places, K), seen > 0, computed),
+        "values": Part((rows, G, places, V), seen > 0, computed),
+        "record": Part((rows, 1, places, _record_size(site, layer, unrotates)), seen > 0, exact),
     }
     if evicts and layer.settings.mode == "ahn" and site.memory is not None:
-        layout["state"] = Part((rows, *site.memory.state_shape()))
+        layout["state"] = Part((rows, *site.memory.state_shape()), dtypes=exact)
     if evicts and layer.bank is not None:
         layout |= _keys_and_values("anchor", rows, layer.bank.anchors, site)
     if evicts and layer.pooled is not None:
         layout |= _keys_and_values("slot", rows, layer.pooled.slots, site)
         layout |= _keys_and_values("pending", rows, POOLED - 1, site)
     if layer.bank is not None:
-        layout["key_total"] = Part((rows, G, 1, K), needed=False)
-        layout["key_recent"] = Part((rows, G, range(layer.exact.window + 1), K), needed=False)
+        layout["key_total"] = Part((rows, G, 1, K), False, exact)
+        layout["key_recent"] = Part((rows, G, range(layer.exact.window + 1), K), False, exact)
     return layout
 
 
@@ -154,7 +155,7 @@ def _check_part(what: str, tensor: torch.Tensor, part: Part) -> None:
         due = [f"{size.start} to {size.stop - 1}" if isinstance(size, range) else str(size) for size in part.shape]
         raise CacheError(f"{what} has the shape {list(tensor.shape)} instead of [{', '.join(due)}]")
     if tensor.dtype not in part.dtypes:
-        raise CacheError(f"{what} is stored in {str(tensor.dtype).removeprefix('torch.')}")
+        raise CacheError(f"{what} is stored in {_name(tensor.dtype)}, but here it must be {_name(part.dtypes[0])}")
     if part.least is None or part.most is None:
         right = tensor.isfinite()
     else:
@@ -176,6 +177,21 @@ def _record_size(site: Site, layer: HippocampalLayer, unrotates: bool) -> Size:
 def _keys_and_values(name: str, rows: int, places: int, site: Site) -> Layout:
     _, _, G, K, V = site.shape
     return {
-        f"{name}_keys": Part((rows, G, places, K), dtypes=_STORED),
-        f"{name}_values": Part((rows, G, places, V), dtypes=_STORED),
+        f"{name}_keys": Part((rows, G, places, K), dtypes=_computed(site)),
+        f"{name}_values": Part((rows, G, places, V), dtypes=_computed(site)),
     }
+
+
+def _computed(site: Site) -> tuple[torch.dtype, ...]:
+    """What keys and values may be stored in: what the layer computes in, here and now."""
+    device = site.device.type
+    return (site.dtype, torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else (site.dtype,)
+
+
+def _exact(site: Site) -> tuple[torch.dtype, ...]:
+    """What states and records may be stored in."""
+    return (torch.float32,) if site.dtype != torch.float64 else (torch.float32, torch.float64)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
