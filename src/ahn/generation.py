@@ -137,6 +137,7 @@ class Reader:
 
     @logits.setter
     def logits(self, logits_V: torch.Tensor) -> None:
+        """Sets them, for a reader that goes on from a copy of a cache."""
         self._logits = logits_V
 
     def _note(self, logits_TV: torch.Tensor, ids_T: torch.Tensor) -> None:

@@ -62,7 +62,7 @@ class TrainSettings(Settings):
     memory_positions: MemoryPositions = same_setting(AHNConfig, "memory_positions", option=False, kw_only=False)
     dtype: str = setting(
         "auto",
-        "float32, bfloat16, float16 or auto, of the base; auto is bfloat16 on a GPU and float32 elsewhere.",
+        "Of the base: float32, bfloat16, float16, or auto, which is bfloat16 on a GPU and float32 elsewhere.",
         choices=("auto", "float32", "bfloat16", "float16"),
         metavar="DTYPE",
     )
