@@ -13,6 +13,7 @@ from torch.nn import functional
 import ahn
 from ahn.errors import ConfigError
 from ahn.evaluation.arms import ARMS, arm_reader
+from ahn.evaluation.controls import Recent
 from ahn.generation import read
 from tests.tiny import text, with_memory
 
@@ -106,13 +107,15 @@ def test_arms_with_numbers(model: Any) -> None:
     cases = {
         "window+9": ("window", {"window": WINDOW + 9}),
         "ahn+4": ("ahn", {"anchors": 4}),
-        "ahn+4:recent": ("ahn", {"anchors": 4, "anchor_score": "recent"}),
+        "ahn+4:value_norm": ("ahn", {"anchors": 4, "anchor_score": "value_norm"}),
+        "ahn+4:recent": ("ahn", {"anchors": 4}),
     }
     for arm, (mode, settings) in cases.items():
         reader = arm_reader(model, arm)
         reader.feed(ids)
         with ahn.mode(model, mode, **settings):  # type: ignore[arg-type]
-            torch.testing.assert_close(reader.nll, read(model, ids).nll, rtol=0, atol=1e-4)
+            control = ahn.HippocampalCache(model, anchor_score=Recent()) if arm.endswith("recent") else None
+            torch.testing.assert_close(reader.nll, read(model, ids, cache=control).nll, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", ["none", "", "full+3", "ahn+0", "window+4:recent", "ahn+", "ahn+4:", "ahn+4:luck"])

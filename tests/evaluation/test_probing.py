@@ -14,8 +14,7 @@ from ahn.errors import ModelError, ShapeError
 from ahn.evaluation import EvaluationError
 from ahn.evaluation.probing import effective_rank, gradients, token_gradients, trace_state
 from ahn.evaluation.probing.figures import draw
-from ahn.evaluation.probing.shading import coloured_text
-from ahn.evaluation.probing.tokens import Scale, show_tokens, strongest, token_texts
+from ahn.evaluation.probing.shading import Scale, coloured_text, show_tokens, strongest, token_texts
 from ahn.generation import Reader
 from ahn.memories import MemoryShape, build_memory
 from ahn.training import distillation_loss

@@ -47,6 +47,7 @@ class Call:
         step: What all layers do at once, in a call of one token; `None` in others.
         is_chunk: Whether it is a chunk of a long call but the last, which is the call itself.
         chunk_outputs: Outputs of the other chunks of a long call, and how many tokens were seen after each.
+        documents: Outputs of the documents of packed rows but the last, which is the call itself.
         returns_tuple: Whether the caller of a long call wants its output as a tuple.
         before: The layers of the cache as they were when the call began.
         served: Indices of the layers that have read it.
@@ -65,6 +66,7 @@ class Call:
     is_chunk: bool = False
     returns_tuple: bool = False
     chunk_outputs: list[tuple[Any, int]] = dataclasses.field(default_factory=list)
+    documents: list[Any] = dataclasses.field(default_factory=list)
     before: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     served: set[int] = dataclasses.field(default_factory=set)
     has_gradients: bool = dataclasses.field(default_factory=torch.is_grad_enabled)

@@ -1,4 +1,4 @@
-"""The attention function of a model with a memory: local softmax plus what the memory reads, one path for everything.
+"""The attention function of a model with a memory, for every call: local softmax plus what the memory reads.
 
 Legend of shapes: B batch, T new tokens, E evicted tokens, D hidden size, H query heads, G key/value heads, K key size,
 V value size, N gates per head.
@@ -23,7 +23,7 @@ from ahn.attention.masks import CallMask
 from ahn.attention.weights import attention_blocks
 from ahn.cache.layer import HippocampalLayer
 from ahn.cache.record import TokenRecord
-from ahn.errors import ModelError
+from ahn.errors import CacheError, ModelError
 from ahn.tokens import Padding, Tokens, View
 
 IMPLEMENTATION = "ahn"
@@ -59,14 +59,15 @@ def attention_function(
         base = _base_attention(module)
         output, weights = base(module, query, key, value, mask, scaling=scaling, dropout=dropout, **kwargs)
         return output, weights
+    if kwargs.get("is_causal") is False or not getattr(module, "is_causal", True):
+        raise CacheError('attention in both directions (is_causal=False): read inside ahn.mode(model, "full")')
     softmax = softmax_of(query, scaling, dropout, kwargs)
     if ahn.call.step is not None:
         return _decode(ahn, query, key, value, softmax), None
     store, is_first = ahn.call.open_layer(ahn.site, ahn.memory)
-    new = Tokens(key, value, ahn.record(key))
-    view = store.append(new, ahn.call.padding, _selected(ahn, store))
+    view = store.append(Tokens(key, value, ahn.record(key)), ahn.call.padding, _selected(ahn, store))
     if is_first:
-        _score(ahn, store, query, new, view, softmax)
+        _score(ahn, store, (query, key, value), view, softmax)
     local = attend_local(ahn, query, view, softmax)
     if ahn.gates is None or not view.evicted.length:
         return local, None
@@ -127,7 +128,7 @@ def _decode(
     if layer.call.step is not None:
         layer.call.step.hidden[layer.site.index] = layer.hidden
     view = store.append_key(key, value, _selected(layer, store))
-    _score(layer, store, query, Tokens(key, value, key[..., :0]), view, softmax)
+    _score(layer, store, (query, key, value), view, softmax)
     local = attend_local(layer, query, view, softmax)
     if store.state is None:
         return local
@@ -135,20 +136,23 @@ def _decode(
 
 
 def _score(
-    layer: LayerCall, store: HippocampalLayer, query: torch.Tensor, new: Tokens, view: View, softmax: Softmax
+    layer: LayerCall,
+    store: HippocampalLayer,
+    projected: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    view: View,
+    softmax: Softmax,
 ) -> None:
-    """Scores the new tokens for the choice of anchors, where the layer takes part in it."""
+    """Scores the new tokens, by their queries, keys and values, where the layer takes part in the choice of anchors."""
     selection, call = layer.call.selection, layer.call
     if selection is None or layer.site.index not in selection.scoreboard.layers:
         return
+    query = projected[0]
     tokens = LayerTokens(
         selection.seen,
         selection.scoreboard.delay,
         call.padding,
         layer.hidden,
-        query,
-        new.keys,
-        new.values,
+        *projected,
         attention=lambda: attention_blocks(call, view, query, layer.sink_queries(query, view.seen), softmax),
         weights=layer.site.score_weights(selection.scoreboard.score.name),
         state=store.score_state.held,

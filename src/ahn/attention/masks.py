@@ -1,19 +1,23 @@
 """Which keys a query may read: the one rule, the padding that bends it, and additive masks that say so.
 
-A key is visible from the query of one token until that of another: a token of the window from its own for W queries, a
-sink from its own on, an extra key as its store says. The kernels in C hold `ahn.native.Segment` to the same rule.
+A key is visible from the query of one token until that of another. A token of the window is visible for W queries from
+its own on, a sink from its own on, and an extra key as its store says. The kernels in C apply the same rule to
+`ahn.native.Segment`.
+
 Legend of shapes: B batch, S sinks, W window, N extra keys.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 from ahn.attention.call import CURRENT, Call
+from ahn.attention.host import HostMask, check_mask
 from ahn.errors import CacheError
 from ahn.tokens import NEVER, ExtraKV, Padding, View
 
@@ -179,15 +183,27 @@ def mask_function(**arguments: Any) -> Any:
 
     The base model's own mask is only built where a layer will use it.
 
+    Returns:
+        The base model's own mask in mode "full"; a mask that holds the call; or, where a wrapper asks before its text
+        model is called, what it asks for, until that call begins.
+
     Raises:
-        CacheError: The model asks for a mask outside of a forward call.
+        CacheError: The model asks for a mask that a memory cannot follow.
     """
     call = CURRENT.get()
-    if call is None:
-        raise CacheError("a mask was asked for outside of a forward call; static caches do not work with a memory")
+    return HostMask(arguments) if call is None else mask_of_call(call, arguments)
+
+
+def mask_of_call(call: Call, arguments: Mapping[str, Any]) -> Any:
+    """The mask of a call, from what the model asks for.
+
+    Raises:
+        CacheError: It asks for a mask that a memory cannot follow.
+    """
     base = ALL_MASK_ATTENTION_FUNCTIONS[call.attachment.base_implementation]
     if call.settings.mode == "full":
         return base(**arguments)
+    check_mask(arguments["mask_function"])
     return CallMask(call, base(**arguments) if call.attachment.keeps_base_layers else None)
 
 

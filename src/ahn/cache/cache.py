@@ -110,6 +110,7 @@ class HippocampalCache(Cache):
         self.groups: list[LayerGroup] = []
         self._before: Before | None = None
         self._is_read = False
+        self._holds_inference_tensors = False
         super().__init__(layers=[new_layer(site, settings, policy) for site in attachment.sites])
         windows = {layer.exact.window for layer in self.layers if isinstance(layer, HippocampalLayer)}
         self.scoreboard: Scoreboard | None = None
@@ -150,6 +151,9 @@ class HippocampalCache(Cache):
     def begin_call(self) -> None:
         """Notes what a call may change; until `settle`, `rollback` takes it back."""
         self.settle()
+        if self._holds_inference_tensors and not torch.is_inference_mode_enabled():
+            self._map_all(torch.clone)  # those that were made in inference mode cannot be written to outside of it
+        self._holds_inference_tensors = torch.is_inference_mode_enabled()
         scores = None if self.scoreboard is None else dict(self.scoreboard.held)
         self._before = Before(self.snapshots(), self.padding, scores)
 
@@ -304,6 +308,15 @@ class HippocampalCache(Cache):
             CacheError: Always: what a memory has taken in cannot be taken out again.
         """
         refuse_assisted_decoding()
+
+    def _map_all(self, function: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        """Replaces every tensor by the function's result on it."""
+        for layer in self.layers:
+            tensors = {name: function(tensor) for name, tensor in layer_tensors(layer).items()}
+            set_layer_tensors(layer, tensors, layer.get_seq_length())
+        self._map_ballot(function)
+        if self.padding:
+            self.padding = Padding(function(self.padding.counts), self.padding.most)
 
     def _map_ballot(self, function: Callable[[torch.Tensor], torch.Tensor]) -> None:
         if self.scoreboard:

@@ -26,8 +26,8 @@ class HippocampalLayer(CacheLayerMixin):
 
     Args:
         settings: Mode, window and sinks of the run; fixed for the life of the cache.
-        sliding_window: The layer's own sliding window in tokens, if the base model has one: the exact tokens never
-            pass it, so that sinks and window together show at most what the base model sees.
+        sliding_window: The layer's own sliding window in tokens, if the base model has one. Sinks and window together
+            never show more tokens than that.
         slots: Slots of a Compressive Transformer, for the modes that read them.
         score_names: Names of what the score of the anchors keeps here.
 

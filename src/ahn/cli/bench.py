@@ -96,7 +96,7 @@ def _check_arms(arms: Sequence[str]) -> None:
     from ahn.evaluation.arm_names import find_arm
 
     for name in arms or [""]:
-        if find_arm(name).way == "tail":
+        if find_arm(name).method == "tail":
             raise UsageError(
                 "--arms: tail begins its text anew again and again, which has no time per token. Leave it out."
             )

@@ -129,7 +129,7 @@ def _read(loaded: Loaded, settings: GenerateSettings, text: str, follows: bool) 
     if ids.numel() == 0:
         raise UsageError("the tokenizer makes no token of this text. Give a longer one.")
     arm = find_arm(settings.mode or "ahn")
-    with ahn.mode(loaded.model, arm.way, **arm.settings(loaded.config.window)):  # type: ignore[arg-type]
+    with ahn.mode(loaded.model, arm.method, **arm.settings(loaded.config.window)):  # type: ignore[arg-type]
         cache = None if settings.cache_in is None else ahn.HippocampalCache.load(settings.cache_in, loaded.model)
         reader = Reader(loaded.model, cache, score=False)
         with reading_bar(notes(), ids.numel()) as update:

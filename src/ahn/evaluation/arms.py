@@ -1,4 +1,4 @@
-"""Ways of reading that are compared with each other: each takes a text piece by piece, scores it, and answers.
+"""The arms that are compared with each other: each takes a text part by part, scores it, and answers.
 
 All but `full` have the same lossless budget, sinks and window.
 
@@ -220,13 +220,13 @@ def arm_reader(
         ConfigError: There is no such arm.
         ModelError: No memory is attached.
     """
-    found = find_arm(arm)
-    if found.way == "tail":
+    kind = find_arm(arm)
+    if kind.method == "tail":
         return TailReader(model, score)
-    settings, control = found.settings(attachment_of(model).settings.window), controls.get(found.anchor_score or "")
+    settings, control = kind.settings(attachment_of(model).settings.window), controls.get(kind.anchor_score or "")
     if control is not None:
         del settings["anchor_score"]
-    return ArmReader(model, cast(Mode, found.way), score, control, **settings)
+    return ArmReader(model, cast(Mode, kind.method), score, control, **settings)
 
 
 def _forked(reader: Reader) -> Reader:

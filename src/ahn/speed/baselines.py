@@ -1,7 +1,7 @@
 """The ways of reading that are timed against each other, each with a cache as it is after a text of some length.
 
-What a token costs does not depend on what the text says. So the keys and values of full attention are random numbers,
-and a bounded memory reads a text that fills its window and is then told that it has read more.
+The cost of a token does not depend on the content of the text. So the keys and values of full attention are random
+numbers. A bounded memory reads a text that fills its window, and then its token count is raised to the context.
 """
 
 from __future__ import annotations
@@ -63,12 +63,12 @@ class Baseline(abc.ABC):
 
     @torch.no_grad()
     def read(self, tokens: int) -> float:
-        """Seconds of reading so many tokens in one forward pass, of which the last one's logits are computed."""
+        """Seconds to read this number of tokens in one forward pass, with logits of the last one only."""
         cache = self._placed()
         return timed(lambda: self._read(cache, tokens))
 
     def _read(self, cache: Cache, *sizes: int) -> None:
-        """Reads forward passes of so many tokens."""
+        """Reads forward passes of this number of tokens."""
         for tokens in sizes:
             arguments = {"input_ids": self._ids[:, :tokens], "use_cache": True, "logits_to_keep": 1}
             self.model(**compat.with_cache(self.model, arguments, cache))
@@ -113,7 +113,7 @@ class ArmBaseline(Baseline):
         super().__init__(model)
         kind, now = find_arm(arm), attachment_of(model).settings
         settings = kind.settings(now.window)
-        with ahn.mode(model, cast(Mode, kind.way), **settings), torch.no_grad():
+        with ahn.mode(model, cast(Mode, kind.method), **settings), torch.no_grad():
             self._cache = HippocampalCache(model)
             exact = self._cache.settings.sinks + self._cache.settings.window
             real = min(context, exact + 8)
@@ -155,7 +155,7 @@ def _settle(cache: HippocampalCache, read: int) -> None:
 
 
 def _fill(layer: AnyLayer, shape: Any, tokens: int, seen: int, model: Any) -> None:
-    """Random keys and values for so many tokens."""
+    """Random keys and values for this number of tokens."""
     rows = (1, shape.kv_heads, tokens)
     keys, values = (
         torch.randn(*rows, size, device=model.device, dtype=model.dtype) for size in (shape.key_size, shape.value_size)

@@ -34,7 +34,7 @@ class StateTrace:
         rank: Effective rank of every head's state at each look, `[P, L, H]`, from 0 (empty) to `full_rank`.
         full_rank: The most that the rank can be, min(K, V), of each layer.
         write: Write strength of each evicted token, mean over heads, `[L, E]`; see `ahn.memories.Gating`.
-        decay: Share of the state that each evicted token lets live, likewise; `None` where nothing decays.
+        decay: Share of the state that each evicted token lets live, mean over heads; `None` where nothing decays.
     """
 
     layers: tuple[int, ...]

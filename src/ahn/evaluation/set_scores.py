@@ -104,9 +104,9 @@ def averages(scores: Sequence[SetScore]) -> list[Average]:
 
 def _average(alike: Sequence[SetScore]) -> Average:
     target, scoring = alike[0].target, alike[0].scoring
-    of = sum(scoring == "official" or task.paper is not None for task in target.benchmark.tasks.values())
+    every = sum(scoring == "official" or task.paper is not None for task in target.benchmark.tasks.values())
     score = round(sum(each.score for each in alike) / len(alike), 2)
-    return Average(target.benchmark, target.length, len(alike), of, score)
+    return Average(target.benchmark, target.length, len(alike), every, score)
 
 
 def to_json(scores: Sequence[SetScore], files: Sequence[str]) -> dict[str, Any]:
