@@ -74,7 +74,7 @@ class Reader:
         self._total = 0.0
 
     @torch.no_grad()
-    def feed(
+    def prefill(
         self,
         input_ids: torch.Tensor,
         chunk: int | None = None,
@@ -132,7 +132,7 @@ class Reader:
             ShapeError: Nothing has been read.
         """
         if self._logits is None:
-            raise ShapeError("nothing has been read yet; feed at least one token first")
+            raise ShapeError("nothing has been read yet; read at least one token first")
         return self._logits
 
     @logits.setter
@@ -188,7 +188,7 @@ def read(
         CacheError: The cache does not fit the model.
     """
     reader = Reader(model, cache, score=score)
-    reader.feed(input_ids, chunk, on_progress)
+    reader.prefill(input_ids, chunk, on_progress)
     return reader
 
 
@@ -203,7 +203,7 @@ class Decoder(Protocol):
     def logits(self) -> torch.Tensor:
         """See the class."""
 
-    def feed(self, input_ids: torch.Tensor, /) -> None:
+    def prefill(self, input_ids: torch.Tensor, /) -> None:
         """Reads tokens, `[T]`."""
 
 
@@ -232,7 +232,7 @@ def decode(
         if token in stop:
             return
         yield token
-        reader.feed(torch.tensor([token]))
+        reader.prefill(torch.tensor([token]))
 
 
 def text_of(tokenizer: Any, ids: Collection[int]) -> str:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from ahn.cli import checks
 from ahn.cli.loading import ModelSettings
 from ahn.cli.options import from_fields
-from ahn.cli.terminal import UsageError, megabytes, notes, output, say
+from ahn.cli.terminal import UsageError, log, megabytes, notes, output
 from ahn.config import setting
 
 if TYPE_CHECKING:
@@ -65,7 +65,7 @@ def command(settings: BenchSettings, source: ModelSettings) -> None:
             loaded.model.eval(), settings.arms, contexts, settings.rounds, on_round=lambda: update(next(done))
         )
     if loaded.model.device.type == "cpu" and (reason := native.why_not()) is not None:
-        say(f"measured without the kernels in C, which are faster: {reason}", "yellow")
+        log(f"measured without the kernels in C, which are faster: {reason}", "yellow")
     title = f"{loaded.name}, sinks {loaded.config.sinks:,}, window {loaded.config.window:,}, {loaded.config.memory}"
     _print_tables(speed, title, settings.rounds)
     if plots:
@@ -75,7 +75,7 @@ def command(settings: BenchSettings, source: ModelSettings) -> None:
     if settings.json is not None:
         _write(settings.json, speed, loaded, settings, contexts)
     for path in [*plots, *filter(None, [settings.json])]:
-        say(f"wrote {path}", console=notes())
+        log(f"wrote {path}", console=notes())
 
 
 def _write(path: Path, speed: Speed, loaded: Loaded, settings: BenchSettings, contexts: list[int]) -> None:

@@ -12,7 +12,7 @@ import typer
 
 from ahn.cli import checks
 from ahn.cli.options import from_fields
-from ahn.cli.terminal import UsageError, notes, output, say
+from ahn.cli.terminal import UsageError, log, notes, output
 from ahn.config import AHNConfig, ExactTokens, MemoryPositions, same_setting, setting
 
 if TYPE_CHECKING:
@@ -91,7 +91,7 @@ def command(settings: CostSettings) -> None:
     else:
         _print_tables(counted, settings.context, costs)
     for path in plots:
-        say(f"wrote {path}", console=notes() if settings.json else output())
+        log(f"wrote {path}", console=notes() if settings.json else output())
 
 
 def _facts(model: Counting, context: int, costs: dict[str, Cost]) -> dict[str, Any]:

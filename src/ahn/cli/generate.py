@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from ahn.cli import checks
 from ahn.cli.loading import ModelChoice
 from ahn.cli.options import from_fields
-from ahn.cli.terminal import UsageError, megabytes, notes, say
+from ahn.cli.terminal import UsageError, log, megabytes, notes
 from ahn.config import setting
 
 if TYPE_CHECKING:
@@ -75,7 +75,7 @@ def command(settings: GenerateSettings, source: ModelChoice) -> None:
     if settings.cache_out is not None:
         cache: Any = reader.cache
         cache.save(settings.cache_out)
-        say(f"saved {settings.cache_out}: {cache.seen_tokens:,} tokens in {megabytes(cache.nbytes)} MB", "dim")
+        log(f"saved {settings.cache_out}: {cache.seen_tokens:,} tokens in {megabytes(cache.nbytes)} MB", "dim")
 
 
 def _check_caches(settings: GenerateSettings, source: ModelChoice) -> None:
@@ -133,9 +133,9 @@ def _read(loaded: Loaded, settings: GenerateSettings, text: str, follows: bool) 
         cache = None if settings.cache_in is None else ahn.HippocampalCache.load(settings.cache_in, loaded.model)
         reader = Reader(loaded.model, cache, score=False)
         with reading_bar(notes(), ids.numel()) as update:
-            reader.feed(ids, settings.chunk, update)
+            reader.prefill(ids, settings.chunk, update)
     if text:
-        say(summary(loaded.model, reader), "dim")
+        log(summary(loaded.model, reader), "dim")
     return reader
 
 

@@ -48,7 +48,7 @@ def notes() -> Console:
     return Console(stderr=True, highlight=False)
 
 
-def say(text: str, style: str = "", console: Console | None = None) -> None:
+def log(text: str, style: str = "", console: Console | None = None) -> None:
     """Prints one line as it is: no markup, no wrapping."""
     (console or notes()).print(text, style=style or None, markup=False, soft_wrap=True)
 
@@ -91,7 +91,7 @@ def work_bar(console: Console, total: int, unit: str, verb: str = "done") -> Ite
         if done < total and time.monotonic() - last >= _BETWEEN_LINES:
             last = time.monotonic()
             end = f", {remark}" if remark else ""
-            say(f"{verb} {done:,} of {total:,} {unit}{end}", console=console)
+            log(f"{verb} {done:,} of {total:,} {unit}{end}", console=console)
 
     yield line
 
@@ -132,10 +132,10 @@ def reporting() -> Iterator[ExitStatus]:
             yield outcome
             sys.stdout.flush()
             if outcome.status == INTERRUPTED:
-                say("interrupted", "yellow")
+                log("interrupted", "yellow")
         except KeyboardInterrupt:
             outcome.status = INTERRUPTED
-            say("interrupted", "yellow")
+            log("interrupted", "yellow")
         except BrokenPipeError:  # the reader of our output has left, which is its right
             outcome.status = FAILED
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -143,7 +143,7 @@ def reporting() -> Iterator[ExitStatus]:
             if os.environ.get("AHN_DEBUG", "0") not in ("", "0"):
                 raise
             outcome.status, text = _explain(error)
-            say(f"error: {text}", "red")
+            log(f"error: {text}", "red")
 
 
 def _explain(error: Exception) -> tuple[int, str]:
@@ -176,7 +176,7 @@ def _one_line_warnings() -> Iterator[None]:
     """Shows this library's warnings as one line each and those of its dependencies not at all."""
 
     def print_warning(message: Warning | str, *_: Any, **__: Any) -> None:
-        say(f"warning: {_one_line(str(message))}", "yellow")
+        log(f"warning: {_one_line(str(message))}", "yellow")
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Annotated, Any
 
 from ahn.cli.options import from_fields
-from ahn.cli.terminal import UsageError, notes, output, say
+from ahn.cli.terminal import UsageError, log, notes, output
 from ahn.training.anchor_settings import AnchorSettings
 
 if TYPE_CHECKING:
@@ -35,9 +35,9 @@ def command(values: Annotated[dict[str, Any], AnchorSettings]) -> None:
     check_anchor_settings(settings)
     quiet()
     with notes().status("Reading ..."):
-        report = train_anchors(settings, say)
+        report = train_anchors(settings, log)
     _print_report(report, settings.left_out)
-    say(f"wrote {settings.out}: load it with ahn.load_anchors(model, {settings.out!r})", console=output())
+    log(f"wrote {settings.out}: load it with ahn.load_anchors(model, {settings.out!r})", console=output())
 
 
 def _print_report(report: AnchorReport, left_out: str) -> None:
@@ -48,7 +48,7 @@ def _print_report(report: AnchorReport, left_out: str) -> None:
 
     if report.asked:
         layers = ", ".join(f"{layer} ({count})" for layer, count in sorted(report.asked.items()))
-        say(f"asked: layers that vote, and their queries: {layers}", console=output())
+        log(f"asked: layers that vote, and their queries: {layers}", console=output())
     if report.layers:
         learned = Table("layer", "linear", "vote", title="learned: variance explained on held-out tokens")
         learned.title_justify = "left"
