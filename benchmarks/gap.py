@@ -25,12 +25,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from ahn.reading import cache_bytes, read
+from ahn.texts import evenly
 
 import ahn
 from ahn.evaluation.report import environment
 from ahn.models import load_model, load_tokenizer
-from ahn.reading import cache_bytes, read
-from ahn.texts import evenly
 from ahn.training import Cut, load_pieces
 
 HERE = Path(__file__).parent

@@ -138,7 +138,7 @@ class Attachment:
         """Settings of a run that starts now: those of the innermost `mode`, or the config's."""
         around = [block for block in _AROUND.get() if block in _OPEN]
         blocks = [block for block in (*_OPEN, *around) if block.attachment is self]
-        return blocks[-1].settings if blocks else RunSettings.of(self.config)
+        return blocks[-1].settings if blocks else RunSettings.like(self.config)
 
     def site(self, index: int) -> Site:
         """The site of a layer."""
@@ -240,7 +240,7 @@ def mode(
         ConfigError: A value is out of range, or the model cannot be read with these settings.
     """
     attachment = attachment_of(model)
-    settings = RunSettings.of(attachment.settings, mode=name, **changes)
+    settings = RunSettings.like(attachment.settings, mode=name, **changes)
     attachment.check(settings)
     block = Block(attachment, settings)
     _OPEN.append(block)

@@ -155,7 +155,7 @@ class RunSettings(ExactTokens):
     mode: Mode = setting("ahn", "What is read beside the exact tokens.", choices=get_args(Mode), kw_only=True)
 
     @classmethod
-    def of(cls, settings: ExactTokens, **changes: Any) -> RunSettings:
+    def like(cls, settings: ExactTokens, **changes: Any) -> RunSettings:
         """A run like another one, or like those that a config asks for.
 
         Args:
@@ -166,8 +166,8 @@ class RunSettings(ExactTokens):
         Raises:
             ConfigError: A value is out of range.
         """
-        kept = {field.name: getattr(settings, field.name) for field in dataclasses.fields(ExactTokens)}
-        return cls(**kept | {name: value for name, value in changes.items() if value is not None})
+        values = {field.name: getattr(settings, field.name) for field in dataclasses.fields(ExactTokens)}
+        return cls(**values | {name: value for name, value in changes.items() if value is not None})
 
     @property
     def has_anchors(self) -> bool:

@@ -74,7 +74,7 @@ class Reader:
         self._total = 0.0
 
     @torch.no_grad()
-    def feed(
+    def prefill(
         self,
         input_ids: torch.Tensor,
         chunk: int | None = None,
@@ -132,11 +132,12 @@ class Reader:
             ShapeError: Nothing has been read.
         """
         if self._logits is None:
-            raise ShapeError("nothing has been read yet; feed at least one token first")
+            raise ShapeError("nothing has been read yet; read at least one token first")
         return self._logits
 
     @logits.setter
     def logits(self, logits_V: torch.Tensor) -> None:
+        """Sets them, for a reader that goes on from a copy of a cache."""
         self._logits = logits_V
 
     def _note(self, logits_TV: torch.Tensor, ids_T: torch.Tensor) -> None:
@@ -187,7 +188,7 @@ def read(
         CacheError: The cache does not fit the model.
     """
     reader = Reader(model, cache, score=score)
-    reader.feed(input_ids, chunk, on_progress)
+    reader.prefill(input_ids, chunk, on_progress)
     return reader
 
 
@@ -202,7 +203,7 @@ class Decoder(Protocol):
     def logits(self) -> torch.Tensor:
         """See the class."""
 
-    def feed(self, input_ids: torch.Tensor, /) -> None:
+    def prefill(self, input_ids: torch.Tensor, /) -> None:
         """Reads tokens, `[T]`."""
 
 
@@ -231,7 +232,7 @@ def decode(
         if token in stop:
             return
         yield token
-        reader.feed(torch.tensor([token]))
+        reader.prefill(torch.tensor([token]))
 
 
 def text_of(tokenizer: Any, ids: Collection[int]) -> str:
@@ -282,9 +283,9 @@ def full_cache_bytes(model: nn.Module, tokens: int) -> int:
     total = 0
     for site in attachment_of(model).sites:
         # A layer that slides by itself keeps the window's tokens but for the one that comes.
-        held = tokens if site.sliding_window is None else min(tokens, site.sliding_window - 1)
+        cached = tokens if site.sliding_window is None else min(tokens, site.sliding_window - 1)
         size = site.dtype.itemsize
-        total += held * site.shape.kv_heads * (site.shape.key_size + site.shape.value_size) * size
+        total += cached * site.shape.kv_heads * (site.shape.key_size + site.shape.value_size) * size
     return total
 
 

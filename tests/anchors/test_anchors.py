@@ -13,7 +13,6 @@ from ahn.anchors.pooling import POOL
 from ahn.anchors.scores import SCORES
 from ahn.anchors.selection import Scoreboard, _Anchors, select
 from ahn.backbone.compat import CACHE
-from ahn.cache import HippocampalCache
 from ahn.errors import ConfigError
 from ahn.evaluation.controls import Oracle, Recent
 from ahn.tokens import NEVER

@@ -135,14 +135,14 @@ class TestTable:
         assert 36 < int(rows(out)["ahn"][0].replace(",", "")) < len(reference())
 
     def test_interrupted(self, run, monkeypatch):
-        feed = ComparedMode.feed
+        prefill = ComparedMode.prefill
 
         def interrupt(self: ComparedMode, ids: torch.Tensor) -> None:
             if self.name == "window":
                 raise KeyboardInterrupt
-            feed(self, ids)
+            prefill(self, ids)
 
-        monkeypatch.setattr(ComparedMode, "feed", interrupt)
+        monkeypatch.setattr(ComparedMode, "prefill", interrupt)
         status, out, err = run(*TINY, "--tokens", "600")
         assert (status, err) == (130, "interrupted\n")
         assert rows(out)["ahn"][0] == "512"
@@ -182,7 +182,7 @@ class TestWriting:
     def test_stops(self, place):  # noqa: F811
         loaded = loading.load(ModelChoice(str(place / "chatty"), "none", WINDOW, SINKS))
         reader = Reader(loaded.model)
-        reader.feed(prompts.tokens(loaded.tokenizer, "Once upon a time"))
+        reader.prefill(prompts.tokens(loaded.tokenizer, "Once upon a time"))
         assert list(decode(reader, 5, {int(reader.logits.argmax())})) == []
 
 

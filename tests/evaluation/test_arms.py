@@ -30,7 +30,7 @@ def test_scores_are_those_of_reading(model: Any, arm: Any) -> None:
     ids = text(1, 90)[0]
     reader = arm_reader(model, arm)
     for piece in ids.split(37):
-        reader.feed(piece)
+        reader.prefill(piece)
     with ahn.mode(model, arm):
         expected = read(model, ids)
     torch.testing.assert_close(reader.nll, expected.nll, rtol=0, atol=1e-4)
@@ -46,7 +46,7 @@ def test_tail_knows_nothing_but_sinks_and_window(model: Any) -> None:
     ids, step = text(1, 90)[0], WINDOW // 8
     reader = arm_reader(model, "tail")
     for piece in ids.split(7):
-        reader.feed(piece)
+        reader.prefill(piece)
     nll = []
     with ahn.mode(model, "full"):
         for token in range(1, 90):
@@ -64,7 +64,7 @@ def test_tail_keeps_one_cache(model: Any) -> None:
     """However long the text, the inputs that it gave up leave nothing but their scores."""
     reader = arm_reader(model, "tail")
     first = weakref.ref(reader._reader.cache)
-    reader.feed(text(1, 90)[0])
+    reader.prefill(text(1, 90)[0])
     gc.collect()
     assert first() is None
     assert reader.nll.numel() == 89
@@ -74,9 +74,9 @@ def test_tail_keeps_one_cache(model: Any) -> None:
 def test_tail_answers_from_the_whole_window(model: Any) -> None:
     ids, more = text(1, 90)[0], text(1, 30, seed=8)[0]
     reader = arm_reader(model, "tail", score=False)
-    reader.feed(ids)
+    reader.prefill(ids)
     twin = reader.fork()
-    twin.feed(more)
+    twin.prefill(more)
     given = torch.cat((ids[:SINKS], ids[-WINDOW:], more))
     with ahn.mode(model, "full"):
         logits = model(given[None]).logits[0]
@@ -88,16 +88,16 @@ def test_tail_answers_from_the_whole_window(model: Any) -> None:
 def test_forks_and_answers(model: Any, arm: str) -> None:
     ids, more = text(1, 70)[0], text(1, 9, seed=8)[0]
     reader = arm_reader(model, arm, score=False)
-    reader.feed(ids)
+    reader.prefill(ids)
     first, second = reader.fork(), reader.fork()
-    first.feed(more)
+    first.prefill(more)
     written = list(second.generate(8))
     assert list(reader.fork().generate(8)) == written
     assert list(reader.generate(8, stop=[written[3]])) == written[: written.index(written[3])]
     again = arm_reader(model, arm, score=False)
-    again.feed(ids)
+    again.prefill(ids)
     twin = again.fork()
-    twin.feed(more)
+    twin.prefill(more)
     torch.testing.assert_close(twin.nll, first.nll, rtol=0, atol=1e-4)
     assert first.nll.numel() == 9
 
@@ -112,7 +112,7 @@ def test_arms_with_numbers(model: Any) -> None:
     }
     for arm, (mode, settings) in cases.items():
         reader = arm_reader(model, arm)
-        reader.feed(ids)
+        reader.prefill(ids)
         with ahn.mode(model, mode, **settings):  # type: ignore[arg-type]
             control = ahn.HippocampalCache(model, anchor_score=Recent()) if arm.endswith("recent") else None
             torch.testing.assert_close(reader.nll, read(model, ids, cache=control).nll, rtol=0, atol=1e-4)

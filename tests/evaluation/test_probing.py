@@ -126,7 +126,7 @@ class TestState:
         assert trace.tokens == (35, 48, 62, 75)
         for place, stop in enumerate(trace.tokens):
             reader = Reader(model, score=False)
-            reader.feed(ids[:, :stop])
+            reader.prefill(ids[:, :stop])
             for layer, cascade in enumerate(reader.cache.layers):  # type: ignore[attr-defined]
                 torch.testing.assert_close(trace.rank[place, layer], effective_rank(cascade.state[0]))
         assert (trace.layers, trace.full_rank) == ((0, 1, 2), (8, 8, 8))

@@ -47,7 +47,7 @@ class PerfectReader:
         self.start = 0
         self.seconds, self.cache_bytes = 1.0, 7
 
-    def feed(self, ids: torch.Tensor) -> None:
+    def prefill(self, ids: torch.Tensor) -> None:
         self.ids += ids.tolist()
 
     def fork(self) -> PerfectReader:
@@ -131,8 +131,8 @@ class TestRun:
         ids = torch.randint(3, 259, (700,), generator=torch.Generator().manual_seed(0))
         item = RecallItem(tuple(ids.tolist()), {}, {}, {}, frozenset(), 0.0, 0, 700, 0)
         whole, part = (arm_reader(model, "tail", score=False) for _ in range(2))
-        whole.feed(ids)
-        part.feed(torch.tensor(findings._context_for("tail", item, 10, 220)))
+        whole.prefill(ids)
+        part.prefill(torch.tensor(findings._context_for("tail", item, 10, 220)))
         assert part.tokens == 230
         torch.testing.assert_close(part.fork().logits, whole.fork().logits)
         assert findings._context_for("window", item, 10, 220) == item.context

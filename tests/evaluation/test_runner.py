@@ -96,7 +96,7 @@ class TestAnswers:
     @pytest.mark.parametrize("arm", ["window", "tail"])
     def test_ends(self, runner: BenchmarkRunner, arm: str) -> None:
         reader = arm_reader(runner.model, arm, score=False)
-        reader.feed(torch.arange(3, 43))
+        reader.prefill(torch.arange(3, 43))
         whole = reader.fork().answer(runner.tokenizer, 12, ())
         assert len(whole) > 5
         end = whole[3:5]

@@ -225,13 +225,13 @@ def _padding(call: Call, inputs: torch.Tensor, mask: Any) -> Padding | None:
         return known
     if not isinstance(mask, torch.Tensor) or mask.dim() != 2:
         raise CacheError('a memory reads with a 2D attention mask; for a custom mask use ahn.mode(model, "full")')
-    return find_padding(mask, new, known, seen, kept=call.cache_use != "hidden")
+    return find_padding(mask, new, known, seen, has_cache=call.cache_use != "hidden")
 
 
 def _prepare(call: Call, cache: HippocampalCache, new: int) -> None:
     """What is done before the layers read new tokens into a cache."""
     if call.has_gradients:
-        call.before = cache.snapshots()
+        call.snapshots = cache.snapshots()
     if cache.scoreboard is not None:
         call.selection = Selection(cache.scoreboard, cache.get_seq_length(), new, call.padding)
     call.step = begin_step(cache, new)

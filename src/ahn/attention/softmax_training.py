@@ -16,7 +16,7 @@ import torch
 from ahn.attention.call import Call, Softmax
 from ahn.attention.masks import beside, block_mask, extra_mask, read_by_any
 from ahn.attention.softmax import block_size
-from ahn.tokens import View
+from ahn.tokens import VisibleKV
 
 _FORWARD = "_scaled_dot_product_flash_attention_for_cpu"
 _BACKWARD = "_scaled_dot_product_flash_attention_for_cpu_backward"
@@ -63,7 +63,9 @@ class Keys(NamedTuple):
         self.extra.index_add_(2, block.extra, extra.float())
 
 
-def can_attend(call: Call, view: View, query: torch.Tensor, sink_query: torch.Tensor | None, softmax: Softmax) -> bool:
+def can_attend(
+    call: Call, view: VisibleKV, query: torch.Tensor, sink_query: torch.Tensor | None, softmax: Softmax
+) -> bool:
     """Whether `attend` serves: gradients on a CPU, a plain softmax, rows that are all alike; arguments as there."""
     if not torch.is_grad_enabled() or query.device.type != "cpu" or not view.ordered or sink_query is not None:
         return False
@@ -75,7 +77,7 @@ def can_attend(call: Call, view: View, query: torch.Tensor, sink_query: torch.Te
 
 
 def attend(
-    call: Call, view: View, query: torch.Tensor, sink_query: torch.Tensor | None, softmax: Softmax
+    call: Call, view: VisibleKV, query: torch.Tensor, sink_query: torch.Tensor | None, softmax: Softmax
 ) -> torch.Tensor:
     """As `ahn.attention.softmax.attend`, and all products in the dtype of autocast where it is on.
 
@@ -102,7 +104,7 @@ def attend(
     return out.transpose(1, 2)
 
 
-def _blocks(call: Call, view: View, repeats: int, like_BHTK: torch.Tensor) -> list[Block]:
+def _blocks(call: Call, view: VisibleKV, repeats: int, like_BHTK: torch.Tensor) -> list[Block]:
     """The queries of a call in blocks, with what each reads."""
     first, size = view.seen - like_BHTK.size(2), block_size(view.window, like_BHTK)
     blocks = []

@@ -88,15 +88,15 @@ def group_layers(sites: Iterable[Site], stores: Iterable[object]) -> list[LayerG
         sites: The attention layers of the model.
         stores: Their parts of the cache.
     """
-    found: dict[tuple[object, ...], LayerGroup] = {}
+    groups: dict[tuple[object, ...], LayerGroup] = {}
     for site, store in zip(sites, stores, strict=True):
         if site.memory is not None and isinstance(store, HippocampalLayer):
             weight = site.memory.o_proj
             kind = type(site.memory), site.shape, store.exact.window, weight.dtype, weight.device
-            group = found.setdefault(kind, LayerGroup([], []))
+            group = groups.setdefault(kind, LayerGroup([], []))
             group.sites.append(site)
             group.stores.append(store)
-    return list(found.values())
+    return list(groups.values())
 
 
 def _is_same(mine: torch.Tensor, other: torch.Tensor) -> bool:

@@ -58,11 +58,11 @@ class ComparedMode:
         self.model, self.name, self.limit, self.answer = model, name, limit, ""
         self.reader = arm_reader(model, name)
 
-    def feed(self, ids: torch.Tensor) -> None:
+    def prefill(self, ids: torch.Tensor) -> None:
         """Reads on, up to the mode's limit."""
         ids = ids[: max(0, self.limit - self.reader.tokens)]
         if ids.numel():
-            self.reader.feed(ids)
+            self.reader.prefill(ids)
 
     @property
     def done(self) -> bool:
@@ -114,7 +114,7 @@ class Comparison:
         for chunk in self.ids[: self.limit].split(automatic_chunk(self.loaded.model)):
             began = time.monotonic()
             for mode in self.modes:
-                mode.feed(chunk)
+                mode.prefill(chunk)
                 on_chunk()
             if all(mode.done for mode in self.modes) or self._late(began):
                 return
@@ -123,7 +123,7 @@ class Comparison:
         """Asks every mode the question."""
         stop = prompts.stop_ids(self.loaded.model, self.loaded.tokenizer)
         for mode in self.modes:
-            mode.reader.feed(self.passage.closing)
+            mode.reader.prefill(self.passage.closing)
             before = mode.reader.tokens
             text = mode.reader.answer(self.loaded.tokenizer, self.limits.answer_tokens, stop)
             is_cut = mode.reader.tokens - before >= self.limits.answer_tokens

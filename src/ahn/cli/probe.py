@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Literal
 from ahn.cli import checks
 from ahn.cli.loading import ModelChoice, ModelSettings
 from ahn.cli.options import from_fields
-from ahn.cli.terminal import UsageError, notes, output, say
+from ahn.cli.terminal import UsageError, log, notes, output
 from ahn.config import same_setting, setting
 
 if TYPE_CHECKING:
@@ -85,7 +85,7 @@ def command(settings: ProbeSettings) -> None:
         page.write_figures(folder)
     for path in (json, html, folder):
         if path is not None:
-            say(f"wrote {path}", console=output())
+            log(f"wrote {path}", console=output())
 
 
 def _check_targets(html: Path | None, json: Path | None, folder: Path | None) -> None:

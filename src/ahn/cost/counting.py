@@ -58,7 +58,7 @@ class Counting(abc.ABC):
     def __init__(self, base: Base) -> None:
         self.base = base
         config = base.attachment.config
-        self.settings = RunSettings.of(config)
+        self.settings = RunSettings.like(config)
 
     @abc.abstractmethod
     def triangle(self, tokens: int) -> int:

@@ -65,10 +65,10 @@ class ArmReader:
             cache = None if control is None else HippocampalCache(model, anchor_score=control)
             self._reader = Reader(model, cache, score=score)
 
-    def feed(self, input_ids: torch.Tensor) -> None:
+    def prefill(self, input_ids: torch.Tensor) -> None:
         """Reads a piece of text, `[T]`; a long one in several forward passes."""
         with ahn.mode(self.model, self.mode):
-            self._reader.feed(input_ids)
+            self._reader.prefill(input_ids)
         self.tokens += input_ids.numel()
 
     @property
@@ -152,13 +152,13 @@ class TailReader(ArmReader):
         self._spent = 0.0
         self._answers = False
 
-    def feed(self, input_ids: torch.Tensor) -> None:
+    def prefill(self, input_ids: torch.Tensor) -> None:
         """Reads a piece of text, `[T]`."""
         step = max(1, self._window // _STEPS)
         for piece in input_ids.cpu().split(step):
             if not self._answers and self._reader.cache.get_seq_length() + piece.numel() > self._sinks + self._window:
                 self._restart(self._window - step)
-            super().feed(piece)
+            super().prefill(piece)
             self._ids = self._kept(torch.cat((self._ids, piece)), self._window)
 
     @property
@@ -196,7 +196,7 @@ class TailReader(ArmReader):
         self._spent += self._reader.seconds
         with ahn.mode(self.model, "full"):
             self._reader = Reader(self.model, score=False)
-            self._reader.feed(self._kept(self._ids, window))
+            self._reader.prefill(self._kept(self._ids, window))
         self._reader.score = score
 
     def _kept(self, ids: torch.Tensor, window: int) -> torch.Tensor:

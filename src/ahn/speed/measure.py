@@ -53,7 +53,7 @@ class Speed:
     decoding: list[Timing]
     reading: list[Timing]
 
-    def of(self, kind: str, arm: str, context: int) -> Timing:
+    def find(self, kind: str, arm: str, context: int) -> Timing:
         """One timing of `decoding` or `reading`."""
         rows: list[Timing] = getattr(self, kind)
         return next(row for row in rows if (row.arm, row.context) == (arm, context))

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from ahn.cli.terminal import output, say
+from ahn.cli.terminal import log, output
 
 EXAMPLES = """Examples:
 
@@ -40,4 +40,4 @@ def command(
         if rows:
             ResultTable(columns, rows, title).print(output())
         else:
-            say(f"{title}: none" if columns[0] else f"{title} the same", console=output())
+            log(f"{title}: none" if columns[0] else f"{title} the same", console=output())

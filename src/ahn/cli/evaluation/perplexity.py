@@ -12,7 +12,7 @@ from ahn.cli import checks
 from ahn.cli.evaluation.runs import Run, RunOptions, open_run
 from ahn.cli.loading import ModelSettings
 from ahn.cli.options import from_fields
-from ahn.cli.terminal import UsageError, output, say
+from ahn.cli.terminal import UsageError, log, output
 from ahn.config import setting
 from ahn.evaluation.arm_names import ARMS_HELP
 
@@ -74,7 +74,7 @@ def _evaluate(run: Run, loaded: Loaded, texts: dict[str, str]) -> None:
     plan = make_plan(loaded.model, run.arms, documents)
     opening = perplexity_tables.opening(loaded, documents, plan, len(every) - len(documents))
     for line in opening:
-        say(line, console=output())
+        log(line, console=output())
     ids = [each.ids for each in documents]
     groups = group_tokens(tokens, ids, *(settings[name] for name in ("ngram", "rare", "sinks", "window")))
     with run.reading(sum(plan.limit(arm, len(each)) for each in ids for arm in plan.arms)) as progress:
@@ -83,7 +83,7 @@ def _evaluate(run: Run, loaded: Loaded, texts: dict[str, str]) -> None:
     for table in perplexity_tables.tables(settings, results):
         table.print(output())
     for line in perplexity_tables.remarks(results):
-        say(line, console=output())
+        log(line, console=output())
     if run.out is not None:
         run.finish(results, perplexity_tables.make_page(settings, results, opening), loaded.model)
 

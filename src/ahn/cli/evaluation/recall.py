@@ -11,7 +11,7 @@ from ahn.cli import checks
 from ahn.cli.evaluation.runs import Run, RunOptions, open_run
 from ahn.cli.loading import ModelSettings
 from ahn.cli.options import from_fields
-from ahn.cli.terminal import UsageError, notes, output, say
+from ahn.cli.terminal import UsageError, log, notes, output
 from ahn.cli.texts import reference
 from ahn.evaluation.page import Page
 from ahn.evaluation.recall.tasks import EVICTED, TASKS, RecallSettings
@@ -51,14 +51,14 @@ def command(settings: RecallSettings, source: ModelSettings, options: RunOptions
     from ahn.models.text import sentences
 
     if loaded.adapter is None and "ahn" in run.arms:
-        say("the memory is untrained: ahn answers as window does", "yellow")
+        log("the memory is untrained: ahn answers as window does", "yellow")
     limit, longest = attachment_of(loaded.model).position_limit, max(lengths)
     if limit is not None and longest >= limit:
         raise UsageError(f"--lengths {longest} is too long for a model of {limit:,} positions. Give shorter ones.")
     with notes().status("Hiding needles ..."):
         maker = ItemMaker(settings, loaded.tokenizer, source.window, source.sinks, sentences(text))
     count = f"texts: {len(maker.specs):,}, arms: {len(settings.arms)}"
-    say(f"{count}, {maker.tokens:,} tokens to read, and the questions", console=notes())
+    log(f"{count}, {maker.tokens:,} tokens to read, and the questions", console=notes())
     with run.reading(maker.tokens) as progress:
         records = measure(loaded.model, maker, run.journal, progress)
     _show(run, loaded.model, maker, records)
@@ -72,7 +72,7 @@ def _show(run: Run, model: Any, maker: ItemMaker, records: Rows) -> None:
     rows, settings = cells(records), maker.settings
     moved, dropped = moved_and_dropped(records)
     sentences, trained_context = verdicts(rows, settings), attachment_of(model).trained_context
-    say(f"window {maker.window:,}, sinks {maker.sinks:,}; spans are those when the question begins", console=output())
+    log(f"window {maker.window:,}, sinks {maker.sinks:,}; spans are those when the question begins", console=output())
     for table in _tables(rows, settings):
         table.print(output())
     were = {number: " was" if number == 1 else "s were" for number in (moved, dropped)}
@@ -84,7 +84,7 @@ def _show(run: Run, model: Any, maker: ItemMaker, records: Rows) -> None:
         notices.append(f"full reads more than the {trained_context:,} tokens that the model was trained on.")
     for sentence in (*sentences, *notices):
         style = "" if sentence in notices else "bold red" if "NONE" in sentence else "bold"
-        say(sentence, style, console=output())
+        log(sentence, style, console=output())
     if run.out is not None:
         left_out = [{"length": length, "facts": number} for length, number in maker.left_out]
         results = {"cells": rows, "verdicts": sentences, "chance": settings.chance}

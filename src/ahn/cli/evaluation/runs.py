@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ahn.cli.loading import ModelSettings
-from ahn.cli.terminal import UsageError, notes, output, say, work_bar
+from ahn.cli.terminal import UsageError, log, notes, output, work_bar
 from ahn.config import setting
 from ahn.errors import ConfigError
 from ahn.evaluation.arm_names import GRAMMAR, find_arm
@@ -100,7 +100,7 @@ class Run:
             yield
         except KeyboardInterrupt:
             if self.out is not None:
-                say(f"{self._finished()} kept in {self.out}; the same command goes on.")
+                log(f"{self._finished()} kept in {self.out}; the same command goes on.")
             raise
 
     @contextlib.contextmanager
@@ -131,7 +131,7 @@ class Run:
         report.write(self.out / REPORT)
         page.write(self.out / PAGE)
         names = [REPORT, PAGE, *page.write_figures(self.out)]
-        say(f"wrote {', '.join(names)} to {self.out}", console=output())
+        log(f"wrote {', '.join(names)} to {self.out}", console=output())
 
     def _finished(self) -> str:
         count = len(self.journal.done)
@@ -163,7 +163,7 @@ def open_run(command: str, source: ModelSettings, options: RunOptions, arms: tup
     settings = {**named, **exact, "seed": options.seed, **own}
     run = Run(source, settings, arms, folder, Journal(None if folder is None else folder / JOURNAL, settings))
     if run.journal.done:
-        say(f"going on with {folder}: {run._finished()}", console=notes())
+        log(f"going on with {folder}: {run._finished()}", console=notes())
     return run
 
 

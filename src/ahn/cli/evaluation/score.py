@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from ahn.cli import checks
 from ahn.cli.options import from_fields
-from ahn.cli.terminal import output, say
+from ahn.cli.terminal import log, output
 from ahn.config import setting
 from ahn.evaluation.benchmarks.schema import Scoring
 
@@ -58,7 +58,7 @@ def command(settings: ScoreSettings) -> None:
         output().print(_table(title, mine, averages(mine)))
     if target is not None:
         target.write_text(json.dumps(to_json(scores, settings.files), indent=2, ensure_ascii=False) + "\n", "utf-8")
-        say(f"wrote {target}", console=output())
+        log(f"wrote {target}", console=output())
 
 
 def _table(title: str, scores: Sequence[SetScore], means: Sequence[Average]) -> Table:

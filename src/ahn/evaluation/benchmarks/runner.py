@@ -74,7 +74,7 @@ class BenchmarkRunner:
             The line of a file of predictions, and what it cost: tokens read, seconds, and bytes of the cache.
         """
         reader = arm_reader(self.model, arm, score=False)
-        reader.feed(torch.tensor(ids))
+        reader.prefill(torch.tensor(ids))
         rules = sample.target.task.rules(self.prompting.scoring)
         stop = prompts.stop_ids(self.model, self.tokenizer)
         text = reader.answer(self.tokenizer, rules.new_tokens, stop)

@@ -89,7 +89,7 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
         self.journal = Journal(None, {}) if journal is None else journal
         self._bar = _tqdm if bar is None else bar
         self._stop = prompts.stop_ids(self.model, self.tokenizer)
-        self._reader().feed(torch.tensor([self.prefix_token_id]))  # an arm or a setting that cannot be fails here
+        self._reader().prefill(torch.tensor([self.prefix_token_id]))  # an arm or a setting that cannot be fails here
 
     @property
     def eot_token_id(self) -> int:
@@ -168,7 +168,7 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
         def answer(ids: list[int]) -> dict[str, Any]:
             self._check(len(ids))
             reader = self._reader(score=True)
-            reader.feed(torch.tensor([self.prefix_token_id, *ids]))
+            reader.prefill(torch.tensor([self.prefix_token_id, *ids]))
             return {"loglikelihood": -float(reader.nll.double().sum())}
 
         texts = (self.tok_encode(request.args[0], add_special_tokens=False) for request in requests)
@@ -236,7 +236,7 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
 
     def _read(self, ids: list[int]) -> ArmReader:
         reader = self._reader()
-        reader.feed(torch.tensor(ids or [self.prefix_token_id]))
+        reader.prefill(torch.tensor(ids or [self.prefix_token_id]))
         return reader
 
     def _reader(self, score: bool = False) -> ArmReader:
@@ -261,10 +261,10 @@ def _continuation(reader: ArmReader, ids: list[int]) -> tuple[float, bool]:
     """Log-likelihood of tokens, and whether each is the likeliest; read one by one only as long as they are."""
     matched = 0
     while matched < len(ids) and int(reader.logits.argmax()) == ids[matched]:
-        reader.feed(torch.tensor(ids[matched : matched + 1]))
+        reader.prefill(torch.tensor(ids[matched : matched + 1]))
         matched += 1
     if rest := ids[matched:]:
-        reader.feed(torch.tensor(rest))
+        reader.prefill(torch.tensor(rest))
     return -float(reader.nll.double().sum()), not rest
 
 

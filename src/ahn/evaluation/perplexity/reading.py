@@ -111,7 +111,7 @@ def measure(
     points: dict[str, list[int]] = {"tokens": [], "cache_bytes": [], "resident_bytes": []}
     device = model.get_input_embeddings().weight.device  # type: ignore[operator]
     for chunk in ids.split(automatic_chunk(model)):
-        reader.feed(chunk)
+        reader.prefill(chunk)
         if reader.tokens >= min(next_point, ids.numel()):
             next_point = reader.tokens + ids.numel() / _POINTS
             for name, value in zip(points, (reader.tokens, reader.cache_bytes, resident_bytes(device))):

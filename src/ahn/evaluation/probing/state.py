@@ -102,7 +102,7 @@ def trace_state(
     with ahn.mode(model, "ahn", window=window, sinks=sinks), _listening(model, sites) as heard:
         reader = Reader(model, score=False)
         for start, stop in zip([0, *stops], stops):
-            reader.feed(ids[start:stop])
+            reader.prefill(ids[start:stop])
             ranks.append([_rank(reader.cache, site) for site in sites])
     write, decay = ([_joined(heard[site.index], field, sinks, evicted) for site in sites] for field in Gating._fields)
     return StateTrace(

@@ -64,7 +64,7 @@ def _record(model: Any, maker: ItemMaker, spec: Spec, arm: str, stop: Collection
         return record
     controls = {**CONTROLS, Oracle.name: Oracle(item.needles)}
     reader = arm_reader(model, arm, score=False, controls=controls)
-    reader.feed(torch.tensor(_context_for(arm, item, maker.sinks, maker.window)))
+    reader.prefill(torch.tensor(_context_for(arm, item, maker.sinks, maker.window)))
     for question, values in item.questions.items():
         counted = [value for value in values if item.labels[value] is not None]
         if counted:
@@ -105,7 +105,7 @@ def _ranks(maker: ItemMaker, reader: ArmReader, values: Sequence[Value]) -> dict
 
 def _after(reader: ArmReader, ids: Sequence[int]) -> ArmReader:
     fork = reader.fork()
-    fork.feed(torch.tensor(ids))
+    fork.prefill(torch.tensor(ids))
     return fork
 
 

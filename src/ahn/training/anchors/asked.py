@@ -26,7 +26,7 @@ from ahn.anchors.queries import AnchorQueries
 from ahn.attachment import attachment_of
 from ahn.backbone.rotary import Tables
 from ahn.errors import ConfigError
-from ahn.training.anchors.documents import Document
+from ahn.training.anchors.documents import FactText
 from ahn.training.anchors.watching import Sight, watch
 from ahn.training.log import Say
 
@@ -180,7 +180,7 @@ class _Looks(NamedTuple):
 
 
 def collect(
-    model: nn.Module, documents: Sequence[Document], window: int, say: Say | None = None
+    model: nn.Module, documents: Sequence[FactText], window: int, say: Say | None = None
 ) -> dict[int, AnchorQueries]:
     """Reads texts with questions and keeps the queries that found the answers.
 
@@ -226,7 +226,7 @@ def collect(
     return {index: layers[index].weights(looks[index], least[index], kinds) for index in sorted(least)}
 
 
-def _is_long(kind: str, documents: Sequence[Document]) -> bool:
+def _is_long(kind: str, documents: Sequence[FactText]) -> bool:
     """Whether the facts of a kind are long on average."""
     lengths = [len(places) for document in documents for each, places in document.values if each == kind]
     return sum(lengths) > _LONG * len(lengths)
@@ -254,7 +254,7 @@ def _rarest(sample_S: torch.Tensor, share: float) -> float:
     return sample_S[sample_S.isfinite()].quantile(1 - share).item()
 
 
-def _read(model: nn.Module, document: Document, window: int) -> list[_Asked]:
+def _read(model: nn.Module, document: FactText, window: int) -> list[_Asked]:
     """What the answers attended to, in each layer with a memory."""
     facts = torch.tensor([place for _, places in document.values for place in places])
     seen: list[_Asked] = []

@@ -58,7 +58,7 @@ class Fact(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Document:
+class FactText:
     """A text and the questions about it, as tokens.
 
     Attributes:
@@ -138,7 +138,7 @@ FORMATS: dict[str, Callable[[Source], Fact]] = {
 
 def make_document(
     text: str, tokenizer: PreTrainedTokenizerBase, rng: random.Random, formats: Sequence[str], quotes: bool
-) -> Document:
+) -> FactText:
     """Hides facts in the first part of a text and asks for them at its end.
 
     Half of the texts have two to four facts of one kind, so that the subject of a fact matters as much as its value.
@@ -173,7 +173,7 @@ def make_document(
         parts += [turn.opening, turn.closing, prompts.tokens(tokenizer, f" {answer}")]
     shift = first.opening.numel()
     values = tuple((name, _places(tokenizer, whole, fact, shift)) for name, fact in hidden)
-    return Document(torch.cat(parts), shift + first.text.numel(), values)
+    return FactText(torch.cat(parts), shift + first.text.numel(), values)
 
 
 def _facts(text: str, rng: random.Random, formats: Sequence[str]) -> list[tuple[str, Fact]]:
