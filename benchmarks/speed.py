@@ -77,7 +77,7 @@ def time_layer() -> dict[str, Any]:
     ahn.attach(model, ahn.AHNConfig("gated_delta_net", **SPAN))
     with ahn.mode(model, "ahn", **SPAN):
         speed = measure(model, ["window", "ahn"], [8192], rounds=7)
-    cost = {kind: speed.of(kind, "ahn", 8192).of_first.median ** -1 - 1 for kind in ("reading", "decoding")}
+    cost = {kind: speed.find(kind, "ahn", 8192).of_first.median ** -1 - 1 for kind in ("reading", "decoding")}
     return {**environment(model), "added": cost}
 
 
@@ -114,9 +114,9 @@ def lines(found: dict[str, Any]) -> list[tuple[str, str, str]]:
         speed = speed_of(found["model"])
 
         def times(context: int, arm: str, than: str, kind: str = "decoding") -> float:
-            return speed.of(kind, than, context).of_first.median / speed.of(kind, arm, context).of_first.median
+            return speed.find(kind, than, context).of_first.median / speed.find(kind, arm, context).of_first.median
 
-        start = speed.of("decoding", "full", 32).seconds.median
+        start = speed.find("decoding", "full", 32).seconds.median
         whole = read_seconds(speed.reading, "full", 32768) / read_seconds(speed.reading, "ahn", 32768)
         rows += [
             (
@@ -144,12 +144,12 @@ def lines(found: dict[str, Any]) -> list[tuple[str, str, str]]:
             (
                 "time of a token after 8,192 tokens, against full attention after 32",
                 "",
-                f"{speed.of('decoding', 'ahn', 8192).seconds.median / start:.2f}",
+                f"{speed.find('decoding', 'ahn', 8192).seconds.median / start:.2f}",
             ),
             (
                 "time of a token after 8,192 tokens, against this machine's floor",
                 "",
-                f"{speed.of('decoding', 'ahn', 8192).seconds.median / speed.of('decoding', 'ahn', 8192).floor:.1f}",
+                f"{speed.find('decoding', 'ahn', 8192).seconds.median / speed.find('decoding', 'ahn', 8192).floor:.1f}",
             ),
         ]
         for arm in ARMS[3:]:

@@ -137,6 +137,7 @@ class Reader:
 
     @logits.setter
     def logits(self, logits_V: torch.Tensor) -> None:
+        """Sets them, for a reader that goes on from a copy of a cache."""
         self._logits = logits_V
 
     def _note(self, logits_TV: torch.Tensor, ids_T: torch.Tensor) -> None:
@@ -282,9 +283,9 @@ def full_cache_bytes(model: nn.Module, tokens: int) -> int:
     total = 0
     for site in attachment_of(model).sites:
         # A layer that slides by itself keeps the window's tokens but for the one that comes.
-        held = tokens if site.sliding_window is None else min(tokens, site.sliding_window - 1)
+        cached = tokens if site.sliding_window is None else min(tokens, site.sliding_window - 1)
         size = site.dtype.itemsize
-        total += held * site.shape.kv_heads * (site.shape.key_size + site.shape.value_size) * size
+        total += cached * site.shape.kv_heads * (site.shape.key_size + site.shape.value_size) * size
     return total
 
 

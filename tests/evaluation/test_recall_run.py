@@ -90,7 +90,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def perfect(place: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Model, ItemMaker]:
     tokenizer = AutoTokenizer.from_pretrained(place / "model")
-    monkeypatch.setattr(findings, "arm_reader", lambda model, arm, score: PerfectReader(model, arm, score))
+    monkeypatch.setattr(findings, "arm_reader", lambda model, arm, score, controls: PerfectReader(model, arm, score))
     PerfectReader.opened = 0
     return Model(tokenizer), ItemMaker(SETTINGS, tokenizer, WINDOW, SINKS, sentences(reference()[:60_000]))
 

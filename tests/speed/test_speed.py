@@ -79,8 +79,8 @@ def test_measure(model: Any, tmp_path: Path) -> None:
     for row in (*found.decoding, *found.reading):
         assert row.seconds.low <= row.seconds.median <= row.seconds.high
         assert 0 < row.floor < row.seconds.median
-    assert found.of("decoding", "full", 60).of_first == Spread(1.0, 1.0, 1.0)
-    assert found.of("decoding", "ahn", 60).cache_bytes < found.of("decoding", "full", 60).cache_bytes
+    assert found.find("decoding", "full", 60).of_first == Spread(1.0, 1.0, 1.0)
+    assert found.find("decoding", "ahn", 60).cache_bytes < found.find("decoding", "full", 60).cache_bytes
     plot_speed(found, "tiny", [tmp_path / "speed.png", tmp_path / "speed.svg"])
     assert (tmp_path / "speed.png").stat().st_size > 10_000
 

@@ -55,9 +55,10 @@ class Scoreboard:
 
     Attributes:
         delay: Tokens that must follow a token before its score is final.
-        held: Every tensor held, by name: `votes` `[B, P, R]` float32, the layers' mean score of each token, token j at
-            j mod P; and for each window w `scores.w` `[B, N]` float32 and `tokens.w` `[B, N]` int64, -1 at places
-            without an anchor. Saved caches have these names.
+        places: Tokens whose scores are kept, P.
+        held: Every tensor held, by name; saved caches have these names. `votes` `[B, P, R]` float32 is the layers' mean
+            score of each token, token j at j mod P. For each window w there are `scores.w` `[B, N]` float32 and
+            `tokens.w` `[B, N]` int64, -1 at places without an anchor.
     """
 
     def __init__(self, anchors: int, sinks: int, windows: set[int], layers: frozenset[int], score: Score) -> None:
@@ -68,7 +69,7 @@ class Scoreboard:
         self.windows = windows
         self.delay = score.delay(min(windows))
         self._margins = score.pooling.margins(min(windows))
-        self._places = max(windows) + self._margins[0]
+        self.places = max(windows) + self._margins[0]
         self.held: dict[str, torch.Tensor] = {}
 
     @property
@@ -86,10 +87,10 @@ class Scoreboard:
         """
         if "votes" not in self.held:
             rows, _, kernels = scores_BTR.shape
-            self.held["votes"] = scores_BTR.new_zeros(rows, self._places, kernels, dtype=torch.float32)
+            self.held["votes"] = scores_BTR.new_zeros(rows, self.places, kernels, dtype=torch.float32)
         held, scores_BTR = self.held["votes"], scores_BTR.detach().float()
         first = max(0, seen - self.delay)
-        place = torch.arange(first, first + scores_BTR.size(1), device=held.device) % self._places
+        place = torch.arange(first, first + scores_BTR.size(1), device=held.device) % self.places
         # Not in place: a call that fails leaves the scores of before.
         if self.score.accumulates:
             held = held.index_fill(1, place[seen - first :], 0.0)
@@ -137,7 +138,7 @@ class Scoreboard:
         if stop == first:
             return scores_BPR.new_zeros(scores_BPR.size(0), 0)
         real = (index >= begin_B1).to(scores_BPR.dtype)
-        pooled_BE = self.score.pooling.apply(scores_BPR[:, index % self._places], real, min(self.windows))
+        pooled_BE = self.score.pooling.apply(scores_BPR[:, index % self.places], real, min(self.windows))
         return pooled_BE.masked_fill(index[left : left + stop - first] < begin_B1 + self.sinks, float("-inf"))
 
 
@@ -175,7 +176,7 @@ class Selection:
             self._score_waiting()
 
     def close(self) -> None:
-        """Hands in the mean of the layers and, where they scored by kind, that of the best kind."""
+        """Records the mean of the layers; if they scored by kind, that of the best kind."""
         self._score_waiting()
         device = self._scores[0].device
         scores = torch.stack([scores.to(device) for scores in self._scores]).nanmean(0)

@@ -1,4 +1,4 @@
-"""The attention function of a model with a memory: local softmax plus what the memory reads, one path for everything.
+"""The attention function of a model with a memory, for every call: local softmax plus what the memory reads.
 
 Legend of shapes: B batch, T new tokens, E evicted tokens, D hidden size, H query heads, G key/value heads, K key size,
 V value size, N gates per head.
@@ -23,8 +23,8 @@ from ahn.attention.masks import CallMask
 from ahn.attention.weights import attention_blocks
 from ahn.cache.layer import HippocampalLayer
 from ahn.cache.record import TokenRecord
-from ahn.errors import ModelError
-from ahn.tokens import Padding, Tokens, View
+from ahn.errors import CacheError, ModelError
+from ahn.tokens import Padding, Tokens, VisibleKV
 
 IMPLEMENTATION = "ahn"
 """Name under which the attention and the mask function are registered with transformers."""
@@ -59,6 +59,8 @@ def attention_function(
         base = _base_attention(module)
         output, weights = base(module, query, key, value, mask, scaling=scaling, dropout=dropout, **kwargs)
         return output, weights
+    if kwargs.get("is_causal") is False or not getattr(module, "is_causal", True):
+        raise CacheError('attention in both directions (is_causal=False): read inside ahn.mode(model, "full")')
     softmax = softmax_of(query, scaling, dropout, kwargs)
     if ahn.call.step is not None:
         return _decode(ahn, query, key, value, softmax), None
@@ -78,7 +80,7 @@ def softmax_of(query: torch.Tensor, scaling: float | None, dropout: float, kwarg
     return Softmax(scaling, dropout, kwargs.get("softcap"), kwargs.get("s_aux"))
 
 
-def attend_local(layer: LayerCall, query: torch.Tensor, view: View, softmax: Softmax) -> torch.Tensor:
+def attend_local(layer: LayerCall, query: torch.Tensor, view: VisibleKV, softmax: Softmax) -> torch.Tensor:
     """Attention of new tokens over sinks, extra keys and window, `[B, T, H, V]` in the dtype of the values.
 
     Args:
@@ -93,21 +95,21 @@ def attend_local(layer: LayerCall, query: torch.Tensor, view: View, softmax: Sof
     return attended
 
 
-def read_memory(layer: LayerCall, store: HippocampalLayer, query: torch.Tensor, view: View) -> torch.Tensor:
+def read_memory(layer: LayerCall, store: HippocampalLayer, query: torch.Tensor, view: VisibleKV) -> torch.Tensor:
     """Updates the state with what left the window; what the memory adds for the last E queries, `[B, E, H, V]`."""
-    before = query.size(2) - view.evicted.length
-    return layer.memory.project_out(recall(layer, store, query, view), layer.hidden[:, before:])
+    silent_tokens = query.size(2) - view.evicted.length
+    return layer.memory.project_out(recall(layer, store, query, view), layer.hidden[:, silent_tokens:])
 
 
-def recall(layer: LayerCall, store: HippocampalLayer, query: torch.Tensor, view: View) -> torch.Tensor:
+def recall(layer: LayerCall, store: HippocampalLayer, query: torch.Tensor, view: VisibleKV) -> torch.Tensor:
     """Updates the state with what left the window; what the last E queries read, `[B, E, H, V]` float32, raw."""
     evicted, call = view.evicted, layer.call
-    before = query.size(2) - evicted.length
-    query, keys = query[:, :, before:], evicted.keys
+    silent_tokens = query.size(2) - evicted.length
+    query, keys = query[:, :, silent_tokens:], evicted.keys
     shape = layer.memory.shape
     gates, position = TokenRecord.unpack(evicted.record[:, 0], layer.memory.gate_count, shape.query_heads)
     if layer.rotary and position is not None:
-        cos, sin = (table[:, before:] for table in layer.rotary.tables)
+        cos, sin = (table[:, silent_tokens:] for table in layer.rotary.tables)
         query = layer.rotary.rotation.unrotate(query, (cos, sin))
         keys = layer.rotary.rotation.unrotate_recorded(keys, position)
     if call.padding is not None:
@@ -137,7 +139,7 @@ def _score(
     layer: LayerCall,
     store: HippocampalLayer,
     projected: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
-    view: View,
+    view: VisibleKV,
     softmax: Softmax,
 ) -> None:
     """Scores the new tokens, by their queries, keys and values, where the layer takes part in the choice of anchors."""
@@ -176,11 +178,11 @@ def _without_padding(gates_BENH: torch.Tensor, first: int, sinks: int, padding: 
 
 def _added_to_last(local_BTHV: torch.Tensor, memory_BEHV: torch.Tensor) -> torch.Tensor:
     """The sum of both; the memory has something to say at the last E tokens only."""
-    before = local_BTHV.size(1) - memory_BEHV.size(1)
-    if before == 0:
+    silent_tokens = local_BTHV.size(1) - memory_BEHV.size(1)
+    if silent_tokens == 0:
         return local_BTHV + memory_BEHV.to(local_BTHV.dtype)
-    summed = local_BTHV[:, before:] + memory_BEHV.to(local_BTHV.dtype)
-    return torch.cat((local_BTHV[:, :before], summed), dim=1)
+    summed = local_BTHV[:, silent_tokens:] + memory_BEHV.to(local_BTHV.dtype)
+    return torch.cat((local_BTHV[:, :silent_tokens], summed), dim=1)
 
 
 def _base_attention(module: nn.Module) -> Any:

@@ -66,6 +66,15 @@ def unwrap(model: Any) -> Any:
             return model
 
 
+def active_module(module: Any) -> Any:
+    """The module that a wrapper of peft's `modules_to_save` uses now, or the module itself."""
+    saved = getattr(module, "modules_to_save", None)
+    if not isinstance(saved, nn.ModuleDict):
+        return module
+    active: list[str] = [] if module.disable_adapters else module.active_adapters
+    return next((saved[name] for name in active if name in saved), module.original_module)
+
+
 def execution_device(module: nn.Module) -> torch.device | None:
     """Device on which accelerate runs a module whose weights it keeps elsewhere, or `None` for any other module."""
     device = getattr(getattr(module, "_hf_hook", None), "execution_device", None)

@@ -19,8 +19,6 @@ from ahn.cache.layer import HippocampalLayer
 from ahn.cache.storage import SavedCache
 from ahn.errors import CacheError
 
-_MOST = 2**40
-_ANY = range(1, _MOST)
 Size = int | range
 Tensors = Mapping[str, torch.Tensor]
 
@@ -111,20 +109,20 @@ def layer_layout(site: Site, layer: HippocampalLayer | DynamicLayer, unrotates: 
     if evicts and layer.pooled is not None:
         layout |= _keys_and_values("slot", rows, layer.pooled.slots, site)
         layout |= _keys_and_values("pending", rows, POOLED - 1, site)
-    if layer.bank is not None:
-        layout["key_total"] = Part((rows, G, 1, K), False, exact)
-        layout["key_recent"] = Part((rows, G, range(layer.exact.window + 1), K), False, exact)
+    for name in layer.score_state.names:
+        layout[name] = Part((rows, G, range(layer.exact.window + 1), K), False, exact)
     return layout
 
 
 def scoreboard_layout(scoreboard: Scoreboard, sinks: int, rows: int, seen: int) -> Layout:
     """What the scoreboard of a cache holds after `seen` tokens."""
-    layout = {"votes": Part((rows, _ANY, _ANY), least=-float("inf"), most=float("inf"))} if seen else {}
+    shape = rows, scoreboard.places, len(scoreboard.score.pooling.kernels)
+    layout = {"votes": Part(shape, least=-float("inf"), most=float("inf"))} if seen else {}
     for window in scoreboard.windows:
         if seen > sinks + window:
-            shape = (rows, scoreboard.anchors)
-            layout[f"scores.{window}"] = Part(shape, least=-float("inf"), most=float("inf"))
-            layout[f"tokens.{window}"] = Part(shape, dtypes=(torch.int64,), least=-1, most=seen)
+            anchors = rows, scoreboard.anchors
+            layout[f"scores.{window}"] = Part(anchors, least=-float("inf"), most=float("inf"))
+            layout[f"tokens.{window}"] = Part(anchors, dtypes=(torch.int64,), least=-1, most=seen)
     return layout
 
 

@@ -1,4 +1,4 @@
-"""Model cards: the README of an adapter, with the metadata by which the Hugging Face hub finds it."""
+"""Model cards: the README of an adapter, with the metadata for the Hugging Face hub."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def write_card(
         config: Settings of its memory.
         base: The base model that it was made for.
         parameters: Parameters of the memory.
-        place: The repository or folder by which it is loaded.
+        place: The repository or folder to load it from.
         anchors: Whether the folder holds the weights of anchor scores too.
         sections: Further sections, Markdown by heading: how it was trained, what was measured.
         licence: Licence of the adapter as the hub names it, such as "apache-2.0".

@@ -147,7 +147,7 @@ class Content:
         check_keys(self.where, self.stored, {f"layers.{layer}.{name}" for layer in layers or (0,) for name in shapes})
 
     def check_base(self, base: Base, stacklevel: int = 3) -> None:
-        """Checks that the memory was made for this base model; only another name is no more than a warning.
+        """Checks that the memory was made for this base model; another name alone is a warning.
 
         Args:
             base: The base model.
@@ -179,7 +179,7 @@ class Content:
 
 
 def check_base(where: str, made_for: Base, base: Base, what: str, stacklevel: int) -> None:
-    """Checks that something was made for this base model; only another name is no more than a warning.
+    """Checks that something was made for this base model; another name alone is a warning.
 
     Args:
         where: The name that the user gave, for messages.

@@ -63,7 +63,7 @@ class Stored(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """How a checkpoint is found: options of the Hugging Face hub, of which a local folder has its subfolder only.
+    """How a checkpoint is found: options of the Hugging Face hub; a local folder uses the subfolder only.
 
     Attributes:
         revision: Branch, tag or commit.

@@ -53,15 +53,15 @@ def load(
 ) -> None:
     """Loads a memory's weights onto a base model.
 
-    Without a memory attached, one is attached with the saved settings. Where one is attached already, it must be of
-    the same kind, in the same layers, with the same `memory_positions`; its window, its sinks and where these stand
-    are settings of a run and stay. All is checked first: if anything is wrong, the model is what it was before.
+    Without a memory attached, one is attached with the saved settings. An attached memory must be of the same kind, in
+    the same layers, with the same `memory_positions`. Its window, sinks and sink positions are settings of a run and
+    stay. All is checked first: if anything is wrong, the model stays unchanged.
 
     Args:
         model: The base model.
-        path_or_hub_id: A folder that `save` wrote, a folder of the published format (its memory alone, or merged with
-            the base weights, which are then left aside), the name of an adapter that ships with the library, or a hub
-            id `owner/name`. A folder that exists wins.
+        path_or_hub_id: A folder that `save` wrote, the name of an adapter that ships with the library, or a hub id
+            `owner/name`. Also a folder of the published format, with or without base weights, which are not used. A
+            folder that exists wins.
         revision: Branch, tag or commit on the hub.
         subfolder: Folder of the checkpoint within the repository or within the local folder.
         token: Access token of the hub; `True` takes the one that is logged in.

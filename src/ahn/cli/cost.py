@@ -89,7 +89,7 @@ def command(settings: CostSettings) -> None:
     if settings.json:
         typer.echo(json.dumps(_facts(counted, settings.context, costs), indent=2))
     else:
-        _show(counted, settings.context, costs)
+        _print_tables(counted, settings.context, costs)
     for path in plots:
         say(f"wrote {path}", console=notes() if settings.json else output())
 
@@ -120,7 +120,7 @@ def _facts(model: Counting, context: int, costs: dict[str, Cost]) -> dict[str, A
     }
 
 
-def _show(model: Counting, context: int, costs: dict[str, Cost]) -> None:
+def _print_tables(model: Counting, context: int, costs: dict[str, Cost]) -> None:
     """The table for people, with what must be known to read it."""
     from rich.text import Text
 

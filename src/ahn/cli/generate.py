@@ -85,8 +85,8 @@ def _check_caches(settings: GenerateSettings, source: ModelChoice) -> None:
         raise UsageError("--cache-out saves what a memory or a window keeps. Use it with --mode ahn or window.")
     if settings.cache_in is None:
         return
-    kept = {"window": source.window, "sinks": source.sinks, "sink-positions": source.sink_positions}
-    for name, value in {**kept, "mode": settings.mode}.items():
+    fixed = {"window": source.window, "sinks": source.sinks, "sink-positions": source.sink_positions}
+    for name, value in {**fixed, "mode": settings.mode}.items():
         if value is not None:
             raise UsageError(f"--{name} does not go with --cache-in, which keeps what it was made with. Leave it out.")
 
@@ -96,8 +96,8 @@ def _saved_settings(path: Path) -> AHNConfig:
     from ahn.cache.storage import describe_cache
     from ahn.config import AHNConfig
 
-    held = describe_cache(path)
-    settings, fingerprint = held["settings"], held["model"]
+    saved = describe_cache(path)
+    settings, fingerprint = saved["settings"], saved["model"]
     layers = tuple(index for index, layer in enumerate(fingerprint["layers"]) if layer[6])
     return AHNConfig(
         memory=fingerprint["memory"],
@@ -132,8 +132,8 @@ def _read(loaded: Loaded, settings: GenerateSettings, text: str, follows: bool) 
     with ahn.mode(loaded.model, arm.method, **arm.settings(loaded.config.window)):  # type: ignore[arg-type]
         cache = None if settings.cache_in is None else ahn.HippocampalCache.load(settings.cache_in, loaded.model)
         reader = Reader(loaded.model, cache, score=False)
-        with reading_bar(notes(), ids.numel()) as show:
-            reader.feed(ids, settings.chunk, show)
+        with reading_bar(notes(), ids.numel()) as update:
+            reader.feed(ids, settings.chunk, update)
     if text:
         say(summary(loaded.model, reader), "dim")
     return reader

@@ -62,8 +62,8 @@ def megabytes(count: float) -> str:
 @contextlib.contextmanager
 def reading_bar(console: Console, total: int) -> Iterator[Callable[[Progress], None]]:
     """Shows the reading of `total` tokens; the function that it gives is to be called after every chunk."""
-    with work_bar(console, total, "tokens", "read") as show:
-        yield lambda now: show(now.tokens, _rates(now))
+    with work_bar(console, total, "tokens", "read") as update:
+        yield lambda now: update(now.tokens, _rates(now))
 
 
 @contextlib.contextmanager
@@ -81,8 +81,8 @@ def work_bar(console: Console, total: int, unit: str, verb: str = "done") -> Ite
         was done before: the time left is guessed from what comes after it.
     """
     if console.is_terminal:
-        with _bar(console, total, unit) as show:
-            yield show
+        with _bar(console, total, unit) as update:
+            yield update
         return
     last = time.monotonic()
 
@@ -155,8 +155,8 @@ def _explain(error: Exception) -> tuple[int, str]:
     if isinstance(error, UsageError):
         return WRONG_INPUT, _one_line(str(error))
     if isinstance(error, OSError):
-        place = f"{error.filename}: " if error.filename else ""
-        return WRONG_INPUT if isinstance(error, _WRONG_FILES) else FAILED, f"{place}{error.strerror or error}"
+        where = f"{error.filename}: " if error.filename else ""
+        return WRONG_INPUT if isinstance(error, _WRONG_FILES) else FAILED, f"{where}{error.strerror or error}"
     from ahn.errors import AHNError  # late: the words above need nothing of the library
 
     if isinstance(error, AHNError):
@@ -175,11 +175,11 @@ def _one_line(text: str) -> str:
 def _one_line_warnings() -> Iterator[None]:
     """Shows this library's warnings as one line each and those of its dependencies not at all."""
 
-    def show(message: Warning | str, *_: Any, **__: Any) -> None:
+    def print_warning(message: Warning | str, *_: Any, **__: Any) -> None:
         say(f"warning: {_one_line(str(message))}", "yellow")
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         warnings.filterwarnings("always", category=UserWarning, module=r"ahn\b")
-        warnings.showwarning = show
+        warnings.showwarning = print_warning
         yield

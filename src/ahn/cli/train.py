@@ -58,7 +58,7 @@ def command(
     quiet()
     outcome = train(chosen, resume, say if main_process else None, progress=main_process and notes().is_terminal)
     if main_process:
-        _show(outcome)
+        _print_outcome(outcome)
     part()
 
 
@@ -87,7 +87,7 @@ def _require_extra(package: str) -> None:
         raise UsageError("training needs some more packages. Install them: pip install 'ahn[train]'")
 
 
-def _show(outcome: Outcome) -> None:
+def _print_outcome(outcome: Outcome) -> None:
     """The closing table, and where everything is."""
     from rich.table import Table
 

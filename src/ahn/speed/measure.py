@@ -23,7 +23,7 @@ class Timing:
         arm: Name of the arm.
         context: Tokens read before.
         seconds: Time of one token.
-        of_first: How many times as long the first arm takes.
+        of_first: Time of the first arm over the time of this one.
         floor: Least time of one token on this hardware: the bytes that must move over the bandwidth, or the FLOPs over
             the rate, whichever is more; in seconds.
         cache_bytes: Bytes that its cache holds.
@@ -53,7 +53,7 @@ class Speed:
     decoding: list[Timing]
     reading: list[Timing]
 
-    def of(self, kind: str, arm: str, context: int) -> Timing:
+    def find(self, kind: str, arm: str, context: int) -> Timing:
         """One timing of `decoding` or `reading`."""
         rows: list[Timing] = getattr(self, kind)
         return next(row for row in rows if (row.arm, row.context) == (arm, context))
@@ -100,7 +100,7 @@ def measure(
 
 
 def read_seconds(timings: Sequence[Timing], arm: str, tokens: int) -> float:
-    """Seconds to read a text of so many tokens, from what a token takes at the contexts that were measured.
+    """Seconds to read a text of this length, from the time per token at the measured contexts.
 
     The time of a token is taken to change linearly between two contexts, and not at all before the first and after
     the last.

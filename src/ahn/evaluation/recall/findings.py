@@ -218,7 +218,6 @@ def _means(pairs: Iterable[tuple[Any, float]]) -> dict[Any, float]:
 
 
 def _map(panel: Any, means: Mapping[tuple[str, int, int], float], arm: str, settings: RecallSettings) -> Any:
-    """Depths downwards, lengths to the right; what was not measured stays grey."""
     rows, lengths = range(settings.depths), settings.lengths
     panel.set_facecolor("lightgrey")
     table = [[means.get((arm, length, row), math.nan) for length in lengths] for row in rows]

@@ -196,8 +196,7 @@ def _among_needles(rng: random.Random, spec: Spec) -> Facts:
 
 
 def _capacity(rng: random.Random, spec: Spec) -> Facts:
-    """Many facts, evenly spread; some of them, from all parts of the text, are asked for one by one."""
-    facts = spec.facts or 0
+    facts = spec.facts or 0  # some of them, from all parts of the text, are asked for one by one
     keys, numbers = _pairs(rng, facts)
     depths = [(index + 0.5) / facts for index in range(facts)]
     count = min(spec.values, facts)

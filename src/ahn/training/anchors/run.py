@@ -1,4 +1,4 @@
-"""The making of scores for anchors: documents, one reading of each, weights for some layers, a check."""
+"""Makes the weights of anchor scores: reads documents, fits some layers, and checks the result."""
 
 from __future__ import annotations
 
@@ -38,13 +38,13 @@ KEPT = (32, 64, 128)
 
 @dataclasses.dataclass(frozen=True)
 class AnchorReport:
-    """What came of it.
+    """What a training of anchor scores achieved.
 
     Attributes:
-        layers: For each layer that votes by "learned", the share of the variance that a linear map explains, and its
-            vote.
-        asked: For each layer that votes by "asked", its number of queries.
-        kept: By score and kind of fact, the share of the values' tokens that are among so many anchors, `KEPT`.
+        layers: For each layer that scores by "learned", the share of the variance that a linear map explains, and that
+            its network explains.
+        asked: For each layer that scores by "asked", its number of queries.
+        kept: By score and kind of fact, the share of the values' tokens among each number of anchors in `KEPT`.
         facts: Facts of each kind in held-out documents.
     """
 
@@ -76,7 +76,7 @@ def train_anchors(settings: AnchorSettings, say: Say | None = None) -> AnchorRep
 
     Args:
         settings: The settings.
-        say: Is given a line of text now and then.
+        say: Prints a line of progress.
 
     Raises:
         ConfigError: A setting cannot work.
@@ -111,7 +111,7 @@ def train_anchors(settings: AnchorSettings, say: Say | None = None) -> AnchorRep
 
 
 def _fits(model: nn.Module, made: list[Document], settings: AnchorSettings, say: Say) -> dict[int, Fit]:
-    """Learned votes of some layers of the middle half."""
+    """Fitted networks of some layers of the middle half."""
     served = [site for site in attachment_of(model).sites if site.memory is not None]
     middle = served[len(served) // 4 : 3 * len(served) // 4 + 1]
     voters = sorted({site.index for site in evenly(middle, min(settings.voters, len(middle)))})
@@ -132,7 +132,7 @@ def _fits(model: nn.Module, made: list[Document], settings: AnchorSettings, say:
 
 
 def _documents(settings: AnchorSettings, tokenizer: Any) -> list[Document]:
-    """Documents with facts; the kind that is left out stands in held-out ones alone."""
+    """Documents with facts; the left-out kind is in held-out documents only."""
     length = settings.length - QUESTION_TOKENS
     pieces, _ = load_pieces(settings.data, tokenizer, Cut(length, length // 2, per_document=200))
     if not len(pieces):
@@ -158,7 +158,7 @@ def _is_held_out(number: int) -> bool:
 
 
 def _chosen(needed_T: torch.Tensor, document: Document, window: int, generator: torch.Generator) -> torch.Tensor:
-    """Tokens of the text to learn from: those that were needed most, and others at random."""
+    """Tokens to learn from: those that were needed most, and random others."""
     last = min(document.text, len(document.ids) - window)
     most = needed_T[_SINKS:last].topk(min(_TOP, last - _SINKS)).indices + _SINKS
     others = torch.randperm(last - _SINKS, generator=generator)[:_OTHERS] + _SINKS
