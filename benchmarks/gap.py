@@ -25,12 +25,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from ahn.reading import cache_bytes, read
-from ahn.texts import evenly
 
 import ahn
 from ahn.evaluation.report import environment
+from ahn.generation import cache_bytes, read
 from ahn.models import load_model, load_tokenizer
+from ahn.models.text import evenly
 from ahn.training import Cut, load_pieces
 
 HERE = Path(__file__).parent
@@ -236,9 +236,9 @@ def main() -> None:
     parser.add_argument("--base", default="smollm2-135m")
     parser.add_argument("--memory", default="gated_delta_net")
     parser.add_argument("--adapter", help="weights of the memory; those that ship if left out")
-    parser.add_argument("--anchors", help="weights of the votes; those that ship if left out")
+    parser.add_argument("--anchors", help="weights of the anchor scores; those that ship if left out")
     parser.add_argument("--label", default="gated_delta_net", help="name of the memory's weights in the table")
-    parser.add_argument("--anchor-label", default="learned", help="name of the votes' weights in the table")
+    parser.add_argument("--anchor-label", default="learned", help="name of the weights of the anchors in the table")
     parser.add_argument("--arms", nargs="*", help="some arms alone")
     parser.add_argument("--windows", nargs="*", type=int, default=[256])
     parser.add_argument("--lengths", nargs="*", type=int, default=[2048])

@@ -96,11 +96,27 @@ def test_the_most_recent_anchors_are_a_larger_window(chunks: Any, sink_positions
     model, ids = tiny(), text(2, 80)
     config = ahn.AHNConfig(window=WINDOW, sinks=SINKS, sink_positions=sink_positions, anchors=ANCHORS)
     ahn.attach(model, config)
-    with ahn.mode(model, "window", window=WINDOW + ANCHORS):
+    with ahn.mode(model, "window", window=WINDOW + ANCHORS, anchors=0):
         expected = read(model, ids)
-    recent = ahn.HippocampalCache(model, anchor_score=Recent())
-    torch.testing.assert_close(read(model, ids, chunks or [80], cache=recent), expected, rtol=0, atol=3e-5)
+    for mode in ("ahn", "window"):
+        with ahn.mode(model, mode):
+            recent = ahn.HippocampalCache(model, anchor_score=Recent())
+        torch.testing.assert_close(read(model, ids, chunks or [80], cache=recent), expected, rtol=0, atol=3e-5)
     assert not torch.allclose(read(model, ids, chunks), expected, atol=1e-3)
+
+
+@pytest.mark.parametrize("chunks", [None, 1, [40, 1, 1, 1, 37]], ids=str)
+def test_a_window_with_anchors_reads_no_memory(chunks: Any) -> None:
+    """It reads what the same model with a silent memory reads with as many anchors."""
+    silent, awake, ids = tiny(), anchored(), text(2, 80)
+    ahn.attach(silent, ahn.AHNConfig(window=WINDOW, sinks=SINKS, anchors=ANCHORS))
+    with ahn.mode(awake, "window"):
+        found, cache = read(awake, ids, chunks), ahn.HippocampalCache(awake)
+        read(awake, ids, [80], cache=cache)
+    torch.testing.assert_close(found, read(silent, ids), rtol=0, atol=3e-5)
+    for layer in cache.layers:
+        assert layer.state is None
+        assert "anchor_keys" in layer.tensors()
 
 
 @pytest.mark.parametrize("score", SCORES)
@@ -217,7 +233,7 @@ def test_without_anchors_nothing_is_kept_for_them() -> None:
     cache = ahn.HippocampalCache(with_memory())
     assert cache.scoreboard is None
     assert cache.anchor_tokens == []
-    with ahn.mode(model := anchored(), "window"):
+    with ahn.mode(model := anchored(), "ct_max"):
         assert ahn.HippocampalCache(model).scoreboard is None
 
 

@@ -21,7 +21,7 @@ ANCHORS = 7
 
 def joint(family: str = "llama", memory: str = "gated_delta_net", **settings: Any) -> Any:
     model = with_memory(family, memory, **settings)
-    give_score_weights(model)
+    give_score_weights(model, (0, 1, 2))
     return model
 
 

@@ -22,7 +22,7 @@ _FORWARD = "_scaled_dot_product_flash_attention_for_cpu"
 _BACKWARD = "_scaled_dot_product_flash_attention_for_cpu_backward"
 
 
-class Block(NamedTuple):
+class QueryBlock(NamedTuple):
     """Some consecutive queries and what they read, the same in all layers of a call.
 
     Attributes:
@@ -45,7 +45,7 @@ class Keys(NamedTuple):
     sinks: torch.Tensor
     extra: torch.Tensor
 
-    def of(self, block: Block) -> torch.Tensor:
+    def of(self, block: QueryBlock) -> torch.Tensor:
         """Those of a block, `[B, G, M, K]`."""
         parts = [self.window[:, :, block.reach], self.sinks, self.extra.index_select(2, block.extra)]
         return torch.cat(parts, dim=2)
@@ -54,7 +54,7 @@ class Keys(NamedTuple):
         """Zeros of the same shapes, float32."""
         return Keys(*(torch.zeros_like(part, dtype=torch.float32) for part in self))
 
-    def add(self, block: Block, gradient_BGMK: torch.Tensor) -> None:
+    def add(self, block: QueryBlock, gradient_BGMK: torch.Tensor) -> None:
         """Adds to those of a block."""
         sizes = [block.reach.stop - block.reach.start, self.sinks.size(2), block.extra.numel()]
         window, sinks, extra = gradient_BGMK.split(sizes, dim=2)
@@ -104,7 +104,7 @@ def attend(
     return out.transpose(1, 2)
 
 
-def _blocks(call: Call, view: VisibleKV, repeats: int, like_BHTK: torch.Tensor) -> list[Block]:
+def _blocks(call: Call, view: VisibleKV, repeats: int, like_BHTK: torch.Tensor) -> list[QueryBlock]:
     """The queries of a call in blocks, with what each reads."""
     first, size = view.seen - like_BHTK.size(2), block_size(view.window, like_BHTK)
     blocks = []
@@ -116,7 +116,7 @@ def _blocks(call: Call, view: VisibleKV, repeats: int, like_BHTK: torch.Tensor) 
             places = read_by_any(view.extra, start, stop).nonzero().flatten()
             mask = beside(mask, extra_mask(view.extra, (start, stop), repeats, like_BHTK)[:, places])
         reach = slice(keys_from - view.first, max(keys_from, stop) - view.first)
-        blocks.append(Block(slice(start - first, stop - first), reach, places, mask))
+        blocks.append(QueryBlock(slice(start - first, stop - first), reach, places, mask))
     return blocks
 
 
@@ -124,7 +124,7 @@ class _Blocks(torch.autograd.Function):
     """The fused kernel on every block, query heads stacked on their kv head."""
 
     @staticmethod
-    def forward(ctx: Any, blocks: list[Block], scaling: float, *tensors: torch.Tensor) -> torch.Tensor:
+    def forward(ctx: Any, blocks: list[QueryBlock], scaling: float, *tensors: torch.Tensor) -> torch.Tensor:
         query, keys, values = tensors[0], Keys(*tensors[1:4]), Keys(*tensors[4:7])
         outputs, log_sums = [], []
         for block in blocks:

@@ -28,8 +28,9 @@ def cache_name(model: Any) -> str:
 
 
 def find_cache(arguments: Mapping[str, Any]) -> Any:
-    """The cache among the arguments of a call, under its name of any version, or `None`."""
-    return next((arguments[name] for name in CACHE_NAMES if arguments.get(name) is not None), None)
+    """The cache among the arguments or outputs of a call, under its name of any version, or `None`."""
+    # Not by `get`: an output of transformers warns of its older name.
+    return next((value for name, value in arguments.items() if name in CACHE_NAMES and value is not None), None)
 
 
 def with_cache(model: Any, arguments: Mapping[str, Any], cache: Any) -> dict[str, Any]:

@@ -17,7 +17,7 @@ FOLDER = "averaged"
 """Name of the folder of a checkpoint that holds them, an adapter like any other."""
 
 
-class Average:
+class WeightAverage:
     """The mean of the weights over about the last part of all steps so far, however many these will be.
 
     After step n it moves towards the weights by the share `min(1, 1 / (part n))`.

@@ -23,7 +23,7 @@ from ahn.models import load_model, load_tokenizer
 from ahn.models.text import evenly
 from ahn.training.batches import Pieces, PieceStream, collate
 from ahn.training.data import load_pieces, stream_pieces
-from ahn.training.distiller import Distiller, Stage
+from ahn.training.distiller import Distiller
 from ahn.training.log import Lines, Say, read_history
 from ahn.training.precision import fastest_precision
 from ahn.training.readout import solve_readout
@@ -273,27 +273,19 @@ def _run_stage(
         say(f"{stage}: done before")
         load_adapter(model, folder)
         return read_history(folder / _STATE)
-    name: Stage = "transfer" if stage == "transfer" else "distill"
-    cached = settings.teacher_cache if name == "distill" else None
-    teacher = None if cached is None else TeacherCache(cached, model)
-    precision = torch.bfloat16 if name == "distill" and settings.precision == "bfloat16" else None
-    recomputes = settings.recomputed != "none"
-    distiller = Distiller(model, settings.losses, name, settings.slice_tokens, recomputes, teacher, precision)
-    if settings.recomputed == "layers" and name == "distill":
-        distiller.activation_checkpointing_enable()
     checkpoint = _last_checkpoint(folder)
     if settings.eval_every and len(data[1]):
         args.eval_strategy, args.eval_steps = IntervalStrategy.STEPS, settings.eval_every
         args.eval_on_start = checkpoint is None
     trainer = AHNTrainer(
-        distiller,
+        _distiller(model, settings, stage),
         args,
         draw=settings.span_draw,
         evaluation_span=settings.span,
         loss_share=settings.loss_share,
-        scale_lr=settings.scale_lr if name == "distill" else 0.0,
-        anchors=settings.anchor_draw if name == "distill" else None,
-        average=settings.average if name == "distill" else 0.0,
+        scale_lr=settings.scale_lr if stage == "distill" else 0.0,
+        anchors=settings.anchor_draw if stage == "distill" else None,
+        average=settings.average if stage == "distill" else 0.0,
         train_dataset=data[0],
         eval_dataset=data[1].spread(settings.eval_tokens) if len(data[1]) else None,
         callbacks=[Lines(stage, say)],
@@ -306,6 +298,24 @@ def _run_stage(
     trainer.save_model()  # marks the stage as done
     trainer.accelerator.wait_for_everyone()
     return read_history(folder / _STATE)
+
+
+def _distiller(model: Any, settings: TrainSettings, stage: str) -> Distiller:
+    """Teacher and student of a stage."""
+    if stage == "transfer":
+        return Distiller(model, settings.losses, "transfer", settings.slice_tokens, settings.recomputed != "none")
+    distiller = Distiller(
+        model,
+        settings.losses,
+        "distill",
+        settings.slice_tokens,
+        settings.recomputed != "none",
+        teacher=None if settings.teacher_cache is None else TeacherCache(settings.teacher_cache, model),
+        precision=torch.bfloat16 if settings.precision == "bfloat16" else None,
+    )
+    if settings.recomputed == "layers":
+        distiller.activation_checkpointing_enable()
+    return distiller
 
 
 def _precision(model: Any, say: Say) -> str:

@@ -74,8 +74,8 @@ class TrainSettings(Settings):
     )
     precision: str = file_setting(
         "auto",
-        "What a float32 base multiplies in during the stage distill: float32, bfloat16 or auto, which takes the faster one "
-        "on a CPU. State, loss and weights stay in float32.",
+        "What a float32 base multiplies in during the stage distill: float32, bfloat16 or auto, the faster one on a "
+        "CPU. State, loss and weights stay in float32.",
         choices=("auto", "float32", "bfloat16"),
     )
     length: int = setting(1024, "Tokens of a sequence, at most.", least=1)
@@ -106,8 +106,8 @@ class TrainSettings(Settings):
     )
     anchors: tuple[int, ...] = file_setting(
         (0,),
-        "Numbers of anchors that the student of the stage distill reads; one is drawn for each sequence. With several, one "
-        "memory serves with and without anchors.",
+        "Numbers of anchors that the student of the stage distill reads; one is drawn for each sequence. With several, "
+        "one memory serves with and without anchors.",
     )
     anchor_weights: str | None = file_setting(
         None, "Weights of the score learned, which chooses the anchors, as for `ahn.load_anchors`."

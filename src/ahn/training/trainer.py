@@ -14,7 +14,7 @@ from transformers.trainer_utils import TrainOutput, get_last_checkpoint, rotate_
 
 from ahn.attachment import attachment_of
 from ahn.errors import CheckpointError, ConfigError
-from ahn.training.averaging import Average
+from ahn.training.averaging import WeightAverage
 from ahn.training.batches import collate
 from ahn.training.distiller import Distiller, Stage
 from ahn.training.draws import AnchorDraw, Span, SpanDraw, thinned
@@ -45,7 +45,7 @@ class AHNTrainer(Trainer):
         scale_lr: Learning rate of the length of each head's read-out, by `HeadScaledAdamW`; 0 for what `args` name.
         anchors: How the number of anchors of each sequence is drawn. Those of the current settings if left out, and in
             evaluations.
-        average: Part of the steps over which weights are averaged beside the training, see `Average`; 0 for none.
+        average: Part of the steps over which weights are averaged beside the training, see `WeightAverage`; 0 for none.
         **others: As for `Trainer`; datasets give `input_ids` and, optionally, `labels` and `attention_mask`.
 
     Raises:
@@ -72,11 +72,7 @@ class AHNTrainer(Trainer):
         **others: Any,
     ) -> None:
         distiller = model if isinstance(model, Distiller) else Distiller(model, weights, stage, slice_tokens)
-        if args.n_gpu > 1:
-            raise ConfigError(
-                f"one process sees {args.n_gpu} GPUs; start one process for each with "
-                f"`torchrun --nproc-per-node {args.n_gpu}`, or show it one only with CUDA_VISIBLE_DEVICES=0"
-            )
+        _check_process(args)
         if args.ddp_find_unused_parameters is None:
             args.ddp_find_unused_parameters = False  # every memory takes part in every step
         self.distiller = distiller
@@ -85,7 +81,7 @@ class AHNTrainer(Trainer):
         self.evaluation_span = evaluation_span or Span(config.window, config.sinks)
         self.loss_share = loss_share
         self.anchors = anchors
-        self.average = Average(distiller.model, average) if average else None
+        self.average = WeightAverage(distiller.model, average) if average else None
         self._staging: Path | None = None
         self._sums = torch.zeros(len(distiller.weights), dtype=torch.float64)
         self._counts = torch.zeros(len(distiller.weights), dtype=torch.float64)
@@ -248,11 +244,24 @@ class AHNTrainer(Trainer):
 class _Averaging(TrainerCallback):
     """Tells the average that a step was taken."""
 
-    def __init__(self, average: Average) -> None:
+    def __init__(self, average: WeightAverage) -> None:
         self.average = average
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
         self.average.update(state.global_step)
+
+
+def _check_process(args: TrainingArguments) -> None:
+    """Checks that this process drives one device.
+
+    Raises:
+        ConfigError: It would drive several.
+    """
+    if args.n_gpu > 1:
+        raise ConfigError(
+            f"one process sees {args.n_gpu} GPUs; start one process for each with "
+            f"`torchrun --nproc-per-node {args.n_gpu}`, or show it one only with CUDA_VISIBLE_DEVICES=0"
+        )
 
 
 def _adam_values(args: TrainingArguments) -> dict[str, Any]:
