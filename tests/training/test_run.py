@@ -98,7 +98,9 @@ def test_what_is_written(whole: Path, place: Path) -> None:
     assert {path.name for path in whole.iterdir()} == {
         "ahn.safetensors", "ahn_config.json", "train.yaml", "report.json", "loss.png", "transfer", "distill",
     }  # fmt: skip
-    assert TrainSettings.of(read_yaml(whole / "train.yaml")) == settings(place, whole)
+    written = TrainSettings.of(read_yaml(whole / "train.yaml"))
+    assert written == settings(place, whole, precision=written.precision)  # which was measured
+    assert written.precision != "auto"
     for stage, steps in (("transfer", 3), ("distill", 5)):
         log = json.loads((whole / stage / "trainer_state.json").read_text())["log_history"]
         assert [line["step"] for line in log if "eval_loss" in line] == [0, steps]

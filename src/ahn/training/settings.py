@@ -49,11 +49,11 @@ class TrainSettings:
         memory_positions: As in `AHNConfig`.
         dtype: Of the base model: "float32", "bfloat16", "float16"; "auto" is bfloat16 on a GPU and float32 elsewhere.
         stages: "transfer", "distill" or both, in this order.
+        precision: What a float32 base multiplies in while memories are distilled: "float32", "bfloat16" (state, loss
+            and weights stay in float32); "auto" measures for a second on a CPU which is faster.
         steps: Optimizer steps of the stage distill.
         transfer_steps: Optimizer steps of the stage transfer.
         losses: Weights of the losses of the stage distill: "kl", "ce", "attention".
-        precision: What a float32 base multiplies in while memories are distilled: "float32", "bfloat16" (state, loss
-            and weights stay in float32); "auto" measures for a second on a CPU which is faster.
         length: Tokens of a training sequence at most.
         min_length: Tokens at least; half of the length if left out.
         pack: Whether to join documents, so that all sequences are full.
