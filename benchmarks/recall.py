@@ -20,12 +20,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from ahn._home import write_text
 from ahn.evaluation.recall.plan import Settings
 from ahn.evaluation.recall.plot import capacity_curve, heat_map
 from ahn.evaluation.recall.results import Record, cells
 from ahn.evaluation.recall.spans import EVICTED
 from ahn.evaluation.recall.tasks import TASKS
-from ahn.evaluation.report import write_whole
 
 HERE = Path(__file__).parent
 KEPT, PAGE = HERE / "results" / "recall_answers.json", HERE.parent / "docs" / "recall.md"
@@ -143,7 +143,7 @@ def haystack(texts: Path) -> Path:
     rng.shuffle(pieces)
     WORK.mkdir(exist_ok=True)
     file = WORK / "haystack.txt"
-    write_whole(file, "\n\n".join(pieces))
+    write_text(file, "\n\n".join(pieces))
     return file
 
 
@@ -182,7 +182,7 @@ def keep() -> dict[str, dict[str, Any]]:
             found.setdefault(part.group, {})[name] = {**part.where, "cells": _evicted(own)}
         elif kept := before.get(part.group, {}).get(name):
             found.setdefault(part.group, {})[name] = kept
-    write_whole(KEPT, json.dumps(found, indent=1) + "\n")
+    write_text(KEPT, json.dumps(found, indent=1) + "\n")
     _draw(records)
     return found
 
@@ -282,7 +282,7 @@ def main() -> None:
             if chosen and part.length in (of.lengths or [part.length]) and part.arm in (of.arms or [part.arm]):
                 measure(part, file)
     found = keep()
-    write_whole(PAGE, page(PAGE.read_text(encoding="utf-8"), found))
+    write_text(PAGE, page(PAGE.read_text(encoding="utf-8"), found))
     done, all_ = sum(map(len, found.values())), len(list(parts()))
     print(f"docs/{PAGE.name}: {done} of {all_} parts are measured")
 
