@@ -11,26 +11,23 @@ prose, dialogue, code and tables alternate, and asked for at its end (`ahn eval 
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import random
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from ahn._home import write_text
-from ahn.evaluation.recall.plan import Settings
-from ahn.evaluation.recall.plot import capacity_curve, heat_map
-from ahn.evaluation.recall.results import Record, cells
-from ahn.evaluation.recall.spans import EVICTED
-from ahn.evaluation.recall.tasks import TASKS
+from ahn.evaluation.recall.findings import capacity_curve, cells, heat_map
+from ahn.evaluation.recall.tasks import EVICTED, TASKS, RecallSettings
 
 HERE = Path(__file__).parent
 KEPT, PAGE = HERE / "results" / "recall_answers.json", HERE.parent / "docs" / "recall.md"
 IMAGES = HERE.parent / "docs" / "images"
 WORK = HERE.parent / ".recall"
+Record = dict[str, Any]
 WINDOW, SINKS, DISTRACTORS = 256, 32, 4
 DEPTHS = 12  # with five texts each, fifty whose fact has left the window even where texts are short
 FACTS = (1, 2, 4, 8, 16, 32)
@@ -38,16 +35,8 @@ PIECE_CHARACTERS, PIECES = 5_000, 60
 SINGLE = ("number", "word", "uuid")
 
 
-@dataclasses.dataclass(frozen=True)
-class Group:
-    """What one table shows.
-
-    Attributes:
-        tasks: Tasks of `ahn eval recall`.
-        lengths: Tokens of the texts.
-        arms: Ways to read.
-        items: Texts at each depth, or for each number of facts.
-    """
+class Group(NamedTuple):
+    """What one table shows; `items` is the number of texts at each depth, or for each number of facts."""
 
     tasks: tuple[str, ...]
     lengths: tuple[int, ...]
@@ -89,8 +78,7 @@ GROUPS = {
 }
 
 
-@dataclasses.dataclass(frozen=True)
-class Part:
+class Part(NamedTuple):
     """One arm of one task at one length, which is measured by itself."""
 
     group: str
@@ -117,10 +105,10 @@ class Part:
         return [json.loads(line)["record"] for line in lines[1:]]
 
     @property
-    def where(self) -> dict[str, Any]:
+    def environment(self) -> dict[str, Any]:
         """Date, device and versions; it is finished."""
-        found: dict[str, Any] = json.loads((self.folder / "report.json").read_text(encoding="utf-8"))["environment"]
-        return {name: found[name] for name in ("date", "device", "torch", "transformers")}
+        report = json.loads((self.folder / "report.json").read_text(encoding="utf-8"))
+        return {name: report["environment"][name] for name in ("date", "device", "torch", "transformers")}
 
 
 def parts() -> Iterator[Part]:
@@ -172,34 +160,36 @@ def measure(part: Part, file: Path) -> None:
 
 def keep() -> dict[str, dict[str, Any]]:
     """Gathers what was measured in one file, arm by arm, and draws the pictures; what the file then holds."""
-    before = measured()
-    found: dict[str, dict[str, Any]] = {}
+    before, gathered = measured(), dict[str, dict[str, Any]]()
     records: dict[str, list[Record]] = {name: [] for name in GROUPS}
     for part in parts():
         name = f"{part.task}/{part.length}/{part.arm}"
+        counts = before.get(part.group, {}).get(name)
         if own := part.records:
             records[part.group] += own
-            found.setdefault(part.group, {})[name] = {**part.where, "cells": _evicted(own)}
-        elif kept := before.get(part.group, {}).get(name):
-            found.setdefault(part.group, {})[name] = kept
-    write_text(KEPT, json.dumps(found, indent=1) + "\n")
+            counts = {**part.environment, "cells": _evicted(own)}
+        if counts is not None:
+            gathered.setdefault(part.group, {})[name] = counts
+    write_text(KEPT, json.dumps(gathered, indent=1) + "\n")
     _draw(records)
-    return found
+    return gathered
+
+
+def measured() -> dict[str, dict[str, Any]]:
+    """What was measured before: by group, then by task, length and arm."""
+    return json.loads(KEPT.read_text(encoding="utf-8")) if KEPT.is_file() else {}
 
 
 def _evicted(records: list[Record]) -> list[dict[str, int | None]]:
     """Counts of the values that had left the window, for each number of facts."""
     return [
-        {"facts": cell.facts, "values": cell.values, "hits": cell.hits, "first": round(cell.first.share * cell.values)}
+        {
+            **{name: cell[name] for name in ("facts", "values", "hits")},
+            "first": round(cell["first"]["share"] * cell["values"]),
+        }
         for cell in cells(records)
-        if cell.label == EVICTED
+        if cell["label"] == EVICTED
     ]
-
-
-def measured() -> dict[str, dict[str, Any]]:
-    """What was measured before: by group, then by task, length and arm."""
-    found: dict[str, dict[str, Any]] = json.loads(KEPT.read_text(encoding="utf-8")) if KEPT.is_file() else {}
-    return found
 
 
 def _draw(records: dict[str, list[Record]]) -> None:
@@ -210,23 +200,22 @@ def _draw(records: dict[str, list[Record]]) -> None:
         arms = tuple(arm for arm in single.arms if any(record["arm"] == arm for record in mine))
         lengths = tuple(length for length in single.lengths if any(record["length"] == length for record in mine))
         if mine:
-            settings = Settings(arms, (task,), lengths, DEPTHS, single.items, distractors=DISTRACTORS)
+            settings = RecallSettings((task,), lengths, DEPTHS, distractors=DISTRACTORS, arms=arms)
             heat_map(task, mine, settings).savefig(IMAGES / f"recall_{task}.png", dpi=120)
     if records["capacity"]:
-        many = GROUPS["capacity"]
-        settings = Settings(many.arms, many.tasks, many.lengths, items=many.items, facts=FACTS)
-        evicted = [cell for cell in cells(records["capacity"]) if cell.label == EVICTED]
-        capacity_curve(evicted, settings).savefig(IMAGES / "recall_capacity.png", dpi=120)
+        evicted = [cell for cell in cells(records["capacity"]) if cell["label"] == EVICTED]
+        curve = capacity_curve(evicted, RecallSettings(arms=GROUPS["capacity"].arms))
+        curve.savefig(IMAGES / "recall_capacity.png", dpi=120)
 
 
-def page(written: str, found: dict[str, dict[str, Any]]) -> str:
+def page(written: str, counts: dict[str, dict[str, Any]]) -> str:
     """The page with the table of each group put between its two marks.
 
     Args:
         written: The page as it is.
-        found: What was measured, as `measured` gives it.
+        counts: What was measured, as `measured` gives it.
     """
-    for name, of in found.items():
+    for name, group in counts.items():
         begin, end = f"<!-- {name} -->\n", f"<!-- /{name} -->"
         before, _, rest = written.partition(begin)
         _, mark, after = rest.partition(end)
@@ -234,19 +223,19 @@ def page(written: str, found: dict[str, dict[str, Any]]) -> str:
             raise SystemExit(
                 f"{PAGE}: the marks {begin.strip()} and {end} are missing; put them where the table belongs"
             )
-        table = _capacity_table(of) if name == "capacity" else _table(of)
+        table = _capacity_table(group) if name == "capacity" else _table(group)
         written = f"{before}{begin}{table}\n{end}{after}"
     return written
 
 
-def _table(of: dict[str, Any]) -> str:
+def _table(group: dict[str, Any]) -> str:
     """A row for each length and arm, a column for each task."""
     rows: dict[tuple[str, str], dict[str, str]] = {}
-    for key, part in of.items():
+    for key, part in group.items():
         task, length, arm = key.split("/")
         (cell,) = part["cells"]
         rows.setdefault((length, arm), {})[task] = f"{cell['hits']} of {cell['values']} ({cell['first']})"
-    tasks = list(dict.fromkeys(key.split("/")[0] for key in of))
+    tasks = list(dict.fromkeys(key.split("/")[0] for key in group))
     lines = [f"| tokens | arm | {' | '.join(tasks)} |", "|---" * (2 + len(tasks)) + "|"]
     for (length, arm), row in sorted(rows.items(), key=lambda item: int(item[0][0])):
         shown = " | ".join(row.get(task, "") for task in tasks)
@@ -254,9 +243,9 @@ def _table(of: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _capacity_table(of: dict[str, Any]) -> str:
+def _capacity_table(group: dict[str, Any]) -> str:
     """A row for each number of facts, a column for each arm."""
-    arms = {key.split("/")[2]: part["cells"] for key, part in of.items()}
+    arms = {key.split("/")[2]: part["cells"] for key, part in group.items()}
     lines = [f"| facts in the text | {' | '.join(f'`{arm}`' for arm in arms)} |", "|---" * (1 + len(arms)) + "|"]
     for row in zip(*arms.values(), strict=True):
         shown = " | ".join(f"{cell['hits']} of {cell['values']}" for cell in row)
@@ -272,18 +261,22 @@ def main() -> None:
     arguments.add_argument("--tasks", nargs="*", choices=tuple(TASKS), default=tuple(TASKS))
     arguments.add_argument("--lengths", nargs="*", type=int, help="these alone")
     arguments.add_argument("--arms", nargs="*", help="these alone")
-    of = arguments.parse_args()
-    if not any(of.texts.rglob("*.txt")):
-        raise SystemExit(f"{of.texts}: there are no .txt files in it; name a folder of texts")
-    if not of.page:
-        file = haystack(of.texts)
+    options = arguments.parse_args()
+    if not any(options.texts.rglob("*.txt")):
+        raise SystemExit(f"{options.texts}: there are no .txt files in it; name a folder of texts")
+    if not options.page:
+        file = haystack(options.texts)
         for part in parts():
-            chosen = part.group in of.groups and part.task in of.tasks
-            if chosen and part.length in (of.lengths or [part.length]) and part.arm in (of.arms or [part.arm]):
+            chosen = part.group in options.groups and part.task in options.tasks
+            if (
+                chosen
+                and part.length in (options.lengths or [part.length])
+                and part.arm in (options.arms or [part.arm])
+            ):
                 measure(part, file)
-    found = keep()
-    write_text(PAGE, page(PAGE.read_text(encoding="utf-8"), found))
-    done, all_ = sum(map(len, found.values())), len(list(parts()))
+    counts = keep()
+    write_text(PAGE, page(PAGE.read_text(encoding="utf-8"), counts))
+    done, all_ = sum(map(len, counts.values())), len(list(parts()))
     print(f"docs/{PAGE.name}: {done} of {all_} parts are measured")
 
 

@@ -77,11 +77,11 @@ def find_book(texts: Path) -> Path:
 
 def write_page(texts: Path) -> None:
     """The page and the picture that is drawn of numbers alone, from what was measured."""
-    found = measured()
-    if GRID in found:
+    reports = measured()
+    if GRID in reports:
         IMAGES.mkdir(exist_ok=True)
-        _draw(found[GRID]).savefig(IMAGES / "results_memories.png", dpi=150)
-    write_text(PAGE, page(found))
+        _draw(reports[GRID]).savefig(IMAGES / "results_memories.png", dpi=150)
+    write_text(PAGE, page(reports))
 
 
 def measured() -> dict[str, dict]:
@@ -89,97 +89,97 @@ def measured() -> dict[str, dict]:
     return {file: json.loads((KEPT / file).read_text(encoding="utf-8")) for file in PARTS if (KEPT / file).is_file()}
 
 
-def page(found: dict[str, dict]) -> str:
+def page(reports: dict[str, dict]) -> str:
     """The text of the page."""
-    return "\n".join([_OPENING, *(part(found[file]) for file, part in PARTS.items() if file in found)])
+    return "\n".join([_OPENING, *(part(reports[file]) for file, part in PARTS.items() if file in reports)])
 
 
-def _memories_part(found: dict) -> str:
+def _memories_part(report: dict) -> str:
     return "\n".join(
         [
             "## What a memory wins back\n",
-            f"Nats per token beyond {found['sinks']} sinks and the window, over {found['pieces']} excerpts at even "
+            f"Nats per token beyond {report['sinks']} sinks and the window, over {report['pieces']} excerpts at even "
             "distances.\nIn brackets: the share of the gap between `window` and `full` that the memory closes, "
-            f"with its 95 %\nbootstrap interval over excerpts ({_where(found)}).\n",
-            *_rows(found),
+            f"with its 95 %\nbootstrap interval over excerpts ({_where(report)}).\n",
+            *_rows(report),
             "",
         ]
     )
 
 
-def _grid_part(found: dict) -> str:
+def _grid_part(report: dict) -> str:
     return "\n".join(
         [
             "## Other windows, longer texts\n",
-            f"The same over {found['pieces']} excerpts, read once in each mode and at each window\n"
-            f"({_where(found)}).\n",
+            f"The same over {report['pieces']} excerpts, read once in each mode and at each window\n"
+            f"({_where(report)}).\n",
             "![share of the gap that is closed, by window and length](images/results_memories.png)\n",
-            *_rows(found),
+            *_rows(report),
             "",
         ]
     )
 
 
-def _rows(found: dict) -> list[str]:
-    names = list(found["rows"][0]["closed"])
+def _rows(report: dict) -> list[str]:
+    names = list(report["rows"][0]["closed"])
     lines = [
         f"| tokens | window | full | window alone | {' | '.join(names)} |",
         "|---|---|---|---|" + "---|" * len(names),
     ]
-    for row in found["rows"]:
+    for row in report["rows"]:
         cells = [f"{row['nll'][name]:.4f} ({_share(*row['closed'][name])})" for name in names]
         exact = f"{row['nll']['full']:.4f} | {row['nll']['window']:.4f}"
         lines.append(f"| {row['length']:,} | {row['window']:,} | {exact} | {' | '.join(cells)} |")
     return lines
 
 
-def _book_part(found: dict) -> str:
-    document, of = found["results"]["documents"][0], found["settings"]
+def _book_part(report: dict) -> str:
+    document, settings = report["results"]["documents"][0], report["settings"]
     lines = [
         "## A whole book\n",
-        f"`{document['name']}`, {document['tokens']:,} tokens, {of['sinks']} sinks, window {of['window']}\n"
-        f"({_where(found['environment'])}).\n",
+        f"`{document['name']}`, {document['tokens']:,} tokens, {settings['sinks']} sinks, window {settings['window']}\n"
+        f"({_where(report['environment'])}).\n",
         "![score, cache and memory against position](images/results_book.png)\n",
         "| arm | nats per token | perplexity | cache, MB |",
         "|---|---|---|---|",
     ]
-    for name, row in found["results"]["arms"].items():
+    for name, row in report["results"]["arms"].items():
         scores = f"{row['nll']['beyond']:.4f} | {row['perplexity']['beyond']:.2f}"
         lines.append(f"| {name} | {scores} | {row['cache_bytes'] / 1e6:.1f} |")
     return "\n".join([*lines, ""])
 
 
-def _recall_part(found: dict) -> str:
-    arms = found["settings"]["arms"]
+def _recall_part(report: dict) -> str:
+    arms = report["settings"]["arms"]
     lines = [
         "## Hidden facts\n",
         "Answers that contain the fact, among all questions, by where the fact is when the question begins\n"
-        f"(window {found['settings']['window']}, {_where(found['environment'])}).\n",
+        f"(window {report['settings']['window']}, {_where(report['environment'])}).\n",
         *(f"![{task}](images/results_recall_{task}.png)\n" for task in TASKS),
         f"| task | tokens | where | {' | '.join(arms)} |",
         "|---|---|---|" + "---|" * len(arms),
     ]
     rows: dict[tuple, dict[str, str]] = {}
-    for cell in found["results"]["cells"]:
+    for cell in report["results"]["cells"]:
         key = cell["task"], cell["length"], cell["label"]
         rows.setdefault(key, {})[cell["arm"]] = f"{cell['hits']}/{cell['values']}"
     for (task, length, label), row in rows.items():
         lines.append(f"| {task} | {length:,} | {label} | {' | '.join(row[arm] for arm in arms)} |")
-    return "\n".join([*lines, "", *(f"- {sentence}" for sentence in found["results"]["verdicts"])]) + "\n"
+    return "\n".join([*lines, "", *(f"- {sentence}" for sentence in report["results"]["verdicts"])]) + "\n"
 
 
 PARTS = {MEMORIES: _memories_part, GRID: _grid_part, BOOK: _book_part, RECALL: _recall_part}
 """Parts of the page by the file that each is made of; a part whose file is missing is left out."""
 
 
-def _draw(found: dict) -> object:
+def _draw(report: dict) -> object:
     """Share of the gap that is closed against the window, a panel for each length."""
     from matplotlib.figure import Figure
 
-    lengths = sorted({row["length"] for row in found["rows"]})
+    lengths = sorted({row["length"] for row in report["rows"]})
     figure = Figure(figsize=(4 * len(lengths), 3.6), layout="constrained")
     for panel, length in zip(figure.subplots(1, len(lengths), sharey=True, squeeze=False)[0], lengths, strict=True):
-        rows = [row for row in found["rows"] if row["length"] == length]
+        rows = [row for row in report["rows"] if row["length"] == length]
         for shift, name in enumerate(rows[0]["closed"]):
             share, low, high = ([100 * row["closed"][name][part] for row in rows] for part in range(3))
             places = [number + 0.08 * (shift - 1) for number in range(len(rows))]

@@ -31,9 +31,9 @@ DRAWS = 10_000
 
 
 def pieces(folder: str, base: str, length: int, count: int) -> list[torch.Tensor]:
-    """So many pieces of a length, at even distances over all texts."""
-    found, _ = load_pieces([folder], load_tokenizer(base), Cut(length, length))
-    return [found[index]["input_ids"] for index in evenly(range(len(found)), min(count, len(found)))]
+    """Some pieces of a length, at even distances over all texts."""
+    every, _ = load_pieces([folder], load_tokenizer(base), Cut(length, length))
+    return [every[index]["input_ids"] for index in evenly(range(len(every)), min(count, len(every)))]
 
 
 def score(model, texts: list[torch.Tensor], mode: str, window: int, sinks: int) -> list[np.ndarray]:

@@ -29,10 +29,9 @@ from ahn.cost import SHAPES
 from ahn.evaluation.report import environment, plain
 from ahn.models import load_model
 from ahn.speed import Speed, Timing, measure, read_seconds
-from ahn.speed.machine import Machine
-from ahn.speed.peers import peers
+from ahn.speed.baselines import baselines
 from ahn.speed.plot import plot_speed
-from ahn.speed.turns import Spread, ratio, take_turns
+from ahn.speed.timing import Machine, Spread, interleave, ratio
 
 HERE = Path(__file__).parent
 ON_GPU = torch.cuda.is_available()
@@ -67,8 +66,8 @@ def time_long() -> dict[str, Any]:
     model = smollm2()
     places = (8192, 100_000)
     with ahn.mode(model, "ahn", **SPAN):
-        cases = {str(place): peers(None, model, ["ahn"], place)["ahn"].decode for place in places}
-        taken = take_turns(cases, 41)
+        cases = {str(place): baselines(None, model, ["ahn"], place)["ahn"].decode for place in places}
+        taken = interleave(cases, 41)
     return {**environment(model), "late_to_early": ratio(taken[str(places[1])], taken[str(places[0])])}
 
 
@@ -79,7 +78,7 @@ def time_layer() -> dict[str, Any]:
     ahn.attach(model, ahn.AHNConfig("gated_delta_net", **SPAN))
     with ahn.mode(model, "ahn", **SPAN):
         speed = measure(model, ["window", "ahn"], [8192], rounds=7)
-    cost = {kind: speed.of(kind, "ahn", 8192).of_first.median ** -1 - 1 for kind in ("reading", "decoding")}
+    cost = {kind: speed.find(kind, "ahn", 8192).of_first.median ** -1 - 1 for kind in ("reading", "decoding")}
     return {**environment(model), "added": cost}
 
 
@@ -116,9 +115,9 @@ def lines(found: dict[str, Any]) -> list[tuple[str, str, str]]:
         speed = speed_of(found["model"])
 
         def times(context: int, arm: str, than: str, kind: str = "decoding") -> float:
-            return speed.of(kind, than, context).of_first.median / speed.of(kind, arm, context).of_first.median
+            return speed.find(kind, than, context).of_first.median / speed.find(kind, arm, context).of_first.median
 
-        start = speed.of("decoding", "full", 32).seconds.median
+        start = speed.find("decoding", "full", 32).seconds.median
         whole = read_seconds(speed.reading, "full", 32768) / read_seconds(speed.reading, "ahn", 32768)
         rows += [
             (
@@ -146,12 +145,12 @@ def lines(found: dict[str, Any]) -> list[tuple[str, str, str]]:
             (
                 "time of a token after 8,192 tokens, against full attention after 32",
                 "",
-                f"{speed.of('decoding', 'ahn', 8192).seconds.median / start:.2f}",
+                f"{speed.find('decoding', 'ahn', 8192).seconds.median / start:.2f}",
             ),
             (
                 "time of a token after 8,192 tokens, against this machine's floor",
                 "",
-                f"{speed.of('decoding', 'ahn', 8192).seconds.median / speed.of('decoding', 'ahn', 8192).floor:.1f}",
+                f"{speed.find('decoding', 'ahn', 8192).seconds.median / speed.find('decoding', 'ahn', 8192).floor:.1f}",
             ),
         ]
         for arm in ARMS[3:]:

@@ -114,9 +114,9 @@ def test_progress(model, mode):
 
 def test_progress_before_anything_was_scored(model):
     reader = Reader(model)
-    reader.feed(text(tokens=1))
+    reader.prefill(text(tokens=1))
     assert math.isnan(reader.progress.nll)
-    reader.feed(text(tokens=1))
+    reader.prefill(text(tokens=1))
     assert reader.progress.nll == pytest.approx(float(reader.nll.mean()))
 
 
@@ -137,7 +137,7 @@ def test_two_readers_in_lockstep(model):
     for piece in ids[0].split(20):
         for mode, reader in readers.items():
             with ahn.mode(model, mode):
-                reader.feed(piece)
+                reader.prefill(piece)
     for mode, reader in readers.items():
         with ahn.mode(model, mode):
             torch.testing.assert_close(reader.nll, read(model, ids).nll, atol=1e-4, rtol=1e-4)
@@ -161,7 +161,7 @@ def test_refuses_a_chunk_of_nothing(model):
 
 def test_has_no_result_before_the_first_piece(model):
     with pytest.raises(ShapeError, match="nothing has been read"):
-        Reader(model).result()
+        _ = Reader(model).logits
 
 
 @torch.no_grad()
@@ -170,13 +170,13 @@ def test_decoding_takes_the_likeliest_token(model, mode):
     ids = text(tokens=TOKENS)
     with ahn.mode(model, mode):
         reader = Reader(model)
-        reader.feed(ids)
+        reader.prefill(ids)
         written = list(decode(reader, 6))
         for number, token in enumerate(written):
             seen = torch.cat((ids, torch.tensor([written[:number]], dtype=torch.long)), dim=1)
             assert token == int(model(seen, use_cache=False).logits[0, -1].argmax())
         again = Reader(model)
-        again.feed(ids)
+        again.prefill(ids)
         stop = written.index(written[3])
         assert list(decode(again, 6, stop=[written[3]])) == written[:stop]
     assert reader.tokens == TOKENS + 6
@@ -187,7 +187,7 @@ def test_drawn_tokens_are_those_of_the_seed(model):
     reader = Reader(model)
     with pytest.raises(ShapeError, match="nothing has been read yet"):
         next(decode(reader, 1))
-    reader.feed(text(tokens=TOKENS))
+    reader.prefill(text(tokens=TOKENS))
     cache = reader.cache
     drawn = []
     for seed in (1, 1, 2):

@@ -1,8 +1,8 @@
 """What attaching leaves on a model: where the memories sit, and which settings a run has.
 
 The settings of a run live beside the model, never in its config. A call takes those of the innermost `mode` block that
-is open around it; where there is none, as in a thread that was started inside of a block, those of the block that was
-opened last anywhere; and without any block those of the memory's config. A cache keeps the settings it was made with.
+is open around it. A thread without a block of its own takes those of the block that was opened last anywhere. Without
+any block the memory's config holds. A cache keeps the settings it was made with.
 """
 
 from __future__ import annotations
@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 
 COMPUTED = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 """Types that attention is computed in; weights of any other are quantised."""
+MODULE = "memory"
+"""Name of the memory inside its attention module, hence in the model's state dict."""
 _ATTRIBUTE = "_ahn_attachment"
 
 
@@ -48,7 +50,7 @@ class Site:
         found_dtype: What it computed in when the memory was attached.
         found_device: Where it computed then.
         sliding_window: Tokens that the base model's layer itself sees, or `None` for full attention.
-        memory: Its memory, or `None` where the layer keeps the base model's own attention.
+        built: The memory that was made for it; `None` where the layer keeps the base model's own attention.
         rotation: How to undo its rotary positions; `None` where it has none or nothing asks for it.
         anchor_weights: Its weights of anchor scores, by score; `None` where it has none.
     """
@@ -59,9 +61,17 @@ class Site:
     found_dtype: torch.dtype
     found_device: torch.device
     sliding_window: int | None
-    memory: Memory | None = None
+    built: Memory | None = None
     rotation: Rotation | None = None
     anchor_weights: nn.ModuleDict | None = None
+
+    @property
+    def memory(self) -> Memory | None:
+        """The memory in the model's tree, where other libraries may have wrapped it, or `None` where there is none."""
+        if self.built is None:
+            return None
+        memory: Memory = compat.active_module(self.module._modules.get(MODULE) or self.built)
+        return memory
 
     @property
     def dtype(self) -> torch.dtype:
@@ -108,6 +118,7 @@ class Attachment:
         trained_context: Positions that the base model was trained on.
         rotation_problem: Why the rotary positions of this model cannot be undone, or `None` if they can or it has none.
         position_limit: Tokens that a model with a table of positions can read at all, or `None`.
+        is_wrapped: Whether the model holds its decoder inside a wrapper, as those that also see images do.
         handles: The hooks that were registered.
         implementations: Every config that was changed, with the attention implementation it named before.
     """
@@ -118,6 +129,7 @@ class Attachment:
     trained_context: int
     rotation_problem: str | None = None
     position_limit: int | None = None
+    is_wrapped: bool = False
     handles: list[RemovableHandle] = dataclasses.field(default_factory=list)
     implementations: list[tuple[Any, str | None]] = dataclasses.field(default_factory=list)
 
@@ -126,7 +138,7 @@ class Attachment:
         """Settings of a run that starts now: those of the innermost `mode`, or the config's."""
         around = [block for block in _AROUND.get() if block in _OPEN]
         blocks = [block for block in (*_OPEN, *around) if block.attachment is self]
-        return blocks[-1].settings if blocks else RunSettings.of(self.config)
+        return blocks[-1].settings if blocks else RunSettings.like(self.config)
 
     def site(self, index: int) -> Site:
         """The site of a layer."""
@@ -213,14 +225,13 @@ def mode(
     """Reads in another mode, or with another window, inside a `with` block.
 
     A cache that is already alive keeps the settings it was made with. Blocks may be nested. A block also holds in
-    threads that have no block of their own, as when `model.generate` streams from a thread that was started inside it;
-    threads and tasks with blocks of their own do not see each other's.
+    threads that have no block of their own, as when `model.generate` streams from a thread that was started inside it.
+    Threads and tasks with blocks of their own do not see each other's.
 
     Args:
         model: A model with a memory attached.
-        name: "full" is the base model itself, "window" reads sinks and window with the memory silent, "ahn" reads all;
-            "ct_max" and "ct_mean" read the slots of a Compressive Transformer in place of the memory, see
-            `ahn.cache.compressive`.
+        name: "full" is the base model itself. "window" reads sinks and window, and "ahn" adds the memory. "ct_max" and
+            "ct_mean" read the slots of a Compressive Transformer instead of the memory, see `ahn.cache.compressive`.
         **changes: `window`, `sinks`, `sink_positions`, `anchors`, `anchor_score` and `anchor_layers`, see
             `ahn.config.ExactTokens`; what is left out or `None` is as before.
 
@@ -229,7 +240,7 @@ def mode(
         ConfigError: A value is out of range, or the model cannot be read with these settings.
     """
     attachment = attachment_of(model)
-    settings = RunSettings.of(attachment.settings, mode=name, **changes)
+    settings = RunSettings.like(attachment.settings, mode=name, **changes)
     attachment.check(settings)
     block = Block(attachment, settings)
     _OPEN.append(block)

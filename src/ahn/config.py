@@ -104,7 +104,7 @@ class ExactTokens(Settings):
     Attributes:
         window: Tokens kept exactly behind the current one, which counts itself; sinks are not part of it.
         sinks: First tokens of each sequence that always stay exact.
-        sink_positions: "absolute" reads sinks at their true distance (as published); "bounded" never lets that distance
+        sink_positions: "absolute" reads sinks at their true distance (as published). "bounded" never lets that distance
             pass the base model's trained context, so that texts of any length stay in the range it knows.
         anchors: Tokens that stay exact beyond the window, chosen as they leave it; 0 for none. Mode "ahn" reads them.
         anchor_score: What they are chosen by, a key of `ahn.anchors.scores.SCORES`; looked up when it is attached.
@@ -144,8 +144,8 @@ class RunSettings(ExactTokens):
     """How one run reads: in which mode, and which tokens it keeps exactly.
 
     Attributes:
-        mode: "full" is the base model itself; "window" reads sinks and window only; "ahn" adds the memory; "ct_max" and
-            "ct_mean" add the slots of a Compressive Transformer in its place, a baseline that learns nothing.
+        mode: "full" is the base model itself. "window" reads sinks and window only, and "ahn" adds the memory. "ct_max"
+            and "ct_mean" add the slots of a Compressive Transformer instead, a baseline that learns nothing.
 
     Raises:
         ConfigError: A value is out of range.
@@ -154,7 +154,7 @@ class RunSettings(ExactTokens):
     mode: Mode = setting("ahn", "What is read beside the exact tokens.", choices=get_args(Mode), kw_only=True)
 
     @classmethod
-    def of(cls, settings: ExactTokens, **changes: Any) -> RunSettings:
+    def like(cls, settings: ExactTokens, **changes: Any) -> RunSettings:
         """A run like another one, or like those that a config asks for.
 
         Args:
@@ -165,8 +165,8 @@ class RunSettings(ExactTokens):
         Raises:
             ConfigError: A value is out of range.
         """
-        kept = {field.name: getattr(settings, field.name) for field in dataclasses.fields(ExactTokens)}
-        return cls(**kept | {name: value for name, value in changes.items() if value is not None})
+        values = {field.name: getattr(settings, field.name) for field in dataclasses.fields(ExactTokens)}
+        return cls(**values | {name: value for name, value in changes.items() if value is not None})
 
     @property
     def has_anchors(self) -> bool:
@@ -221,7 +221,7 @@ def check_whole(name: str, value: object, least: int) -> None:
 
 
 def check_choice(name: str, value: object, known: Sequence[object]) -> None:
-    """Checks a word of which there are a few.
+    """Checks that a value is one of a few words.
 
     Raises:
         ConfigError: It is none of them.

@@ -25,7 +25,6 @@ from ahn.errors import ConfigError, ShapeError
 
 _LARGEST_CHUNK = 512  # longer chunks are not faster on a CPU, and their logits grow
 _LOGITS = 2**25  # elements of a chunk's logits: 134 MB in float32
-_NOTHING_READ = "nothing has been read yet; feed at least one token first"
 _SCORED_AT_ONCE = 128  # tokens, so that scoring copies little of the logits
 
 
@@ -46,28 +45,8 @@ class Progress:
     nll: float
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class Reading:
-    """What came of reading a text.
-
-    Attributes:
-        tokens: Number of tokens read.
-        nll: Negative log-likelihood of each token but the first, given all before it, in nats: `[T - 1]` float32 on
-            the CPU, element `i` for token `i + 1`; empty if nothing was scored.
-        seconds: Time that the model took.
-        cache: What the model keeps of the text; reading or generating can go on with it.
-        logits: What the model expects next, `[V]`.
-    """
-
-    tokens: int
-    nll: torch.Tensor
-    seconds: float
-    cache: Cache
-    logits: torch.Tensor
-
-
 class Reader:
-    """Reads a text part by part; what has been read so far can be looked at in between, as `read` cannot.
+    """A text that is read part by part, and what came of it so far.
 
     Args:
         model: A causal language model, with a memory attached or without.
@@ -78,7 +57,9 @@ class Reader:
         cache: What the model keeps of the text.
         tokens: Number of tokens read by this reader.
         seconds: Time that the model took for them.
-        logits: What the model expects next, `[V]`; `None` before the first token.
+        nll: Negative log-likelihood of each token but the first, given all before it, in nats: `[T - 1]` float32 on
+            the CPU, element `i` for token `i + 1`; empty if nothing was scored.
+        logits: What the model expects next, `[V]`.
     """
 
     def __init__(self, model: nn.Module, cache: Cache | None = None, *, score: bool = True) -> None:
@@ -87,13 +68,13 @@ class Reader:
         self.score = score
         self.tokens = 0
         self.seconds = 0.0
-        self.logits: torch.Tensor | None = None
+        self._logits: torch.Tensor | None = None
         self._scores = torch.zeros(0)  # the first `_scored` of them count
         self._scored = 0
         self._total = 0.0
 
     @torch.no_grad()
-    def feed(
+    def prefill(
         self,
         input_ids: torch.Tensor,
         chunk: int | None = None,
@@ -126,7 +107,7 @@ class Reader:
         logits = _forward(self.model, ids_T, self.cache, every=self.score)
         if self.score:
             self._note(logits, ids_T)
-        self.logits = logits[-1].clone()
+        self._logits = logits[-1].clone()
         if ids_T.is_cuda:
             torch.cuda.synchronize(ids_T.device)
         self.seconds += time.perf_counter() - start
@@ -134,7 +115,7 @@ class Reader:
 
     @property
     def nll(self) -> torch.Tensor:
-        """As `Reading.nll`, so far."""
+        """See the class."""
         return self._scores[: self._scored].clone()
 
     @property
@@ -143,19 +124,25 @@ class Reader:
         mean = self._total / self._scored if self._scored else math.nan
         return Progress(self.tokens, self.seconds, cache_bytes(self.cache), mean)
 
-    def result(self) -> Reading:
-        """The reading so far.
+    @property
+    def logits(self) -> torch.Tensor:
+        """See the class.
 
         Raises:
             ShapeError: Nothing has been read.
         """
-        if self.logits is None:
-            raise ShapeError(_NOTHING_READ)
-        return Reading(self.tokens, self.nll, self.seconds, self.cache, self.logits)
+        if self._logits is None:
+            raise ShapeError("nothing has been read yet; read at least one token first")
+        return self._logits
+
+    @logits.setter
+    def logits(self, logits_V: torch.Tensor) -> None:
+        """Sets them, for a reader that goes on from a copy of a cache."""
+        self._logits = logits_V
 
     def _note(self, logits_TV: torch.Tensor, ids_T: torch.Tensor) -> None:
         """Scores a chunk: its first token from the last logits of the chunk before."""
-        parts = [] if self.logits is None else [_nll(self.logits[None], ids_T[:1])]
+        parts = [] if self._logits is None else [_nll(self._logits[None], ids_T[:1])]
         scored = torch.cat([*parts, _nll(logits_TV[:-1], ids_T[1:])]).cpu()
         self._keep(scored)
         self._total += float(scored.double().sum())
@@ -179,7 +166,7 @@ def read(
     chunk: int | None = None,
     score: bool = True,
     on_progress: Callable[[Progress], None] | None = None,
-) -> Reading:
+) -> Reader:
     """Reads a text of any length on one cache, in the mode that is current or that the cache was made in.
 
     Only the logits of one chunk exist at a time. The sizes of the chunks change nothing but the speed.
@@ -193,7 +180,7 @@ def read(
         on_progress: Called after every chunk.
 
     Returns:
-        The scores, the cache, and the logits of the next token.
+        What came of it: the scores, the cache, and the logits of the next token.
 
     Raises:
         ShapeError: There is no token, or more than one row.
@@ -201,8 +188,8 @@ def read(
         CacheError: The cache does not fit the model.
     """
     reader = Reader(model, cache, score=score)
-    reader.feed(input_ids, chunk, on_progress)
-    return reader.result()
+    reader.prefill(input_ids, chunk, on_progress)
+    return reader
 
 
 class Decoder(Protocol):
@@ -213,10 +200,10 @@ class Decoder(Protocol):
     """
 
     @property
-    def logits(self) -> torch.Tensor | None:
+    def logits(self) -> torch.Tensor:
         """See the class."""
 
-    def feed(self, input_ids: torch.Tensor, /) -> None:
+    def prefill(self, input_ids: torch.Tensor, /) -> None:
         """Reads tokens, `[T]`."""
 
 
@@ -241,13 +228,11 @@ def decode(
     generator = torch.Generator()
     generator.seed() if seed is None else generator.manual_seed(seed)
     for _ in range(limit):
-        if reader.logits is None:
-            raise ShapeError(_NOTHING_READ)
         token = _next_token(reader.logits, temperature, generator)
         if token in stop:
             return
         yield token
-        reader.feed(torch.tensor([token]))
+        reader.prefill(torch.tensor([token]))
 
 
 def text_of(tokenizer: Any, ids: Collection[int]) -> str:
@@ -298,9 +283,9 @@ def full_cache_bytes(model: nn.Module, tokens: int) -> int:
     total = 0
     for site in attachment_of(model).sites:
         # A layer that slides by itself keeps the window's tokens but for the one that comes.
-        held = tokens if site.sliding_window is None else min(tokens, site.sliding_window - 1)
+        cached = tokens if site.sliding_window is None else min(tokens, site.sliding_window - 1)
         size = site.dtype.itemsize
-        total += held * site.shape.kv_heads * (site.shape.key_size + site.shape.value_size) * size
+        total += cached * site.shape.kv_heads * (site.shape.key_size + site.shape.value_size) * size
     return total
 
 

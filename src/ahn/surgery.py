@@ -15,7 +15,7 @@ from transformers.generation.configuration_utils import GenerationMode
 from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import AttentionInterface
 
-from ahn.attachment import SAVERS, Attachment, Site, attachment_of, find_attachment, mode, set_attachment
+from ahn.attachment import MODULE, SAVERS, Attachment, Site, attachment_of, find_attachment, mode, set_attachment
 from ahn.attention.function import IMPLEMENTATION, attention_function
 from ahn.attention.hooks import after_call, after_model, before_call, before_layer, before_model
 from ahn.attention.masks import mask_function
@@ -30,9 +30,6 @@ from ahn.memories import MemoryShape, build_memory
 
 AttentionInterface.register(IMPLEMENTATION, attention_function)
 AttentionMaskInterface.register(IMPLEMENTATION, mask_function)
-
-MODULE = "memory"
-"""Name of the memory inside its attention module, hence in the model's state dict."""
 
 SCORE_WEIGHTS = "anchor_votes"
 """Name of the weights of anchor scores there; the word is older than the score."""
@@ -61,9 +58,12 @@ def attach(model: nn.Module, config: AHNConfig | None = None) -> None:
         raise ModelError(f"the weights of this {name} are not loaded (meta device); load them before attaching")
     attachment = survey(model, config)
     expected = _read_sample(backbone, attachment)
+    whole = _write_sample(model, attachment) if attachment.is_wrapped else None
     _install(model, backbone, attachment)
     try:
         _verify(backbone, attachment, expected)
+        if whole is not None:
+            _verify_wrapper(model, attachment, whole)
     except BaseException:
         detach(model)
         raise
@@ -82,12 +82,14 @@ def survey(model: nn.Module, config: AHNConfig, *, rotations: bool = True) -> At
         ModelError: The model cannot be given a memory; the message says why.
         ConfigError: The settings do not fit this model.
     """
+    model = compat.unwrap(model)
     backbone = find_backbone(model)
     sites = _sites(backbone, probe(model, backbone), config)
     attachment = Attachment(config, sites, _base_name(backbone), _trained_context(backbone))
     if rotations:
         attachment.rotation_problem = _find_rotations(backbone, sites)
     attachment.position_limit = _position_limit(backbone)
+    attachment.is_wrapped = model is not backbone and getattr(model, str(model.base_model_prefix), None) is not backbone
     attachment.check(attachment.settings)
     return attachment
 
@@ -159,8 +161,8 @@ def _sites(backbone: Any, layers: list[CapturedLayer], config: AHNConfig) -> tup
     )
     for index in _chosen(sites, config):
         site = sites[index]
-        site.memory = build_memory(config.memory, site.shape).to(site.device, site.dtype)
-        site.memory.train(backbone.training)
+        site.built = build_memory(config.memory, site.shape).to(site.device, site.dtype)
+        site.built.train(backbone.training)
     return sites
 
 
@@ -295,13 +297,54 @@ def _verify(backbone: Any, attachment: Attachment, expected: torch.Tensor) -> No
     if missing := {site.index for site in attachment.sites if site.memory is not None} - served:
         raise ModelError(f"no memory can be attached to {name}: layers {sorted(missing)} do not pass its inputs on")
     scale = expected.abs().mean().clamp(min=1e-6)
-    exact = all(site.dtype == torch.float32 for site in attachment.sites)
-    tolerance = 1e-3 if exact else 5e-2
-    if bool((actual - expected).abs().mean() > tolerance * scale):
+    if bool((actual - expected).abs().mean() > _tolerance(attachment) * scale):
         raise ModelError(
             f"no memory can be attached to {name}: its attention does more than a causal softmax over keys "
             f"(outputs differ by {float((actual - expected).abs().mean() / scale):.1%} on a text inside the window)"
         )
+
+
+def _write_sample(model: Any, attachment: Attachment) -> torch.Tensor:
+    """Logits of a whole model on a short text, `[1, T, V]` float32; it must also write a token."""
+    backbone = find_backbone(model)
+    ids = sample(backbone, min(3, *(_exact_tokens(attachment, site) for site in attachment.sites)))
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            logits: torch.Tensor = model(input_ids=ids).logits
+            model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=1, do_sample=False)
+    finally:
+        model.train(training)
+    return logits.float()
+
+
+def _verify_wrapper(model: Any, attachment: Attachment, expected: torch.Tensor) -> None:
+    """Reads and writes a short text by way of the model that the user holds.
+
+    Raises:
+        ModelError: It fails, or reads otherwise than without a memory.
+    """
+    name = type(model).__name__
+    try:
+        with mode(model, "ahn", anchors=0):
+            actual = _write_sample(model, attachment)
+    except Exception as error:
+        raise ModelError(
+            f"no memory can be attached to {name}: its decoder reads with one, but {name} itself fails ({error}); "
+            "attach it to the text model alone"
+        ) from error
+    difference = float((actual - expected).abs().mean() / expected.abs().mean().clamp(min=1e-6))
+    if difference > _tolerance(attachment):
+        raise ModelError(
+            f"no memory can be attached to {name}: it reads otherwise with one (outputs differ by {difference:.1%} on "
+            "a text inside the window); attach it to the text model alone"
+        )
+
+
+def _tolerance(attachment: Attachment) -> float:
+    """Share of their mean by which outputs may differ: rounding."""
+    return 1e-3 if all(site.dtype == torch.float32 for site in attachment.sites) else 5e-2
 
 
 def _make_generate_use_memory(model: Any) -> None:

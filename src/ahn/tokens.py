@@ -90,7 +90,7 @@ class ExtraKV(NamedTuple):
     visible_until: torch.Tensor
 
 
-class View(NamedTuple):
+class VisibleKV(NamedTuple):
     """What the queries of one call may read, and what left the window because of them.
 
     Attributes:

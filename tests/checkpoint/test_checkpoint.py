@@ -19,7 +19,7 @@ import ahn
 from ahn import checkpoint
 from ahn.attachment import attachment_of, find_attachment
 from ahn.checkpoint import adapter, files
-from ahn.checkpoint.content import Base, memory_tensors
+from ahn.checkpoint.content import BaseInfo, memory_tensors
 from ahn.errors import AHNError, CheckpointError, ModelError
 from tests.tiny import awaken, read, text, tiny, with_memory
 
@@ -580,9 +580,9 @@ class TestDescribe:
 
 
 def test_base_of_a_model_with_separate_head_size_and_without() -> None:
-    assert Base.of_model(tiny("qwen3")).head_dim == 8
-    assert Base.of_model(tiny("qwen2")).head_dim == 8
-    assert Base.of_model(tiny("gpt2")).num_key_value_heads == 4
+    assert BaseInfo.of_model(tiny("qwen3")).head_dim == 8
+    assert BaseInfo.of_model(tiny("qwen2")).head_dim == 8
+    assert BaseInfo.of_model(tiny("gpt2")).num_key_value_heads == 4
 
 
 def test_awakened_memories_are_not_zero() -> None:

@@ -42,7 +42,7 @@ SURFACE = {
     "convert": ["SOURCE", "TARGET", "--to", "--model", "--base", "--force"],
     "merge": ["MODEL", "ADAPTER", "TARGET", "--force"],
     "probe": [
-        "FILE", "--model", "--adapter", "--window", "--sinks", "--tokens", "--positions", "--top", "--html",
+        "--model", "--adapter", "--window", "--sinks", "FILE", "--tokens", "--positions", "--top", "--html",
         "--json", "--memory-figures", "--seed",
     ],
 }  # fmt: skip

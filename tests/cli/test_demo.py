@@ -11,8 +11,11 @@ import torch
 from rich.console import Console
 
 import ahn
-from ahn.cli import comparison, loading, main, show
+from ahn.cli import comparison, loading, main
+from ahn.cli.comparison import ComparedMode, Comparison, ReadingLimits
+from ahn.cli.demo import compare
 from ahn.cli.loading import ModelChoice, ModelSettings
+from ahn.cli.screen import Screen
 from ahn.cli.texts import reference, with_fact
 from ahn.generation import Reader, decode, stream_text
 from ahn.models import prompts
@@ -69,15 +72,15 @@ class TestTable:
         monkeypatch.chdir(place)
         loaded = loading.load(ModelSettings("./chatty", "adapter", WINDOW, SINKS))
         passage = prompts.passage(loaded.tokenizer, reference()[:700], "", chat=True)
-        compared = comparison.Comparison(loaded, passage, comparison.Plan(["ahn", "full"], 300, None, 4))
-        compared.read(show.Screen(Console(file=io.StringIO())))
+        compared = Comparison(loaded, passage, ["ahn", "full"], ReadingLimits(300, None, 4))
+        compared.read(lambda: None)
         ids = torch.cat((passage.opening, passage.text))[None, :300]
         assert compared.spans == [(37, 300)]
-        for arm in compared.arms:
-            with ahn.mode(loaded.model, arm.mode), torch.no_grad():
+        for mode in compared.modes:
+            with ahn.mode(loaded.model, mode.name), torch.no_grad():
                 scores = loaded.model(ids, use_cache=False).logits[0].log_softmax(-1)
             nll = -scores[35:299].gather(1, ids[0, 36:300, None]).mean()
-            assert arm.perplexity(37, 300) == pytest.approx(float(nll.exp()), rel=1e-4)
+            assert mode.perplexity(37, 300) == pytest.approx(float(nll.exp()), rel=1e-4)
 
     def test_full_attention_stops_at_the_trained_context(self, run):
         status, out, _ = run(*TINY, "--tokens", "5000", "--question", "And so?", "--modes", "full,window")
@@ -132,14 +135,14 @@ class TestTable:
         assert 36 < int(rows(out)["ahn"][0].replace(",", "")) < len(reference())
 
     def test_interrupted(self, run, monkeypatch):
-        feed = comparison.Arm.feed
+        prefill = ComparedMode.prefill
 
-        def interrupt(self: comparison.Arm, ids: torch.Tensor) -> None:
-            if self.mode == "window":
+        def interrupt(self: ComparedMode, ids: torch.Tensor) -> None:
+            if self.name == "window":
                 raise KeyboardInterrupt
-            feed(self, ids)
+            prefill(self, ids)
 
-        monkeypatch.setattr(comparison.Arm, "feed", interrupt)
+        monkeypatch.setattr(ComparedMode, "prefill", interrupt)
         status, out, err = run(*TINY, "--tokens", "600")
         assert (status, err) == (130, "interrupted\n")
         assert rows(out)["ahn"][0] == "512"
@@ -154,8 +157,9 @@ class TestScreen:
         shown = io.StringIO()
         console = Console(file=shown, force_terminal=True, width=width, height=40)
         loaded = loading.load(ModelSettings("./chatty", None, WINDOW, SINKS))
-        plan = comparison.Plan(["ahn", "window", "full"], 600, None, 4)
-        comparison.run(loaded, reference(), "And so?", plan, show.Screen(console), "a text")
+        passage = prompts.passage(loaded.tokenizer, reference(), "And so?", chat=True)
+        compared = Comparison(loaded, passage, ["ahn", "window", "full"], ReadingLimits(600, None, 4))
+        compare(compared, Screen(console), "a text", "And so?")
         lines = re.sub(r"\x1b\[[?\d;]*[A-Za-z]", "", shown.getvalue()).replace("\r", "\n").splitlines()
         assert max(map(len, lines)) <= width
 
@@ -178,8 +182,7 @@ class TestWriting:
     def test_stops(self, place):  # noqa: F811
         loaded = loading.load(ModelChoice(str(place / "chatty"), "none", WINDOW, SINKS))
         reader = Reader(loaded.model)
-        reader.feed(prompts.tokens(loaded.tokenizer, "Once upon a time"))
-        assert reader.logits is not None
+        reader.prefill(prompts.tokens(loaded.tokenizer, "Once upon a time"))
         assert list(decode(reader, 5, {int(reader.logits.argmax())})) == []
 
 

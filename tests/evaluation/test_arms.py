@@ -13,6 +13,7 @@ from torch.nn import functional
 import ahn
 from ahn.errors import ConfigError
 from ahn.evaluation.arms import ARMS, arm_reader
+from ahn.evaluation.controls import Recent
 from ahn.generation import read
 from tests.tiny import text, with_memory
 
@@ -29,7 +30,7 @@ def test_scores_are_those_of_reading(model: Any, arm: Any) -> None:
     ids = text(1, 90)[0]
     reader = arm_reader(model, arm)
     for piece in ids.split(37):
-        reader.feed(piece)
+        reader.prefill(piece)
     with ahn.mode(model, arm):
         expected = read(model, ids)
     torch.testing.assert_close(reader.nll, expected.nll, rtol=0, atol=1e-4)
@@ -45,7 +46,7 @@ def test_tail_knows_nothing_but_sinks_and_window(model: Any) -> None:
     ids, step = text(1, 90)[0], WINDOW // 8
     reader = arm_reader(model, "tail")
     for piece in ids.split(7):
-        reader.feed(piece)
+        reader.prefill(piece)
     nll = []
     with ahn.mode(model, "full"):
         for token in range(1, 90):
@@ -63,7 +64,7 @@ def test_tail_keeps_one_cache(model: Any) -> None:
     """However long the text, the inputs that it gave up leave nothing but their scores."""
     reader = arm_reader(model, "tail")
     first = weakref.ref(reader._reader.cache)
-    reader.feed(text(1, 90)[0])
+    reader.prefill(text(1, 90)[0])
     gc.collect()
     assert first() is None
     assert reader.nll.numel() == 89
@@ -73,9 +74,9 @@ def test_tail_keeps_one_cache(model: Any) -> None:
 def test_tail_answers_from_the_whole_window(model: Any) -> None:
     ids, more = text(1, 90)[0], text(1, 30, seed=8)[0]
     reader = arm_reader(model, "tail", score=False)
-    reader.feed(ids)
+    reader.prefill(ids)
     twin = reader.fork()
-    twin.feed(more)
+    twin.prefill(more)
     given = torch.cat((ids[:SINKS], ids[-WINDOW:], more))
     with ahn.mode(model, "full"):
         logits = model(given[None]).logits[0]
@@ -87,16 +88,16 @@ def test_tail_answers_from_the_whole_window(model: Any) -> None:
 def test_forks_and_answers(model: Any, arm: str) -> None:
     ids, more = text(1, 70)[0], text(1, 9, seed=8)[0]
     reader = arm_reader(model, arm, score=False)
-    reader.feed(ids)
+    reader.prefill(ids)
     first, second = reader.fork(), reader.fork()
-    first.feed(more)
+    first.prefill(more)
     written = list(second.generate(8))
     assert list(reader.fork().generate(8)) == written
     assert list(reader.generate(8, stop=[written[3]])) == written[: written.index(written[3])]
     again = arm_reader(model, arm, score=False)
-    again.feed(ids)
+    again.prefill(ids)
     twin = again.fork()
-    twin.feed(more)
+    twin.prefill(more)
     torch.testing.assert_close(twin.nll, first.nll, rtol=0, atol=1e-4)
     assert first.nll.numel() == 9
 
@@ -106,13 +107,15 @@ def test_arms_with_numbers(model: Any) -> None:
     cases = {
         "window+9": ("window", {"window": WINDOW + 9}),
         "ahn+4": ("ahn", {"anchors": 4}),
-        "ahn+4:recent": ("ahn", {"anchors": 4, "anchor_score": "recent"}),
+        "ahn+4:value_norm": ("ahn", {"anchors": 4, "anchor_score": "value_norm"}),
+        "ahn+4:recent": ("ahn", {"anchors": 4}),
     }
     for arm, (mode, settings) in cases.items():
         reader = arm_reader(model, arm)
-        reader.feed(ids)
+        reader.prefill(ids)
         with ahn.mode(model, mode, **settings):  # type: ignore[arg-type]
-            torch.testing.assert_close(reader.nll, read(model, ids).nll, rtol=0, atol=1e-4)
+            control = ahn.HippocampalCache(model, anchor_score=Recent()) if arm.endswith("recent") else None
+            torch.testing.assert_close(reader.nll, read(model, ids, cache=control).nll, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", ["none", "", "full+3", "ahn+0", "window+4:recent", "ahn+", "ahn+4:", "ahn+4:luck"])

@@ -14,20 +14,18 @@ import pytest
 from ahn.cli import main
 from ahn.cli.app import command
 
-RUN = ["--model", "--adapter", "--window", "--sinks", "--sink-positions", "--out", "--seed"]
+RUN = ["--arms", "--model", "--adapter", "--window", "--sinks", "--sink-positions", "--out", "--seed"]
 SURFACE = {
     "perplexity": [
-        "FILE", "--length", "--pieces", "--arms", "--window", "--sinks", "--sink-positions", "--adapter", "--model",
-        "--ngram", "--rare", "--out", "--seed",
+        "FILE", "--length", "--pieces", "--ngram", "--rare", *RUN,
     ],
     "compare": ["A", "B", "--all"],
     "recall": [
-        "--tasks", "--lengths", "--depths", "--items", "--values", "--facts", "--distractors", "--haystack", "--arms",
-        "--window", "--sinks", "--sink-positions", "--adapter", "--model", "--out", "--seed",
+        "--tasks", "--lengths", "--depths", "--items", "--values", "--facts", "--distractors", "--haystack", *RUN,
     ],
     "run": [
         "--tasks", "--data", "--limit", "--max-tokens", "--scoring", "--prompts", "--chat", "--no-chat", "--metadata",
-        "--arms", *RUN,
+        *RUN,
     ],
     "score": ["FILE", "--task", "--scoring", "--json"],
 }  # fmt: skip

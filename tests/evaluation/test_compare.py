@@ -9,7 +9,7 @@ import pytest
 
 from ahn.cli import main
 from ahn.evaluation import EvaluationError
-from ahn.evaluation.comparison import compare
+from ahn.evaluation.differences import compare
 from ahn.evaluation.report import EvaluationReport
 
 SETTINGS: dict[str, Any] = {"window": 256, "arms": ["full", "ahn"], "adapter": None}

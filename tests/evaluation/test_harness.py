@@ -106,7 +106,7 @@ class TestRequests:
     def test_the_likeliest_is_greedy(self, parts: dict[str, Any]) -> None:
         lm = harness(parts)
         reader = lm._read(lm.tok_encode(TEXT))
-        likeliest = reader.fork().generate(4)
+        likeliest = list(reader.fork().generate(4))
         other = [*likeliest[:3], (likeliest[3] + 1) % 259]
         (first, greedy), (second, not_greedy) = lm._loglikelihood_tokens(
             [(None, lm.tok_encode(TEXT), likeliest), (None, lm.tok_encode(TEXT), other)], disable_tqdm=True

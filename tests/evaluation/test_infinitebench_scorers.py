@@ -9,7 +9,7 @@ import pytest
 from ahn.evaluation.benchmarks.infinitebench import INFINITEBENCH
 from ahn.evaluation.errors import AnswerError
 from ahn.evaluation.metrics import METRICS
-from ahn.evaluation.metrics.options import with_letter
+from ahn.evaluation.metrics.choices import with_letter
 from tests.evaluation.common import Row, by_hand, score
 
 PASSKEY: list[Row] = [

@@ -10,25 +10,17 @@ from matplotlib.figure import Figure
 
 from ahn.anchors.queries import AnchorQueries
 from ahn.attachment import attachment_of
-from ahn.cli.evaluation import options
-from ahn.cli.terminal import UsageError
+from ahn.cli import main
+from ahn.cli.evaluation import recall, runs
+from ahn.cli.loading import ModelSettings
 from ahn.errors import AHNError
-from ahn.evaluation import arms
 from ahn.evaluation.arm_names import GRAMMAR
 from ahn.evaluation.page import Page
-from ahn.evaluation.report import EvaluationReport, read_report
+from ahn.evaluation.report import read_report
 from tests.tiny import awaken, give_score_weights, with_memory
 
-GOOD: dict[str, Any] = {
-    "model": "tiny",
-    "adapter": None,
-    "window": 16,
-    "sinks": 4,
-    "sink_positions": "bounded",
-    "arms": "window, ahn,window",
-    "out": None,
-    "seed": 0,
-}
+TINY = ModelSettings("tiny", window=16, sinks=4)
+ARMS = ("window", "ahn")
 
 
 @pytest.fixture(autouse=True)
@@ -40,48 +32,51 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    ("changes", "says"),
+    ("words", "says"),
     [
-        ({"window": 0}, "--window must be at least 1, not 0."),
-        ({"sinks": -1}, "--sinks must be at least 0, not -1."),
-        ({"sink_positions": "far"}, "--sink-positions must be bounded or absolute, not 'far'."),
-        (
-            {"arms": "window,half"},
-            f"--arms takes {GRAMMAR}, not 'half'.",
-        ),
-        (
-            {"arms": ","},
-            f"--arms takes {GRAMMAR}, not ''.",
-        ),
-        ({"seed": -1}, "--seed must be at least 0, not -1."),
-        ({"adapter": "./missing"}, "--adapter ./missing does not exist."),
-        ({"out": Path("file.txt")}, "--out file.txt is a file. Name a folder."),
-        ({"out": Path("full")}, "--out full holds other things than an evaluation. Name another folder."),
+        ("--window 0", "--window must be at least 1, not 0."),
+        ("--sinks -1", "--sinks must be at least 0, not -1."),
+        ("--sink-positions far", "--sink-positions must be bounded or absolute, not 'far'."),
+        ("--arms window,half", f"--arms takes {GRAMMAR}, not 'half'."),
+        ("--arms ,", f"--arms takes {GRAMMAR}, not ''."),
+        ("--seed -1", "--seed must be at least 0, not -1."),
+        ("--adapter ./missing", "--adapter ./missing does not exist."),
+        ("--out file.txt", "--out file.txt is a file. Name a folder."),
+        ("--out full", "--out full holds other things than an evaluation. Name another folder."),
     ],
 )
-def test_wrong_options(changes: dict[str, Any], says: str) -> None:
-    with pytest.raises(UsageError) as raised:
-        options.open_run("perplexity", **{**GOOD, **changes})
-    assert says in str(raised.value)
+@pytest.mark.parametrize("command", ["perplexity file.txt", "recall"])
+def test_wrong_options(command: str, words: str, says: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["eval", *command.split(), *words.split()]) == 2
+    shown = capsys.readouterr()
+    assert says in shown.err
+    assert (shown.out, shown.err.count("\n")) == ("", 1)
+
+
+def test_arms_are_named_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    opened: list[Any] = []
+    monkeypatch.setattr(recall, "open_run", lambda command, source, options, arms, **own: opened.append(arms) or 1 / 0)
+    assert main(["eval", "recall", "--arms", "window, ahn,window"]) == 1
+    assert opened == [ARMS]
 
 
 def test_goes_on_with_the_same_settings_only(capsys: pytest.CaptureFixture[str]) -> None:
-    settings = {**GOOD, "out": Path("run")}
-    run = options.open_run("perplexity", **settings, length=5)
-    assert run.arms == ["window", "ahn"]
+    shared = (TINY, runs.RunOptions(Path("run")), ARMS)
+    run = runs.open_run("perplexity", *shared, length=5)
+    assert run.settings["arms"] == ["window", "ahn"]
     assert not Path("run").exists()
     run.journal.add("a", {"x": 1})
     assert capsys.readouterr().err == ""
-    assert options.open_run("perplexity", **settings, length=5).journal.done == {"a": {"x": 1}}
+    assert runs.open_run("perplexity", *shared, length=5).journal.done == {"a": {"x": 1}}
     assert capsys.readouterr().err == "going on with run: 1 finished item\n"
     with pytest.raises(AHNError, match="was begun with length = 5, not 6;"):
-        options.open_run("perplexity", **settings, length=6)
+        runs.open_run("perplexity", *shared, length=6)
     with pytest.raises(AHNError, match="was begun with command = perplexity, not recall;"):
-        options.open_run("recall", **settings, length=5)
+        runs.open_run("recall", *shared, length=5)
 
 
 def test_says_how_to_go_on(capsys: pytest.CaptureFixture[str]) -> None:
-    run = options.open_run("perplexity", **{**GOOD, "out": Path("run")})
+    run = runs.open_run("perplexity", TINY, runs.RunOptions(Path("run")), ARMS)
     run.journal.add("a", {})
     with pytest.raises(KeyboardInterrupt), run.working():
         raise KeyboardInterrupt
@@ -89,36 +84,45 @@ def test_says_how_to_go_on(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_finish(capsys: pytest.CaptureFixture[str]) -> None:
-    run = options.open_run("perplexity", **{**GOOD, "out": Path("run")})
-    run.finish(EvaluationReport("perplexity", run.settings, {}, {}), Page("x"), {"curve": Figure()})
+    run = runs.open_run("perplexity", TINY, runs.RunOptions(Path("run")), ARMS)
+    page = Page("x")
+    page.figure("curve", Figure(), "a curve")
+    run.finish({"nll": 1.5}, page, with_memory())
     assert capsys.readouterr().out == "wrote report.json, report.html, curve.png to run\n"
-    assert read_report("run/report.json").settings["window"] == 16
+    report = read_report("run/report.json")
+    assert (report.command, report.settings["window"], report.results) == ("perplexity", 16, {"nll": 1.5})
+    assert report.environment["seed"] == 0
+    assert "Measured with" in Path("run/report.html").read_text()
     assert {each.name for each in Path("run").iterdir()} == {"report.json", "report.html", "curve.png"}
 
 
 def test_weights_checksum() -> None:
     model = with_memory()
-    before = options.weights_checksum(model)
-    assert before == options.weights_checksum(with_memory())
+    before = checksum(model)
+    assert before == checksum(with_memory())
     awaken(model)
-    assert options.weights_checksum(model) == before
+    assert checksum(model) == before
     model.get_input_embeddings().weight.data.add_(1)
-    assert options.weights_checksum(model) == before
+    assert checksum(model) == before
     next(attachment_of(model).sites[0].memory.parameters()).data.add_(1)
-    assert options.weights_checksum(model) != before
-    assert options.weights_checksum(with_memory().bfloat16()) != before
+    assert checksum(model) != before
+    assert checksum(with_memory().bfloat16()) != before
 
 
-def test_votes_checksum() -> None:
+def test_score_checksum() -> None:
     model = with_memory()
     give_score_weights(model)
-    before = options.score_checksum(model)
-    assert before != options.score_checksum(with_memory())
+    before = score_checksum(model)
+    assert before != score_checksum(with_memory())
     votes = attachment_of(model).sites[0].score_weights("asked")
     assert isinstance(votes, AnchorQueries)
     votes.queries.add_(1)
-    assert options.score_checksum(model) != before
+    assert score_checksum(model) != before
 
 
-def test_arms_are_those_of_evaluation() -> None:
-    assert options.ARMS == arms.ARMS
+def checksum(model: Any) -> str:
+    return runs.weights_checksum((site.index, site.memory) for site in attachment_of(model).sites)
+
+
+def score_checksum(model: Any) -> str:
+    return runs.weights_checksum((site.index, site.anchor_weights) for site in attachment_of(model).sites)

@@ -15,11 +15,11 @@ import ahn
 from ahn.cli import main
 from ahn.evaluation import EvaluationError
 from ahn.evaluation.journal import Journal
-from ahn.evaluation.perplexity import measure as measuring
-from ahn.evaluation.perplexity.documents import Document, pieces, whole
-from ahn.evaluation.perplexity.measure import Plan, bin_tokens, key, make_plan, measure, read_all
+from ahn.evaluation.perplexity import reading as measuring
+from ahn.evaluation.perplexity.averages import average, closed_share
+from ahn.evaluation.perplexity.documents import TokenDocument, pieces, whole
 from ahn.evaluation.perplexity.ngrams import GROUPS, group_tokens
-from ahn.evaluation.perplexity.results import closed_share, results
+from ahn.evaluation.perplexity.reading import PerplexityPlan, bin_tokens, key, make_plan, measure, read_all
 from ahn.evaluation.report import read_report
 from ahn.generation import read
 from tests.cli.test_cli import as_before, place  # noqa: F401 (fixtures)
@@ -113,11 +113,11 @@ def model() -> Any:
     return with_memory()
 
 
-def documents() -> list[Document]:
-    return [Document("a", ids(200)), Document("b", ids(90, 1)), Document("c", ids(120, 2))]
+def documents() -> list[TokenDocument]:
+    return [TokenDocument("a", ids(200)), TokenDocument("b", ids(90, 1)), TokenDocument("c", ids(120, 2))]
 
 
-def scores(model: Any, arm: Any, document: Document) -> Any:
+def scores(model: Any, arm: Any, document: TokenDocument) -> Any:
     with ahn.mode(model, arm):
         return read(model, torch.from_numpy(document.ids)).nll.double().numpy()
 
@@ -127,7 +127,7 @@ class TestMeasure:
     def test_sums(self, model: Any, arm: str, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(measuring, "automatic_chunk", lambda model: 33)
         document = documents()[0]
-        plan = Plan([arm, "full"], EXACT, 16, 150)
+        plan = PerplexityPlan([arm, "full"], EXACT, 16, 150)
         groups = group_tokens([document.ids], [document.ids], 3, 4, SINKS, WINDOW)[0]
         record = measure(model, arm, document, groups, plan)
         end = 150 if arm == "full" else 200
@@ -152,7 +152,7 @@ class TestMeasure:
         monkeypatch.setattr(measuring, "automatic_chunk", lambda model: 40)
         document = documents()[0]
         groups = np.zeros(199, dtype=np.int8)
-        plan = Plan(["full", "ahn"], EXACT, 16, 10**9)
+        plan = PerplexityPlan(["full", "ahn"], EXACT, 16, 10**9)
         points = {arm: measure(model, arm, document, groups, plan)["points"] for arm in plan.arms}
         assert points["ahn"]["tokens"] == [40, 80, 120, 160, 200]
         assert len(set(points["ahn"]["cache_bytes"])) == 1
@@ -166,8 +166,8 @@ class TestMeasure:
         model = tiny("gpt2")
         with ahn.attached(model, ahn.AHNConfig(window=WINDOW, sinks=SINKS)):
             with pytest.raises(EvaluationError, match=r"positions for 512 tokens only, .* has 513; .*--length 512"):
-                make_plan(model, ["window"], [Document("a", ids(513))])
-            assert make_plan(model, ["window"], [Document("a", ids(512))]).full_limit == 512
+                make_plan(model, ["window"], [TokenDocument("a", ids(513))])
+            assert make_plan(model, ["window"], [TokenDocument("a", ids(512))]).full_limit == 512
 
 
 class TestResults:
@@ -182,10 +182,10 @@ class TestResults:
         all_ids = [each.ids for each in read_documents]
         journal, said = Journal(None, {}), []
         groups = group_tokens(all_ids, all_ids, 3, 4, SINKS, WINDOW)
-        read_all(model, read_documents, groups, plan, journal, lambda done, remark: said.append(done))
+        read_all(model, read_documents, groups, plan, journal, lambda done, remark="": said.append(done))
         assert said == sorted(said)
         assert said[-1] == 3 * (200 + 90 + 120)
-        found = results(model, read_documents, plan, journal.done, seed=0)
+        found = average(model, read_documents, plan, journal.done, seed=0)
         nll = {arm: np.concatenate([scores(model, arm, each)[EXACT:] for each in read_documents]) for arm in arms}
         for arm, row in found["arms"].items():
             assert row["nll"]["beyond"] == pytest.approx(nll[arm].mean(), rel=1e-5)
@@ -208,7 +208,7 @@ class TestResults:
         groups = [np.zeros(len(each.ids) - 1, dtype=np.int8) for each in read_documents]
         real = measuring.measure
 
-        def stop_at_the_fourth(model: Any, arm: str, document: Document, *more: Any) -> Any:
+        def stop_at_the_fourth(model: Any, arm: str, document: TokenDocument, *more: Any) -> Any:
             read_arms.append(key(document, arm))
             if len(read_arms) == 4:
                 raise KeyboardInterrupt

@@ -11,7 +11,7 @@ import pytest
 from ahn.evaluation import averages, load_samples, read_predictions, score_predictions
 from ahn.evaluation.errors import EvaluationError
 from ahn.evaluation.predictions import to_record
-from ahn.evaluation.scores import to_json
+from ahn.evaluation.set_scores import to_json
 
 OURS = {"benchmark": "infinitebench", "task": "passkey", "id": 4, "prediction": "It is 71432.", "answers": ["71432"]}
 LVEVAL = {"pred": "Paris", "answers": ["in Paris", "x"], "gold_ans": "Paris", "input": "Where?", "length": 13_211}

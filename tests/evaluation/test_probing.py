@@ -14,8 +14,7 @@ from ahn.errors import ModelError, ShapeError
 from ahn.evaluation import EvaluationError
 from ahn.evaluation.probing import effective_rank, gradients, token_gradients, trace_state
 from ahn.evaluation.probing.figures import draw
-from ahn.evaluation.probing.shading import coloured_text
-from ahn.evaluation.probing.tokens import Scale, show_tokens, strongest, token_texts
+from ahn.evaluation.probing.shading import Scale, coloured_text, show_tokens, strongest, token_texts
 from ahn.generation import Reader
 from ahn.memories import MemoryShape, build_memory
 from ahn.training import distillation_loss
@@ -127,7 +126,7 @@ class TestState:
         assert trace.tokens == (35, 48, 62, 75)
         for place, stop in enumerate(trace.tokens):
             reader = Reader(model, score=False)
-            reader.feed(ids[:, :stop])
+            reader.prefill(ids[:, :stop])
             for layer, cascade in enumerate(reader.cache.layers):  # type: ignore[attr-defined]
                 torch.testing.assert_close(trace.rank[place, layer], effective_rank(cascade.state[0]))
         assert (trace.layers, trace.full_rank) == ((0, 1, 2), (8, 8, 8))

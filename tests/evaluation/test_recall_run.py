@@ -20,20 +20,19 @@ from ahn.cli import main
 from ahn.cli.texts import reference
 from ahn.evaluation.arms import arm_reader
 from ahn.evaluation.journal import Journal
-from ahn.evaluation.recall import run
-from ahn.evaluation.recall.haystack import sentences
-from ahn.evaluation.recall.items import Builder, Item
-from ahn.evaluation.recall.plan import Plan, Settings
-from ahn.evaluation.recall.plot import capacity_curve, heat_map
-from ahn.evaluation.recall.results import by_depth, cells, is_found, moved_and_dropped, verdicts
-from ahn.evaluation.recall.spans import Exact
-from ahn.evaluation.recall.tasks import TASKS
+from ahn.evaluation.recall import findings
+from ahn.evaluation.recall.findings import by_depth, capacity_curve, cells, heat_map, moved_and_dropped, verdicts
+from ahn.evaluation.recall.items import ItemMaker, RecallItem
+from ahn.evaluation.recall.tasks import TASKS, RecallSettings
 from ahn.evaluation.report import read_report
+from ahn.models.text import sentences
 from tests.cli.test_cli import write_tokenizer
 from tests.tiny import tiny
 
 SINKS, WINDOW = 100, 900
-SETTINGS = Settings(("full", "window"), tuple(TASKS), (2500,), depths=3, items=1, values=2, facts=(4,), distractors=3)
+SETTINGS = RecallSettings(
+    tuple(TASKS), (2500,), arms=("full", "window"), depths=3, items=1, values=2, facts=(4,), distractors=3
+)
 
 
 class PerfectReader:
@@ -48,7 +47,7 @@ class PerfectReader:
         self.start = 0
         self.seconds, self.cache_bytes = 1.0, 7
 
-    def feed(self, ids: torch.Tensor) -> None:
+    def prefill(self, ids: torch.Tensor) -> None:
         self.ids += ids.tolist()
 
     def fork(self) -> PerfectReader:
@@ -89,38 +88,38 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def perfect(place: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Model, Plan]:
+def perfect(place: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Model, ItemMaker]:
     tokenizer = AutoTokenizer.from_pretrained(place / "model")
-    monkeypatch.setattr(run, "arm_reader", lambda model, arm, score: PerfectReader(model, arm, score))
+    monkeypatch.setattr(findings, "arm_reader", lambda model, arm, score, controls: PerfectReader(model, arm, score))
     PerfectReader.opened = 0
-    return Model(tokenizer), Plan(SETTINGS, Builder(tokenizer, WINDOW, SINKS), sentences(reference()[:60_000]))
+    return Model(tokenizer), ItemMaker(SETTINGS, tokenizer, WINDOW, SINKS, sentences(reference()[:60_000]))
 
 
 class TestRun:
-    def test_a_perfect_window_finds_what_is_labelled_so(self, perfect: tuple[Model, Plan]) -> None:
-        records = run.measure(*perfect, Journal(None, {}))
+    def test_a_perfect_window_finds_what_is_labelled_so(self, perfect: tuple[Model, ItemMaker]) -> None:
+        records = findings.measure(*perfect, Journal(None, {}))
         found = cells(records)
-        assert {cell.task for cell in found} == set(TASKS)
-        assert {cell.label for cell in found} >= {"window", "evicted"}
+        assert {cell["task"] for cell in found} == set(TASKS)
+        assert {cell["label"] for cell in found} >= {"window", "evicted"}
         for cell in found:
-            if cell.task == "variables":  # late variables of a chain may still be seen, and so is the other chain
+            if cell["task"] == "variables":  # late variables of a chain may still be seen, and so is the other chain
                 continue
-            if cell.arm == "full" or cell.label != "evicted":
-                assert (cell.found.share, cell.first.share, cell.mean_rank) == (1, 1, 1), cell
+            if cell["arm"] == "full" or cell["label"] != "evicted":
+                assert (cell["found"]["share"], cell["first"]["share"], cell["mean_rank"]) == (1, 1, 1), cell
             else:
-                assert (cell.hits, cell.found.share, cell.first.share) == (0, 0, 0), cell
-                assert cell.mean_rank > 1
+                assert (cell["hits"], cell["found"]["share"], cell["first"]["share"]) == (0, 0, 0), cell
+                assert cell["mean_rank"] > 1
         said = verdicts(found, SETTINGS)
         assert said[0].startswith("full found ")
         assert "NONE" not in said[0]
 
-    def test_goes_on_where_it_stopped(self, perfect: tuple[Model, Plan], tmp_path: Path) -> None:
+    def test_goes_on_where_it_stopped(self, perfect: tuple[Model, ItemMaker], tmp_path: Path) -> None:
         path, seen = tmp_path / "journal.jsonl", []
-        first = run.measure(*perfect, Journal(path, {}))
+        first = findings.measure(*perfect, Journal(path, {}))
         lines = path.read_text().splitlines(keepends=True)
         path.write_text("".join(lines[:8]) + lines[8][:30])  # killed while it wrote the eighth record
         PerfectReader.opened = 0
-        again = run.measure(*perfect, Journal(path, {}), seen.append)
+        again = findings.measure(*perfect, Journal(path, {}), seen.append)
         assert PerfectReader.opened == len(first) - 7
         assert again == first
         assert (seen[0], seen[-1]) == (7 * 2500, perfect[1].tokens)
@@ -130,32 +129,39 @@ class TestRun:
         model = tiny("qwen3", vocab_size=259, head_dim=8)
         ahn.attach(model, ahn.AHNConfig(window=220, sinks=10))
         ids = torch.randint(3, 259, (700,), generator=torch.Generator().manual_seed(0))
-        item = Item(tuple(ids.tolist()), (), frozenset(), Exact(10, 220, 700, 760), 0.0, 0)
+        item = RecallItem(tuple(ids.tolist()), {}, {}, {}, frozenset(), 0.0, 0, 700, 0)
         whole, part = (arm_reader(model, "tail", score=False) for _ in range(2))
-        whole.feed(ids)
-        part.feed(torch.tensor(run._read_by("tail", item)))
+        whole.prefill(ids)
+        part.prefill(torch.tensor(findings._context_for("tail", item, 10, 220)))
         assert part.tokens == 230
         torch.testing.assert_close(part.fork().logits, whole.fork().logits)
-        assert run._read_by("window", item) == item.context
+        assert findings._context_for("window", item, 10, 220) == item.context
 
-    def test_what_counts_for_nothing_is_not_read(self, perfect: tuple[Model, Plan]) -> None:
+    def test_what_counts_for_nothing_is_not_read(self, perfect: tuple[Model, ItemMaker]) -> None:
         model, _ = perfect
-        settings = Settings(("full", "window"), ("number",), (220,), depths=1, items=1, distractors=1)
-        plan = Plan(settings, Builder(model.tokenizer, 100, 0), sentences(reference()[:9_000]))
-        records = run.measure(model, plan, Journal(None, {}))
+        settings = RecallSettings(("number",), (220,), arms=("full", "window"), depths=1, items=1, distractors=1)
+        maker = ItemMaker(settings, model.tokenizer, 100, 0, sentences(reference()[:9_000]))
+        records = findings.measure(model, maker, Journal(None, {}))
         assert PerfectReader.opened == 0
         assert moved_and_dropped(records) == (0, 1)
         assert cells(records) == []
 
-    def test_figures(self, perfect: tuple[Model, Plan], tmp_path: Path) -> None:
-        records = run.measure(*perfect, Journal(None, {}))
+    def test_figures(self, perfect: tuple[Model, ItemMaker], tmp_path: Path) -> None:
+        records = findings.measure(*perfect, Journal(None, {}))
         for number, figure in enumerate(
             (heat_map("number", records, SETTINGS), capacity_curve(cells(records), SETTINGS))
         ):
             figure.savefig(tmp_path / f"{number}.png")
-        depths = by_depth(records, SETTINGS, is_found)
-        assert depths["number", "window", 2500, 2] == 1
-        assert depths["number", "window", 2500, 1] == 0
+        depths, _ = by_depth((record for record in records if record["task"] == "number"), SETTINGS)
+        assert depths["window", 2500, 2] == 1
+        assert depths["window", 2500, 1] == 0
+
+    def test_a_curve_of_nothing(self) -> None:
+        """A span in which no fact is asked for at one of the lengths has an empty panel."""
+        cell = {"task": "capacity", "length": 900, "facts": 4, "label": "evicted", "arm": "window"}
+        rows = [{**cell, "found": {"share": 0.5, "low": 0.0, "high": 1.0}}]
+        rows += [{**rows[0], "length": 1200}, {**rows[0], "label": "window"}]
+        assert len(capacity_curve(rows, SETTINGS).axes) == 4
 
 
 def record(number: int, values: list[tuple[str, bool, int]], arm: str = "window") -> dict[str, Any]:
@@ -177,15 +183,18 @@ class TestResults:
             record(1, [("evicted", False, 1)]),
         ]
         window, evicted = cells(records)
-        assert (window.label, window.contexts, window.values, window.found.share) == ("window", 1, 1, 1)
-        assert math.isnan(window.found.low)  # one text says nothing of others
-        assert (evicted.contexts, evicted.values, evicted.hits) == (2, 3, 1)
-        assert (evicted.found.share, evicted.first.share, evicted.mean_rank) == (1 / 3, 2 / 3, 2)
-        assert (evicted.found.low, evicted.found.high) == (0, 0.5)  # one of the texts twice: 0 of 2, or 2 of 4
+        assert (window["label"], window["contexts"], window["values"], window["found"]["share"]) == ("window", 1, 1, 1)
+        assert math.isnan(window["found"]["low"])  # one text says nothing of others
+        assert (evicted["contexts"], evicted["values"], evicted["hits"]) == (2, 3, 1)
+        assert (evicted["found"]["share"], evicted["first"]["share"], evicted["mean_rank"]) == (1 / 3, 2 / 3, 2)
+        assert (evicted["found"]["low"], evicted["found"]["high"]) == (
+            0,
+            0.5,
+        )  # a text twice: 0 of 2, 2 of 4
 
     def test_zeros_of_evicted_needles_are_said(self) -> None:
         records = [record(0, [("evicted", False, 2)]), record(0, [("evicted", True, 1)], "full")]
-        settings = Settings(("window", "full"))
+        settings = RecallSettings(arms=("window", "full"))
         assert verdicts(cells(records), settings) == [
             "window found NONE of 1 evicted values; ranks 0% of them first, by chance 10%.",
             "full found 1 of 1 evicted values; ranks 100% of them first, by chance 10%.",

@@ -2,96 +2,97 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import random
 from typing import Any
 
 import pytest
 
-from ahn.evaluation.recall import values
-from ahn.evaluation.recall.haystack import from_text, sentences
-from ahn.evaluation.recall.scoring import found, rank
-from ahn.evaluation.recall.sheets import Amounts, Sheet
-from ahn.evaluation.recall.spans import Exact, joined
-from ahn.evaluation.recall.tasks import TASKS
+from ahn.evaluation.recall import tasks as values
+from ahn.evaluation.recall.findings import in_answer, rank
+from ahn.evaluation.recall.items import ItemMaker, _hardest, _span_label
+from ahn.evaluation.recall.tasks import TASKS, Facts, Spec
+from ahn.models.text import sentences
 
-MUCH = Amounts(depth=0.5, values=3, distractors=4, facts=12)
+SPEC = Spec("", 0, depth=0.5, facts=12, number=0, values=3, distractors=4)
 
 
-def sheet(task: str, seed: int = 0, much: Amounts = MUCH) -> Sheet:
-    return TASKS[task].make(random.Random(seed), much)
+def facts(task: str, seed: int = 0, **changes: Any) -> Facts:
+    return TASKS[task].make(random.Random(seed), dataclasses.replace(SPEC, **changes))
 
 
 class TestTasks:
     @pytest.mark.parametrize("task", TASKS)
-    def test_same_seed_same_sheet(self, task: str) -> None:
-        one, other, third = sheet(task), sheet(task), sheet(task, seed=1)
-        assert (one.needles, one.asks) == (other.needles, other.asks)
+    def test_same_seed_same_facts(self, task: str) -> None:
+        one, other, third = facts(task), facts(task), facts(task, seed=1)
+        assert one[:2] == other[:2]
         assert one.needles != third.needles
 
     @pytest.mark.parametrize("task", TASKS)
     @pytest.mark.parametrize("seed", range(5))
     def test_every_value_is_told_and_no_wrong_one_is_right(self, task: str, seed: int) -> None:
-        made = sheet(task, seed)
-        for ask in made.asks:
-            right = {wanted.value for wanted in ask.wanted}
-            for wanted in ask.wanted:
-                assert any(wanted.value in made.needles[index].text for index in wanted.needles)
-                assert len(set(wanted.others)) == MUCH.distractors
-                assert wanted.value not in wanted.others
+        made = facts(task, seed)
+        for right in made.questions.values():
+            for value in right:
+                assert any(value.text in made.needles[index].text for index in value.needles)
+                assert len(set(value.wrong)) == SPEC.distractors
+                assert value.text not in value.wrong
                 if task in ("multi_value", "variables"):  # all values answer the same question
-                    assert not right & set(wanted.others)
+                    assert not {each.text for each in right} & set(value.wrong)
 
     @pytest.mark.parametrize("task", TASKS)
     def test_depths_are_within_the_text(self, task: str) -> None:
         for depth in (0.0, 0.3, 1.0):
-            needles = sheet(task, much=Amounts(depth, 3, 4, 12)).needles
+            needles = facts(task, depth=depth).needles
             assert all(0 <= needle.depth <= 1 for needle in needles)
             if task not in ("capacity", "multi_value", "multi_query"):
                 assert needles[0].depth == depth
 
     def test_single_needles_say_what_is_asked(self) -> None:
-        made = sheet("number")
-        (ask,) = made.asks
-        assert made.needles[0].text == f"{ask.question.cue} {ask.wanted[0].value}."
+        made = facts("number")
+        ((question, (value,)),) = made.questions.items()
+        assert made.needles[0].text == f"{question.cue} {value.text}."
+        assert value.question == question
 
     def test_wrong_values_of_one_text_come_first(self) -> None:
-        made = sheet("multi_key")
-        told = {needle.text.split()[-1].strip(".") for needle in made.needles[1:]}
-        assert told <= set(made.asks[0].wanted[0].others)
+        made = facts("multi_key")
+        hidden = {needle.text.split()[-1].strip(".") for needle in made.needles[1:]}
+        ((value,),) = made.questions.values()
+        assert hidden <= set(value.wrong)
 
     def test_a_variable_needs_those_before_it(self) -> None:
-        made = sheet("variables")
-        wanted = made.asks[0].wanted
-        assert [each.needles for each in wanted] == [(0,), (0, 1), (0, 1, 2)]
-        assert made.needles[1].text == f"VAR {wanted[1].value} = VAR {wanted[0].value}."
-        assert made.asks[0].question.text.split()[-1].strip("?") in made.needles[0].text
+        made = facts("variables")
+        ((question, right),) = made.questions.items()
+        assert [value.needles for value in right] == [(0,), (0, 1), (0, 1, 2)]
+        assert made.needles[1].text == f"VAR {right[1].text} = VAR {right[0].text}."
+        assert question.text.split()[-1].strip("?") in made.needles[0].text
 
-    def test_hay_of_needles_repeats_no_key(self) -> None:
-        hay = sheet("needles").hay
-        assert hay is not None
-        keys = [text.split()[4] for text in itertools.islice(hay, 3000)]
+    def test_filler_of_needles_repeats_no_key(self) -> None:
+        filler = facts("needles").filler
+        assert filler is not None
+        keys = [text.split()[4] for text in itertools.islice(filler, 3000)]
         assert len(set(keys)) == len(keys)
 
     def test_capacity_asks_in_all_parts_of_the_text(self) -> None:
         for seed in range(5):
-            asked = [ask.wanted[0].needles[0] for ask in sheet("capacity", seed).asks]
+            asked = [value.needles[0] for (value,) in facts("capacity", seed).questions.values()]
             assert [index // 4 for index in asked] == [0, 1, 2]
 
     def test_capacity_of_fewer_facts_than_are_asked(self) -> None:
-        assert len(sheet("capacity", much=Amounts(0, 4, 4, 2)).asks) == 2
+        assert len(facts("capacity", values=4, facts=2).questions) == 2
 
 
 class TestValues:
     def test_more_names_than_pairs_of_words(self) -> None:
-        names = values.new(random.Random(0), values.name, 12_000)
+        names = values._new(random.Random(0), "word", 12_000)
         assert len(set(names)) == 12_000
 
     def test_kinds(self) -> None:
         rng = random.Random(0)
-        assert len(values.number(rng)) == 7
-        assert len(values.identifier(rng)) == 36
-        assert values.variable(rng).isupper()
+        assert len(values._DRAW["number"](rng)) == 7
+        assert len(values._DRAW["code"](rng)) == 36
+        assert values._DRAW["variable"](rng).isupper()
 
 
 class TestHaystack:
@@ -109,7 +110,9 @@ class TestHaystack:
         assert [len(piece) for piece in sentences("x" * 900)] == [400, 400, 100]
 
     def test_each_sentence_once_from_a_random_one_on(self) -> None:
-        read = list(from_text(["a", "b", "c", "d"], random.Random(3)))
+        maker = ItemMaker.__new__(ItemMaker)
+        maker.haystack = ["a", "b", "c", "d"]
+        read = list(maker._from_random_one(random.Random(3)))
         assert sorted(read) == ["a", "b", "c", "d"]
         assert "".join(read) in "abcdabcd"
 
@@ -121,13 +124,12 @@ class TestHaystack:
      (89, 95, None), (90, 100, "window")],
 )  # fmt: skip
 def test_spans(start: int, stop: int, label: str | None) -> None:
-    assert Exact(sinks=10, window=30, question=100, end=120).label(start, stop) == label
+    assert _span_label(start, stop, sinks=10, window=30, question=100, end=120) == label
 
 
 def test_a_short_text_is_all_window() -> None:
-    exact = Exact(sinks=10, window=30, question=20, end=38)
-    assert exact.label(8, 15) == "window"
-    assert exact.label(2, 9) == "sinks"
+    assert _span_label(8, 15, sinks=10, window=30, question=20, end=38) == "window"
+    assert _span_label(2, 9, sinks=10, window=30, question=20, end=38) == "sinks"
 
 
 @pytest.mark.parametrize(
@@ -136,17 +138,17 @@ def test_a_short_text_is_all_window() -> None:
      (["window", None], None)],
 )  # fmt: skip
 def test_the_span_that_is_hardest_to_reach(labels: list[Any], expected: str | None) -> None:
-    assert joined(labels) == expected
+    assert _hardest(labels) == expected
 
 
 @pytest.mark.parametrize(
-    ("value", "answer", "is_found"),
+    ("value", "answer", "is_held"),
     [("1234567", " 1234567.", True), ("1234567", "it is 1,234,567!", True), ("1234567", "91234567", False),
      ("1234567", "123456", False), ("Quiet-Fox", "the quiet-fox, I think", True), ("quiet-fox", "quiet-foxes", False),
      ("ab-cd", "ab.cd", False)],
 )  # fmt: skip
-def test_found(value: str, answer: str, is_found: bool) -> None:
-    assert found(value, answer) == is_found
+def test_in_answer(value: str, answer: str, is_held: bool) -> None:
+    assert in_answer(value, answer) == is_held
 
 
 @pytest.mark.parametrize(

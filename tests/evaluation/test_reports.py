@@ -17,6 +17,7 @@ from ahn.evaluation.bootstrap import interval
 from ahn.evaluation.journal import Journal
 from ahn.evaluation.page import Page
 from ahn.evaluation.report import EvaluationReport, environment, read_report
+from ahn.evaluation.tables import ResultTable
 from tests.tiny import tiny
 
 
@@ -84,14 +85,14 @@ class TestPage:
         page = Page("a < b & <script>alert(1)</script>")
         page.heading("<h>")
         page.text("1 < 2 & 3")
-        page.table(["arm", "nll"], [["window", 1.23456], ["<b>", None], ["ahn", math.nan]], caption="what & why")
+        page.table(ResultTable(["arm", "nll"], [["window", 1.23456], ["<b>", None], ["ahn", math.nan]], "what & why"))
         page.facts({"arms": ["full", "window"], "versions": {"torch": "2"}, "tokens": 12_345, "adapter": None})
-        for _ in range(2):
+        for name in ("first", "second"):
             figure = Figure()
             panel = figure.subplots()
             panel.plot([0, 1], [0, 1], marker="o")
             panel.set_title("x < y")
-            page.figure(figure, 'a "figure"')
+            page.figure(name, figure, 'a "figure"')
         page.write(tmp_path / "report.html")
         return (tmp_path / "report.html").read_text(encoding="utf-8")
 
@@ -115,7 +116,7 @@ class TestPage:
 
     def test_columns_of_numbers_are_at_the_right(self, tmp_path: Path) -> None:
         page = Page("x")
-        page.table(["name", "share"], [["a1", "25 % (20 to 31)"], ["b", "-"], ["c", "-1.5"]])
+        page.table(ResultTable(["name", "share"], [["a1", "25 % (20 to 31)"], ["b", "-"], ["c", "-1.5"]]))
         page.write(tmp_path / "x.html")
         text = (tmp_path / "x.html").read_text(encoding="utf-8")
         assert '<th scope="col">name' in text

@@ -14,7 +14,7 @@ from ahn.cli import loading, main
 from ahn.evaluation.arms import ARMS, arm_reader
 from ahn.evaluation.benchmarks import runner as benchmark_runner
 from ahn.evaluation.benchmarks.question_sets import PromptRules, QuestionSet, check_sets
-from ahn.evaluation.benchmarks.runner import BenchmarkRunner, run_benchmarks
+from ahn.evaluation.benchmarks.runner import BenchmarkRunner
 from ahn.evaluation.journal import Journal
 from ahn.evaluation.report import read_report
 from tests.cli.test_cli import as_before, place, write_tokenizer  # noqa: F401 (fixtures)
@@ -96,7 +96,7 @@ class TestAnswers:
     @pytest.mark.parametrize("arm", ["window", "tail"])
     def test_ends(self, runner: BenchmarkRunner, arm: str) -> None:
         reader = arm_reader(runner.model, arm, score=False)
-        reader.feed(torch.arange(3, 43))
+        reader.prefill(torch.arange(3, 43))
         whole = reader.fork().answer(runner.tokenizer, 12, ())
         assert len(whole) > 5
         end = whole[3:5]
@@ -127,7 +127,7 @@ class TestRun:
     ) -> None:
         sets = check_sets(["passkey", "factrecall_en_16k"], "data", PromptRules())
         lengths, told = runner.lengths(sets), list[int]()
-        whole = run_benchmarks(runner, sets, lengths, Journal(None, {}), told.append)
+        whole = runner.run(sets, lengths, Journal(None, {}), told.append)
         assert told[-1] == 3 * sum(map(sum, lengths.values()))
         answer, count = BenchmarkRunner.answer, 0
 
@@ -141,9 +141,9 @@ class TestRun:
         journal = tmp_path / "journal.jsonl"
         monkeypatch.setattr(BenchmarkRunner, "answer", stops)
         with pytest.raises(KeyboardInterrupt):
-            run_benchmarks(runner, sets, lengths, Journal(journal, {}), told.append, tmp_path / "predictions")
+            runner.run(sets, lengths, Journal(journal, {}), told.append, tmp_path / "predictions")
         told.clear()
-        again = run_benchmarks(runner, sets, lengths, Journal(journal, {}), told.append, tmp_path / "predictions")
+        again = runner.run(sets, lengths, Journal(journal, {}), told.append, tmp_path / "predictions")
         assert count == 10  # five of the nine answers were left, the one that was stopped among them
         assert told[0] == 3 * lengths["passkey"][0] + lengths["passkey"][1]
         costless = [{**record, "seconds": 0} for record in again]

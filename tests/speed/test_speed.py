@@ -1,4 +1,4 @@
-"""Timing: turns, floors, and peers that stand where they say."""
+"""Timing: turns, floors, and baselines that stand where they say."""
 
 from __future__ import annotations
 
@@ -12,11 +12,10 @@ import ahn
 from ahn import speed
 from ahn.backbone import compat
 from ahn.generation import cache_bytes, read
-from ahn.speed.machine import Machine
+from ahn.speed.baselines import bare_copy, baselines
 from ahn.speed.measure import Timing, read_seconds
-from ahn.speed.peers import bare_copy, peers
 from ahn.speed.plot import plot_speed
-from ahn.speed.turns import Spread, ratio, spread, take_turns
+from ahn.speed.timing import Machine, Spread, interleave, ratio, spread
 from tests.tiny import give_score_weights, text, with_memory
 
 ARMS = ["full", "window", "ahn", "ahn+4", "ahn+4:learned", "ct_max"]
@@ -37,7 +36,7 @@ def test_each_has_its_turn_in_every_round_and_the_first_round_does_not_count() -
         return float(len(order))
 
     rounds: list[int] = []
-    taken = take_turns({"a": lambda: case("a"), "b": lambda: case("b")}, 2, lambda: rounds.append(1))
+    taken = interleave({"a": lambda: case("a"), "b": lambda: case("b")}, 2, lambda: rounds.append(1))
     assert order == ["a", "b"] * 3
     assert taken == {"a": [3.0, 5.0], "b": [4.0, 6.0]}
     assert len(rounds) == 3
@@ -59,15 +58,15 @@ def test_a_bare_copy_shares_the_weights_and_reads_as_the_base_model(model: Any) 
 
 @pytest.mark.parametrize("context", [3, 20, 90])
 def test_a_peer_holds_what_reading_the_context_would_leave(model: Any, context: int) -> None:
-    for arm, peer in peers(bare_copy(model), model, ARMS, context).items():
-        placed = peer._placed()
+    for arm, baseline in baselines(bare_copy(model), model, ARMS, context).items():
+        placed = baseline._placed()
         assert placed.get_seq_length() == context, arm
-        seconds = (peer.decode(), peer.read(7))
+        seconds = (baseline.decode(), baseline.read(7))
         assert all(each > 0 for each in seconds)
-        assert peer._placed().get_seq_length() == context, arm
-        assert cache_bytes(peer._placed()) == peer.cache_bytes
+        assert baseline._placed().get_seq_length() == context, arm
+        assert cache_bytes(baseline._placed()) == baseline.cache_bytes
     with ahn.mode(model, "ahn"):
-        assert peers(None, model, ["ahn"], context)["ahn"].cache_bytes == cache_bytes(
+        assert baselines(None, model, ["ahn"], context)["ahn"].cache_bytes == cache_bytes(
             read(model, text(1, context), score=False).cache
         )
 
@@ -80,8 +79,8 @@ def test_measure(model: Any, tmp_path: Path) -> None:
     for row in (*found.decoding, *found.reading):
         assert row.seconds.low <= row.seconds.median <= row.seconds.high
         assert 0 < row.floor < row.seconds.median
-    assert found.of("decoding", "full", 60).of_first == Spread(1.0, 1.0, 1.0)
-    assert found.of("decoding", "ahn", 60).cache_bytes < found.of("decoding", "full", 60).cache_bytes
+    assert found.find("decoding", "full", 60).of_first == Spread(1.0, 1.0, 1.0)
+    assert found.find("decoding", "ahn", 60).cache_bytes < found.find("decoding", "full", 60).cache_bytes
     plot_speed(found, "tiny", [tmp_path / "speed.png", tmp_path / "speed.svg"])
     assert (tmp_path / "speed.png").stat().st_size > 10_000
 
@@ -104,8 +103,8 @@ def test_the_machine_is_faster_than_any_model(model: Any) -> None:
 
 
 def test_the_bank_of_a_peer_is_full_and_stays_as_it_is(model: Any) -> None:
-    peer = peers(None, model, ["ahn+4"], 90)["ahn+4"]
-    placed = peer._placed()
+    baseline = baselines(None, model, ["ahn+4"], 90)["ahn+4"]
+    placed = baseline._placed()
     before = placed.anchor_tokens
     assert sorted(before[0]) == [0, 1, 2, 3]
     with torch.no_grad():

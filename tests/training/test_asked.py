@@ -13,14 +13,14 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 from ahn.anchors.queries import NEVER_ASKED, AnchorQueries
 from ahn.errors import ConfigError
 from ahn.training.anchors.asked import _is_long, _Layer, _read, _Seen, _voters, collect
-from ahn.training.anchors.documents import Document
+from ahn.training.anchors.documents import FactText
 from tests.tiny import text, tiny, with_memory
 
 ASKED, WINDOW = 31, 12
 
 
-def documents(count: int = 4) -> list[Document]:
-    return [Document(text(1, 40, seed)[0], ASKED, (("code", (7 + seed, 8 + seed)),)) for seed in range(count)]
+def documents(count: int = 4) -> list[FactText]:
+    return [FactText(text(1, 40, seed)[0], ASKED, (("code", (7 + seed, 8 + seed)),)) for seed in range(count)]
 
 
 def test_votes_against_a_loop() -> None:
@@ -176,7 +176,7 @@ def test_each_kind_has_the_layers_that_find_it_best_and_is_as_rare_as_the_others
 def test_weights_hold_the_kinds_that_a_layer_votes_by() -> None:
     model, layer = with_memory("llama"), _Layer()
     for seed, kind in enumerate(["code", "letter", "code", "letter"]):
-        document = Document(text(1, 40, seed)[0], ASKED, ((kind, (7, 8)),))
+        document = FactText(text(1, 40, seed)[0], ASKED, ((kind, (7, 8)),))
         (asked,) = (each for each in _read(model, document, WINDOW) if each.layer == 1)
         layer.keep(asked, [kind, kind])
     is_code = torch.tensor([True, True, False, False] * 2)
@@ -196,6 +196,6 @@ def test_weights_hold_the_kinds_that_a_layer_votes_by() -> None:
 def test_facts_that_fill_more_than_ten_tokens_in_the_mean_are_long() -> None:
     ids = text(1, 40)[0]
     values = (("serial", tuple(range(2, 11))), ("code", tuple(range(11, 21))))
-    made = [Document(ids, ASKED, values), Document(ids, ASKED, (("serial", tuple(range(2, 15))),))]
+    made = [FactText(ids, ASKED, values), FactText(ids, ASKED, (("serial", tuple(range(2, 15))),))]
     assert _is_long("serial", made)  # 9 and 13 tokens
     assert not _is_long("code", made)  # 10

@@ -43,7 +43,7 @@ class LayerTokens:
         padding: Padding at the left of the rows, or `None`.
         hidden: Input of the attention layer, after its norm, `[B, T, D]`.
         queries: After norms and rotation, `[B, H, T, K]`.
-        keys: Likewise, `[B, G, T, K]`.
+        keys: After norms and rotation, `[B, G, T, K]`.
         values: `[B, G, T, V]`.
         attention: Computes the attention weights of the new queries, block by block. It costs about as much as the
             layer's attention itself.
@@ -127,9 +127,9 @@ class Score:
     def score(self, tokens: LayerTokens) -> torch.Tensor:
         """Scores of consecutive tokens from `tokens.first` on, `[B or 1, N]`: the higher, the sooner they are kept.
 
-        A score without delay gives those of the new tokens. With a delay it may give, in every call, either the scores
-        of all tokens that become final in it or, if it accumulates, a part for every token that is not final yet. No
-        part may depend on where calls begin and end: only on the tokens themselves and the `delay` that follow each.
+        A score without delay gives those of the new tokens. With a delay it gives the scores of all tokens that become
+        final in this call. If it accumulates, it gives a part for every token that is not final yet. No part may depend
+        on where calls begin and end: only on the tokens themselves and the `delay` tokens that follow each.
 
         Args:
             tokens: The new tokens of a layer.

@@ -1,4 +1,4 @@
-"""Which score chooses the anchors of a text, and by which layers: settled once, when the text begins."""
+"""The score and the layers that choose the anchors of a text, settled once when the text begins."""
 
 from __future__ import annotations
 

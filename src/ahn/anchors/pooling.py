@@ -1,4 +1,4 @@
-"""How the scores of neighbours are joined: averages, of which the highest spreads to the tokens around it.
+"""How the scores of neighbours are joined: averages, and the highest of them spreads to the tokens around it.
 
 Legend of shapes: B batch, N tokens in a row, E of them that are asked for, X tokens that one depends on, R kernels.
 """
@@ -36,7 +36,7 @@ class Pooling:
         """Tokens before and after one that its pooled score depends on.
 
         Args:
-            window: Tokens of the shortest window, of which scores spread over a quarter at most.
+            window: Tokens of the shortest window. Scores spread over at most a quarter of it.
         """
         return max(kernel + self._after(kernel) for kernel in self.kernels), max(self.kernels) + self._before(window)
 

@@ -56,9 +56,9 @@ class Scoreboard:
     Attributes:
         delay: Tokens that must follow a token before its score is final.
         places: Tokens whose scores are kept, P.
-        held: Every tensor held, by name: `votes` `[B, P, R]` float32, the layers' mean score of each token, token j at
-            j mod P; and for each window w `scores.w` `[B, N]` float32 and `tokens.w` `[B, N]` int64, -1 at places
-            without an anchor. Saved caches have these names.
+        held: Every tensor held, by name; saved caches have these names. `votes` `[B, P, R]` float32 is the layers' mean
+            score of each token, token j at j mod P. For each window w there are `scores.w` `[B, N]` float32 and
+            `tokens.w` `[B, N]` int64, -1 at places without an anchor.
     """
 
     def __init__(self, anchors: int, sinks: int, windows: set[int], layers: frozenset[int], score: Score) -> None:
@@ -176,7 +176,7 @@ class Selection:
             self._score_waiting()
 
     def close(self) -> None:
-        """Hands in the mean of the layers and, where they scored by kind, that of the best kind."""
+        """Records the mean of the layers; if they scored by kind, that of the best kind."""
         self._score_waiting()
         device = self._scores[0].device
         scores = torch.stack([scores.to(device) for scores in self._scores]).nanmean(0)

@@ -18,7 +18,7 @@ _MEAN_DELAY = 64
 
 
 class KeyDiff(Score):
-    """How much a key differs from the mean key so far: minus their cosine. Source: KeyDiff, arXiv 2504.15364."""
+    """Difference of a key from the mean key so far: minus their cosine. Source: KeyDiff, arXiv 2504.15364."""
 
     name = "key_diff"
     pre_rope = True

@@ -47,11 +47,12 @@ class Call:
         step: What all layers do at once, in a call of one token; `None` in others.
         is_chunk: Whether it is a chunk of a long call but the last, which is the call itself.
         chunk_outputs: Outputs of the other chunks of a long call, and how many tokens were seen after each.
+        documents: Outputs of the documents of packed rows but the last, which is the call itself.
         returns_tuple: Whether the caller of a long call wants its output as a tuple.
-        before: The layers of the cache as they were when the call began.
+        snapshots: The layers of the cache as they were when the call began.
         served: Indices of the layers that have read it.
         has_gradients: Whether gradients are computed.
-        made: What `shared` has made so far.
+        memo: What `shared` has made so far.
         token: What ends the call.
     """
 
@@ -65,10 +66,11 @@ class Call:
     is_chunk: bool = False
     returns_tuple: bool = False
     chunk_outputs: list[tuple[Any, int]] = dataclasses.field(default_factory=list)
-    before: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+    documents: list[Any] = dataclasses.field(default_factory=list)
+    snapshots: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     served: set[int] = dataclasses.field(default_factory=set)
     has_gradients: bool = dataclasses.field(default_factory=torch.is_grad_enabled)
-    made: dict[tuple[object, ...], tuple[object, object]] = dataclasses.field(default_factory=dict)
+    memo: dict[tuple[object, ...], tuple[object, object]] = dataclasses.field(default_factory=dict)
     token: Token[Call | None] | None = None
 
     def chunk(self) -> Call:
@@ -84,9 +86,9 @@ class Call:
             make: Makes it.
         """
         key = name, id(source)
-        if key not in self.made:
-            self.made[key] = source, make()  # the source too, so that nothing else gets its id
-        return cast("Made", self.made[key][1])
+        if key not in self.memo:
+            self.memo[key] = source, make()  # the source too, so that nothing else gets its id
+        return cast("Made", self.memo[key][1])
 
     def open_layer(self, site: Site, memory: Memory) -> tuple[HippocampalLayer, bool]:
         """The layer's part of the cache, a new one where none is kept; and whether the layer reads the call anew.
@@ -110,7 +112,7 @@ class Call:
             self.served.add(site.index)
             return layer, True
         again = new_memory_layer(site, memory, self.settings)
-        again.restore(self.before[site.index])
+        again.restore(self.snapshots[site.index])
         return again, False
 
 

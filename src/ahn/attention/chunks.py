@@ -6,6 +6,7 @@ Legend of shapes: B batch, T tokens, D hidden size, L layers, H query heads, N k
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -41,8 +42,22 @@ def cut_all(arguments: Mapping[str, Any], seen: int, longest: int) -> list[dict[
     """
     inputs = arguments["input_ids"] if arguments.get("input_ids") is not None else arguments["inputs_embeds"]
     new = inputs.size(1)
-    parts = [slice(start, min(start + longest, new)) for start in range(0, new, longest)]
-    return [{name: _cut(name, each, seen, new, part) for name, each in arguments.items()} for part in parts]
+    return cut_at(arguments, [*range(longest, new, longest), new], seen)
+
+
+def cut_at(arguments: Mapping[str, Any], ends: Sequence[int], seen: int = 0) -> list[dict[str, Any]]:
+    """The arguments of each part of a call.
+
+    Args:
+        arguments: The call's arguments.
+        ends: Where each part ends, the call's number of new tokens last.
+        seen: Tokens read before the call.
+
+    Raises:
+        CacheError: An argument cannot be cut.
+    """
+    parts = [slice(start, end) for start, end in itertools.pairwise([0, *ends])]
+    return [{name: _cut(name, each, seen, ends[-1], part) for name, each in arguments.items()} for part in parts]
 
 
 def _cut(name: str, value: Any, seen: int, new: int, part: slice) -> Any:
@@ -56,8 +71,8 @@ def _cut(name: str, value: Any, seen: int, new: int, part: slice) -> Any:
     is_known = axis is not None and isinstance(value, torch.Tensor) and -value.dim() <= axis < value.dim()
     if not is_known or value.size(axis) != new:
         raise CacheError(
-            f"a text of {new} tokens is read in chunks because of its anchors, and the argument {name!r} cannot be cut "
-            'to them; read it without anchors, or inside ahn.mode(model, "full")'
+            f"these {new} tokens are read in parts, because of anchors or as packed documents, and the argument "
+            f'{name!r} cannot be cut to them; leave it out, or read inside ahn.mode(model, "full")'
         )
     return value.narrow(axis, part.start, part.stop - part.start)
 

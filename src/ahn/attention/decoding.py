@@ -1,9 +1,9 @@
 """One decoded token: what all layers do at once instead of one after the other.
 
-Which token leaves the window is known before the next one is read, so one set of operations updates the states
-of all layers at the start of the call; and gates matter only once their token leaves, so those of the new token are
-computed for all layers at the end. In between a layer only reads its state. On a CPU a small operation costs more than
-its arithmetic, and a token of a small model has thousands of them.
+The token that leaves the window is known before the next one is read. So one set of operations updates the states of
+all layers at the start of the call. Gates matter only once their token leaves, so those of the new token are computed
+for all layers at the end. In between a layer only reads its state. On a CPU a small operation costs more than its
+arithmetic, and a token of a small model has thousands of them.
 
 Legend of shapes: B batch, D hidden size.
 """
@@ -11,7 +11,6 @@ Legend of shapes: B batch, D hidden size.
 from __future__ import annotations
 
 import torch
-from torch import nn
 
 from ahn import ops
 from ahn.cache import HippocampalCache
@@ -42,7 +41,7 @@ class DecodeStep:
 
 
 def begin_step(cache: HippocampalCache, new: int) -> DecodeStep | None:
-    """Starts a call that can be read together; `None` for every other, which the layers read one by one.
+    """Starts a call that all layers can read together; `None` if the layers must read it one by one.
 
     Args:
         cache: The cache of the call.
@@ -55,7 +54,7 @@ def begin_step(cache: HippocampalCache, new: int) -> DecodeStep | None:
         return None
     groups = cache.groups = cache.groups or group_layers(cache.attachment.sites, cache.layers)
     begun = settings.sinks + (cache.padding.most if cache.padding else 0)
-    if not all(_is_here(group) and group.stores[0].exact.is_settled(begun) for group in groups):
+    if not all(group.is_plain() and group.stores[0].exact.is_settled(begun) for group in groups):
         return None
     if settings.mode == "window":
         return DecodeStep(groups, cache)
@@ -65,9 +64,3 @@ def begin_step(cache: HippocampalCache, new: int) -> DecodeStep | None:
     for group in leaving:
         group.update()
     return DecodeStep(groups, cache)
-
-
-def _is_here(group: LayerGroup) -> bool:
-    """Whether the weights can be used outside of their layer's forward pass: neither offloaded nor sharded."""
-    weight = group.memories[0].o_proj
-    return type(weight) is nn.Parameter and not weight.is_meta

@@ -1,4 +1,4 @@
-"""The attention function of a model with a memory: local softmax plus what the memory reads, one path for everything.
+"""The attention function of a model with a memory, for every call: local softmax plus what the memory reads.
 
 Legend of shapes: B batch, T new tokens, E evicted tokens, D hidden size, H query heads, G key/value heads, K key size,
 V value size, N gates per head.
@@ -16,14 +16,15 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from ahn.anchors.base import LayerTokens
 from ahn.anchors.selection import Selected
 from ahn.attachment import find_attachment
-from ahn.attention import softmax, softmax_native
+from ahn.attention import softmax as in_torch
+from ahn.attention import softmax_native as in_c
 from ahn.attention.call import LayerCall, Softmax
 from ahn.attention.masks import CallMask
 from ahn.attention.weights import attention_blocks
 from ahn.cache.layer import HippocampalLayer
 from ahn.cache.record import TokenRecord
-from ahn.errors import ModelError
-from ahn.tokens import Padding, Tokens, View
+from ahn.errors import CacheError, ModelError
+from ahn.tokens import Padding, Tokens, VisibleKV
 
 IMPLEMENTATION = "ahn"
 """Name under which the attention and the mask function are registered with transformers."""
@@ -58,15 +59,16 @@ def attention_function(
         base = _base_attention(module)
         output, weights = base(module, query, key, value, mask, scaling=scaling, dropout=dropout, **kwargs)
         return output, weights
-    rule = softmax_of(query, scaling, dropout, kwargs)
+    if kwargs.get("is_causal") is False or not getattr(module, "is_causal", True):
+        raise CacheError('attention in both directions (is_causal=False): read inside ahn.mode(model, "full")')
+    softmax = softmax_of(query, scaling, dropout, kwargs)
     if ahn.call.step is not None:
-        return _decode(ahn, query, key, value, rule), None
+        return _decode(ahn, query, key, value, softmax), None
     store, is_first = ahn.call.open_layer(ahn.site, ahn.memory)
-    new = Tokens(key, value, ahn.record(key))
-    view = store.append(new, ahn.call.padding, _selected(ahn, store))
+    view = store.append(Tokens(key, value, ahn.record(key)), ahn.call.padding, _selected(ahn, store))
     if is_first:
-        _score(ahn, store, query, new, view, rule)
-    local = attend_local(ahn, query, view, rule)
+        _score(ahn, store, (query, key, value), view, softmax)
+    local = attend_local(ahn, query, view, softmax)
     if ahn.gates is None or not view.evicted.length:
         return local, None
     return _added_to_last(local, read_memory(ahn, store, query, view)), None
@@ -78,36 +80,36 @@ def softmax_of(query: torch.Tensor, scaling: float | None, dropout: float, kwarg
     return Softmax(scaling, dropout, kwargs.get("softcap"), kwargs.get("s_aux"))
 
 
-def attend_local(layer: LayerCall, query: torch.Tensor, view: View, rule: Softmax) -> torch.Tensor:
+def attend_local(layer: LayerCall, query: torch.Tensor, view: VisibleKV, softmax: Softmax) -> torch.Tensor:
     """Attention of new tokens over sinks, extra keys and window, `[B, T, H, V]` in the dtype of the values.
 
     Args:
         layer: The layer in this call.
         query: Queries of the new tokens, `[B, H, T, K]`.
         view: What they may read.
-        rule: The layer's softmax.
+        softmax: The layer's softmax.
     """
     sink_query = layer.sink_queries(query, view.seen)
-    backend = softmax_native if softmax_native.can_attend(layer.call, view, query, sink_query, rule) else softmax
-    attended: torch.Tensor = backend.attend(layer.call, view, query, sink_query, rule)
+    backend = in_c if in_c.can_attend(layer.call, view, query, sink_query, softmax) else in_torch
+    attended: torch.Tensor = backend.attend(layer.call, view, query, sink_query, softmax)
     return attended
 
 
-def read_memory(layer: LayerCall, store: HippocampalLayer, query: torch.Tensor, view: View) -> torch.Tensor:
+def read_memory(layer: LayerCall, store: HippocampalLayer, query: torch.Tensor, view: VisibleKV) -> torch.Tensor:
     """Updates the state with what left the window; what the memory adds for the last E queries, `[B, E, H, V]`."""
-    before = query.size(2) - view.evicted.length
-    return layer.memory.project_out(recall(layer, store, query, view), layer.hidden[:, before:])
+    silent_tokens = query.size(2) - view.evicted.length
+    return layer.memory.project_out(recall(layer, store, query, view), layer.hidden[:, silent_tokens:])
 
 
-def recall(layer: LayerCall, store: HippocampalLayer, query: torch.Tensor, view: View) -> torch.Tensor:
+def recall(layer: LayerCall, store: HippocampalLayer, query: torch.Tensor, view: VisibleKV) -> torch.Tensor:
     """Updates the state with what left the window; what the last E queries read, `[B, E, H, V]` float32, raw."""
     evicted, call = view.evicted, layer.call
-    before = query.size(2) - evicted.length
-    query, keys = query[:, :, before:], evicted.keys
+    silent_tokens = query.size(2) - evicted.length
+    query, keys = query[:, :, silent_tokens:], evicted.keys
     shape = layer.memory.shape
     gates, position = TokenRecord.unpack(evicted.record[:, 0], layer.memory.gate_count, shape.query_heads)
     if layer.rotary and position is not None:
-        cos, sin = (table[:, before:] for table in layer.rotary.tables)
+        cos, sin = (table[:, silent_tokens:] for table in layer.rotary.tables)
         query = layer.rotary.rotation.unrotate(query, (cos, sin))
         keys = layer.rotary.rotation.unrotate_recorded(keys, position)
     if call.padding is not None:
@@ -119,36 +121,39 @@ def recall(layer: LayerCall, store: HippocampalLayer, query: torch.Tensor, view:
 
 
 def _decode(
-    layer: LayerCall, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, rule: Softmax
+    layer: LayerCall, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, softmax: Softmax
 ) -> torch.Tensor:
     """Attention of the one token of a step, `[B, 1, H, V]`: what leaves the window is in the state already."""
     store, _ = layer.call.open_layer(layer.site, layer.memory)
     if layer.call.step is not None:
         layer.call.step.hidden[layer.site.index] = layer.hidden
     view = store.append_key(key, value, _selected(layer, store))
-    _score(layer, store, query, Tokens(key, value, key[..., :0]), view, rule)
-    local = attend_local(layer, query, view, rule)
+    _score(layer, store, (query, key, value), view, softmax)
+    local = attend_local(layer, query, view, softmax)
     if store.state is None:
         return local
     return layer.memory.decode_add(local, query.transpose(1, 2), layer.hidden, store.state)
 
 
 def _score(
-    layer: LayerCall, store: HippocampalLayer, query: torch.Tensor, new: Tokens, view: View, rule: Softmax
+    layer: LayerCall,
+    store: HippocampalLayer,
+    projected: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    view: VisibleKV,
+    softmax: Softmax,
 ) -> None:
-    """Scores the new tokens for the choice of anchors, where the layer takes part in it."""
+    """Scores the new tokens, by their queries, keys and values, where the layer takes part in the choice of anchors."""
     selection, call = layer.call.selection, layer.call
     if selection is None or layer.site.index not in selection.scoreboard.layers:
         return
+    query = projected[0]
     tokens = LayerTokens(
         selection.seen,
         selection.scoreboard.delay,
         call.padding,
         layer.hidden,
-        query,
-        new.keys,
-        new.values,
-        attention=lambda: attention_blocks(call, view, query, layer.sink_queries(query, view.seen), rule),
+        *projected,
+        attention=lambda: attention_blocks(call, view, query, layer.sink_queries(query, view.seen), softmax),
         weights=layer.site.score_weights(selection.scoreboard.score.name),
         state=store.score_state.held,
         rotary=layer.rotary,
@@ -173,11 +178,11 @@ def _without_padding(gates_BENH: torch.Tensor, first: int, sinks: int, padding: 
 
 def _added_to_last(local_BTHV: torch.Tensor, memory_BEHV: torch.Tensor) -> torch.Tensor:
     """The sum of both; the memory has something to say at the last E tokens only."""
-    before = local_BTHV.size(1) - memory_BEHV.size(1)
-    if before == 0:
+    silent_tokens = local_BTHV.size(1) - memory_BEHV.size(1)
+    if silent_tokens == 0:
         return local_BTHV + memory_BEHV.to(local_BTHV.dtype)
-    summed = local_BTHV[:, before:] + memory_BEHV.to(local_BTHV.dtype)
-    return torch.cat((local_BTHV[:, :before], summed), dim=1)
+    summed = local_BTHV[:, silent_tokens:] + memory_BEHV.to(local_BTHV.dtype)
+    return torch.cat((local_BTHV[:, :silent_tokens], summed), dim=1)
 
 
 def _base_attention(module: nn.Module) -> Any:

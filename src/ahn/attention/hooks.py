@@ -7,8 +7,11 @@ A call is all or nothing for its cache: what it changes is kept once the call, h
 from __future__ import annotations
 
 import inspect
+import itertools
+from collections.abc import Mapping
 from contextvars import ContextVar
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import nn
@@ -18,7 +21,8 @@ from ahn.attachment import Attachment, attachment_of
 from ahn.attention import chunks
 from ahn.attention.call import CURRENT, CacheUse, Call, LayerCall
 from ahn.attention.decoding import begin_step
-from ahn.attention.masks import CallMask, find_padding
+from ahn.attention.host import HostMask, check_attached, check_outputs, document_starts, without_lengths
+from ahn.attention.masks import CallMask, find_padding, mask_of_call
 from ahn.backbone import compat, linear
 from ahn.backbone.rotary import Rotary
 from ahn.cache import HippocampalCache
@@ -28,16 +32,28 @@ from ahn.errors import CacheError
 from ahn.tokens import Padding
 
 CHUNK = "ahn_chunk_of"
-"""Argument by which a chunk of a long call says whose it is."""
+"""Argument that names the long call to which a chunk belongs."""
+
+_READ_IN_FULL: WeakSet[Any] = WeakSet()
+"""Caches of the base model that were filled in mode "full", and keep that mode as ours keep theirs."""
 
 _HAS_HEAD: ContextVar[bool] = ContextVar("ahn_has_head", default=False)
 
 
-def before_model(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+def before_model(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Before the whole model, head included: from now on its cache waits for the head."""
     _HAS_HEAD.set(True)
     if (cache := _given_cache(args, kwargs)) is not None:
         cache.settle()
+        return None
+    attachment = attachment_of(model)
+    if not attachment.is_wrapped or attachment.settings.mode == "full" or compat.find_cache(kwargs) is not None:
+        return None
+    wanted = kwargs.get("use_cache")
+    if not (model.config.get_text_config().use_cache and not model.training if wanted is None else wanted):
+        return None
+    # A wrapper would make a cache of its own before its text model runs.
+    return args, compat.with_cache(model, kwargs, HippocampalCache(model))
 
 
 def after_model(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
@@ -60,6 +76,8 @@ def before_call(backbone: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
         call.token = CURRENT.set(call)
     else:
         call, kwargs = _begin(backbone, kwargs)
+        kwargs = _with_own_masks(call, kwargs)
+        kwargs = _read_first_documents(backbone, call, kwargs)
         call.token = CURRENT.set(call)
         kwargs = _read_first_chunks(backbone, call, kwargs)
     inputs = _inputs(kwargs)
@@ -76,10 +94,14 @@ def after_call(backbone: Any, args: Any, output: Any) -> Any:
         return None
     CURRENT.reset(call.token)
     call.token = None
+    if call.settings.mode == "full" and isinstance(output, Mapping) and (made := compat.find_cache(output)) is not None:
+        _READ_IN_FULL.add(made)
     if output is not None and call.step is not None:
         call.step.close()
     if output is not None and call.selection is not None:
         call.selection.close()
+    if call.documents and output is not None:
+        return _joined_documents(call, output)
     if call.is_chunk or call.cache is None:
         return None
     if output is None:
@@ -139,7 +161,11 @@ def _begin(backbone: Any, kwargs: dict[str, Any]) -> tuple[Call, dict[str, Any]]
     attachment, inputs, cache = attachment_of(backbone), _inputs(kwargs), compat.find_cache(kwargs)
     settings = _settings(attachment, cache)
     call = Call(attachment, settings, None)
+    if settings.mode == "full" and cache is not None:
+        _READ_IN_FULL.add(cache)
     if settings.mode != "full" and inputs is not None:
+        check_attached(attachment)
+        check_outputs(backbone, kwargs)
         if cache is None:
             call.cache_use = _use_of_new_cache(backbone, kwargs)
             if call.cache_use == "returned" or settings.has_anchors:
@@ -147,7 +173,7 @@ def _begin(backbone: Any, kwargs: dict[str, Any]) -> tuple[Call, dict[str, Any]]
         if isinstance(cache, HippocampalCache):
             call.cache = cache
             cache.settle()
-        call.padding = _padding(call, inputs, kwargs.get("attention_mask"))
+        call.padding = _padding(call, inputs, _padding_mask(kwargs.get("attention_mask")))
         if call.cache is not None:
             call.cache.begin_call()
             call.cache.padding = call.padding
@@ -155,7 +181,11 @@ def _begin(backbone: Any, kwargs: dict[str, Any]) -> tuple[Call, dict[str, Any]]
 
 
 def _settings(attachment: Attachment, cache: Any) -> RunSettings:
-    """Settings of a call: those of its cache; one that the base model made was made by full attention."""
+    """Settings of a call: those of its cache, which is full attention for one that was filled so.
+
+    Raises:
+        CacheError: The cache is another model's, or was filled without the memory.
+    """
     if isinstance(cache, HippocampalCache):
         if cache.attachment is not attachment:
             raise CacheError("this cache was made for another model, or before the memory was attached anew")
@@ -163,9 +193,15 @@ def _settings(attachment: Attachment, cache: Any) -> RunSettings:
     settings = attachment.settings
     if cache is None or settings.mode == "full":
         return settings
-    if cache.get_seq_length() == 0:
-        check_cache(cache)
-    return RunSettings(settings.window, settings.sinks, mode="full")
+    if cache in _READ_IN_FULL:
+        return RunSettings(settings.window, settings.sinks, mode="full")
+    if cache.get_seq_length() > 0:
+        raise CacheError(
+            f"this {type(cache).__name__} was filled without the memory, before it was attached or by prefix tuning: "
+            'read its text into ahn.HippocampalCache(model), or go on inside ahn.mode(model, "full")'
+        )
+    check_cache(cache)
+    return settings
 
 
 def _use_of_new_cache(backbone: Any, kwargs: dict[str, Any]) -> CacheUse:
@@ -189,13 +225,13 @@ def _padding(call: Call, inputs: torch.Tensor, mask: Any) -> Padding | None:
         return known
     if not isinstance(mask, torch.Tensor) or mask.dim() != 2:
         raise CacheError('a memory reads with a 2D attention mask; for a custom mask use ahn.mode(model, "full")')
-    return find_padding(mask, new, known, seen, kept=call.cache_use != "hidden")
+    return find_padding(mask, new, known, seen, has_cache=call.cache_use != "hidden")
 
 
 def _prepare(call: Call, cache: HippocampalCache, new: int) -> None:
     """What is done before the layers read new tokens into a cache."""
     if call.has_gradients:
-        call.before = cache.snapshots()
+        call.snapshots = cache.snapshots()
     if cache.scoreboard is not None:
         call.selection = Selection(cache.scoreboard, cache.get_seq_length(), new, call.padding)
     call.step = begin_step(cache, new)
@@ -231,6 +267,50 @@ def _check_checkpointing(backbone: Any, call: Call) -> None:
             "with anchors, a long text is read in chunks, which activation checkpointing cuts off from each other in "
             "layers without a memory; train without anchors, without checkpointing, or with a memory in every layer"
         )
+
+
+def _with_own_masks(call: Call, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a call with the masks that a wrapper asked for before it; a memory reads by their padding."""
+    given = kwargs.get("attention_mask")
+    masks = given if isinstance(given, Mapping) else {"": given}
+    if not any(isinstance(mask, HostMask) for mask in masks.values()):
+        return kwargs
+    made = {
+        name: mask_of_call(call, mask.arguments) if isinstance(mask, HostMask) else mask for name, mask in masks.items()
+    }
+    return {**kwargs, "attention_mask": made if isinstance(given, Mapping) else made[""]}
+
+
+def _padding_mask(given: Any) -> Any:
+    """The mask of padding in what a call was given: that of a wrapper's masks, or the given one itself."""
+    mask = next(iter(given.values()), None) if isinstance(given, Mapping) else given
+    return mask.arguments.get("attention_mask") if isinstance(mask, HostMask) else given
+
+
+def _read_first_documents(backbone: Any, call: Call, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Reads all documents of packed rows but the last, whose arguments are returned: none sees another."""
+    inputs = _inputs(kwargs)
+    reads_rows = call.settings.mode != "full" and inputs is not None and compat.find_cache(kwargs) is None
+    if not reads_rows or kwargs.get("attention_mask") is not None or kwargs.get("use_cache"):
+        return kwargs
+    tokens = inputs.size(1)
+    starts = document_starts(kwargs, tokens)
+    if len(starts) == 1:
+        return kwargs
+    wanted = kwargs.get("return_dict")
+    call.returns_tuple = (backbone.config.return_dict if wanted is None else wanted) is False
+    kwargs = {**without_lengths(kwargs), "return_dict": True, "use_cache": False}
+    *first, last = chunks.cut_at(kwargs, [*starts[1:], tokens])
+    call.documents = [backbone(**document) for document in first]
+    return last
+
+
+def _joined_documents(call: Call, output: Any) -> Any:
+    """The output of packed rows from those of their documents."""
+    documents = [*call.documents, output]
+    lengths = (document["last_hidden_state"].size(1) for document in documents)
+    whole = chunks.join(list(zip(documents, itertools.accumulate(lengths))))
+    return whole.to_tuple() if call.returns_tuple else whole
 
 
 def _whole_output(call: Call, cache: HippocampalCache, output: Any) -> Any:

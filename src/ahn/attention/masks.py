@@ -1,21 +1,25 @@
 """Which keys a query may read: the one rule, the padding that bends it, and additive masks that say so.
 
-A key is visible from the query of one token until that of another: a token of the window from its own for W queries, a
-sink from its own on, an extra key as its store says. The kernels in C hold `ahn.native.Segment` to the same rule.
+A key is visible from the query of one token until that of another. A token of the window is visible for W queries from
+its own on, a sink from its own on, and an extra key as its store says. The kernels in C apply the same rule to
+`ahn.native.Segment`.
+
 Legend of shapes: B batch, S sinks, W window, N extra keys.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 from ahn.attention.call import CURRENT, Call
+from ahn.attention.host import HostMask, check_mask
 from ahn.errors import CacheError
-from ahn.tokens import NEVER, ExtraKV, Padding, View
+from ahn.tokens import NEVER, ExtraKV, Padding, VisibleKV
 
 Index = torch.Tensor | int
 
@@ -48,7 +52,7 @@ def visible_extra(extra: ExtraKV, start: int, stop: int) -> torch.Tensor:
 
 
 def block_mask(
-    call: Call, view: View, block: tuple[int, int], keys_from: int, repeats: int, like: torch.Tensor
+    call: Call, view: VisibleKV, block: tuple[int, int], keys_from: int, repeats: int, like: torch.Tensor
 ) -> torch.Tensor:
     """Additive mask of a block of queries over consecutive keys of the window, followed by the sinks.
 
@@ -72,10 +76,10 @@ def block_mask(
         return _additive(_allowed(block, keys_from, sinks, window, None, like.device), repeats, like)
     # Beyond the sinks a mask depends on distances only: one template serves all blocks, cut where the text begins.
     key = (stop - start, sinks, window, repeats, like.dtype, like.device)
-    if key not in call.made:
+    if key not in call.memo:
         allowed = _allowed(block, start - window + 1, sinks, window, None, like.device)
-        call.made[key] = None, _additive(allowed, repeats, like)
-    template: Any = call.made[key][1]
+        call.memo[key] = None, _additive(allowed, repeats, like)
+    template: Any = call.memo[key][1]
     return template[:, keys_from - (start - window + 1) :]  # type: ignore[no-any-return]
 
 
@@ -117,7 +121,7 @@ def one_mask(call: Call, extra: ExtraKV, seen: int, like: torch.Tensor) -> torch
     return call.shared("one mask", extra.visible_from, make)
 
 
-def slot_mask(call: Call, view: View, like: torch.Tensor) -> torch.Tensor | None:
+def slot_mask(call: Call, view: VisibleKV, like: torch.Tensor) -> torch.Tensor | None:
     """Mask of a single query over the raw slots of a ring, `[B, 1, 1, slots]`, or `None` if it may read all."""
     sinks, slots, seen, window = view.sinks.length, view.local.length, view.seen, view.window
     if call.padding is None or seen >= call.padding.most + sinks + window:
@@ -144,15 +148,15 @@ def _allowed(
     query = torch.arange(*block, device=device)[:, None]
     key = torch.arange(keys_from, max(keys_from, block[1]), device=device)
     sink = torch.arange(sinks, device=device)
-    near = is_visible(query, key, key + window)
+    in_window = is_visible(query, key, key + window)
     if padding is None:
-        return torch.cat((near, is_visible(query, sink, NEVER)), dim=-1)
+        return torch.cat((in_window, is_visible(query, sink, NEVER)), dim=-1)
     pads = padding.counts.to(device)[:, None, None]
     # A padding query has no real token to look at: it reads itself, so that its softmax stays finite,
-    near = near & ((key >= pads + sinks) | ((key == query) & (query < pads)))
+    in_window = in_window & ((key >= pads + sinks) | ((key == query) & (query < pads)))
     # or, before the window has any token, sink slots, whose content it cannot harm.
-    blind = (query < pads) & ~near.any(-1, keepdim=True)
-    return torch.cat((near, is_visible(query, sink + pads, NEVER) | blind), dim=-1)[:, None]
+    blind = (query < pads) & ~in_window.any(-1, keepdim=True)
+    return torch.cat((in_window, is_visible(query, sink + pads, NEVER) | blind), dim=-1)[:, None]
 
 
 def _additive(allowed: torch.Tensor, repeats: int, like: torch.Tensor) -> torch.Tensor:
@@ -179,19 +183,31 @@ def mask_function(**arguments: Any) -> Any:
 
     The base model's own mask is only built where a layer will use it.
 
+    Returns:
+        The base model's own mask in mode "full"; a mask that holds the call; or, where a wrapper asks before its text
+        model is called, what it asks for, until that call begins.
+
     Raises:
-        CacheError: The model asks for a mask outside of a forward call.
+        CacheError: The model asks for a mask that a memory cannot follow.
     """
     call = CURRENT.get()
-    if call is None:
-        raise CacheError("a mask was asked for outside of a forward call; static caches do not work with a memory")
+    return HostMask(arguments) if call is None else mask_of_call(call, arguments)
+
+
+def mask_of_call(call: Call, arguments: Mapping[str, Any]) -> Any:
+    """The mask of a call, from what the model asks for.
+
+    Raises:
+        CacheError: It asks for a mask that a memory cannot follow.
+    """
     base = ALL_MASK_ATTENTION_FUNCTIONS[call.attachment.base_implementation]
     if call.settings.mode == "full":
         return base(**arguments)
+    check_mask(arguments["mask_function"])
     return CallMask(call, base(**arguments) if call.attachment.keeps_base_layers else None)
 
 
-def find_padding(mask: torch.Tensor, new: int, known: Padding | None, seen: int, kept: bool) -> Padding | None:
+def find_padding(mask: torch.Tensor, new: int, known: Padding | None, seen: int, has_cache: bool) -> Padding | None:
     """Padding of a batch from its attention mask.
 
     Args:
@@ -199,7 +215,7 @@ def find_padding(mask: torch.Tensor, new: int, known: Padding | None, seen: int,
         new: Number of new tokens in this call.
         known: What an earlier call on the same cache found.
         seen: Tokens read before this call; 0 without a cache.
-        kept: Whether a cache goes on after this call, which padding on the right would spoil.
+        has_cache: Whether a cache goes on after this call, which padding on the right would spoil.
 
     Raises:
         CacheError: The mask has another length, a hole, or padding on the right where a cache is kept.
@@ -214,7 +230,7 @@ def find_padding(mask: torch.Tensor, new: int, known: Padding | None, seen: int,
         counts, regular = mask.new_zeros(1, dtype=torch.long), mask.all()
     else:
         counts = (mask.long().cumsum(1) == 0).sum(1)
-        ends = mask.size(1) - (mask.long().flip(1).cumsum(1) == 0).sum(1) * (not kept)
+        ends = mask.size(1) - (mask.long().flip(1).cumsum(1) == 0).sum(1) * (not has_cache)
         regular = (mask.sum(1) == (ends - counts).clamp(min=0)).all()
     if not bool(regular):
         raise CacheError(

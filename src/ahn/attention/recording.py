@@ -26,7 +26,7 @@ from ahn.backbone.survey import find_backbone, implementation
 from ahn.cache.layer import HippocampalLayer
 from ahn.config import RunSettings
 from ahn.memories import Memory
-from ahn.tokens import Tokens, View
+from ahn.tokens import Tokens, VisibleKV
 
 RECORDING = "ahn_recorded"
 
@@ -74,8 +74,8 @@ class RecordedLayer:
     def read_window(self) -> torch.Tensor:
         """What sinks and window give, `[B, T, H, V]`, where nothing was read before the call."""
         arguments = dict(self._arguments)
-        rule = softmax_of(self._query, arguments.pop("scaling", None), arguments.pop("dropout", 0.0), arguments)
-        return attend_local(self._layer, self._query, self._view, rule)
+        softmax = softmax_of(self._query, arguments.pop("scaling", None), arguments.pop("dropout", 0.0), arguments)
+        return attend_local(self._layer, self._query, self._view, softmax)
 
     def recall(self) -> torch.Tensor:
         """What the memory reads for the last E tokens, `[B, E, H, V]` raw, where nothing was read before the call."""
@@ -86,7 +86,7 @@ class RecordedLayer:
         return self._layer.call.open_layer(self.site, self.memory)[0]
 
     @cached_property
-    def _view(self) -> View:
+    def _view(self) -> VisibleKV:
         new = Tokens(self._key, self._value, self._layer.record(self._key))
         return self._store.append(new, self._layer.call.padding)
 
@@ -123,7 +123,7 @@ def _bring_students(model: nn.Module, backbone: Any, settings: RunSettings) -> l
 
     def begin(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         mask = kwargs.get("attention_mask")
-        padding = None if mask is None else find_padding(mask, mask.size(1), None, 0, kept=False)
+        padding = None if mask is None else find_padding(mask, mask.size(1), None, 0, has_cache=False)
         calls[:] = [Call(attachment, settings, padding)]
 
     def bring(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

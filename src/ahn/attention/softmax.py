@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from ahn.attention.call import Call, Softmax
 from ahn.attention.masks import beside, block_mask, extra_mask, one_mask, read_by, slot_mask
 from ahn.backbone.compat import FUSED_GROUPS_HEADS
-from ahn.tokens import ExtraKV, Tokens, View
+from ahn.tokens import ExtraKV, Tokens, VisibleKV
 
 # torch 2.13 has no public function that returns the log-sum of a fused softmax beside its output.
 _HAS_LOG_SUM = hasattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu")
@@ -25,7 +25,7 @@ Part = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]
 
 
 def attend(
-    call: Call, view: View, query: torch.Tensor, sink_query: torch.Tensor | None, softmax: Softmax
+    call: Call, view: VisibleKV, query: torch.Tensor, sink_query: torch.Tensor | None, softmax: Softmax
 ) -> torch.Tensor:
     """Attention of new tokens over sinks, extra keys and window.
 
@@ -50,7 +50,7 @@ def attend(
 
 
 def _attend_one(
-    call: Call, view: View, query: torch.Tensor, sink_query: torch.Tensor | None, softmax: Softmax
+    call: Call, view: VisibleKV, query: torch.Tensor, sink_query: torch.Tensor | None, softmax: Softmax
 ) -> torch.Tensor:
     """A single query over the slots of the ring as they lie, and keys from elsewhere, `[B, H, 1, V]`."""
     mask, seen = slot_mask(call, view, query), view.seen
@@ -60,19 +60,19 @@ def _attend_one(
     extra, extra_one = view.extra, one_mask(call, view.extra, seen, query) if query.device.type == "cpu" else None
     if mask is None and extra_one is not None and _can_merge(query, values, extra_one, softmax):
         # The window is large and lies apart: it is not copied to stand beside a few keys.
-        far = extra.keys, extra.values, extra_one
+        sink_part = extra.keys, extra.values, extra_one
         if sink_query is None:
-            return _merged(query, (keys, values, None), query, far, softmax)
-        far_keys, far_values = (
+            return _merged(query, (keys, values, None), query, sink_part, softmax)
+        sink_keys, sink_values = (
             torch.cat((held[:, :, :sinks], own), dim=2) for held, own in ((keys, extra.keys), (values, extra.values))
         )
-        far = far_keys, far_values, F.pad(extra_one, (sinks, 0))
-        return _merged(query, (keys[:, :, sinks:], values[:, :, sinks:], None), sink_query, far, softmax)
+        sink_part = sink_keys, sink_values, F.pad(extra_one, (sinks, 0))
+        return _merged(query, (keys[:, :, sinks:], values[:, :, sinks:], None), sink_query, sink_part, softmax)
     part, other = ring_and_extra(view, query, mask)
     return _attend(query, sink_query, *part, other, softmax)
 
 
-def ring_and_extra(view: View, query: torch.Tensor, mask: torch.Tensor | None) -> tuple[Part, slice]:
+def ring_and_extra(view: VisibleKV, query: torch.Tensor, mask: torch.Tensor | None) -> tuple[Part, slice]:
     """What a single query reads: extra keys, then the slots of the ring as they lie; which are extra keys and sinks.
 
     Args:
@@ -92,7 +92,7 @@ def ring_and_extra(view: View, query: torch.Tensor, mask: torch.Tensor | None) -
 
 def _attend_block(
     call: Call,
-    view: View,
+    view: VisibleKV,
     query: torch.Tensor,
     sink_query: torch.Tensor | None,
     softmax: Softmax,
@@ -102,16 +102,18 @@ def _attend_block(
     (start, stop), first = block, view.seen - query.size(2)
     rows = slice(start - first, stop - first)
     repeats = query.size(1) // view.local.keys.size(1) if _stacks_heads(query) else 1
-    part, near = block_part(call, view, block, repeats, query)
+    part, local = block_part(call, view, block, repeats, query)
     # Within the trained context both queries are the same, so that blocks before its end need one of them only.
     same = sink_query is None or stop <= call.attachment.trained_context
     sink_rows = None if same or sink_query is None else sink_query[:, :, rows]
     # Queries among the sinks see no token of the window, whose log-sum alone would be undefined.
     attend_rows = _attend_explicitly if sink_rows is not None and start < view.sinks.length else _attend
-    return attend_rows(query[:, :, rows], sink_rows, *part, slice(near, None), softmax)
+    return attend_rows(query[:, :, rows], sink_rows, *part, slice(local, None), softmax)
 
 
-def block_part(call: Call, view: View, block: tuple[int, int], repeats: int, like: torch.Tensor) -> tuple[Part, int]:
+def block_part(
+    call: Call, view: VisibleKV, block: tuple[int, int], repeats: int, like: torch.Tensor
+) -> tuple[Part, int]:
     """What a block of queries reads: tokens of the window, then sinks and extra keys; how many are of the window.
 
     Args:
@@ -122,14 +124,14 @@ def block_part(call: Call, view: View, block: tuple[int, int], repeats: int, lik
         like: A tensor of the dtype and device to use.
     """
     keys_from = max(view.first, block[0] - view.window + 1)
-    near = view.local.span(keys_from - view.first, max(keys_from, block[1]) - view.first)
+    local = view.local.span(keys_from - view.first, max(keys_from, block[1]) - view.first)
     mask = block_mask(call, view, block, keys_from, repeats, like)
-    parts: list[Tokens | ExtraKV] = [near, view.sinks]
+    parts: list[Tokens | ExtraKV] = [local, view.sinks]
     if view.extra is not None and (extra := read_by(view.extra, *block)).keys.size(2):
         mask = beside(mask, extra_mask(extra, block, repeats, like))
         parts.append(extra)
     keys, values = (torch.cat([part[index] for part in parts], dim=2) for index in (0, 1))
-    return (keys, values, mask), near.length
+    return (keys, values, mask), local.length
 
 
 def _attend(
@@ -175,17 +177,19 @@ def _attend_in_two(
 ) -> torch.Tensor:
     """Window and sinks by the fused kernel with their own queries each, merged by the size of their denominators."""
     window = slice(sinks.stop, None) if sinks.start == 0 else slice(0, sinks.start)
-    near, far = (
+    local, sink_part = (
         (k_BGNK[:, :, keys], v_BGNV[:, :, keys], None if mask is None else mask[..., keys]) for keys in (window, sinks)
     )
-    return _merged(q_BHTK, near, sink_q_BHTK, far, softmax)
+    return _merged(q_BHTK, local, sink_q_BHTK, sink_part, softmax)
 
 
-def _merged(q_BHTK: torch.Tensor, near: Part, far_q_BHTK: torch.Tensor, far: Part, softmax: Softmax) -> torch.Tensor:
+def _merged(
+    q_BHTK: torch.Tensor, local: Part, sink_q_BHTK: torch.Tensor, sink_part: Part, softmax: Softmax
+) -> torch.Tensor:
     """One softmax over two sets of keys by the fused kernel, merged by the size of their denominators."""
-    near_out, near_sum = _fused(q_BHTK, near, softmax)
-    far_out, far_sum = _fused(far_q_BHTK, far, softmax)
-    return torch.lerp(near_out, far_out, torch.sigmoid(far_sum - near_sum)[..., None].to(near_out.dtype))
+    local_out, local_sum = _fused(q_BHTK, local, softmax)
+    sink_out, sink_sum = _fused(sink_q_BHTK, sink_part, softmax)
+    return torch.lerp(local_out, sink_out, torch.sigmoid(sink_sum - local_sum)[..., None].to(local_out.dtype))
 
 
 def _fused(q_BHTK: torch.Tensor, part: Part, softmax: Softmax) -> tuple[torch.Tensor, torch.Tensor]:

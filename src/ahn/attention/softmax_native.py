@@ -11,10 +11,12 @@ from ahn import native
 from ahn.attention.call import Call, Softmax
 from ahn.attention.masks import slot_mask
 from ahn.native import Segment
-from ahn.tokens import View
+from ahn.tokens import VisibleKV
 
 
-def can_attend(call: Call, view: View, query: torch.Tensor, sink_query: torch.Tensor | None, softmax: Softmax) -> bool:
+def can_attend(
+    call: Call, view: VisibleKV, query: torch.Tensor, sink_query: torch.Tensor | None, softmax: Softmax
+) -> bool:
     """Whether the kernels can do what `attend` does; arguments as there."""
     tensors = [query, view.local.keys, view.local.values, view.sinks.keys, view.sinks.values]
     tensors += [] if sink_query is None else [sink_query]
@@ -26,7 +28,7 @@ def can_attend(call: Call, view: View, query: torch.Tensor, sink_query: torch.Te
 
 
 def attend(
-    call: Call, view: View, query: torch.Tensor, sink_query: torch.Tensor | None, softmax: Softmax
+    call: Call, view: VisibleKV, query: torch.Tensor, sink_query: torch.Tensor | None, softmax: Softmax
 ) -> torch.Tensor:
     """As `ahn.attention.softmax.attend`.
 
@@ -40,49 +42,53 @@ def attend(
     Returns:
         `[B, T, H, V]`.
     """
-    near_q, far_q = _queries(view, query, sink_query)
-    extra, first = _extra(view, far_q), _first(view, query)
+    window_q, sink_q = _queries(view, query, sink_query)
+    extra, first = _extra(view, sink_q), _first(view, query)
     if not view.ordered:
-        mask = slot_mask(call, view, near_q)
-        return native.attend_one([*_ring(view, near_q, far_q, mask), *extra], first, softmax.scaling)
-    sinks = Segment(far_q, _dense(view.sinks.keys), _dense(view.sinks.values))
-    local = Segment(near_q, _dense(view.local.keys), _dense(view.local.values), first=view.first, window=view.window)
+        mask = slot_mask(call, view, window_q)
+        return native.attend_one([*_ring(view, window_q, sink_q, mask), *extra], first, softmax.scaling)
+    sinks = Segment(sink_q, _dense(view.sinks.keys), _dense(view.sinks.values))
+    local = Segment(window_q, _dense(view.local.keys), _dense(view.local.values), first=view.first, window=view.window)
     return native.attend([sinks, *extra, local], first, softmax.scaling)
 
 
-def _first(view: View, query: torch.Tensor) -> int:
+def _first(view: VisibleKV, query: torch.Tensor) -> int:
     """Index of the first new token."""
     return view.seen - query.size(2)
 
 
-def _queries(view: View, query: torch.Tensor, sink_query: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+def _queries(
+    view: VisibleKV, query: torch.Tensor, sink_query: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Queries for the window and those for sinks and extra keys, which may be the same, alike in memory."""
-    near = _dense(query) if view.ordered else query.contiguous()
-    far = near if sink_query is None else sink_query
-    return (near, far) if far.stride() == near.stride() else (near.contiguous(), far.contiguous())
+    window_q = _dense(query) if view.ordered else query.contiguous()
+    sink_q = window_q if sink_query is None else sink_query
+    return (window_q, sink_q) if sink_q.stride() == window_q.stride() else (window_q.contiguous(), sink_q.contiguous())
 
 
-def _ring(view: View, near_q: torch.Tensor, far_q: torch.Tensor, mask_B11N: torch.Tensor | None) -> list[Segment]:
+def _ring(
+    view: VisibleKV, window_q: torch.Tensor, sink_q: torch.Tensor, mask_B11N: torch.Tensor | None
+) -> list[Segment]:
     """The slots of a ring as they lie, the sinks apart where they have a query of their own."""
     keys, values = _dense(view.local.keys), _dense(view.local.values)
     mask = None if mask_B11N is None else mask_B11N[:, 0, 0]
     sinks = view.sinks.length
-    if far_q is near_q or sinks == 0:
-        return [Segment(near_q, keys, values, mask=mask)]
-    parts = ((far_q, slice(0, sinks)), (near_q, slice(sinks, None)))
+    if sink_q is window_q or sinks == 0:
+        return [Segment(window_q, keys, values, mask=mask)]
+    parts = ((sink_q, slice(0, sinks)), (window_q, slice(sinks, None)))
     return [
         Segment(query, keys[:, :, span], values[:, :, span], mask=None if mask is None else mask[:, span])
         for query, span in parts
     ]
 
 
-def _extra(view: View, far_q: torch.Tensor) -> list[Segment]:
+def _extra(view: VisibleKV, sink_q: torch.Tensor) -> list[Segment]:
     """Keys of a later store."""
     if view.extra is None:
         return []
     keys, values, visible_from, visible_until = view.extra
     return [
-        Segment(far_q, _dense(keys), _dense(values), visible=(visible_from.contiguous(), visible_until.contiguous()))
+        Segment(sink_q, _dense(keys), _dense(values), visible=(visible_from.contiguous(), visible_until.contiguous()))
     ]
 
 

@@ -13,11 +13,11 @@ from ahn.anchors.base import AttentionBlock
 from ahn.attention.call import Call, Softmax
 from ahn.attention.masks import slot_mask
 from ahn.attention.softmax import block_part, block_size, explicit_weights, ring_and_extra
-from ahn.tokens import View
+from ahn.tokens import VisibleKV
 
 
 def attention_blocks(
-    call: Call, view: View, query: torch.Tensor, sink_query: torch.Tensor | None, softmax: Softmax
+    call: Call, view: VisibleKV, query: torch.Tensor, sink_query: torch.Tensor | None, softmax: Softmax
 ) -> Iterator[AttentionBlock]:
     """The weights of all new queries on the tokens of the window, block by block, without dropout.
 
@@ -34,21 +34,21 @@ def attention_blocks(
     first, size = view.seen - query.size(2), block_size(view.window, query)
     for start in range(first, view.seen, size):
         stop = min(start + size, view.seen)
-        (keys, _, mask), near = block_part(call, view, (start, stop), 1, query)
+        (keys, _, mask), local = block_part(call, view, (start, stop), 1, query)
         own = query[:, :, start - first : stop - first]
         sink_own = None if sink_query is None else sink_query[:, :, start - first : stop - first]
-        weights = explicit_weights(own, sink_own, keys, mask, slice(near, None), softmax)
-        yield AttentionBlock(start, stop - near, weights.view(*own.shape[:3], -1)[..., :near])
+        weights = explicit_weights(own, sink_own, keys, mask, slice(local, None), softmax)
+        yield AttentionBlock(start, stop - local, weights.view(*own.shape[:3], -1)[..., :local])
 
 
 def _weights_of_one(
-    call: Call, view: View, query: torch.Tensor, sink_query: torch.Tensor | None, softmax: Softmax
+    call: Call, view: VisibleKV, query: torch.Tensor, sink_query: torch.Tensor | None, softmax: Softmax
 ) -> AttentionBlock:
     """The weights of a single query, which reads the slots of the ring as they lie."""
-    (keys, _, mask), far = ring_and_extra(view, query, slot_mask(call, view, query))
-    weights = explicit_weights(query, sink_query, keys, mask, far, softmax)
-    near_BHQJ = weights.view(*query.shape[:3], -1)[..., far.stop :]
-    length = near_BHQJ.size(-1)
+    (keys, _, mask), sink_part = ring_and_extra(view, query, slot_mask(call, view, query))
+    weights = explicit_weights(query, sink_query, keys, mask, sink_part, softmax)
+    local_BHQJ = weights.view(*query.shape[:3], -1)[..., sink_part.stop :]
+    length = local_BHQJ.size(-1)
     # Token j of the window lies in slot (j - sinks) mod window of those behind the sinks.
     oldest = (view.seen - view.sinks.length) % length if length == view.window else 0
-    return AttentionBlock(view.seen - 1, view.seen - length, near_BHQJ.roll(-oldest, -1))
+    return AttentionBlock(view.seen - 1, view.seen - length, local_BHQJ.roll(-oldest, -1))

@@ -28,8 +28,9 @@ def cache_name(model: Any) -> str:
 
 
 def find_cache(arguments: Mapping[str, Any]) -> Any:
-    """The cache among the arguments of a call, under its name of any version, or `None`."""
-    return next((arguments[name] for name in CACHE_NAMES if arguments.get(name) is not None), None)
+    """The cache among the arguments or outputs of a call, under its name of any version, or `None`."""
+    # Not by `get`: an output of transformers warns of its older name.
+    return next((value for name, value in arguments.items() if name in CACHE_NAMES and value is not None), None)
 
 
 def with_cache(model: Any, arguments: Mapping[str, Any], cache: Any) -> dict[str, Any]:
@@ -64,6 +65,15 @@ def unwrap(model: Any) -> Any:
             model = model.get_base_model()
         else:
             return model
+
+
+def active_module(module: Any) -> Any:
+    """The module that a wrapper of peft's `modules_to_save` uses now, or the module itself."""
+    saved = getattr(module, "modules_to_save", None)
+    if not isinstance(saved, nn.ModuleDict):
+        return module
+    active: list[str] = [] if module.disable_adapters else module.active_adapters
+    return next((saved[name] for name in active if name in saved), module.original_module)
 
 
 def execution_device(module: nn.Module) -> torch.device | None:

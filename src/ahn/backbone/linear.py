@@ -1,8 +1,8 @@
 """The linear maps of the base model while a single token is decoded with a bounded memory.
 
-Their weights pass by once per token, which is most of the time that a token takes on a CPU, and torch reads them at
-half the speed of memory in products of a matrix and a vector. So while a memory is attached they run through the
-kernels of `ahn.native` in decoding; in every other call, and in mode "full", they are the base model's.
+Reading their weights is most of the time that a token takes on a CPU. In products of a matrix and a vector torch reads
+them at half the speed of memory. So while a memory is attached, decoding runs them through the kernels of `ahn.native`.
+In every other call, and in mode "full", they are the base model's.
 """
 
 from __future__ import annotations

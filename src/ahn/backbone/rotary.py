@@ -1,7 +1,7 @@
 """Rotary positions from the outside: undo and redo a model's own rotation, whatever its layout or scaling.
 
-No rotation is written here. Each family's own function is called with the tables that the model itself computed, and
-with their sine negated to go back; `surgery` verifies on the model that this recovers the unrotated tensors.
+No rotation is written here. Each family's own function is called with the tables that the model computed, and with
+their sine negated to go back. `surgery` verifies on the model that this recovers the unrotated tensors.
 Legend of shapes: B batch, T tokens, H heads (of queries or keys), K head size, R rotated size of the tables.
 """
 

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 AnyLayer = HippocampalLayer | DynamicLayer
 
 
-class Before(NamedTuple):
+class CacheSnapshot(NamedTuple):
     """What a cache was before a call, by reference.
 
     Attributes:
@@ -108,8 +108,9 @@ class HippocampalCache(Cache):
         self.settings = settings if policy is None else dataclasses.replace(settings, anchor_score=policy.score.name)
         self.padding: Padding | None = None
         self.groups: list[LayerGroup] = []
-        self._before: Before | None = None
+        self._snapshot: CacheSnapshot | None = None
         self._is_read = False
+        self._holds_inference_tensors = False
         super().__init__(layers=[new_layer(site, settings, policy) for site in attachment.sites])
         windows = {layer.exact.window for layer in self.layers if isinstance(layer, HippocampalLayer)}
         self.scoreboard: Scoreboard | None = None
@@ -150,8 +151,11 @@ class HippocampalCache(Cache):
     def begin_call(self) -> None:
         """Notes what a call may change; until `settle`, `rollback` takes it back."""
         self.settle()
+        if self._holds_inference_tensors and not torch.is_inference_mode_enabled():
+            self._map_all(torch.clone)  # those that were made in inference mode cannot be written to outside of it
+        self._holds_inference_tensors = torch.is_inference_mode_enabled()
         scores = None if self.scoreboard is None else dict(self.scoreboard.held)
-        self._before = Before(self.snapshots(), self.padding, scores)
+        self._snapshot = CacheSnapshot(self.snapshots(), self.padding, scores)
 
     def end_call(self) -> None:
         """Says that a call has read its tokens, so that `settle` keeps them."""
@@ -159,7 +163,7 @@ class HippocampalCache(Cache):
 
     def settle(self) -> None:
         """Keeps what the last call read, or takes it back if that call was broken off."""
-        if self._before is None:
+        if self._snapshot is None:
             return
         if not self._is_read:
             self.rollback()
@@ -173,22 +177,22 @@ class HippocampalCache(Cache):
             raise
         for layer in ours:
             layer.commit()
-        self._before, self._is_read = None, False
+        self._snapshot, self._is_read = None, False
 
     def rollback(self) -> None:
         """Takes back what came since `begin_call`, if `settle` has not kept it yet."""
-        before, self._before, self._is_read = self._before, None, False
-        if before is None:
+        snapshot, self._snapshot, self._is_read = self._snapshot, None, False
+        if snapshot is None:
             return
-        self.padding = before.padding
-        if self.scoreboard is not None and before.scores is not None:
-            self.scoreboard.held = before.scores
-        for layer, snapshot in zip(self.layers, before.layers, strict=True):
+        self.padding = snapshot.padding
+        if self.scoreboard is not None and snapshot.scores is not None:
+            self.scoreboard.held = snapshot.scores
+        for layer, layer_snapshot in zip(self.layers, snapshot.layers, strict=True):
             if isinstance(layer, HippocampalLayer):
-                layer.restore(snapshot)
+                layer.restore(layer_snapshot)
             else:
                 vars(layer).clear()
-                vars(layer).update(snapshot)
+                vars(layer).update(layer_snapshot)
 
     def snapshots(self) -> list[dict[str, Any]]:
         """For each layer all that a call changes, by reference: calls replace tensors and do not write to them."""
@@ -232,7 +236,7 @@ class HippocampalCache(Cache):
         cache = cls.__new__(cls)
         cache.begin(attachment, saved.settings)
         check_saved(os.fspath(path), saved, attachment, cache.layers, cache.scoreboard)
-        devices = [next(site.module.parameters()).device for site in attachment.sites]
+        devices = [site.device for site in attachment.sites]
         for index, (layer, seen) in enumerate(zip(cache.layers, saved.seen, strict=True)):
             set_layer_tensors(layer, saved.of(str(index), devices[index]), seen)
         if cache.scoreboard:
@@ -293,7 +297,7 @@ class HippocampalCache(Cache):
         """Repeats each row of the batch."""
         self.settle()
         super().batch_repeat_interleave(repeats)
-        self._map_ballot(lambda tensor: tensor.repeat_interleave(repeats, dim=0))
+        self._map_scores(lambda tensor: tensor.repeat_interleave(repeats, dim=0))
         if self.padding:
             self.padding = Padding(self.padding.counts.repeat_interleave(repeats), self.padding.most)
 
@@ -305,13 +309,22 @@ class HippocampalCache(Cache):
         """
         refuse_assisted_decoding()
 
-    def _map_ballot(self, function: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    def _map_all(self, function: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        """Replaces every tensor by the function's result on it."""
+        for layer in self.layers:
+            tensors = {name: function(tensor) for name, tensor in layer_tensors(layer).items()}
+            set_layer_tensors(layer, tensors, layer.get_seq_length())
+        self._map_scores(function)
+        if self.padding:
+            self.padding = Padding(function(self.padding.counts), self.padding.most)
+
+    def _map_scores(self, function: Callable[[torch.Tensor], torch.Tensor]) -> None:
         if self.scoreboard:
             self.scoreboard.held = {name: function(tensor) for name, tensor in self.scoreboard.held.items()}
 
     def _select_shared(self, rows: torch.Tensor) -> None:
         """Keeps these rows of what all layers share."""
-        self._map_ballot(lambda tensor: tensor.index_select(0, rows.to(tensor.device)))
+        self._map_scores(lambda tensor: tensor.index_select(0, rows.to(tensor.device)))
         if self.padding:
             counts = self.padding.counts
             self.padding = Padding(counts[rows.to(counts.device)], self.padding.most)

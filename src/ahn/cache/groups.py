@@ -22,16 +22,24 @@ class LayerGroup:
     """Layers of one shape, kind of memory, window and device.
 
     Attributes:
-        indices: Their layer indices.
-        memories: Their memories.
+        sites: The layers.
         stores: Their parts of the cache.
-        states: The states of all of them, `[L, B, *state_shape()]`, of which each layer of the cache holds its part.
+        states: The states of all of them, `[L, B, *state_shape()]`. Each layer of the cache holds its part.
     """
 
-    indices: list[int]
-    memories: list[Memory]
+    sites: list[Site]
     stores: list[HippocampalLayer]
     states: torch.Tensor | None = None
+
+    @property
+    def memories(self) -> list[Memory]:
+        """Their memories, which other libraries may wrap at any time."""
+        return [memory for site in self.sites if (memory := site.memory) is not None]
+
+    @property
+    def indices(self) -> list[int]:
+        """Their layer indices."""
+        return [site.index for site in self.sites]
 
     def update(self) -> None:
         """Updates the states with the token that leaves. The former ones stay as they are, should the call fail."""
@@ -48,13 +56,18 @@ class LayerGroup:
     def write_gates(self, hidden: dict[int, torch.Tensor]) -> None:
         """Stores the gates of the new token, from what each attention layer read, `[B, 1, D]` by layer index."""
         x_LBD = torch.stack([hidden[index] for index in self.indices]).squeeze(2)
-        gates_LBNH = type(self.memories[0]).gates_of_layers(self.memories, x_LBD)
+        memories = self.memories
+        gates_LBNH = type(memories[0]).gates_of_layers(memories, x_LBD)
         for store, record_BF in zip(self.stores, TokenRecord(gates_LBNH, None).pack()):
             store.exact.write_record(record_BF)
 
     def leaves(self, sinks: int) -> bool:
         """Whether a token leaves the window when the next one comes."""
         return self.stores[0].exact.seen - self.stores[0].exact.window >= sinks
+
+    def is_plain(self) -> bool:
+        """Whether the memories can be used without calling their parts."""
+        return all(memory.is_plain() for memory in self.memories)
 
     def has_states(self) -> bool:
         """Whether every layer has a state."""
@@ -75,16 +88,15 @@ def group_layers(sites: Iterable[Site], stores: Iterable[object]) -> list[LayerG
         sites: The attention layers of the model.
         stores: Their parts of the cache.
     """
-    found: dict[tuple[object, ...], LayerGroup] = {}
+    groups: dict[tuple[object, ...], LayerGroup] = {}
     for site, store in zip(sites, stores, strict=True):
         if site.memory is not None and isinstance(store, HippocampalLayer):
             weight = site.memory.o_proj
             kind = type(site.memory), site.shape, store.exact.window, weight.dtype, weight.device
-            group = found.setdefault(kind, LayerGroup([], [], []))
-            group.indices.append(site.index)
-            group.memories.append(site.memory)
+            group = groups.setdefault(kind, LayerGroup([], []))
+            group.sites.append(site)
             group.stores.append(store)
-    return list(found.values())
+    return list(groups.values())
 
 
 def _is_same(mine: torch.Tensor, other: torch.Tensor) -> bool:

@@ -15,7 +15,7 @@ from ahn.cache.store import Store
 from ahn.cache.window import SinkWindow
 from ahn.config import RunSettings
 from ahn.errors import CacheError
-from ahn.tokens import Padding, Tokens, View
+from ahn.tokens import Padding, Tokens, VisibleKV
 
 
 class HippocampalLayer(CacheLayerMixin):
@@ -26,8 +26,8 @@ class HippocampalLayer(CacheLayerMixin):
 
     Args:
         settings: Mode, window and sinks of the run; fixed for the life of the cache.
-        sliding_window: The layer's own sliding window in tokens, if the base model has one: the exact tokens never
-            pass it, so that sinks and window together show at most what the base model sees.
+        sliding_window: The layer's own sliding window in tokens, if the base model has one. Sinks and window together
+            never show more tokens than that.
         slots: Slots of a Compressive Transformer, for the modes that read them.
         score_names: Names of what the score of the anchors keeps here.
 
@@ -68,7 +68,7 @@ class HippocampalLayer(CacheLayerMixin):
         self.score_state = Store(*score_names)
         self.state: torch.Tensor | None = None
 
-    def append(self, new: Tokens, padding: Padding | None, selected: Selected | None = None) -> View:
+    def append(self, new: Tokens, padding: Padding | None, selected: Selected | None = None) -> VisibleKV:
         """Takes in new tokens, until `commit` or `restore`; what their queries read and what left the window.
 
         Args:
@@ -85,7 +85,7 @@ class HippocampalLayer(CacheLayerMixin):
         first = view.seen - self.exact.window - view.evicted.length
         return view._replace(extra=self.pooled.append(view.evicted, first, padding))
 
-    def append_key(self, key: torch.Tensor, value: torch.Tensor, selected: Selected | None) -> View:
+    def append_key(self, key: torch.Tensor, value: torch.Tensor, selected: Selected | None) -> VisibleKV:
         """Stores a single token as `append` does, for layers that decode together and bring its record later.
 
         Args:

@@ -165,7 +165,8 @@ def _checksum(text: str, tensors: dict[str, torch.Tensor]) -> str:
     for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {list(tensor.shape)} {tensor.dtype} ".encode())
         if tensor.numel():
-            digest.update(memoryview(tensor.detach().contiguous().cpu().flatten().view(torch.uint8).numpy()))
+            numbers: Any = tensor.detach().contiguous().cpu().flatten().view(torch.uint8).numpy()
+            digest.update(memoryview(numbers))
     return digest.hexdigest()
 
 

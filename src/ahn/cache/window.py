@@ -17,7 +17,7 @@ from typing import Any, cast
 
 import torch
 
-from ahn.tokens import Padding, Tokens, View, concatenate
+from ahn.tokens import Padding, Tokens, VisibleKV, concatenate
 
 
 class SinkWindow:
@@ -37,13 +37,13 @@ class SinkWindow:
         self.window = window
         self.seen = 0
         self.buffer: Tokens | None = None
-        self._ahead = 0  # tokens of `seen` that the buffer does not have yet
+        self._unwritten = 0  # tokens of `seen` that the buffer does not have yet
         self._pending: Tokens | None = None  # the newest of them: those beyond the sinks, at most W
         self._pending_sinks: Tokens | None = None  # all sinks, if some of them are pending
         self._overwritten: tuple[int, Tokens] | None = None  # a slot and what it held before this call
         self._views: tuple[Tokens, Tokens, Tokens] | None = None  # of a buffer: that buffer, its sinks, nothing of it
 
-    def view(self, new: Tokens, padding: Padding | None) -> View:
+    def view(self, new: Tokens, padding: Padding | None) -> VisibleKV:
         """What the queries of new tokens may read, without storing anything; gradients flow through it.
 
         Args:
@@ -57,9 +57,9 @@ class SinkWindow:
         line = concatenate([*self._past(leaves), self._beyond_sinks(new)])
         evicted = line.span(0, max(0, total - self.window - leaves))
         local = line.span(first - leaves, line.length)
-        return View(self._sinks_with(new, padding), local, first, total, self.window, True, evicted)
+        return VisibleKV(self._sinks_with(new, padding), local, first, total, self.window, True, evicted)
 
-    def append(self, new: Tokens, padding: Padding | None) -> View:
+    def append(self, new: Tokens, padding: Padding | None) -> VisibleKV:
         """Takes in the new tokens, until `commit` or `restore`; returns what their queries may read.
 
         Args:
@@ -67,20 +67,20 @@ class SinkWindow:
             padding: Padding at the left of the rows, or `None` where there is none.
         """
         settled = self.seen >= self.sinks + (padding.most if padding else 0)
-        if new.length == 1 and settled and self._ahead == 0 and not new.keys.requires_grad:
+        if new.length == 1 and settled and self._unwritten == 0 and not new.keys.requires_grad:
             return self._append_one(new)
         view = self.view(new, padding)
         if not settled:
             self._pending_sinks = view.sinks
         self._pending = self._newest(self._beyond_sinks(new))
-        self._ahead += new.length
+        self._unwritten += new.length
         self.seen += new.length
         return view
 
     def reserve(self) -> None:
         """Makes room for the pending tokens, which is all of `commit` that can fail."""
         like = self._pending_sinks or self._pending
-        if self._ahead and like is not None:
+        if self._unwritten and like is not None:
             buffer = self._reserved(self.seen, like)
             if torch.is_grad_enabled():  # a backward pass may still compute from the buffer as it was
                 self.buffer = buffer.map(torch.clone)
@@ -98,7 +98,7 @@ class SinkWindow:
                 start = first - self.seen + self._pending.length
                 self._ring.write(slot, self._pending.span(start, start + count))
                 first += count
-        self._ahead, self._pending, self._pending_sinks, self._overwritten = 0, None, None, None
+        self._unwritten, self._pending, self._pending_sinks, self._overwritten = 0, None, None, None
 
     def snapshot(self) -> dict[str, Any]:
         """All that a call changes, by reference, for `restore`."""
@@ -111,13 +111,13 @@ class SinkWindow:
         if overwritten is not None and buffer is not None and buffer is self.buffer:
             buffer.write(*overwritten)
 
-    def _append_one(self, new: Tokens) -> View:
+    def _append_one(self, new: Tokens) -> VisibleKV:
         """The step of decoding: one slot is read out, overwritten, and the ring is read as it lies."""
         slot, old = self._keep_slot(new)
         self._ring.write(slot, new)
         return self._after_one(old if self._is_full else new.span(0, 0))
 
-    def append_key(self, key: torch.Tensor, value: torch.Tensor, keep_evicted: bool) -> View:
+    def append_key(self, key: torch.Tensor, value: torch.Tensor, keep_evicted: bool) -> VisibleKV:
         """Stores the key and value of one token; its record comes later, by `write_record`.
 
         Args:
@@ -137,7 +137,7 @@ class SinkWindow:
 
     def is_settled(self, begun: int) -> bool:
         """Whether the next token can go straight to its slot: all before it are there, as many as `begun` at least."""
-        return self._ahead == 0 and self.seen >= max(1, begun)
+        return self._unwritten == 0 and self.seen >= max(1, begun)
 
     def leaving(self) -> Tokens:
         """The token that leaves a full window when the next one comes, as views."""
@@ -161,7 +161,7 @@ class SinkWindow:
         self._overwritten = slot, buffer.span(slot, slot + 1).map(torch.clone)
         return self._overwritten
 
-    def _after_one(self, evicted: Tokens | None) -> View:
+    def _after_one(self, evicted: Tokens | None) -> VisibleKV:
         """What the query of a token that was just stored reads: all slots as they lie."""
         self.seen += 1
         if self._views is None or self._views[0] is not self.buffer:
@@ -170,7 +170,7 @@ class SinkWindow:
         used = min(self.seen, self.sinks + self.window)
         local = self._ring if used == self._ring.length else self._ring.span(0, used)
         first = max(self.sinks, self.seen - self.window)
-        return View(sinks, local, first, self.seen, self.window, False, nothing if evicted is None else evicted)
+        return VisibleKV(sinks, local, first, self.seen, self.window, False, nothing if evicted is None else evicted)
 
     def _slot(self, position: int) -> int:
         return position if position < self.sinks else self.sinks + (position - self.sinks) % self.window
@@ -182,12 +182,12 @@ class SinkWindow:
     def _newest(self, new: Tokens) -> Tokens:
         """The last W pending tokens and new ones; a copy where a view would keep many others alive."""
         line = new if self._pending is None else concatenate([self._pending, new])
-        kept = line.span(max(0, line.length - self.window), line.length)
-        return kept if 2 * kept.length >= line.length else kept.map(torch.clone)
+        newest = line.span(max(0, line.length - self.window), line.length)
+        return newest if 2 * newest.length >= line.length else newest.map(torch.clone)
 
     def _past(self, start: int) -> list[Tokens]:
         """Tokens of the window from `start` on, oldest first: one or two views of the ring, then the pending ones."""
-        parts = self._stored(start, self.seen - self._ahead)
+        parts = self._stored(start, self.seen - self._unwritten)
         if self._pending is not None:
             first = self.seen - self._pending.length
             parts.append(self._pending.span(max(0, start - first), self._pending.length))

@@ -23,7 +23,7 @@ from torch import nn
 
 from ahn.attachment import SAVERS, attachment_of
 from ahn.checkpoint.card import write_card
-from ahn.checkpoint.content import Base, Content, memory_config, memory_tensors
+from ahn.checkpoint.content import BaseInfo, Content, memory_config, memory_tensors
 from ahn.checkpoint.files import Stored, failure, read_json, stored_tensors, write_json, write_tensors, writing
 from ahn.config import AHNConfig
 from ahn.errors import CheckpointError
@@ -67,7 +67,7 @@ def save(model: nn.Module, path: str | os.PathLike[str], dtype: str | torch.dtyp
             this dtype).
     """
     attachment = attachment_of(model)
-    tensors, base = storable(path, memory_tensors(model), dtype), Base.of_model(model)
+    tensors, base = storable(path, memory_tensors(model), dtype), BaseInfo.of_model(model)
     write_adapter(path, attachment.config, base, tensors)
     parameters = sum(tensor.numel() for tensor in tensors.values())
     write_card(Path(path).expanduser(), attachment.config, base, parameters=parameters, place=str(path))
@@ -100,7 +100,7 @@ def storable(
 
 
 def write_adapter(
-    path: str | os.PathLike[str], config: AHNConfig, base: Base, tensors: Mapping[str, torch.Tensor]
+    path: str | os.PathLike[str], config: AHNConfig, base: BaseInfo, tensors: Mapping[str, torch.Tensor]
 ) -> None:
     """Writes an adapter's folder in one atomic step.
 
@@ -116,7 +116,7 @@ def write_adapter(
     write_pair(path, MEMORY, {**about(base), "config": config.to_dict()}, tensors)
 
 
-def about(base: Base) -> dict[str, Any]:
+def about(base: BaseInfo) -> dict[str, Any]:
     """What every folder of ours says: version of the format and of the library, and the base model."""
     try:
         library = importlib.metadata.version("ahn")
@@ -177,7 +177,7 @@ def read_adapter(where: str, folder: Path) -> Content:
         where,
         "adapter",
         memory_config(where, values.get("config")),
-        Base.of_dict(base if isinstance(base, dict) else {}, where),
+        BaseInfo.of_dict(base if isinstance(base, dict) else {}, where),
         stored,
         values["format_version"],
         str(values.get("ahn_version") or "") or None,

@@ -13,8 +13,8 @@ from ahn.anchors.base import Score
 from ahn.anchors.scores import SCORES
 from ahn.attachment import SAVERS, Attachment, attachment_of
 from ahn.checkpoint.adapter import Pair, about, read_pair, storable, write_pair
-from ahn.checkpoint.content import Base, check_base, check_keys, check_shapes, layer_of
-from ahn.checkpoint.files import Source, failure, locate, read_tensors
+from ahn.checkpoint.content import BaseInfo, check_base, check_keys, check_shapes, layer_of
+from ahn.checkpoint.files import HubSource, failure, locate, read_tensors
 from ahn.errors import ConfigError
 from ahn.memories import MemoryShape
 from ahn.surgery import set_score_weights
@@ -43,7 +43,7 @@ def save_anchors(model: nn.Module, path: str | os.PathLike[str], dtype: str | to
     }
     if not tensors:
         raise ConfigError("this model has no weights of anchor scores to save; make some with `ahn train anchors`")
-    write_pair(path, ANCHORS, about(Base.of_model(model)), storable(path, tensors, dtype))
+    write_pair(path, ANCHORS, about(BaseInfo.of_model(model)), storable(path, tensors, dtype))
 
 
 def load_anchors(
@@ -78,20 +78,20 @@ def load_anchors(
         UserWarning: The weights were made for a base model of the same sizes but another name.
     """
     attachment, where = attachment_of(model), os.fspath(path_or_hub_id)
-    source = Source(revision, subfolder, token, cache_dir, local_files_only)
+    source = HubSource(revision, subfolder, token, cache_dir, local_files_only)
     folder = locate(where, source, ANCHORS.config)
-    weights = _read(where, folder, attachment, Base.of_model(model))
+    weights = _read(where, folder, attachment, BaseInfo.of_model(model))
     for site in attachment.sites:
         if site.memory is not None:
             set_score_weights(site, weights.get(site.index, {}))
 
 
-def _read(where: str, folder: Path, attachment: Attachment, base: Base) -> dict[int, dict[str, nn.Module]]:
+def _read(where: str, folder: Path, attachment: Attachment, base: BaseInfo) -> dict[int, dict[str, nn.Module]]:
     """The weights in a folder, by layer and score."""
     if not (folder / ANCHORS.config).is_file():
         raise failure(where, f"it holds no {ANCHORS.config}", "Give a folder that ahn.save_anchors wrote")
     values, stored = read_pair(where, folder, ANCHORS)
-    made_for = Base.of_dict(values["base"] if isinstance(values.get("base"), dict) else {}, where)
+    made_for = BaseInfo.of_dict(values["base"] if isinstance(values.get("base"), dict) else {}, where)
     check_base(where, made_for, base, "its anchor scores were", stacklevel=4)
     found = {layer: _scores_in(stored, layer) for key in stored if (layer := layer_of(key)) is not None}
     served = {site.index: site.shape for site in attachment.sites if site.memory is not None}

@@ -1,4 +1,4 @@
-"""Model cards: the README of an adapter, with the metadata by which the Hugging Face hub finds it."""
+"""Model cards: the README of an adapter, with the metadata for the Hugging Face hub."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from ahn._home import write_text
-from ahn.checkpoint.content import Base
+from ahn.checkpoint.content import BaseInfo
 from ahn.config import AHNConfig
 
 CARD = "README.md"
@@ -17,7 +17,7 @@ _TAGS = ["ahn", "long-context", "recurrent-memory"]
 def write_card(
     folder: Path,
     config: AHNConfig,
-    base: Base,
+    base: BaseInfo,
     *,
     parameters: int,
     place: str = "FOLDER",
@@ -33,7 +33,7 @@ def write_card(
         config: Settings of its memory.
         base: The base model that it was made for.
         parameters: Parameters of the memory.
-        place: The repository or folder by which it is loaded.
+        place: The repository or folder to load it from.
         anchors: Whether the folder holds the weights of anchor scores too.
         sections: Further sections, Markdown by heading: how it was trained, what was measured.
         licence: Licence of the adapter as the hub names it, such as "apache-2.0".
@@ -54,7 +54,7 @@ def write_card(
     return True
 
 
-def _metadata(base: Base, licence: str | None, datasets: Sequence[str]) -> str:
+def _metadata(base: BaseInfo, licence: str | None, datasets: Sequence[str]) -> str:
     from huggingface_hub import ModelCardData
 
     named = base.name if base.name and not Path(base.name).is_absolute() else None
@@ -69,7 +69,7 @@ def _metadata(base: Base, licence: str | None, datasets: Sequence[str]) -> str:
     return str(data.to_yaml()).strip()
 
 
-def _body(config: AHNConfig, base: Base, parameters: int, place: str, anchors: bool) -> str:
+def _body(config: AHNConfig, base: BaseInfo, parameters: int, place: str, anchors: bool) -> str:
     """What it is and how it is loaded."""
     name = Path(base.name).name if base.name else "its base model"
     known = base.name or "BASE"

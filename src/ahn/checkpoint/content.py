@@ -33,7 +33,7 @@ _AGAIN = "Copy or download the folder again, weights and config together"
 
 
 @dataclasses.dataclass(frozen=True)
-class Base:
+class BaseInfo:
     """The base model that a memory was made for. What is `None` is not known and not checked.
 
     Attributes:
@@ -57,7 +57,7 @@ class Base:
     head_dim: int | None = None
 
     @classmethod
-    def of_config(cls, config: Any, name: str | None = None) -> Base:
+    def of_config(cls, config: Any, name: str | None = None) -> BaseInfo:
         """The base model with this config of transformers."""
         sizes = {size: _whole(getattr(config, size, None)) for size in _SIZES}
         heads = sizes["num_attention_heads"]
@@ -67,14 +67,14 @@ class Base:
         return _base(name or None, getattr(config, "_commit_hash", None), config.model_type, sizes)
 
     @classmethod
-    def of_model(cls, model: nn.Module) -> Base:
+    def of_model(cls, model: nn.Module) -> BaseInfo:
         """The base model that this model is."""
         inner = compat.unwrap(model)
         base = cls.of_config(find_backbone(inner).config, base_name(inner))
         return dataclasses.replace(base, revision=getattr(inner.config, "_commit_hash", None))
 
     @classmethod
-    def of_dict(cls, values: Mapping[str, Any], where: str) -> Base:
+    def of_dict(cls, values: Mapping[str, Any], where: str) -> BaseInfo:
         """The base model that a file describes.
 
         Args:
@@ -91,7 +91,7 @@ class Base:
         name, revision, family = (_text(values.get(key)) for key in ("name", "revision", "model_type"))
         return _base(name, revision, family, {size: _whole(values.get(size)) for size in _SIZES})
 
-    def unlike(self, other: Base) -> list[str]:
+    def unlike(self, other: BaseInfo) -> list[str]:
         """Names of what is known of both and differs, the name itself and the revision left out."""
         pairs = {key: (getattr(self, key), getattr(other, key)) for key in ("model_type", *_SIZES)}
         return [key for key, (ours, theirs) in pairs.items() if ours != theirs and None not in (ours, theirs)]
@@ -124,7 +124,7 @@ class Content:
     where: str
     kind: Kind
     config: AHNConfig
-    base: Base
+    base: BaseInfo
     stored: Mapping[str, Stored]
     format_version: int = 0
     library_version: str | None = None
@@ -146,8 +146,8 @@ class Content:
         shapes = parameter_shapes(self.config.memory, _UNNAMED)
         check_keys(self.where, self.stored, {f"layers.{layer}.{name}" for layer in layers or (0,) for name in shapes})
 
-    def check_base(self, base: Base, stacklevel: int = 3) -> None:
-        """Checks that the memory was made for this base model; only another name is no more than a warning.
+    def check_base(self, base: BaseInfo, stacklevel: int = 3) -> None:
+        """Checks that the memory was made for this base model; another name alone is a warning.
 
         Args:
             base: The base model.
@@ -178,8 +178,8 @@ class Content:
         return read_tensors(self.stored)
 
 
-def check_base(where: str, made_for: Base, base: Base, what: str, stacklevel: int) -> None:
-    """Checks that something was made for this base model; only another name is no more than a warning.
+def check_base(where: str, made_for: BaseInfo, base: BaseInfo, what: str, stacklevel: int) -> None:
+    """Checks that something was made for this base model; another name alone is a warning.
 
     Args:
         where: The name that the user gave, for messages.
@@ -289,8 +289,8 @@ def require_published_positions(content: Content) -> None:
         )
 
 
-def _base(name: str | None, revision: str | None, family: str | None, sizes: Mapping[str, int | None]) -> Base:
-    return Base(name, revision, family, *(sizes[size] for size in _SIZES))
+def _base(name: str | None, revision: str | None, family: str | None, sizes: Mapping[str, int | None]) -> BaseInfo:
+    return BaseInfo(name, revision, family, *(sizes[size] for size in _SIZES))
 
 
 def _text(value: Any) -> str | None:

@@ -62,8 +62,8 @@ class Stored(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Source:
-    """How a checkpoint is found: options of the Hugging Face hub, of which a local folder has its subfolder only.
+class HubSource:
+    """How a checkpoint is found: options of the Hugging Face hub; a local folder uses the subfolder only.
 
     Attributes:
         revision: Branch, tag or commit.
@@ -84,6 +84,11 @@ class Source:
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         del values["subfolder"]
         return {name: value for name, value in values.items() if value not in (None, False) or name == "revision"}
+
+    def load_options(self) -> dict[str, Any]:
+        """The same for a model of transformers, which looks into the subfolder itself."""
+        options = self.options() | ({"subfolder": self.subfolder} if self.subfolder else {})
+        return {name: value for name, value in options.items() if value is not None}
 
     def within(self, folder: Path, name: str) -> Path:
         """The subfolder of a folder.
@@ -124,7 +129,7 @@ def shipped_for(model: str) -> str | None:
     return usual if usual in shipped() else None
 
 
-def locate(name: str | os.PathLike[str], source: Source | None = None, config: str = "ahn_config.json") -> Path:
+def locate(name: str | os.PathLike[str], source: HubSource | None = None, config: str = "ahn_config.json") -> Path:
     """The folder that an adapter's name stands for; one on the hub is downloaded.
 
     Args:
@@ -135,7 +140,7 @@ def locate(name: str | os.PathLike[str], source: Source | None = None, config: s
     Raises:
         CheckpointError: There is nothing of this name, or the hub cannot be reached.
     """
-    name, source = os.fspath(name), source or Source()
+    name, source = os.fspath(name), source or HubSource()
     path = Path(name).expanduser()
     if name.strip() and path.is_dir():
         return source.within(path, name)
@@ -157,7 +162,7 @@ def is_hub_id(name: str) -> bool:
     return bool(_HUB_ID.fullmatch(name)) and not name.endswith((".safetensors", ".json", ".gguf", *_PICKLES))
 
 
-def download(name: str, source: Source, patterns: Iterable[str]) -> Path:
+def download(name: str, source: HubSource, patterns: Iterable[str]) -> Path:
     """Files of a repository on the hub, in the hub's own cache.
 
     Args:

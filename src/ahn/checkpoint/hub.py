@@ -13,7 +13,7 @@ from ahn.attachment import attachment_of
 from ahn.checkpoint.adapter import save
 from ahn.checkpoint.anchors import save_anchors
 from ahn.checkpoint.card import CARD, write_card
-from ahn.checkpoint.content import Base, memory_tensors
+from ahn.checkpoint.content import BaseInfo, memory_tensors
 from ahn.checkpoint.files import brief, failure, is_hub_id
 
 
@@ -68,7 +68,7 @@ def push_to_hub(
         write_card(
             folder,
             attachment.config,
-            Base.of_model(model),
+            BaseInfo.of_model(model),
             parameters=sum(tensor.numel() for tensor in memory_tensors(model).values()),
             place=repo_id,
             anchors=has_anchors,

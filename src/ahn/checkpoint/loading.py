@@ -16,10 +16,10 @@ from ahn.attachment import Attachment, find_attachment
 from ahn.checkpoint import adapter as own
 from ahn.checkpoint import published
 from ahn.checkpoint.anchors import ANCHORS, load_anchors
-from ahn.checkpoint.content import Base, Content, check_keys, check_shapes, memory_tensors
+from ahn.checkpoint.content import BaseInfo, Content, check_keys, check_shapes, memory_tensors
 from ahn.checkpoint.files import (
     SHIPPED,
-    Source,
+    HubSource,
     brief,
     download,
     failure,
@@ -53,15 +53,15 @@ def load(
 ) -> None:
     """Loads a memory's weights onto a base model.
 
-    Without a memory attached, one is attached with the saved settings. Where one is attached already, it must be of
-    the same kind, in the same layers, with the same `memory_positions`; its window, its sinks and where these stand
-    are settings of a run and stay. All is checked first: if anything is wrong, the model is what it was before.
+    Without a memory attached, one is attached with the saved settings. An attached memory must be of the same kind, in
+    the same layers, with the same `memory_positions`. Its window, sinks and sink positions are settings of a run and
+    stay. All is checked first: if anything is wrong, the model stays unchanged.
 
     Args:
         model: The base model.
-        path_or_hub_id: A folder that `save` wrote, a folder of the published format (its memory alone, or merged with
-            the base weights, which are then left aside), the name of an adapter that ships with the library, or a hub
-            id `owner/name`. A folder that exists wins.
+        path_or_hub_id: A folder that `save` wrote, the name of an adapter that ships with the library, or a hub id
+            `owner/name`. Also a folder of the published format, with or without base weights, which are not used. A
+            folder that exists wins.
         revision: Branch, tag or commit on the hub.
         subfolder: Folder of the checkpoint within the repository or within the local folder.
         token: Access token of the hub; `True` takes the one that is logged in.
@@ -76,7 +76,7 @@ def load(
     Warns:
         UserWarning: The checkpoint was made for a base model of the same sizes but another name.
     """
-    _put(model, read(path_or_hub_id, Source(revision, subfolder, token, cache_dir, local_files_only)))
+    _put(model, read(path_or_hub_id, HubSource(revision, subfolder, token, cache_dir, local_files_only)))
 
 
 def from_pretrained(
@@ -121,39 +121,42 @@ def from_pretrained(
             which base model it was made for.
         ConfigError: The settings do not fit this model.
     """
-    source = Source(revision, subfolder, token, cache_dir, local_files_only)
+    source = HubSource(revision, subfolder, token, cache_dir, local_files_only)
     folder = _our_folder(name_or_path, source)
-    if folder is not None and adapter is not None and _is_base(folder):
-        folder = None  # its own memory is not wanted
     if folder is not None and adapter is not None:
-        kind, remedy = ("an adapter", "Name its base model first")
-        if not (folder / own.CONFIG).is_file():
-            kind, remedy = "merged with a memory already", "Leave the adapter out, or name the base model instead"
-        raise failure(name_or_path, f"it is {kind}, so it takes no adapter", remedy)
+        _check_is_base(name_or_path, folder)
+        folder = None  # its own memory is not wanted
     if folder is not None and not (folder / own.CONFIG).is_file():
         return _from_merged(os.fspath(name_or_path), folder, config, dtype, model_options)
-    content, memory_source = None, source
+    base, content = (name_or_path, source), None  # the memory is read before the base model, which takes long
+    memory = adapter, dataclasses.replace(source, revision=adapter_revision, subfolder="")
     if folder is not None:
-        adapter, content = name_or_path, read(name_or_path, source)
-        name_or_path, source = _base_of(content, source, folder)
+        memory, content = base, read(*base)
+        base = _base_of(content, source, folder)
     elif adapter is not None:
-        memory_source = dataclasses.replace(source, revision=adapter_revision, subfolder="")
-        content = read(adapter, memory_source)  # before the base model, which takes long
-    options = {**source.options(), **({"subfolder": source.subfolder} if source.subfolder else {}), **model_options}
-    if options["revision"] is None:
-        del options["revision"]
-    model = load_model(name_or_path, dtype, **options)
+        content = read(adapter, memory[1])
+    model = load_model(base[0], dtype, **{**base[1].load_options(), **model_options})
     if config is not None:
         attach(model, config)
-    if content is not None and adapter is not None:
+    if content is not None and memory[0] is not None:
         _put(model, content if folder is None or not _is_base(folder) else _without_name(content))
-        place = locate(adapter, memory_source)
+        place = locate(memory[0], memory[1])
         if (place / ANCHORS.config).is_file():
             load_anchors(model, place)
     return model
 
 
-def read(path_or_hub_id: str | os.PathLike[str], source: Source | None = None) -> Content:
+def _check_is_base(name: str | os.PathLike[str], folder: Path) -> None:
+    """Checks that a folder with a memory holds its base model too, which another memory can be put on."""
+    if _is_base(folder):
+        return
+    kind, remedy = "an adapter", "Name its base model first"
+    if not (folder / own.CONFIG).is_file():
+        kind, remedy = "merged with a memory already", "Leave the adapter out, or name the base model instead"
+    raise failure(name, f"it is {kind}, so it takes no adapter", remedy)
+
+
+def read(path_or_hub_id: str | os.PathLike[str], source: HubSource | None = None) -> Content:
     """What a checkpoint holds, with its names and sizes checked against each other.
 
     Args:
@@ -189,10 +192,10 @@ def _without_name(content: Content) -> Content:
     return dataclasses.replace(content, base=dataclasses.replace(content.base, name=None))
 
 
-def _base_of(content: Content, source: Source, folder: Path) -> tuple[str, Source]:
+def _base_of(content: Content, source: HubSource, folder: Path) -> tuple[str, HubSource]:
     """Name of the base model that an adapter was made for, or its own folder, and where on the hub it is."""
     if _is_base(folder):
-        return os.fspath(folder), Source()
+        return os.fspath(folder), HubSource()
     if not content.base.name:
         raise failure(
             content.where,
@@ -204,7 +207,7 @@ def _base_of(content: Content, source: Source, folder: Path) -> tuple[str, Sourc
 
 def _put(model: nn.Module, content: Content, config: AHNConfig | None = None) -> None:
     """Puts a memory's weights onto a model, attaching it with these settings if none is attached."""
-    content.check_base(Base.of_model(model), stacklevel=4)
+    content.check_base(BaseInfo.of_model(model), stacklevel=4)
     tensors = content.tensors()
     attachment = find_attachment(model)
     if attachment is None:
@@ -251,7 +254,7 @@ def _fitting(
     return ready
 
 
-def _our_folder(name: str | os.PathLike[str], source: Source) -> Path | None:
+def _our_folder(name: str | os.PathLike[str], source: HubSource) -> Path | None:
     """The folder of an adapter, perhaps beside its base, or of a merged model; `None` for a base model alone."""
     name = os.fspath(name)
     folder = Path(name).expanduser()

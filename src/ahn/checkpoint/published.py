@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from ahn.checkpoint.content import Base, Content, Kind, layer_of, memory_config, require_published_positions
+from ahn.checkpoint.content import BaseInfo, Content, Kind, layer_of, memory_config, require_published_positions
 from ahn.checkpoint.files import Stored, failure, read_json, stored_tensors, weight_files
 from ahn.config import AHNConfig
 
@@ -183,7 +183,7 @@ def published_names(content: Content) -> _Names:
     return PUBLISHED[content.config.memory]
 
 
-def _settings(where: str, values: Mapping[str, Any], base: Base) -> dict[str, Any]:
+def _settings(where: str, values: Mapping[str, Any], base: BaseInfo) -> dict[str, Any]:
     """A published config as the values of an `AHNConfig`."""
     name = values[MARK]
     memory = next((ours for ours, names in PUBLISHED.items() if names.memory == name), name)
@@ -211,7 +211,7 @@ def _layers(where: str, exact: Any, count: int | None) -> tuple[int, ...] | None
     return layers
 
 
-def _require_sizes(where: str, base: Base, remedy: str) -> None:
+def _require_sizes(where: str, base: BaseInfo, remedy: str) -> None:
     """Checks that the sizes are known without which no memory can be made."""
     needed = ("model_type", "hidden_size", "num_hidden_layers", "num_attention_heads")
     if lacking := [name for name in needed if getattr(base, name) is None]:
@@ -230,9 +230,9 @@ def _older_names(values: Mapping[str, Any]) -> dict[str, Any]:
     return {**older, **values}
 
 
-def _base(where: str, values: Mapping[str, Any]) -> Base:
+def _base(where: str, values: Mapping[str, Any]) -> BaseInfo:
     """The base model that a published config describes."""
-    base = Base.of_dict({**values, "name": values.get("_name_or_path")}, where)
+    base = BaseInfo.of_dict({**values, "name": values.get("_name_or_path")}, where)
     heads, hidden = base.num_attention_heads, base.hidden_size
     head_dim = base.head_dim or (hidden // heads if heads and hidden else None)
     return dataclasses.replace(base, num_key_value_heads=base.num_key_value_heads or heads, head_dim=head_dim)

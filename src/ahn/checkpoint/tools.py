@@ -13,12 +13,12 @@ import torch
 
 from ahn.checkpoint import adapter as own
 from ahn.checkpoint import published
-from ahn.checkpoint.content import Base, Content, Kind
+from ahn.checkpoint.content import BaseInfo, Content, Kind
 from ahn.checkpoint.files import (
     DTYPES,
     INDEX,
     SINGLE,
-    Source,
+    HubSource,
     Stored,
     brief,
     download,
@@ -91,7 +91,7 @@ def describe(path_or_hub_id: str | os.PathLike[str], revision: str | None = None
     Raises:
         CheckpointError: There is no such checkpoint, or it is damaged.
     """
-    content = read(path_or_hub_id, Source(revision))
+    content = read(path_or_hub_id, HubSource(revision))
     config, base, stored = content.config, content.base, list(content.stored.values())
     sizes = {key: value for key, value in vars(base).items() if value is not None and key not in ("name", "revision")}
     return Description(
@@ -135,7 +135,7 @@ def convert(
         CheckpointError: The source is damaged or cannot be expressed in this format; the target cannot be written.
         ModelError: There is no such base model.
     """
-    content = read(source, Source(revision))
+    content = read(source, HubSource(revision))
     content.check_sizes()
     wanted = to or ("published" if content.kind == "adapter" else "adapter")
     if wanted not in ("adapter", "published"):
@@ -230,10 +230,10 @@ def _check_mergeable(where: str, stored: Mapping[str, Stored], content: Content)
 
 def _base_folder(base: str | os.PathLike[str], patterns: tuple[str, ...] | list[str]) -> Path:
     source = resolve(base)
-    return Path(source) if Path(source).is_dir() else download(source, Source(), patterns)
+    return Path(source) if Path(source).is_dir() else download(source, HubSource(), patterns)
 
 
-def _base_of(base: str | os.PathLike[str], folder: Path) -> tuple[dict[str, Any], Base]:
+def _base_of(base: str | os.PathLike[str], folder: Path) -> tuple[dict[str, Any], BaseInfo]:
     """A base model's config as it is and what it says about sizes."""
     from transformers import AutoConfig
 
@@ -256,4 +256,6 @@ def _base_of(base: str | os.PathLike[str], folder: Path) -> tuple[dict[str, Any]
             "its own layers slide over a window, for which the published format has no place",
             "Keep base model and adapter apart: ahn.from_pretrained(base, adapter=...)",
         )
-    return values, Base.of_config(text, where if where in KNOWN else str(getattr(config, "_name_or_path", "")) or where)
+    return values, BaseInfo.of_config(
+        text, where if where in KNOWN else str(getattr(config, "_name_or_path", "")) or where
+    )

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from ahn.cli import checks
 from ahn.cli.loading import ModelSettings
 from ahn.cli.options import from_fields
-from ahn.cli.terminal import UsageError, megabytes, notes, output, say
+from ahn.cli.terminal import UsageError, log, megabytes, notes, output
 from ahn.config import setting
 
 if TYPE_CHECKING:
@@ -60,14 +60,14 @@ def command(settings: BenchSettings, source: ModelSettings) -> None:
     from ahn.speed import measure
 
     done, total = itertools.count(1), 2 * (settings.rounds + 1) * len(contexts)
-    with work_bar(notes(), total, "rounds", "timed") as show:
+    with work_bar(notes(), total, "rounds", "timed") as update:
         speed = measure(
-            loaded.model.eval(), settings.arms, contexts, settings.rounds, on_round=lambda: show(next(done))
+            loaded.model.eval(), settings.arms, contexts, settings.rounds, on_round=lambda: update(next(done))
         )
     if loaded.model.device.type == "cpu" and (reason := native.why_not()) is not None:
-        say(f"measured without the kernels in C, which are faster: {reason}", "yellow")
+        log(f"measured without the kernels in C, which are faster: {reason}", "yellow")
     title = f"{loaded.name}, sinks {loaded.config.sinks:,}, window {loaded.config.window:,}, {loaded.config.memory}"
-    _show(speed, title, settings.rounds)
+    _print_tables(speed, title, settings.rounds)
     if plots:
         from ahn.speed.plot import plot_speed
 
@@ -75,7 +75,7 @@ def command(settings: BenchSettings, source: ModelSettings) -> None:
     if settings.json is not None:
         _write(settings.json, speed, loaded, settings, contexts)
     for path in [*plots, *filter(None, [settings.json])]:
-        say(f"wrote {path}", console=notes())
+        log(f"wrote {path}", console=notes())
 
 
 def _write(path: Path, speed: Speed, loaded: Loaded, settings: BenchSettings, contexts: list[int]) -> None:
@@ -97,20 +97,20 @@ def _check_arms(arms: Sequence[str]) -> None:
     from ahn.evaluation.arm_names import find_arm
 
     for name in arms or [""]:
-        if find_arm(name).way == "tail":
+        if find_arm(name).method == "tail":
             raise UsageError(
                 "--arms: tail begins its text anew again and again, which has no time per token. Leave it out."
             )
 
 
-def _contexts(given: str) -> list[int]:
-    words = checks.words(given)
+def _contexts(text: str) -> list[int]:
+    words = checks.words(text)
     if not words or not all(word.isdecimal() and int(word) > 0 for word in words):
-        raise UsageError(f"--contexts must be numbers of at least 1 joined by commas, as in 2048,8192, not '{given}'.")
+        raise UsageError(f"--contexts must be numbers of at least 1 joined by commas, as in 2048,8192, not '{text}'.")
     return sorted(map(int, words))
 
 
-def _show(speed: Speed, title: str, rounds: int) -> None:
+def _print_tables(speed: Speed, title: str, rounds: int) -> None:
     """The tables for people."""
     from rich.text import Text
 

@@ -41,14 +41,14 @@ def setting(option: str, value: Any, facts: Mapping[str, Any]) -> None:
         one_of(option, value, facts["choices"])
 
 
-def words(given: str) -> list[str]:
+def words(text: str) -> list[str]:
     """The words in "ahn, window,full", each once."""
-    return list(dict.fromkeys(word.strip() for word in given.split(",") if word.strip()))
+    return list(dict.fromkeys(word.strip() for word in text.split(",") if word.strip()))
 
 
-def several_of(option: str, given: str, known: tuple[str, ...]) -> list[str]:
+def several_of(option: str, text: str, known: tuple[str, ...]) -> list[str]:
     """The words joined by commas, each once; at least one, and all of them known."""
-    chosen = words(given)
+    chosen = words(text)
     for name in chosen or [""]:
         one_of(option, name, known)
     return chosen
@@ -60,15 +60,15 @@ def mode(option: str, name: str | None) -> None:
 
     if name is None:
         return
-    way, _, added = name.partition("+")
-    if way not in MODES or (added and way != "ahn"):
+    method, _, added = name.partition("+")
+    if method not in MODES or (added and method != "ahn"):
         raise UsageError(f"{option} must be {', '.join(MODES)} or ahn+64 (so many anchors), not '{name}'.")
     find_arm(name)
 
 
-def modes(option: str, given: str) -> list[str]:
+def modes(option: str, text: str) -> list[str]:
     """Modes joined by commas, each once."""
-    chosen = words(given)
+    chosen = words(text)
     for name in chosen or [""]:
         mode(option, name)
     return chosen

@@ -8,7 +8,7 @@ from typing import Literal
 
 from ahn.cli import checks
 from ahn.cli.options import from_fields
-from ahn.cli.terminal import output, say
+from ahn.cli.terminal import log, output
 from ahn.config import setting
 
 EXAMPLES = """Examples:
@@ -44,7 +44,7 @@ def command(settings: ConvertSettings) -> None:
     with checks.whole_folder(target) as folder:
         convert(settings.source, folder, to=settings.to, base=settings.model)
     written = describe(target)
-    say(
+    log(
         f"wrote {target}: {written.kind}, {written.memory} in {len(written.layers)} layers, "
         f"{written.parameters:,} parameters",
         console=output(),

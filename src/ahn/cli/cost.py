@@ -12,7 +12,7 @@ import typer
 
 from ahn.cli import checks
 from ahn.cli.options import from_fields
-from ahn.cli.terminal import UsageError, notes, output, say
+from ahn.cli.terminal import UsageError, log, notes, output
 from ahn.config import AHNConfig, ExactTokens, MemoryPositions, same_setting, setting
 
 if TYPE_CHECKING:
@@ -89,9 +89,9 @@ def command(settings: CostSettings) -> None:
     if settings.json:
         typer.echo(json.dumps(_facts(counted, settings.context, costs), indent=2))
     else:
-        _show(counted, settings.context, costs)
+        _print_tables(counted, settings.context, costs)
     for path in plots:
-        say(f"wrote {path}", console=notes() if settings.json else output())
+        log(f"wrote {path}", console=notes() if settings.json else output())
 
 
 def _facts(model: Counting, context: int, costs: dict[str, Cost]) -> dict[str, Any]:
@@ -120,7 +120,7 @@ def _facts(model: Counting, context: int, costs: dict[str, Cost]) -> dict[str, A
     }
 
 
-def _show(model: Counting, context: int, costs: dict[str, Cost]) -> None:
+def _print_tables(model: Counting, context: int, costs: dict[str, Cost]) -> None:
     """The table for people, with what must be known to read it."""
     from rich.text import Text
 

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import time
+from typing import TYPE_CHECKING
 
 from ahn.cli import checks
 from ahn.cli.loading import ModelSettings
 from ahn.cli.options import from_fields
 from ahn.cli.terminal import UsageError, output
 from ahn.config import setting
+
+if TYPE_CHECKING:
+    from ahn.cli.comparison import Comparison
+    from ahn.cli.screen import Screen
 
 EXAMPLES = """Examples:
 
@@ -55,23 +60,50 @@ def command(settings: DemoSettings, source: ModelSettings) -> None:
         modes = checks.modes("--modes", settings.modes)
     limit = _limit(settings.tokens)
     text = None if settings.file is None else checks.text_file("--file", settings.file)
-    from ahn.cli import comparison, loading, show
+    from ahn.cli import loading
+    from ahn.cli.comparison import IN_A_HURRY, Comparison, ReadingLimits
+    from ahn.cli.screen import Screen
     from ahn.cli.texts import reference, with_fact
+    from ahn.models import prompts
 
-    screen = show.Screen(output())
     loading.seed(settings.seed)
     loaded = loading.load(source)
-    hidden = settings.fact if settings.fact is not None else FACT if settings.question is None else ""
-    plan = comparison.Plan(
-        modes,
-        comparison.IN_A_HURRY if settings.tokens is None and hidden else limit,
+    fact = settings.fact if settings.fact is not None else FACT if settings.question is None else ""
+    limits = ReadingLimits(
+        IN_A_HURRY if settings.tokens is None and fact else limit,
         started + settings.seconds if settings.tokens is None else None,
         settings.max_new_tokens,
     )
     title = "standard input" if settings.file == "-" else settings.file or "Python's language reference"
     whole = reference() if text is None else text
     question = QUESTION if settings.question is None else settings.question
-    comparison.run(loaded, with_fact(whole, hidden) if hidden else whole, question, plan, screen, title, hidden)
+    words = with_fact(whole, fact) if fact else whole
+    passage = prompts.passage(loaded.tokenizer, words, question, prompts.has_chat(loaded.tokenizer))
+    compare(Comparison(loaded, passage, modes, limits), Screen(output()), title, question, fact)
+
+
+def compare(comparison: Comparison, screen: Screen, title: str, question: str, fact: str = "") -> None:
+    """Reads, asks, and shows both on the screen; interrupted, it shows how far it came.
+
+    Args:
+        comparison: The modes and what they read.
+        screen: Where to show it.
+        title: What the text is called.
+        question: What is asked at the end; empty for nothing.
+        fact: A sentence that was hidden in the text near its beginning, or nothing.
+    """
+    screen.opening(comparison, title, fact)
+    try:
+        with screen.live(comparison):
+            comparison.read(lambda: screen.update(comparison))
+    finally:  # also when interrupted: the table so far
+        screen.table(comparison)
+    screen.remarks(comparison)
+    if question.strip():
+        gone = fact if comparison.read_tokens > 2 * comparison.exact else ""
+        with screen.thinking():
+            comparison.answer()
+        screen.answers(comparison, question, gone)
 
 
 def _limit(tokens: str | None) -> int | None:

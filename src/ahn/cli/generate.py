@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from ahn.cli import checks
 from ahn.cli.loading import ModelChoice
 from ahn.cli.options import from_fields
-from ahn.cli.terminal import UsageError, megabytes, notes, say
+from ahn.cli.terminal import UsageError, log, megabytes, notes
 from ahn.config import setting
 
 if TYPE_CHECKING:
@@ -75,7 +75,7 @@ def command(settings: GenerateSettings, source: ModelChoice) -> None:
     if settings.cache_out is not None:
         cache: Any = reader.cache
         cache.save(settings.cache_out)
-        say(f"saved {settings.cache_out}: {cache.seen_tokens:,} tokens in {megabytes(cache.nbytes)} MB", "dim")
+        log(f"saved {settings.cache_out}: {cache.seen_tokens:,} tokens in {megabytes(cache.nbytes)} MB", "dim")
 
 
 def _check_caches(settings: GenerateSettings, source: ModelChoice) -> None:
@@ -85,8 +85,8 @@ def _check_caches(settings: GenerateSettings, source: ModelChoice) -> None:
         raise UsageError("--cache-out saves what a memory or a window keeps. Use it with --mode ahn or window.")
     if settings.cache_in is None:
         return
-    kept = {"window": source.window, "sinks": source.sinks, "sink-positions": source.sink_positions}
-    for name, value in {**kept, "mode": settings.mode}.items():
+    fixed = {"window": source.window, "sinks": source.sinks, "sink-positions": source.sink_positions}
+    for name, value in {**fixed, "mode": settings.mode}.items():
         if value is not None:
             raise UsageError(f"--{name} does not go with --cache-in, which keeps what it was made with. Leave it out.")
 
@@ -96,8 +96,8 @@ def _saved_settings(path: Path) -> AHNConfig:
     from ahn.cache.storage import describe_cache
     from ahn.config import AHNConfig
 
-    held = describe_cache(path)
-    settings, fingerprint = held["settings"], held["model"]
+    saved = describe_cache(path)
+    settings, fingerprint = saved["settings"], saved["model"]
     layers = tuple(index for index, layer in enumerate(fingerprint["layers"]) if layer[6])
     return AHNConfig(
         memory=fingerprint["memory"],
@@ -129,13 +129,13 @@ def _read(loaded: Loaded, settings: GenerateSettings, text: str, follows: bool) 
     if ids.numel() == 0:
         raise UsageError("the tokenizer makes no token of this text. Give a longer one.")
     arm = find_arm(settings.mode or "ahn")
-    with ahn.mode(loaded.model, arm.way, **arm.settings(loaded.config.window)):  # type: ignore[arg-type]
+    with ahn.mode(loaded.model, arm.method, **arm.settings(loaded.config.window)):  # type: ignore[arg-type]
         cache = None if settings.cache_in is None else ahn.HippocampalCache.load(settings.cache_in, loaded.model)
         reader = Reader(loaded.model, cache, score=False)
-        with reading_bar(notes(), ids.numel()) as show:
-            reader.feed(ids, settings.chunk, show)
+        with reading_bar(notes(), ids.numel()) as update:
+            reader.prefill(ids, settings.chunk, update)
     if text:
-        say(summary(loaded.model, reader), "dim")
+        log(summary(loaded.model, reader), "dim")
     return reader
 
 

@@ -23,10 +23,10 @@ def command(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
     """Show what an adapter, a published checkpoint or a saved cache holds, without loading a model."""
-    place = Path(path).expanduser()
+    file = Path(path).expanduser()
     if not path.strip():
         raise UsageError("there is no path. Give a folder or a file.")
-    facts = _cache(place) if place.is_file() else _checkpoint(path)
+    facts = _cache(file) if file.is_file() else _checkpoint(path)
     if as_json:
         typer.echo(json.dumps(facts, indent=2))
         return
@@ -43,15 +43,15 @@ def command(
 def _cache(path: Path) -> dict[str, Any]:
     from ahn.cache.storage import describe_cache
 
-    held = describe_cache(path)
-    model, layers = held["model"], held["model"]["layers"]
+    saved = describe_cache(path)
+    model, layers = saved["model"], saved["model"]["layers"]
     hidden_size, query_heads, kv_heads, key_size = layers[0][:4]
     return {
         "kind": "cache",
-        "seen_tokens": held["seen_tokens"],
-        "rows": held["rows"],
-        "cache_bytes": held["nbytes"],
-        **held["settings"],
+        "seen_tokens": saved["seen_tokens"],
+        "rows": saved["rows"],
+        "cache_bytes": saved["nbytes"],
+        **saved["settings"],
         "memory": model["memory"],
         "memory_positions": model["memory_positions"],
         "layers": [index for index, layer in enumerate(layers) if layer[6]],

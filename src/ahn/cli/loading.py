@@ -143,7 +143,7 @@ def _saved(name: str, adapter: str | None) -> Description | None:
 
 
 def _is_merged(name: str) -> bool:
-    from ahn.checkpoint.files import Source, download, is_hub_id, read_json
+    from ahn.checkpoint.files import HubSource, download, is_hub_id, read_json
     from ahn.checkpoint.published import CONFIG, is_published
     from ahn.errors import CheckpointError
     from ahn.models import KNOWN
@@ -153,7 +153,7 @@ def _is_merged(name: str) -> bool:
         return False
     if not folder.is_dir() and is_hub_id(name):
         try:
-            folder = download(name, Source(), [CONFIG])
+            folder = download(name, HubSource(), [CONFIG])
         except CheckpointError:
             return False  # loading the model says what is wrong
     return (folder / CONFIG).is_file() and is_published(read_json(folder / CONFIG))

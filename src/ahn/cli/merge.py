@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from ahn.cli import checks
-from ahn.cli.terminal import megabytes, output, say
+from ahn.cli.terminal import log, megabytes, output
 
 EXAMPLES = """Examples:
 
@@ -35,4 +35,4 @@ def command(
     with checks.whole_folder(target) as folder:
         merge(model, adapter, folder)
     size = sum(file.stat().st_size for file in target.rglob("*") if file.is_file())
-    say(f"wrote {target}: {megabytes(size)} MB", console=output())
+    log(f"wrote {target}: {megabytes(size)} MB", console=output())

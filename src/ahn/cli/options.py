@@ -44,8 +44,8 @@ def from_fields(command: Callable[..., None]) -> Callable[..., None]:
     def run(**values: Any) -> None:
         for name, (settings, given_only) in classes.items():
             taken = {field.name: _take(field, values, given_only) for field in _fields(settings)}
-            given = {key: value for key, value in taken.items() if value not in (None, ())}
-            values[name] = given if given_only else settings(**taken)
+            named = {key: value for key, value in taken.items() if value not in (None, ())}
+            values[name] = named if given_only else settings(**taken)
         command(**values)
 
     run.__name__, run.__doc__, run.__module__ = command.__name__, command.__doc__, command.__module__

@@ -5,19 +5,19 @@ from __future__ import annotations
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
-
-import typer
+from typing import TYPE_CHECKING, Literal
 
 from ahn.cli import checks
-from ahn.cli.evaluation.options import MODEL, Adapter, Model, Seed, Sinks, Window
-from ahn.cli.terminal import UsageError, notes, output, say
+from ahn.cli.loading import ModelChoice, ModelSettings
+from ahn.cli.options import from_fields
+from ahn.cli.terminal import UsageError, log, notes, output
+from ahn.config import same_setting, setting
 
 if TYPE_CHECKING:
     import torch
 
     from ahn.cli.loading import Loaded
-    from ahn.evaluation.probing import Positions, StateTrace, TokenGradients
+    from ahn.cli.probe_report import Probe
 
 EXAMPLES = """Examples:
 
@@ -27,92 +27,65 @@ ahn probe notes.txt --html probe.html --json probe.json
 
 ahn probe book.txt --adapter my-memory --window 128 --tokens 1000
 """
-POSITIONS = ("all", "last")
 
 
 @dataclass(frozen=True)
-class Probe:
-    """What was measured on a text.
+class ProbeSettings(ModelChoice):
+    """What is read, what is measured on it, and where that goes."""
 
-    Attributes:
-        loaded: The model and its memory.
-        title: What the text is called.
-        sinks: Number of sinks.
-        window: Tokens of the window.
-        positions: Where the loss counts.
-        ids: The tokens that were read.
-        total: Tokens of the whole text.
-        gradients: What the loss hangs on.
-        trace: State and gates.
-    """
-
-    loaded: Loaded
-    title: str
-    sinks: int
-    window: int
-    positions: Positions
-    ids: list[int]
-    total: int
-    gradients: TokenGradients
-    trace: StateTrace
+    file: str | None = setting(
+        None, "A text; - for standard input.", argument=True, metavar="FILE", unset="a short story"
+    )
+    window: int = same_setting(ModelSettings, "window", default=64)
+    sinks: int = same_setting(ModelSettings, "sinks", default=4)
+    sink_positions: None = None
+    tokens: int = setting(400, "Tokens of the text that are read, from its beginning.")
+    positions: Literal["all", "last"] = setting(
+        "all", "Where the loss counts: beyond sinks and window, or in the last window.", choices=("all", "last")
+    )
+    top: int = setting(12, "Tokens in the table.", least=1)
+    html: Path | None = setting(None, "Write a page with text, table and plots to this file.")
+    json: Path | None = setting(None, "Write every number to this file.")
+    memory_figures: Path | None = setting(None, "Folder for the plots of state and gates, as PNG files.")
+    seed: int = setting(0, "Of all random numbers.", least=0)
 
 
-def command(
-    file: Annotated[
-        str | None,
-        typer.Argument(metavar="FILE", help="A text; - for standard input.  [dim]\\[default: a short story][/dim]"),
-    ] = None,
-    model: Model = MODEL,
-    adapter: Adapter = None,
-    window: Window = 64,
-    sinks: Sinks = 4,
-    tokens: Annotated[int, typer.Option(help="Read so many tokens of the text, from its beginning.")] = 400,
-    positions: Annotated[
-        str,
-        typer.Option(metavar="all|last", help="Where the loss counts: beyond sinks and window, or in the last window."),
-    ] = "all",
-    top: Annotated[int, typer.Option(help="Tokens in the table.")] = 12,
-    html: Annotated[Path | None, typer.Option(help="Write a page with text, table and plots to this file.")] = None,
-    json: Annotated[Path | None, typer.Option(help="Write every number to this file.")] = None,
-    memory_figures: Annotated[
-        Path | None, typer.Option(help="Folder for the plots of state and gates, as PNG files.")
-    ] = None,
-    seed: Seed = 0,
-) -> None:
+@from_fields
+def command(settings: ProbeSettings) -> None:
     """Show which evicted tokens the memory has not kept, how full its state is, and what its gates do."""
-    checks.span(window, sinks, None)
-    checks.one_of("--positions", positions, POSITIONS)
-    checks.at_least("--top", top, 1)
-    checks.at_least("--seed", seed, 0)
-    checks.adapter(adapter)
+    tokens, sinks, window = settings.tokens, settings.sinks, settings.window
     if tokens <= sinks + window:
         raise UsageError(
             f"--tokens {tokens:,} do not pass sinks + window = {sinks + window:,}, so that nothing is evicted. "
             "Read more, or take a smaller --window."
         )
-    html, json, folder = (None if path is None else path.expanduser() for path in (html, json, memory_figures))
+    targets = (settings.html, settings.json, settings.memory_figures)
+    html, json, folder = (None if path is None else path.expanduser() for path in targets)
     _check_targets(html, json, folder)
-    text = None if file is None else checks.text_file("FILE", file)
+    text = None if settings.file is None else checks.text_file("FILE", settings.file)
     from ahn.cli import loading
     from ahn.cli.texts import lighthouse
 
-    loading.seed(seed)
-    loaded = loading.load(loading.ModelChoice(model, adapter, window, sinks))
-    title = "a short story" if text is None else "standard input" if file == "-" else Path(str(file)).name
+    loading.seed(settings.seed)
+    loaded = loading.load(settings)
+    title = "standard input" if settings.file == "-" else Path(settings.file or "a short story").name
     ids = loaded.tokenizer(lighthouse() if text is None else text, return_tensors="pt", verbose=False).input_ids[0]
-    probe = _measure(loaded, title, ids, tokens, window, sinks, "last" if positions == "last" else "all")
-    from ahn.cli import probed
+    probe = _measure(loaded, title, ids, settings)
+    from ahn.cli import probe_report
 
-    probed.show(probe, top, output())
+    probe_report.show(probe, settings.top, output())
+    report = probe_report.make_report(probe, settings.seed)
     if json is not None:
-        probed.report(probe, seed).write(json)
-    figures = probed.figures(probe) if html or folder else {}
-    if html is not None:
-        probed.page(probe, top, seed, figures).write(html)
-    _write_figures(folder, figures)
+        report.write(json)
+    page = probe_report.make_page(probe, report, settings.top) if html or folder else None
+    if page is not None and html is not None:
+        page.write(html)
+    if page is not None and folder is not None:
+        folder.mkdir(parents=True, exist_ok=True)
+        page.write_figures(folder)
     for path in (json, html, folder):
         if path is not None:
-            say(f"wrote {path}", console=output())
+            log(f"wrote {path}", console=output())
 
 
 def _check_targets(html: Path | None, json: Path | None, folder: Path | None) -> None:
@@ -127,23 +100,14 @@ def _check_targets(html: Path | None, json: Path | None, folder: Path | None) ->
         raise UsageError("--html and --memory-figures need matplotlib. Install it: pip install 'ahn[eval]'")
 
 
-def _measure(
-    loaded: Loaded, title: str, ids: torch.Tensor, tokens: int, window: int, sinks: int, positions: Positions
-) -> Probe:
+def _measure(loaded: Loaded, title: str, ids: torch.Tensor, settings: ProbeSettings) -> Probe:
     """Reads the beginning of a text, as teacher, as student with gradients, and once more for the states."""
+    from ahn.cli.probe_report import Probe
     from ahn.evaluation.probing import token_gradients, trace_state
 
-    read = ids[:tokens]
+    read, window, sinks, positions = ids[: settings.tokens], settings.window, settings.sinks, settings.positions
     with notes().status(f"Reading {read.numel():,} tokens of {title}: the gradients ..."):
         gradients = token_gradients(loaded.model, read, window=window, sinks=sinks, positions=positions)
     with notes().status("Reading them again: the states ..."):
         trace = trace_state(loaded.model, read, window=window, sinks=sinks)
     return Probe(loaded, title, sinks, window, positions, read.tolist(), ids.numel(), gradients, trace)
-
-
-def _write_figures(folder: Path | None, figures: dict[str, tuple[Any, str]]) -> None:
-    if folder is None:
-        return
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, (figure, _) in figures.items():
-        figure.savefig(folder / f"{name}.png", dpi=150)

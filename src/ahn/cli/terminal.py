@@ -28,7 +28,7 @@ class UsageError(Exception):
 
 
 @dataclass
-class Outcome:
+class ExitStatus:
     """How a command ended; `status` is the exit status of the process."""
 
     status: int = 0
@@ -48,7 +48,7 @@ def notes() -> Console:
     return Console(stderr=True, highlight=False)
 
 
-def say(text: str, style: str = "", console: Console | None = None) -> None:
+def log(text: str, style: str = "", console: Console | None = None) -> None:
     """Prints one line as it is: no markup, no wrapping."""
     (console or notes()).print(text, style=style or None, markup=False, soft_wrap=True)
 
@@ -62,8 +62,8 @@ def megabytes(count: float) -> str:
 @contextlib.contextmanager
 def reading_bar(console: Console, total: int) -> Iterator[Callable[[Progress], None]]:
     """Shows the reading of `total` tokens; the function that it gives is to be called after every chunk."""
-    with work_bar(console, total, "tokens", "read") as show:
-        yield lambda now: show(now.tokens, _rates(now))
+    with work_bar(console, total, "tokens", "read") as update:
+        yield lambda now: update(now.tokens, _rates(now))
 
 
 @contextlib.contextmanager
@@ -81,8 +81,8 @@ def work_bar(console: Console, total: int, unit: str, verb: str = "done") -> Ite
         was done before: the time left is guessed from what comes after it.
     """
     if console.is_terminal:
-        with _bar(console, total, unit) as show:
-            yield show
+        with _bar(console, total, unit) as update:
+            yield update
         return
     last = time.monotonic()
 
@@ -91,7 +91,7 @@ def work_bar(console: Console, total: int, unit: str, verb: str = "done") -> Ite
         if done < total and time.monotonic() - last >= _BETWEEN_LINES:
             last = time.monotonic()
             end = f", {remark}" if remark else ""
-            say(f"{verb} {done:,} of {total:,} {unit}{end}", console=console)
+            log(f"{verb} {done:,} of {total:,} {unit}{end}", console=console)
 
     yield line
 
@@ -124,18 +124,18 @@ def _rates(now: Progress) -> str:
 
 
 @contextlib.contextmanager
-def reporting() -> Iterator[Outcome]:
+def reporting() -> Iterator[ExitStatus]:
     """Turns every error into one line on standard error and an exit status; `AHN_DEBUG=1` shows the traceback."""
-    outcome = Outcome()
+    outcome = ExitStatus()
     with _one_line_warnings():
         try:
             yield outcome
             sys.stdout.flush()
             if outcome.status == INTERRUPTED:
-                say("interrupted", "yellow")
+                log("interrupted", "yellow")
         except KeyboardInterrupt:
             outcome.status = INTERRUPTED
-            say("interrupted", "yellow")
+            log("interrupted", "yellow")
         except BrokenPipeError:  # the reader of our output has left, which is its right
             outcome.status = FAILED
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -143,7 +143,7 @@ def reporting() -> Iterator[Outcome]:
             if os.environ.get("AHN_DEBUG", "0") not in ("", "0"):
                 raise
             outcome.status, text = _explain(error)
-            say(f"error: {text}", "red")
+            log(f"error: {text}", "red")
 
 
 def _explain(error: Exception) -> tuple[int, str]:
@@ -155,8 +155,8 @@ def _explain(error: Exception) -> tuple[int, str]:
     if isinstance(error, UsageError):
         return WRONG_INPUT, _one_line(str(error))
     if isinstance(error, OSError):
-        place = f"{error.filename}: " if error.filename else ""
-        return WRONG_INPUT if isinstance(error, _WRONG_FILES) else FAILED, f"{place}{error.strerror or error}"
+        where = f"{error.filename}: " if error.filename else ""
+        return WRONG_INPUT if isinstance(error, _WRONG_FILES) else FAILED, f"{where}{error.strerror or error}"
     from ahn.errors import AHNError  # late: the words above need nothing of the library
 
     if isinstance(error, AHNError):
@@ -175,11 +175,11 @@ def _one_line(text: str) -> str:
 def _one_line_warnings() -> Iterator[None]:
     """Shows this library's warnings as one line each and those of its dependencies not at all."""
 
-    def show(message: Warning | str, *_: Any, **__: Any) -> None:
-        say(f"warning: {_one_line(str(message))}", "yellow")
+    def print_warning(message: Warning | str, *_: Any, **__: Any) -> None:
+        log(f"warning: {_one_line(str(message))}", "yellow")
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         warnings.filterwarnings("always", category=UserWarning, module=r"ahn\b")
-        warnings.showwarning = show
+        warnings.showwarning = print_warning
         yield

@@ -20,9 +20,9 @@ def with_fact(text: str, fact: str, letters: int = 1500) -> str:
         letters: Characters before it, about; a tenth of the text at most.
     """
     start = min(letters, len(text) // 10)
-    found = [place + len(end) for end in (". ", ".\n", "\n\n") if (place := text.find(end, start)) >= 0]
-    place = min(found, default=start)
-    return f"{text[:place]}{fact} {text[place:]}"
+    ends = [position + len(end) for end in (". ", ".\n", "\n\n") if (position := text.find(end, start)) >= 0]
+    position = min(ends, default=start)
+    return f"{text[:position]}{fact} {text[position:]}"
 
 
 def lighthouse() -> str:

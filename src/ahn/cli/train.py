@@ -11,7 +11,7 @@ import typer
 
 from ahn.cli import checks, train_anchors
 from ahn.cli.options import from_fields
-from ahn.cli.terminal import UsageError, notes, output, say
+from ahn.cli.terminal import UsageError, log, notes, output
 from ahn.training.settings import FILE, TrainSettings, read_yaml
 
 if TYPE_CHECKING:
@@ -56,9 +56,9 @@ def command(
     if main_process:
         check(chosen, resume)
     quiet()
-    outcome = train(chosen, resume, say if main_process else None, progress=main_process and notes().is_terminal)
+    outcome = train(chosen, resume, log if main_process else None, progress=main_process and notes().is_terminal)
     if main_process:
-        _show(outcome)
+        _print_outcome(outcome)
     part()
 
 
@@ -87,13 +87,13 @@ def _require_extra(package: str) -> None:
         raise UsageError("training needs some more packages. Install them: pip install 'ahn[train]'")
 
 
-def _show(outcome: Outcome) -> None:
+def _print_outcome(outcome: Outcome) -> None:
     """The closing table, and where everything is."""
     from rich.table import Table
 
     if (report := outcome.report) is not None:
         span = f"sinks {report.span.sinks}, window {report.span.window}"
-        say(f"{report.tokens:,} held-out tokens beyond these: {span}", console=output())
+        log(f"{report.tokens:,} held-out tokens beyond these: {span}", console=output())
         table = Table()
         for name in ("mode", "nats per token", "perplexity"):
             table.add_column(name, justify="left" if name == "mode" else "right")
@@ -101,7 +101,7 @@ def _show(outcome: Outcome) -> None:
             table.add_row(*row)
         output().print(table)
         if report.gap_closed == report.gap_closed:  # not NaN
-            say(f"the memory wins back {report.gap_closed:.0%} of what the window loses", console=output())
+            log(f"the memory wins back {report.gap_closed:.0%} of what the window loses", console=output())
     else:
-        say("no held-out text is long enough for the closing table", console=output())
-    say(f"wrote {outcome.folder}: try it with `ahn generate --adapter {outcome.folder}`", console=output())
+        log("no held-out text is long enough for the closing table", console=output())
+    log(f"wrote {outcome.folder}: try it with `ahn generate --adapter {outcome.folder}`", console=output())

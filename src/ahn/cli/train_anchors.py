@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Annotated, Any
 
 from ahn.cli.options import from_fields
-from ahn.cli.terminal import UsageError, notes, output, say
+from ahn.cli.terminal import UsageError, log, notes, output
 from ahn.training.anchor_settings import AnchorSettings
 
 if TYPE_CHECKING:
@@ -35,12 +35,12 @@ def command(values: Annotated[dict[str, Any], AnchorSettings]) -> None:
     check_anchor_settings(settings)
     quiet()
     with notes().status("Reading ..."):
-        report = train_anchors(settings, say)
-    _show(report, settings.left_out)
-    say(f"wrote {settings.out}: load it with ahn.load_anchors(model, {settings.out!r})", console=output())
+        report = train_anchors(settings, log)
+    _print_report(report, settings.left_out)
+    log(f"wrote {settings.out}: load it with ahn.load_anchors(model, {settings.out!r})", console=output())
 
 
-def _show(report: AnchorReport, left_out: str) -> None:
+def _print_report(report: AnchorReport, left_out: str) -> None:
     """Who votes, how well each layer foresees, and which facts are kept."""
     from rich.table import Table
 
@@ -48,7 +48,7 @@ def _show(report: AnchorReport, left_out: str) -> None:
 
     if report.asked:
         layers = ", ".join(f"{layer} ({count})" for layer, count in sorted(report.asked.items()))
-        say(f"asked: layers that vote, and their queries: {layers}", console=output())
+        log(f"asked: layers that vote, and their queries: {layers}", console=output())
     if report.layers:
         learned = Table("layer", "linear", "vote", title="learned: variance explained on held-out tokens")
         learned.title_justify = "left"
@@ -56,12 +56,12 @@ def _show(report: AnchorReport, left_out: str) -> None:
             learned.add_row(str(layer), f"{ridge:.2f}", f"{explained:.2f}")
         output().print(learned)
     among = " / ".join(map(str, KEPT))
-    kept = Table("fact", "n", title=f"Share of a fact's tokens among {among} anchors, held-out texts")
-    kept.title_justify, kept.caption_justify = "left", "left"
-    kept.caption = "n: facts of this kind.  *: a kind that no score was made with."
+    shares = Table("fact", "n", title=f"Share of a fact's tokens among {among} anchors, held-out texts")
+    shares.title_justify, shares.caption_justify = "left", "left"
+    shares.caption = "n: facts of this kind.  *: a kind that no score was made with."
     for score in report.kept:
-        kept.add_column(score, no_wrap=True)
+        shares.add_column(score, no_wrap=True)
     for kind, count in report.facts.items():
         cells = [" / ".join(f"{share:.2f}" for share in by_kind.get(kind, [])) for by_kind in report.kept.values()]
-        kept.add_row(f"{kind}*" if kind == left_out else kind, str(count), *cells)
-    output().print(kept)
+        shares.add_row(f"{kind}*" if kind == left_out else kind, str(count), *cells)
+    output().print(shares)

@@ -21,13 +21,12 @@ _MODES: dict[str, Mode] = {"window": "window", "ct": "ct_mean"}
 class Actual(Counting):
     """The products that reading takes, and the bytes that a cache holds.
 
-    FLOPs are those of matrix products: of every token with the weights it passes, of queries with the keys that they
-    may read, once for the logits of the last token, and of a memory's gates (every token), state (every evicted one)
-    and output (every query after an eviction). What a kernel computes beyond that, for masked keys or to work in
-    chunks, is not counted.
+    FLOPs are those of matrix products: of tokens with weights, of queries with visible keys, and of the last token with
+    the vocabulary. A memory adds its gates (every token), its state (every evicted token) and its output (every query
+    after an eviction). Further work of a kernel, for masked keys or for chunks, is not counted.
 
-    Bytes are those of `HippocampalCache.nbytes`, or of `DynamicCache` for `full`, after one row was read in one go:
-    the layers of a cache are filled with tensors that have a shape and a dtype, but no memory.
+    Bytes are those of `HippocampalCache.nbytes`, or of `DynamicCache` for `full`, after one row was read in one call.
+    The layers of a cache are filled with tensors that have a shape and a dtype, but no data.
     """
 
     name = "actual"
@@ -56,7 +55,7 @@ class Actual(Counting):
         """Bytes of every tensor that a layer of the cache holds."""
         memory = None if method == "full" else self._memory(method, site) or site.memory
         settings = dataclasses.replace(self.settings, mode=_MODES.get(method, "ahn"))
-        layer: AnyLayer = new_layer(dataclasses.replace(site, memory=None), settings)
+        layer: AnyLayer = new_layer(dataclasses.replace(site, built=None), settings)
         if memory is not None:
             layer = HippocampalLayer(settings, site.sliding_window, self._slots(site))
         key, value = (

@@ -41,8 +41,8 @@ class Cost:
 class Counting(abc.ABC):
     """Counts what reading with a base model costs: in `full`, with a `window`, with `ct`, and with each memory.
 
-    `ct` is the Compressive Transformer as the paper compares with it: evicted tokens are pooled 4:1 into slots that the
-    queries read, first in first out, as many slots as fill the bytes of a memory's state.
+    `ct` is the Compressive Transformer of the paper's comparison. Evicted tokens are pooled 4:1 into slots that the
+    queries read, first in first out. The slots fill the bytes of a memory's state.
 
     Args:
         base: The base model, with window and sinks.
@@ -58,7 +58,7 @@ class Counting(abc.ABC):
     def __init__(self, base: Base) -> None:
         self.base = base
         config = base.attachment.config
-        self.settings = RunSettings.of(config)
+        self.settings = RunSettings.like(config)
 
     @abc.abstractmethod
     def triangle(self, tokens: int) -> int:
@@ -70,7 +70,7 @@ class Counting(abc.ABC):
 
     @abc.abstractmethod
     def memory_flops(self, memory: Memory, tokens: int, evicted: int) -> int:
-        """FLOPs of one layer's memory for the tokens read, of which some were evicted."""
+        """FLOPs of one layer's memory for the tokens read and those evicted."""
 
     @abc.abstractmethod
     def number_bytes(self) -> int:
@@ -117,7 +117,7 @@ class Counting(abc.ABC):
             context: Number of tokens, at least 1.
 
         Raises:
-            ConfigError: There is no token, or the model has no positions for so many.
+            ConfigError: There is no token, or the model has too few positions.
         """
         limit = self.base.attachment.position_limit
         if context < 1:

@@ -59,11 +59,11 @@ class Paper(Counting):
     def layer_bytes(self, site: Site, method: str, tokens: int) -> int:
         """Keys, values, the slots that are filled and, once a token was evicted, the state."""
         reach = self.reach(method, site)
-        held = tokens if reach is None else min(tokens, reach)
+        exact = tokens if reach is None else min(tokens, reach)
         memory = self._memory(method, site)
-        state = state_numbers(memory) if memory is not None and tokens > held else 0
-        slots = min(self._slots(site), (tokens - held) // POOLED) if method == "ct" else 0
-        return (held + slots) * self.slot_bytes(site) + STATE_NUMBER_BYTES * state
+        state = state_numbers(memory) if memory is not None and tokens > exact else 0
+        slots = min(self._slots(site), (tokens - exact) // POOLED) if method == "ct" else 0
+        return (exact + slots) * self.slot_bytes(site) + STATE_NUMBER_BYTES * state
 
     def summary(self) -> str:
         """See `Counting.summary`."""

@@ -8,9 +8,9 @@ The names below belong to the public benchmarks, in three parts, none of which n
 - Predictions: `read_predictions` reads this library's files and the official ones, `score_predictions` and `averages`
   score them, with no model.
 
-What a model says itself is measured elsewhere: `arms` are the ways of reading that are compared, `perplexity/` scores
-texts, `probing/` shows what a memory has kept; `report`, `page`, `journal` and `bootstrap` serve all of them, and
-`comparison` sets two reports beside each other.
+What a model says itself is measured elsewhere: `arms` are compared, item by item, by the one loop of `driver`, which
+keeps a `journal`. `perplexity/` scores texts, `recall/` hides facts, `probing/` shows what a memory has kept. `report`,
+`page`, `tables`, `drawing` and `bootstrap` serve all of them, and `differences` sets two reports beside each other.
 """
 
 import importlib
@@ -24,26 +24,26 @@ if TYPE_CHECKING:
     from ahn.evaluation.errors import AnswerError, EvaluationError
     from ahn.evaluation.metrics import METRICS
     from ahn.evaluation.predictions import Prediction, read_predictions
-    from ahn.evaluation.scores import Average, SetScore, averages, score_predictions
+    from ahn.evaluation.set_scores import Average, SetScore, averages, score_predictions
 
 _PLACES = {
     "AnswerError": "errors",
-    "Average": "scores",
+    "Average": "set_scores",
     "BENCHMARKS": "benchmarks",
     "Benchmark": "benchmarks.schema",
     "EvaluationError": "errors",
     "METRICS": "metrics",
     "Prediction": "predictions",
     "Sample": "benchmarks.schema",
-    "SetScore": "scores",
+    "SetScore": "set_scores",
     "Target": "benchmarks.schema",
     "Task": "benchmarks.schema",
-    "averages": "scores",
+    "averages": "set_scores",
     "build_prompt": "benchmarks.prompts",
     "load_samples": "benchmarks.samples",
     "read_predictions": "predictions",
     "read_prompts": "benchmarks.prompts",
-    "score_predictions": "scores",
+    "score_predictions": "set_scores",
 }
 
 __all__ = [

@@ -1,4 +1,4 @@
-"""Ways of reading that are compared with each other: each takes a text piece by piece, scores it, and answers.
+"""The arms that are compared with each other: each takes a text part by part, scores it, and answers.
 
 All but `full` have the same lossless budget, sinks and window.
 
@@ -65,10 +65,10 @@ class ArmReader:
             cache = None if control is None else HippocampalCache(model, anchor_score=control)
             self._reader = Reader(model, cache, score=score)
 
-    def feed(self, input_ids: torch.Tensor) -> None:
+    def prefill(self, input_ids: torch.Tensor) -> None:
         """Reads a piece of text, `[T]`; a long one in several forward passes."""
         with ahn.mode(self.model, self.mode):
-            self._reader.feed(input_ids)
+            self._reader.prefill(input_ids)
         self.tokens += input_ids.numel()
 
     @property
@@ -79,7 +79,7 @@ class ArmReader:
     @property
     def logits(self) -> torch.Tensor:
         """What the model expects next, `[V]`."""
-        return self._reader.result().logits
+        return self._reader.logits
 
     @property
     def seconds(self) -> float:
@@ -152,13 +152,13 @@ class TailReader(ArmReader):
         self._spent = 0.0
         self._answers = False
 
-    def feed(self, input_ids: torch.Tensor) -> None:
+    def prefill(self, input_ids: torch.Tensor) -> None:
         """Reads a piece of text, `[T]`."""
         step = max(1, self._window // _STEPS)
         for piece in input_ids.cpu().split(step):
             if not self._answers and self._reader.cache.get_seq_length() + piece.numel() > self._sinks + self._window:
                 self._restart(self._window - step)
-            super().feed(piece)
+            super().prefill(piece)
             self._ids = self._kept(torch.cat((self._ids, piece)), self._window)
 
     @property
@@ -196,7 +196,7 @@ class TailReader(ArmReader):
         self._spent += self._reader.seconds
         with ahn.mode(self.model, "full"):
             self._reader = Reader(self.model, score=False)
-            self._reader.feed(self._kept(self._ids, window))
+            self._reader.prefill(self._kept(self._ids, window))
         self._reader.score = score
 
     def _kept(self, ids: torch.Tensor, window: int) -> torch.Tensor:
@@ -220,18 +220,18 @@ def arm_reader(
         ConfigError: There is no such arm.
         ModelError: No memory is attached.
     """
-    found = find_arm(arm)
-    if found.way == "tail":
+    kind = find_arm(arm)
+    if kind.method == "tail":
         return TailReader(model, score)
-    settings, control = found.settings(attachment_of(model).settings.window), controls.get(found.anchor_score or "")
+    settings, control = kind.settings(attachment_of(model).settings.window), controls.get(kind.anchor_score or "")
     if control is not None:
         del settings["anchor_score"]
-    return ArmReader(model, cast(Mode, found.way), score, control, **settings)
+    return ArmReader(model, cast(Mode, kind.method), score, control, **settings)
 
 
 def _forked(reader: Reader) -> Reader:
     """A reader that goes on from a copy of what another has read, and scores from there on."""
     cache = reader.cache.fork() if isinstance(reader.cache, HippocampalCache) else copy.deepcopy(reader.cache)
     twin = Reader(reader.model, cache)
-    twin.logits = reader.result().logits.clone()
+    twin.logits = reader.logits.clone()
     return twin

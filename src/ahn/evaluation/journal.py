@@ -60,13 +60,13 @@ class Journal:
         Raises:
             EvaluationError: The file cannot be written.
         """
-        kept = json.loads(json.dumps(plain(record)))
+        entry = json.loads(json.dumps(plain(record)))
         lines: list[dict[str, Any]] = [] if self._begun else [{"settings": self._settings, "pinned": self._pinned}]
-        lines.append({"key": key, "record": kept})
+        lines.append({"key": key, "record": entry})
         if self._path is not None:
             self._append(self._path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines).encode())
         self._begun = True
-        self.done[key] = kept
+        self.done[key] = entry
 
     def _append(self, path: Path, data: bytes) -> None:
         try:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import io
-import math
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from html import escape
+from pathlib import Path
 from typing import Any
 
 from ahn._home import write_text
+from ahn.evaluation.tables import ResultTable, show_cell
 
 _STYLE = """
 :root { color-scheme: light dark; --line: #8886; --soft: #8882; }
@@ -24,7 +25,6 @@ thead th { background: var(--soft); white-space: nowrap; } .number { text-align:
 figure { margin: 1rem 0; } figure svg { width: 100%; height: auto; background: #fff; border-radius: 6px; }
 figcaption { opacity: .8; } p { overflow-wrap: anywhere; }
 """
-_NUMBER = re.compile(r"[-+−]?\d[\d.,]*( ?\S{1,8})?( \(.*\))?|-|")
 
 
 class Page:
@@ -32,37 +32,34 @@ class Page:
 
     Args:
         title: Title and first heading.
+
+    Attributes:
+        figures: Figures of matplotlib by name.
     """
 
     def __init__(self, title: str) -> None:
         self.title = title
         self._parts: list[str] = []
         self._styles = [_STYLE]
-        self._figures = 0
+        self.figures: dict[str, Any] = {}
 
-    def text(self, paragraph: str) -> None:
-        """Adds a paragraph."""
-        self._parts.append(f"<p>{escape(paragraph)}</p>")
+    def text(self, *paragraphs: str) -> None:
+        """Adds paragraphs."""
+        self._parts += [f"<p>{escape(paragraph)}</p>" for paragraph in paragraphs]
 
     def heading(self, text: str) -> None:
         """Adds a heading."""
         self._parts.append(f"<h2>{escape(text)}</h2>")
 
-    def table(self, columns: Sequence[str], rows: Iterable[Sequence[Any]], caption: str = "") -> None:
-        """Adds a table, which scrolls by itself where the screen is narrow.
-
-        Args:
-            columns: Titles.
-            rows: Cells, as many as columns. Texts stay as they are; whole numbers get separators, others four digits,
-                and what is missing (`None`, NaN) is "-".
-            caption: What the table shows.
-        """
-        shown = [[_cell(value) for value in row] for row in rows]
-        right = [all(_NUMBER.fullmatch(row[place]) for row in shown) for place in range(len(columns))]
-        marks = [' class="number"' if each else "" for each in right]
-        head = "".join(f'<th scope="col"{mark}>{escape(name)}</th>' for name, mark in zip(columns, marks))
-        body = "".join(f"<tr>{''.join(f'<td{m}>{escape(c)}</td>' for c, m in zip(row, marks))}</tr>\n" for row in shown)
-        title = f"<caption>{escape(caption)}</caption>" if caption else ""
+    def table(self, table: ResultTable) -> None:
+        """Adds a table, which scrolls by itself where the screen is narrow."""
+        marks = [' class="number"' if numeric else "" for numeric in table.numeric]
+        head = "".join(f'<th scope="col"{mark}>{escape(name)}</th>' for name, mark in zip(table.columns, marks))
+        body = "".join(
+            f"<tr>{''.join(f'<td{mark}>{escape(cell)}</td>' for cell, mark in zip(row, marks))}</tr>\n"
+            for row in table.cells
+        )
+        title = f"<caption>{escape(table.caption)}</caption>" if table.caption else ""
         self._parts.append(
             f'<div class="wide"><table>{title}<thead><tr>{head}</tr></thead><tbody>\n{body}</tbody></table></div>'
         )
@@ -79,17 +76,32 @@ class Page:
         )
         self._parts.append(f'<div class="wide"><table><tbody>\n{rows}</tbody></table></div>')
 
-    def figure(self, figure: Any, caption: str) -> None:
+    def figure(self, name: str, figure: Any, caption: str) -> None:
         """Adds a figure of matplotlib as SVG inside the page.
 
         Args:
+            name: Name of the figure's own file, without a suffix.
             figure: A `matplotlib.figure.Figure`.
             caption: What it shows; also read out by screen readers.
         """
-        self._figures += 1
-        said = escape(caption)
-        drawing = _svg(figure, f"figure{self._figures}-").replace("<svg ", f'<svg role="img" aria-label="{said}" ', 1)
-        self._parts.append(f"<figure>{drawing}<figcaption>{said}</figcaption></figure>")
+        self.figures[name] = figure
+        label = escape(caption)
+        prefix = f"figure{len(self.figures)}-"
+        drawing = _svg(figure, prefix).replace("<svg ", f'<svg role="img" aria-label="{label}" ', 1)
+        self._parts.append(f"<figure>{drawing}<figcaption>{label}</figcaption></figure>")
+
+    def write_figures(self, folder: Path) -> list[str]:
+        """Writes the figures as PNG files.
+
+        Args:
+            folder: Where to; it is there.
+
+        Returns:
+            Names of the files.
+        """
+        for name, figure in self.figures.items():
+            figure.savefig(folder / f"{name}.png", dpi=150)
+        return [f"{name}.png" for name in self.figures]
 
     def markup(self, html: str, style: str = "") -> None:
         """Adds markup as it is, for what has a form of its own.
@@ -132,17 +144,9 @@ def _svg(figure: Any, prefix: str) -> str:
     return re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{prefix}", drawing)
 
 
-def _cell(value: Any) -> str:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        return "-" if value is None else str(value)
-    if isinstance(value, int):
-        return f"{value:,}"
-    return f"{value:,.4g}" if math.isfinite(value) else "-"
-
-
 def _fact(value: Any) -> str:
     if isinstance(value, Mapping):
         return ", ".join(f"{name} {_fact(each)}" for name, each in value.items())
     if isinstance(value, (list, tuple)):
         return ", ".join(_fact(each) for each in value)
-    return _cell(value)
+    return show_cell(value)

@@ -13,7 +13,7 @@ from typing import Any
 from ahn.evaluation.benchmarks import find, find_in_file_name
 from ahn.evaluation.benchmarks.schema import Sample, Target
 from ahn.evaluation.errors import EvaluationError
-from ahn.evaluation.metrics.options import with_letter
+from ahn.evaluation.metrics.choices import with_letter
 from ahn.evaluation.records import Record, read_records
 
 # Ours first, then what the official scripts write.
@@ -71,12 +71,12 @@ def read_predictions(places: Iterable[str], task: str | None = None) -> Iterator
         EvaluationError: A file is missing, empty or of an unknown task; a line is bad, or a second prediction of the
             same record. Files and lines are named.
     """
-    given = None if task is None else find(task)
+    named = None if task is None else find(task)
     first: dict[tuple[str, int | str], tuple[int, str]] = {}
     for index, file in enumerate(_files(places)):
-        told = given or find_in_file_name(file.name)
+        default = named or find_in_file_name(file.name)
         for number, (where, record) in enumerate(read_records(file), start=1):
-            prediction = _prediction(record, where, _target(record, where, told, given), number)
+            prediction = _prediction(record, where, _target(record, where, default, named), number)
             holder, place = first.setdefault((prediction.target.name, prediction.id), (index, where))
             if holder != index:
                 name = f"{prediction.target.name} {prediction.id}"
@@ -88,31 +88,31 @@ def _files(places: Iterable[str]) -> Iterator[Path]:
     for place in places:
         path = Path(place).expanduser()
         if path.is_dir():
-            found = sorted(path.glob("*.jsonl"))
-            if not found:
+            files = sorted(path.glob("*.jsonl"))
+            if not files:
                 raise EvaluationError(f"{place} holds no .jsonl file. Give files of predictions or a folder of them.")
-            yield from found
+            yield from files
         elif path.exists():
             yield path
         else:
             raise EvaluationError(f"{place} does not exist. Check the path.")
 
 
-def _target(record: Record, where: str, told: Target | None, given: Target | None) -> Target:
-    """The task that a line names, or else the one that was told."""
+def _target(record: Record, where: str, default: Target | None, named: Target | None) -> Target:
+    """The task that a line names, or else the default."""
     if "task" not in record:
-        if told is None:
+        if default is None:
             raise EvaluationError(
                 f"{where}: neither the line nor the file's name tells the task. Name it, for example with "
                 "--task passkey or --task cmrc_mixup_16k."
             )
-        return told
+        return default
     try:
         target = find(str(record["task"]))
     except EvaluationError as error:
         raise EvaluationError(f"{where}: {error}") from None
-    if given is not None and given != target:
-        raise EvaluationError(f"{where}: the line is of {target.name}, not of {given.name}. Leave --task out.")
+    if named is not None and named != target:
+        raise EvaluationError(f"{where}: the line is of {target.name}, not of {named.name}. Leave --task out.")
     if record.get("benchmark", target.benchmark.name) != target.benchmark.name:
         raise EvaluationError(f"{where}: {target.name} belongs to {target.benchmark.name}. Correct the benchmark.")
     return target

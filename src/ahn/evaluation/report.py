@@ -82,7 +82,7 @@ def environment(model: Any = None, seed: int | None = None) -> dict[str, Any]:
         "date": datetime.date.today().isoformat(),
         "ahn": __version__,
         "python": platform.python_version(),
-        **{package: version for package in ("torch", "transformers") if (version := _version(package))},
+        **{package: version for package in ("torch", "transformers") if (version := package_version(package))},
         "device": _processor(),
     }
     if model is not None:
@@ -97,6 +97,14 @@ def environment(model: Any = None, seed: int | None = None) -> dict[str, Any]:
         if not weights.is_cuda:
             facts["kernels"] = "torch" if native.why_not() else "C"
     return facts if seed is None else {**facts, "seed": seed}
+
+
+def package_version(package: str) -> str | None:
+    """The version of a package, or `None` where it is not installed."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def plain(value: Any) -> Any:
@@ -114,13 +122,6 @@ def plain(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [plain(each) for each in value]
     return os.fspath(value) if isinstance(value, os.PathLike) else value
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def _processor() -> str:

@@ -44,7 +44,7 @@ class Gating(NamedTuple):
 
     Attributes:
         write_BTH: How strongly each token is written, `[B, T, H]`, at least 0.
-        decay_BTH: Factor by which each token shrinks the state, `[B, T, H]`, in (0, 1]; `None` where nothing decays.
+        decay_BTH: Factor on the state at each token, `[B, T, H]`, in (0, 1]; `None` where nothing decays.
     """
 
     write_BTH: torch.Tensor
@@ -274,6 +274,14 @@ class Memory(nn.Module, abc.ABC):
             return local_B1HV
         return local_B1HV + self.project_out(self.read(q_B1HK, state), x_B1D).to(local_B1HV.dtype)
 
+    def is_plain(self) -> bool:
+        """Whether its weights can be taken without calling its maps: nothing has replaced, wrapped or hooked them.
+
+        Adapters of other libraries, quantised or offloaded weights and hooks act where a module is called.
+        """
+        maps = (getattr(self, name) for name in (*self.projections, "g_proj"))
+        return type(self.o_proj) is nn.Parameter and not self.o_proj.is_meta and all(map(_is_plain_linear, maps))
+
     @property
     def state_products(self) -> int:
         """Products of a vector with a head's state, `2 K V` FLOPs each, of writing one token and reading once.
@@ -309,6 +317,12 @@ class Memory(nn.Module, abc.ABC):
 def _stacked(gates: Iterable[torch.Tensor | None], shape: tuple[int, ...]) -> torch.Tensor:
     """Gates of one token each, `[..., H]` by `shape`, side by side: `[..., N, H]`, at least in float32."""
     return torch.stack([at_least_float32(gate).expand(shape) for gate in gates if gate is not None], dim=-2)
+
+
+def _is_plain_linear(module: nn.Module) -> bool:
+    """Whether a module is a linear map of torch and no more."""
+    hooked = module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module)
+    return type(module) is nn.Linear and not hooked
 
 
 def _projection(hidden_size: int, heads: int, bias: bool) -> nn.Linear:

@@ -255,10 +255,10 @@ def as_dtype(dtype: str | torch.dtype | None, default: str | torch.dtype) -> str
     """
     if dtype is None or isinstance(dtype, torch.dtype) or dtype == "auto":
         return default if dtype is None else dtype
-    found = getattr(torch, dtype.removeprefix("torch."), None)
-    if not (isinstance(found, torch.dtype) and found.is_floating_point):
+    torch_dtype = getattr(torch, dtype.removeprefix("torch."), None)
+    if not (isinstance(torch_dtype, torch.dtype) and torch_dtype.is_floating_point):
         raise ModelError(f"'{dtype}' is no dtype for a model. Use float32, bfloat16, float16 or auto.")
-    return found
+    return torch_dtype
 
 
 def _one_line(error: BaseException) -> str:

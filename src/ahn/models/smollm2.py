@@ -84,8 +84,8 @@ def gguf_file() -> Path:
         ModelError: The package is not installed, or holds no such file.
     """
     spec = importlib.util.find_spec(PACKAGE)
-    for place in (spec.submodule_search_locations or []) if spec else []:
-        for path in sorted(Path(place).glob("*.gguf")):
+    for folder in (spec.submodule_search_locations or []) if spec else []:
+        for path in sorted(Path(folder).glob("*.gguf")):
             return path
     raise ModelError(f"smollm2-135m comes from a package that is not installed here. Install it: {INSTALL}")
 
@@ -130,10 +130,10 @@ def _field(reader: GGUFReader, key: str) -> Any:
 
 def _check(reader: GGUFReader, source: Path) -> None:
     for key, expected in _EXPECTED.items():
-        found = _field(reader, key)
-        if found != expected:
+        value = _field(reader, key)
+        if value != expected:
             raise ModelError(
-                f"{source} is not SmolLM2-135M-Instruct: {key} is {found!r}, not {expected!r}. Install it: {INSTALL}"
+                f"{source} is not SmolLM2-135M-Instruct: {key} is {value!r}, not {expected!r}. Install it: {INSTALL}"
             )
 
 

@@ -1,7 +1,7 @@
-"""Kernels in C for float32 on a CPU, without gradients; the torch forms they stand for are always there too.
+"""Kernels in C for float32 on a CPU, without gradients. Each has an equivalent in torch.
 
-They are compiled when the first tensors come that they can work on, for the machine at hand. Where that is not possible
-(no C compiler, Windows), or where `AHN_NATIVE=0` is set, everything runs in torch, more slowly.
+They are compiled for this machine when the first tensors come that they can work on. Where that is not possible (no C
+compiler, Windows), or where `AHN_NATIVE=0` is set, everything runs in torch, more slowly.
 
 Legend of shapes: B batch, T tokens, H query heads, G key/value heads, K key size, V value size, D hidden size,
 X states, N places of a segment.
@@ -58,7 +58,6 @@ _ARGUMENTS = {
     "ahn_decode_add": [*[_INT] * 5, *[_POINTER] * 7, _FLOAT, ctypes.c_int, ctypes.c_int, _POINTER],
 }
 
-
 MOST_VECTORS = 4
 """Vectors that `linear` multiplies at once."""
 
@@ -69,11 +68,11 @@ class Segment(NamedTuple):
     Attributes:
         queries: `[B, H, T, K]`.
         keys: `[B, G, N, K]`, the last dimension dense.
-        values: `[B, G, N, V]`, likewise.
+        values: `[B, G, N, V]`, the last dimension dense.
         first: Index of the token at the first place; the others follow it.
         window: A query reads that many tokens up to its own.
-        visible: For places without an order, instead of these two: index of the first token whose query reads each, and
-            of the first whose query reads it no more, `[B or 1, N]` int64 each.
+        visible: For places without an order, in place of `first` and `window`: index of the first token whose query
+            reads each, and of the first whose query no longer does, `[B or 1, N]` int64 each.
         mask: For a single query: added to its scores, `[B, N]`, or `None`.
     """
 
@@ -118,7 +117,7 @@ def ready(*tensors: Tensor, sizes: Sequence[int] = ()) -> bool:
         sizes: Sizes of keys and values, which must fill whole vectors.
 
     Returns:
-        True for plain float32 tensors on a CPU of which no gradient is asked, where the kernels could be compiled.
+        True for plain float32 tensors on a CPU that need no gradient, if the kernels could be compiled.
     """
     if torch.compiler.is_compiling():
         return False
@@ -202,7 +201,7 @@ def attend(segments: Sequence[Segment], seen: int, scaling: float) -> Tensor:
 
 
 def attend_one(segments: Sequence[Segment], seen: int, scaling: float) -> Tensor:
-    """One softmax of a single query over several segments of keys, of which those without `visible` are read whole.
+    """One softmax of a single query over several segments of keys; segments without `visible` are read whole.
 
     Args:
         segments: The keys; the queries are `[B, H, 1, K]`, dense.
@@ -288,7 +287,7 @@ def decode_add_(local_B1HV: Tensor, q_B1HK: Tensor, x_B1D: Tensor, state: Tensor
 
 
 def can_multiply(vectors: int, size: int) -> bool:
-    """Whether `linear` and `linear_each` take so many vectors of a size."""
+    """Whether `linear` and `linear_each` take this number of vectors of this size."""
     return vectors <= MOST_VECTORS and size % 8 == 0
 
 

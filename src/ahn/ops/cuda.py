@@ -1,11 +1,11 @@
 """The recurrences through the triton kernels of flash-linear-attention (fla), for CUDA tensors only.
 
 fla is optional and imported on the first call, because with triton it crashes on CPU tensors. Its chunked kernels
-multiply in the type of q, k and v, so they serve half precision only. Float32 inputs need float32 arithmetic. They go to
-the token-by-token kernel (short spans without gradients) or to `ahn.ops.chunked`.
+multiply in the type of q, k and v, so they serve half precision only. Float32 inputs need float32 arithmetic. They go
+to the token-by-token kernel (short spans without gradients) or to `ahn.ops.chunked`.
 
-Shapes: B batch, T tokens, H query heads, G kv heads (H = r * G; query head h uses kv head h // r), K key size,
-V value size.
+Shapes: B batch, T tokens, H query heads, G kv heads (H = r * G; query head h uses kv head h // r), K key size, V value
+size.
 """
 
 from __future__ import annotations

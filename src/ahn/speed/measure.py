@@ -11,9 +11,8 @@ from ahn.attachment import attachment_of
 from ahn.cost import Cost, Counting, cost_model
 from ahn.evaluation.arm_names import find_arm
 from ahn.generation import automatic_chunk
-from ahn.speed.machine import Machine, measure_machine
-from ahn.speed.peers import Peer, bare_copy, peers
-from ahn.speed.turns import Spread, ratio, spread, take_turns
+from ahn.speed.baselines import Baseline, bare_copy, baselines
+from ahn.speed.timing import Machine, Spread, interleave, measure_machine, ratio, spread
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,7 +23,7 @@ class Timing:
         arm: Name of the arm.
         context: Tokens read before.
         seconds: Time of one token.
-        of_first: How many times as long the first arm takes.
+        of_first: Time of the first arm over the time of this one.
         floor: Least time of one token on this hardware: the bytes that must move over the bandwidth, or the FLOPs over
             the rate, whichever is more; in seconds.
         cache_bytes: Bytes that its cache holds.
@@ -54,7 +53,7 @@ class Speed:
     decoding: list[Timing]
     reading: list[Timing]
 
-    def of(self, kind: str, arm: str, context: int) -> Timing:
+    def find(self, kind: str, arm: str, context: int) -> Timing:
         """One timing of `decoding` or `reading`."""
         rows: list[Timing] = getattr(self, kind)
         return next(row for row in rows if (row.arm, row.context) == (arm, context))
@@ -88,20 +87,20 @@ def measure(
     decoding: list[Timing] = []
     reading: list[Timing] = []
     for context in contexts:
-        placed = peers(base, model, list(arms), context)
-        taken = take_turns({arm: peer.decode for arm, peer in placed.items()}, rounds, on_round)
-        floors = {arm: _decoding_floor(counted, machine, arm, peer, context) for arm, peer in placed.items()}
-        decoding += _timings(placed, taken, 1, context, floors)
-        taken = take_turns(
-            {arm: _reads(peer, chunk) for arm, peer in placed.items()}, reading_rounds or rounds, on_round
+        compared = baselines(base, model, list(arms), context)
+        taken = interleave({arm: baseline.decode for arm, baseline in compared.items()}, rounds, on_round)
+        floors = {arm: _decoding_floor(counted, machine, arm, baseline, context) for arm, baseline in compared.items()}
+        decoding += _timings(compared, taken, 1, context, floors)
+        taken = interleave(
+            {arm: _reads(baseline, chunk) for arm, baseline in compared.items()}, reading_rounds or rounds, on_round
         )
-        floors = {arm: _reading_floor(counted, machine, arm, context, chunk) for arm in placed}
-        reading += _timings(placed, taken, chunk, context, floors)
+        floors = {arm: _reading_floor(counted, machine, arm, context, chunk) for arm in compared}
+        reading += _timings(compared, taken, chunk, context, floors)
     return Speed(machine, chunk, decoding, reading)
 
 
 def read_seconds(timings: Sequence[Timing], arm: str, tokens: int) -> float:
-    """Seconds to read a text of so many tokens, from what a token takes at the contexts that were measured.
+    """Seconds to read a text of this length, from the time per token at the measured contexts.
 
     The time of a token is taken to change linearly between two contexts, and not at all before the first and after
     the last.
@@ -121,27 +120,27 @@ def read_seconds(timings: Sequence[Timing], arm: str, tokens: int) -> float:
     return total
 
 
-def _reads(peer: Peer, chunk: int) -> Callable[[], float]:
-    return lambda: peer.read(chunk)
+def _reads(baseline: Baseline, chunk: int) -> Callable[[], float]:
+    return lambda: baseline.read(chunk)
 
 
 def _timings(
-    placed: dict[str, Peer], taken: dict[str, list[float]], tokens: int, context: int, floors: dict[str, float]
+    compared: dict[str, Baseline], taken: dict[str, list[float]], tokens: int, context: int, floors: dict[str, float]
 ) -> list[Timing]:
     each = {arm: [seconds / tokens for seconds in all_] for arm, all_ in taken.items()}
     first = next(iter(each.values()))
     return [
-        Timing(arm, context, spread(own), ratio(first, own), floors[arm], placed[arm].cache_bytes)
+        Timing(arm, context, spread(own), ratio(first, own), floors[arm], compared[arm].cache_bytes)
         for arm, own in each.items()
     ]
 
 
-def _decoding_floor(counted: Counting, machine: Machine, arm: str, peer: Peer, context: int) -> float:
+def _decoding_floor(counted: Counting, machine: Machine, arm: str, baseline: Baseline, context: int) -> float:
     """Every weight that a token passes, the cache, and what is written of it, once; or the FLOPs."""
     base = counted.base
     weights = base.mixer_weights + base.other_weights + base.vocabulary_weights
     cost = _cost(counted, arm, context)
-    moved = (weights + cost.parameters) * base.dtype.itemsize + peer.cache_bytes
+    moved = (weights + cost.parameters) * base.dtype.itemsize + baseline.cache_bytes
     return max(moved / machine.bandwidth, cost.token_flops / machine.flops)
 
 
@@ -153,6 +152,6 @@ def _reading_floor(counted: Counting, machine: Machine, arm: str, context: int, 
 
 def _cost(counted: Counting, arm: str, context: int) -> Cost:
     """What the cost model knows of an arm; anchors, which it does not count, are few against the window."""
-    way = find_arm(arm).way
-    name = {"ahn": counted.base.attachment.config.memory, "ct_max": "ct", "ct_mean": "ct"}.get(way, way)
+    method = find_arm(arm).method
+    name = {"ahn": counted.base.attachment.config.memory, "ct_max": "ct", "ct_mean": "ct"}.get(method, method)
     return counted.at(context)[name]

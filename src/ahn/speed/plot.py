@@ -22,11 +22,11 @@ def plot_speed(speed: Speed, title: str, files: Sequence[Path]) -> None:
 
     figure = Figure(figsize=(13, 4), layout="constrained")
     FigureCanvasAgg(figure)
-    writing, reading, cache = figure.subplots(1, 3)
-    _panel(writing, speed.decoding, lambda row: 1e3 * row.seconds.median, "Writing one token", "ms")
+    decoding, reading, cache = figure.subplots(1, 3)
+    _panel(decoding, speed.decoding, lambda row: 1e3 * row.seconds.median, "Writing one token", "ms")
     _panel(reading, speed.reading, lambda row: 1e3 * row.seconds.median, "Reading, per token", "ms")
     _panel(cache, speed.decoding, lambda row: row.cache_bytes / 1e6, "Cache", "MB")
-    for panel, rows in ((writing, speed.decoding), (reading, speed.reading)):
+    for panel, rows in ((decoding, speed.decoding), (reading, speed.reading)):
         _spread(panel, rows)
     figure.suptitle(title)
     for file in files:

@@ -74,17 +74,17 @@ def train(settings: TrainSettings, resume: bool = False, say: Say | None = None,
     if _first_process():
         check(settings, resume)
     tokenizer = load_tokenizer(settings.model)
-    pieces, held = _data(settings, tokenizer, say)
+    sequences, held_out = _data(settings, tokenizer, say)
     begun = any(_is_begun(Path(str(args.output_dir))) for args in arguments.values())
-    model = _model(settings, pieces, say, begun)
+    model = _model(settings, sequences, say, begun)
     _write_settings(settings, folder)  # only now, so that a training that is refused leaves no folder
     curves = {}
     for stage, args in arguments.items():
-        curves[stage] = _run_stage(model, settings, stage, args, (pieces, held), say)
+        curves[stage] = _run_stage(model, settings, stage, args, (sequences, held_out), say)
     save_adapter(model, folder, write=arguments[settings.stages[-1]].should_save)
     report = None
     if arguments[settings.stages[-1]].should_save:
-        report = _close(model, settings, held, curves, folder, say)
+        report = _close(model, settings, held_out, curves, folder, say)
     return Outcome(folder, report, curves)
 
 
@@ -200,17 +200,17 @@ def _check_folder(settings: TrainSettings, resume: bool) -> None:
 
 def _data(settings: TrainSettings, tokenizer: PreTrainedTokenizerBase, say: Say) -> tuple[Pieces | PieceStream, Pieces]:
     """Sequences to train on and held-out ones."""
-    cut = dataclasses.replace(settings.cut, held_out=0.0) if settings.valid else settings.cut
+    chunking = dataclasses.replace(settings.chunking, held_out=0.0) if settings.valid else settings.chunking
     say(f"reading {', '.join(settings.data)}")
-    pieces: Pieces | PieceStream
+    sequences: Pieces | PieceStream
     if settings.streaming:
-        pieces, held = stream_pieces(settings.data, tokenizer, cut, settings.query)
+        sequences, held_out = stream_pieces(settings.data, tokenizer, chunking, settings.query)
     else:
-        pieces, held = load_pieces(settings.data, tokenizer, cut, settings.query)
-        say(f"{len(pieces):,} sequences, {pieces.tokens:,} tokens; held out: {held.tokens:,} tokens")
+        sequences, held_out = load_pieces(settings.data, tokenizer, chunking, settings.query)
+        say(f"{len(sequences):,} sequences, {sequences.tokens:,} tokens; held out: {held_out.tokens:,} tokens")
     if settings.valid:
-        held, _ = load_pieces(settings.valid, tokenizer, cut, settings.query)
-    return pieces, held
+        held_out, _ = load_pieces(settings.valid, tokenizer, chunking, settings.query)
+    return sequences, held_out
 
 
 def _is_begun(folder: Path) -> bool:
@@ -218,7 +218,7 @@ def _is_begun(folder: Path) -> bool:
     return (folder / "ahn_config.json").is_file() or _last_checkpoint(folder) is not None
 
 
-def _model(settings: TrainSettings, pieces: Pieces | PieceStream, say: Say, begun: bool) -> Any:
+def _model(settings: TrainSettings, sequences: Pieces | PieceStream, say: Say, begun: bool) -> Any:
     """The base model with the memory as it is before the first step; any memory if its weights come later."""
     half = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
     dtype = ("bfloat16" if half else "float32") if settings.dtype == "auto" else settings.dtype
@@ -235,19 +235,19 @@ def _model(settings: TrainSettings, pieces: Pieces | PieceStream, say: Say, begu
     if settings.adapter is not None:
         say(f"from {settings.adapter}: {', '.join(copy_common(model, settings.adapter))}")
     elif settings.initial_gate is not None:
-        set_initial_gate(model, settings.initial_gate, [item["input_ids"] for item in _first(pieces, 4)])
+        set_initial_gate(model, settings.initial_gate, [item["input_ids"] for item in _first(sequences, 4)])
     if settings.adapter is None and settings.initial_readout is not None:
         say("solving the read-out of every layer on a few texts")
-        batches = [collate([item]) for item in _first(pieces, settings.initial_texts)]
+        batches = [collate([item]) for item in _first(sequences, settings.initial_texts)]
         solve_readout(model, batches, settings.span_draw, settings.initial_readout)
     return model
 
 
-def _first(pieces: Pieces | PieceStream, count: int) -> list[Any]:
+def _first(sequences: Pieces | PieceStream, count: int) -> list[Any]:
     """A few sequences; those in memory are taken from all over the data."""
-    if isinstance(pieces, Pieces):
-        return [pieces[index] for index in evenly(range(len(pieces)), count)]
-    return list(itertools.islice(pieces, count))
+    if isinstance(sequences, Pieces):
+        return [sequences[index] for index in evenly(range(len(sequences)), count)]
+    return list(itertools.islice(sequences, count))
 
 
 def _run_stage(
@@ -298,7 +298,7 @@ def _last_checkpoint(folder: Path) -> str | None:
 
 
 def _close(
-    model: Any, settings: TrainSettings, held: Pieces, curves: Mapping[str, Any], folder: Path, say: Say
+    model: Any, settings: TrainSettings, held_out: Pieces, curves: Mapping[str, Any], folder: Path, say: Say
 ) -> Report | None:
     """Table and plot."""
     try:
@@ -306,11 +306,11 @@ def _close(
     except ImportError:
         say("no plot: matplotlib is not installed (pip install 'ahn[train]')")
     distiller = Distiller(model, stage="transfer")
-    if not settings.report_tokens or not len(held) or distiller.is_sharded():
+    if not settings.report_tokens or not len(held_out) or distiller.is_sharded():
         return None
     say("reading held-out text in the modes full, window and ahn")
     distiller.finish()
-    chosen = held.spread(settings.report_tokens)
+    chosen = held_out.spread(settings.report_tokens)
     sequences = [chosen[number]["input_ids"] for number in range(len(chosen))]
     report = evaluate(model, sequences, settings.span, settings.report_tokens)
     if report is not None:

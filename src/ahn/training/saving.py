@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from ahn.attachment import attachment_of
 from ahn.checkpoint.adapter import write_adapter
-from ahn.checkpoint.content import Base, check_keys, check_shapes, memory_tensors
+from ahn.checkpoint.content import BaseInfo, check_keys, check_shapes, memory_tensors
 from ahn.checkpoint.loading import read
 from ahn.errors import CheckpointError
 
@@ -37,7 +37,7 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str], write: bool = T
     if not all(bool(tensor.isfinite().all()) for tensor in tensors.values()):
         raise CheckpointError(f"{os.fspath(path)}: nothing was saved, for the training has diverged. Lower its lr.")
     if write:
-        write_adapter(path, attachment_of(model).config, Base.of_model(model), tensors)
+        write_adapter(path, attachment_of(model).config, BaseInfo.of_model(model), tensors)
 
 
 @torch.no_grad()

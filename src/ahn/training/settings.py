@@ -62,7 +62,7 @@ class TrainSettings(Settings):
     memory_positions: MemoryPositions = same_setting(AHNConfig, "memory_positions", option=False, kw_only=False)
     dtype: str = setting(
         "auto",
-        "float32, bfloat16, float16 or auto, of the base; auto is bfloat16 on a GPU and float32 elsewhere.",
+        "Of the base: float32, bfloat16, float16, or auto, which is bfloat16 on a GPU and float32 elsewhere.",
         choices=("auto", "float32", "bfloat16", "float16"),
         metavar="DTYPE",
     )
@@ -166,7 +166,7 @@ class TrainSettings(Settings):
                 raise ConfigError(f"{name} must be a positive number, not {getattr(self, name)}")
         self._check_together()
         self.span_draw.candidates(self.length)
-        self.span_draw.candidates(self.cut.min_length)
+        self.span_draw.candidates(self.chunking.min_length)
 
     def _check_together(self) -> None:
         """Checks what settings say about each other."""
@@ -192,7 +192,7 @@ class TrainSettings(Settings):
         return AHNConfig(**{name: getattr(self, name) for name in names})
 
     @property
-    def cut(self) -> Cut:
+    def chunking(self) -> Cut:
         """How documents become sequences."""
         from ahn.training.data import Cut
 

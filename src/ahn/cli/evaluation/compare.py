@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from ahn.cli.terminal import output, say
+from ahn.cli.terminal import log, output
 
 EXAMPLES = """Examples:
 
@@ -25,26 +25,19 @@ def command(
     ] = False,
 ) -> None:
     """Show how two evaluations differ: their settings, and their results number by number."""
-    from rich import box
-    from rich.table import Table
-
-    from ahn.cli.evaluation.options import REPORT
-    from ahn.evaluation.comparison import compare
+    from ahn.cli.evaluation.runs import REPORT
+    from ahn.evaluation.differences import compare
     from ahn.evaluation.report import read_report
+    from ahn.evaluation.tables import ResultTable
 
     paths = [path / REPORT if path.is_dir() else path for path in (first.expanduser(), second.expanduser())]
-    found = compare(read_report(paths[0]), read_report(paths[1]), everything)
+    differences = compare(read_report(paths[0]), read_report(paths[1]), everything)
     for title, rows, columns in (
-        (f"Settings of {found.command} that differ", found.settings, ["setting", "A", "B"]),
-        ("Measured with", found.environment, ["", "A", "B"]),
-        ("Results", found.results, ["result", "A", "B", "B - A"]),
+        (f"Settings of {differences.command} that differ", differences.settings, ["setting", "A", "B"]),
+        ("Measured with", differences.environment, ["", "A", "B"]),
+        ("Results", differences.results, ["result", "A", "B", "B - A"]),
     ):
-        if not rows:
-            say(f"{title}: none" if columns[0] else f"{title} the same", console=output())
-            continue
-        shown = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
-        for number, name in enumerate(columns):
-            shown.add_column(name, justify="right" if columns[-1] == "B - A" and number else "left", overflow="fold")
-        for row in rows:
-            shown.add_row(*row)
-        output().print(shown)
+        if rows:
+            ResultTable(columns, rows, title).print(output())
+        else:
+            log(f"{title}: none" if columns[0] else f"{title} the same", console=output())

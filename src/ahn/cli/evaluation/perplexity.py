@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
-
-import typer
+from typing import TYPE_CHECKING, Any
 
 from ahn.cli import checks
-from ahn.cli.evaluation import options
-from ahn.cli.terminal import UsageError, notes, output, say
+from ahn.cli.evaluation.runs import Run, RunOptions, open_run
+from ahn.cli.loading import ModelSettings
+from ahn.cli.options import from_fields
+from ahn.cli.terminal import UsageError, log, output
+from ahn.config import setting
+from ahn.evaluation.arm_names import ARMS_HELP
 
 if TYPE_CHECKING:
     from ahn.cli.loading import Loaded
-    from ahn.evaluation.perplexity.documents import Document, Ids
-    from ahn.evaluation.perplexity.measure import Plan
+    from ahn.evaluation.perplexity.documents import Ids, TokenDocument
 
 EXAMPLES = """Examples:
 
@@ -26,84 +28,64 @@ ahn eval perplexity texts --arms full,window,ahn --length 4096 --pieces 8
 """
 
 
-def command(
-    files: Annotated[list[str], typer.Argument(metavar="FILE", help="Texts, or folders of them; - is standard input.")],
-    length: Annotated[
-        int | None, typer.Option(help="Tokens of each document at most.  [dim]\\[default: all][/dim]")
-    ] = None,
-    pieces: Annotated[
-        int | None, typer.Option(help="Cut all texts into pieces of --length and read so many, at even distances.")
-    ] = None,
-    arms: options.Arms = "window,ahn",
-    window: options.Window = options.WINDOW,
-    sinks: options.Sinks = options.SINKS,
-    sink_positions: options.SinkPositions = options.SINK_POSITIONS,
-    adapter: options.Adapter = None,
-    model: options.Model = options.MODEL,
-    ngram: Annotated[int, typer.Option(help="Tokens of the n-grams whose repetition is looked at.")] = 3,
-    rare: Annotated[int, typer.Option(help="Occurrences in all texts up to which one is rare.")] = 8,
-    out: options.Out = None,
-    seed: options.Seed = 0,
-) -> None:
-    """Read texts of any length and compare how well each arm predicts them, token by token."""
-    checks.at_least("--length", length, 2)
-    checks.at_least("--pieces", pieces, 1)
-    checks.at_least("--ngram", ngram, 2)
-    checks.at_least("--rare", rare, 2)
-    if pieces is not None and length is None:
-        raise UsageError("--pieces needs --length, the tokens of a piece. Name both.")
-    texts = _texts(files)
-    run = options.open_run(
-        "perplexity",
-        model=model,
-        adapter=adapter,
-        window=window,
-        sinks=sinks,
-        sink_positions=sink_positions,
-        arms=arms,
-        out=out,
-        seed=seed,
-        files={name: hashlib.sha256(text.encode()).hexdigest() for name, text in texts.items()},
-        length=length,
-        pieces=pieces,
-        ngram=ngram,
-        rare=rare,
+@dataclasses.dataclass(frozen=True)
+class PerplexitySettings:
+    """What is read, and how its tokens are grouped."""
+
+    files: tuple[str, ...] = setting(
+        help="Texts, or folders of them; - is standard input.", argument=True, metavar="FILE"
     )
-    loaded = run.load()
-    _evaluate(run, loaded, texts)
+    length: int | None = setting(None, "Tokens of each document at most.", least=2, unset="all")
+    pieces: int | None = setting(
+        None, "Cut all texts into pieces of --length, and read this number at even distances.", least=1
+    )
+    ngram: int = setting(3, "Tokens of the n-grams whose repetition is looked at.", least=2)
+    rare: int = setting(8, "Occurrences in all texts up to which one is rare.", least=2)
+    arms: tuple[str, ...] = setting(("window", "ahn"), ARMS_HELP, joined=True)
 
 
-def _evaluate(run: options.Run, loaded: Loaded, texts: dict[str, str]) -> None:
+@from_fields
+def command(settings: PerplexitySettings, source: ModelSettings, options: RunOptions) -> None:
+    """Read texts of any length and compare how well each arm predicts them, token by token."""
+    if settings.pieces is not None and settings.length is None:
+        raise UsageError("--pieces needs --length, the tokens of a piece. Name both.")
+    texts = _texts(settings.files)
+    checksums = {name: hashlib.sha256(text.encode()).hexdigest() for name, text in texts.items()}
+    own = {name: getattr(settings, name) for name in ("length", "pieces", "ngram", "rare")}
+    run = open_run("perplexity", source, options, settings.arms, files=checksums, **own)
+    _evaluate(run, run.load(), texts)
+
+
+def _evaluate(run: Run, loaded: Loaded, texts: dict[str, str]) -> None:
     """The work: reads everything that the journal lacks, and reports."""
-    from ahn.cli.evaluation import perplexity_show as show
-    from ahn.cli.terminal import work_bar
-    from ahn.evaluation.perplexity.measure import make_plan, read_all
+    from ahn.cli.evaluation import perplexity_tables
+    from ahn.evaluation.perplexity.averages import average
     from ahn.evaluation.perplexity.ngrams import group_tokens
-    from ahn.evaluation.perplexity.results import results
-    from ahn.evaluation.report import EvaluationReport, environment
+    from ahn.evaluation.perplexity.reading import make_plan, read_all
 
-    of = run.settings
-    tokens, found = _documents(of, loaded, texts)
-    documents = [each for each in found if len(each.ids) > of["sinks"] + of["window"] + 1]
+    settings = run.settings
+    tokens, every = _documents(settings, loaded, texts)
+    documents = [each for each in every if len(each.ids) > settings["sinks"] + settings["window"] + 1]
     if not documents:
         raise UsageError(
-            f"no document is longer than sinks + window = {of['sinks'] + of['window']:,} tokens, up to which all arms "
-            "read alike. Use a smaller --window or longer texts."
+            f"no document is longer than sinks + window = {settings['sinks'] + settings['window']:,} tokens, up to "
+            "which all arms read alike. Use a smaller --window or longer texts."
         )
     plan = make_plan(loaded.model, run.arms, documents)
-    opening = show.opening(loaded, documents, plan, len(found) - len(documents))
+    opening = perplexity_tables.opening(loaded, documents, plan, len(every) - len(documents))
     for line in opening:
-        say(line, console=output())
+        log(line, console=output())
     ids = [each.ids for each in documents]
-    groups = group_tokens(tokens, ids, of["ngram"], of["rare"], of["sinks"], of["window"])
-    with run.working(), work_bar(notes(), _total(documents, plan), "tokens", "read") as progress:
+    groups = group_tokens(tokens, ids, *(settings[name] for name in ("ngram", "rare", "sinks", "window")))
+    with run.reading(sum(plan.limit(arm, len(each)) for each in ids for arm in plan.arms)) as progress:
         read_all(loaded.model, documents, groups, plan, run.journal, progress)
-    facts = results(loaded.model, documents, plan, run.journal.done, of["seed"])
-    report = EvaluationReport("perplexity", of, facts, environment(loaded.model, of["seed"]))
-    show.print_results(report)
+    results = average(loaded.model, documents, plan, run.journal.done, settings["seed"])
+    for table in perplexity_tables.tables(settings, results):
+        table.print(output())
+    for line in perplexity_tables.remarks(results):
+        log(line, console=output())
     if run.out is not None:
-        page, figure = show.page(report, opening)
-        run.finish(report, page, {"perplexity": figure})
+        run.finish(results, perplexity_tables.make_page(settings, results, opening), loaded.model)
 
 
 def _texts(places: Sequence[str]) -> dict[str, str]:
@@ -125,7 +107,9 @@ def _texts(places: Sequence[str]) -> dict[str, str]:
     return texts
 
 
-def _documents(of: dict[str, Any], loaded: Loaded, texts: dict[str, str]) -> tuple[list[Ids], list[Document]]:
+def _documents(
+    settings: dict[str, Any], loaded: Loaded, texts: dict[str, str]
+) -> tuple[list[Ids], list[TokenDocument]]:
     """All texts as tokens, and what is to be read of them."""
     import numpy as np
 
@@ -134,12 +118,8 @@ def _documents(of: dict[str, Any], loaded: Loaded, texts: dict[str, str]) -> tup
 
     tokens = {name: np.array(text_tokens(text, loaded.tokenizer), dtype=np.int64) for name, text in texts.items()}
     opening = opening_of(loaded.tokenizer)
-    if of["pieces"] is None:
-        read = documents.whole(tokens, opening, of["length"])
+    if settings["pieces"] is None:
+        read = documents.whole(tokens, opening, settings["length"])
     else:
-        read = documents.pieces(tokens, opening, of["length"], of["pieces"])
+        read = documents.pieces(tokens, opening, settings["length"], settings["pieces"])
     return list(tokens.values()), read
-
-
-def _total(documents: Sequence[Document], plan: Plan) -> int:
-    return sum(plan.limit(arm, len(each.ids)) for each in documents for arm in plan.arms)

@@ -8,16 +8,17 @@ import json
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
-
-import typer
+from typing import TYPE_CHECKING, Any
 
 from ahn.cli import checks
-from ahn.cli.evaluation import options, run_tables
-from ahn.cli.evaluation.by_arms import print_by_arms
-from ahn.cli.evaluation.options import Run
-from ahn.cli.evaluation.score import SCORINGS
+from ahn.cli.evaluation.runs import Run, RunOptions, check_arms, open_run
+from ahn.cli.evaluation.score import SCORING_HELP, SCORINGS
+from ahn.cli.loading import ModelSettings
+from ahn.cli.options import from_fields
 from ahn.cli.terminal import UsageError, notes, output, work_bar
+from ahn.config import setting
+from ahn.evaluation.arm_names import ARMS_HELP
+from ahn.evaluation.benchmarks.schema import Scoring
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
 
     from ahn.cli.loading import Loaded
     from ahn.evaluation.benchmarks.question_sets import PromptRules, QuestionSet
-    from ahn.evaluation.benchmarks.summary import Results
 
 EXAMPLES = """Examples:
 
@@ -42,83 +42,56 @@ HARNESS = ("longbench_", "niah_", "ruler", "babilong")
 """How names of tasks begin that lm-evaluation-harness surely has."""
 
 
-def command(
-    tasks: Annotated[
-        str, typer.Option(help="Names of tasks, ours or those of lm-evaluation-harness, joined by commas.")
-    ],
-    data: Annotated[
-        str | None, typer.Option(help="Folder of the JSONL files, or a hub id.  [dim]\\[default: the hub's own][/dim]")
-    ] = None,
-    limit: Annotated[
-        int | None, typer.Option(help="First records of each task that are asked.  [dim]\\[default: all][/dim]")
-    ] = None,
-    max_tokens: Annotated[
-        int | None,
-        typer.Option(help="Tokens of a prompt at most, by the benchmark's rule.  [dim]\\[default: no limit][/dim]"),
-    ] = None,
-    scoring: Annotated[
-        str, typer.Option(metavar="official|paper", help="The benchmark's rules or, for En.QA and Zh.QA, the paper's.")
-    ] = "official",
-    prompts: Annotated[Path | None, typer.Option(help="JSON or YAML with templates of your own.")] = None,
-    chat: Annotated[
-        bool | None,
-        typer.Option("--chat/--no-chat", help="The chat template.  [dim]\\[default: if there is one][/dim]"),
-    ] = None,
-    metadata: Annotated[
-        str | None, typer.Option(help="JSON for tasks of lm-evaluation-harness that make their data, such as RULER's.")
-    ] = None,
-    arms: options.Arms = "full,window,ahn",
-    model: options.Model = options.MODEL,
-    adapter: options.Adapter = None,
-    window: options.Window = options.WINDOW,
-    sinks: options.Sinks = options.SINKS,
-    sink_positions: options.SinkPositions = options.SINK_POSITIONS,
-    out: options.Out = None,
-    seed: options.Seed = 0,
-) -> None:
+@dataclasses.dataclass(frozen=True)
+class BenchmarkSettings:
+    """Which records are asked, and how."""
+
+    tasks: tuple[str, ...] = setting(
+        help="Names of tasks, ours or those of lm-evaluation-harness, joined by commas.", joined=True
+    )
+    data: str | None = setting(None, "Folder of the JSONL files, or a hub id.", unset="the hub's own")
+    limit: int | None = setting(None, "First records of each task that are asked.", least=1, unset="all")
+    max_tokens: int | None = setting(
+        None, "Tokens of a prompt at most, by the benchmark's rule.", least=2, unset="no limit"
+    )
+    scoring: Scoring = setting("official", SCORING_HELP, choices=SCORINGS)
+    prompts: Path | None = setting(None, "JSON or YAML with templates of your own.")
+    chat: bool | None = setting(None, "The chat template.", names="--chat/--no-chat", unset="if there is one")
+    metadata: str | None = setting(
+        None, "JSON for tasks of lm-evaluation-harness that make their data, such as RULER's."
+    )
+    arms: tuple[str, ...] = setting(("full", "window", "ahn"), ARMS_HELP, joined=True)
+
+
+@from_fields
+def command(settings: BenchmarkSettings, source: ModelSettings, options: RunOptions) -> None:
     """Ask the tasks of public benchmarks in several arms and score them side by side."""
-    names = [name.strip() for name in tasks.split(",") if name.strip()]
-    if not names:
+    if not settings.tasks:
         raise UsageError("there is no task. Name some with --tasks, for example --tasks passkey.")
-    checks.at_least("--limit", limit, 1)
-    checks.at_least("--max-tokens", max_tokens, 2)
-    checks.one_of("--scoring", scoring, SCORINGS)
-    checks.file_to_read("--prompts", prompts)
-    shared: dict[str, Any] = {
-        "model": model,
-        "adapter": adapter,
-        "window": window,
-        "sinks": sinks,
-        "sink_positions": sink_positions,
-        "arms": arms,
-        "out": out,
-        "seed": seed,
-    }
-    options.arm_names(arms)
-    checks.span(window, sinks, sink_positions)
-    values = _metadata(metadata)
+    checks.file_to_read("--prompts", settings.prompts)
+    check_arms(settings.arms)
+    metadata = _metadata(settings.metadata)
     from ahn.evaluation.benchmarks.prompts import read_prompts
     from ahn.evaluation.benchmarks.question_sets import PromptRules, check_sets
 
-    ours, theirs = _sorted(names)
-    templates = {} if prompts is None else read_prompts(prompts.expanduser())
-    prompting = PromptRules("paper" if scoring == "paper" else "official", templates, max_tokens, bool(chat))
+    ours, theirs = _sorted(settings.tasks)
+    templates = {} if settings.prompts is None else read_prompts(settings.prompts.expanduser())
+    prompting = PromptRules(settings.scoring, templates, settings.max_tokens, bool(settings.chat))
     with notes().status("Reading the records ..."):
-        sets = check_sets(ours, data, prompting, limit)
-        harness_tasks = _harness_tasks(theirs, data, model, values) if theirs else []
-    run = options.open_run(
+        sets = check_sets(ours, settings.data, prompting, settings.limit)
+        harness_tasks = _harness_tasks(theirs, settings.data, source.model, metadata) if theirs else []
+    run = open_run(
         "run",
-        **shared,
+        source,
+        options,
+        settings.arms,
         tasks=[*(each.target.name for each in sets), *theirs],
-        limit=limit,
-        max_tokens=max_tokens,
-        scoring=scoring,
+        **{name: getattr(settings, name) for name in ("limit", "max_tokens", "scoring", "chat")},
         prompts={name: hashlib.sha256(template.encode()).hexdigest() for name, template in templates.items()},
-        chat=chat,
-        metadata=values,
+        metadata=metadata,
         records={each.target.name: each.checksum for each in sets},
     )
-    _run(run, sets, prompting, chat, harness_tasks)
+    _run(run, sets, prompting, settings.chat, harness_tasks)
 
 
 def _metadata(text: str | None) -> dict[str, Any]:
@@ -163,48 +136,44 @@ def _harness_tasks(names: Sequence[str], data: str | None, model: str, metadata:
 
 
 def _run(
-    run: Run, sets: Sequence[QuestionSet], prompting: PromptRules, chat: bool | None, harness_tasks: Sequence[Any]
+    run: Run, sets: Sequence[QuestionSet], prompting: PromptRules, chat: bool | None, theirs: Sequence[Any]
 ) -> None:
     """The part that needs the model."""
     loaded = run.load()
-    from ahn.evaluation.benchmarks import page as show
-    from ahn.evaluation.report import EvaluationReport, environment
+    from ahn.evaluation.benchmarks import presentation
     from ahn.models import prompts
 
     prompting = dataclasses.replace(prompting, chat=prompts.has_chat(loaded.tokenizer) if chat is None else chat)
-    found: dict[str, Any] = {}
+    results: dict[str, Any] = {}
     if sets:
-        found["benchmarks"] = _ask(run, loaded, sets, prompting)
-        print_by_arms(output(), run.arms, partial(run_tables.scores, found["benchmarks"]))
-    if harness_tasks:
-        found["harness"] = _evaluate(run, loaded, harness_tasks, prompting)
-        print_by_arms(output(), run.arms, partial(run_tables.harness, found["harness"]))
+        results["benchmarks"] = _ask(run, loaded, sets, prompting)
+        presentation.score_table(results["benchmarks"], run.arms).print(output())
+    if theirs:
+        results["harness"] = _evaluate(run, loaded, theirs, prompting)
+        presentation.harness_table(results["harness"], run.arms).print(output())
     if run.out is not None:
-        report = EvaluationReport("run", run.settings, found, environment(loaded.model, run.settings["seed"]))
-        figures = {"scores": show.figure(found["benchmarks"])} if sets else {}
-        run.finish(report, show.page(report, figures.get("scores")), figures)
+        run.finish(results, presentation.make_page(results, run.arms), loaded.model)
 
 
-def _ask(run: Run, loaded: Loaded, sets: Sequence[QuestionSet], prompting: PromptRules) -> Results:
+def _ask(run: Run, loaded: Loaded, sets: Sequence[QuestionSet], prompting: PromptRules) -> dict[str, Any]:
     """Our own tasks in every arm."""
-    from ahn.evaluation.benchmarks.runner import BenchmarkRunner, run_benchmarks
-    from ahn.evaluation.benchmarks.summary import results
+    from ahn.evaluation.benchmarks.runner import BenchmarkRunner
+    from ahn.evaluation.benchmarks.side_by_side import summarise
 
     runner = BenchmarkRunner(loaded.model, loaded.tokenizer, run.arms, prompting)
     with notes().status("Counting tokens ..."):
         lengths = runner.lengths(sets)
     total = len(run.arms) * sum(sum(counts) for counts in lengths.values())
-    with run.working(), work_bar(notes(), total, "tokens", "read") as progress:
-        records = run_benchmarks(
-            runner, sets, lengths, run.journal, progress, None if run.out is None else run.out / PREDICTIONS
-        )
-    return results(records, run.arms, prompting.scoring)
+    folder = None if run.out is None else run.out / PREDICTIONS
+    with run.reading(total) as progress:
+        records = runner.run(sets, lengths, run.journal, progress, folder)
+    return summarise(records, run.arms, prompting.scoring)
 
 
 def _evaluate(run: Run, loaded: Loaded, tasks: Sequence[Any], prompting: PromptRules) -> list[dict[str, Any]]:
     """Tasks of lm-evaluation-harness in every arm."""
     from ahn.evaluation.harness.model import HarnessModel
-    from ahn.evaluation.harness.run import evaluate
+    from ahn.evaluation.harness.tasks import evaluate
 
     models = {
         arm: HarnessModel(

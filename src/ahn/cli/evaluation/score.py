@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
-
-import typer
+from typing import TYPE_CHECKING
 
 from ahn.cli import checks
-from ahn.cli.terminal import output, say
+from ahn.cli.options import from_fields
+from ahn.cli.terminal import log, output
+from ahn.config import setting
+from ahn.evaluation.benchmarks.schema import Scoring
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -27,37 +29,36 @@ ahn eval score preds_longbook_qa_eng.jsonl --scoring paper
 ahn eval score lveval-outputs --json scores.json  [dim]# all files of a folder[/dim]
 """
 SCORINGS = ("official", "paper")
+SCORING_HELP = "The benchmark's rules or, for En.QA and Zh.QA, the paper's."
 
 
-def command(
-    files: Annotated[
-        list[str],
-        typer.Argument(metavar="FILE", help="Predictions in JSONL, ours or the official scripts', or a folder."),
-    ],
-    task: Annotated[
-        str | None,
-        typer.Option(help="Task of lines that name none.  [dim]\\[default: as the file is named][/dim]"),
-    ] = None,
-    scoring: Annotated[
-        str, typer.Option(metavar="official|paper", help="The benchmark's rules or, for En.QA and Zh.QA, the paper's.")
-    ] = "official",
-    json_file: Annotated[Path | None, typer.Option("--json", help="Also write everything to this file.")] = None,
-) -> None:
+@dataclasses.dataclass(frozen=True)
+class ScoreSettings:
+    """What is scored, and by whose rules."""
+
+    files: tuple[str, ...] = setting(
+        help="Predictions in JSONL, ours or the official scripts', or a folder.", argument=True, metavar="FILE"
+    )
+    task: str | None = setting(None, "Task of lines that name none.", unset="as the file is named")
+    scoring: Scoring = setting("official", SCORING_HELP, choices=SCORINGS)
+    json: Path | None = setting(None, "Also write everything to this file.")
+
+
+@from_fields
+def command(settings: ScoreSettings) -> None:
     """Score predictions of LV-Eval, InfiniteBench and LongBench again, without a model."""
-    checks.one_of("--scoring", scoring, SCORINGS)
-    json_file = None if json_file is None else json_file.expanduser()
-    checks.file_to_write("--json", json_file)
+    target = None if settings.json is None else settings.json.expanduser()
+    checks.file_to_write("--json", target)
     from ahn.evaluation import averages, read_predictions, score_predictions
-    from ahn.evaluation.scores import to_json
+    from ahn.evaluation.set_scores import to_json
 
-    rules: Literal["official", "paper"] = "paper" if scoring == "paper" else "official"
-    scores = score_predictions(read_predictions(files, task), rules)
+    scores = score_predictions(read_predictions(settings.files, settings.task), settings.scoring)
     for title in dict.fromkeys(each.target.benchmark.title for each in scores):
         mine = [each for each in scores if each.target.benchmark.title == title]
         output().print(_table(title, mine, averages(mine)))
-    if json_file is not None:
-        json_file.write_text(json.dumps(to_json(scores, files), indent=2, ensure_ascii=False) + "\n", "utf-8")
-        say(f"wrote {json_file}", console=output())
+    if target is not None:
+        target.write_text(json.dumps(to_json(scores, settings.files), indent=2, ensure_ascii=False) + "\n", "utf-8")
+        log(f"wrote {target}", console=output())
 
 
 def _table(title: str, scores: Sequence[SetScore], means: Sequence[Average]) -> Table:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,7 @@ from ahn.errors import ConfigError
 from ahn.evaluation.arms import arm_reader
 from ahn.evaluation.benchmarks.question_sets import PromptRules, QuestionSet
 from ahn.evaluation.benchmarks.schema import Sample
+from ahn.evaluation.driver import Job, OnProgress, complete
 from ahn.evaluation.predictions import to_record
 from ahn.models import prompts
 
@@ -72,12 +74,50 @@ class BenchmarkRunner:
             The line of a file of predictions, and what it cost: tokens read, seconds, and bytes of the cache.
         """
         reader = arm_reader(self.model, arm, score=False)
-        reader.feed(torch.tensor(ids))
+        reader.prefill(torch.tensor(ids))
         rules = sample.target.task.rules(self.prompting.scoring)
         stop = prompts.stop_ids(self.model, self.tokenizer)
         text = reader.answer(self.tokenizer, rules.new_tokens, stop)
         cost = {"tokens": len(ids), "seconds": reader.seconds, "cache_bytes": reader.cache_bytes}
         return {**to_record(sample, text), "arm": arm, **cost}
+
+    def run(
+        self,
+        sets: Sequence[QuestionSet],
+        lengths: dict[str, list[int]],
+        journal: Journal,
+        on_progress: OnProgress,
+        folder: Path | None = None,
+    ) -> list[Record]:
+        """Asks what the journal does not hold yet.
+
+        Args:
+            sets: The sets to ask.
+            lengths: Tokens of their prompts, as `lengths` gives them.
+            journal: Where every answer is kept at once.
+            on_progress: Called with the tokens of all prompts that are answered by now.
+            folder: Where a file of predictions is kept for every arm, for `ahn eval score`; none if `None`.
+
+        Returns:
+            The answers of all records, one for each arm, in the order of the sets.
+        """
+        records, files = [], PredictionFiles(folder)
+        for record in complete(self._jobs(sets, lengths), journal, on_progress):
+            files.add(record)
+            records.append(record)
+        return records
+
+    def _jobs(self, sets: Sequence[QuestionSet], lengths: dict[str, list[int]]) -> Iterator[Job]:
+        for each in sets:
+            name = each.target.name
+            for number, sample in enumerate(each.samples()):
+                ids = functools.cache(functools.partial(self.prompting.prompt_ids, sample, self.tokenizer))
+                for arm in self.arms:
+
+                    def measure(_: OnProgress, sample: Sample = sample, arm: str = arm, ids: Any = ids) -> Record:
+                        return self.answer(sample, ids(), arm)
+
+                    yield Job(f"{name}/{number}/{arm}", measure, lengths[name][number])
 
     def _check_positions(self, sample: Sample, tokens: int) -> None:
         new_tokens = sample.target.task.rules(self.prompting.scoring).new_tokens
@@ -93,61 +133,14 @@ class BenchmarkRunner:
         )
 
 
-def run_benchmarks(
-    runner: BenchmarkRunner,
-    sets: Sequence[QuestionSet],
-    lengths: dict[str, list[int]],
-    journal: Journal,
-    on_progress: Callable[[int], None],
-    folder: Path | None = None,
-) -> list[Record]:
-    """Asks what the journal does not hold yet.
-
-    Args:
-        runner: Who answers.
-        sets: The sets to ask.
-        lengths: Tokens of their prompts, as `BenchmarkRunner.lengths` gives them.
-        journal: Where every answer is kept at once.
-        on_progress: Called with the tokens of all prompts that are answered by now: first, and after every answer.
-        folder: Where a file of predictions is kept for every arm, for `ahn eval score`; none if `None`.
-
-    Returns:
-        The answers of all records, one for each arm, in the order of the sets.
-    """
-    records: list[Record] = []
-    files = None if folder is None else PredictionFiles(folder)
-    done = sum(
-        count
-        for name, counts in lengths.items()
-        for number, count in enumerate(counts)
-        for arm in runner.arms
-        if _key(name, number, arm) in journal.done
-    )
-    on_progress(done)
-    for each in sets:
-        for number, sample in enumerate(each.samples()):
-            keys = {arm: _key(each.target.name, number, arm) for arm in runner.arms}
-            if left := [arm for arm in runner.arms if keys[arm] not in journal.done]:
-                ids = runner.prompting.prompt_ids(sample, runner.tokenizer)
-                for arm in left:
-                    journal.add(keys[arm], runner.answer(sample, ids, arm))
-                    done += len(ids)
-                    on_progress(done)
-            records += [journal.done[key] for key in keys.values()]
-            if files is not None:
-                for key in keys.values():
-                    files.add(journal.done[key])
-    return records
-
-
 class PredictionFiles:
     """A file of predictions for each arm, written anew, a line at a time.
 
     Args:
-        folder: Where they go; made if it is not there.
+        folder: Where they go; made if it is not there. Nothing is written if it is `None`.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path | None) -> None:
         self._folder = folder
         self._begun: set[str] = set()
 
@@ -157,13 +150,11 @@ class PredictionFiles:
         Args:
             record: As `BenchmarkRunner.answer` gives it.
         """
+        if self._folder is None:
+            return
         arm = record["arm"]
         self._folder.mkdir(parents=True, exist_ok=True)
         line = {name: value for name, value in record.items() if name != "arm"}
         with (self._folder / f"{arm}.jsonl").open("a" if arm in self._begun else "w", encoding="utf-8") as file:
             file.write(json.dumps(line, ensure_ascii=False) + "\n")
         self._begun.add(arm)
-
-
-def _key(name: str, number: int, arm: str) -> str:
-    return f"{name}/{number}/{arm}"

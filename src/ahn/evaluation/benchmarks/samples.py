@@ -10,7 +10,7 @@ from ahn.evaluation.benchmarks import find
 from ahn.evaluation.benchmarks.schema import Fields, Hub, Sample, Target
 from ahn.evaluation.errors import AnswerError, EvaluationError
 from ahn.evaluation.libraries import library
-from ahn.evaluation.metrics.options import with_letter
+from ahn.evaluation.metrics.choices import with_letter
 from ahn.evaluation.records import Record, read_records
 
 
@@ -91,11 +91,11 @@ def _sample(record: Record, fields: Fields, target: Target, where: str, number: 
             answers = with_letter(answers, options)
         except AnswerError as error:
             raise EvaluationError(f"{where}: {error}") from None
-    given = record.get("id")
+    own = record.get("id")
     return Sample(
         where=where,
         target=target,
-        id=given if isinstance(given, int | str) else number,
+        id=own if isinstance(own, int | str) else number,
         context=_text(record, fields.context, where),
         question=_text(record, fields.question, where),
         answers=tuple(answers),

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 def truncate(
     prompt: str, tokenizer: PreTrainedTokenizerBase, max_tokens: int, how: Truncation, new_tokens: int = 0
 ) -> str:
-    """A prompt of at most so many tokens.
+    """A prompt of at most `max_tokens` tokens.
 
     Args:
         prompt: The filled prompt, without a chat template.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,6 +17,7 @@ import ahn
 from ahn.attachment import attachment_of, find_attachment
 from ahn.errors import ConfigError
 from ahn.evaluation.arms import ArmReader, arm_reader
+from ahn.evaluation.driver import Job, complete
 from ahn.evaluation.journal import Journal
 from ahn.models import prompts
 
@@ -35,18 +36,19 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
 
     Args:
         base: As for `ahn.from_pretrained`.
-        adapter: Likewise; "none" for an untrained memory. Left out, what ships for this model is taken.
+        adapter: As for `ahn.from_pretrained`; "none" for an untrained memory. Left out, what ships for this model is
+            taken.
         mode: An arm of `ahn.evaluation.arms`: full, window, ahn, ct_max, ct_mean or tail.
         window: Tokens of the window; the memory's own setting if left out.
-        sinks: Number of sinks, likewise.
-        sink_positions: "bounded" or "absolute", likewise.
+        sinks: Number of sinks; the memory's own setting if left out.
+        sink_positions: "bounded" or "absolute"; the memory's own setting if left out.
         max_length: Tokens of a request at most, its answer included; a longer context loses its beginning, as in the
             harness' own classes. Without it nothing is left out.
         max_gen_toks: Tokens of an answer where the task does not say.
         model: A model with a memory attached, in place of `base` and `adapter`.
         tokenizer: Its tokenizer; needed with `model`.
         journal: Where answers are kept at once and looked up; in memory only if left out.
-        bar: Shows the progress of so many requests; tqdm if left out.
+        bar: Shows the progress of a number of requests; tqdm if left out.
         **ignored: What the harness gives every model: batch sizes and a device.
 
     Raises:
@@ -87,7 +89,7 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
         self.journal = Journal(None, {}) if journal is None else journal
         self._bar = _tqdm if bar is None else bar
         self._stop = prompts.stop_ids(self.model, self.tokenizer)
-        self._reader().feed(torch.tensor([self.prefix_token_id]))  # an arm or a setting that cannot be fails here
+        self._reader().prefill(torch.tensor([self.prefix_token_id]))  # an arm or a setting that cannot be fails here
 
     @property
     def eot_token_id(self) -> int:
@@ -138,20 +140,19 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
         self, requests: Sequence[tuple[Any, list[int], list[int]]], disable_tqdm: bool = False, **_: Any
     ) -> list[tuple[float, bool]]:
         """Log-likelihoods of continuations; contexts that follow each other are read once where they are the same."""
-        answers: list[tuple[float, bool]] = []
         last: tuple[list[int], ArmReader] | None = None
-        with self._showing(len(requests), disable_tqdm) as show:
-            for _, context, continuation in requests:
-                key = self._key("loglikelihood", context, continuation)
-                if (kept := self.journal.done.get(key)) is None:
-                    ids = self._shortened(context, len(continuation))
-                    if last is None or last[0] != ids:
-                        last = (ids, self._read(ids))
-                    value, greedy = _continuation(last[1].fork(), continuation)
-                    self.journal.add(key, kept := {"loglikelihood": value, "greedy": greedy})
-                answers.append((kept["loglikelihood"], kept["greedy"]))
-                show(len(answers))
-        return answers
+
+        def answer(context: list[int], continuation: list[int]) -> dict[str, Any]:
+            nonlocal last
+            ids = self._shortened(context, len(continuation))
+            if last is None or last[0] != ids:
+                last = (ids, self._read(ids))
+            value, greedy = _continuation(last[1].fork(), continuation)
+            return {"loglikelihood": value, "greedy": greedy}
+
+        jobs = (self._job("loglikelihood", answer, context, rest) for _, context, rest in requests)
+        records = self._complete(jobs, len(requests), disable_tqdm)
+        return [(record["loglikelihood"], record["greedy"]) for record in records]
 
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
         """Log-likelihoods of whole texts, each read once from its beginning to its end.
@@ -163,19 +164,16 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
             requests: With the text as their only argument.
             disable_tqdm: Whether to show no progress.
         """
-        answers: list[float] = []
-        with self._showing(len(requests), disable_tqdm) as show:
-            for request in requests:
-                ids = self.tok_encode(request.args[0], add_special_tokens=False)
-                key = self._key("rolling", ids)
-                if (kept := self.journal.done.get(key)) is None:
-                    self._check(len(ids))
-                    reader = self._reader(score=True)
-                    reader.feed(torch.tensor([self.prefix_token_id, *ids]))
-                    self.journal.add(key, kept := {"loglikelihood": -float(reader.nll.double().sum())})
-                answers.append(kept["loglikelihood"])
-                show(len(answers))
-        return answers
+
+        def answer(ids: list[int]) -> dict[str, Any]:
+            self._check(len(ids))
+            reader = self._reader(score=True)
+            reader.prefill(torch.tensor([self.prefix_token_id, *ids]))
+            return {"loglikelihood": -float(reader.nll.double().sum())}
+
+        texts = (self.tok_encode(request.args[0], add_special_tokens=False) for request in requests)
+        jobs = (self._job("rolling", answer, ids) for ids in texts)
+        return [record["loglikelihood"] for record in self._complete(jobs, len(requests), disable_tqdm)]
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
         """Greedy answers.
@@ -187,20 +185,27 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
         Raises:
             ConfigError: The task wants samples drawn at random.
         """
-        answers: list[str] = []
-        with self._showing(len(requests), disable_tqdm) as show:
-            for request in requests:
-                context, settings = request.args
-                limit, until = self._limits(settings)
-                ids = self.tok_encode(context)
-                key = self._key("generate", ids, limit, until)
-                if (kept := self.journal.done.get(key)) is None:
-                    reader = self._read(self._shortened(ids, limit))
-                    text = reader.answer(self.tokenizer, limit, self._stop, until)
-                    self.journal.add(key, kept := {"text": text})
-                answers.append(kept["text"])
-                show(len(answers))
-        return answers
+
+        def answer(ids: list[int], limit: int, until: list[str]) -> dict[str, Any]:
+            reader = self._read(self._shortened(ids, limit))
+            return {"text": reader.answer(self.tokenizer, limit, self._stop, until)}
+
+        arguments = (request.args for request in requests)
+        jobs = (
+            self._job("generate", answer, self.tok_encode(context), *self._limits(settings))
+            for context, settings in arguments
+        )
+        return [record["text"] for record in self._complete(jobs, len(requests), disable_tqdm)]
+
+    def _job(self, kind: str, answer: Callable[..., dict[str, Any]], *request: Any) -> Job:
+        """A request under a name that is the same in every run of this arm."""
+        content = json.dumps([self.max_length, kind, *request])
+        name = hashlib.sha256(content.encode()).hexdigest()[:32]
+        return Job(f"harness/{self.arm}/{name}", lambda _: answer(*request))
+
+    def _complete(self, jobs: Iterable[Job], total: int, hidden: bool) -> Iterator[dict[str, Any]]:
+        with contextlib.nullcontext(lambda done: None) if hidden else self._bar(total) as show:
+            yield from complete(jobs, self.journal, show)
 
     def _limits(self, settings: dict[str, Any]) -> tuple[int, list[str]]:
         """Tokens of an answer at most, and the texts that end it."""
@@ -211,7 +216,7 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
         return int(limit), [until] if isinstance(until, str) else list(until)
 
     def _shortened(self, context: list[int], more: int) -> list[int]:
-        """A context that leaves room for so many tokens more."""
+        """A context that leaves room for a number of tokens more."""
         if self.max_length is not None and len(context) + more > self.max_length:
             if more >= self.max_length:
                 raise ConfigError(f"max_length {self.max_length:,} has no room for {more:,} tokens; raise it")
@@ -231,21 +236,13 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
 
     def _read(self, ids: list[int]) -> ArmReader:
         reader = self._reader()
-        reader.feed(torch.tensor(ids or [self.prefix_token_id]))
+        reader.prefill(torch.tensor(ids or [self.prefix_token_id]))
         return reader
 
     def _reader(self, score: bool = False) -> ArmReader:
         """A reader with the settings of this run, which it takes when it is made."""
         with ahn.mode(self.model, "ahn", **self.settings):  # type: ignore[arg-type]
             return arm_reader(self.model, self.arm, score=score)
-
-    def _showing(self, total: int, hidden: bool) -> contextlib.AbstractContextManager[Show]:
-        return contextlib.nullcontext(lambda done: None) if hidden else self._bar(total)
-
-    def _key(self, *request: Any) -> str:
-        """A name for a request in this arm, the same in every run."""
-        content = json.dumps([self.max_length, *request])
-        return f"harness/{self.arm}/{hashlib.sha256(content.encode()).hexdigest()[:32]}"
 
 
 def _loaded(base: str, adapter: str | None) -> tuple[Any, Any]:
@@ -264,10 +261,10 @@ def _continuation(reader: ArmReader, ids: list[int]) -> tuple[float, bool]:
     """Log-likelihood of tokens, and whether each is the likeliest; read one by one only as long as they are."""
     matched = 0
     while matched < len(ids) and int(reader.logits.argmax()) == ids[matched]:
-        reader.feed(torch.tensor(ids[matched : matched + 1]))
+        reader.prefill(torch.tensor(ids[matched : matched + 1]))
         matched += 1
     if rest := ids[matched:]:
-        reader.feed(torch.tensor(rest))
+        reader.prefill(torch.tensor(rest))
     return -float(reader.nll.double().sum()), not rest
 
 

@@ -1,4 +1,4 @@
-"""Tasks of lm-evaluation-harness by their names, with their data: from the hub, made on the spot, or from a folder."""
+"""Tasks of lm-evaluation-harness: with data from the hub, made on the spot or from a folder, asked in several arms."""
 
 from __future__ import annotations
 
@@ -48,6 +48,47 @@ def load_tasks(names: Sequence[str], data: str | None, metadata: Mapping[str, An
     return [task for name in names for task in _loaded(manager, name, data)]
 
 
+def evaluate(models: Mapping[str, Any], tasks: Sequence[Any], limit: int | None, chat: bool) -> list[dict[str, Any]]:
+    """Asks tasks in every arm.
+
+    Args:
+        models: A `HarnessModel` for each arm, by its name.
+        tasks: As `load_tasks` gives them.
+        limit: Records of a task at most.
+        chat: Whether contexts go into the tokenizer's chat template.
+
+    Returns:
+        A row for every metric of every task: `task`, `metric`, `items`, `scores` by arm and `errors` by arm, as the
+        harness gives them; the standard error is `None` where it has none.
+    """
+    from lm_eval import simple_evaluate
+
+    reports = {
+        arm: simple_evaluate(
+            model=model,
+            tasks=list(tasks),
+            limit=limit,
+            apply_chat_template=chat,
+            bootstrap_iters=1000,
+            log_samples=False,
+        )
+        for arm, model in models.items()
+    }
+    first = next(iter(reports.values()))
+    rows: list[dict[str, Any]] = []
+    for task, metrics in first["results"].items():
+        for metric in [name for name, value in metrics.items() if _is_score(name, value)]:
+            name, _, filtered = metric.partition(",")
+            by_arm = {arm: report["results"][task] for arm, report in reports.items()}
+            scores = {arm: float(values[metric]) for arm, values in by_arm.items()}
+            if set(scores.values()) == {-1.0}:  # RULER's mark for a length that was not asked
+                continue
+            errors = {arm: _number(values.get(f"{name}_stderr,{filtered}")) for arm, values in by_arm.items()}
+            items = first["n-samples"][task]["effective"] if task in first.get("n-samples", {}) else None
+            rows.append({"task": task, "metric": name, "items": items, "scores": scores, "errors": errors})
+    return rows
+
+
 def _loaded(manager: Any, name: str, data: str | None) -> list[Any]:
     local = data is not None and name.startswith(LONGBENCH)
     specification = _local(manager, name, Path(str(data)).expanduser()) if local else name
@@ -91,3 +132,11 @@ def _record(record: Mapping[str, Any], where: str) -> dict[str, Any]:
     if missing := [name for name in _NEEDED if name not in record]:
         raise EvaluationError(f'{where}: the record has no "{missing[0]}". Correct it or leave it out.')
     return {name: record[name] for name in _FIELDS if name in record}
+
+
+def _is_score(name: str, value: object) -> bool:
+    return "," in name and "_stderr," not in name and isinstance(value, (int, float))
+
+
+def _number(value: object) -> float | None:
+    return float(value) if isinstance(value, (int, float)) else None

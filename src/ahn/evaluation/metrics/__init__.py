@@ -11,7 +11,7 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from ahn.evaluation.metrics import infinitebench, longbench, lveval, options
+from ahn.evaluation.metrics import choices, infinitebench, longbench, lveval
 
 __all__ = ["METRICS", "Metric"]
 
@@ -57,8 +57,8 @@ METRICS = {
     "infinitebench.kv_retrieval": Metric("word found", infinitebench.kv_retrieval),
     "infinitebench.longdialogue_qa_eng": Metric("name found", infinitebench.longdialogue_qa_eng),
     "infinitebench.code_run": Metric("last number", infinitebench.code_run),
-    "infinitebench.code_debug": Metric("option", options.code_debug),
-    "infinitebench.longbook_choice_eng": Metric("option", options.longbook_choice_eng),
+    "infinitebench.code_debug": Metric("option", choices.code_debug),
+    "infinitebench.longbook_choice_eng": Metric("option", choices.longbook_choice_eng),
     "infinitebench.longbook_qa_eng": Metric("F1", infinitebench.longbook_qa_eng),
     "infinitebench.longbook_qa_chn": Metric("F1 of characters", infinitebench.longbook_qa_chn),
     "infinitebench.longbook_sum_eng": Metric("ROUGE-Lsum", infinitebench.longbook_sum_eng),

@@ -58,10 +58,10 @@ def whole_number(answer: Any) -> int:
     Raises:
         AnswerError: It is none.
     """
-    found = number(answer)
-    if not isinstance(found, int):
+    value = number(answer)
+    if not isinstance(value, int):
         raise AnswerError(f"an answer must be a whole number, not {_shown(answer)}. Correct it.")
-    return found
+    return value
 
 
 def _shown(answer: Any) -> str:

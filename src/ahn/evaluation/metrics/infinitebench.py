@@ -1,4 +1,4 @@
-"""InfiniteBench's scorers, except those of its two tasks with options (`options.py`).
+"""InfiniteBench's scorers, except those of its two tasks with options (`choices.py`).
 
 Right or wrong is 1.0 or 0.0. A record without an answer scores 0. Where a scorer compares with one answer, that is the
 first.
@@ -26,8 +26,8 @@ def first_digits(prediction: str, answers: Sequence[Any]) -> float:
     Raises:
         AnswerError: The answer is neither a text nor a number.
     """
-    found = _DIGITS.search(prediction)
-    return float(found is not None and found[0] == label(answers))
+    digits = _DIGITS.search(prediction)
+    return float(digits is not None and digits[0] == label(answers))
 
 
 def kv_retrieval(prediction: str, answers: Sequence[Any]) -> float:
@@ -72,11 +72,11 @@ def math_find(prediction: str, answers: Sequence[Any]) -> float:
     """
     if not answers:
         return 0.0
-    wanted, found = number(answers[0]), _NUMBER.search(prediction)
-    if found is None:
+    wanted, match = number(answers[0]), _NUMBER.search(prediction)
+    if match is None:
         return 0.0
     try:
-        return float(type(wanted)(found[0]) == wanted)
+        return float(type(wanted)(match[0]) == wanted)
     except ValueError:
         return 0.0
 
@@ -93,10 +93,10 @@ def math_calc(prediction: str, answers: Sequence[Any]) -> float:
     """
     wanted = answers[0] if answers and isinstance(answers[0], list | tuple) else answers
     # As text without leading zeros: a run may have more digits than Python turns into a number.
-    found = [run.lstrip("0") or "0" for run in _DIGITS.findall(prediction)]
+    written = [run.lstrip("0") or "0" for run in _DIGITS.findall(prediction)]
     numbers = [str(whole_number(each)) for each in wanted]
     right = 0
-    while right < min(len(found), len(numbers)) and found[right] == numbers[right]:
+    while right < min(len(written), len(numbers)) and written[right] == numbers[right]:
         right += 1
     return right / len(numbers) if numbers else 0.0
 

@@ -57,11 +57,11 @@ def gated_f1_en(prediction: str, answers: Sequence[Any], keywords: str | None = 
     Raises:
         AnswerError: An answer is no text.
     """
-    found, wanted = words_en(prediction), words_en(_first(answers))
+    predicted, wanted = words_en(prediction), words_en(_first(answers))
     keys = words_en(keywords or "")
-    if keys and keyword_recall(found, keys, BLACKLIST_EN) < GATE_EN:
+    if keys and keyword_recall(predicted, keys, BLACKLIST_EN) < GATE_EN:
         return 0.0
-    return f1(found, wanted)
+    return f1(predicted, wanted)
 
 
 def gated_f1_zh(prediction: str, answers: Sequence[Any], keywords: str | None = None) -> float:
@@ -77,11 +77,11 @@ def gated_f1_zh(prediction: str, answers: Sequence[Any], keywords: str | None = 
         AnswerError: An answer is no text.
         EvaluationError: jieba is not installed.
     """
-    found, wanted = words_zh(prediction), words_zh(_first(answers))
+    predicted, wanted = words_zh(prediction), words_zh(_first(answers))
     keys = words_zh(keywords or "") or wanted
-    if keys and keyword_recall(found, keys, BLACKLIST_ZH) < GATE_ZH:
+    if keys and keyword_recall(predicted, keys, BLACKLIST_ZH) < GATE_ZH:
         return 0.0
-    return f1(found, wanted)
+    return f1(predicted, wanted)
 
 
 def rouge_l_without_blacklist_zh(prediction: str, answers: Sequence[Any]) -> float:
@@ -94,15 +94,15 @@ def rouge_l_without_blacklist_zh(prediction: str, answers: Sequence[Any]) -> flo
     return rouge_l(_telling_words(prediction), _telling_words(_first(answers)))
 
 
-def keyword_recall(found: Sequence[str], keywords: Sequence[str], blacklist: Collection[str]) -> float:
+def keyword_recall(predicted: Sequence[str], keywords: Sequence[str], blacklist: Collection[str]) -> float:
     """Share of the keywords that a prediction has. Blacklisted words count among the keywords, but never as found.
 
     Args:
-        found: Words of the prediction.
+        predicted: Words of the prediction.
         keywords: At least one.
         blacklist: Words that are too common to tell anything.
     """
-    counts = overlap(found, keywords)
+    counts = overlap(predicted, keywords)
     return sum(count for word, count in counts.items() if word not in blacklist) / len(keywords)
 
 

@@ -54,25 +54,25 @@ def words_zh(text: str) -> list[str]:
     return [word for word in map(bare_zh, segments_zh(text)) if word]
 
 
-def overlap(found: Sequence[str], wanted: Sequence[str]) -> Counter[str]:
+def overlap(predicted: Sequence[str], wanted: Sequence[str]) -> Counter[str]:
     """Words that two lists share, each as often as the list that has it less often."""
-    return Counter(found) & Counter(wanted)
+    return Counter(predicted) & Counter(wanted)
 
 
-def best_f1(found: Sequence[str], answers: Iterable[Sequence[str]]) -> float:
+def best_f1(predicted: Sequence[str], answers: Iterable[Sequence[str]]) -> float:
     """The best `f1` over the words of several answers; 0 without any."""
-    return max((f1(found, wanted) for wanted in answers), default=0.0)
+    return max((f1(predicted, wanted) for wanted in answers), default=0.0)
 
 
-def f1(found: Sequence[str], wanted: Sequence[str]) -> float:
+def f1(predicted: Sequence[str], wanted: Sequence[str]) -> float:
     """Harmonic mean of the shares of words that are shared, 0 to 1; 0 if none is.
 
     Args:
-        found: Words of the prediction.
+        predicted: Words of the prediction.
         wanted: Words of the answer.
     """
-    shared = overlap(found, wanted).total()
+    shared = overlap(predicted, wanted).total()
     if not shared:
         return 0.0
-    precision, recall = shared / len(found), shared / len(wanted)
+    precision, recall = shared / len(predicted), shared / len(wanted)
     return 2 * precision * recall / (precision + recall)

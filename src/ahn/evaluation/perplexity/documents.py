@@ -15,7 +15,7 @@ Ids = NDArray[np.int64]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Document:
+class TokenDocument:
     """Tokens that are read from start to end.
 
     Attributes:
@@ -27,7 +27,7 @@ class Document:
     ids: Ids
 
 
-def whole(texts: dict[str, Ids], opening: Sequence[int], length: int | None) -> list[Document]:
+def whole(texts: dict[str, Ids], opening: Sequence[int], length: int | None) -> list[TokenDocument]:
     """Every text from its start.
 
     Args:
@@ -35,11 +35,11 @@ def whole(texts: dict[str, Ids], opening: Sequence[int], length: int | None) -> 
         opening: Tokens before every text, such as a begin-of-text token.
         length: Tokens of a document at most, the opening included; all if left out.
     """
-    return [Document(name, _opened(opening, ids)[:length]) for name, ids in texts.items()]
+    return [TokenDocument(name, _opened(opening, ids)[:length]) for name, ids in texts.items()]
 
 
-def pieces(texts: dict[str, Ids], opening: Sequence[int], length: int, count: int) -> list[Document]:
-    """Pieces of exactly one length: all texts are cut, and so many are taken at even distances over all pieces.
+def pieces(texts: dict[str, Ids], opening: Sequence[int], length: int, count: int) -> list[TokenDocument]:
+    """Pieces of exactly one length: all texts are cut, and some taken at even distances over all pieces.
 
     Args:
         texts: Token ids by name.
@@ -48,7 +48,7 @@ def pieces(texts: dict[str, Ids], opening: Sequence[int], length: int, count: in
         count: How many pieces.
 
     Raises:
-        EvaluationError: There are not so many.
+        EvaluationError: There are fewer.
     """
     size = max(1, length - len(opening))
     starts = [(name, start) for name, ids in texts.items() for start in range(0, len(ids) - size + 1, size)]
@@ -58,7 +58,7 @@ def pieces(texts: dict[str, Ids], opening: Sequence[int], length: int, count: in
             "--pieces, or for shorter ones with --length."
         )
     return [
-        Document(f"{name}, token {start:,}", _opened(opening, texts[name][start : start + size]))
+        TokenDocument(f"{name}, token {start:,}", _opened(opening, texts[name][start : start + size]))
         for name, start in evenly(starts, count)
     ]
 

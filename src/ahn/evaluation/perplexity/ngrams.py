@@ -47,7 +47,7 @@ def group_tokens(
     counted, read = numbers[: len(texts)], numbers[len(texts) :]
     kinds = 1 + max((int(each.max()) for each in numbers if each.size), default=0)
     counts = sum((np.bincount(each, minlength=kinds) for each in counted), np.zeros(kinds, dtype=np.int64))
-    found = []
+    by_document = []
     for document, closed in zip(documents, read, strict=True):
         groups = np.full(max(0, len(document) - 1), NEVER, dtype=np.int8)
         ends = np.arange(n - 1, n - 1 + len(closed))  # positions of the tokens that close an n-gram
@@ -56,8 +56,8 @@ def group_tokens(
         in_sight = (last < sinks) | (last > ends - 1 - window)
         known = np.where(before < 0, NEVER, np.where(in_sight, WINDOW, EVICTED))
         groups[ends - 1] = np.where(counts[closed] > most, OFTEN, known)
-        found.append(groups)
-    return found
+        by_document.append(groups)
+    return by_document
 
 
 def _number_ngrams(sequences: Sequence[Ids], n: int) -> list[Ids]:

@@ -1,7 +1,7 @@
 """What a memory has kept of a text: which evicted tokens the student still lacks, how full its state is, its gates.
 
-`token_gradients` and `trace_state` measure on one text; `figures` draws state and gates, `tokens` and `shading` show
-the text. All of it needs torch.
+`token_gradients` and `trace_state` measure on one text; `figures` draws state and gates, `shading` shows the text. All
+of it needs torch.
 """
 
 from ahn.evaluation.probing.gradients import Positions, TokenGradients, token_gradients

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch.nn import functional
 
+from ahn.evaluation.drawing import new_figure, tidy
 from ahn.evaluation.probing.state import StateTrace
 
 _COLOURS = "cividis"  # looks the same to people who do not tell red from green
@@ -43,7 +44,7 @@ def draw(trace: StateTrace, sinks: int) -> dict[str, tuple[Any, str]]:
 
 
 def _rank(trace: StateTrace) -> Any:
-    figure = _new(11, 4.4)
+    figure = new_figure(11, 4.4)
     left, right = figure.subplots(1, 2)
     fullness = trace.fullness
     image = left.imshow(fullness[-1].tolist(), cmap=_COLOURS, vmin=0, vmax=1, aspect="auto", interpolation="nearest")
@@ -55,9 +56,8 @@ def _rank(trace: StateTrace) -> Any:
         ends = layer in (trace.layers[0], trace.layers[-1])
         right.plot(trace.tokens, values, color=colour, label=f"layer {layer}" if ends else None, marker=".")
     right.set(title="While reading", xlabel="tokens read", ylim=(0, 1.02))
-    right.grid(alpha=0.3)
     right.legend(loc="lower right")
-    right.spines[["top", "right"]].set_visible(False)
+    tidy(right)
     return figure
 
 
@@ -66,7 +66,7 @@ def _small_plots(trace: StateTrace, values_LE: torch.Tensor, sinks: int, title: 
     layers, evicted = values_LE.shape
     columns = min(_COLUMNS, layers)
     rows = -(-layers // columns)
-    figure = _new(11, 1.0 + 1.15 * rows)
+    figure = new_figure(11, 1.0 + 1.15 * rows)
     panels = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).flatten()
     bins = min(_POINTS, evicted)
     binned = functional.adaptive_avg_pool1d(values_LE, bins)
@@ -75,8 +75,7 @@ def _small_plots(trace: StateTrace, values_LE: torch.Tensor, sinks: int, title: 
         panel.plot(places, line, color=_LINE, linewidth=0.8)
         panel.set_title(f"layer {layer}", fontsize=8, pad=2)
         panel.tick_params(labelsize=7)
-        panel.grid(alpha=0.3)
-        panel.spines[["top", "right"]].set_visible(False)
+        tidy(panel)
     for panel in panels[layers:]:
         panel.set_visible(False)
     figure.suptitle(f"{title}, mean over heads", fontsize=10)
@@ -89,12 +88,3 @@ def _thinned(layers: tuple[int, ...]) -> tuple[list[int], list[str]]:
     step = -(-len(layers) // 12)
     places = list(range(0, len(layers), step))
     return places, [str(layers[place]) for place in places]
-
-
-def _new(width: float, height: float) -> Any:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure

@@ -23,7 +23,7 @@ Positions = Literal["all", "last"]
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class TokenGradients:
-    """How much the distillation loss of one text hangs on each of its tokens.
+    """How much the distillation loss of one text depends on each of its tokens.
 
     Attributes:
         norms: Length of the gradient of `loss` with respect to each token's embedding, nats per token and unit of the

@@ -1,11 +1,131 @@
-"""Tokens as coloured text in HTML. One hue in several strengths, so that nothing hangs on telling colours apart."""
+"""The tokens of a text with what the loss still lacks of each: words, part of the text, shade, and all of it as HTML.
+
+One hue in several strengths, so that nobody has to tell colours apart.
+"""
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from collections.abc import Sequence
 from html import escape
+from typing import Any, Literal
 
-from ahn.evaluation.probing.tokens import PARTS, Scale, ShownToken
+import torch
+
+from ahn.evaluation.probing.gradients import TokenGradients
+
+Part = Literal["sinks", "evicted", "window"]
+PARTS: tuple[Part, ...] = ("sinks", "evicted", "window")
+"""The three parts of a text, in their order."""
+
+_OUTSIDE = 0.02  # share of the tokens at either end that do not stretch the scale
+
+
+@dataclasses.dataclass(frozen=True)
+class ShownToken:
+    """One token of a text.
+
+    Attributes:
+        position: Its place in the text, from 0.
+        text: What it adds to the text; empty for all but the last of several tokens that share one character.
+        part: Where it is when the text ends.
+        norm: Length of the gradient on its embedding.
+        shade: Where an evicted token lies on the scale, from 0 to 1; 0 elsewhere.
+    """
+
+    position: int
+    text: str
+    part: Part
+    norm: float
+    shade: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Scale:
+    """A logarithmic scale from 0 to 1; what lies outside is shown at its ends.
+
+    Attributes:
+        low: Where it begins, above 0.
+        high: Where it ends.
+    """
+
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, values: torch.Tensor) -> Scale:
+        """The scale of values, from the second to the ninety-eighth of a hundred; zeros do not count.
+
+        Args:
+            values: `[N]`, at least 0.
+        """
+        positive = values[values > 0].double()
+        if not positive.numel():
+            return cls(1.0, 1.0)
+        low, high = positive.quantile(positive.new_tensor([_OUTSIDE, 1 - _OUTSIDE])).tolist()
+        return cls(low, high)
+
+    def shade(self, value: float) -> float:
+        """Where a value lies."""
+        if value <= self.low or self.high <= self.low:
+            return 0.0
+        return min(1.0, math.log(value / self.low) / math.log(self.high / self.low))
+
+
+def show_tokens(texts: Sequence[str], gradients: TokenGradients, scale: Scale) -> list[ShownToken]:
+    """The tokens of a text in their order.
+
+    Args:
+        texts: What each token adds to the text, as `token_texts` gives it.
+        gradients: What was measured.
+        scale: Of the evicted tokens' gradients.
+    """
+    evicted, shown = gradients.evicted, []
+    for position, (text, norm) in enumerate(zip(texts, gradients.norms.tolist(), strict=True)):
+        part: Part = "sinks" if position < evicted.start else "evicted" if position in evicted else "window"
+        shown.append(ShownToken(position, text, part, norm, scale.shade(norm) if part == "evicted" else 0.0))
+    return shown
+
+
+def strongest(tokens: Sequence[ShownToken], count: int) -> list[tuple[ShownToken, str]]:
+    """The evicted tokens with the largest gradients, each with the words around it, itself in brackets.
+
+    Args:
+        tokens: All tokens of the text.
+        count: How many.
+    """
+    ranked = sorted((token for token in tokens if token.part == "evicted"), key=lambda token: -token.norm)
+    return [(token, _surroundings(tokens, token.position)) for token in ranked[:count]]
+
+
+def token_texts(tokenizer: Any, ids: Sequence[int]) -> list[str]:
+    """What each token adds to the text; joined, the text that the tokenizer makes of all of them.
+
+    Args:
+        tokenizer: A tokenizer of transformers.
+        ids: Token ids.
+    """
+    texts, first, shown = [], 0, 0  # the tokens from `first` to `shown` give the next ones their context
+    for stop in range(1, len(ids) + 1):
+        before, now = (_decode(tokenizer, ids[first:end]) for end in (shown, stop))
+        whole = stop == len(ids) or not now.endswith("\ufffd")  # else a part of a character, which more tokens follow
+        texts.append(now[len(before) :] if whole else "")
+        if whole:
+            first, shown = shown, stop
+    return texts
+
+
+def _decode(tokenizer: Any, ids: Sequence[int]) -> str:
+    return str(tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False))
+
+
+def _surroundings(tokens: Sequence[ShownToken], position: int, before: int = 6, after: int = 4) -> str:
+    """The words around a token in one line: "the tide table [ Mir]anda kept in"."""
+    left = "".join(token.text for token in tokens[max(0, position - before) : position])
+    right = "".join(token.text for token in tokens[position + 1 : position + 1 + after])
+    return " ".join(f"{left}[{tokens[position].text}]{right}".split())
+
 
 STYLE = """
 :root { --heat: 236 126 20; } @media (prefers-color-scheme: dark) { :root { --heat: 186 82 0; } }

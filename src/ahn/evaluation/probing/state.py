@@ -34,7 +34,7 @@ class StateTrace:
         rank: Effective rank of every head's state at each look, `[P, L, H]`, from 0 (empty) to `full_rank`.
         full_rank: The most that the rank can be, min(K, V), of each layer.
         write: Write strength of each evicted token, mean over heads, `[L, E]`; see `ahn.memories.Gating`.
-        decay: Share of the state that each evicted token lets live, likewise; `None` where nothing decays.
+        decay: Share of the state that each evicted token lets live, mean over heads; `None` where nothing decays.
     """
 
     layers: tuple[int, ...]
@@ -102,7 +102,7 @@ def trace_state(
     with ahn.mode(model, "ahn", window=window, sinks=sinks), _listening(model, sites) as heard:
         reader = Reader(model, score=False)
         for start, stop in zip([0, *stops], stops):
-            reader.feed(ids[start:stop])
+            reader.prefill(ids[start:stop])
             ranks.append([_rank(reader.cache, site) for site in sites])
     write, decay = ([_joined(heard[site.index], field, sinks, evicted) for site in sites] for field in Gating._fields)
     return StateTrace(

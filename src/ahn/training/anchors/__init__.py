@@ -1,4 +1,4 @@
-"""Training of the learned score for anchors: which tokens will later text look at, once they have left the window?"""
+"""Makes the weights of anchor scores: which tokens will be needed once they have left the window?"""
 
 from ahn.training.anchor_settings import AnchorSettings
 from ahn.training.anchors.run import AnchorReport, check_anchor_settings, train_anchors

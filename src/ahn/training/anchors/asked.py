@@ -1,11 +1,11 @@
-"""The queries of example questions, kept to be put to every key: a score for anchors that nothing is trained for.
+"""The weights of the score `asked`: queries of example questions, which are applied to every key. Nothing is trained.
 
-A text with facts is read with full attention, and asked for them at its end. For each token of a fact and each layer
-the query is taken that looked at it most; those are kept that look at some token of another text's facts more than any
-other query of their kind. Put to the keys of another text such a query looks at what it would take for an answer there,
-whatever is asked. By the queries of each kind of fact those layers vote in which they find their kind best in texts
-that they do not come from; what they give one in 333 tokens of other texts is taken from their votes, so that no kind
-fills the bank with what only looks like it.
+The base model reads texts with facts and questions about them, with full attention. For each token of a fact, each
+layer gives the query that looked at it most. A query is kept if it is the best of its kind for some token of another
+text's facts. Applied to the keys of a new text, it attends to what would answer its kind of question there.
+
+For each kind of fact only the layers score whose queries best find that kind in texts that they do not come from. The
+score that one in 333 unrelated tokens exceeds is subtracted, so that no kind fills the bank with false positives.
 
 Legend of shapes: T tokens, Q of them in questions, F tokens of facts, S other tokens of a text, N kept queries, H query
 heads, G key/value heads, K key size.
@@ -26,30 +26,30 @@ from ahn.anchors.queries import AnchorQueries
 from ahn.attachment import attachment_of
 from ahn.backbone.rotary import Tables
 from ahn.errors import ConfigError
-from ahn.training.anchors.documents import Document
+from ahn.training.anchors.documents import FactText
 from ahn.training.anchors.watching import Sight, watch
 from ahn.training.log import Say
 
 _SINKS = 4  # first tokens, which queries rest on
-_SAMPLE = 128  # tokens of a text that stand for all of it
+_SAMPLE = 128  # tokens of a text that represent all of it
 _AMONG = 1024  # tokens of a text that a query's share of attention is reckoned for
-_RARE = 0.003  # share of other texts' tokens that the queries of a kind of fact give a positive vote
-_VOTERS = 6  # one layer of so many votes by the queries of a kind
-_LONG = 10  # tokens of a fact, well over the neighbourhood that votes are averaged over
+_RARE = 0.003  # share of other texts' tokens that the queries of a kind score above 0
+_VOTERS = 6  # one layer in this many scores by the queries of a kind
+_LONG = 10  # tokens of a fact, well over the neighbourhood that scores are averaged over
 _BEST = 0.02  # share of other texts' tokens that a fact must be among to be found
 
 
 @dataclasses.dataclass(eq=False)
 class _Asked:
-    """What one text's answers looked at in one layer.
+    """What the answers of one text attended to in one layer.
 
     Attributes:
         layer: The layer's index.
-        queries_HQK: Their queries, times the factor on products, turned to stand one window behind every key.
-        rests_HQ: Log of what they gave the first tokens of the text.
+        queries_HQK: Their queries, times the scale of the products, rotated to one window after every key.
+        rests_HQ: Log of the weight that they gave the first tokens of the text.
         shares_HQF: The share of each token of a fact in the residual stream of the token that asks.
-        facts_GFK: Keys of the facts as they were before their rotation.
-        sample_GSK: Those of some tokens of the text.
+        facts_GFK: Keys of the facts before rotation.
+        sample_GSK: Keys of some other tokens of the text, before rotation.
     """
 
     layer: int
@@ -62,14 +62,14 @@ class _Asked:
 
 @dataclasses.dataclass(eq=False)
 class _Layer:
-    """What a layer has kept of all texts so far.
+    """What a layer has collected from all texts so far.
 
     Attributes:
         queries: Its queries, `[K]` each.
-        heads: The key/value head that each looks at.
-        kinds: The kind of fact that it found.
-        texts: The number of its text.
-        rests: Log of what it gave the first tokens of that text.
+        heads: The key/value head of each query.
+        kinds: The kind of fact that each query found.
+        texts: The number of each query's text.
+        rests: Log of the weight that it gave the first tokens of that text.
         facts: Keys of the facts of each text, `[G, F, K]`.
         samples: Some keys of each text, `[G, S, K]`.
     """
@@ -83,11 +83,11 @@ class _Layer:
     samples: list[torch.Tensor] = dataclasses.field(default_factory=list)
 
     def keep(self, asked: _Asked, kinds: Sequence[str]) -> None:
-        """Keeps, for each token of a fact, the query that looked at it most.
+        """Collects, for each token of a fact, the query that looked at it most.
 
         Args:
             asked: What the layer saw of a text.
-            kinds: The kind of fact that each of the facts' tokens belongs to.
+            kinds: The kind of fact of each of the facts' tokens.
         """
         query_heads, questions = asked.rests_HQ.shape
         for index, kind in sorted(set(zip(asked.shares_HQF.flatten(0, 1).argmax(0).tolist(), kinds))):
@@ -101,13 +101,13 @@ class _Layer:
         self.samples.append(asked.sample_GSK.cpu())
 
     def looks(self, meant: Mapping[str, torch.Tensor]) -> _Looks:
-        """How its queries look at texts that they do not come from, and their offsets.
+        """How its queries attend to texts that they do not come from, and their offsets.
 
-        An offset makes a product the log of a share of attention: minus the log of what the query gives the first
-        tokens of its text and average ones of others.
+        An offset turns a product into the log of a share of attention. It is minus the log of what the query gives the
+        first tokens of its text and average tokens of other texts.
 
         Args:
-            meant: For each kind which tokens of all facts of all texts are of it, `[F]`.
+            meant: For each kind a mask of its tokens among all facts of all texts, `[F]`.
         """
         facts_NF, sample_NS = self._given(self.facts), self._given(self.samples)
         usual_N = sample_NS.logsumexp(1) - sample_NS.isfinite().sum(1).log() + math.log(_AMONG)
@@ -122,12 +122,12 @@ class _Layer:
         return _Looks(offsets_N, by_kind)
 
     def weights(self, looks: _Looks, least: Mapping[str, float], kinds: Mapping[str, bool]) -> AnchorQueries:
-        """The weights of the layer's vote.
+        """The layer's weights of the score.
 
         Args:
-            looks: How its queries look at texts.
-            least: The kinds that it votes by, and what is taken from the votes of each.
-            kinds: All kinds, by which any layer votes, and whether their facts are long.
+            looks: How its queries attend to texts.
+            least: The kinds that the layer scores by, and the threshold of each.
+            kinds: All kinds of all layers, and whether their facts are long.
         """
         kept = [looks.by_kind[kind].queries if kind in least else [] for kind in kinds]
         heads, size = self.samples[0].size(0), self.queries[0].numel()
@@ -138,7 +138,7 @@ class _Layer:
         return weights
 
     def _given(self, keys: Sequence[torch.Tensor]) -> torch.Tensor:
-        """Products of each query with keys of each text, `[N, all of them]`; -inf for those of its own text."""
+        """Products of each query with the keys of all texts, `[N, all keys]`; -inf for keys of its own text."""
         text_S = torch.cat([torch.full((own.size(1),), text) for text, own in enumerate(keys)])
         keys_GSK = torch.cat(list(keys), dim=1)
         given_NS = torch.stack([keys_GSK[head] @ query_K for query_K, head in zip(self.queries, self.heads)])
@@ -146,12 +146,12 @@ class _Layer:
 
 
 class _Seen(NamedTuple):
-    """The queries of a kind that a layer keeps, and the most that those of other texts give tokens: -inf if none.
+    """The kept queries of one kind in a layer, and the largest products that they give tokens of other texts.
 
     Attributes:
         queries: Their numbers: the best of the kind for some token of a fact of another text.
-        facts_F: What they give the tokens of all facts of all texts.
-        sample_S: And other tokens of all texts.
+        facts_F: Largest product for the tokens of all facts of all texts; -inf where no query is of another text.
+        sample_S: The same for other tokens of all texts.
     """
 
     queries: list[int]
@@ -159,20 +159,20 @@ class _Seen(NamedTuple):
     sample_S: torch.Tensor
 
     def found(self, meant_F: torch.Tensor) -> float:
-        """Share of some facts' tokens that are given more than most others.
+        """Share of some facts' tokens that score higher than most other tokens.
 
         Args:
-            meant_F: Which facts' tokens are meant.
+            meant_F: Mask of the facts' tokens that are counted.
         """
         return (self.facts_F[meant_F] > _rarest(self.sample_S, _BEST)).float().mean().item()
 
 
 class _Looks(NamedTuple):
-    """How the queries of a layer look at texts.
+    """How strongly the queries of a layer attend to tokens of texts.
 
     Attributes:
-        offsets_N: What is added to the products of each.
-        by_kind: How those of each kind look at texts that they do not come from.
+        offsets_N: Added to the products of each query.
+        by_kind: For each kind, how its queries attend to texts that they do not come from.
     """
 
     offsets_N: torch.Tensor
@@ -180,20 +180,20 @@ class _Looks(NamedTuple):
 
 
 def collect(
-    model: nn.Module, documents: Sequence[Document], window: int, say: Say | None = None
+    model: nn.Module, documents: Sequence[FactText], window: int, say: Say | None = None
 ) -> dict[int, AnchorQueries]:
     """Reads texts with questions and keeps the queries that found the answers.
 
-    The offset of a query is minus the logarithm of what it gave the first tokens of its own text and gives 1,024
-    average ones of the others, so that its score of a key is the share of attention that it would spend on it; and
-    minus the share that the queries of its kind, in the mean over their layers, spend on one in 333 tokens of texts
-    that they do not come from.
+    Each query has an offset of two parts. The first is minus its log-normaliser: the log of what it gave the first
+    tokens of its text and gives 1,024 average tokens of the other texts. It turns a product into the log of a share of
+    attention. The second is minus a threshold for each kind, the score that one in 333 tokens of other texts exceeds,
+    averaged over the layers. It makes all kinds equally selective.
 
     Args:
         model: A model with a memory attached.
         documents: The texts.
-        window: Tokens by which a query stands behind a key that it is put to.
-        say: Is given a line of text now and then.
+        window: Distance in tokens from a key to the query that is applied to it.
+        say: Prints a line of progress.
 
     Returns:
         The weights of the score by layer.
@@ -226,18 +226,18 @@ def collect(
     return {index: layers[index].weights(looks[index], least[index], kinds) for index in sorted(least)}
 
 
-def _is_long(kind: str, documents: Sequence[Document]) -> bool:
-    """Whether the facts of a kind are long, in the mean."""
+def _is_long(kind: str, documents: Sequence[FactText]) -> bool:
+    """Whether the facts of a kind are long on average."""
     lengths = [len(places) for document in documents for each, places in document.values if each == kind]
     return sum(lengths) > _LONG * len(lengths)
 
 
 def _voters(looks: Mapping[int, Mapping[str, _Seen]], meant: Mapping[str, torch.Tensor]) -> dict[int, dict[str, float]]:
-    """For each layer that votes the kinds it votes by, and what is taken from the votes of each.
+    """For each scoring layer its kinds, and the threshold of each kind.
 
     Args:
-        looks: How the queries of each kind look at texts, by layer.
-        meant: For each kind which tokens of all facts of all texts are of it, `[F]`.
+        looks: How the queries of each kind attend to texts, by layer.
+        meant: For each kind a mask of its tokens among all facts of all texts, `[F]`.
     """
     voters: dict[int, dict[str, float]] = {}
     for kind, meant_F in meant.items():
@@ -250,12 +250,12 @@ def _voters(looks: Mapping[int, Mapping[str, _Seen]], meant: Mapping[str, torch.
 
 
 def _rarest(sample_S: torch.Tensor, share: float) -> float:
-    """What only this share of some votes exceed, those left out that nobody gave."""
+    """The value that only this share of some scores exceed; scores of -inf are left out."""
     return sample_S[sample_S.isfinite()].quantile(1 - share).item()
 
 
-def _read(model: nn.Module, document: Document, window: int) -> list[_Asked]:
-    """What the answers looked at in each layer with a memory."""
+def _read(model: nn.Module, document: FactText, window: int) -> list[_Asked]:
+    """What the answers attended to, in each layer with a memory."""
     facts = torch.tensor([place for _, places in document.values for place in places])
     seen: list[_Asked] = []
 
@@ -282,7 +282,7 @@ def _look(sight: Sight, asked: int, fact_F: torch.Tensor, window: int) -> _Asked
 
 
 def _turned(sight: Sight, x_HTK: torch.Tensor, places_T: torch.Tensor, to: int) -> torch.Tensor:
-    """Queries or keys of these tokens as they are at another position, float32; at 0 without any rotation."""
+    """Queries or keys of these tokens rotated to another position, float32; unrotated for position 0."""
     rotation, x_1HTK = sight.site.rotation, x_HTK[None].float()
     if rotation is None or sight.tables is None:
         return x_HTK.float()

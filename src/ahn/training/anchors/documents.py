@@ -1,4 +1,4 @@
-"""Texts with facts hidden in them and questions about those at the end, so that late tokens need early ones."""
+"""Texts with hidden facts, and questions about them at the end, so that late tokens need early ones."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class UnfitText(AHNError):
 
 
 class Fact(NamedTuple):
-    """A sentence to hide, what asks for it, and the answer.
+    """A sentence to hide, its question and its answer.
 
     Attributes:
         sentence: The sentence, without its full stop.
@@ -58,13 +58,13 @@ class Fact(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Document:
+class FactText:
     """A text and the questions about it, as tokens.
 
     Attributes:
         ids: All token ids, `[T]`.
         text: Tokens up to the end of the text, where the questions begin.
-        values: For each fact its format and the tokens of its value, as places in `ids`.
+        values: For each fact its kind and the indices of its value's tokens in `ids`.
     """
 
     ids: torch.Tensor
@@ -76,8 +76,8 @@ class Source(NamedTuple):
     """What facts are made from.
 
     Attributes:
-        rng: What is drawn from.
-        words: Ordinary words of the text that they are hidden in, so that nothing but their place tells them from it.
+        rng: Source of all random choices.
+        words: Ordinary words of the surrounding text. Facts made of them look like the text.
     """
 
     rng: random.Random
@@ -138,16 +138,16 @@ FORMATS: dict[str, Callable[[Source], Fact]] = {
 
 def make_document(
     text: str, tokenizer: PreTrainedTokenizerBase, rng: random.Random, formats: Sequence[str], quotes: bool
-) -> Document:
+) -> FactText:
     """Hides facts in the first part of a text and asks for them at its end.
 
-    In half of the texts all are of one kind, two to four of them, so that what they are about matters as much as what
-    they say; in the others one to three of any kinds.
+    Half of the texts have two to four facts of one kind, so that the subject of a fact matters as much as its value.
+    The others have one to three facts of any kinds.
 
     Args:
         text: The text.
         tokenizer: The model's tokenizer; its chat template is used if it has one.
-        rng: What is drawn from.
+        rng: Source of all random choices.
         formats: Names of the kinds of facts.
         quotes: Whether to ask for a sentence of the text itself, too.
 
@@ -173,11 +173,11 @@ def make_document(
         parts += [turn.opening, turn.closing, prompts.tokens(tokenizer, f" {answer}")]
     shift = first.opening.numel()
     values = tuple((name, _places(tokenizer, whole, fact, shift)) for name, fact in hidden)
-    return Document(torch.cat(parts), shift + first.text.numel(), values)
+    return FactText(torch.cat(parts), shift + first.text.numel(), values)
 
 
 def _facts(text: str, rng: random.Random, formats: Sequence[str]) -> list[tuple[str, Fact]]:
-    """Facts, each with the name of its kind; no two answer the same question."""
+    """Facts with the names of their kinds; all questions differ."""
     found = (sorted(set(words.findall(text))) for words in _WORDS)
     source = Source(rng, next((words for words in found if len(words) >= _LEAST_WORDS), []))
     if not source.words:
@@ -198,7 +198,7 @@ def _quote(text: str, rng: random.Random) -> tuple[str, str] | None:
 
 
 def _places(tokenizer: PreTrainedTokenizerBase, text: str, fact: Fact, shift: int) -> tuple[int, ...]:
-    """Tokens of a fact's value, as places in the document."""
+    """Indices of the tokens of a fact's value in the document."""
     start = text.index(fact.value, text.index(fact.sentence))
     before = tokenizer(text[:start].rstrip(" "), add_special_tokens=False)["input_ids"]
     until = tokenizer(text[: start + len(fact.value)], add_special_tokens=False)["input_ids"]
@@ -206,7 +206,7 @@ def _places(tokenizer: PreTrainedTokenizerBase, text: str, fact: Fact, shift: in
 
 
 def _thing(source: Source) -> str:
-    """What a fact is about: one of a few things, or a word of the text."""
+    """The subject of a fact: one of a few things, or a word of the text."""
     return source.rng.choice((source.rng.choice(_THINGS), f"the {source.rng.choice(source.words)}"))
 
 

@@ -1,4 +1,4 @@
-"""From what layers read and what was needed later to the weights of a vote.
+"""The score `learned`: fits the network of one layer to how much each token was needed later.
 
 Legend of shapes: N tokens, D hidden size, M width.
 """
@@ -17,12 +17,12 @@ _LR, _WEIGHT_DECAY = 1e-3, 0.1
 
 
 class Fit(NamedTuple):
-    """A vote of one layer.
+    """The fitted network of one layer.
 
     Attributes:
-        gate: The vote, in float32 on the CPU.
+        gate: The network, in float32 on the CPU.
         ridge: Share of the variance on held-out tokens that a linear map explains.
-        explained: The same of the vote.
+        explained: The same for the network.
     """
 
     gate: AnchorGate
@@ -31,14 +31,14 @@ class Fit(NamedTuple):
 
 
 def fit(hidden_ND: torch.Tensor, needed_N: torch.Tensor, held_N: torch.Tensor, width: int, seed: int) -> Fit:
-    """Learns to foresee how much a token is needed, by least squares.
+    """Fits a network that predicts how much a token is needed, by least squares.
 
     Args:
-        hidden_ND: What the layer read, `[N, D]`.
+        hidden_ND: Inputs of the layer, `[N, D]`.
         needed_N: How much each token was needed, `[N]`.
         held_N: Which tokens are held out, `[N]` bool.
         width: Units of the network, M.
-        seed: What its start and the order of the tokens depend on.
+        seed: Seed of the initial weights and of the order of the tokens.
     """
     target_N = (needed_N - needed_N[~held_N].mean()) / needed_N[~held_N].std().clamp(min=1e-6)
     inputs_ND = hidden_ND.float()
@@ -81,7 +81,7 @@ def _explained(found_N: torch.Tensor, target_N: torch.Tensor) -> float:
 
 @torch.no_grad()
 def _on_raw_inputs(gate: AnchorGate, mean_D: torch.Tensor, spread_D: torch.Tensor) -> AnchorGate:
-    """The same vote on inputs that are not standardised."""
+    """The same network for inputs that are not standardised."""
     gate.inner.weight.div_(spread_D)
     gate.inner.bias.sub_(gate.inner.weight @ mean_D)
     return gate

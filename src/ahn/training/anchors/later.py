@@ -1,4 +1,4 @@
-"""What the model itself looks back at: how much questions attend to each token beyond the window, in full attention.
+"""The target of the score `learned`: how much questions attend to each token beyond the window, in full attention.
 
 Legend of shapes: T tokens, Q of them in questions, D hidden size, H query heads.
 """
@@ -18,11 +18,11 @@ _LEAST = 1e-6  # of a token that nothing looks at
 
 @dataclasses.dataclass(eq=False)
 class Observation:
-    """What one reading showed.
+    """What was recorded while one text was read.
 
     Attributes:
-        needed_T: Log of how much questions need each token, the mean over layers, `[T]`.
-        hidden: What the wanted layers read, `[T, D]`, by layer.
+        needed_T: Log of how much questions need each token, averaged over layers, `[T]`.
+        hidden: Inputs of the wanted layers, `[T, D]`, by layer.
     """
 
     needed_T: torch.Tensor
@@ -30,17 +30,17 @@ class Observation:
 
 
 def observe(model: nn.Module, ids: torch.Tensor, asked: int, window: int, layers: Sequence[int]) -> Observation:
-    """Reads a text with full attention and looks at what the questions at its end need of it beyond the window.
+    """Reads a text with full attention and records what the questions at its end need of it beyond the window.
 
-    A token i is needed as much as the largest share that it has in the residual stream of a token of a question or its
-    answer: `max over heads and j >= i + window of a_ji |W_O v_i| / |h_j|`; layers are averaged before the logarithm.
-    What the text itself looks at does not count: it looks at its first tokens, whatever these say.
+    The need of a token i is its largest share in the residual stream of any token j of a question or its answer:
+    `max over heads and j >= i + window of a_ji |W_O v_i| / |h_j|`. Layers are averaged before the logarithm. What the
+    text itself attends to does not count, because it attends to its first tokens whatever these say.
 
     Args:
         model: A model with a memory attached.
         ids: Token ids, `[T]`.
-        asked: Place of the first token of the questions; what comes behind it are questions and answers.
-        window: Tokens behind each query that do not count, for the window holds them.
+        asked: Index of the first token of the questions; questions and answers follow it.
+        window: Tokens before each query that do not count, because the window holds them.
         layers: Layers whose inputs are wanted.
     """
     hidden: dict[int, torch.Tensor] = {}
@@ -57,7 +57,7 @@ def observe(model: nn.Module, ids: torch.Tensor, asked: int, window: int, layers
 
 
 def _needed(sight: Sight, asked: int, window: int) -> torch.Tensor:
-    """What the questions look at in a layer, `[T]`."""
+    """How much the questions need each token in one layer, `[T]`."""
     moved_HT = sight.moved()
     tokens = torch.arange(moved_HT.size(1), device=moved_HT.device)
     near = tokens[asked:, None] - tokens < window

@@ -1,4 +1,4 @@
-"""The making of scores for anchors: documents, one reading of each, weights for some layers, a check."""
+"""Makes the weights of anchor scores: reads documents, fits some layers, and checks the result."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from ahn.models.text import evenly
 from ahn.surgery import set_score_weights
 from ahn.training.anchor_settings import HELD_OUT, QUESTION_TOKENS, AnchorSettings, scores_with_weights
 from ahn.training.anchors.asked import collect
-from ahn.training.anchors.documents import FORMATS, Document, UnfitText, make_document
+from ahn.training.anchors.documents import FORMATS, FactText, UnfitText, make_document
 from ahn.training.anchors.fit import Fit, fit
 from ahn.training.anchors.later import observe
 from ahn.training.data import Cut, load_pieces
@@ -38,13 +38,13 @@ KEPT = (32, 64, 128)
 
 @dataclasses.dataclass(frozen=True)
 class AnchorReport:
-    """What came of it.
+    """What a training of anchor scores achieved.
 
     Attributes:
-        layers: For each layer that votes by "learned", the share of the variance that a linear map explains, and its
-            vote.
-        asked: For each layer that votes by "asked", its number of queries.
-        kept: By score and kind of fact, the share of the values' tokens that are among so many anchors, `KEPT`.
+        layers: For each layer that scores by "learned", the share of the variance that a linear map explains, and that
+            its network explains.
+        asked: For each layer that scores by "asked", its number of queries.
+        kept: By score and kind of fact, the share of the values' tokens among each number of anchors in `KEPT`.
         facts: Facts of each kind in held-out documents.
     """
 
@@ -76,7 +76,7 @@ def train_anchors(settings: AnchorSettings, say: Say | None = None) -> AnchorRep
 
     Args:
         settings: The settings.
-        say: Is given a line of text now and then.
+        say: Prints a line of progress.
 
     Raises:
         ConfigError: A setting cannot work.
@@ -110,8 +110,8 @@ def train_anchors(settings: AnchorSettings, say: Say | None = None) -> AnchorRep
     return AnchorReport(explained, {layer: len(weights.queries) for layer, weights in queries.items()}, kept, facts)
 
 
-def _fits(model: nn.Module, made: list[Document], settings: AnchorSettings, say: Say) -> dict[int, Fit]:
-    """Learned votes of some layers of the middle half."""
+def _fits(model: nn.Module, made: list[FactText], settings: AnchorSettings, say: Say) -> dict[int, Fit]:
+    """Fitted networks of some layers of the middle half."""
     served = [site for site in attachment_of(model).sites if site.memory is not None]
     middle = served[len(served) // 4 : 3 * len(served) // 4 + 1]
     voters = sorted({site.index for site in evenly(middle, min(settings.voters, len(middle)))})
@@ -131,14 +131,14 @@ def _fits(model: nn.Module, made: list[Document], settings: AnchorSettings, say:
     return {layer: fit(torch.cat(inputs[layer]), target, held_out, settings.width, settings.seed) for layer in voters}
 
 
-def _documents(settings: AnchorSettings, tokenizer: Any) -> list[Document]:
-    """Documents with facts; the kind that is left out stands in held-out ones alone."""
+def _documents(settings: AnchorSettings, tokenizer: Any) -> list[FactText]:
+    """Documents with facts; the left-out kind is in held-out documents only."""
     length = settings.length - QUESTION_TOKENS
     pieces, _ = load_pieces(settings.data, tokenizer, Cut(length, length // 2, per_document=200))
     if not len(pieces):
         raise ConfigError(f"no text has {length // 2:,} tokens; give longer ones, or a smaller length")
     rng = random.Random(settings.seed)
-    made: list[Document] = []
+    made: list[FactText] = []
     candidates = evenly(range(len(pieces)), 2 * settings.documents)  # tables and the like are left out
     for index in rng.sample(candidates, len(candidates)):
         if len(made) == settings.documents:
@@ -157,8 +157,8 @@ def _is_held_out(number: int) -> bool:
     return number % HELD_OUT == HELD_OUT - 1
 
 
-def _chosen(needed_T: torch.Tensor, document: Document, window: int, generator: torch.Generator) -> torch.Tensor:
-    """Tokens of the text to learn from: those that were needed most, and others at random."""
+def _chosen(needed_T: torch.Tensor, document: FactText, window: int, generator: torch.Generator) -> torch.Tensor:
+    """Tokens to learn from: those that were needed most, and random others."""
     last = min(document.text, len(document.ids) - window)
     most = needed_T[_SINKS:last].topk(min(_TOP, last - _SINKS)).indices + _SINKS
     others = torch.randperm(last - _SINKS, generator=generator)[:_OTHERS] + _SINKS
@@ -167,7 +167,7 @@ def _chosen(needed_T: torch.Tensor, document: Document, window: int, generator: 
 
 
 def _kept(
-    model: Any, documents: list[Document], scores: Sequence[str], window: int
+    model: Any, documents: list[FactText], scores: Sequence[str], window: int
 ) -> tuple[dict[str, dict[str, list[float]]], dict[str, int]]:
     """Shares of the values' tokens that are in the bank when a question begins."""
     facts = dict.fromkeys(FORMATS, 0)
@@ -189,7 +189,7 @@ def _kept(
     return means, facts
 
 
-def _ranked(model: Any, document: Document, score: str, window: int) -> list[int]:
+def _ranked(model: Any, document: FactText, score: str, window: int) -> list[int]:
     """Tokens that are anchors at the end of the text, the best first."""
     with ahn.mode(model, "ahn", window=window, sinks=_SINKS, anchors=max(KEPT), anchor_score=score):
         cache = ahn.HippocampalCache(model)

@@ -1,4 +1,4 @@
-"""Reading a text with full attention while somebody looks at what every layer sees.
+"""Captures what every attention layer computes while a text is read with full attention.
 
 Legend of shapes: T tokens, D hidden size, H query heads, G key/value heads, K key size, V value size.
 """
@@ -30,17 +30,17 @@ _OUTPUTS = ("o_proj", "out_proj", "dense", "c_proj")
 
 @dataclasses.dataclass(eq=False)
 class Sight:
-    """What a layer sees of a text.
+    """What one layer computes for a text.
 
     Attributes:
         site: The layer.
-        hidden_TD: What it reads, `[T, D]`.
-        length_T: Lengths of the tokens' vectors in the residual stream before it, `[T]`.
+        hidden_TD: Its input, `[T, D]`.
+        length_T: Norms of the residual stream before it, `[T]`.
         tables: The rotation of its queries and keys; `None` where it has none.
-        query_HTK: Queries as they are compared with keys, `[H, T, K]`.
+        query_HTK: Queries after rotation, `[H, T, K]`.
         key_GTK: Keys, `[G, T, K]`.
         value_GTV: Values, `[G, T, V]`.
-        scaling: Factor on the products of both.
+        scaling: Factor on the products of queries and keys.
     """
 
     site: Site
@@ -53,11 +53,11 @@ class Sight:
     scaling: float = 1.0
 
     def scores(self, head: int, first: int) -> torch.Tensor:
-        """Products of the queries from `first` on with all keys, `[T - first, T]`; -inf where they do not see them.
+        """Products of the queries from `first` on with all keys, `[T - first, T]`; -inf for later keys.
 
         Args:
             head: The query head.
-            first: The first token whose query is meant.
+            first: Index of the first query.
         """
         groups = self.query_HTK.size(0) // self.key_GTK.size(0)
         tokens = torch.arange(self.query_HTK.size(1), device=self.query_HTK.device)
@@ -69,9 +69,9 @@ class Sight:
         return products.masked_fill(~seen, float("-inf"))
 
     def moved(self) -> torch.Tensor:
-        """How far a token's value moves the residual stream through each query head, `[H, T]`.
+        """Norm of a token's value after the output projection of each query head, `[H, T]`.
 
-        Its own length where the output projection is not found.
+        The norm of the value itself where the output projection is not found.
         """
         heads, size = self.query_HTK.size(0), self.value_GTV.size(-1)
         value_HTV = self.value_GTV.repeat_interleave(heads // self.value_GTV.size(0), 0).float()
@@ -89,12 +89,12 @@ Look = Callable[[Sight], None]
 
 @torch.no_grad()
 def watch(model: nn.Module, ids: torch.Tensor, look: Look) -> None:
-    """Reads a text with full attention.
+    """Reads a text with full attention and hands over what each layer computes.
 
     Args:
         model: A model with a memory attached.
         ids: Token ids, `[T]`.
-        look: Is given what each layer sees, in their order.
+        look: Receives what each layer computes, in order.
     """
     attachment, backbone = attachment_of(model), find_backbone(model)
     with ahn.mode(model, "full"), _watched(backbone, attachment.sites, look), implementation(backbone, WATCHED):
@@ -126,7 +126,7 @@ def _note_length(site: Site, lengths: dict[nn.Module, torch.Tensor]) -> Callable
 
 
 def _bring(site: Site, lengths: dict[nn.Module, torch.Tensor], look: Look) -> Callable[..., Any]:
-    """A hook that sends what is known before a layer along to the attention function, which knows the rest."""
+    """A hook that passes what is known before a layer on to the attention function."""
 
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         hidden = args[0] if args else kwargs["hidden_states"]

@@ -1,11 +1,11 @@
-"""What the demo shows: a table that lives on a terminal, plain lines elsewhere, and the answers."""
+"""The screen of the demo: a table that grows on a terminal, plain lines elsewhere, and the answers."""
 
 from __future__ import annotations
 
 import contextlib
 import time
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from rich import box
 from rich.console import Console, Group
@@ -17,7 +17,7 @@ from ahn.attachment import attachment_of
 from ahn.cli.terminal import megabytes
 
 if TYPE_CHECKING:
-    from ahn.cli.comparison import Arm, Comparison
+    from ahn.cli.comparison import ComparedMode, Comparison
 
 _BETWEEN_LINES = 10.0  # seconds
 _SIDE_BY_SIDE = 100  # columns of a terminal
@@ -39,21 +39,21 @@ class Screen:
         """Says what will happen."""
         loaded, attachment = comparison.loaded, attachment_of(comparison.loaded.model)
         name = loaded.name
-        self.say(
+        self.line(
             f"{name} reads {title}: {comparison.total:,} tokens. It was trained on texts of up to "
             f"{attachment.trained_context:,}. Window {loaded.config.window:,}, sinks {loaded.config.sinks} "
             f"({loaded.config.sink_positions})."
         )
         if loaded.adapter is not None:
-            self.say(f"Memory: {loaded.config.memory}, weights from {loaded.adapter}.")
+            self.line(f"Memory: {loaded.config.memory}, weights from {loaded.adapter}.")
         else:
-            self.say(
+            self.line(
                 f"Memory: {loaded.config.memory}, untrained (no adapter): ahn says exactly what window says, and only "
                 "its cost shows.",
                 "yellow",
             )
         if fact:
-            self.say(f'Hidden near its beginning: "{fact}"')
+            self.line(f'Hidden near its beginning: "{fact}"')
 
     @contextlib.contextmanager
     def live(self, comparison: Comparison) -> Iterator[None]:
@@ -67,12 +67,12 @@ class Screen:
         self._live = None
 
     def update(self, comparison: Comparison) -> None:
-        """Shows how far every arm has come."""
+        """Shows how far every mode has come."""
         if self._live is not None:
             self._live.update(Group(table(comparison), Text(_progress(comparison), "dim")), refresh=True)
         elif time.monotonic() - self._last >= _BETWEEN_LINES and not self.console.is_terminal:
             self._last = time.monotonic()
-            self.say(_progress(comparison))
+            self.line(_progress(comparison))
 
     def table(self, comparison: Comparison) -> None:
         """The table as it is now, for good."""
@@ -82,19 +82,19 @@ class Screen:
         """What the table cannot say by itself."""
         read, total = comparison.read_tokens, comparison.total
         if comparison.spans:
-            self.say(
+            self.line(
                 f"Perplexity is over the same tokens for every mode in a column: those past the first "
                 f"{comparison.exact:,} (sinks + window), which all modes read alike."
             )
         else:
-            self.say(f"Nothing was scored: up to sinks + window = {comparison.exact:,} tokens all modes read alike.")
-        full = next((arm for arm in comparison.arms if arm.mode == "full"), None)
+            self.line(f"Nothing was scored: up to sinks + window = {comparison.exact:,} tokens all modes read alike.")
+        full = comparison.full
         if full is not None and full.limit < comparison.limit and full.done:
-            self.say(f"Full attention was stopped after {full.limit:,} tokens: {_why(comparison)}.")
+            self.line(f"Full attention was stopped after {full.limit:,} tokens: {_why(comparison)}.")
         if read < total:
-            seconds = sum(arm.reader.seconds / arm.reader.tokens for arm in comparison.arms if arm.mode != "full")
+            seconds = sum(mode.reader.seconds / mode.reader.tokens for mode in comparison.modes if mode.name != "full")
             about = f", in about {max(1, round(seconds * total / 60))} min" if seconds else ""
-            self.say(f"Read {read:,} of {total:,} tokens; --tokens all reads all{about}.")
+            self.line(f"Read {read:,} of {total:,} tokens; --tokens all reads all{about}.")
 
     @contextlib.contextmanager
     def thinking(self) -> Iterator[None]:
@@ -105,25 +105,25 @@ class Screen:
     def answers(self, comparison: Comparison, question: str, gone: str = "") -> None:
         """The answers beside one another, or below one another where that is too narrow; after a fact that is gone."""
         self.console.print()
-        self.say(f"Question: {question}", "bold")
+        self.line(f"Question: {question}", "bold")
         if gone:
-            self.say(
+            self.line(
                 "The hidden sentence has left the window. A state of fixed size does not bring it back word for word; "
                 "anchors are tokens that were kept exactly because something in them stood out when they were read."
             )
-        arms = comparison.arms
+        modes = comparison.modes
         if self.console.width >= _SIDE_BY_SIDE:
-            shown = Table(*[f"{arm.mode}" for arm in arms], box=box.SIMPLE_HEAD, pad_edge=False, expand=True)
+            shown = Table(*[mode.name for mode in modes], box=box.SIMPLE_HEAD, pad_edge=False, expand=True)
             for column in shown.columns:
                 column.ratio, column.header_style = 1, "bold"
-            shown.add_row(*[Text(arm.answer) for arm in arms])
+            shown.add_row(*[Text(mode.answer) for mode in modes])
         else:
             shown = Table("mode", "answer", box=box.SIMPLE_HEAD, pad_edge=False, header_style="bold")
-            for arm in arms:
-                shown.add_row(arm.mode, Text(arm.answer))
+            for mode in modes:
+                shown.add_row(mode.name, Text(mode.answer))
         self.console.print(shown)
 
-    def say(self, text: str, style: str = "") -> None:
+    def line(self, text: str, style: str = "") -> None:
         """A sentence, wrapped at words on a terminal and left whole elsewhere."""
         self.console.print(Text(text, style), soft_wrap=not self.console.is_terminal)
 
@@ -136,27 +136,29 @@ def table(comparison: Comparison) -> Table:
     headers = ["tokens", "tokens/s", "cache\nMB", "full cache\nMB", *(f"perplexity\n{a:,}-{b:,}" for a, b in spans)]
     for header in headers:
         shown.add_column(header, justify="right", no_wrap=True)
-    for arm in comparison.arms:
-        shown.add_row(arm.mode, *_cells(arm, spans))
+    for mode in comparison.modes:
+        shown.add_row(mode.name, *_cells(mode, spans))
     return shown
 
 
-def _cells(arm: Arm, spans: list[tuple[int, int]]) -> list[str]:
-    reader: Any = arm.reader
+def _cells(mode: ComparedMode, spans: list[tuple[int, int]]) -> list[str]:
+    reader = mode.reader
     speed = f"{reader.tokens / reader.seconds:,.0f}" if reader.seconds else "-"
-    scores = (arm.perplexity(*span) for span in spans)
+    scores = (mode.perplexity(*span) for span in spans)
     return [
         f"{reader.tokens:,}",
         speed,
-        megabytes(arm.bytes),
-        megabytes(arm.full_bytes),
+        megabytes(mode.reader.cache_bytes),
+        megabytes(mode.full_bytes),
         *("-" if score is None else f"{score:.2f}" for score in scores),
     ]
 
 
 def _progress(comparison: Comparison) -> str:
-    parts = [f"{arm.mode} {arm.reader.tokens:,} ({megabytes(arm.bytes)} MB)" for arm in comparison.arms]
-    deadline = comparison.plan.deadline
+    parts = [
+        f"{mode.name} {mode.reader.tokens:,} ({megabytes(mode.reader.cache_bytes)} MB)" for mode in comparison.modes
+    ]
+    deadline = comparison.limits.deadline
     end = f"{comparison.limit:,} tokens"
     if deadline is not None:
         end = f"the answer in {max(0, deadline - time.monotonic()):.0f} s"
@@ -164,6 +166,6 @@ def _progress(comparison: Comparison) -> str:
 
 
 def _why(comparison: Comparison) -> str:
-    if comparison.plan.deadline is not None:
+    if comparison.limits.deadline is not None:
         return "its cache grows with the text; with --tokens it goes on to its trained context"
     return "with question and answer its trained context is full, or its cache has 2 GB"

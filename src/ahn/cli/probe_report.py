@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from rich import box
-from rich.table import Table
 from rich.text import Text
 
 from ahn.evaluation.page import Page
 from ahn.evaluation.probing.figures import draw
-from ahn.evaluation.probing.shading import STYLE, coloured_text
-from ahn.evaluation.probing.tokens import Scale, ShownToken, show_tokens, strongest, token_texts
+from ahn.evaluation.probing.shading import STYLE, Scale, ShownToken, coloured_text, show_tokens, strongest, token_texts
 from ahn.evaluation.report import EvaluationReport, environment
+from ahn.evaluation.tables import ResultTable
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from ahn.cli.probe import Probe
+    from ahn.cli.loading import Loaded
+    from ahn.evaluation.probing import Positions, StateTrace, TokenGradients
 
 _SHADES = ("", "#000000 on #fee3c2", "#000000 on #fdbe85", "#000000 on #fd8d3c", "#ffffff on #c24701")
 """Styles of evicted tokens, from the weakest to the strongest, readable on light and dark terminals alike."""
@@ -39,7 +39,33 @@ _WAYS = {
     "last": "The loss counts in the last window alone: an evicted token more than a window before it acts through the "
     "memory, or through tokens that had read it.",
 }
-COLUMNS = ("position", "in the text", "gradient")
+
+
+@dataclass(frozen=True)
+class Probe:
+    """What was measured on a text.
+
+    Attributes:
+        loaded: The model and its memory.
+        title: What the text is called.
+        sinks: Number of sinks.
+        window: Tokens of the window.
+        positions: Where the loss counts.
+        ids: The tokens that were read.
+        total: Tokens of the whole text.
+        gradients: What the loss still lacks of each token.
+        trace: State and gates.
+    """
+
+    loaded: Loaded
+    title: str
+    sinks: int
+    window: int
+    positions: Positions
+    ids: list[int]
+    total: int
+    gradients: TokenGradients
+    trace: StateTrace
 
 
 def show(probe: Probe, top: int, console: Console) -> None:
@@ -52,12 +78,7 @@ def show(probe: Probe, top: int, console: Console) -> None:
         console.print(_coloured(tokens), end="\n\n")
         console.print(_legend(scale))
         console.print(Text(_COLOUR, "dim"), end="\n\n")
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, header_style="bold")
-    for name, side in zip(COLUMNS, ("right", "left", "right")):
-        table.add_column(name, justify=side)  # type: ignore[arg-type]
-    for token, words in strongest(tokens, top):
-        table.add_row(f"{token.position:,}", Text(words.translate(_CONTROLS)), f"{token.norm:.3g}")
-    console.print(table)
+    _table(tokens, top).print(console)
 
 
 def shown(probe: Probe) -> tuple[list[ShownToken], Scale]:
@@ -88,7 +109,7 @@ def summary(probe: Probe) -> list[str]:
     return lines
 
 
-def report(probe: Probe, seed: int) -> EvaluationReport:
+def make_report(probe: Probe, seed: int) -> EvaluationReport:
     """Every number.
 
     Args:
@@ -111,36 +132,35 @@ def report(probe: Probe, seed: int) -> EvaluationReport:
     return EvaluationReport("probe", _settings(probe), results, environment(probe.loaded.model, seed))
 
 
-def figures(probe: Probe) -> dict[str, tuple[Any, str]]:
-    """The plots of state and gates, by name, each with what it shows."""
-    return draw(probe.trace, probe.sinks)
-
-
-def page(probe: Probe, top: int, seed: int, drawn: dict[str, tuple[Any, str]]) -> Page:
+def make_page(probe: Probe, report: EvaluationReport, top: int) -> Page:
     """Everything on one page.
 
     Args:
         probe: What was measured.
+        report: The report of it.
         top: Tokens in the table.
-        seed: Of the weights of an untrained memory.
-        drawn: As `figures` gives it.
     """
     tokens, scale = shown(probe)
-    made = Page(f"What the memory has kept of {probe.title}")
-    for sentence in summary(probe):
-        made.text(sentence)
-    made.heading("Gradient of the loss on every token")
-    made.text(_MEANING)
-    made.text(_WAYS[probe.positions])
-    made.markup(coloured_text(tokens, scale), STYLE)
-    rows = [(token.position, words, f"{token.norm:.3g}") for token, words in strongest(tokens, top)]
-    made.table(COLUMNS, rows, "The evicted tokens with the largest gradients")
-    made.heading("State and gates")
-    for figure, caption in drawn.values():
-        made.figure(figure, caption)
-    made.heading("Settings")
-    made.facts({**_settings(probe), **environment(probe.loaded.model, seed)})
-    return made
+    page = Page(f"What the memory has kept of {probe.title}")
+    page.text(*summary(probe))
+    page.heading("Gradient of the loss on every token")
+    page.text(_MEANING, _WAYS[probe.positions])
+    page.markup(coloured_text(tokens, scale), STYLE)
+    page.table(_table(tokens, top))
+    page.heading("State and gates")
+    for name, (figure, caption) in draw(probe.trace, probe.sinks).items():
+        page.figure(name, figure, caption)
+    page.heading("Settings")
+    page.facts({**report.settings, **report.environment})
+    return page
+
+
+def _table(tokens: list[ShownToken], top: int) -> ResultTable:
+    rows = [
+        [token.position, words.translate(_CONTROLS), f"{token.norm:.3g}"] for token, words in strongest(tokens, top)
+    ]
+    columns = ("position", "in the text", "gradient")
+    return ResultTable(columns, rows, "The evicted tokens with the largest gradients")
 
 
 def _settings(probe: Probe) -> dict[str, Any]:

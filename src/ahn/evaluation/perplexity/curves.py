@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from ahn.evaluation.arm_colours import arm_colours
+from ahn.evaluation.drawing import arm_colours, new_figure, tidy
 
 _HEADROOM = 2.5  # times what the arms hold, up to which the line of full attention is drawn
 
@@ -21,14 +21,13 @@ def plot(results: Mapping[str, Any], title: str, exact: int) -> Any:
     Returns:
         A `matplotlib.figure.Figure`.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(12.5, 4.2), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(12.5, 4.2)
     scores, cache, resident = figure.subplots(1, 3)
     points, colours = results["points"], arm_colours(list(results["points"]["arms"]))
-    _scores(scores, results["positions"], colours)
+    width = results["positions"]["bin_tokens"]
+    for arm, means in results["positions"]["nll"].items():
+        middles = [(number + 0.5) * width for number in range(len(means))]
+        scores.plot(middles, means, color=colours[arm], label=arm, linewidth=1.3)
     for arm, each in points["arms"].items():
         for panel, name in ((cache, "cache_bytes"), (resident, "resident_bytes")):
             megabytes = [value / 1e6 for value in each[name]]
@@ -41,22 +40,15 @@ def plot(results: Mapping[str, Any], title: str, exact: int) -> Any:
     return figure
 
 
-def _scores(panel: Any, positions: Mapping[str, Any], colours: Mapping[str, str]) -> None:
-    width = positions["bin_tokens"]
-    for arm, means in positions["nll"].items():
-        middles = [(number + 0.5) * width for number in range(len(means))]
-        panel.plot(middles, means, color=colours[arm], label=arm, linewidth=1.3)
-
-
 def _full_cache(panel: Any, points: Mapping[str, Any]) -> None:
     """What full attention would hold, as far as that is not far above all that was measured."""
     if "full" in points["arms"]:
         return
     most = _HEADROOM * max(max(each["cache_bytes"]) for each in points["arms"].values())
-    tokens, held = points["full_cache"]["tokens"], points["full_cache"]["bytes"]
-    label = f"full, computed: {held[-1] / 1e6:,.1f}"
-    panel.plot(tokens, [value / 1e6 for value in held], color="black", linestyle="--", linewidth=1, label=label)
-    panel.set_ylim(top=min(most, 1.05 * max(held[-1], most / _HEADROOM)) / 1e6)
+    tokens, sizes = points["full_cache"]["tokens"], points["full_cache"]["bytes"]
+    label = f"full, computed: {sizes[-1] / 1e6:,.1f}"
+    panel.plot(tokens, [value / 1e6 for value in sizes], color="black", linestyle="--", linewidth=1, label=label)
+    panel.set_ylim(top=min(most, 1.05 * max(sizes[-1], most / _HEADROOM)) / 1e6)
 
 
 def _finish(panel: Any, title: str, unit: str, exact: int) -> None:
@@ -67,6 +59,5 @@ def _finish(panel: Any, title: str, unit: str, exact: int) -> None:
         panel.set_ylim(bottom=0)
     panel.locator_params(axis="x", nbins=4)
     panel.xaxis.set_major_formatter(lambda tokens, _: f"{tokens:,.0f}")
-    panel.grid(alpha=0.3)
-    panel.spines[["top", "right"]].set_visible(False)
+    tidy(panel)
     panel.legend(fontsize=9, title=f"{unit} at the end" if unit == "MB" else None, alignment="left")

@@ -11,7 +11,7 @@ from ahn.evaluation.benchmarks import find
 from ahn.evaluation.benchmarks.schema import Scoring
 from ahn.evaluation.bootstrap import interval
 from ahn.evaluation.predictions import Prediction
-from ahn.evaluation.scores import SetScore, averages, score_predictions
+from ahn.evaluation.set_scores import SetScore, averages, score_predictions
 
 BASELINE = "window"
 """The arm that the others are compared with."""
@@ -19,11 +19,11 @@ BASELINE = "window"
 Results = dict[str, Any]
 
 
-def results(records: Sequence[dict[str, Any]], arms: Sequence[str], scoring: Scoring) -> Results:
+def summarise(records: Sequence[dict[str, Any]], arms: Sequence[str], scoring: Scoring) -> Results:
     """What the arms scored and what it cost.
 
     Args:
-        records: As `ahn.evaluation.benchmarks.runner.ask` gives them.
+        records: As `BenchmarkRunner.run` gives them.
         arms: Names of the arms.
         scoring: Whose rules.
 
@@ -34,8 +34,8 @@ def results(records: Sequence[dict[str, Any]], arms: Sequence[str], scoring: Sco
     Raises:
         EvaluationError: A package that scores them is missing.
     """
-    of = {arm: [record for record in records if record["arm"] == arm] for arm in arms}
-    scores = {arm: score_predictions(map(_prediction, of[arm]), scoring) for arm in arms}
+    by_arm = {arm: [record for record in records if record["arm"] == arm] for arm in arms}
+    scores = {arm: score_predictions(map(_prediction, by_arm[arm]), scoring) for arm in arms}
     means = {arm: averages(scores[arm]) for arm in arms}
     return {
         "scoring": scoring,
@@ -52,9 +52,9 @@ def results(records: Sequence[dict[str, Any]], arms: Sequence[str], scoring: Sco
         ],
         "arms": {
             arm: {
-                "tokens": sum(record["tokens"] for record in of[arm]),
-                "seconds": sum(record["seconds"] for record in of[arm]),
-                "cache_bytes": max(record["cache_bytes"] for record in of[arm]),
+                "tokens": sum(record["tokens"] for record in by_arm[arm]),
+                "seconds": sum(record["seconds"] for record in by_arm[arm]),
+                "cache_bytes": max(record["cache_bytes"] for record in by_arm[arm]),
             }
             for arm in arms
         },

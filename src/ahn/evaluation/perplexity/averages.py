@@ -11,9 +11,9 @@ from numpy.typing import NDArray
 from torch import nn
 
 from ahn.evaluation.bootstrap import interval
-from ahn.evaluation.perplexity.documents import Document
-from ahn.evaluation.perplexity.measure import Plan, key
+from ahn.evaluation.perplexity.documents import TokenDocument
 from ahn.evaluation.perplexity.ngrams import GROUPS
+from ahn.evaluation.perplexity.reading import PerplexityPlan, key
 from ahn.generation import full_cache_bytes
 
 SPANS = ("beyond", "after")
@@ -23,7 +23,9 @@ Records = Mapping[str, Mapping[str, Any]]
 """The records of `measure` by `key`."""
 
 
-def results(model: nn.Module, documents: Sequence[Document], plan: Plan, records: Records, seed: int) -> dict[str, Any]:
+def average(
+    model: nn.Module, documents: Sequence[TokenDocument], plan: PerplexityPlan, records: Records, seed: int
+) -> dict[str, Any]:
     """What is reported.
 
     Args:
@@ -56,7 +58,7 @@ def results(model: nn.Module, documents: Sequence[Document], plan: Plan, records
     }
 
 
-def _document(document: Document, plan: Plan, records: Records) -> dict[str, Any]:
+def _document(document: TokenDocument, plan: PerplexityPlan, records: Records) -> dict[str, Any]:
     spans = {arm: records[key(document, arm)]["spans"] for arm in plan.arms}
     return {
         "name": document.name,
@@ -65,7 +67,9 @@ def _document(document: Document, plan: Plan, records: Records) -> dict[str, Any
     }
 
 
-def _arm(arm: str, documents: Sequence[Document], plan: Plan, records: Records, seed: int) -> dict[str, Any]:
+def _arm(
+    arm: str, documents: Sequence[TokenDocument], plan: PerplexityPlan, records: Records, seed: int
+) -> dict[str, Any]:
     """The row of an arm in the table."""
     mine = [records[key(each, arm)] for each in documents]
     sums = {span: np.array([each["spans"][span] for each in mine], dtype=float).sum(0) for span in SPANS}
@@ -83,7 +87,7 @@ def _arm(arm: str, documents: Sequence[Document], plan: Plan, records: Records, 
 
 
 def _closed(
-    arm: str, documents: Sequence[Document], plan: Plan, records: Records, seed: int
+    arm: str, documents: Sequence[TokenDocument], plan: PerplexityPlan, records: Records, seed: int
 ) -> dict[str, float] | None:
     """Share of the gap from window to full that an arm closes, with its 95 % interval over documents."""
     if not {"window", "full"} <= set(plan.arms) or arm in ("window", "full"):
@@ -106,15 +110,15 @@ def closed_share(sums: NDArray[np.float64]) -> float:
     return float((window - arm) / (window - full)) if window != full else math.nan
 
 
-def _groups(span: str, documents: Sequence[Document], plan: Plan, records: Records) -> dict[str, Any]:
+def _groups(span: str, documents: Sequence[TokenDocument], plan: PerplexityPlan, records: Records) -> dict[str, Any]:
     """Number of tokens and mean scores of each group."""
-    found: dict[str, Any] = {}
+    rows: dict[str, Any] = {}
     for group in GROUPS:
         sums = {arm: [records[key(each, arm)]["groups"][span][group] for each in documents] for arm in plan.arms}
         totals = {arm: np.array(each, dtype=float).sum(0) for arm, each in sums.items()}
         tokens = int(max(each[1] for each in totals.values()))
-        found[group] = {"tokens": tokens, "nll": {arm: _mean(each) for arm, each in totals.items()}}
-    return found
+        rows[group] = {"tokens": tokens, "nll": {arm: _mean(each) for arm, each in totals.items()}}
+    return rows
 
 
 def _curve(bins: Sequence[Sequence[Sequence[float]]]) -> list[float]:

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+import os
+import sys
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -16,12 +18,12 @@ from numpy.typing import NDArray
 from torch import nn
 
 from ahn.attachment import attachment_of
-from ahn.evaluation.arms import ArmReader, arm_reader
+from ahn.evaluation.arms import arm_reader
+from ahn.evaluation.driver import Job, OnProgress, complete
 from ahn.evaluation.errors import EvaluationError
 from ahn.evaluation.journal import Journal
-from ahn.evaluation.perplexity.documents import Document
+from ahn.evaluation.perplexity.documents import TokenDocument
 from ahn.evaluation.perplexity.ngrams import GROUPS
-from ahn.evaluation.process_memory import resident_bytes
 from ahn.generation import automatic_chunk
 
 _BINS = 32
@@ -29,7 +31,7 @@ _POINTS = 128  # of the curves of bytes
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
+class PerplexityPlan:
     """What is measured of every document.
 
     Attributes:
@@ -45,7 +47,7 @@ class Plan:
     full_limit: int
 
     def limit(self, arm: str, tokens: int) -> int:
-        """Tokens that an arm reads of a document of so many."""
+        """Tokens that an arm reads of a document with this number of them."""
         return min(tokens, self.full_limit) if arm == "full" else tokens
 
     def spans(self, tokens: int) -> dict[str, slice]:
@@ -54,7 +56,7 @@ class Plan:
         return {"beyond": slice(self.exact, max(self.exact, end)), "after": slice(max(self.exact, end), tokens)}
 
 
-def make_plan(model: nn.Module, arms: Sequence[str], documents: Sequence[Document]) -> Plan:
+def make_plan(model: nn.Module, arms: Sequence[str], documents: Sequence[TokenDocument]) -> PerplexityPlan:
     """The plan for these documents and this model.
 
     Args:
@@ -73,7 +75,7 @@ def make_plan(model: nn.Module, arms: Sequence[str], documents: Sequence[Documen
             f"read less of it with --length {limit}"
         )
     exact = attachment.settings.sinks + attachment.settings.window
-    return Plan(arms, exact, bin_tokens(longest), attachment.trained_context)
+    return PerplexityPlan(arms, exact, bin_tokens(longest), attachment.trained_context)
 
 
 def bin_tokens(longest: int) -> int:
@@ -84,10 +86,10 @@ def bin_tokens(longest: int) -> int:
 def measure(
     model: nn.Module,
     arm: str,
-    document: Document,
+    document: TokenDocument,
     groups: NDArray[np.int8],
-    plan: Plan,
-    on_tokens: Callable[[ArmReader], None] | None = None,
+    plan: PerplexityPlan,
+    on_progress: OnProgress = lambda *_: None,
 ) -> dict[str, Any]:
     """Reads a document in an arm.
 
@@ -97,21 +99,24 @@ def measure(
         document: What to read.
         groups: The group of each token but the first, `[T - 1]`.
         plan: What to measure.
-        on_tokens: Called after every chunk.
+        on_progress: Called after every chunk with the tokens that are read and a remark.
 
     Returns:
-        `tokens` and `seconds`; `bins`: sum and number of the scores in each bin; `spans`: likewise by name of the span;
-        `groups`: likewise by name of the span and of the group; `points`: tokens read, bytes of the cache and of the
+        `tokens` and `seconds`; `bins`: sum and number of the scores in each bin; `spans`: the same by name of the span;
+        `groups`: the same by name of the span and of the group; `points`: tokens read, bytes of the cache and of the
         process then.
     """
     ids = torch.from_numpy(document.ids[: plan.limit(arm, len(document.ids))])
-    reader, points = arm_reader(model, arm), Points(ids.numel())
+    reader, next_point = arm_reader(model, arm), 0.0
+    points: dict[str, list[int]] = {"tokens": [], "cache_bytes": [], "resident_bytes": []}
     device = model.get_input_embeddings().weight.device  # type: ignore[operator]
-    for piece in ids.split(automatic_chunk(model)):
-        reader.feed(piece)
-        points.note(reader, device)
-        if on_tokens is not None:
-            on_tokens(reader)
+    for chunk in ids.split(automatic_chunk(model)):
+        reader.prefill(chunk)
+        if reader.tokens >= min(next_point, ids.numel()):
+            next_point = reader.tokens + ids.numel() / _POINTS
+            for name, value in zip(points, (reader.tokens, reader.cache_bytes, resident_bytes(device))):
+                points[name].append(value)
+        on_progress(reader.tokens, f"{arm}, cache {reader.cache_bytes / 1e6:,.1f} MB")
     nll = reader.nll.double().numpy()
     spans, groups = plan.spans(len(document.ids)), groups[: len(nll)]
     return {
@@ -120,17 +125,17 @@ def measure(
         "bins": _binned(nll, plan.bin_tokens),
         "spans": {name: _sum(nll[span]) for name, span in spans.items()},
         "groups": {name: _by_group(nll[span], groups[span]) for name, span in spans.items()},
-        "points": points.by_name,
+        "points": points,
     }
 
 
 def read_all(
     model: nn.Module,
-    documents: Sequence[Document],
+    documents: Sequence[TokenDocument],
     groups: Sequence[NDArray[np.int8]],
-    plan: Plan,
+    plan: PerplexityPlan,
     journal: Journal,
-    on_progress: Callable[[int, str], None] | None = None,
+    on_progress: OnProgress = lambda *_: None,
 ) -> None:
     """Reads every document in every arm, but for those that the journal holds already, and adds them to it.
 
@@ -142,50 +147,50 @@ def read_all(
         journal: Gets a record for every document and arm.
         on_progress: Is told the tokens that were read so far, those of the journal included, and a remark.
     """
-    done = 0
-    for document, group in zip(documents, groups, strict=True):
-        # Full attention leaves the process larger than it found it, so it comes last.
-        for arm in sorted(plan.arms, key=lambda each: each == "full"):
-            name, before = key(document, arm), done
-            if name not in journal.done:
 
-                def tell(reader: ArmReader, before: int = before, arm: str = arm) -> None:
-                    if on_progress is not None:
-                        on_progress(before + reader.tokens, f"{arm}, cache {reader.cache_bytes / 1e6:,.1f} MB")
+    def job(document: TokenDocument, group: NDArray[np.int8], arm: str) -> Job:
+        return Job(
+            key(document, arm),
+            lambda progress: measure(model, arm, document, group, plan, progress),
+            plan.limit(arm, len(document.ids)),
+        )
 
-                journal.add(name, measure(model, arm, document, group, plan, tell))
-            done += plan.limit(arm, len(document.ids))
-            if on_progress is not None:
-                on_progress(done, arm)
+    # Full attention leaves the process larger than it found it, so it comes last.
+    arms = sorted(plan.arms, key=lambda arm: arm == "full")
+    jobs = (job(*pair, arm) for pair in zip(documents, groups, strict=True) for arm in arms)
+    list(complete(jobs, journal, on_progress))
 
 
-def key(document: Document, arm: str) -> str:
+def key(document: TokenDocument, arm: str) -> str:
     """Name of a document's record in an arm."""
     return f"{document.name} | {arm}"
 
 
-class Points:
-    """What an arm holds, noted at some of the chunks.
+def resident_bytes(device: torch.device) -> int:
+    """Bytes that this process holds now: resident memory on a CPU, allocated tensors on a CUDA device.
+
+    Where the system does not tell what is resident now (no /proc), it is the most that was resident so far; 0 where it
+    tells nothing.
 
     Args:
-        tokens: Tokens that will be read.
-
-    Attributes:
-        by_name: Tokens read, bytes of the cache and bytes of the process, a list each.
+        device: Where the model is.
     """
+    if device.type == "cuda":
+        return torch.cuda.memory_allocated(device)
+    try:
+        with open("/proc/self/statm", encoding="ascii") as pages:
+            return int(pages.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except OSError:
+        return _peak_bytes()
 
-    def __init__(self, tokens: int) -> None:
-        self.by_name: dict[str, list[int]] = {"tokens": [], "cache_bytes": [], "resident_bytes": []}
-        self._tokens, self._next = tokens, 0.0
 
-    def note(self, reader: ArmReader, device: torch.device) -> None:
-        """Called after a chunk."""
-        if reader.tokens < self._next and reader.tokens < self._tokens:
-            return
-        self._next = reader.tokens + self._tokens / _POINTS
-        values = (reader.tokens, reader.cache_bytes, resident_bytes(device))
-        for held, value in zip(self.by_name.values(), values, strict=True):
-            held.append(value)
+def _peak_bytes() -> int:
+    if sys.platform == "win32":
+        return 0
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak
 
 
 def _sum(scores: NDArray[np.float64]) -> list[float]:

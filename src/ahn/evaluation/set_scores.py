@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.metadata
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -13,6 +12,7 @@ from ahn.evaluation.benchmarks.schema import Benchmark, Rules, Scoring, Target
 from ahn.evaluation.errors import AnswerError, EvaluationError
 from ahn.evaluation.metrics import METRICS, Metric
 from ahn.evaluation.predictions import Prediction
+from ahn.evaluation.report import package_version
 
 _PACKAGES = ("jieba", "rouge", "rouge-score")
 
@@ -104,9 +104,9 @@ def averages(scores: Sequence[SetScore]) -> list[Average]:
 
 def _average(alike: Sequence[SetScore]) -> Average:
     target, scoring = alike[0].target, alike[0].scoring
-    of = sum(scoring == "official" or task.paper is not None for task in target.benchmark.tasks.values())
+    every = sum(scoring == "official" or task.paper is not None for task in target.benchmark.tasks.values())
     score = round(sum(each.score for each in alike) / len(alike), 2)
-    return Average(target.benchmark, target.length, len(alike), of, score)
+    return Average(target.benchmark, target.length, len(alike), every, score)
 
 
 def to_json(scores: Sequence[SetScore], files: Sequence[str]) -> dict[str, Any]:
@@ -119,7 +119,7 @@ def to_json(scores: Sequence[SetScore], files: Sequence[str]) -> dict[str, Any]:
     return {
         "kind": "scores",
         "files": list(files),
-        "versions": {"ahn": __version__, **{name: version for name in _PACKAGES if (version := _version(name))}},
+        "versions": {"ahn": __version__, **{name: version for name in _PACKAGES if (version := package_version(name))}},
         "sets": [
             {
                 "benchmark": each.target.benchmark.name,
@@ -144,13 +144,6 @@ def to_json(scores: Sequence[SetScore], files: Sequence[str]) -> dict[str, Any]:
             for each in averages(scores)
         ],
     }
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def _place(target: Target) -> tuple[int, int, int]:

@@ -1,4 +1,4 @@
-"""Timing several things side by side: each has its turn in every round, so that what else the machine does hits all."""
+"""Interleaved timing, so that what else the machine does hits all that is compared, and what the hardware can do."""
 
 from __future__ import annotations
 
@@ -8,6 +8,10 @@ from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import torch
+
+_COPIED = 2**28  # bytes, far more than any cache holds
+_SIDE = 2048
+_TRIES = 7
 
 
 class Spread(NamedTuple):
@@ -24,14 +28,14 @@ class Spread(NamedTuple):
     high: float
 
 
-def take_turns(
+def interleave(
     cases: Mapping[str, Callable[[], float]], rounds: int, on_round: Callable[[], None] | None = None
 ) -> dict[str, list[float]]:
-    """Seconds of each case in each round.
+    """Seconds of each case in each round, in which the cases take turns.
 
     Args:
         cases: By name, what prepares itself, does the work and says how many seconds the work took.
-        rounds: How often each has its turn. One more round goes before, which is not counted.
+        rounds: Turns of each case. One more round goes before, which is not counted.
         on_round: Called after every round.
     """
     seconds: dict[str, list[float]] = {name: [] for name in cases}
@@ -65,6 +69,33 @@ def spread(seconds: list[float]) -> Spread:
 def ratio(slower: list[float], faster: list[float]) -> Spread:
     """How many times as long one thing takes as another: median and quartiles of the ratio of each round."""
     return spread([a / b for a, b in zip(slower, faster, strict=True)])
+
+
+class Machine(NamedTuple):
+    """The floor of every time: bytes over bandwidth, FLOPs over rate.
+
+    Attributes:
+        bandwidth: Bytes read and written per second when memory is copied.
+        flops: FLOPs per second in a product of two square matrices of 2,048.
+    """
+
+    bandwidth: float
+    flops: float
+
+
+def measure_machine(device: torch.device, dtype: torch.dtype) -> Machine:
+    """Measures both, the best of several tries.
+
+    Args:
+        device: Where.
+        dtype: Of the matrices.
+    """
+    source = torch.ones(_COPIED, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    matrix = torch.randn(_SIDE, _SIDE, device=device).to(dtype)
+    copying = min(timed(lambda: target.copy_(source)) for _ in range(_TRIES))
+    multiplying = min(timed(lambda: matrix @ matrix) for _ in range(_TRIES))
+    return Machine(2 * _COPIED / copying, 2 * _SIDE**3 / multiplying)
 
 
 def _wait() -> None:

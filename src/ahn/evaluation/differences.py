@@ -18,7 +18,7 @@ class ReportDifferences:
     Attributes:
         command: The command of both.
         settings: Name and both values of each setting that differs.
-        environment: Likewise of versions and devices.
+        environment: Name and both values of each version and device that differs.
         results: Name, both values, and second minus first of each number.
     """
 

@@ -1,7 +1,7 @@
 """The ways of reading that are timed against each other, each with a cache as it is after a text of some length.
 
-What a token costs does not depend on what the text says. So the keys and values of full attention are random numbers,
-and a bounded memory reads a text that fills its window and is then told that it has read more.
+The cost of a token does not depend on the content of the text. So the keys and values of full attention are random
+numbers. A bounded memory reads a text that fills its window, and then its token count is raised to the context.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from ahn.cache.cache import AnyLayer, layer_tensors, set_layer_tensors
 from ahn.config import Mode
 from ahn.evaluation.arm_names import find_arm
 from ahn.generation import automatic_chunk, cache_bytes
-from ahn.speed.turns import timed
+from ahn.speed.timing import timed
 
 STEPS = 2
 """Tokens that are decoded in a turn, after one that is not timed."""
@@ -34,7 +34,7 @@ def bare_copy(model: Any) -> Any:
     return base
 
 
-class Peer(abc.ABC):
+class Baseline(abc.ABC):
     """A way of reading at one context.
 
     Args:
@@ -63,18 +63,18 @@ class Peer(abc.ABC):
 
     @torch.no_grad()
     def read(self, tokens: int) -> float:
-        """Seconds of reading so many tokens in one forward pass, of which the last one's logits are computed."""
+        """Seconds to read this number of tokens in one forward pass, with logits of the last one only."""
         cache = self._placed()
         return timed(lambda: self._read(cache, tokens))
 
     def _read(self, cache: Cache, *sizes: int) -> None:
-        """Reads forward passes of so many tokens."""
+        """Reads forward passes of this number of tokens."""
         for tokens in sizes:
             arguments = {"input_ids": self._ids[:, :tokens], "use_cache": True, "logits_to_keep": 1}
             self.model(**compat.with_cache(self.model, arguments, cache))
 
 
-class FullPeer(Peer):
+class FullBaseline(Baseline):
     """The base model with the cache of transformers.
 
     Args:
@@ -88,19 +88,19 @@ class FullPeer(Peer):
         self._cache = DynamicCache(config=model.config)
         self._context = context
         for site, layer in zip(attachment_of(attached).sites, cast("list[AnyLayer]", self._cache.layers), strict=True):
-            held = context if site.sliding_window is None else min(context, site.sliding_window - 1)
-            _fill(layer, site.shape, held, context, self.model)
-        self._kept = [layer_tensors(layer) for layer in cast("list[AnyLayer]", self._cache.layers)]
+            tokens = context if site.sliding_window is None else min(context, site.sliding_window - 1)
+            _fill(layer, site.shape, tokens, context, self.model)
+        self._tensors = [layer_tensors(layer) for layer in cast("list[AnyLayer]", self._cache.layers)]
         self.cache_bytes = cache_bytes(self._cache)
 
     def _placed(self) -> Cache:
         # Each token makes new tensors and leaves those of before as they were.
-        for layer, kept in zip(cast("list[AnyLayer]", self._cache.layers), self._kept, strict=True):
-            set_layer_tensors(layer, kept, self._context)
+        for layer, tensors in zip(cast("list[AnyLayer]", self._cache.layers), self._tensors, strict=True):
+            set_layer_tensors(layer, tensors, self._context)
         return self._cache
 
 
-class ArmPeer(Peer):
+class ArmBaseline(Baseline):
     """A model with a memory attached, in one of the arms.
 
     Args:
@@ -111,9 +111,9 @@ class ArmPeer(Peer):
 
     def __init__(self, model: Any, arm: str, context: int) -> None:
         super().__init__(model)
-        found, now = find_arm(arm), attachment_of(model).settings
-        settings = found.settings(now.window)
-        with ahn.mode(model, cast(Mode, found.way), **settings), torch.no_grad():
+        kind, now = find_arm(arm), attachment_of(model).settings
+        settings = kind.settings(now.window)
+        with ahn.mode(model, cast(Mode, kind.method), **settings), torch.no_grad():
             self._cache = HippocampalCache(model)
             exact = self._cache.settings.sinks + self._cache.settings.window
             real = min(context, exact + 8)
@@ -131,8 +131,8 @@ class ArmPeer(Peer):
         return self._cache.fork()
 
 
-def peers(base: Any, model: Any, arms: list[str], context: int) -> dict[str, Peer]:
-    """A peer for each arm, by its name, `full` being the base model with nothing attached.
+def baselines(base: Any, model: Any, arms: list[str], context: int) -> dict[str, Baseline]:
+    """A baseline for each arm, by its name, `full` being the base model with nothing attached.
 
     Args:
         base: The base model, as `bare_copy` gives it.
@@ -140,27 +140,29 @@ def peers(base: Any, model: Any, arms: list[str], context: int) -> dict[str, Pee
         arms: Names of the arms; `tail` is none that is timed.
         context: Tokens read.
     """
-    return {arm: FullPeer(base, model, context) if arm == "full" else ArmPeer(model, arm, context) for arm in arms}
+    return {
+        arm: FullBaseline(base, model, context) if arm == "full" else ArmBaseline(model, arm, context) for arm in arms
+    }
 
 
 def _settle(cache: HippocampalCache, read: int) -> None:
     """Fills the bank of anchors, as it is after a long text, where next to no token enters it any more."""
-    for name, held in cache.scoreboard.held.items() if cache.scoreboard is not None else ():
+    for name, tensor in cache.scoreboard.held.items() if cache.scoreboard is not None else ():
         if name.startswith("scores."):
-            held.fill_(torch.finfo(held.dtype).max)
+            tensor.fill_(torch.finfo(tensor.dtype).max)
         if name.startswith("tokens."):
-            held.copy_(torch.arange(held.size(1)).expand_as(held) % read)
+            tensor.copy_(torch.arange(tensor.size(1)).expand_as(tensor) % read)
 
 
 def _fill(layer: AnyLayer, shape: Any, tokens: int, seen: int, model: Any) -> None:
-    """Random keys and values for so many tokens."""
+    """Random keys and values for this number of tokens."""
     rows = (1, shape.kv_heads, tokens)
     keys, values = (
         torch.randn(*rows, size, device=model.device, dtype=model.dtype) for size in (shape.key_size, shape.value_size)
     )
-    held = layer_tensors(layer)
+    present = layer_tensors(layer)
     joined = {
-        name: torch.cat((held[name], new), dim=2) if name in held else new
+        name: torch.cat((present[name], new), dim=2) if name in present else new
         for name, new in (("keys", keys), ("values", values))
     }
     set_layer_tensors(layer, joined, seen)
