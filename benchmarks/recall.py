@@ -19,9 +19,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ahn._home import write_text
 from ahn.evaluation.recall.findings import capacity_curve, cells, heat_map
 from ahn.evaluation.recall.tasks import EVICTED, TASKS, RecallSettings
-from ahn.evaluation.report import write_whole
 
 HERE = Path(__file__).parent
 KEPT, PAGE = HERE / "results" / "recall_answers.json", HERE.parent / "docs" / "recall.md"
@@ -131,7 +131,7 @@ def haystack(texts: Path) -> Path:
     rng.shuffle(pieces)
     WORK.mkdir(exist_ok=True)
     file = WORK / "haystack.txt"
-    write_whole(file, "\n\n".join(pieces))
+    write_text(file, "\n\n".join(pieces))
     return file
 
 
@@ -170,7 +170,7 @@ def keep() -> dict[str, dict[str, Any]]:
             counts = {**part.environment, "cells": _evicted(own)}
         if counts is not None:
             gathered.setdefault(part.group, {})[name] = counts
-    write_whole(KEPT, json.dumps(gathered, indent=1) + "\n")
+    write_text(KEPT, json.dumps(gathered, indent=1) + "\n")
     _draw(records)
     return gathered
 
@@ -271,7 +271,7 @@ def main() -> None:
             if all(not wanted[name] or value in wanted[name] for name, value in part._asdict().items()):
                 measure(part, file)
     counts = keep()
-    write_whole(PAGE, page(PAGE.read_text(encoding="utf-8"), counts))
+    write_text(PAGE, page(PAGE.read_text(encoding="utf-8"), counts))
     done, all_ = sum(map(len, counts.values())), len(list(parts()))
     print(f"docs/{PAGE.name}: {done} of {all_} parts are measured")
 
