@@ -257,8 +257,8 @@ def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     arguments.add_argument("--texts", required=True, type=Path, help="folder of texts that no memory was trained on")
     arguments.add_argument("--page", action="store_true", help="measure nothing")
-    arguments.add_argument("--groups", nargs="*", choices=tuple(GROUPS), default=tuple(GROUPS))
-    arguments.add_argument("--tasks", nargs="*", choices=tuple(TASKS), default=tuple(TASKS))
+    arguments.add_argument("--groups", nargs="*", choices=tuple(GROUPS), help="these alone")
+    arguments.add_argument("--tasks", nargs="*", choices=tuple(TASKS), help="these alone")
     arguments.add_argument("--lengths", nargs="*", type=int, help="these alone")
     arguments.add_argument("--arms", nargs="*", help="these alone")
     options = arguments.parse_args()
@@ -266,13 +266,9 @@ def main() -> None:
         raise SystemExit(f"{options.texts}: there are no .txt files in it; name a folder of texts")
     if not options.page:
         file = haystack(options.texts)
+        wanted = {name: getattr(options, f"{name}s") for name in Part._fields}
         for part in parts():
-            chosen = part.group in options.groups and part.task in options.tasks
-            if (
-                chosen
-                and part.length in (options.lengths or [part.length])
-                and part.arm in (options.arms or [part.arm])
-            ):
+            if all(not wanted[name] or value in wanted[name] for name, value in part._asdict().items()):
                 measure(part, file)
     counts = keep()
     write_whole(PAGE, page(PAGE.read_text(encoding="utf-8"), counts))

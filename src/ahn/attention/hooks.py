@@ -7,7 +7,6 @@ A call is all or nothing for its cache: what it changes is kept once the call, h
 from __future__ import annotations
 
 import inspect
-import itertools
 from collections.abc import Mapping
 from contextvars import ContextVar
 from typing import Any
@@ -251,7 +250,7 @@ def _read_first_chunks(backbone: Any, call: Call, kwargs: dict[str, Any]) -> dic
     *first, last = chunks.cut_all({**kwargs, "return_dict": True}, cache.get_seq_length(), longest)
     for chunk in first:
         output = backbone(**chunk, **{CHUNK: call})
-        call.chunk_outputs.append((output, cache.get_seq_length()))
+        call.chunk_outputs.append(output)
     return last
 
 
@@ -307,16 +306,14 @@ def _read_first_documents(backbone: Any, call: Call, kwargs: dict[str, Any]) -> 
 
 def _joined_documents(call: Call, output: Any) -> Any:
     """The output of packed rows from those of their documents."""
-    documents = [*call.documents, output]
-    lengths = (document["last_hidden_state"].size(1) for document in documents)
-    whole = chunks.join(list(zip(documents, itertools.accumulate(lengths))))
+    whole = chunks.join([*call.documents, output])
     return whole.to_tuple() if call.returns_tuple else whole
 
 
 def _whole_output(call: Call, cache: HippocampalCache, output: Any) -> Any:
     """The output that the caller of a call gets; `None` where it is the model's own."""
     if call.chunk_outputs:
-        output = chunks.join([*call.chunk_outputs, (output, cache.get_seq_length())])
+        output = chunks.join([*call.chunk_outputs, output])
     elif call.cache_use != "hidden":
         return None
     if call.cache_use == "hidden":
