@@ -11,6 +11,7 @@ import transformers
 from torch import nn
 
 import ahn
+from ahn.backbone import compat
 from ahn.backbone.compat import CACHE
 from tests.tiny import FAMILIES, awaken, read, text, tiny, with_memory
 
@@ -141,7 +142,7 @@ class TestAttachmentInForce:
         with ahn.mode(model, "full"):
             expected = model(ids).logits
             cache = model(ids[:, :30], use_cache=True)
-            cache = cache[CACHE] if CACHE in cache else cache.past_key_values
+            cache = compat.find_cache(cache)
         torch.testing.assert_close(model(ids[:, 30:], **{CACHE: cache}).logits, expected[:, 30:], rtol=0, atol=1e-5)
 
 

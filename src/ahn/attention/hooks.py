@@ -99,17 +99,21 @@ def after_call(backbone: Any, args: Any, output: Any) -> Any:
         call.step.close()
     if output is not None and call.selection is not None:
         call.selection.close()
-    if call.documents and output is not None:
-        return _joined_documents(call, output)
-    if call.is_chunk or call.cache is None:
+    if call.is_chunk:
         return None
+    if call.cache is not None:
+        _end(call, call.cache, output)
+    return None if output is None else _whole_output(call, output)
+
+
+def _end(call: Call, cache: HippocampalCache, output: Any) -> None:
+    """Keeps what a call has read, at once or when its head has run too; takes it back where the call failed."""
     if output is None:
-        call.cache.rollback()
-        return None
-    call.cache.end_call()
+        cache.rollback()
+        return
+    cache.end_call()
     if call.cache_use == "returned" or (call.cache_use == "given" and not _HAS_HEAD.get()):
-        call.cache.settle()
-    return _whole_output(call, call.cache, output)
+        cache.settle()
 
 
 def before_layer(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -304,18 +308,15 @@ def _read_first_documents(backbone: Any, call: Call, kwargs: dict[str, Any]) -> 
     return last
 
 
-def _joined_documents(call: Call, output: Any) -> Any:
-    """The output of packed rows from those of their documents."""
-    whole = chunks.join([*call.documents, output])
-    return whole.to_tuple() if call.returns_tuple else whole
-
-
-def _whole_output(call: Call, cache: HippocampalCache, output: Any) -> Any:
+def _whole_output(call: Call, output: Any) -> Any:
     """The output that the caller of a call gets; `None` where it is the model's own."""
+    hides_cache = call.cache is not None and call.cache_use == "hidden"
+    if not (call.chunk_outputs or call.documents or hides_cache):
+        return None
     if call.chunk_outputs:
         output = chunks.join([*call.chunk_outputs, output])
-    elif call.cache_use != "hidden":
-        return None
-    if call.cache_use == "hidden":
-        output = chunks.without(output, cache)
+    if hides_cache:
+        output = chunks.without(output, call.cache)
+    if call.documents:
+        output = chunks.join([*call.documents, output])
     return output.to_tuple() if call.returns_tuple else output
