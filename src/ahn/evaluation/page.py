@@ -10,7 +10,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from ahn._home import write_text
+from ahn._home import write_figure, write_text
 from ahn.evaluation.tables import ResultTable, show_cell
 
 _STYLE = """
@@ -100,7 +100,7 @@ class Page:
             Names of the files.
         """
         for name, figure in self.figures.items():
-            figure.savefig(folder / f"{name}.png", dpi=150)
+            write_figure(folder / f"{name}.png", figure)
         return [f"{name}.png" for name in self.figures]
 
     def markup(self, html: str, style: str = "") -> None:
