@@ -19,9 +19,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ahn._home import write_text
 from ahn.evaluation.recall.findings import capacity_curve, cells, heat_map
 from ahn.evaluation.recall.tasks import EVICTED, TASKS, RecallSettings
-from ahn.evaluation.report import write_whole
 
 HERE = Path(__file__).parent
 KEPT, PAGE = HERE / "results" / "recall_answers.json", HERE.parent / "docs" / "recall.md"
@@ -131,7 +131,7 @@ def haystack(texts: Path) -> Path:
     rng.shuffle(pieces)
     WORK.mkdir(exist_ok=True)
     file = WORK / "haystack.txt"
-    write_whole(file, "\n\n".join(pieces))
+    write_text(file, "\n\n".join(pieces))
     return file
 
 
@@ -170,7 +170,7 @@ def keep() -> dict[str, dict[str, Any]]:
             counts = {**part.environment, "cells": _evicted(own)}
         if counts is not None:
             gathered.setdefault(part.group, {})[name] = counts
-    write_whole(KEPT, json.dumps(gathered, indent=1) + "\n")
+    write_text(KEPT, json.dumps(gathered, indent=1) + "\n")
     _draw(records)
     return gathered
 
@@ -257,8 +257,8 @@ def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     arguments.add_argument("--texts", required=True, type=Path, help="folder of texts that no memory was trained on")
     arguments.add_argument("--page", action="store_true", help="measure nothing")
-    arguments.add_argument("--groups", nargs="*", choices=tuple(GROUPS), default=tuple(GROUPS))
-    arguments.add_argument("--tasks", nargs="*", choices=tuple(TASKS), default=tuple(TASKS))
+    arguments.add_argument("--groups", nargs="*", choices=tuple(GROUPS), help="these alone")
+    arguments.add_argument("--tasks", nargs="*", choices=tuple(TASKS), help="these alone")
     arguments.add_argument("--lengths", nargs="*", type=int, help="these alone")
     arguments.add_argument("--arms", nargs="*", help="these alone")
     options = arguments.parse_args()
@@ -266,16 +266,12 @@ def main() -> None:
         raise SystemExit(f"{options.texts}: there are no .txt files in it; name a folder of texts")
     if not options.page:
         file = haystack(options.texts)
+        wanted = {name: getattr(options, f"{name}s") for name in Part._fields}
         for part in parts():
-            chosen = part.group in options.groups and part.task in options.tasks
-            if (
-                chosen
-                and part.length in (options.lengths or [part.length])
-                and part.arm in (options.arms or [part.arm])
-            ):
+            if all(not wanted[name] or value in wanted[name] for name, value in part._asdict().items()):
                 measure(part, file)
     counts = keep()
-    write_whole(PAGE, page(PAGE.read_text(encoding="utf-8"), counts))
+    write_text(PAGE, page(PAGE.read_text(encoding="utf-8"), counts))
     done, all_ = sum(map(len, counts.values())), len(list(parts()))
     print(f"docs/{PAGE.name}: {done} of {all_} parts are measured")
 

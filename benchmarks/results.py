@@ -16,7 +16,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from ahn.evaluation.report import write_whole
+from ahn._home import write_text
 
 HERE = Path(__file__).parent
 KEPT, IMAGES, PAGE = HERE / "results", HERE.parent / "docs" / "images", HERE.parent / "docs" / "results.md"
@@ -81,7 +81,7 @@ def write_page(texts: Path) -> None:
     if GRID in reports:
         IMAGES.mkdir(exist_ok=True)
         _draw(reports[GRID]).savefig(IMAGES / "results_memories.png", dpi=150)
-    write_whole(PAGE, page(reports))
+    write_text(PAGE, page(reports))
 
 
 def measured() -> dict[str, dict]:
@@ -212,7 +212,7 @@ def _run(*command: str) -> None:
 
 def _keep(source: Path, target: Path, texts: Path) -> None:
     """Copies a report without the folder that the texts lie in."""
-    write_whole(target, source.read_text(encoding="utf-8").replace(f"{texts}/", ""))
+    write_text(target, source.read_text(encoding="utf-8").replace(f"{texts}/", ""))
 
 
 def _take_picture(source: Path, name: str) -> None:

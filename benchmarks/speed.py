@@ -24,8 +24,9 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import ahn
+from ahn._home import write_text
 from ahn.cost import SHAPES
-from ahn.evaluation.report import environment, plain, write_whole
+from ahn.evaluation.report import environment, plain
 from ahn.models import load_model
 from ahn.speed import Speed, Timing, measure, read_seconds
 from ahn.speed.baselines import baselines
@@ -216,7 +217,7 @@ def main() -> None:
             print(f"{part} ...", end="", flush=True)
             found[part] = plain(MEASURES[part]())
             print(f" {time.monotonic() - started:.0f} s", flush=True)
-            write_whole(KEPT, json.dumps(found, indent=1) + "\n")
+            write_text(KEPT, json.dumps(found, indent=1) + "\n")
     for what, target, measured in lines(found):
         print(f"{measured:>8}  {what}" + (f" (target {target})" if target else ""))
     if "page" in options.only and not ON_GPU:
@@ -230,7 +231,7 @@ def write_page(found: dict[str, Any]) -> None:
         title = f"SmolLM2-135M, sinks {SPAN['sinks']}, window {SPAN['window']:,}, {found['model']['threads']} threads"
         plot_speed(speed_of(found["model"]), title, [PICTURE])
     before, _, rest = PAGE.read_text(encoding="utf-8").partition(BEGIN)
-    write_whole(PAGE, f"{before}{BEGIN}\n{part_of_page(found)}{END}{rest.partition(END)[2]}")
+    write_text(PAGE, f"{before}{BEGIN}\n{part_of_page(found)}{END}{rest.partition(END)[2]}")
 
 
 def _cell(row: Timing) -> str:

@@ -10,6 +10,7 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError
@@ -133,6 +134,21 @@ def write_text(path: str | os.PathLike[str], text: str, inputs: Iterable[str | o
     """
     with replaced_file(path, inputs) as part:
         part.write_text(text, encoding="utf-8")
+
+
+def write_figure(path: str | os.PathLike[str], figure: Any, dpi: int = 150) -> None:
+    """Writes a figure of matplotlib as `replaced_file` does.
+
+    Args:
+        path: The file to write; its ending names the format.
+        figure: The figure.
+        dpi: Dots per inch.
+
+    Raises:
+        OutputError: As for `replaced_file`.
+    """
+    with replaced_file(path) as part:
+        figure.savefig(part, dpi=dpi, format=Path(path).suffix.removeprefix(".") or None)
 
 
 def flush(path: Path) -> None:

@@ -12,9 +12,10 @@ import ahn
 from ahn.anchors.pooling import POOL
 from ahn.anchors.scores import SCORES
 from ahn.anchors.selection import Scoreboard, _Anchors, select
+from ahn.anchors.simple import Recent
 from ahn.backbone.compat import CACHE
 from ahn.errors import ConfigError
-from ahn.evaluation.controls import Oracle, Recent
+from ahn.evaluation.controls import Oracle
 from ahn.tokens import NEVER
 from tests.tiny import give_score_weights, read, text, tiny, with_memory
 

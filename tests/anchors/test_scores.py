@@ -17,8 +17,9 @@ from ahn.anchors.base import LayerTokens, Score
 from ahn.anchors.pooling import Pooling
 from ahn.anchors.scores import SCORES
 from ahn.anchors.selection import Scoreboard
+from ahn.anchors.simple import Recent
 from ahn.attachment import attachment_of
-from ahn.evaluation.controls import Recent
+from ahn.evaluation.controls import Random
 from tests.tiny import give_score_weights, read, text, with_memory
 
 SINKS, WINDOW, ANCHORS, TOKENS = 5, 16, 6, 75
@@ -225,10 +226,10 @@ class TestAdding:
 
     def test_a_cache_of_a_score_without_a_name_is_not_read_again(self, tmp_path: Path) -> None:
         model = with_memory(anchors=ANCHORS)
-        cache = ahn.HippocampalCache(model, anchor_score=Recent())
+        cache = ahn.HippocampalCache(model, anchor_score=Random())
         read(model, text(1, 40), cache=cache)
         cache.save(tmp_path / "cache")
-        with pytest.raises(ahn.AHNError, match=r"anchor_score 'recent'.*known are"):
+        with pytest.raises(ahn.AHNError, match=r"anchor_score 'random'.*known are"):
             ahn.HippocampalCache.load(tmp_path / "cache", model)
 
     def test_a_window_that_is_too_short_in_one_layer(self) -> None:

@@ -224,6 +224,8 @@ EARLY = [
     ("probe --window 1000", "--tokens 400 do not pass sinks + window = 1,004"),
     ("probe --seed -1", "--seed must be at least 0, not -1"),
     ("probe --adapter ./missing", "--adapter ./missing does not exist"),
+    ("probe text.txt --html text.txt", "--html text.txt is read too, and would be lost"),
+    ("probe text.txt --json /dev/null", "--json /dev/null is no regular file"),
     ("probe --html missing/x.html", "--html: there is no folder missing"),
     ("probe --json nothing", "--json nothing is a folder"),
     ("probe --html x --json ./x", "--html and --json both name x"),

@@ -13,7 +13,7 @@ from torch.nn import functional
 import ahn
 from ahn.errors import ConfigError
 from ahn.evaluation.arms import ARMS, arm_reader
-from ahn.evaluation.controls import Recent
+from ahn.evaluation.controls import Random
 from ahn.generation import read
 from tests.tiny import text, with_memory
 
@@ -108,13 +108,14 @@ def test_arms_with_numbers(model: Any) -> None:
         "window+9": ("window", {"window": WINDOW + 9}),
         "ahn+4": ("ahn", {"anchors": 4}),
         "ahn+4:value_norm": ("ahn", {"anchors": 4, "anchor_score": "value_norm"}),
-        "ahn+4:recent": ("ahn", {"anchors": 4}),
+        "ahn+4:recent": ("ahn", {"anchors": 4, "anchor_score": "recent"}),
+        "ahn+4:random": ("ahn", {"anchors": 4}),
     }
     for arm, (mode, settings) in cases.items():
         reader = arm_reader(model, arm)
         reader.prefill(ids)
         with ahn.mode(model, mode, **settings):  # type: ignore[arg-type]
-            control = ahn.HippocampalCache(model, anchor_score=Recent()) if arm.endswith("recent") else None
+            control = ahn.HippocampalCache(model, anchor_score=Random()) if arm.endswith("random") else None
             torch.testing.assert_close(reader.nll, read(model, ids, cache=control).nll, rtol=0, atol=1e-4)
 
 

@@ -305,7 +305,7 @@ class TestCommand:
         assert all(shown.count(f" {arm} ") >= 2 for arm in ("full", "ct_mean", "tail", "window+4"))
 
     def test_the_report_says_what_anchors_are_chosen_by(self, run: Any, tmp_path: Path) -> None:
-        for arm, chosen in (("ahn+4", "key_diff"), ("ahn+4:recent", None)):
+        for arm, chosen in (("ahn+4", "key_diff"), ("ahn+4:random", None)):
             assert run("perplexity", "text.txt", *TINY, "--arms", arm, "--out", str(tmp_path / arm))[0] == 0
             assert read_report(tmp_path / arm / "report.json").settings.get("anchor_score") == chosen
 

@@ -72,7 +72,7 @@ class Tags(html.parser.HTMLParser):
         self.ids: list[str] = []
         self.tags: list[str] = []
         self.sources: list[str] = []
-        self.prefill(text)
+        self.feed(text)
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.tags.append(tag)

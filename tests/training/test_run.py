@@ -15,11 +15,13 @@ import torch
 from safetensors.torch import load_file
 
 import ahn
+from ahn import checkpoint
 from ahn.attachment import attachment_of
 from ahn.checkpoint.content import memory_tensors
-from ahn.errors import ConfigError
+from ahn.errors import AHNError, ConfigError
 from ahn.training.run import train
 from ahn.training.settings import TrainSettings, read_yaml, write_yaml
+from tests.tiny import with_memory
 from tests.training.common import write_base
 
 KILLED = """
@@ -92,6 +94,22 @@ def whole(place: Path) -> Path:
     """A training that nothing disturbed."""
     train(settings(place, place / "whole"))
     return place / "whole"
+
+
+@pytest.mark.parametrize("name", ["output_dir", "max_steps", "seed", "save_steps", "remove_unused_columns"])
+def test_arguments_cannot_take_the_place_of_settings(name: str, place: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=f"arguments must not name {name}, which other settings decide"):
+        train(settings(place, tmp_path / "out", arguments={name: "3"}))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_refused_training_leaves_no_folder(place: Path, tmp_path: Path) -> None:
+    (tmp_path / "empty.txt").touch()
+    checkpoint.save(with_memory("llama"), tmp_path / "another")
+    for changes in ({"data": [str(tmp_path / "empty.txt")]}, {"adapter": str(tmp_path / "another")}):
+        with pytest.raises(AHNError):
+            train(settings(place, tmp_path / "out", **changes))
+        assert not (tmp_path / "out").exists()
 
 
 def test_what_is_written(whole: Path, place: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from ahn.anchors.base import Score
 from ahn.anchors.learned import Learned
 from ahn.anchors.queries import Asked
-from ahn.anchors.simple import KeyDiff, KeyNorm, ValueNorm, WindowAttention
+from ahn.anchors.simple import KeyDiff, KeyNorm, Recent, ValueNorm, WindowAttention
 
 SCORES: dict[str, Score] = {
     score.name: score
@@ -14,6 +14,7 @@ SCORES: dict[str, Score] = {
         KeyNorm(),
         ValueNorm(),
         WindowAttention(),
+        Recent(),
         Asked(),
         Learned(),
     )

@@ -105,3 +105,13 @@ class WindowAttention(Score):
         distance_QJ = query_Q[:, None] - torch.arange(key, key + keys, device=query_Q.device)
         is_real_BQ = tokens.indices[:, query - tokens.seen :][:, :queries] >= 0
         return ((distance_QJ > 0) & (distance_QJ <= tokens.delay)) & is_real_BQ[..., None]
+
+
+class Recent(Score):
+    """The later the better, which enlarges the window: a measure for the others."""
+
+    name = "recent"
+
+    def score(self, tokens: LayerTokens) -> torch.Tensor:
+        """See `Score.score`."""
+        return tokens.indices.float()

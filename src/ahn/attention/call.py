@@ -46,7 +46,7 @@ class Call:
         selection: The choice of anchors in this call; `None` where there are none.
         step: What all layers do at once, in a call of one token; `None` in others.
         is_chunk: Whether it is a chunk of a long call but the last, which is the call itself.
-        chunk_outputs: Outputs of the other chunks of a long call, and how many tokens were seen after each.
+        chunk_outputs: Outputs of the other chunks of a long call.
         documents: Outputs of the documents of packed rows but the last, which is the call itself.
         returns_tuple: Whether the caller of a long call wants its output as a tuple.
         snapshots: The layers of the cache as they were when the call began.
@@ -65,7 +65,7 @@ class Call:
     step: DecodeStep | None = None
     is_chunk: bool = False
     returns_tuple: bool = False
-    chunk_outputs: list[tuple[Any, int]] = dataclasses.field(default_factory=list)
+    chunk_outputs: list[Any] = dataclasses.field(default_factory=list)
     documents: list[Any] = dataclasses.field(default_factory=list)
     snapshots: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     served: set[int] = dataclasses.field(default_factory=set)

@@ -11,7 +11,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch.nn import functional
 
 from ahn.backbone import compat
 from ahn.errors import CacheError
@@ -86,16 +85,11 @@ def _holds_tensors(value: Any) -> bool:
     return isinstance(value, (tuple, list)) and any(_holds_tensors(each) for each in value)
 
 
-def join(chunks: Sequence[tuple[Any, int]]) -> Any:
-    """The output of a whole call from those of its chunks.
-
-    Args:
-        chunks: The output of each chunk, and how many tokens were seen after it.
-    """
-    outputs, ends = zip(*chunks, strict=True)
+def join(outputs: Sequence[Any]) -> Any:
+    """The output of a whole call from those of its chunks."""
     last = outputs[-1]
     rows = last["last_hidden_state"].size(0)
-    joined = {name: _join(name, [output[name] for output in outputs], ends, rows) for name in last}
+    joined = {name: _join(name, [output[name] for output in outputs], rows) for name in last}
     return type(last)(**joined)
 
 
@@ -107,23 +101,11 @@ def without(output: Any, cache: object) -> Any:
     return tuple(value for value in output if value is not cache) if isinstance(output, tuple) else output
 
 
-def _join(name: str, parts: list[Any], ends: Sequence[int], rows: int) -> Any:
+def _join(name: str, parts: list[Any], rows: int) -> Any:
     if isinstance(parts[0], (tuple, list)):
-        return tuple(_join(name, list(each), ends, rows) for each in zip(*parts, strict=True))
+        return tuple(_join(name, list(each), rows) for each in zip(*parts, strict=True))
     if name in ("last_hidden_state", "hidden_states"):
         return torch.cat(parts, dim=1)
-    if name == "attentions" and isinstance(parts[0], torch.Tensor):
-        return _join_weights(parts, ends)
     if name == "router_logits" and parts[0].dim() == 2:  # [B * T, X]
         return torch.cat([part.unflatten(0, (rows, -1)) for part in parts], dim=1).flatten(0, 1)
     return parts[-1]
-
-
-def _join_weights(parts: list[torch.Tensor], ends: Sequence[int]) -> torch.Tensor:
-    """Weights of attention, `[B, H, T, N]`: each chunk's keys end with its last token, and the call's with the last."""
-    first = ends[0] - parts[0].size(3)
-    padded = [
-        functional.pad(part, (end - part.size(3) - first, ends[-1] - end))
-        for part, end in zip(parts, ends, strict=True)
-    ]
-    return torch.cat(padded, dim=2)

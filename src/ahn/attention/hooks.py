@@ -7,7 +7,6 @@ A call is all or nothing for its cache: what it changes is kept once the call, h
 from __future__ import annotations
 
 import inspect
-import itertools
 from collections.abc import Mapping
 from contextvars import ContextVar
 from typing import Any
@@ -75,9 +74,10 @@ def before_call(backbone: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
         call = whole.chunk()
         call.token = CURRENT.set(call)
     else:
+        documents, kwargs, returns_tuple = _read_first_documents(backbone, kwargs)
         call, kwargs = _begin(backbone, kwargs)
+        call.documents, call.returns_tuple = documents, returns_tuple
         kwargs = _with_own_masks(call, kwargs)
-        kwargs = _read_first_documents(backbone, call, kwargs)
         call.token = CURRENT.set(call)
         kwargs = _read_first_chunks(backbone, call, kwargs)
     inputs = _inputs(kwargs)
@@ -100,17 +100,21 @@ def after_call(backbone: Any, args: Any, output: Any) -> Any:
         call.step.close()
     if output is not None and call.selection is not None:
         call.selection.close()
-    if call.documents and output is not None:
-        return _joined_documents(call, output)
-    if call.is_chunk or call.cache is None:
+    if call.is_chunk:
         return None
+    if call.cache is not None:
+        _end(call, call.cache, output)
+    return None if output is None else _whole_output(call, output)
+
+
+def _end(call: Call, cache: HippocampalCache, output: Any) -> None:
+    """Keeps what a call has read, at once or when its head has run too; takes it back where the call failed."""
     if output is None:
-        call.cache.rollback()
-        return None
-    call.cache.end_call()
+        cache.rollback()
+        return
+    cache.end_call()
     if call.cache_use == "returned" or (call.cache_use == "given" and not _HAS_HEAD.get()):
-        call.cache.settle()
-    return _whole_output(call, call.cache, output)
+        cache.settle()
 
 
 def before_layer(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -206,10 +210,20 @@ def _settings(attachment: Attachment, cache: Any) -> RunSettings:
 
 def _use_of_new_cache(backbone: Any, kwargs: dict[str, Any]) -> CacheUse:
     """What the caller, who gave no cache, knows of one; noted in the arguments too."""
+    kwargs["use_cache"] = _wants_cache(backbone, kwargs)
+    return "returned" if kwargs["use_cache"] else "hidden"
+
+
+def _wants_cache(backbone: Any, kwargs: dict[str, Any]) -> bool:
+    """Whether a call that is given no cache shall return one."""
     wanted = kwargs.get("use_cache")
-    wanted = backbone.config.use_cache and not backbone.training if wanted is None else wanted
-    kwargs["use_cache"] = wanted
-    return "returned" if wanted else "hidden"
+    return bool(backbone.config.use_cache and not backbone.training if wanted is None else wanted)
+
+
+def _wants_tuple(backbone: Any, kwargs: dict[str, Any]) -> bool:
+    """Whether a call shall return a tuple."""
+    wanted = kwargs.get("return_dict")
+    return (backbone.config.return_dict if wanted is None else wanted) is False
 
 
 def _padding(call: Call, inputs: torch.Tensor, mask: Any) -> Padding | None:
@@ -246,12 +260,11 @@ def _read_first_chunks(backbone: Any, call: Call, kwargs: dict[str, Any]) -> dic
     if inputs.size(1) <= longest:
         return kwargs
     _check_checkpointing(backbone, call)
-    wanted = kwargs.get("return_dict")
-    call.returns_tuple = (backbone.config.return_dict if wanted is None else wanted) is False
+    call.returns_tuple = call.returns_tuple or _wants_tuple(backbone, kwargs)
     *first, last = chunks.cut_all({**kwargs, "return_dict": True}, cache.get_seq_length(), longest)
     for chunk in first:
         output = backbone(**chunk, **{CHUNK: call})
-        call.chunk_outputs.append((output, cache.get_seq_length()))
+        call.chunk_outputs.append(output)
     return last
 
 
@@ -287,38 +300,34 @@ def _padding_mask(given: Any) -> Any:
     return mask.arguments.get("attention_mask") if isinstance(mask, HostMask) else given
 
 
-def _read_first_documents(backbone: Any, call: Call, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Reads all documents of packed rows but the last, whose arguments are returned: none sees another."""
-    inputs = _inputs(kwargs)
-    reads_rows = call.settings.mode != "full" and inputs is not None and compat.find_cache(kwargs) is None
-    if not reads_rows or kwargs.get("attention_mask") is not None or kwargs.get("use_cache"):
-        return kwargs
-    tokens = inputs.size(1)
-    starts = document_starts(kwargs, tokens)
+def _read_first_documents(backbone: Any, kwargs: dict[str, Any]) -> tuple[list[Any], dict[str, Any], bool]:
+    """Reads all documents of packed rows but the last: none sees another.
+
+    Returns:
+        Their outputs; the arguments of the last one, or those of a call that is not packed; whether a tuple is wanted.
+    """
+    inputs, cache = _inputs(kwargs), compat.find_cache(kwargs)
+    is_plain = inputs is not None and cache is None and kwargs.get("attention_mask") is None
+    if not is_plain or attachment_of(backbone).settings.mode == "full" or _wants_cache(backbone, kwargs):
+        return [], kwargs, False
+    starts = document_starts(kwargs, inputs.size(1))
     if len(starts) == 1:
-        return kwargs
-    wanted = kwargs.get("return_dict")
-    call.returns_tuple = (backbone.config.return_dict if wanted is None else wanted) is False
+        return [], kwargs, False
+    returns_tuple = _wants_tuple(backbone, kwargs)
     kwargs = {**without_lengths(kwargs), "return_dict": True, "use_cache": False}
-    *first, last = chunks.cut_at(kwargs, [*starts[1:], tokens])
-    call.documents = [backbone(**document) for document in first]
-    return last
+    *first, last = chunks.cut_at(kwargs, [*starts[1:], inputs.size(1)])
+    return [backbone(**document) for document in first], last, returns_tuple
 
 
-def _joined_documents(call: Call, output: Any) -> Any:
-    """The output of packed rows from those of their documents."""
-    documents = [*call.documents, output]
-    lengths = (document["last_hidden_state"].size(1) for document in documents)
-    whole = chunks.join(list(zip(documents, itertools.accumulate(lengths))))
-    return whole.to_tuple() if call.returns_tuple else whole
-
-
-def _whole_output(call: Call, cache: HippocampalCache, output: Any) -> Any:
+def _whole_output(call: Call, output: Any) -> Any:
     """The output that the caller of a call gets; `None` where it is the model's own."""
-    if call.chunk_outputs:
-        output = chunks.join([*call.chunk_outputs, (output, cache.get_seq_length())])
-    elif call.cache_use != "hidden":
+    hides_cache = call.cache is not None and call.cache_use == "hidden"
+    if not (call.chunk_outputs or call.documents or hides_cache):
         return None
-    if call.cache_use == "hidden":
-        output = chunks.without(output, cache)
+    if call.chunk_outputs:
+        output = chunks.join([*call.chunk_outputs, output])
+    if hides_cache:
+        output = chunks.without(output, call.cache)
+    if call.documents:
+        output = chunks.join([*call.documents, output])
     return output.to_tuple() if call.returns_tuple else output

@@ -110,7 +110,7 @@ def layer_layout(site: Site, layer: HippocampalLayer | DynamicLayer, unrotates: 
         layout |= _keys_and_values("slot", rows, layer.pooled.slots, site)
         layout |= _keys_and_values("pending", rows, POOLED - 1, site)
     for name in layer.score_state.names:
-        layout[name] = Part((rows, G, range(layer.exact.window + 1), K), False, exact)
+        layout[name] = Part((rows, G, range(layer.exact.window + 1), K), seen > 0, exact)
     return layout
 
 

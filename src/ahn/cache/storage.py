@@ -192,6 +192,6 @@ def _summary(fingerprint: dict[str, Any]) -> str:
     layers = fingerprint["layers"]
     hidden, heads, kv_heads, size, *_, dtype = layers[0]
     return (
-        f"{fingerprint['memory']} on {sum(layer[6] for layer in layers)} of {len(layers)} layers, "
-        f"hidden size {hidden}, {heads} heads, {kv_heads} kv heads of {size}, {dtype.removeprefix('torch.')}"
+        f"{fingerprint.get('memory')} on {sum(bool(layer[6]) for layer in layers)} of {len(layers)} layers, "
+        f"hidden size {hidden}, {heads} heads, {kv_heads} kv heads of {size}, {str(dtype).removeprefix('torch.')}"
     )

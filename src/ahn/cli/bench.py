@@ -80,7 +80,8 @@ def command(settings: BenchSettings, source: ModelSettings) -> None:
 
 def _write(path: Path, speed: Speed, loaded: Loaded, settings: BenchSettings, contexts: list[int]) -> None:
     """Writes the numbers, and what they were measured with."""
-    from ahn.evaluation.report import environment, plain, write_whole
+    from ahn._home import write_text
+    from ahn.evaluation.report import environment, plain
 
     chosen = {"arms": settings.arms, "contexts": contexts, "rounds": settings.rounds}
     facts = {
@@ -89,7 +90,7 @@ def _write(path: Path, speed: Speed, loaded: Loaded, settings: BenchSettings, co
         "settings": {**chosen, **dataclasses.asdict(loaded.config)},
         **dataclasses.asdict(speed),
     }
-    write_whole(path, json.dumps(plain(facts), indent=1) + "\n")
+    write_text(path, json.dumps(plain(facts), indent=1) + "\n")
 
 
 def _check_arms(arms: Sequence[str]) -> None:

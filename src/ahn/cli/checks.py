@@ -114,12 +114,22 @@ def whole_folder(target: Path) -> Iterator[Path]:
         shutil.rmtree(work, ignore_errors=True)
 
 
-def file_to_write(option: str, path: Path | None) -> None:
-    """Checks that a file can be written where it is wanted."""
+def file_to_write(option: str, path: Path | None, inputs: Iterable[str | None] = ()) -> None:
+    """Checks that a file can be written where it is wanted.
+
+    Args:
+        option: The option that names it.
+        path: The file; `None` for none.
+        inputs: Names of files that are read, none of which it may be.
+    """
     if path is None:
         return
     if path.is_dir():
         raise UsageError(f"{option} {path} is a folder. Name a file in it.")
+    if path.exists() and not path.is_file():
+        raise UsageError(f"{option} {path} is no regular file. Name another one.")
+    if path.exists() and any(Path(name).exists() and path.samefile(name) for name in inputs if name is not None):
+        raise UsageError(f"{option} {path} is read too, and would be lost. Name another file.")
     if not path.parent.is_dir():
         raise UsageError(f"{option}: there is no folder {path.parent}. Make it first.")
 

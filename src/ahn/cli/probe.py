@@ -61,7 +61,7 @@ def command(settings: ProbeSettings) -> None:
         )
     targets = (settings.html, settings.json, settings.memory_figures)
     html, json, folder = (None if path is None else path.expanduser() for path in targets)
-    _check_targets(html, json, folder)
+    _check_targets(html, json, folder, settings.file)
     text = None if settings.file is None else checks.text_file("FILE", settings.file)
     from ahn.cli import loading
     from ahn.cli.texts import lighthouse
@@ -88,10 +88,10 @@ def command(settings: ProbeSettings) -> None:
             log(f"wrote {path}", console=output())
 
 
-def _check_targets(html: Path | None, json: Path | None, folder: Path | None) -> None:
+def _check_targets(html: Path | None, json: Path | None, folder: Path | None, text: str | None) -> None:
     """Checks that everything can be written before anything is read."""
-    checks.file_to_write("--html", html)
-    checks.file_to_write("--json", json)
+    checks.file_to_write("--html", html, [text])
+    checks.file_to_write("--json", json, [text])
     if html is not None and json is not None and html.absolute() == json.absolute():
         raise UsageError(f"--html and --json both name {html}. Name two files.")
     if folder is not None and folder.exists() and not folder.is_dir():

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from ahn._home import write_figure
 from ahn.cost.counting import Cost, Counting
 from ahn.cost.formatting import byte_unit, scaled, thousands
 from ahn.memories import memory_names
@@ -39,7 +40,7 @@ def plot_costs(model: Counting, context: int, files: Sequence[Path]) -> None:
         f"{model.base.name}: sinks {config.sinks:,}, window {config.window:,}, convention {model.name}", fontsize=12
     )
     for file in files:
-        figure.savefig(file, dpi=150)
+        write_figure(file, figure)
 
 
 def _contexts(model: Counting, context: int) -> list[int]:

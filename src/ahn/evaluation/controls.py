@@ -1,4 +1,4 @@
-"""Scores for anchors that are no use but for comparison: chance, a larger window, and the best that a choice can do."""
+"""Scores for anchors that are no use but for comparison: chance, and the best that a choice can do."""
 
 from __future__ import annotations
 
@@ -7,16 +7,6 @@ from collections.abc import Iterable
 import torch
 
 from ahn.anchors.base import LayerTokens, Score
-
-
-class Recent(Score):
-    """The later the better, which enlarges the window."""
-
-    name = "recent"
-
-    def score(self, tokens: LayerTokens) -> torch.Tensor:
-        """See `Score.score`."""
-        return tokens.indices.float()
 
 
 class Random(Score):
@@ -47,5 +37,5 @@ class Oracle(Score):
         return torch.isin(tokens.indices, self._wanted.to(tokens.indices.device)).float()
 
 
-CONTROLS: dict[str, Score] = {score.name: score for score in (Recent(), Random())}
+CONTROLS: dict[str, Score] = {score.name: score for score in (Random(),)}
 """Controls by name, for arms such as `ahn+64:random`."""

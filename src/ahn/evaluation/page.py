@@ -10,7 +10,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from ahn.evaluation.report import write_whole
+from ahn._home import write_figure, write_text
 from ahn.evaluation.tables import ResultTable, show_cell
 
 _STYLE = """
@@ -100,7 +100,7 @@ class Page:
             Names of the files.
         """
         for name, figure in self.figures.items():
-            figure.savefig(folder / f"{name}.png", dpi=150)
+            write_figure(folder / f"{name}.png", figure)
         return [f"{name}.png" for name in self.figures]
 
     def markup(self, html: str, style: str = "") -> None:
@@ -121,7 +121,7 @@ class Page:
             path: The file.
 
         Raises:
-            OSError: It cannot be written.
+            OutputError: It cannot be written.
         """
         title, style = escape(self.title), "".join(self._styles)
         head = (
@@ -129,7 +129,7 @@ class Page:
             '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
             f"<title>{title}</title>\n<style>{style}</style>\n</head>\n<body>\n<h1>{title}</h1>\n"
         )
-        write_whole(path, head + "\n".join(self._parts) + "\n</body>\n</html>\n")
+        write_text(path, head + "\n".join(self._parts) + "\n</body>\n</html>\n")
 
 
 def _svg(figure: Any, prefix: str) -> str:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ahn import __version__
+from ahn._home import write_text
 from ahn.evaluation.errors import EvaluationError
 
 _KIND = "evaluation"
@@ -43,10 +44,10 @@ class EvaluationReport:
             path: The file.
 
         Raises:
-            OSError: It cannot be written.
+            OutputError: It cannot be written.
         """
         facts = {"kind": _KIND, **{part: getattr(self, part) for part in _PARTS}}
-        write_whole(path, json.dumps(plain(facts), indent=1, ensure_ascii=False) + "\n")
+        write_text(path, json.dumps(plain(facts), indent=1, ensure_ascii=False) + "\n")
 
 
 def read_report(path: str | os.PathLike[str]) -> EvaluationReport:
@@ -121,25 +122,6 @@ def plain(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [plain(each) for each in value]
     return os.fspath(value) if isinstance(value, os.PathLike) else value
-
-
-def write_whole(path: str | os.PathLike[str], text: str) -> None:
-    """Writes a text in UTF-8 beside the file and puts it in its place, so that a stop leaves no half of it.
-
-    Args:
-        path: The file.
-        text: What it shall hold.
-
-    Raises:
-        OSError: It cannot be written.
-    """
-    target = Path(path)
-    beside = target.with_name(f".{target.name}.{os.getpid()}")
-    try:
-        beside.write_text(text, encoding="utf-8")
-        beside.replace(target)
-    finally:
-        beside.unlink(missing_ok=True)
 
 
 def _processor() -> str:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from ahn._home import write_figure
 from ahn.speed.measure import Speed, Timing
 
 
@@ -30,7 +31,7 @@ def plot_speed(speed: Speed, title: str, files: Sequence[Path]) -> None:
         _spread(panel, rows)
     figure.suptitle(title)
     for file in files:
-        figure.savefig(file, dpi=150)
+        write_figure(file, figure)
 
 
 def _arms(rows: Sequence[Timing]) -> list[str]:

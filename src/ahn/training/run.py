@@ -71,17 +71,22 @@ def train(settings: TrainSettings, resume: bool = False, say: Say | None = None,
     """
     say = say or (lambda text: None)
     arguments = {stage: training_arguments(settings, stage, progress) for stage in settings.stages}
-    folder = _prepare(settings, resume)
+    folder = Path(settings.out).expanduser()
+    if _first_process():
+        check(settings, resume)
     tokenizer = load_tokenizer(settings.model)
     sequences, held_out = _data(settings, tokenizer, say)
-    _write_settings(settings, folder)
     begun = any(_is_begun(Path(str(args.output_dir))) for args in arguments.values())
     model = _model(settings, sequences, say, begun)
+<<<<<<< HEAD
     if settings.anchor_weights is not None:
         ahn.load_anchors(model, settings.anchor_weights)
     if settings.precision == "auto" and "distill" in settings.stages:
         settings = dataclasses.replace(settings, precision=_precision(model, say))
         _write_settings(settings, folder)
+=======
+    _write_settings(settings, folder)  # only now, so that a training that is refused leaves no folder
+>>>>>>> main
     curves = {}
     for stage, args in arguments.items():
         curves[stage] = _run_stage(model, settings, stage, args, (sequences, held_out), say)
@@ -125,7 +130,7 @@ def training_arguments(settings: TrainSettings, stage: str, progress: bool = Fal
         progress: Whether to draw a progress bar.
 
     Raises:
-        ConfigError: transformers refuses a value, or an argument is unknown.
+        ConfigError: transformers refuses a value, or an argument is unknown, or follows from another setting.
     """
     transfer = stage == "transfer"
     values: dict[str, Any] = {
@@ -153,8 +158,10 @@ def training_arguments(settings: TrainSettings, stage: str, progress: bool = Fal
         "dataloader_pin_memory": torch.cuda.is_available(),
         "accelerator_config": {"dispatch_batches": False},
     }
+    if taken := sorted(set(values) & set(settings.arguments)):
+        raise ConfigError(f"arguments must not name {taken[0]}, which other settings decide; change those instead")
     try:
-        arguments = TrainingArguments(**{**values, **settings.arguments})
+        arguments = TrainingArguments(**values, **settings.arguments)
     except (TypeError, ValueError, ImportError) as error:
         raise ConfigError(f"transformers refuses the arguments: {' '.join(str(error).split())}") from None
     known = get_available_reporting_integrations()
@@ -164,23 +171,16 @@ def training_arguments(settings: TrainSettings, stage: str, progress: bool = Fal
     return arguments
 
 
-def _prepare(settings: TrainSettings, resume: bool) -> Path:
-    """Checks everything, and makes the folder."""
-    folder = Path(settings.out).expanduser()
-    if _first_process():
-        check(settings, resume)
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise ConfigError(f"{folder} cannot be made ({error.strerror}); name another folder") from None
-    return folder
-
-
 def _write_settings(settings: TrainSettings, folder: Path) -> None:
     """Puts the settings into the folder, which makes it the folder of a training."""
-    if _first_process():
+    if not _first_process():
+        return
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
         write_yaml(settings, folder / f"{FILE}.part")
         os.replace(folder / f"{FILE}.part", folder / FILE)
+    except OSError as error:
+        raise ConfigError(f"{folder} cannot be written ({error.strerror}); name another folder") from None
 
 
 def _first_process() -> bool:

@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ahn._home import write_text
 from ahn.cli import checks
 from ahn.cli.options import from_fields
 from ahn.cli.terminal import log, output
@@ -48,7 +49,7 @@ class ScoreSettings:
 def command(settings: ScoreSettings) -> None:
     """Score predictions of LV-Eval, InfiniteBench and LongBench again, without a model."""
     target = None if settings.json is None else settings.json.expanduser()
-    checks.file_to_write("--json", target)
+    checks.file_to_write("--json", target, settings.files)
     from ahn.evaluation import averages, read_predictions, score_predictions
     from ahn.evaluation.set_scores import to_json
 
@@ -57,7 +58,9 @@ def command(settings: ScoreSettings) -> None:
         mine = [each for each in scores if each.target.benchmark.title == title]
         output().print(_table(title, mine, averages(mine)))
     if target is not None:
-        target.write_text(json.dumps(to_json(scores, settings.files), indent=2, ensure_ascii=False) + "\n", "utf-8")
+        write_text(
+            target, json.dumps(to_json(scores, settings.files), indent=2, ensure_ascii=False) + "\n", settings.files
+        )
         log(f"wrote {target}", console=output())
 
 

@@ -232,7 +232,6 @@ def _map(panel: Any, means: Mapping[tuple[str, int, int], float], arm: str, sett
 
 
 def _mark_window(panel: Any, begins: Mapping[int, float], settings: RecallSettings) -> None:
-    """The line where the window begins, and hatching over what lies before it."""
     top, last = -0.5, settings.depths - 1
     for column, length in enumerate(settings.lengths):
         edge = begins.get(length, 0.0) * last if last else begins.get(length, 0.0) - 0.5
