@@ -78,15 +78,11 @@ def train(settings: TrainSettings, resume: bool = False, say: Say | None = None,
     sequences, held_out = _data(settings, tokenizer, say)
     begun = any(_is_begun(Path(str(args.output_dir))) for args in arguments.values())
     model = _model(settings, sequences, say, begun)
-<<<<<<< HEAD
     if settings.anchor_weights is not None:
         ahn.load_anchors(model, settings.anchor_weights)
     if settings.precision == "auto" and "distill" in settings.stages:
         settings = dataclasses.replace(settings, precision=_precision(model, say))
-        _write_settings(settings, folder)
-=======
     _write_settings(settings, folder)  # only now, so that a training that is refused leaves no folder
->>>>>>> main
     curves = {}
     for stage, args in arguments.items():
         curves[stage] = _run_stage(model, settings, stage, args, (sequences, held_out), say)
