@@ -12,9 +12,12 @@ import pytest
 import torch
 
 from ahn.checkpoint.content import memory_tensors
+from ahn.errors import ConfigError
 from ahn.training.batches import collate
 from ahn.training.distiller import Distiller
 from ahn.training.draws import Span
+from ahn.training.run import training_arguments
+from ahn.training.settings import TrainSettings
 from tests.tiny import with_memory
 from tests.training.common import gradients_of_a_step, pieces
 
@@ -43,6 +46,17 @@ def assert_same(actual: dict[str, Any], expected: dict[str, Any]) -> None:
         # Sums of products in another order: their rounding is relative to the largest numbers of the tensor.
         allowed = 4e-6 * float(gradient.abs().max())
         torch.testing.assert_close(actual[name], gradient, rtol=1e-5, atol=allowed, msg=name)
+
+
+def test_processes_without_a_gpu_find_each_other(together: Path) -> None:
+    assert [(together / f"world-{rank}").read_text() for rank in range(2)] == ["2", "2"]
+
+
+def test_processes_that_would_train_alone_are_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("ahn.training.run._started_processes", lambda: 2)
+    monkeypatch.setattr("ahn.training.run._on_cpus", dict)
+    with pytest.raises(ConfigError, match="do not find each other"):
+        training_arguments(TrainSettings(data=("texts",), out=str(tmp_path)), "distill")
 
 
 def test_ddp_gives_the_gradient_of_one_process(together: Path, tmp_path: Path) -> None:

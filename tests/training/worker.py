@@ -24,9 +24,17 @@ from ahn.training.batches import collate  # noqa: E402
 from ahn.training.distiller import Distiller  # noqa: E402
 from ahn.training.draws import Span  # noqa: E402
 from ahn.training.processes import part  # noqa: E402
+from ahn.training.run import training_arguments  # noqa: E402
 from ahn.training.saving import load_adapter, save_adapter  # noqa: E402
+from ahn.training.settings import TrainSettings  # noqa: E402
 from tests.tiny import with_memory  # noqa: E402
 from tests.training.common import gradients_of_a_step, pieces  # noqa: E402
+
+
+def world(out: Path) -> None:
+    """As `ahn train` under torchrun sets up its processes, with no word about CPUs."""
+    arguments = training_arguments(TrainSettings(data=("texts",), out=str(out / "run")), "distill")
+    (out / f"world-{arguments.process_index}").write_text(str(arguments.world_size))
 
 
 def ddp(out: Path) -> None:
@@ -66,6 +74,7 @@ def fsdp(out: Path) -> None:
 
 
 if __name__ == "__main__":
+    world(Path(sys.argv[1]))
     ddp(Path(sys.argv[1]))
     fsdp(Path(sys.argv[1]))
     part()

@@ -157,14 +157,31 @@ def training_arguments(settings: TrainSettings, stage: str, progress: bool = Fal
     if taken := sorted(set(values) & set(settings.arguments)):
         raise ConfigError(f"arguments must not name {taken[0]}, which other settings decide; change those instead")
     try:
-        arguments = TrainingArguments(**values, **settings.arguments)
+        arguments = TrainingArguments(**{**values, **_on_cpus(), **settings.arguments})
     except (TypeError, ValueError, ImportError) as error:
         raise ConfigError(f"transformers refuses the arguments: {' '.join(str(error).split())}") from None
+    if arguments.world_size == 1 < _started_processes():
+        raise ConfigError(
+            f"torchrun started {_started_processes()} processes that do not find each other, so that each would train "
+            "alone; start one process, or set arguments: {use_cpu: true, ddp_backend: gloo}"
+        )
     known = get_available_reporting_integrations()
     if unknown := [name for name in arguments.report_to or [] if name not in known]:
         there = ", ".join([*known, "none"])
         raise ConfigError(f"report_to names {unknown[0]}, which is unknown or not installed; there are {there}")
     return arguments
+
+
+def _started_processes() -> int:
+    """Processes that torchrun started together; 1 without it."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def _on_cpus() -> dict[str, Any]:
+    """What several processes need where there are no accelerators; transformers would leave each of them alone."""
+    if _started_processes() == 1 or torch.accelerator.is_available():
+        return {}
+    return {"use_cpu": True, "ddp_backend": "gloo"}
 
 
 def _write_settings(settings: TrainSettings, folder: Path) -> None:
