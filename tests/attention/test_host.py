@@ -238,3 +238,24 @@ def test_a_model_that_also_sees_images_reads_text(make: Any) -> None:
         torch.testing.assert_close(torch.cat(parts, dim=1), reading, rtol=0, atol=1e-4)
     ahn.detach(model)
     assert torch.equal(model(input_ids=ids).logits, base(input_ids=ids).logits)
+
+
+@pytest.mark.filterwarnings("ignore")
+@torch.no_grad()
+def test_a_call_that_was_broken_off_is_not_taken_for_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    """After Ctrl-C torch runs no hook, so that the call seems to go on: here that of another model, then its own."""
+    torch.manual_seed(1)
+    model, other, ids = whole(gemma3()), with_memory(), text(1, 40).clamp(max=120)
+    ahn.attach(model, ahn.AHNConfig(window=8, sinks=2))
+    expected = model(input_ids=ids).logits
+
+    def interrupt(*args: Any, **kwargs: Any) -> Any:
+        raise KeyboardInterrupt
+
+    for each in (other, model):
+        layer = each.get_decoder().layers[1].mlp
+        with monkeypatch.context() as patch:
+            patch.setattr(layer, "forward", interrupt)
+            with pytest.raises(KeyboardInterrupt):
+                each(input_ids=ids)
+        assert torch.equal(model(input_ids=ids).logits, expected)

@@ -42,10 +42,12 @@ _HAS_HEAD: ContextVar[bool] = ContextVar("ahn_has_head", default=False)
 def before_model(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Before the whole model, head included: from now on its cache waits for the head."""
     _HAS_HEAD.set(True)
+    attachment = attachment_of(model)
+    if (broken_off := CURRENT.get()) is not None and broken_off.attachment is attachment:
+        CURRENT.set(None)  # by Ctrl-C, after which torch runs no hook
     if (cache := _given_cache(args, kwargs)) is not None:
         cache.settle()
         return None
-    attachment = attachment_of(model)
     if not attachment.is_wrapped or attachment.settings.mode == "full" or compat.find_cache(kwargs) is not None:
         return None
     wanted = kwargs.get("use_cache")

@@ -195,8 +195,9 @@ def mask_function(**arguments: Any) -> Any:
     Raises:
         CacheError: The model asks for a mask that a memory cannot follow.
     """
-    call = CURRENT.get()
-    return HostMask(arguments) if call is None else mask_of_call(call, arguments)
+    call, config = CURRENT.get(), arguments.get("config")
+    is_of_call = call is not None and any(config is each for each, _ in call.attachment.implementations)
+    return mask_of_call(call, arguments) if call is not None and is_of_call else HostMask(arguments)
 
 
 def mask_of_call(call: Call, arguments: Mapping[str, Any]) -> Any:
