@@ -160,16 +160,25 @@ def training_arguments(settings: TrainSettings, stage: str, progress: bool = Fal
         arguments = TrainingArguments(**{**values, **_on_cpus(), **settings.arguments})
     except (TypeError, ValueError, ImportError) as error:
         raise ConfigError(f"transformers refuses the arguments: {' '.join(str(error).split())}") from None
-    if arguments.world_size == 1 < _started_processes():
-        raise ConfigError(
-            f"torchrun started {_started_processes()} processes that do not find each other, so that each would train "
-            "alone; start one process, or set arguments: {use_cpu: true, ddp_backend: gloo}"
-        )
+    _check_processes(arguments)
     known = get_available_reporting_integrations()
     if unknown := [name for name in arguments.report_to or [] if name not in known]:
         there = ", ".join([*known, "none"])
         raise ConfigError(f"report_to names {unknown[0]}, which is unknown or not installed; there are {there}")
     return arguments
+
+
+def _check_processes(arguments: TrainingArguments) -> None:
+    """Checks that processes that were started together train together.
+
+    Raises:
+        ConfigError: Each of them would train alone.
+    """
+    if arguments.world_size == 1 < _started_processes():
+        raise ConfigError(
+            f"torchrun started {_started_processes()} processes that do not find each other, so that each would train "
+            "alone; start one process, or set arguments: {use_cpu: true, ddp_backend: gloo}"
+        )
 
 
 def _started_processes() -> int:
