@@ -139,7 +139,7 @@ class PooledStore(Store):
                 stays = (made.number >= 0) & (made.number >= after.to(made.number.device)[:, None] - self.slots)
                 place = torch.where(stays, made.number % self.slots, self.slots)[:, None, :, None]
                 fresh = made.keys if name == "keys" else made.values
-                with_spare = F.pad(slots, (0, 0, 0, 1))  # a place more, for what does not stay
+                with_spare = F.pad(slots, (0, 0, 0, 1)).to(fresh.dtype)  # a place more, for what does not stay
                 with_spare.scatter_(2, place.expand(slots.size(0), slots.size(1), -1, slots.size(3)), fresh)
                 self.held[f"slot_{name}"] = with_spare[:, :, :-1].contiguous()
             self.held[f"pending_{name}"] = line[:, :, 1 - POOLED :].clone()
