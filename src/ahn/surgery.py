@@ -191,7 +191,7 @@ def _storage_dtype(module: nn.Module) -> str | None:
     """The dtype of a plain layer of torch whose weights torch cannot compute with, such as float8; else `None`."""
     if type(module) not in (nn.Linear, nn.Embedding):
         return None
-    dtype: torch.dtype = module.weight.dtype
+    dtype: Any = module.weight.dtype
     return None if not dtype.is_floating_point or dtype in COMPUTED else str(dtype).removeprefix("torch.")
 
 
