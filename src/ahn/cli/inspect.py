@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -26,7 +27,7 @@ def command(
     file = Path(path).expanduser()
     if not path.strip():
         raise UsageError("there is no path. Give a folder or a file.")
-    facts = _cache(file) if file.is_file() else _checkpoint(path)
+    facts = _cache(file) if os.path.isfile(file) else _checkpoint(path)
     if as_json:
         typer.echo(json.dumps(facts, indent=2))
         return

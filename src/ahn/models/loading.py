@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import os
 import re
+import reprlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -44,6 +45,12 @@ _HUB_KEYWORDS = (
     "token",
     "trust_remote_code",
 )
+_MOST = {
+    "num_hidden_layers": 10_000,
+    **dict.fromkeys(("hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim"), 2**20),
+    **dict.fromkeys(("intermediate_size", "vocab_size"), 2**24),
+}
+"""Sizes that no model passes."""
 _LOAD_ERRORS = (OSError, RuntimeError, ValueError, ImportError, KeyError, SafetensorError)
 
 
@@ -79,9 +86,9 @@ def resolve(name: str | os.PathLike[str], others: Iterable[str] = ()) -> str:
     if name in KNOWN:
         return str(KNOWN[name].folder())
     path = Path(name).expanduser()
-    if name.strip() and path.is_dir():
+    if name.strip() and os.path.isdir(path):  # those of pathlib raise at a name that is too long
         return _checked_folder(path)
-    if path.is_file():
+    if os.path.isfile(path):
         raise ModelError(f"'{name}' is a file. Give the folder that holds config.json and the weights.")
     if _HUB_ID.fullmatch(name) and not name.endswith((".safetensors", ".gguf", ".bin", ".json")):
         return name
@@ -221,11 +228,20 @@ def _load_config(name: str | os.PathLike[str], source: str, kwargs: dict[str, An
         if Path(source).is_dir():
             raise ModelError(f"The config.json of '{name}' cannot be read: {_one_line(error)}") from None
         raise ModelError(f"'{name}' cannot be loaded from the hub.{_remedy(name, source)}") from None
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except Exception as error:  # configs check themselves with errors of several libraries
         raise ModelError(
             f"The config.json of '{name}' is not one that transformers can use: {_one_line(error)}"
         ) from None
+    _check_sizes(name, config.get_text_config())
     return config
+
+
+def _check_sizes(name: str | os.PathLike[str], config: Any) -> None:
+    """Checks that a config names sizes that a model can have, before memory is taken for them."""
+    for size, most in _MOST.items():
+        value = getattr(config, size, None)
+        if isinstance(value, int) and not 1 <= value <= most:
+            raise ModelError(f"The config.json of '{name}' is damaged: {size} is {reprlib.repr(value)}. Copy it again.")
 
 
 def _require_decoder(name: str | os.PathLike[str], config: PreTrainedConfig) -> None:
