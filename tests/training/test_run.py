@@ -173,8 +173,8 @@ class TestGoingOn:
                 file.unlink()
         found = sorted((tmp_path / "out" / "distill").glob("checkpoint-*"), key=lambda path: int(path.name[11:]))
         assert len(found) > 1
-        for checkpoint in found if name == "every" else found[-1:]:
-            file = checkpoint / ("trainer_state.json" if name == "every" else name)
+        for damaged in found if name == "every" else found[-1:]:
+            file = damaged / ("trainer_state.json" if name == "every" else name)
             file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
         said: list[str] = []
         train(settings(place, tmp_path / "out", report_tokens=0), resume=True, say=said.append)

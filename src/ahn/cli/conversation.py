@@ -111,10 +111,11 @@ def _lines() -> Iterator[str]:
 
 
 def _until(is_over: Callable[[], bool], ids: Iterator[int]) -> Iterator[int]:
-    """Tokens until something happens, each of them read by the model: none is left half read."""
+    """Tokens until something happens; the model has then read all that were shown."""
     for token in ids:
         yield token
         if is_over():
+            next(ids, None)  # reads the last one
             return
 
 

@@ -33,11 +33,13 @@ def command(
         return
     from rich.table import Table
 
+    from ahn.cli.console import printable
+
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
     for name, value in facts.items():
-        table.add_row(name.replace("_", " "), _shown(name, value))
+        table.add_row(name.replace("_", " "), printable(_shown(name, value)))
     output().print(table)
 
 

@@ -39,14 +39,14 @@ def output() -> Console:
     """The console for results, on standard output."""
     from ahn.cli.console import SafeConsole
 
-    return SafeConsole(highlight=False)
+    return SafeConsole(highlight=False, markup=False)
 
 
 def notes() -> Console:
     """The console for progress, notes and errors, on standard error."""
     from ahn.cli.console import SafeConsole
 
-    return SafeConsole(stderr=True, highlight=False)
+    return SafeConsole(stderr=True, highlight=False, markup=False)
 
 
 def log(text: str, style: str = "", console: Console | None = None) -> None:
