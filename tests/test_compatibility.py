@@ -165,7 +165,7 @@ def peft_prefix() -> str:
 
 
 def compiled() -> str:
-    model = tiny()
+    model = tiny(num_hidden_layers=1)
     wrapper = torch.compile(model, backend="eager")
     ahn.attach(wrapper, ahn.AHNConfig(window=9, sinks=3))
     awaken(model)
