@@ -14,10 +14,21 @@ import pytest
 from ahn.cli import main
 from ahn.cli.app import command
 
-RUN = ["--arms", "--model", "--adapter", "--window", "--sinks", "--sink-positions", "--out", "--seed"]
+RUN = [
+    "--arms",
+    "--model",
+    "--adapter",
+    "--window",
+    "--sinks",
+    "--sink-positions",
+    "--out",
+    "--seed",
+    "--anchor-weights",
+]
 SURFACE = {
     "perplexity": [
-        "FILE", "--length", "--pieces", "--ngram", "--rare", *RUN,
+        "FILE", "--length", "--pieces", "--ngram", "--rare", "--arms", "--equal-bytes", "--precision", "--plot",
+        *RUN[1:],
     ],
     "compare": ["A", "B", "--all"],
     "recall": [
