@@ -72,7 +72,7 @@ def lines(results: Mapping[str, Any]) -> dict[tuple[str, str | None], list[str]]
         if arm.method in ("full", "tail"):
             continue
         line = arms.setdefault((kind_of(arm), arm.anchor_score), [])
-        begin = _BEGINS.get(kind_of(arm))
+        begin = _BEGINS.get(kind_of(arm), "")
         line += [begin, name] if begin in results["arms"] and begin not in line else [name]
     return arms
 
