@@ -18,7 +18,7 @@ from ahn.evaluation.arm_names import find_arm
 from ahn.evaluation.arms import arm_reader
 from ahn.evaluation.journal import Journal
 from ahn.evaluation.perplexity import reading as measuring
-from ahn.evaluation.perplexity.averages import average, closed_share, difference
+from ahn.evaluation.perplexity.averages import Averages, closed_share
 from ahn.evaluation.perplexity.cache_sizes import CacheSizes
 from ahn.evaluation.perplexity.documents import TokenDocument, pieces, whole
 from ahn.evaluation.perplexity.gap import lines
@@ -189,7 +189,7 @@ class TestResults:
         read_all(model, read_documents, groups, plan, journal, lambda done, remark="": said.append(done))
         assert said == sorted(said)
         assert said[-1] == 3 * (200 + 90 + 120)
-        found = average(model, read_documents, plan, journal.done, seed=0)
+        found = Averages(read_documents, plan, journal.done).report(model)
         nll = {arm: np.concatenate([scores(model, arm, each)[EXACT:] for each in read_documents]) for arm in arms}
         for arm, row in found["arms"].items():
             assert row["nll"]["beyond"] == pytest.approx(nll[arm].mean(), rel=1e-5)
@@ -448,7 +448,8 @@ class TestEqualBytes:
         documents = [TokenDocument(name, ids(9)) for name in "ab"]
         sums = {"a | x": [8.0, 4], "a | y": [6.0, 4], "b | x": [9.0, 6], "b | y": [9.0, 6]}
         records = {name: {"spans": {"beyond": each}} for name, each in sums.items()}
-        found = difference("x", "y", documents, records, seed=0)
+        plan = PerplexityPlan(["x", "y"], EXACT, 16, 100)
+        found = Averages(documents, plan, records).difference("x", "y")
         assert found == {"nats_better": pytest.approx(0.2), "low": 0.0, "high": pytest.approx(0.5)}
 
     def test_lines_of_the_picture(self) -> None:

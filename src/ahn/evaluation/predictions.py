@@ -81,6 +81,16 @@ def to_record(sample: Sample, text: str) -> dict[str, Any]:
     return record if sample.keywords is None else {**record, "answer_keywords": sample.keywords}
 
 
+def from_record(record: Record) -> Prediction:
+    """The prediction in a line that `to_record` gave.
+
+    Args:
+        record: The line; it may hold more.
+    """
+    where = f"{record['task']}, record {record['id']}"
+    return _prediction(record, where, find(record["task"]), 0)
+
+
 def read_predictions(
     places: Iterable[str], task: str | None = None, on_left_out: Callable[[str], None] | None = None
 ) -> Iterator[Prediction]:

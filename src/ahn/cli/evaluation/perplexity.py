@@ -75,7 +75,7 @@ def command(settings: PerplexitySettings, source: ModelSettings, options: RunOpt
 def _evaluate(run: Run, loaded: Loaded, texts: dict[str, str], plots: list[Path]) -> None:
     """The work: reads everything that the journal lacks, and reports."""
     from ahn.cli.evaluation import perplexity_tables
-    from ahn.evaluation.perplexity.averages import average
+    from ahn.evaluation.perplexity.averages import Averages
     from ahn.evaluation.perplexity.ngrams import group_tokens
     from ahn.evaluation.perplexity.reading import make_plan, read_all
 
@@ -97,7 +97,8 @@ def _evaluate(run: Run, loaded: Loaded, texts: dict[str, str], plots: list[Path]
     groups = group_tokens(tokens, ids, *(settings[name] for name in ("ngram", "rare", "sinks", "window")))
     with run.reading(sum(plan.limit(arm, len(each)) for each in ids for arm in plan.arms)) as progress:
         read_all(loaded.model, documents, groups, plan, run.journal, progress)
-    results = average(loaded.model, documents, plan, run.journal.done, settings["seed"], sizes, equal_windows)
+    averages = Averages(documents, plan, run.journal.done, settings["seed"])
+    results = averages.report(loaded.model, sizes, equal_windows)
     for table in perplexity_tables.tables(settings, results):
         table.print(output())
     for line in perplexity_tables.remarks(results):

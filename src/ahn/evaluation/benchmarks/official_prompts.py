@@ -42,8 +42,8 @@ def read_official_prompts(file: Path, variant: str | None = None) -> OfficialPro
 
     Args:
         file: The file, as it is in the benchmark's repository.
-        variant: Which of several dicts of a file: "yarn_mistral" for `yarn_mistral_templates`. Not needed where there
-            is one.
+        variant: Which of several dicts of a file: "yarn_mistral" for `yarn_mistral_templates`. A file with a single one
+            does not look at it.
 
     Raises:
         EvaluationError: The file cannot be read, holds no templates, or holds several dicts and none is named.
@@ -65,8 +65,8 @@ def read_official_prompts(file: Path, variant: str | None = None) -> OfficialPro
 
 
 def _chosen(dicts: dict[str, dict[str, object]], file: Path, variant: str | None) -> dict[str, object]:
-    """The dict with this name, or the only one."""
-    if variant is None and len(dicts) == 1:
+    """The only dict, or the one with this name."""
+    if len(dicts) == 1:
         return next(iter(dicts.values()))
     known = ", ".join(name.removesuffix(_SUFFIX) for name in dicts)
     for name in (variant, f"{variant}{_SUFFIX}"):

@@ -26,10 +26,7 @@ def score_table(results: Results, arms: Sequence[str]) -> ResultTable:
         for each in results["sets"]
     ]
     first = len(rows)
-    for mean in results["averages"]:
-        length = "" if mean["length"] is None else f", {mean['length']}"
-        name = f"average of {mean['sets']} of {mean['of']}{length}"
-        rows.append([name, "", *(f"{mean['scores'][arm]:.2f}" for arm in arms)])
+    rows += [[_average_name(mean), "", *_average_scores(mean, arms)] for mean in results["averages"]]
     styles: dict[Any, str] = dict.fromkeys(range(first, len(rows)), "bold")
     return ResultTable(["set", "items", *arms], rows, "", arms, styles, [first])
 
@@ -108,6 +105,15 @@ def set_name(result: dict[str, Any]) -> str:
     return result["task"] if result["length"] is None else f"{result['task']}_{result['length']}"
 
 
+def _average_name(mean: dict[str, Any]) -> str:
+    length = "" if mean["length"] is None else f", {mean['length']}"
+    return f"average of {mean['sets']} of {mean['of']}{length}"
+
+
+def _average_scores(mean: dict[str, Any], arms: Sequence[str]) -> list[str]:
+    return [f"{mean['scores'][arm]:.2f}" for arm in arms]
+
+
 def _detailed(results: Results, arms: Sequence[str]) -> ResultTable:
     rows = [
         [
@@ -119,11 +125,10 @@ def _detailed(results: Results, arms: Sequence[str]) -> ResultTable:
         ]
         for each in results["sets"]
     ]
-    for mean in results["averages"]:
-        length = "" if mean["length"] is None else f" at {mean['length']}"
-        name = f"average of {mean['sets']} of {mean['of']} sets{length}"
-        scores = (f"{mean['scores'][arm]:.2f}" for arm in arms)
-        rows.append([BENCHMARKS[mean["benchmark"]].title, name, "", "", *scores])
+    rows += [
+        [BENCHMARKS[mean["benchmark"]].title, _average_name(mean), "", "", *_average_scores(mean, arms)]
+        for mean in results["averages"]
+    ]
     columns = ["benchmark", "set", "metric", "items", *arms]
     return ResultTable(columns, rows, "0 to 100, with 95 % intervals over records.")
 

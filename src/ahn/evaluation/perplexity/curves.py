@@ -14,7 +14,7 @@ def plot(results: Mapping[str, Any], title: str, exact: int) -> Any:
     """Three panels over one axis of tokens.
 
     Args:
-        results: As `results.results` gives them.
+        results: As `Averages.report` gives them.
         title: What was read, by which model.
         exact: Sinks and window, where a dotted line stands.
 

@@ -25,7 +25,7 @@ def draw_gap(results: Mapping[str, Any], title: str) -> Any:
     """A line for each kind of arm, by what it keeps: a window, anchors, a memory, or both.
 
     Args:
-        results: As `average` gives them; `full` and `window` are among the arms, and bytes were counted.
+        results: As `Averages.report` gives them; `full` and `window` are among the arms, and bytes were counted.
         title: What was read, by which model.
 
     Returns:
