@@ -20,7 +20,7 @@ from ahn.evaluation.journal import Journal
 from ahn.evaluation.perplexity import reading as measuring
 from ahn.evaluation.perplexity.averages import Averages, closed_share
 from ahn.evaluation.perplexity.cache_sizes import CacheSizes
-from ahn.evaluation.perplexity.documents import TokenDocument, pieces, whole
+from ahn.evaluation.perplexity.documents import TokenDocument, excerpts, whole
 from ahn.evaluation.perplexity.gap import lines
 from ahn.evaluation.perplexity.ngrams import GROUPS, group_tokens
 from ahn.evaluation.perplexity.reading import PerplexityPlan, bin_tokens, key, make_plan, measure, read_all
@@ -98,18 +98,18 @@ class TestDocuments:
         found, _ = load_pieces([str(tmp_path)], tokenizer, Cut(16, 16))
         expected = [found[number]["input_ids"].tolist() for number in evenly(range(len(found)), 7)]
         texts = {file.name: np.array(text_tokens(file.read_text(), tokenizer)) for file in sorted(tmp_path.iterdir())}
-        cut = pieces(texts, opening_of(tokenizer), 16, 7)
+        cut = excerpts(texts, opening_of(tokenizer), 16, 7)
         assert [each.ids.tolist() for each in cut] == expected
         assert cut[0].name == "a.txt, token 32"
 
     def test_an_opening_begins_every_piece(self) -> None:
-        cut = pieces({"a": ids(20)}, [1], 6, 4)
+        cut = excerpts({"a": ids(20)}, [1], 6, 4)
         assert all(len(each.ids) == 6 and each.ids[0] == 1 for each in cut)
         assert [each.name for each in cut] == ["a, token 0", "a, token 5", "a, token 10", "a, token 15"]
 
     def test_too_few(self) -> None:
         with pytest.raises(EvaluationError, match="of 3 pieces of 10 tokens the texts hold 2 only"):
-            pieces({"a": ids(29)}, [], 10, 3)
+            excerpts({"a": ids(29)}, [], 10, 3)
 
 
 @pytest.fixture(scope="module")

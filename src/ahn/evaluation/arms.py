@@ -129,7 +129,7 @@ class ArmReader:
             if ends and any(end in text_of(tokenizer, written[-span:]) for end in ends):
                 break
         text = text_of(tokenizer, written)
-        return text[: min((place for end in ends if (place := text.find(end)) >= 0), default=len(text))]
+        return text[: min((start for end in ends if (start := text.find(end)) >= 0), default=len(text))]
 
 
 class TailReader(ArmReader):
@@ -159,7 +159,7 @@ class TailReader(ArmReader):
             if not self._answers and self._reader.cache.get_seq_length() + piece.numel() > self._sinks + self._window:
                 self._restart(self._window - step)
             super().prefill(piece)
-            self._ids = self._kept(torch.cat((self._ids, piece)), self._window)
+            self._ids = self._sinks_and_last(torch.cat((self._ids, piece)), self._window)
 
     @property
     def nll(self) -> torch.Tensor:
@@ -196,10 +196,10 @@ class TailReader(ArmReader):
         self._spent += self._reader.seconds
         with ahn.mode(self.model, "full"):
             self._reader = Reader(self.model, score=False)
-            self._reader.prefill(self._kept(self._ids, window))
+            self._reader.prefill(self._sinks_and_last(self._ids, window))
         self._reader.score = score
 
-    def _kept(self, ids: torch.Tensor, window: int) -> torch.Tensor:
+    def _sinks_and_last(self, ids: torch.Tensor, window: int) -> torch.Tensor:
         """Ids of the sinks and of the last tokens of a window."""
         sinks, rest = ids[: self._sinks], ids[self._sinks :]
         return torch.cat((sinks, rest[max(0, rest.numel() - window) :]))

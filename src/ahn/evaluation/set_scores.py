@@ -91,7 +91,7 @@ def score_predictions(predictions: Iterable[Prediction], scoring: Scoring = "off
     for prediction in predictions:
         target = targets.setdefault(prediction.target.name, prediction.target)
         items.setdefault(target.name, []).append((prediction.id, prediction.score(scoring)))
-    names = sorted(targets, key=lambda name: _place(targets[name]))
+    names = sorted(targets, key=lambda name: _order(targets[name]))
     return [SetScore(targets[name], scoring, tuple(items[name])) for name in names]
 
 
@@ -140,7 +140,7 @@ def to_json(scores: Sequence[SetScore], files: Sequence[str], left_out: Sequence
     }
 
 
-def _place(target: Target) -> tuple[int, int, int]:
+def _order(target: Target) -> tuple[int, int, int]:
     """Where a set stands among all: by benchmark, length and task."""
     benchmark = target.benchmark
     length = benchmark.lengths.index(target.length) if target.length else -1

@@ -111,10 +111,10 @@ def _evaluate(run: Run, loaded: Loaded, texts: dict[str, str], plots: list[Path]
 
 
 def _sizes(
-    run: Run, loaded: Loaded, documents: Sequence[TokenDocument], wanted: bool
+    run: Run, loaded: Loaded, documents: Sequence[TokenDocument], counted: bool
 ) -> tuple[CacheSizes | None, dict[str, str]]:
     """What counts the bytes of caches, where that is wanted, and the windows of as many bytes by the names of arms."""
-    if not (wanted or run.settings["equal_bytes"]):
+    if not (counted or run.settings["equal_bytes"]):
         return None, {}
     from ahn.evaluation.perplexity.cache_sizes import CacheSizes
 
@@ -123,18 +123,18 @@ def _sizes(
     return sizes, {arm: other for arm, other in equal.items() if other is not None}
 
 
-def _texts(places: Sequence[str]) -> dict[str, str]:
+def _texts(paths: Sequence[str]) -> dict[str, str]:
     """All texts by the names of their files; those of a folder in the order of their names."""
     from ahn.models.text import TEXT_FILES
 
     texts: dict[str, str] = {}
-    for place in places:
-        folder = Path(place).expanduser()
-        names = [place]
+    for path in paths:
+        folder = Path(path).expanduser()
+        names = [path]
         if folder.is_dir():
             names = [str(file) for file in sorted(folder.rglob("*")) if file.suffix in TEXT_FILES and file.is_file()]
             if not names:
-                raise UsageError(f"{place} holds no text ({', '.join(TEXT_FILES)}). Name a file or another folder.")
+                raise UsageError(f"{path} holds no text ({', '.join(TEXT_FILES)}). Name a file or another folder.")
         for name in names:
             if name in texts:
                 raise UsageError(f"{name} is named twice. Name it once.")
@@ -156,5 +156,5 @@ def _documents(
     if settings["pieces"] is None:
         read = documents.whole(tokens, opening, settings["length"])
     else:
-        read = documents.pieces(tokens, opening, settings["length"], settings["pieces"])
+        read = documents.excerpts(tokens, opening, settings["length"], settings["pieces"])
     return list(tokens.values()), read

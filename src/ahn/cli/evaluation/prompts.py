@@ -42,11 +42,11 @@ def command(settings: PromptSettings) -> None:
     checks.file_to_write("--out", target, settings.files)
     templates: dict[str, str] = {}
     for name in settings.files:
-        found = read_official_prompts(Path(name).expanduser(), settings.variant)
-        if twice := sorted(found.templates.keys() & templates.keys()):
+        published = read_official_prompts(Path(name).expanduser(), settings.variant)
+        if twice := sorted(published.templates.keys() & templates.keys()):
             raise UsageError(f"{name} has a template of {twice[0]}, as a file before it. Name one of them.")
-        templates |= found.templates
-        for reason in found.left_out.values():
+        templates |= published.templates
+        for reason in published.left_out.values():
             log(f"left out: {reason}", "yellow")
     write_text(target, json.dumps(templates, indent=1, ensure_ascii=False) + "\n", settings.files)
     log(f"wrote templates of {len(templates)} tasks to {target}", console=output())

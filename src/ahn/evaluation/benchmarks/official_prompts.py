@@ -51,17 +51,17 @@ def read_official_prompts(file: Path, variant: str | None = None) -> OfficialPro
     entries = _chosen(dict(_dicts(file)), file, variant) if file.suffix == ".py" else load_data(file)
     if not isinstance(entries, dict) or not entries:
         raise EvaluationError(f"{file} holds no templates. Give the file in which the benchmark publishes its prompts.")
-    found = OfficialPrompts({}, {})
+    prompts = OfficialPrompts({}, {})
     for name, template in entries.items():
         for published, ours in _WRITTEN_OUT.items():
             template = template.replace(published, ours) if isinstance(template, str) else template
         try:
-            found.templates[find(str(name)).task.name] = check_template(template, str(name))
+            prompts.templates[find(str(name)).task.name] = check_template(template, str(name))
         except EvaluationError as error:
-            found.left_out[str(name)] = str(error)
-    if not found.templates:
+            prompts.left_out[str(name)] = str(error)
+    if not prompts.templates:
         raise EvaluationError(f"{file} holds no template of a task that is known here. Check which file it is.")
-    return found
+    return prompts
 
 
 def _chosen(dicts: dict[str, dict[str, object]], file: Path, variant: str | None) -> dict[str, object]:

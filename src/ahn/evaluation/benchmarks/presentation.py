@@ -42,16 +42,16 @@ def harness_table(rows: Sequence[dict[str, Any]], arms: Sequence[str]) -> Result
     return ResultTable(["task", "metric", "items", *arms], cells, "", arms)
 
 
-def make_page(found: dict[str, Any], arms: Sequence[str]) -> Page:
+def make_page(report: dict[str, Any], arms: Sequence[str]) -> Page:
     """The page of a run.
 
     Args:
-        found: What `summarise` gave as `benchmarks` and what `ahn.evaluation.harness` gave as `harness`; either may be
+        report: What `summarise` gave as `benchmarks` and what `ahn.evaluation.harness` gave as `harness`; either may be
             missing.
         arms: Names of the arms.
     """
     page = Page("Benchmarks: the arms side by side")
-    if (results := found.get("benchmarks")) is not None:
+    if (results := report.get("benchmarks")) is not None:
         page.heading("Scores")
         page.table(_detailed(results, arms))
         others = [arm for arm in arms if arm != BASELINE]
@@ -64,7 +64,7 @@ def make_page(found: dict[str, Any], arms: Sequence[str]) -> Page:
         costs = [[arm, *(row[name] for name in names)] for arm, row in results["arms"].items()]
         columns = ["arm", "tokens read", "seconds", "largest cache (bytes)"]
         page.table(ResultTable(columns, costs, "What it cost, answers included."))
-    if (harness := found.get("harness")) is not None:
+    if (harness := report.get("harness")) is not None:
         page.heading("lm-evaluation-harness")
         page.text("As the harness gives them, without an interval of ours.")
         page.table(harness_table(harness, arms))
@@ -83,14 +83,14 @@ def figure(results: Results) -> Any:
     sets, arms = results["sets"], list(results["arms"])
     drawn = new_figure(8, 1.2 + 0.22 * len(sets) * (len(arms) + 1))
     panel, height = drawn.subplots(), 0.8 / len(arms)
-    for place, arm in enumerate(arms):
+    for number, arm in enumerate(arms):
         scores = [each["scores"][arm]["score"] for each in sets]
         ends = [each["scores"][arm]["interval"] for each in sets]
         reach = [
             [_reach(score - low) for score, (low, _) in zip(scores, ends)],
             [_reach(high - score) for score, (_, high) in zip(scores, ends)],
         ]
-        rows = [row + (place - (len(arms) - 1) / 2) * height for row in range(len(sets))]
+        rows = [row + (number - (len(arms) - 1) / 2) * height for row in range(len(sets))]
         panel.barh(rows, scores, height, xerr=reach, label=arm, error_kw={"elinewidth": 0.8, "capsize": 2})
     panel.set(xlabel="score", xlim=(0, 100), yticks=range(len(sets)), yticklabels=[set_name(each) for each in sets])
     panel.invert_yaxis()

@@ -67,7 +67,7 @@ class Averages:
             "groups": {span: {group: self._group(span, group) for group in GROUPS} for span in SPANS},
             "positions": {
                 "bin_tokens": self.plan.bin_tokens,
-                "nll": {arm: _curve([each["bins"] for each in self._of(arm)]) for arm in self.plan.arms},
+                "nll": {arm: _curve([each["bins"] for each in self._records_of(arm)]) for arm in self.plan.arms},
             },
             "points": {"document": longest.name, "arms": points, "full_cache": full},
         }
@@ -82,12 +82,12 @@ class Averages:
         Returns:
             Nats per token that it has less, `nats_better`, with the ends of the 95 % interval over documents.
         """
-        sums, less = (np.array([each["spans"]["beyond"] for each in self._of(name)]) for name in (arm, better))
+        sums, less = (np.array([each["spans"]["beyond"] for each in self._records_of(name)]) for name in (arm, better))
         rows = np.stack((sums[:, 0] - less[:, 0], sums[:, 1]), axis=1)
         low, high = interval(rows, lambda drawn: _mean(drawn.sum(0)), seed=self.seed)
         return {"nats_better": _mean(rows.sum(0)), "low": low, "high": high}
 
-    def _of(self, arm: str) -> list[Mapping[str, Any]]:
+    def _records_of(self, arm: str) -> list[Mapping[str, Any]]:
         """The records of an arm, document by document."""
         return [self.records[key(each, arm)] for each in self.documents]
 
@@ -101,7 +101,7 @@ class Averages:
 
     def _arm(self, arm: str) -> dict[str, Any]:
         """The row of an arm in the table."""
-        records = self._of(arm)
+        records = self._records_of(arm)
         sums = {span: _total(each["spans"][span] for each in records) for span in SPANS}
         nll = {span: _mean(sums[span]) for span in SPANS}
         tokens, seconds = (sum(each[name] for each in records) for name in ("tokens", "seconds"))
@@ -119,14 +119,14 @@ class Averages:
         """Share of the gap from window to full that an arm closes, with its 95 % interval over documents."""
         if not {"window", "full"} <= set(self.plan.arms) or arm in ("window", "full"):
             return None
-        columns = [[each["spans"]["beyond"][0] for each in self._of(name)] for name in ("window", arm, "full")]
+        columns = [[each["spans"]["beyond"][0] for each in self._records_of(name)] for name in ("window", arm, "full")]
         rows = np.array(columns, dtype=float).T
         low, high = interval(rows, closed_share, seed=self.seed)
         return {"share": closed_share(rows), "low": low, "high": high}
 
     def _group(self, span: str, group: str) -> dict[str, Any]:
         """Number of tokens and mean scores of a group."""
-        totals = {arm: _total(each["groups"][span][group] for each in self._of(arm)) for arm in self.plan.arms}
+        totals = {arm: _total(each["groups"][span][group] for each in self._records_of(arm)) for arm in self.plan.arms}
         tokens = int(max(each[1] for each in totals.values()))
         return {"tokens": tokens, "nll": {arm: _mean(each) for arm, each in totals.items()}}
 
