@@ -29,7 +29,7 @@ _ROOM_PER_VALUE = 6
 def _span_label(start: int, stop: int, sinks: int, window: int, question: int, end: int) -> str | None:
     """The span of a needle, tokens `start` to `stop`, when it is asked for; `None` if it straddles two.
 
-    It is in the window if it stays there until the answer ends, and evicted if it was gone when the question began: in
+    It is in the window if it stays there until the answer ends, and evicted if it was gone when the question began. In
     between, the question's own tokens could carry it on.
     """
     if stop <= sinks:
@@ -155,7 +155,7 @@ class ItemMaker:
         haystack: Sentences.
 
     Raises:
-        EvaluationError: The tokenizer cannot tell which characters a token stands for, a length has no room for the
+        EvaluationError: The tokenizer cannot tell which characters a token stands for. Or a length has no room for the
             needles of a task, or the haystack is too short for it.
 
     Attributes:
