@@ -447,7 +447,9 @@ class TestEqualBytes:
     def test_difference_of_two_arms(self) -> None:
         documents = [TokenDocument(name, ids(9)) for name in "ab"]
         sums = {"a | x": [8.0, 4], "a | y": [6.0, 4], "b | x": [9.0, 6], "b | y": [9.0, 6]}
-        records = {name: {"spans": {"beyond": each}} for name, each in sums.items()}
+        # Half of it in the part that full attention reads, half after it.
+        halves = {name: [half / 2 for half in each] for name, each in sums.items()}
+        records = {name: {"spans": {"beyond": each, "after": each}} for name, each in halves.items()}
         plan = PerplexityPlan(["x", "y"], EXACT, 16, 100)
         found = Averages(documents, plan, records).difference("x", "y")
         assert found == {"nats_better": pytest.approx(0.2), "low": 0.0, "high": pytest.approx(0.5)}

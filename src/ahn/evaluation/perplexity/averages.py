@@ -73,7 +73,7 @@ class Averages:
         }
 
     def difference(self, arm: str, better: str) -> dict[str, float]:
-        """How much better one arm scores than another.
+        """How much better one arm scores than another, over all tokens beyond sinks and window.
 
         Args:
             arm: Name of the other.
@@ -82,7 +82,9 @@ class Averages:
         Returns:
             Nats per token that it has less, `nats_better`, with the ends of the 95 % interval over documents.
         """
-        sums, less = (np.array([each["spans"]["beyond"] for each in self._records_of(name)]) for name in (arm, better))
+        sums, less = (
+            np.array([_total(each["spans"].values()) for each in self._records_of(name)]) for name in (arm, better)
+        )
         rows = np.stack((sums[:, 0] - less[:, 0], sums[:, 1]), axis=1)
         low, high = interval(rows, lambda drawn: _mean(drawn.sum(0)), seed=self.seed)
         return {"nats_better": _mean(rows.sum(0)), "low": low, "high": high}
