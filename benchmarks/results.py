@@ -322,18 +322,10 @@ def main() -> None:
     options = arguments.parse_args()
     if not any(options.texts.rglob("*.txt")):
         raise SystemExit(f"{options.texts}: there are no .txt files in it; name a folder of texts")
-    gaps = [
-        gap
-        for gap in GAPS
-        if gap.length in (options.lengths or (gap.length,)) and gap.window in (options.windows or (gap.window,))
-    ]
-    steps = dict(
-        zip(
-            STEPS,
-            (partial(measure_gaps, gaps=gaps), measure_memories, measure_book, measure_recall, write_page),
-            strict=True,
-        )
-    )
+    lengths, windows = (set(chosen or ()) for chosen in (options.lengths, options.windows))
+    gaps = [gap for gap in GAPS if gap.length in (lengths or {gap.length}) and gap.window in (windows or {gap.window})]
+    measure_these = partial(measure_gaps, gaps=gaps)
+    steps = dict(zip(STEPS, (measure_these, measure_memories, measure_book, measure_recall, write_page), strict=True))
     for name in options.only:
         steps[name](options.texts)
 
