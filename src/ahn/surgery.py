@@ -354,11 +354,11 @@ def _make_generate_use_memory(model: Any) -> None:
 
 def _prepare_cache(model: Any, generation_config: Any, model_kwargs: dict[str, Any], mode: Any, *rest: Any) -> None:
     """Puts a new cache of ours where the base model would put its own, and refuses what a memory cannot do."""
-    given = model_kwargs.get(compat.CACHE)
-    if isinstance(given, HippocampalCache):
-        given.settle()  # its last call may have been broken off
-    full = given is None and attachment_of(model).settings.mode == "full"
-    if not full and (given is None or isinstance(given, HippocampalCache)):
+    cache = model_kwargs.get(compat.CACHE)
+    if isinstance(cache, HippocampalCache):
+        cache.settle()  # its last call may have been broken off
+    full = cache is None and attachment_of(model).settings.mode == "full"
+    if not full and (cache is None or isinstance(cache, HippocampalCache)):
         if mode == GenerationMode.ASSISTED_GENERATION:
             refuse_assisted_decoding()
         if generation_config.cache_implementation not in (None, "dynamic"):
@@ -366,7 +366,7 @@ def _prepare_cache(model: Any, generation_config: Any, model_kwargs: dict[str, A
                 f"cache_implementation={generation_config.cache_implementation!r} would replace the memory's cache; "
                 'leave it out, or generate inside ahn.mode(model, "full")'
             )
-        if given is None and generation_config.use_cache is not False:
+        if cache is None and generation_config.use_cache is not False:
             model_kwargs[compat.CACHE] = HippocampalCache(model)
             return
     type(model)._prepare_cache_for_generation(model, generation_config, model_kwargs, mode, *rest)

@@ -212,7 +212,7 @@ def test_scores_are_those_of_the_chosen_layers(chosen: tuple[int, ...] | None) -
     pooled = {j: float(scores[max(0, j - POOL) : j + POOL + 1].mean()) for j in range(SINKS, 75 - WINDOW)}
     best = sorted(pooled, key=lambda j: -pooled[j])[:ANCHORS]
     assert cache.scoreboard is not None
-    assert sorted(cache.scoreboard.held[f"tokens.{WINDOW}"][0].tolist()) == sorted(best)
+    assert sorted(cache.scoreboard.stored[f"tokens.{WINDOW}"][0].tolist()) == sorted(best)
     assert cache.anchor_tokens == [best]
 
 
