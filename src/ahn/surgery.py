@@ -15,9 +15,20 @@ from transformers.generation.configuration_utils import GenerationMode
 from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import AttentionInterface
 
-from ahn.attachment import MODULE, SAVERS, Attachment, Site, attachment_of, find_attachment, mode, set_attachment
+from ahn.attachment import (
+    COMPUTED,
+    MODULE,
+    SAVERS,
+    Attachment,
+    Site,
+    attachment_of,
+    find_attachment,
+    mode,
+    set_attachment,
+)
 from ahn.attention.function import IMPLEMENTATION, attention_function
 from ahn.attention.hooks import after_call, after_model, before_call, before_layer, before_model
+from ahn.attention.host import check_tokens
 from ahn.attention.masks import mask_function
 from ahn.attention.recording import record_layers
 from ahn.backbone import compat, linear
@@ -56,6 +67,11 @@ def attach(model: nn.Module, config: AHNConfig | None = None) -> None:
     if any(_is_unloaded(module) for module in backbone.modules()):
         name = type(model).__name__
         raise ModelError(f"the weights of this {name} are not loaded (meta device); load them before attaching")
+    if (stored := next(filter(None, map(_storage_dtype, backbone.modules())), None)) is not None:
+        raise ModelError(
+            f"the weights of this {type(model).__name__} are in {stored}, in which torch only stores: load the model "
+            "with dtype=torch.bfloat16, or an FP8 checkpoint with the quantization_config that it came with"
+        )
     attachment = survey(model, config)
     expected = _read_sample(backbone, attachment)
     whole = _write_sample(model, attachment) if attachment.is_wrapped else None
@@ -169,6 +185,14 @@ def _sites(backbone: Any, layers: list[CapturedLayer], config: AHNConfig) -> tup
 def _is_unloaded(module: nn.Module) -> bool:
     """Whether a module has weights of its own that are nowhere: those that accelerate offloads come when they run."""
     return compat.execution_device(module) is None and any(each.is_meta for each in module.parameters(recurse=False))
+
+
+def _storage_dtype(module: nn.Module) -> str | None:
+    """The dtype of a plain layer of torch whose weights torch cannot compute with, such as float8; else `None`."""
+    if type(module) not in (nn.Linear, nn.Embedding):
+        return None
+    dtype: Any = module.weight.dtype
+    return None if not dtype.is_floating_point or dtype in COMPUTED else str(dtype).removeprefix("torch.")
 
 
 def _shape(backbone: Any, layer: CapturedLayer) -> MemoryShape:
@@ -357,6 +381,9 @@ def _prepare_cache(model: Any, generation_config: Any, model_kwargs: dict[str, A
     cache = model_kwargs.get(compat.CACHE)
     if isinstance(cache, HippocampalCache):
         cache.settle()  # its last call may have been broken off
+        length = compat.generated_from(generation_config, model_kwargs)
+        if length is not None and cache.seen_tokens:  # transformers would read some tokens twice
+            check_tokens(length - cache.seen_tokens, cache.seen_tokens)
     full = cache is None and attachment_of(model).settings.mode == "full"
     if not full and (cache is None or isinstance(cache, HippocampalCache)):
         if mode == GenerationMode.ASSISTED_GENERATION:

@@ -59,9 +59,19 @@ def probe(model: nn.Module, backbone: nn.Module) -> list[CapturedLayer]:
         ModelError: The model does not route all its attention through transformers' attention interface.
     """
     name = type(model).__name__
+    if shared := getattr(backbone.config, "num_kv_shared_layers", 0):
+        raise ModelError(
+            f"no memory can be attached to {name}: its last {shared} layers read the keys and values of earlier layers "
+            "(num_kv_shared_layers), which would have to keep all of them; take a model without such layers"
+        )
     try:
         seen = _run(backbone)
     except Exception as error:  # a family with its own attention may fail in any way on a name it does not know
+        if (own := _failure(backbone)) is not None:
+            raise ModelError(
+                f"no memory can be attached to {name}, which does not read four tokens of text itself "
+                f"({' '.join(str(own).split())}); a memory needs a model that reads text alone"
+            ) from error
         raise ModelError(_refusal(name, f"it failed on a custom attention function: {error}")) from error
     layers = getattr(backbone.config, "num_hidden_layers", None)
     if not seen:
@@ -93,6 +103,16 @@ def _run(backbone: nn.Module) -> list[CapturedLayer]:
     finally:
         _SEEN.reset(token)
     return seen
+
+
+def _failure(backbone: nn.Module) -> Exception | None:
+    """What a model raises that reads a short text with its own attention, or `None`."""
+    try:
+        with torch.no_grad():
+            backbone(input_ids=sample(backbone, 4), use_cache=False)
+    except Exception as error:
+        return error
+    return None
 
 
 def check_rotations(backbone: Any, rotations: dict[nn.Module, Rotation]) -> dict[nn.Module, bool]:
