@@ -153,14 +153,14 @@ def test_what_fits_no_slot_is_refused() -> None:
     slots = SlotCache(begun(model, text()[0]), 1)
     with pytest.raises(CacheError, match="5 sinks"):
         slots.join(begun(model, text()[0, :4]))
+    with ahn.mode(model, "window"):
+        other = begun(model, text()[0])
     with pytest.raises(CacheError, match="same settings"):
-        with ahn.mode(model, "window"):
-            other = begun(model, text()[0])
         slots.join(other)
+    two = ahn.HippocampalCache(model)
+    model(text(2), cache=two)
     with pytest.raises(CacheError, match="one row"):
-        cache = ahn.HippocampalCache(model)
-        model(text(2), cache=cache)
-        slots.join(cache)
+        slots.join(two)
     slots.join(begun(model, text()[0]))
     with pytest.raises(CacheError, match="slots are in use"):
         slots.join(begun(model, text()[0]))
