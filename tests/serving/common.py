@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import threading
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,6 +22,7 @@ from ahn.serving.engine import Engine
 from ahn.serving.metrics import Metrics
 from ahn.serving.requests import Generation
 from ahn.serving.sampling import Sampling
+from ahn.serving.service import make_service
 from ahn.serving.settings import ServeSettings
 from ahn.serving.store import PrefixStore
 from ahn.serving.stream import Increment
@@ -101,3 +104,29 @@ def alone(model: Any, tokens: list[int], limit: int) -> str:
     reader.prefill(torch.tensor(tokens))
     ids = list(decode(reader, limit, {2}))
     return str(tiny_tokenizer().decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+
+
+@contextmanager
+def serving(folder: Path | None = None, **settings: Any) -> Iterator[Any]:
+    """A server on this machine inside the block: its address, and the service behind it."""
+    uvicorn = pytest.importorskip("uvicorn", reason="the server needs the extra serve")
+    pytest.importorskip("fastapi", reason="the server needs the extra serve")
+    from ahn.serving.app import make_app
+
+    model = settings.pop("model", None) or tiny_model()
+    values = ServeSettings(
+        **{"chunk": 16, "chunk_between_steps": 8, "max_sessions": 4, "session_dir": folder, "port": 0, **settings}
+    )
+    service = make_service("tiny", model, tiny_tokenizer(), values)
+    server = uvicorn.Server(uvicorn.Config(make_app(service), port=0, log_level="error", timeout_graceful_shutdown=5))
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+    while not server.started:
+        assert thread.is_alive()
+        time.sleep(0.01)
+    port = server.servers[0].sockets[0].getsockname()[1]
+    try:
+        yield f"http://127.0.0.1:{port}", service
+    finally:
+        server.should_exit = True
+        thread.join()

@@ -96,25 +96,23 @@ class Choice:
     def advance(self) -> int | None:
         """Chooses the next token and sends what it adds; `None` where the answer ends."""
         generation, logits = self.generation, self.row.logits
-        if generation.limit == 0:
-            return self._finish("length", ())
-        token = generation.sampling.choose(logits, self._random)
-        if token in self._ends:
-            return self._finish("stop", ())
+        token = generation.sampling.choose(logits, self._random) if generation.limit else None
+        if token is None or token in self._ends:
+            self._finish("length" if token is None else "stop")
+            return None
         told = generation.sampling.told(token, logits)
         self.count += 1
         generation.written += 1
         text = self._text.add(token)
-        if self._text.has_stopped:
-            return self._finish("stop", told, text)
-        if len(self.tokens) + 1 == generation.limit:
-            return self._finish("length", told, text)
+        if self._text.has_stopped or self.count == generation.limit:
+            self._finish("length", told, text)
+            return None
         self.tokens.append(token)
         if text or told:
             generation.stream.put(Increment(self.number, text, told))
         return token
 
-    def _finish(self, why: FinishReason, told: tuple[TokenChoice, ...], text: str = "") -> None:
+    def _finish(self, why: FinishReason, told: tuple[TokenChoice, ...] = (), text: str = "") -> None:
         rest = self._text.end()
         why = "stop" if self._text.has_stopped else why
         self.generation.stream.put(Increment(self.number, text + rest, told, why))
