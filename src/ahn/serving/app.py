@@ -13,6 +13,7 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
 from ahn.serving.errors import RequestError
+from ahn.serving.files import add_file_routes
 from ahn.serving.gate import Gate
 from ahn.serving.routes import add_routes
 from ahn.serving.service import Service
@@ -28,12 +29,14 @@ def make_app(service: Service) -> Any:
     @asynccontextmanager
     async def lifespan(app: Any) -> AsyncIterator[None]:
         service.engine.start()
+        service.shelf.resume()
         yield
         service.engine.close()
 
     app = FastAPI(title="ahn", docs_url=None, redoc_url=None, lifespan=lifespan)
     app.state.service = service
     add_routes(app.router)
+    add_file_routes(app.router)
     app.add_exception_handler(RequestError, _refused)
     app.add_exception_handler(RequestValidationError, _invalid)
     app.add_exception_handler(HTTPException, _unknown)

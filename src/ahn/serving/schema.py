@@ -129,4 +129,4 @@ class CompletionRequest(SamplingOptions):
         """The prompts, one or more."""
         if isinstance(self.prompt, str) or (self.prompt and isinstance(self.prompt[0], int)):
             return [self.prompt]  # type: ignore[list-item]
-        return list(self.prompt)  # type: ignore[arg-type]
+        return list(self.prompt)

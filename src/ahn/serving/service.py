@@ -11,6 +11,7 @@ from typing import Any
 
 from ahn.attachment import attachment_of
 from ahn.models.text import opening_of, text_tokens
+from ahn.serving.documents import DocumentShelf
 from ahn.serving.engine import Engine
 from ahn.serving.errors import RequestError
 from ahn.serving.keys import model_key
@@ -32,6 +33,7 @@ class Service:
     Attributes:
         name: Its name.
         engine: What reads and writes.
+        shelf: The documents.
         settings: What it may take.
         metrics: What it counts.
         started: When it began, in seconds of the epoch.
@@ -39,6 +41,7 @@ class Service:
 
     name: str
     engine: Engine
+    shelf: DocumentShelf
     settings: ServeSettings
     metrics: Metrics
     started: int = field(default_factory=lambda: int(time.time()))
@@ -58,11 +61,9 @@ class Service:
         """Tokens of a document that a request is about; 0 without one.
 
         Raises:
-            RequestError: There is no such document.
+            RequestError: There is no such document, or it has not been read yet.
         """
-        if root:
-            raise RequestError(f"there is no document {root!r}", 404, "ahn.document")
-        return 0
+        return self.shelf.ready(root).tokens if root else 0
 
     def generation(self, options: SamplingOptions, tokens: list[int], **more: Any) -> Generation:
         """A request for the engine.
@@ -125,7 +126,9 @@ def make_service(name: str, model: Any, tokenizer: Any, settings: ServeSettings)
     metrics = Metrics()
     folder = None if settings.session_dir is None else settings.session_dir / model_key(model, name)
     store = PrefixStore(model, settings.session_bytes, folder, settings.disk_bytes)
-    return Service(name, Engine(model, tokenizer, store, settings, metrics), settings, metrics)
+    engine = Engine(model, tokenizer, store, settings, metrics)
+    shelf = DocumentShelf(engine, folder, settings.max_prompt_tokens)
+    return Service(name, engine, shelf, settings, metrics)
 
 
 def sampling_of(options: SamplingOptions, top_logprobs: int | None) -> Sampling:
