@@ -40,17 +40,17 @@ class Bank(Store):
             source = selected.source.to(keys.device)[:, None, :, None]
             for name, all_ in (("anchor_keys", keys), ("anchor_values", values)):
                 index = source.expand(all_.size(0), all_.size(1), -1, all_.size(3))
-                self.held[name] = all_.gather(2, index)
+                self.stored[name] = all_.gather(2, index)
         return ExtraKV(keys, values, selected.visible_from.to(keys.device), selected.visible_until.to(keys.device))
 
     def reserve(self, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The keys and values of all places, made if they are not there yet.
+        """The keys and values of all anchors, made if they are not there yet.
 
         Args:
             keys: Some of the layer, whose dtype, device and sizes they get, `[B, G, ?, K]`.
-            values: Likewise, `[B, G, ?, V]`.
+            values: The same of its values, `[B, G, ?, V]`.
         """
         for name, like in (("anchor_keys", keys), ("anchor_values", values)):
-            if name not in self.held:
-                self.held[name] = like.new_zeros(*like.shape[:2], self.anchors, like.size(3))
-        return self.held["anchor_keys"], self.held["anchor_values"]
+            if name not in self.stored:
+                self.stored[name] = like.new_zeros(*like.shape[:2], self.anchors, like.size(3))
+        return self.stored["anchor_keys"], self.stored["anchor_values"]
