@@ -127,22 +127,28 @@ yarn_mistral_templates = {
 
         Path("config.py").write_text(self.LVEVAL)
         Path("prompt.py").write_text(self.INFINITEBENCH)
-        longbench = {"qmsum": "{context}\n\nQuery: {input}\nAnswer:", "lcc": "{context}Next line of code:\n"}
+        longbench = {
+            "qmsum": "{context}\n\nQuery: {input}\nAnswer:",
+            "lcc": "{context}Next line of code:\n",
+            "trec": "",
+        }
         Path("dataset2prompt.json").write_text(json.dumps(longbench))
         files = ["config.py", "dataset2prompt.json", "prompt.py"]
         assert main(["eval", "prompts", *files, "--variant", "yarn_mistral", "--out", "all.json"]) == 0
         assert "wrote templates of 5 tasks" in capsys.readouterr().out
         assert main(["eval", "prompts", *files[:2], "--out", "p.json"]) == 0
         shown = capsys.readouterr()
-        assert "left out: there is no task 'lcc'" in shown.err
+        assert shown.err == "left out: lcc, trec (no task that is built in)\n"
         assert shown.out == "wrote templates of 3 tasks to p.json\n"
         templates = read_prompts(Path("p.json"))
         assert set(templates) == {"cmrc_mixup", "factrecall_en", "qmsum"}
         assert templates["factrecall_en"] == "Article: {context}\nQuestion: {input}\nAnswer:"
         assert main(["eval", "prompts", "prompt.py", "--variant", "yarn_mistral"]) == 0
         errors = capsys.readouterr().err
-        assert "longbook_sum_eng" in errors
-        assert "code_run: the template is no text" in errors
+        assert "left out: longbook_sum_eng (prompt.py: the placeholder {file} is unknown." in errors
+        assert "left out: code_run (prompt.py: the template is no text. Correct it.)" in errors
+        assert main(["eval", "prompts", "prompt.py", "--variant", "rwkv"]) == 2
+        assert "holds templates of gpt4, yarn_mistral, but not rwkv. Name one" in capsys.readouterr().err
         templates = read_prompts(Path("prompts.json"))
         assert templates["passkey"] == "Find it.\n\n{context}\n\n{input}\nThe pass key is"
         record = {"id": 0, "context": "[1, 5]", "input": "What is it? The largest number is?", "answer": 5}
@@ -156,9 +162,9 @@ yarn_mistral_templates = {
             (
                 "prompt.py",
                 INFINITEBENCH,
-                "holds several kinds of templates: gpt4, yarn_mistral. Name one",
+                "holds templates of gpt4, yarn_mistral. Name one of them with --variant.",
             ),
-            ("prompt.py", "x = {1: 2}", "prompt.py holds no templates. Check the file."),
+            ("prompt.py", "x = {1: 2}", "prompt.py holds no templates. Give the file"),
             ("prompt.py", "x = {", "prompt.py is no Python."),
             ("prompt.json", "[1]", "prompt.json holds no templates."),
             ("prompt.json", '{"lcc": "{context}"}', "holds no template of a task that is known here."),

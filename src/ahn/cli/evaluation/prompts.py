@@ -46,7 +46,8 @@ def command(settings: PromptSettings) -> None:
         if twice := sorted(published.templates.keys() & templates.keys()):
             raise UsageError(f"{name} has a template of {twice[0]}, as a file before it. Name one of them.")
         templates |= published.templates
-        for reason in published.left_out.values():
-            log(f"left out: {reason}", "yellow")
+        for reason in dict.fromkeys(published.left_out.values()):
+            names = ", ".join(task for task, each in published.left_out.items() if each == reason)
+            log(f"left out: {names} ({reason})", "yellow")
     write_text(target, json.dumps(templates, indent=1, ensure_ascii=False) + "\n", settings.files)
     log(f"wrote templates of {len(templates)} tasks to {target}", console=output())

@@ -180,14 +180,10 @@ def check_arms(arms: tuple[str, ...]) -> None:
         UsageError: There is none, or an unknown one.
     """
     for name in arms or ("",):
-        _check_arm(name)
-
-
-def _check_arm(name: str) -> None:
-    try:
-        find_arm(name)
-    except ConfigError:
-        raise UsageError(f"--arms takes {GRAMMAR}, not '{name}'.") from None
+        try:
+            find_arm(name)
+        except ConfigError:
+            raise UsageError(f"--arms takes {GRAMMAR}, not '{name}'.") from None
 
 
 def weights_checksum(modules: Iterable[tuple[int, nn.Module | None]]) -> str:

@@ -12,6 +12,7 @@ Python files are parsed, never run.
 from __future__ import annotations
 
 import ast
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -56,9 +57,14 @@ def read_official_prompts(file: Path, variant: str | None = None) -> OfficialPro
         for published, ours in _WRITTEN_OUT.items():
             template = template.replace(published, ours) if isinstance(template, str) else template
         try:
-            prompts.templates[find(str(name)).task.name] = check_template(template, str(name))
+            task = find(str(name)).task.name
+        except EvaluationError:
+            prompts.left_out[str(name)] = "no task that is built in"
+            continue
+        try:
+            prompts.templates[task] = check_template(template, os.fspath(file))
         except EvaluationError as error:
-            prompts.left_out[str(name)] = str(error)
+            prompts.left_out[task] = str(error)
     if not prompts.templates:
         raise EvaluationError(f"{file} holds no template of a task that is known here. Check which file it is.")
     return prompts
@@ -68,12 +74,14 @@ def _chosen(dicts: dict[str, dict[str, object]], file: Path, variant: str | None
     """The only dict, or the one with this name."""
     if len(dicts) == 1:
         return next(iter(dicts.values()))
-    known = ", ".join(name.removesuffix(_SUFFIX) for name in dicts)
     for name in (variant, f"{variant}{_SUFFIX}"):
         if name in dicts:
             return dicts[name]
-    what = f"several kinds of templates: {known}. Name one with --variant" if dicts else "no templates. Check the file"
-    raise EvaluationError(f"{file} holds {what}.")
+    if not dicts:
+        raise EvaluationError(f"{file} holds no templates. Give the file in which the benchmark publishes its prompts.")
+    kinds = ", ".join(name.removesuffix(_SUFFIX) for name in dicts)
+    wrong = "" if variant is None else f", but not {variant}"
+    raise EvaluationError(f"{file} holds templates of {kinds}{wrong}. Name one of them with --variant.")
 
 
 def _dicts(file: Path) -> Iterator[tuple[str, dict[str, object]]]:
