@@ -179,11 +179,12 @@ def check_arms(arms: tuple[str, ...]) -> None:
     Raises:
         UsageError: There is none, or an unknown one.
     """
-    for name in arms or ("",):
-        try:
+    name = ""
+    try:
+        for name in arms or ("",):
             find_arm(name)
-        except ConfigError:
-            raise UsageError(f"--arms takes {GRAMMAR}, not '{name}'.") from None
+    except ConfigError:
+        raise UsageError(f"--arms takes {GRAMMAR}, not '{name}'.") from None
 
 
 def weights_checksum(modules: Iterable[tuple[int, nn.Module | None]]) -> str:
