@@ -181,6 +181,16 @@ yarn_mistral_templates = {
 
 
 class TestScore:
+    def test_a_missing_package_is_no_fault_of_a_file(
+        self, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        from ahn.evaluation import libraries
+
+        libraries.jieba.cache_clear()
+        monkeypatch.setitem(sys.modules, "jieba", None)
+        assert main(["eval", "score", "."]) == 2
+        assert "scoring Chinese text needs the package jieba" in capsys.readouterr().err
+
     def test_a_bad_file_of_a_folder_is_left_out(self, capsys: pytest.CaptureFixture[str]) -> None:
         folder = Path("published")
         folder.mkdir()
@@ -192,6 +202,7 @@ class TestScore:
             "results.jsonl": '{"accuracy": 1}',
             "preds_kv_retrieval.jsonl": '{"id": 0, "prediction": "x", "answers": ["x"]}\n{"id": 1,',
             "preds_code_run.jsonl": '{"id": 0, "prediction": "5", "ground_truth": "five"}',
+            "preds_math_find.jsonl": '{"id": 0, "prediction": "5", "ground_truth": "no number"}',
             "preds_passkey_0-5.jsonl": (folder / "preds_passkey.jsonl").read_text(),
             "empty.jsonl": "",
         }
@@ -206,6 +217,12 @@ class TestScore:
             assert any(line.startswith(f"left out: published/{name}") for line in lines), name
         assert len(json.loads(Path("scores.json").read_text())["left_out"]) == len(bad)
         assert main(["eval", "score", "published/results.jsonl"]) == 2
+        # A record of a file that is left out may stand in another one.
+        (folder / "preds_math_find_0-9.jsonl").write_text('{"id": 0, "prediction": "5", "ground_truth": 5}')
+        capsys.readouterr()
+        assert main(["eval", "score", "published"]) == 0
+        assert "math_find" in capsys.readouterr().out
+        (folder / "preds_math_find_0-9.jsonl").unlink()
         for name in LINES:
             (folder / name).unlink()
         (folder / "preds_passkey_0-5.jsonl").unlink()

@@ -12,7 +12,7 @@ from typing import Any
 
 from ahn.evaluation.benchmarks import find, find_in_file_name
 from ahn.evaluation.benchmarks.schema import Sample, Scoring, Target
-from ahn.evaluation.errors import AnswerError, EvaluationError
+from ahn.evaluation.errors import AnswerError, EvaluationError, MissingPackageError
 from ahn.evaluation.metrics import METRICS
 from ahn.evaluation.metrics.choices import with_letter
 from ahn.evaluation.records import Record, read_records
@@ -126,15 +126,17 @@ def _in_folder(
     if not files:
         raise EvaluationError(f"{name} holds no .jsonl file. Give files of predictions or a folder of them.")
     for file in files:
+        known = dict(first)
         try:
-            predictions = list(_in_file(file, named, first))
+            predictions = list(_in_file(file, named, known))
             for each in predictions if on_left_out else ():
                 dataclasses.replace(each, text=ANY_TEXT).score()
         except EvaluationError as error:
-            if on_left_out is None:
+            if on_left_out is None or isinstance(error, MissingPackageError):
                 raise
             on_left_out(str(error))
             continue
+        first |= known
         good += 1
         yield from predictions
     if not good:

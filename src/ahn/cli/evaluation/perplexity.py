@@ -29,8 +29,7 @@ ahn eval perplexity book.txt --out book  [dim]# a whole book: one plot, constant
 
 ahn eval perplexity texts --arms full,window,ahn --length 4096 --pieces 8
 
-ahn eval perplexity texts --length 2048 --pieces 24 --window 256 --equal-bytes --plot gap.png \
-    --arms full,window,anchors+64,ahn,ahn+64  [dim]# what memory and anchors win back, byte for byte[/dim]
+ahn eval perplexity texts --length 2048 --pieces 24 --arms full,window,ahn,ahn+64 --equal-bytes --plot gap.png
 """
 
 
