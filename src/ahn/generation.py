@@ -5,12 +5,13 @@ Legend of shapes: T tokens, V vocabulary.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import inspect
 import math
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import nn
@@ -29,6 +30,9 @@ from ahn.backbone.survey import check_numbers
 from ahn.cache import HippocampalCache
 from ahn.cache.cache import layer_tensors
 from ahn.errors import ConfigError, ShapeError
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 _LARGEST_CHUNK = 512  # longer chunks are not faster on a CPU, and their logits grow
 _LOGITS = 2**25  # elements of a chunk's logits: 134 MB in float32
@@ -121,6 +125,19 @@ class Reader:
             torch.cuda.synchronize(ids_T.device)
         self.seconds += time.perf_counter() - start
         self.tokens += ids_T.numel()
+
+    def fork(self) -> Self:
+        """An independent reader that goes on from here, on a copy of the cache, and scores what it reads from here on.
+
+        Raises:
+            ShapeError: Nothing has been read.
+        """
+        twin = copy.copy(self)
+        twin.cache = self.cache.fork() if isinstance(self.cache, HippocampalCache) else copy.deepcopy(self.cache)
+        twin.score, twin.tokens, twin.seconds = True, 0, 0.0
+        twin._logits = self.logits.clone()
+        twin._scores, twin._scored, twin._total = torch.zeros(0), 0, 0.0
+        return twin
 
     @property
     def nll(self) -> torch.Tensor:

@@ -66,8 +66,8 @@ class Tokens(NamedTuple):
 
     def write(self, slot: int, tokens: Tokens) -> None:
         """Overwrites the slots from `slot` on."""
-        for held, fresh in zip(self.span(slot, slot + tokens.length), tokens, strict=True):
-            held.copy_(fresh)
+        for old, fresh in zip(self.span(slot, slot + tokens.length), tokens, strict=True):
+            old.copy_(fresh)
 
 
 def concatenate(parts: list[Tokens]) -> Tokens:

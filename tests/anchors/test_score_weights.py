@@ -98,7 +98,7 @@ def test_a_kind_that_no_voting_layer_asks_for_is_left_out() -> None:
     cache = ahn.HippocampalCache(model)
     read(model, text(2, 75), cache=cache)
     assert cache.scoreboard is not None
-    assert torch.isfinite(cache.scoreboard.held["votes"]).all()
+    assert torch.isfinite(cache.scoreboard.stored["votes"]).all()
     assert all(len(tokens) == ANCHORS for tokens in cache.anchor_tokens)
 
 

@@ -173,7 +173,7 @@ def _score(
         *projected,
         attention=lambda: attention_blocks(call, view, query, layer.sink_queries(query, view.seen), softmax),
         weights=layer.site.score_weights(selection.scoreboard.score.name),
-        state=store.score_state.held,
+        state=store.score_state.stored,
         rotary=layer.rotary,
     )
     selection.add(tokens, later=call.step is not None)

@@ -46,10 +46,10 @@ class SavedCache(NamedTuple):
         """Rows of the batch; 0 without tensors."""
         return next((tensor.size(0) for tensor in tensors.values() if tensor.dim()), 0)
 
-    def of(self, part: str, device: torch.device) -> dict[str, torch.Tensor]:
+    def tensors_of(self, part: str, device: torch.device) -> dict[str, torch.Tensor]:
         """The tensors of a part, a layer for example, by their names within it, on a device."""
-        start = f"{part}."
-        return {name.removeprefix(start): t.to(device) for name, t in self.tensors.items() if name.startswith(start)}
+        prefix = f"{part}."
+        return {name.removeprefix(prefix): t.to(device) for name, t in self.tensors.items() if name.startswith(prefix)}
 
 
 def write_cache(saved: SavedCache, attachment: Attachment, path: str | os.PathLike[str]) -> None:
@@ -169,11 +169,11 @@ def _checksum(text: str, tensors: dict[str, torch.Tensor]) -> str:
     return digest.hexdigest()
 
 
-def _other_format(path: Path, found: object) -> str:
+def _other_format(path: Path, version: object) -> str:
     """What to say of a file of another format."""
-    older = isinstance(found, int) and found < FORMAT
+    older = isinstance(version, int) and version < FORMAT
     remedy = "read the text again and save it anew" if older else "update ahn"
-    return f"{path} has format {found}, this version of ahn reads {FORMAT}; {remedy}"
+    return f"{path} has format {version}, this version of ahn reads {FORMAT}; {remedy}"
 
 
 def _fingerprint(attachment: Attachment) -> dict[str, Any]:

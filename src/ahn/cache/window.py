@@ -204,16 +204,16 @@ class SinkWindow:
         return [self.buffer.span(slot, slot + until_wrap), wrapped]
 
     def _sinks_with(self, new: Tokens, padding: Padding | None) -> Tokens:
-        held = self._pending_sinks
-        if held is None:
-            held = self.buffer.span(0, min(self.sinks, self.seen)) if self.buffer else new.span(0, 0)
+        sinks = self._pending_sinks
+        if sinks is None:
+            sinks = self.buffer.span(0, min(self.sinks, self.seen)) if self.buffer else new.span(0, 0)
             if new.keys.requires_grad:  # the graph must not see the buffer, which later calls write to
-                held = held.map(torch.clone)
+                sinks = sinks.map(torch.clone)
         if padding is not None:
-            return self._padded_sinks(held, new, padding) if self.seen < self.sinks + padding.most else held
-        return concatenate([held, new.span(0, min(self.sinks - held.length, new.length))])
+            return self._padded_sinks(sinks, new, padding) if self.seen < self.sinks + padding.most else sinks
+        return concatenate([sinks, new.span(0, min(self.sinks - sinks.length, new.length))])
 
-    def _padded_sinks(self, held: Tokens, new: Tokens, padding: Padding) -> Tokens:
+    def _padded_sinks(self, sinks: Tokens, new: Tokens, padding: Padding) -> Tokens:
         """Sinks of rows that begin at different tokens: slot s of a row holds its s-th real token once it has come."""
         count = min(self.sinks, self.seen + new.length)
         counts = padding.counts.to(new.keys.device)
@@ -226,7 +226,7 @@ class SinkWindow:
             rest = old.new_zeros(*old.shape[:2], count - old.size(2), old.size(3))
             return torch.where(fresh, gathered, torch.cat((old, rest), dim=2))
 
-        return Tokens(*(fill(old, tensor) for old, tensor in zip(held, new, strict=True)))
+        return Tokens(*(fill(old, tensor) for old, tensor in zip(sinks, new, strict=True)))
 
     def _reserved(self, tokens: int, like: Tokens) -> Tokens:
         """The buffer, with room for `tokens` tokens but never for more than S + W.
@@ -234,10 +234,10 @@ class SinkWindow:
         Keys and values have one dtype, the widest that came: calls inside and outside of autocast differ in theirs.
         """
         most = self.sinks + self.window
-        held = self.buffer.length if self.buffer else 0
+        length = self.buffer.length if self.buffer else 0
         dtype = _widest([like, *filter(None, [self.buffer])])
-        if self.buffer is None or held < min(tokens, most) or not self.buffer.is_all(dtype):
-            room = held if held >= min(tokens, most) else min(most, max(tokens, 2 * held, 64))
+        if self.buffer is None or length < min(tokens, most) or not self.buffer.is_all(dtype):
+            room = length if length >= min(tokens, most) else min(most, max(tokens, 2 * length, 64))
             grown = like.map(lambda tensor: tensor.new_zeros(*tensor.shape[:2], room, tensor.size(3))).to(dtype)
             if self.buffer is not None:
                 grown.write(0, self.buffer)
