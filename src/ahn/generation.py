@@ -17,9 +17,16 @@ import torch
 from torch import nn
 from torch.nn import functional
 from transformers.cache_utils import Cache, DynamicCache
+from transformers.generation.logits_process import (
+    LogitsProcessorList,
+    RepetitionPenaltyLogitsProcessor,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 
 from ahn.attachment import attachment_of, find_attachment
 from ahn.backbone import compat
+from ahn.backbone.survey import check_numbers
 from ahn.cache import HippocampalCache
 from ahn.cache.cache import layer_tensors
 from ahn.errors import ConfigError, ShapeError
@@ -95,6 +102,7 @@ class Reader:
             ShapeError: There is no token, or more than one row.
             ConfigError: The chunk is below 1.
             CacheError: The cache does not fit the model.
+            ModelError: The model's logits are NaN.
         """
         ids = _one_row(input_ids)
         size = automatic_chunk(self.model) if chunk is None else chunk
@@ -109,6 +117,7 @@ class Reader:
         """Reads tokens in one forward pass."""
         start = time.perf_counter()
         logits = _forward(self.model, ids_T, self.cache, every=self.score)
+        check_numbers(logits[-1])
         if self.score:
             self._note(logits, ids_T)
         self._logits = logits[-1].clone()
@@ -225,7 +234,15 @@ class Decoder(Protocol):
 
 
 def decode(
-    reader: Decoder, limit: int, stop: Collection[int] = (), temperature: float = 0.0, seed: int | None = None
+    reader: Decoder,
+    limit: int,
+    stop: Collection[int] = (),
+    temperature: float = 0.0,
+    seed: int | None = None,
+    *,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    repetition_penalty: float | None = None,
 ) -> Iterator[int]:
     """Continues what a reader has read; every token but the one that ends the answer enters its cache.
 
@@ -235,6 +252,9 @@ def decode(
         stop: Tokens that end the answer; they are not part of it.
         temperature: 0 takes the likeliest token each time; above, tokens are drawn.
         seed: Of the random numbers; a new one each time if left out.
+        top_k: Draws from so many of the likeliest tokens only.
+        top_p: Draws from the likeliest tokens that have this probability together.
+        repetition_penalty: Above 1, tokens that the answer has already are less likely, as in transformers.
 
     Yields:
         Token ids.
@@ -244,12 +264,45 @@ def decode(
     """
     generator = torch.Generator()
     generator.seed() if seed is None else generator.manual_seed(seed)
+    processors = _processors(temperature, top_k, top_p, repetition_penalty)
+    written: list[int] = []
     for _ in range(limit):
-        token = _next_token(reader.logits, temperature, generator)
+        logits_V = reader.logits
+        if processors:
+            logits_V = processors(torch.tensor([written], dtype=torch.long), logits_V.float().cpu()[None])[0]
+        token = _next_token(logits_V, temperature, generator)
         if token in stop:
             return
+        written.append(token)
         yield token
         reader.prefill(torch.tensor([token]))
+
+
+def _processors(
+    temperature: float, top_k: int | None, top_p: float | None, repetition_penalty: float | None
+) -> LogitsProcessorList:
+    """What changes logits before a token is drawn from them, in the order of transformers."""
+    processors = LogitsProcessorList()
+    if repetition_penalty is not None and repetition_penalty != 1:
+        processors.append(RepetitionPenaltyLogitsProcessor(float(repetition_penalty)))
+    if temperature and top_k:
+        processors.append(TopKLogitsWarper(top_k))
+    if temperature and top_p is not None and top_p < 1:
+        processors.append(_TopP(top_p, temperature))
+    return processors
+
+
+class _TopP(TopPLogitsWarper):
+    """Keeps the likeliest tokens at a temperature, which is applied later."""
+
+    def __init__(self, top_p: float, temperature: float) -> None:
+        super().__init__(float(top_p))
+        self.temperature = temperature
+
+    def __call__(self, input_ids: Any, scores: Any) -> torch.FloatTensor:
+        """See `LogitsProcessor`."""
+        kept = super().__call__(input_ids, scores / self.temperature)
+        return scores.masked_fill(kept == -math.inf, -math.inf)
 
 
 def text_of(tokenizer: Any, ids: Collection[int]) -> str:

@@ -260,11 +260,11 @@ def _our_folder(name: str | os.PathLike[str], source: HubSource) -> Path | None:
     folder = Path(name).expanduser()
     if name in KNOWN or not name.strip():
         return None
-    if name in shipped() and not folder.is_dir():
+    if name in shipped() and not os.path.isdir(folder):
         return SHIPPED / name
-    remote = not folder.is_dir()
+    remote = not os.path.isdir(folder)
     if remote:
-        if not is_hub_id(name) or folder.exists():
+        if not is_hub_id(name) or os.path.exists(folder):
             return None
         try:
             folder = download(name, source, [published.CONFIG, own.CONFIG])

@@ -95,7 +95,7 @@ class Journal:
             entry = _entry(line, "settings" if number == 0 else "record", f"{path}, line {number + 1}")
             if number == 0:
                 check_settings(path, entry["settings"], self._settings)
-                self._pinned = entry.get("pinned") or {}
+                self._pinned = entry.get("pinned", {})
                 self._begun = True
             else:
                 self.done[str(entry.get("key"))] = entry["record"]
@@ -126,7 +126,9 @@ def _entry(line: bytes, part: str, where: str) -> dict[str, Any]:
         entry = json.loads(line)
     except (ValueError, RecursionError):
         entry = None
-    if not isinstance(entry, dict) or not isinstance(entry.get(part), dict):
+    if not isinstance(entry, dict) or not all(isinstance(entry.get(name, {}), dict) for name in (part, "pinned")):
+        entry = None
+    if entry is None or part not in entry:
         raise EvaluationError(f"{where}: it is no line of a journal. Name another folder, or remove the file.")
     return entry
 
