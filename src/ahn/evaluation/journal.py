@@ -123,14 +123,13 @@ def check_settings(path: str | os.PathLike[str], before: Mapping[str, Any], now:
 
 def _entry(line: bytes, part: str, where: str) -> dict[str, Any]:
     try:
-        entry = json.loads(line)
+        entry: Any = json.loads(line)
     except (ValueError, RecursionError):
         entry = None
-    if not isinstance(entry, dict) or not all(isinstance(entry.get(name, {}), dict) for name in (part, "pinned")):
-        entry = None
-    if entry is None or part not in entry:
+    parts = {part: None, "pinned": {}, **entry} if isinstance(entry, dict) else {part: None}
+    if not isinstance(parts[part], dict) or not isinstance(parts["pinned"], dict):
         raise EvaluationError(f"{where}: it is no line of a journal. Name another folder, or remove the file.")
-    return entry
+    return parts
 
 
 def _shown(value: Any) -> str:
