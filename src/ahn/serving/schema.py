@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, cast
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -127,5 +127,7 @@ class CompletionRequest(SamplingOptions):
     @property
     def prompts(self) -> list[str | list[int]]:
         """The prompts, one or more."""
-        is_one = isinstance(self.prompt, str) or (self.prompt and isinstance(self.prompt[0], int))
-        return cast("list[str | list[int]]", [self.prompt] if is_one else self.prompt)
+        if isinstance(self.prompt, str):
+            return [self.prompt]
+        tokens = [each for each in self.prompt if isinstance(each, int)]
+        return [tokens] if tokens else [each for each in self.prompt if not isinstance(each, int)]
