@@ -122,13 +122,13 @@ def check_settings(path: str | os.PathLike[str], before: Mapping[str, Any], now:
 
 
 def _entry(line: bytes, part: str, where: str) -> dict[str, Any]:
+    entry: dict[str, Any] | None
     try:
         entry = json.loads(line)
     except (ValueError, RecursionError):
         entry = None
-    if not isinstance(entry, dict) or not all(isinstance(entry.get(name, {}), dict) for name in (part, "pinned")):
-        entry = None
-    if entry is None or part not in entry:
+    parts = (part, "pinned")
+    if not isinstance(entry, dict) or part not in entry or any(not isinstance(entry.get(p, {}), dict) for p in parts):
         raise EvaluationError(f"{where}: it is no line of a journal. Name another folder, or remove the file.")
     return entry
 
