@@ -88,7 +88,6 @@ COMMANDS = (
     "generate Hello --system Hi --no-chat",
     "generate --chat --file -",
     "generate Hello --model ./odd",
-    f"generate Hello --cache-out {'x' * 300}",
     "generate Hello --model smollm2-135",
     "generate Hello --model ./nowhere",
     "generate Hello --model ./notes",

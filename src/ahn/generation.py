@@ -269,7 +269,9 @@ def decode(
     for _ in range(limit):
         logits_V = reader.logits
         if processors:
-            logits_V = processors(torch.tensor([written], dtype=torch.long), logits_V.float().cpu()[None])[0]
+            ids: Any = torch.tensor([written], dtype=torch.long)
+            scores: Any = logits_V.float().cpu()[None]
+            logits_V = processors(ids, scores)[0]
         token = _next_token(logits_V, temperature, generator)
         if token in stop:
             return
@@ -302,7 +304,8 @@ class _TopP(TopPLogitsWarper):
     def __call__(self, input_ids: Any, scores: Any) -> torch.FloatTensor:
         """See `LogitsProcessor`."""
         kept = super().__call__(input_ids, scores / self.temperature)
-        return scores.masked_fill(kept == -math.inf, -math.inf)
+        masked: torch.FloatTensor = scores.masked_fill(kept == -math.inf, -math.inf)
+        return masked
 
 
 def text_of(tokenizer: Any, ids: Collection[int]) -> str:

@@ -34,6 +34,12 @@ SURFACE = {
         "--repetition-penalty", "--seed", "--system", "--chat", "--no-chat", "--cache-in", "--cache-out", "--model",
         "--adapter", "--window", "--sinks", "--sink-positions",
     ],
+    "serve": [
+        "--host", "--port", "--api-key", "--max-sessions", "--session-bytes", "--session-dir", "--disk-bytes",
+        "--cors-origin", "--max-queue", "--max-body-bytes", "--max-prompt-tokens", "--max-seconds", "--chunk",
+        "--chunk-between-steps", "MODEL", "--adapter", "--window", "--sinks", "--sink-positions", "--anchors",
+    ],
+    "chat": ["--url", "--api-key", "--document", "--system", "--max-tokens", "--temperature"],
     "inspect": ["PATH", "--json"],
     "cost": [
         "MODEL", "--context", "--window", "--sinks", "--convention", "--dtype", "--memory-positions", "--plot",

@@ -11,7 +11,7 @@ import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypedDict
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -59,6 +59,15 @@ class Stored(NamedTuple):
         """Bytes that it takes in the file."""
         bits = re.search(r"\d+", self.dtype)  # "BF16", "F8_E4M3", "U8"; "BOOL" has none and takes a byte
         return self.elements * int(bits[0] if bits else 8) // 8
+
+
+class HubOptions(TypedDict, total=False):
+    """What `load` and its kin take of the Hugging Face hub beside the revision; see `HubSource`."""
+
+    subfolder: str
+    token: str | bool | None
+    cache_dir: str | os.PathLike[str] | None
+    local_files_only: bool
 
 
 @dataclasses.dataclass(frozen=True)

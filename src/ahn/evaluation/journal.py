@@ -122,15 +122,14 @@ def check_settings(path: str | os.PathLike[str], before: Mapping[str, Any], now:
 
 
 def _entry(line: bytes, part: str, where: str) -> dict[str, Any]:
-    entry: dict[str, Any] | None
     try:
-        entry = json.loads(line)
+        entry: Any = json.loads(line)
     except (ValueError, RecursionError):
         entry = None
-    parts = (part, "pinned")
-    if not isinstance(entry, dict) or part not in entry or any(not isinstance(entry.get(p, {}), dict) for p in parts):
+    parts = {part: None, "pinned": {}, **entry} if isinstance(entry, dict) else {part: None}
+    if not isinstance(parts[part], dict) or not isinstance(parts["pinned"], dict):
         raise EvaluationError(f"{where}: it is no line of a journal. Name another folder, or remove the file.")
-    return entry
+    return parts
 
 
 def _shown(value: Any) -> str:

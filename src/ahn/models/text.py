@@ -64,7 +64,7 @@ def text_offsets(text: str, tokenizer: Any) -> list[tuple[int, int]]:
     """
     offsets: list[tuple[int, int]] = []
     start = 0
-    for part in _parts(text):
+    for part in _parts(text, lambda part: _ids([part], tokenizer)):
         encoded = tokenizer(part, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
         offsets += [(start + first, start + last) for first, last in encoded["offset_mapping"]]
         start += len(part)
