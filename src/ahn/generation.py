@@ -20,6 +20,7 @@ from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation.logits_process import (
     LogitsProcessorList,
     RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
     TopKLogitsWarper,
     TopPLogitsWarper,
 )
@@ -267,7 +268,7 @@ def decode(
             ids: Any = torch.tensor([written], dtype=torch.long)
             scores: Any = logits_V.float().cpu()[None]
             logits_V = processors(ids, scores)[0]
-        token = _next_token(logits_V, temperature, generator)
+        token = _next_token(logits_V, generator if temperature else None)
         if token in stop:
             return
         written.append(token)
@@ -282,25 +283,13 @@ def _processors(
     processors = LogitsProcessorList()
     if repetition_penalty is not None and repetition_penalty != 1:
         processors.append(RepetitionPenaltyLogitsProcessor(float(repetition_penalty)))
-    if temperature and top_k:
-        processors.append(TopKLogitsWarper(top_k))
-    if temperature and top_p is not None and top_p < 1:
-        processors.append(_TopP(top_p, temperature))
+    if temperature:
+        processors.append(TemperatureLogitsWarper(float(temperature)))
+        if top_k:
+            processors.append(TopKLogitsWarper(top_k))
+        if top_p is not None and top_p < 1:
+            processors.append(TopPLogitsWarper(float(top_p)))
     return processors
-
-
-class _TopP(TopPLogitsWarper):
-    """Keeps the likeliest tokens at a temperature, which is applied later."""
-
-    def __init__(self, top_p: float, temperature: float) -> None:
-        super().__init__(float(top_p))
-        self.temperature = temperature
-
-    def __call__(self, input_ids: Any, scores: Any) -> torch.FloatTensor:
-        """See `LogitsProcessor`."""
-        kept = super().__call__(input_ids, scores / self.temperature)
-        masked: torch.FloatTensor = scores.masked_fill(kept == -math.inf, -math.inf)
-        return masked
 
 
 def text_of(tokenizer: Any, ids: Collection[int]) -> str:
@@ -378,10 +367,10 @@ def _nll(logits_TV: torch.Tensor, targets_T: torch.Tensor) -> torch.Tensor:
     return torch.cat(parts) if parts else logits_TV.new_zeros(0, dtype=torch.float32)
 
 
-def _next_token(logits_V: torch.Tensor, temperature: float, generator: torch.Generator) -> int:
-    if temperature == 0:
+def _next_token(logits_V: torch.Tensor, generator: torch.Generator | None) -> int:
+    if generator is None:
         return int(logits_V.argmax())
-    weights = torch.softmax(logits_V.float().cpu() / temperature, dim=-1)
+    weights = torch.softmax(logits_V, dim=-1)
     return int(torch.multinomial(weights, 1, generator=generator))
 
 
