@@ -80,7 +80,7 @@ bench-serve: $(HAVE_DEV) $(HAVE_MODEL)
 	@$(PY) benchmarks/serve.py $(ARGS)
 
 test-browser: $(HAVE_DEV)
-	@command -v chromedriver >/dev/null || apt-get install -y --no-install-recommends chromium chromium-driver
+	@command -v chromedriver >/dev/null || { apt-get update -qq && apt-get install -qq -y --no-install-recommends chromium chromium-driver; }
 	@$(PIP) selenium
 	@$(PY) -m pytest -q tests/serving/test_page.py $(ARGS)
 

@@ -85,9 +85,9 @@ class LayerGroup:
 
     def _copied(self) -> torch.Tensor:
         """A copy of the states in one tensor, from where they lie together or from wherever each of them lies."""
-        held = [store.state for store in self.stores if store.state is not None]
-        if self.states is None or not all(map(_is_same, self.states, held)):
-            return torch.stack(held)
+        states = [store.state for store in self.stores if store.state is not None]
+        if self.states is None or not all(map(_is_same, self.states, states)):
+            return torch.stack(states)
         return self.states.clone()
 
 

@@ -88,8 +88,8 @@ class SlotCache:
             self._place(index, number + 1, stores, seen)
         if self.cache.scoreboard is not None:
             board = _turned_board(cache, padding)
-            held = self.cache.scoreboard.held
-            self.cache.scoreboard.held = {n: torch.cat((held[n], board[n])) if number else board[n] for n in board}
+            held = self.cache.scoreboard.stored
+            self.cache.scoreboard.stored = {n: torch.cat((held[n], board[n])) if number else board[n] for n in board}
         self._count(torch.cat((self._counts, torch.tensor([padding]))))
         return number
 
@@ -114,7 +114,7 @@ class SlotCache:
             stores = {name: tensor[order] for name, tensor in layer.tensors().items() if name not in Tokens._fields}
             self._place(index, last, stores, layer.exact.seen)
         if self.cache.scoreboard is not None:
-            self.cache.scoreboard.held = {n: tensor[order] for n, tensor in self.cache.scoreboard.held.items()}
+            self.cache.scoreboard.stored = {n: tensor[order] for n, tensor in self.cache.scoreboard.stored.items()}
         self._count(self._counts[order])
         return left
 
@@ -135,7 +135,7 @@ class SlotCache:
                 tensors["key_recent"] = tensors["key_recent"][:, :, -seen:]
             other.set_tensors(tensors, seen)
         if self.cache.scoreboard is not None and single.scoreboard is not None:
-            single.scoreboard.held = _alone(self.cache, row, padding, seen)
+            single.scoreboard.stored = _alone(self.cache, row, padding, seen)
         return single
 
     def _place(self, index: int, rows: int, stores: Row, seen: int) -> None:
@@ -240,13 +240,13 @@ def _turned_board(cache: HippocampalCache, padding: int) -> Row:
     board = cache.scoreboard
     if board is None:
         return {}
-    votes = board.held["votes"]
-    turned = {"votes": votes.roll(padding % board.places, dims=1)}
+    votes = board.stored["votes"]
+    turned = {"votes": votes.roll(padding % board.length, dims=1)}
     for window in board.windows:
         scores, tokens = f"scores.{window}", f"tokens.{window}"
         nothing = votes.new_full((1, board.anchors), float("-inf"))
-        turned[scores] = board.held.get(scores, nothing)
-        turned[tokens] = _moved(board.held.get(tokens, torch.full_like(nothing, -1, dtype=torch.int64)), padding)
+        turned[scores] = board.stored.get(scores, nothing)
+        turned[tokens] = _moved(board.stored.get(tokens, torch.full_like(nothing, -1, dtype=torch.int64)), padding)
     return turned
 
 
@@ -255,8 +255,8 @@ def _alone(cache: HippocampalCache, row: int, padding: int, seen: int) -> Row:
     board = cache.scoreboard
     if board is None:
         return {}
-    held = {name: tensor[row : row + 1].clone() for name, tensor in board.held.items()}
-    held["votes"] = held["votes"].roll(-(padding % board.places), dims=1)
+    held = {name: tensor[row : row + 1].clone() for name, tensor in board.stored.items()}
+    held["votes"] = held["votes"].roll(-(padding % board.length), dims=1)
     for window in board.windows:
         scores, tokens = held.pop(f"scores.{window}"), held.pop(f"tokens.{window}")
         if seen > board.sinks + window:

@@ -11,7 +11,7 @@ import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypedDict
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -61,6 +61,15 @@ class Stored(NamedTuple):
         return self.elements * int(bits[0] if bits else 8) // 8
 
 
+class HubOptions(TypedDict, total=False):
+    """What `load` and its kin take of the Hugging Face hub beside the revision; see `HubSource`."""
+
+    subfolder: str
+    token: str | bool | None
+    cache_dir: str | os.PathLike[str] | None
+    local_files_only: bool
+
+
 @dataclasses.dataclass(frozen=True)
 class HubSource:
     """How a checkpoint is found: options of the Hugging Face hub; a local folder uses the subfolder only.
@@ -108,7 +117,8 @@ class HubSource:
 
 def failure(where: str | os.PathLike[str], what: str, remedy: str) -> CheckpointError:
     """An error of one line: where, what is wrong, what to do."""
-    text = f"{os.fspath(where).strip() or repr('')}: {what}. {remedy}."
+    name = os.fspath(where).strip() or repr("")
+    text = f"{name if len(name) <= 200 else f'{name[:197]}...'}: {what}. {remedy}."
     return CheckpointError(" ".join(text.split()))
 
 
@@ -142,9 +152,9 @@ def locate(name: str | os.PathLike[str], source: HubSource | None = None, config
     """
     name, source = os.fspath(name), source or HubSource()
     path = Path(name).expanduser()
-    if name.strip() and path.is_dir():
+    if name.strip() and os.path.isdir(path):  # those of pathlib raise at a name that is too long
         return source.within(path, name)
-    if path.is_file():
+    if os.path.isfile(path):
         raise failure(name, "this is a file", "Give the folder that holds it and its config")
     if name in shipped(config):
         return SHIPPED / name
@@ -200,7 +210,7 @@ def read_json(file: Path) -> dict[str, Any]:
     """
     try:
         values = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise failure(file, f"it cannot be read ({brief(error)})", "Copy or download the folder again") from None
     if not isinstance(values, dict):
         raise failure(file, "it holds no JSON object", "Copy or download the folder again")
@@ -330,9 +340,9 @@ def new_folder(target: str | os.PathLike[str]) -> Iterator[Path]:
         CheckpointError: The target is there and not empty, or cannot be written.
     """
     place = Path(target).expanduser().absolute()
-    if place.exists() and (not place.is_dir() or any(place.iterdir())):
-        raise failure(target, "it exists already", "Choose a new or an empty folder")
     with writing(target):
+        if place.exists() and (not place.is_dir() or any(place.iterdir())):
+            raise failure(target, "it exists already", "Choose a new or an empty folder")
         place.parent.mkdir(parents=True, exist_ok=True)
         part = Path(tempfile.mkdtemp(prefix=f".{place.name}.", dir=place.parent))
         try:
