@@ -46,6 +46,7 @@ def main() -> None:
     parser.add_argument("--full", type=int, help="tokens that full attention has read; --tokens if left out")
     parser.add_argument("--sessions", type=int, default=8)
     parser.add_argument("--anchors", type=int, default=64)
+    parser.add_argument("--window", type=int, help="tokens of the window; the usual number if left out")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--document", type=int, default=100_000, help="tokens of the document that is asked about")
     parser.add_argument("--requests", type=int, default=200)
@@ -66,7 +67,7 @@ def main() -> None:
 @torch.no_grad()
 def writing(options: Any) -> Table:
     """Tokens per second of one session, of several, and of the base model with a cache that grows."""
-    loaded = load(ModelChoice(options.model))
+    loaded = load(ModelChoice(options.model, window=options.window))
     model: Any = loaded.model.eval()
     ids = torch.tensor(text_tokens(reference(), loaded.tokenizer))
     ids = ids.repeat(-(-options.tokens // ids.numel()))[: options.tokens]
@@ -154,6 +155,7 @@ def interleaved(steps: dict[str, Callable[[], int]], rounds: int) -> dict[str, f
 def server(options: Any, folder: Path) -> Iterator[tuple[subprocess.Popen[str], str]]:
     """`ahn serve` in a process of its own."""
     command = [sys.executable, "-m", "ahn", "serve", options.model, "--port", "0", "--session-dir", str(folder)]
+    command += [] if options.window is None else ["--window", str(options.window)]
     command += ["--anchors", str(options.anchors), "--max-sessions", str(options.sessions)]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
         try:

@@ -162,11 +162,6 @@ class Reader:
             raise ShapeError("nothing has been read yet; read at least one token first")
         return self._logits
 
-    @logits.setter
-    def logits(self, logits_V: torch.Tensor) -> None:
-        """Sets them, for a reader that goes on from a copy of a cache."""
-        self._logits = logits_V
-
     def _note(self, logits_TV: torch.Tensor, ids_T: torch.Tensor) -> None:
         """Scores a chunk: its first token from the last logits of the chunk before."""
         parts = [] if self._logits is None else [_nll(self._logits[None], ids_T[:1])]
