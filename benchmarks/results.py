@@ -3,8 +3,13 @@
     make results TEXTS=FOLDER          # about an hour and a half on two cores; the same command again goes on
     make results TEXTS=FOLDER ARGS="--only page"     # draws the page anew from what was measured before
 
-FOLDER holds books that no memory was trained on. Measured are, with the memories that ship: what they win back, by
-window and length too (`shipped_memories.py`), a whole book (`ahn eval perplexity`), hidden facts (`ahn eval recall`).
+FOLDER holds books that no memory was trained on. Measured are, with the memories that ship:
+
+- the share of the gap to full attention that windows, anchors and the memory close, byte for byte
+  (`ahn eval perplexity --equal-bytes --plot`), which alone takes `--only gap page`
+- what the memories win back, by window and length too (`shipped_memories.py`)
+- a whole book (`ahn eval perplexity`)
+- hidden facts (`ahn eval recall`)
 """
 
 from __future__ import annotations
@@ -15,19 +20,50 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 from ahn._home import write_text
 
 HERE = Path(__file__).parent
 KEPT, IMAGES, PAGE = HERE / "results", HERE.parent / "docs" / "images", HERE.parent / "docs" / "results.md"
 WORK = HERE.parent / ".results"
-STEPS = ("memories", "book", "recall", "page")
+STEPS = ("gap", "memories", "book", "recall", "page")
+GAP_ARMS = "full,window,window+64,anchors+64,anchors+128,anchors+256,ahn,ahn+64,ahn+128,ahn+256"
 ARMS = "full,window,ahn,ahn+64:learned,ct_max,ct_mean,tail"
 LENGTHS = "2048,8192"
 TASKS = ("number",)
 MEMORIES, GRID, BOOK, RECALL = "shipped_memories.json", "shipped_memories_grid.json", "book.json", "recall.json"
 BOOK_BYTES = 500_000  # more than 100,000 tokens
 _AHN = (sys.executable, "-m", "ahn", "eval")
+
+
+class Gap(NamedTuple):
+    """Texts of one length, read with one window."""
+
+    length: int
+    window: int
+    pieces: int = 24
+    sink_positions: str = "absolute"
+
+    @property
+    def file(self) -> str:
+        """Where its report is kept."""
+        return f"gap_{self.length}_{self.window}.json"
+
+    @property
+    def picture(self) -> str:
+        """The picture that shows it; the README shows that of the first."""
+        return "gap.png" if self == GAPS[0] else f"gap_{self.length}_{self.window}.png"
+
+
+GAPS = (
+    Gap(2048, 256),
+    Gap(2048, 1024),
+    Gap(8192, 256),
+    Gap(8192, 1024),
+    Gap(32768, 256, 4, "bounded"),
+    Gap(32768, 1024, 4, "bounded"),
+)
 _OPENING = """# Results
 
 What has been measured for SmolLM2-135M-Instruct with the memories that ship. `make results TEXTS=FOLDER` measures and
@@ -38,10 +74,23 @@ draws all of it, on texts that no memory was trained on.
 | `full` | the base model's full attention |
 | `window` | sinks and sliding window |
 | `ahn` | sinks, window and memory |
-| `ahn+64:learned` | the same with 64 anchors, chosen by the learned score |
+| `ahn+64` | the same with 64 anchors; `ahn+64:learned` are chosen by the learned score |
+| `anchors+64` | sinks, window and 64 anchors, without a memory |
+| `window+64` | sinks and a window that is larger by 64 tokens |
 | `ct_max`, `ct_mean` | sinks, window and a Compressive Transformer of the memory's bytes |
 | `tail` | the base model, given only the tokens of sinks and last window |
 """
+
+
+def measure_gap(texts: Path) -> None:
+    """The share of the gap that each arm closes, beside windows of the same bytes."""
+    for gap in GAPS:
+        out = WORK / gap.file.removesuffix(".json")
+        cut = ("--length", str(gap.length), "--pieces", str(gap.pieces), "--window", str(gap.window), "--sinks", "32")
+        arms = ("--sink-positions", gap.sink_positions, "--arms", GAP_ARMS, "--equal-bytes")
+        _run(*_AHN, "perplexity", str(texts), *cut, *arms, "--out", str(out))
+        _keep(out / "report.json", KEPT / gap.file, texts)
+        _take_picture(out / "gap.png", gap.picture)
 
 
 def measure_memories(texts: Path) -> None:
@@ -92,6 +141,29 @@ def measured() -> dict[str, dict]:
 def page(reports: dict[str, dict]) -> str:
     """The text of the page."""
     return "\n".join([_OPENING, *(part(reports[file]) for file, part in PARTS.items() if file in reports)])
+
+
+def _gap_part(report: dict) -> str:
+    settings, results = report["settings"], report["results"]
+    (gap,) = [each for each in GAPS if (each.length, each.window) == (settings["length"], settings["window"])]
+    lines = [
+        f"## Share of the gap, byte for byte: {gap.length:,} tokens, window {gap.window:,}\n",
+        f"Nats per token beyond {settings['sinks']} sinks ({gap.sink_positions}) and the window, over "
+        f"{len(results['documents'])} excerpts at even distances.\nThe share of the gap is that between `window` and "
+        "`full`. The equal window is enlarged to the bytes of\nthe arm, states and anchors counted. Intervals are 95 % "
+        f"bootstraps over excerpts\n({_where(report['environment'])}).\n",
+        f"![share of the gap against bytes of cache](images/{gap.picture})\n",
+        "| arm | cache, MB | nats per token | share of the gap | equal window | nats better than it |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name, row in results["arms"].items():
+        closed = _share(*row["closed"].values()) if row["closed"] else ""
+        equal, better = results["equal_bytes"].get(name), ""
+        if equal:
+            better = f"{equal['nats_better']:+.4f} ({equal['low']:+.4f} to {equal['high']:+.4f})"
+        cells = [f"`{name}`", f"{row['counted_bytes'] / 1e6:.1f}", f"{row['nll']['beyond']:.4f}", closed]
+        lines.append(f"| {' | '.join([*cells, equal['arm'] if equal else '', better])} |")
+    return "\n".join([*lines, ""])
 
 
 def _memories_part(report: dict) -> str:
@@ -168,7 +240,13 @@ def _recall_part(report: dict) -> str:
     return "\n".join([*lines, "", *(f"- {sentence}" for sentence in report["results"]["verdicts"])]) + "\n"
 
 
-PARTS = {MEMORIES: _memories_part, GRID: _grid_part, BOOK: _book_part, RECALL: _recall_part}
+PARTS = {
+    **{gap.file: _gap_part for gap in GAPS},
+    MEMORIES: _memories_part,
+    GRID: _grid_part,
+    BOOK: _book_part,
+    RECALL: _recall_part,
+}
 """Parts of the page by the file that each is made of; a part whose file is missing is left out."""
 
 
@@ -227,7 +305,7 @@ def main() -> None:
     options = arguments.parse_args()
     if not any(options.texts.rglob("*.txt")):
         raise SystemExit(f"{options.texts}: there are no .txt files in it; name a folder of texts")
-    steps = dict(zip(STEPS, (measure_memories, measure_book, measure_recall, write_page), strict=True))
+    steps = dict(zip(STEPS, (measure_gap, measure_memories, measure_book, measure_recall, write_page), strict=True))
     for name in options.only:
         steps[name](options.texts)
 

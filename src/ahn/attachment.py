@@ -201,8 +201,8 @@ def set_attachment(model: nn.Module, attachment: Attachment | None) -> None:
 
 def find_attachment(model: nn.Module) -> Attachment | None:
     """What is attached to a model, or `None`."""
-    found: Attachment | None = getattr(compat.unwrap(model), _ATTRIBUTE, None)
-    return found
+    attachment: Attachment | None = getattr(compat.unwrap(model), _ATTRIBUTE, None)
+    return attachment
 
 
 def attachment_of(model: nn.Module) -> Attachment:
@@ -211,9 +211,9 @@ def attachment_of(model: nn.Module) -> Attachment:
     Raises:
         ModelError: Nothing is.
     """
-    if (found := find_attachment(model)) is None:
+    if (attachment := find_attachment(model)) is None:
         raise ModelError(f"no memory is attached to this {type(model).__name__}; call ahn.attach(model) first")
-    return found
+    return attachment
 
 
 @contextlib.contextmanager

@@ -51,7 +51,7 @@ def scored_by(score: Score) -> Any:
 
 
 def held_scores(cache: Any, token: int) -> float:
-    votes = cache.scoreboard.held["votes"]
+    votes = cache.scoreboard.stored["votes"]
     return float(votes[0, token % votes.size(1), 0])
 
 
@@ -138,7 +138,7 @@ def test_parts_of_a_score_are_added_up() -> None:
         expected[first : seen + new] += parts[0, :, 0]
         board.record(parts, seen, new)
         seen += new
-    held = board.held["votes"][0, :, 0]
+    held = board.stored["votes"][0, :, 0]
     kept = torch.arange(seen - 16, seen)
     torch.testing.assert_close(held[kept % len(held)], expected[kept])
 

@@ -32,7 +32,7 @@ def everything(cache: Any) -> dict[str, torch.Tensor]:
         f"{n}.{name}": t.clone() for n, layer in enumerate(cache.layers) for name, t in layer_tensors(layer).items()
     }
     if cache.scoreboard is not None:
-        held |= {name: tensor.clone() for name, tensor in cache.scoreboard.held.items()}
+        held |= {name: tensor.clone() for name, tensor in cache.scoreboard.stored.items()}
     return held
 
 

@@ -38,31 +38,31 @@ class Pooling:
         Args:
             window: Tokens of the shortest window. Scores spread over at most a quarter of it.
         """
-        return max(kernel + self._after(kernel) for kernel in self.kernels), max(self.kernels) + self._before(window)
+        return max(kernel + self._after(kernel) for kernel in self.kernels), max(self.kernels) + self._spread(window)
 
     def apply(self, scores_BNR: torch.Tensor, real_BN: torch.Tensor, window: int) -> torch.Tensor:
         """Pooled scores of consecutive tokens, `[B, E]`: all but the margins at both ends.
 
         Args:
             scores_BNR: Scores for each kernel, `[B, N, R]`.
-            real_BN: 1 for real tokens, 0 for padding and places before a text begins, `[B or 1, N]`.
+            real_BN: 1 for real tokens, 0 for padding and positions before a text begins, `[B or 1, N]`.
             window: As for `margins`.
         """
-        (left, right), before = self.margins(window), self._before(window)
+        (left, right), spread = self.margins(window), self._spread(window)
         pooled = []
         for kernel, scores_BN in zip(self.kernels, scores_BNR.unbind(-1), strict=True):
             after = self._after(kernel)
-            reach = slice(left - kernel - after, scores_BN.size(1) - right + kernel + before)
+            reach = slice(left - kernel - after, scores_BN.size(1) - right + kernel + spread)
             scores_BEX, real_BEX = (
-                x[:, reach].unfold(-1, after + before + 2 * kernel + 1, 1).contiguous() for x in (scores_BN, real_BN)
+                x[:, reach].unfold(-1, after + spread + 2 * kernel + 1, 1).contiguous() for x in (scores_BN, real_BN)
             )
             sums, counts = (x.unfold(-1, 2 * kernel + 1, 1).sum(-1) for x in (scores_BEX * real_BEX, real_BEX))
             means = sums / counts.clamp(min=1) + (self.bonus if kernel > self.kernels[0] else 0.0)
-            distance = torch.arange(-after, before + 1, device=means.device).abs()
+            distance = torch.arange(-after, spread + 1, device=means.device).abs()
             pooled.append((means - self.slope * distance).masked_fill(counts == 0, float("-inf")).amax(-1))
         return torch.stack(pooled).amax(0)
 
-    def _before(self, window: int) -> int:
+    def _spread(self, window: int) -> int:
         return min(self.spread[0], window // 4)
 
     def _after(self, kernel: int) -> int:

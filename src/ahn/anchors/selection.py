@@ -5,7 +5,7 @@ token leaves the window, its score is pooled with those of its neighbours, and t
 is final before its token can leave: the choice depends on the text alone, not on the chunks in which it was read.
 
 Legend of shapes: B batch, T new tokens, E tokens that leave the window in a call, C of them that enter the bank of some
-row, G key/value heads, K key size, N anchors, P places on the scoreboard, R pooling kernels.
+row, G key/value heads, K key size, N anchors, P tokens on the scoreboard, R pooling kernels.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class Selected(NamedTuple):
         visible_from: Index of the first token whose query reads each anchor, the N held before and the C new ones,
             `[B or 1, N + C]` int64.
         visible_until: Index of the first token whose query no longer reads it, `[B or 1, N + C]` int64.
-        source: Which of those N + C each place of the bank holds after the call, `[B or 1, N]` int64; `None` where
+        source: Which of those N + C each slot of the bank holds after the call, `[B or 1, N]` int64; `None` where
             nothing changes.
     """
 
@@ -55,10 +55,10 @@ class Scoreboard:
 
     Attributes:
         delay: Tokens that must follow a token before its score is final.
-        places: Tokens whose scores are kept, P.
-        held: Every tensor held, by name; saved caches have these names. `votes` `[B, P, R]` float32 is the layers' mean
+        length: Tokens whose scores are stored, P.
+        stored: Every tensor by its name in saved caches. `votes` `[B, P, R]` float32 is the layers' mean
             score of each token, token j at j mod P. For each window w there are `scores.w` `[B, N]` float32 and
-            `tokens.w` `[B, N]` int64, -1 at places without an anchor.
+            `tokens.w` `[B, N]` int64, -1 where there is no anchor.
     """
 
     def __init__(self, anchors: int, sinks: int, windows: set[int], layers: frozenset[int], score: Score) -> None:
@@ -69,8 +69,8 @@ class Scoreboard:
         self.windows = windows
         self.delay = score.delay(min(windows))
         self._margins = score.pooling.margins(min(windows))
-        self.places = max(windows) + self._margins[0]
-        self.held: dict[str, torch.Tensor] = {}
+        self.length = max(windows) + self._margins[0]
+        self.stored: dict[str, torch.Tensor] = {}
 
     @property
     def longest_call(self) -> int:
@@ -85,18 +85,18 @@ class Scoreboard:
             seen: Tokens read before the call.
             new: Tokens of the call.
         """
-        if "votes" not in self.held:
+        if "votes" not in self.stored:
             rows, _, kernels = scores_BTR.shape
-            self.held["votes"] = scores_BTR.new_zeros(rows, self.places, kernels, dtype=torch.float32)
-        held, scores_BTR = self.held["votes"], scores_BTR.detach().float()
+            self.stored["votes"] = scores_BTR.new_zeros(rows, self.length, kernels, dtype=torch.float32)
+        scores_BPR, scores_BTR = self.stored["votes"], scores_BTR.detach().float()
         first = max(0, seen - self.delay)
-        place = torch.arange(first, first + scores_BTR.size(1), device=held.device) % self.places
+        slot = torch.arange(first, first + scores_BTR.size(1), device=scores_BPR.device) % self.length
         # Not in place: a call that fails leaves the scores of before.
         if self.score.accumulates:
-            held = held.index_fill(1, place[seen - first :], 0.0)
-            self.held["votes"] = held.index_add(1, place, scores_BTR)
+            scores_BPR = scores_BPR.index_fill(1, slot[seen - first :], 0.0)
+            self.stored["votes"] = scores_BPR.index_add(1, slot, scores_BTR)
         else:
-            self.held["votes"] = held.index_copy(1, place, scores_BTR)
+            self.stored["votes"] = scores_BPR.index_copy(1, slot, scores_BTR)
 
     def select(self, seen: int, new: int, padding: Padding | None) -> dict[int, Selected]:
         """The choice among the tokens that leave each window in a call, and keeps it.
@@ -107,7 +107,7 @@ class Scoreboard:
             padding: Padding at the left of the rows, or `None` where there is none.
         """
         by_window = {}
-        for window in self.windows if "votes" in self.held else ():
+        for window in self.windows if "votes" in self.stored else ():
             first = max(self.sinks, seen - window)
             selected = self._select(window, first, max(first, seen + new - window), padding)
             if selected is not None:
@@ -115,30 +115,30 @@ class Scoreboard:
         return by_window
 
     def _select(self, window: int, first: int, stop: int, padding: Padding | None) -> Selected | None:
-        scores, tokens, device = f"scores.{window}", f"tokens.{window}", self.held["votes"].device
-        if stop > first and scores not in self.held:
-            rows = self.held["votes"].size(0)
-            self.held[scores] = self.held["votes"].new_full((rows, self.anchors), float("-inf"))
-            self.held[tokens] = torch.full((rows, self.anchors), -1, device=device)
-        if scores not in self.held:
+        scores, tokens, device = f"scores.{window}", f"tokens.{window}", self.stored["votes"].device
+        if stop > first and scores not in self.stored:
+            rows = self.stored["votes"].size(0)
+            self.stored[scores] = self.stored["votes"].new_full((rows, self.anchors), float("-inf"))
+            self.stored[tokens] = torch.full((rows, self.anchors), -1, device=device)
+        if scores not in self.stored:
             return None
-        held = _Anchors(self.held[scores], self.held[tokens])
-        leaving = torch.arange(first, stop, device=device).expand(held.tokens.size(0), -1)
-        selected, after = select(held, _Anchors(self._pooled(first, stop, padding), leaving), window)
+        anchors = _Anchors(self.stored[scores], self.stored[tokens])
+        leaving = torch.arange(first, stop, device=device).expand(anchors.tokens.size(0), -1)
+        selected, after = select(anchors, _Anchors(self._pooled(first, stop, padding), leaving), window)
         if after is not None:
-            self.held[scores], self.held[tokens] = after
+            self.stored[scores], self.stored[tokens] = after
         return selected
 
     def _pooled(self, first: int, stop: int, padding: Padding | None) -> torch.Tensor:
         """Pooled scores of the tokens from `first` to `stop` - 1, `[B, E]`; -inf for padding and sinks."""
-        scores_BPR, (left, right) = self.held["votes"], self._margins
+        scores_BPR, (left, right) = self.stored["votes"], self._margins
         index = torch.arange(first - left, stop + right, device=scores_BPR.device)
         begin = torch.zeros(1, dtype=torch.long) if padding is None else padding.counts
         begin_B1 = begin.to(index.device)[:, None]
         if stop == first:
             return scores_BPR.new_zeros(scores_BPR.size(0), 0)
         real = (index >= begin_B1).to(scores_BPR.dtype)
-        pooled_BE = self.score.pooling.apply(scores_BPR[:, index % self.places], real, min(self.windows))
+        pooled_BE = self.score.pooling.apply(scores_BPR[:, index % self.length], real, min(self.windows))
         return pooled_BE.masked_fill(index[left : left + stop - first] < begin_B1 + self.sinks, float("-inf"))
 
 
@@ -201,33 +201,33 @@ class _Anchors(NamedTuple):
     tokens: torch.Tensor
 
 
-def select(held: _Anchors, new: _Anchors, window: int) -> tuple[Selected, _Anchors | None]:
+def select(old: _Anchors, new: _Anchors, window: int) -> tuple[Selected, _Anchors | None]:
     """The best N of all tokens that have left so far, after each that leaves; of equal ones the earlier.
 
     Args:
-        held: The anchors so far, N places.
+        old: The anchors so far, N.
         new: The tokens that leave, in their order.
         window: A token leaves when the one comes that stands so much later.
 
     Returns:
         What was selected, and the anchors after it; `None` where they are those of before.
     """
-    anchors, leaving = held.scores.size(1), new.scores.size(1)
-    scores, tokens = torch.cat((held.scores, new.scores), 1), torch.cat((held.tokens, new.tokens), 1)
+    anchors, leaving = old.scores.size(1), new.scores.size(1)
+    scores, tokens = torch.cat((old.scores, new.scores), 1), torch.cat((old.tokens, new.tokens), 1)
     is_token = (tokens >= 0) & (scores > float("-inf"))
     visible_from = torch.where(is_token, tokens + window, NEVER)
     visible_until = torch.full_like(visible_from, NEVER)
     nothing = new.tokens[0, :0]
     if leaving == 0:
         return Selected(nothing, visible_from, visible_until, None), None
-    # ahead[b, c, i]: how many are ahead of c once the first i + 1 tokens have left.
+    # rank[b, c, i]: how many are better than c once the first i + 1 tokens have left.
     earlier = tokens[:, None, :] < tokens[:, :, None]
     wins = (scores[:, None, :] > scores[:, :, None]) | ((scores[:, None, :] == scores[:, :, None]) & earlier)
     wins = wins & is_token[:, None, :]
-    ahead = wins[..., :anchors].sum(-1, keepdim=True) + wins[..., anchors:].cumsum(-1)
-    place = torch.arange(leaving, device=tokens.device)
-    out = (ahead >= anchors) & is_token[..., None]
-    out[:, anchors:] &= place >= place[:, None]  # not before it has left itself
+    rank = wins[..., :anchors].sum(-1, keepdim=True) + wins[..., anchors:].cumsum(-1)
+    order = torch.arange(leaving, device=tokens.device)
+    out = (rank >= anchors) & is_token[..., None]
+    out[:, anchors:] &= order >= order[:, None]  # not before it has left itself
     came = is_token.clone()
     came[:, anchors:] &= ~out[:, anchors:].diagonal(dim1=1, dim2=2)
     falls = out.any(-1)
@@ -245,7 +245,7 @@ def _settled(
     tokens: torch.Tensor,
     anchors: int,
 ) -> tuple[Selected, _Anchors | None]:
-    """Gives those that stay their places: old ones keep theirs, new ones take free ones in their order."""
+    """Gives each anchor its slot: old ones keep theirs, new ones take free ones in their order."""
     entering = came[:, anchors:].any(0).nonzero().flatten()
     if entering.numel() == 0:
         return Selected(entering, visible_from[:, :anchors], visible_until[:, :anchors], None), None
@@ -255,8 +255,8 @@ def _settled(
     fresh = stays[:, anchors:].to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, :anchors]
     taken = torch.arange(fresh.size(1), device=entering.device) < stays[:, anchors:].sum(1, keepdim=True)
     source = torch.arange(anchors, device=entering.device).repeat(stays.size(0), 1)
-    place = free[:, : fresh.size(1)]
-    source.scatter_(1, place, torch.where(taken, anchors + fresh, source.gather(1, place)))
+    slot = free[:, : fresh.size(1)]
+    source.scatter_(1, slot, torch.where(taken, anchors + fresh, source.gather(1, slot)))
     scores, tokens = scores[:, columns].gather(1, source), tokens[:, columns].gather(1, source)
     gone = ~stays.gather(1, source)
     after = _Anchors(scores.masked_fill(gone, float("-inf")), tokens.masked_fill(gone, -1))

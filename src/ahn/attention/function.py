@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from ahn import ops
 from ahn.anchors.base import LayerTokens
 from ahn.anchors.selection import Selected
 from ahn.attachment import find_attachment
@@ -90,6 +91,17 @@ def attend_local(layer: LayerCall, query: torch.Tensor, view: VisibleKV, softmax
         view: What they may read.
         softmax: The layer's softmax.
     """
+    if view.ordered:
+        return _attend(layer, query, view, softmax)
+    # What is held may be of another dtype than the token: one of them came inside autocast, the other did not.
+    held = view.local.keys.dtype
+    with ops.full_precision(query):
+        extra = None if view.extra is None else view.extra.to(held)
+        return _attend(layer, query.to(held), view._replace(extra=extra), softmax).to(query.dtype)
+
+
+def _attend(layer: LayerCall, query: torch.Tensor, view: VisibleKV, softmax: Softmax) -> torch.Tensor:
+    """The same by the first backend that can."""
     sink_query = layer.sink_queries(query, view.seen)
     for backend in (in_c, with_gradients):
         if backend.can_attend(layer.call, view, query, sink_query, softmax):
@@ -158,7 +170,7 @@ def _score(
         *projected,
         attention=lambda: attention_blocks(call, view, query, layer.sink_queries(query, view.seen), softmax),
         weights=layer.site.score_weights(selection.scoreboard.score.name),
-        state=store.score_state.held,
+        state=store.score_state.stored,
         rotary=layer.rotary,
     )
     selection.add(tokens, later=call.step is not None)

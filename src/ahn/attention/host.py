@@ -50,6 +50,23 @@ def check_attached(attachment: Attachment) -> None:
             )
 
 
+def check_tokens(new: int, seen: int) -> None:
+    """Checks that there is a token to read.
+
+    Args:
+        new: Tokens that the cache has not read.
+        seen: Tokens that it has.
+
+    Raises:
+        CacheError: There is none left.
+    """
+    if new < 1:
+        raise CacheError(
+            f"there is no token to read that the cache, which has read {seen}, does not have: generate takes the whole "
+            "text and skips what the cache has read, so pass torch.cat((ids, new_ids), dim=1)"
+        )
+
+
 def check_outputs(backbone: Any, arguments: Mapping[str, Any]) -> None:
     """Checks that nothing is asked for that a memory does not compute.
 

@@ -39,6 +39,13 @@ def with_cache(model: Any, arguments: Mapping[str, Any], cache: Any) -> dict[str
     return others if cache is None else {**others, cache_name(model): cache}
 
 
+def generated_from(generation_config: Any, arguments: Mapping[str, Any]) -> int | None:
+    """Tokens that `generate` is given with those that its cache has read (5.24 may count them instead of a mask)."""
+    mask = arguments.get("attention_mask")
+    known = mask.size(-1) if isinstance(mask, torch.Tensor) else getattr(generation_config, "_mask_length", None)
+    return int(known) if known is not None else None
+
+
 def set_implementation(config: Any, name: str | None) -> None:
     """Sets the attention implementation of one config and of no other (5.23: the setter also reaches sub-configs)."""
     config._attn_implementation_internal = name

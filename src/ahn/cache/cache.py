@@ -121,10 +121,10 @@ class HippocampalCache(Cache):
     def anchor_tokens(self) -> list[list[int]]:
         """For each row the anchors of the layers with the longest window, as places in the row, the best first."""
         name = "" if self.scoreboard is None else str(max(self.scoreboard.windows))
-        if self.scoreboard is None or f"tokens.{name}" not in self.scoreboard.held:
+        if self.scoreboard is None or f"tokens.{name}" not in self.scoreboard.stored:
             return [[] for _ in range(self.rows or 0)]
-        order = self.scoreboard.held[f"scores.{name}"].argsort(dim=1, descending=True, stable=True)
-        ranked = self.scoreboard.held[f"tokens.{name}"].gather(1, order)
+        order = self.scoreboard.stored[f"scores.{name}"].argsort(dim=1, descending=True, stable=True)
+        ranked = self.scoreboard.stored[f"tokens.{name}"].gather(1, order)
         return [[token for token in row if token >= 0] for row in ranked.tolist()]
 
     @property
@@ -145,7 +145,7 @@ class HippocampalCache(Cache):
         """Bytes of every tensor held: keys, values, gates, states, anchors and their scores, padding counts."""
         self.settle()
         padding = self.padding.counts.nbytes if self.padding else 0
-        padding += sum(tensor.nbytes for tensor in self.scoreboard.held.values()) if self.scoreboard else 0
+        padding += sum(tensor.nbytes for tensor in self.scoreboard.stored.values()) if self.scoreboard else 0
         return padding + sum(t.nbytes for layer in self.layers for t in layer_tensors(layer).values())
 
     def begin_call(self) -> None:
@@ -154,7 +154,7 @@ class HippocampalCache(Cache):
         if self._holds_inference_tensors and not torch.is_inference_mode_enabled():
             self._map_all(torch.clone)  # those that were made in inference mode cannot be written to outside of it
         self._holds_inference_tensors = torch.is_inference_mode_enabled()
-        scores = None if self.scoreboard is None else dict(self.scoreboard.held)
+        scores = None if self.scoreboard is None else dict(self.scoreboard.stored)
         self._snapshot = CacheSnapshot(self.snapshots(), self.padding, scores)
 
     def end_call(self) -> None:
@@ -186,7 +186,7 @@ class HippocampalCache(Cache):
             return
         self.padding = snapshot.padding
         if self.scoreboard is not None and snapshot.scores is not None:
-            self.scoreboard.held = snapshot.scores
+            self.scoreboard.stored = snapshot.scores
         for layer, layer_snapshot in zip(self.layers, snapshot.layers, strict=True):
             if isinstance(layer, HippocampalLayer):
                 layer.restore(layer_snapshot)
@@ -216,7 +216,7 @@ class HippocampalCache(Cache):
         if self.padding:
             tensors["padding"] = self.padding.counts
         if self.scoreboard:
-            tensors |= {f"ballot.{name}": tensor for name, tensor in self.scoreboard.held.items()}
+            tensors |= {f"ballot.{name}": tensor for name, tensor in self.scoreboard.stored.items()}
         seen = [layer.get_seq_length() for layer in self.layers]
         write_cache(SavedCache(self.settings, seen, tensors), self.attachment, path)
 
@@ -238,9 +238,9 @@ class HippocampalCache(Cache):
         check_saved(os.fspath(path), saved, attachment, cache.layers, cache.scoreboard)
         devices = [site.device for site in attachment.sites]
         for index, (layer, seen) in enumerate(zip(cache.layers, saved.seen, strict=True)):
-            set_layer_tensors(layer, saved.of(str(index), devices[index]), seen)
+            set_layer_tensors(layer, saved.tensors_of(str(index), devices[index]), seen)
         if cache.scoreboard:
-            cache.scoreboard.held = saved.of("ballot", devices[0])
+            cache.scoreboard.stored = saved.tensors_of("ballot", devices[0])
         if "padding" in saved.tensors:
             counts = saved.tensors["padding"].to(devices[0])
             cache.padding = Padding(counts, int(counts.max()))
@@ -256,7 +256,7 @@ class HippocampalCache(Cache):
                 other, {name: t.clone() for name, t in layer_tensors(mine).items()}, mine.get_seq_length()
             )
         if self.scoreboard and twin.scoreboard:
-            twin.scoreboard.held = {name: tensor.clone() for name, tensor in self.scoreboard.held.items()}
+            twin.scoreboard.stored = {name: tensor.clone() for name, tensor in self.scoreboard.stored.items()}
         if self.padding:
             twin.padding = Padding(self.padding.counts.clone(), self.padding.most)
         return twin
@@ -279,7 +279,7 @@ class HippocampalCache(Cache):
         super().reset()
         self.padding = None
         if self.scoreboard:
-            self.scoreboard.held = {}
+            self.scoreboard.stored = {}
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         """Follows the rows that a beam search keeps."""
@@ -320,7 +320,7 @@ class HippocampalCache(Cache):
 
     def _map_scores(self, function: Callable[[torch.Tensor], torch.Tensor]) -> None:
         if self.scoreboard:
-            self.scoreboard.held = {name: function(tensor) for name, tensor in self.scoreboard.held.items()}
+            self.scoreboard.stored = {name: function(tensor) for name, tensor in self.scoreboard.stored.items()}
 
     def _select_shared(self, rows: torch.Tensor) -> None:
         """Keeps these rows of what all layers share."""

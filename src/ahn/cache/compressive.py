@@ -64,16 +64,16 @@ class PooledStore(Store):
             first: Index of the first of them.
             padding: Padding at the left of the rows, or `None` where there is none.
         """
-        made = self._made(evicted, first, padding)
-        view = self._shown(made, first, padding)
+        new_slots = self._pool_evicted(evicted, first, padding)
+        view = self._visible(new_slots, first, padding)
         if evicted.length:
             with torch.no_grad():
-                self._store(evicted, made, self._count(first + evicted.length, padding))
+                self._store(evicted, new_slots, self._count(first + evicted.length, padding))
         return view
 
-    def _shown(self, made: _Slots | None, first: int, padding: Padding | None) -> ExtraKV | None:
-        """The slots held and those made in this call, with the queries that read each."""
-        slots = [part for part in (self._old(first, padding), made) if part is not None]
+    def _visible(self, new_slots: _Slots | None, first: int, padding: Padding | None) -> ExtraKV | None:
+        """The stored slots and those of this call, with the queries that read each."""
+        slots = [part for part in (self._old(first, padding), new_slots) if part is not None]
         if not slots:
             return None
         keys, values = (torch.cat([part[name] for part in slots], dim=2) for name in (0, 1))
@@ -93,24 +93,24 @@ class PooledStore(Store):
         return torch.tensor([self.sinks]) if padding is None else padding.counts + self.sinks
 
     def _old(self, first: int, padding: Padding | None) -> _Slots | None:
-        """The slots held: at each place the youngest, numbered below 0 where none was made yet."""
-        if "slot_keys" not in self.held:
+        """The stored slots: at each index the youngest, numbered below 0 where none was made yet."""
+        if "slot_keys" not in self.stored:
             return None
-        keys, values = self.held["slot_keys"], self.held["slot_values"]
-        places, count = torch.arange(self.slots), self._count(first, padding).cpu()[:, None]
-        number = places + torch.div(count - 1 - places, self.slots, rounding_mode="floor") * self.slots
+        keys, values = self.stored["slot_keys"], self.stored["slot_values"]
+        index, count = torch.arange(self.slots), self._count(first, padding).cpu()[:, None]
+        number = index + torch.div(count - 1 - index, self.slots, rounding_mode="floor") * self.slots
         return _Slots(keys, values, number.to(keys.device))
 
-    def _made(self, evicted: Tokens, first: int, padding: Padding | None) -> _Slots | None:
-        """The slots that are made in this call, of tokens held back and new ones; `None` if no row makes one."""
-        before, after = self._count(first, padding), self._count(first + evicted.length, padding)
-        most = int((after - before).max())
+    def _pool_evicted(self, evicted: Tokens, first: int, padding: Padding | None) -> _Slots | None:
+        """The slots that this call makes of pending and newly evicted tokens; `None` if no row makes one."""
+        start, stop = self._count(first, padding), self._count(first + evicted.length, padding)
+        most = int((stop - start).max())
         if most == 0:
             return None
-        number = before[:, None] + torch.arange(most, device=before.device)
-        number = torch.where(number < after[:, None], number, -1).to(evicted.keys.device)
+        number = start[:, None] + torch.arange(most, device=start.device)
+        number = torch.where(number < stop[:, None], number, -1).to(evicted.keys.device)
         begin = self._begin(padding).to(number.device)[:, None]
-        token = begin + number * POOLED - first + POOLED - 1  # in the line of tokens held back and new ones
+        token = begin + number * POOLED - first + POOLED - 1  # in the line of pending and new tokens
         keys, values = (
             self._pooled(self._line(name, new), token)
             for name, new in (("keys", evicted.keys), ("values", evicted.values))
@@ -119,30 +119,31 @@ class PooledStore(Store):
 
     def _line(self, name: str, new: torch.Tensor) -> torch.Tensor:
         """The last tokens that were evicted, perhaps in no slot yet, then the new ones, `[B, G, P - 1 + E, ...]`."""
-        held = self.held.get(f"pending_{name}")
-        return F.pad(new, (0, 0, POOLED - 1, 0)) if held is None else torch.cat((held, new), dim=2)
+        pending = self.stored.get(f"pending_{name}")
+        return F.pad(new, (0, 0, POOLED - 1, 0)) if pending is None else torch.cat((pending, new), dim=2)
 
     def _pooled(self, line: torch.Tensor, token_BM: torch.Tensor) -> torch.Tensor:
-        """Slots by the place of their first token in a line, `[B, G, M, ...]`."""
+        """Slots by the index of their first token in a line, `[B, G, M, ...]`."""
         index = token_BM[..., None] + torch.arange(POOLED, device=line.device)
         index = index.clamp(0, line.size(2) - 1).flatten(1)[:, None, :, None]
         tokens = line.gather(2, index.expand(line.size(0), line.size(1), -1, line.size(3)))
         groups: torch.Tensor = tokens.unflatten(2, (-1, POOLED))
         return groups.amax(3) if self.pooling == "max" else groups.mean(3)
 
-    def _store(self, evicted: Tokens, made: _Slots | None, after: torch.Tensor) -> None:
-        """Keeps what was made, `after` slots of each row by now, `[B or 1]`, and tokens that may be in no slot yet."""
+    def _store(self, evicted: Tokens, new_slots: _Slots | None, count: torch.Tensor) -> None:
+        """Stores new slots (each row has made `count` by now, `[B or 1]`) and tokens that may be in no slot yet."""
         for name, new in (("keys", evicted.keys), ("values", evicted.values)):
             line = self._line(name, new)
-            slots = self.held.setdefault(f"slot_{name}", new.new_zeros(*new.shape[:2], self.slots, new.size(3)))
-            if made is not None:
-                stays = (made.number >= 0) & (made.number >= after.to(made.number.device)[:, None] - self.slots)
-                place = torch.where(stays, made.number % self.slots, self.slots)[:, None, :, None]
-                fresh = made.keys if name == "keys" else made.values
-                with_spare = F.pad(slots, (0, 0, 0, 1))  # a place more, for what does not stay
-                with_spare.scatter_(2, place.expand(slots.size(0), slots.size(1), -1, slots.size(3)), fresh)
-                self.held[f"slot_{name}"] = with_spare[:, :, :-1].contiguous()
-            self.held[f"pending_{name}"] = line[:, :, 1 - POOLED :].clone()
+            slots = self.stored.setdefault(f"slot_{name}", new.new_zeros(*new.shape[:2], self.slots, new.size(3)))
+            if new_slots is not None:
+                number = new_slots.number
+                stays = (number >= 0) & (number >= count.to(number.device)[:, None] - self.slots)
+                index = torch.where(stays, number % self.slots, self.slots)[:, None, :, None]
+                fresh = new_slots.keys if name == "keys" else new_slots.values
+                with_spare = F.pad(slots, (0, 0, 0, 1)).to(fresh.dtype)  # one slot more, for what does not stay
+                with_spare.scatter_(2, index.expand(slots.size(0), slots.size(1), -1, slots.size(3)), fresh)
+                self.stored[f"slot_{name}"] = with_spare[:, :, :-1].contiguous()
+            self.stored[f"pending_{name}"] = line[:, :, 1 - POOLED :].clone()
 
 
 def state_slots(memory: Memory, number_bytes: int) -> int:

@@ -113,14 +113,14 @@ class HippocampalLayer(CacheLayerMixin):
 
     def snapshot(self) -> dict[str, Any]:
         """All that a call changes, by reference, for `restore`."""
-        held = [dict(store.held) for store in self._stores()]
-        return {"exact": self.exact.snapshot(), "held": held, "state": self.state, "started": self.is_initialized}
+        stored = [dict(store.stored) for store in self._stores()]
+        return {"exact": self.exact.snapshot(), "stored": stored, "state": self.state, "started": self.is_initialized}
 
     def restore(self, snapshot: dict[str, Any]) -> None:
         """Goes back to what was when `snapshot` was taken, of this layer or of one that is like it."""
         self.exact.restore(snapshot["exact"])
-        for store, held in zip(self._stores(), snapshot["held"], strict=True):
-            store.held = dict(held)
+        for store, stored in zip(self._stores(), snapshot["stored"], strict=True):
+            store.stored = dict(stored)
         self.state, self.is_initialized = snapshot["state"], snapshot["started"]
 
     def _stores(self) -> list[Store]:
@@ -129,10 +129,10 @@ class HippocampalLayer(CacheLayerMixin):
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """Every tensor held, by name."""
-        held = {} if self.exact.buffer is None else self.exact.buffer._asdict()
+        stored = {} if self.exact.buffer is None else self.exact.buffer._asdict()
         for store in self._stores():
-            held |= store.tensors()
-        return held if self.state is None else {**held, "state": self.state}
+            stored |= store.tensors()
+        return stored if self.state is None else {**stored, "state": self.state}
 
     def set_tensors(self, tensors: dict[str, torch.Tensor], seen: int) -> None:
         """Takes over tensors that `tensors` gave, after `seen` tokens."""

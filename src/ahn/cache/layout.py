@@ -92,15 +92,15 @@ def layer_layout(site: Site, layer: HippocampalLayer | DynamicLayer, unrotates: 
     computed, exact = _computed(site), _exact(site)
     if not isinstance(layer, HippocampalLayer):
         most = seen if site.sliding_window is None else min(seen, site.sliding_window)
-        places = range(max(0, most - (site.sliding_window is not None)), most + 1)
+        lengths = range(max(0, most - (site.sliding_window is not None)), most + 1)
         sizes = {"keys": K, "values": V}
-        return {name: Part((rows, G, places, size), seen > 0, computed) for name, size in sizes.items()}
+        return {name: Part((rows, G, lengths, size), seen > 0, computed) for name, size in sizes.items()}
     span = layer.exact.sinks + layer.exact.window
-    places, evicts = range(min(seen, span), span + 1), seen > span
+    lengths, evicts = range(min(seen, span), span + 1), seen > span
     layout = {
-        "keys": Part((rows, G, places, K), seen > 0, computed),
-        "values": Part((rows, G, places, V), seen > 0, computed),
-        "record": Part((rows, 1, places, _record_size(site, layer, unrotates)), seen > 0, exact),
+        "keys": Part((rows, G, lengths, K), seen > 0, computed),
+        "values": Part((rows, G, lengths, V), seen > 0, computed),
+        "record": Part((rows, 1, lengths, _record_size(site, layer, unrotates)), seen > 0, exact),
     }
     if evicts and layer.settings.mode == "ahn" and site.memory is not None:
         layout["state"] = Part((rows, *site.memory.state_shape()), dtypes=exact)
@@ -116,7 +116,7 @@ def layer_layout(site: Site, layer: HippocampalLayer | DynamicLayer, unrotates: 
 
 def scoreboard_layout(scoreboard: Scoreboard, sinks: int, rows: int, seen: int) -> Layout:
     """What the scoreboard of a cache holds after `seen` tokens."""
-    shape = rows, scoreboard.places, len(scoreboard.score.pooling.kernels)
+    shape = rows, scoreboard.length, len(scoreboard.score.pooling.kernels)
     layout = {"votes": Part(shape, least=-float("inf"), most=float("inf"))} if seen else {}
     for window in scoreboard.windows:
         if seen > sinks + window:
@@ -172,18 +172,17 @@ def _record_size(site: Site, layer: HippocampalLayer, unrotates: bool) -> Size:
     return range(gates + 2, gates + 2 * site.shape.key_size + 1) if site.rotation.changes_with_length else gates + 1
 
 
-def _keys_and_values(name: str, rows: int, places: int, site: Site) -> Layout:
+def _keys_and_values(name: str, rows: int, count: int, site: Site) -> Layout:
     _, _, G, K, V = site.shape
     return {
-        f"{name}_keys": Part((rows, G, places, K), dtypes=_computed(site)),
-        f"{name}_values": Part((rows, G, places, V), dtypes=_computed(site)),
+        f"{name}_keys": Part((rows, G, count, K), dtypes=_computed(site)),
+        f"{name}_values": Part((rows, G, count, V), dtypes=_computed(site)),
     }
 
 
 def _computed(site: Site) -> tuple[torch.dtype, ...]:
-    """What keys and values may be stored in: what the layer computes in, here and now."""
-    device = site.device.type
-    return (site.dtype, torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else (site.dtype,)
+    """What keys and values may be stored in: what the layer computes in, inside autocast or outside."""
+    return site.dtype, torch.float32, torch.bfloat16, torch.float16
 
 
 def _exact(site: Site) -> tuple[torch.dtype, ...]:

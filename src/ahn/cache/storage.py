@@ -21,9 +21,8 @@ from ahn.errors import CacheError, ConfigError, OutputError
 FORMAT = 2
 """Format of saved caches. Since 2, `side` is called `record`, and Mamba2 keeps log decay and step of each token."""
 
-
 _MOST = 2**40
-"""Tokens that no text, window or bank passes."""
+"""Tokens that no text passes."""
 
 _FACTS = 8
 """Facts of a layer in a fingerprint."""
@@ -47,10 +46,10 @@ class SavedCache(NamedTuple):
         """Rows of the batch; 0 without tensors."""
         return next((tensor.size(0) for tensor in tensors.values() if tensor.dim()), 0)
 
-    def of(self, part: str, device: torch.device) -> dict[str, torch.Tensor]:
+    def tensors_of(self, part: str, device: torch.device) -> dict[str, torch.Tensor]:
         """The tensors of a part, a layer for example, by their names within it, on a device."""
-        start = f"{part}."
-        return {name.removeprefix(start): t.to(device) for name, t in self.tensors.items() if name.startswith(start)}
+        prefix = f"{part}."
+        return {name.removeprefix(prefix): t.to(device) for name, t in self.tensors.items() if name.startswith(prefix)}
 
 
 def write_cache(saved: SavedCache, attachment: Attachment, path: str | os.PathLike[str]) -> None:
@@ -83,7 +82,7 @@ def read_cache(path: str | os.PathLike[str], attachment: Attachment) -> SavedCac
         attachment.check(settings)
     except (TypeError, ConfigError) as error:
         raise CacheError(f"{path} holds settings that this version or model cannot use: {error}") from None
-    if settings.mode == "full" or max(settings.window, settings.sinks, settings.anchors) > _MOST:
+    if settings.mode == "full":
         raise CacheError(f"{path} holds settings that no cache has; save it again")
     return SavedCache(settings, header.seen, tensors)
 
@@ -170,11 +169,11 @@ def _checksum(text: str, tensors: dict[str, torch.Tensor]) -> str:
     return digest.hexdigest()
 
 
-def _other_format(path: Path, found: object) -> str:
+def _other_format(path: Path, version: object) -> str:
     """What to say of a file of another format."""
-    older = isinstance(found, int) and found < FORMAT
+    older = isinstance(version, int) and version < FORMAT
     remedy = "read the text again and save it anew" if older else "update ahn"
-    return f"{path} has format {found}, this version of ahn reads {FORMAT}; {remedy}"
+    return f"{path} has format {version}, this version of ahn reads {FORMAT}; {remedy}"
 
 
 def _fingerprint(attachment: Attachment) -> dict[str, Any]:

@@ -19,20 +19,20 @@ class Store:
 
     def __init__(self, *names: str) -> None:
         self.names = names
-        self.held: dict[str, torch.Tensor] = {}
+        self.stored: dict[str, torch.Tensor] = {}
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """Every tensor held, by name."""
-        return dict(self.held)
+        return dict(self.stored)
 
     def set_tensors(self, tensors: dict[str, torch.Tensor]) -> None:
         """Takes over tensors that `tensors` gave, among others."""
-        self.held = {name: tensors[name] for name in self.names if name in tensors}
+        self.stored = {name: tensors[name] for name in self.names if name in tensors}
 
     def map_tensors(self, function: Callable[[torch.Tensor], torch.Tensor]) -> None:
         """Replaces every tensor by the function's result on it."""
-        self.held = {name: function(tensor) for name, tensor in self.held.items()}
+        self.stored = {name: function(tensor) for name, tensor in self.stored.items()}
 
     def reset(self) -> None:
         """Forgets everything."""
-        self.held = {}
+        self.stored = {}

@@ -15,7 +15,7 @@ from ahn.attachment import SAVERS, Attachment, attachment_of
 from ahn.checkpoint.adapter import Pair, about, read_pair, storable, write_pair
 from ahn.checkpoint.content import BaseInfo, check_base, check_keys, check_shapes, layer_of
 from ahn.checkpoint.files import HubSource, failure, locate, read_tensors
-from ahn.errors import ConfigError
+from ahn.errors import ConfigError, ShapeError
 from ahn.memories import MemoryShape
 from ahn.surgery import set_score_weights
 
@@ -125,7 +125,12 @@ def _scores_in(stored: Mapping[str, object], layer: int) -> list[Score]:
 
 def _loaded(where: str, score: Score, own: Mapping[str, torch.Tensor], shape: MemoryShape) -> nn.Module:
     """The weights of a score in one layer, from its tensors."""
-    weights = score.build(own, hidden_size=shape.hidden_size, kv_heads=shape.kv_heads, key_size=shape.key_size)
+    try:
+        weights = score.build(own, hidden_size=shape.hidden_size, kv_heads=shape.kv_heads, key_size=shape.key_size)
+    except ShapeError as error:
+        raise failure(
+            where, f"its weights of {score.name} cannot be used ({error})", "Use its own base model"
+        ) from None
     check_shapes(where, own, {name: tuple(each.shape) for name, each in weights.state_dict().items()})
     weights.load_state_dict(own)
     return weights

@@ -24,10 +24,11 @@ from ahn.models import base_name
 
 Kind = Literal["adapter", "published", "merged"]
 _SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim")
-_MOST = {"num_hidden_layers": 10_000}
+_MOST_LAYERS = 10_000
 """What no model passes: a damaged file shall not make this library reserve memory for it."""
+_MOST = {"num_hidden_layers": _MOST_LAYERS}
 _MOST_OF_OTHERS = 1 << 20
-_KEY = re.compile(r"layers\.(\d+)\.(.+)")
+_KEY = re.compile(r"layers\.(\d{1,5})\.(.+)", re.ASCII)
 _UNNAMED = MemoryShape(1, 1, 1, 1, 1)
 _AGAIN = "Copy or download the folder again, weights and config together"
 
@@ -236,10 +237,14 @@ def memory_config(where: str, values: Any) -> AHNConfig:
         config = AHNConfig.from_dict(values)
     except (ConfigError, TypeError, ValueError) as error:
         raise failure(where, f"its settings cannot be used ({brief(error)})", _AGAIN) from None
+    if config.layers is not None and config.layers[-1] >= _MOST_LAYERS:
+        raise failure(where, f"it names layer {reprlib.repr(config.layers[-1])}, which no model has", _AGAIN)
     if config.memory not in MEMORIES:
         known = ", ".join(memory_names())
         raise failure(
-            where, f"it holds a memory {config.memory!r}; known are {known}", "Upgrade this library if it is newer"
+            where,
+            f"it holds a memory {reprlib.repr(config.memory)}; known are {known}",
+            "Upgrade this library if it is newer",
         )
     return config
 

@@ -21,7 +21,7 @@ from ahn.config import AHNConfig
 
 CONFIG = "config.json"
 MARK = "_ahn_implementation"
-_KEY = re.compile(r"model\.layers\.(\d+)\.ahn\.fn\.(.+)")
+_KEY = re.compile(r"model\.layers\.(\d{1,5})\.ahn\.fn\.(.+)", re.ASCII)
 _AGAIN = "Copy or download the folder again, or correct its config.json"
 
 

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 from typer.main import get_command
 
-from ahn.cli import bench, convert, cost, demo, evaluation, generate, inspect, merge, probe, train
+from ahn.cli import bench, convert, cost, demo, evaluation, generate, inspect, merge, probe, serve, train
 
 app = typer.Typer(
     name="ahn",
@@ -20,6 +20,7 @@ app = typer.Typer(
 COMMANDS = {
     "demo": demo,
     "generate": generate,
+    "serve": serve,
     "inspect": inspect,
     "cost": cost,
     "bench": bench,

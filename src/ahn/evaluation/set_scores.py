@@ -9,7 +9,6 @@ from typing import Any
 from ahn import __version__
 from ahn.evaluation.benchmarks import BENCHMARKS
 from ahn.evaluation.benchmarks.schema import Benchmark, Rules, Scoring, Target
-from ahn.evaluation.errors import AnswerError, EvaluationError
 from ahn.evaluation.metrics import METRICS, Metric
 from ahn.evaluation.predictions import Prediction
 from ahn.evaluation.report import package_version
@@ -80,12 +79,7 @@ def score_predictions(predictions: Iterable[Prediction], scoring: Scoring = "off
     targets: dict[str, Target] = {}
     for prediction in predictions:
         target = targets.setdefault(prediction.target.name, prediction.target)
-        metric = METRICS[target.task.rules(scoring).metric]
-        try:
-            score = metric.score(prediction.text, prediction.answers, prediction.keywords)
-        except AnswerError as error:
-            raise EvaluationError(f"{prediction.where}: {error}") from None
-        items.setdefault(target.name, []).append((prediction.id, score))
+        items.setdefault(target.name, []).append((prediction.id, prediction.score(scoring)))
     names = sorted(targets, key=lambda name: _place(targets[name]))
     return [SetScore(targets[name], scoring, tuple(items[name])) for name in names]
 
@@ -109,16 +103,18 @@ def _average(alike: Sequence[SetScore]) -> Average:
     return Average(target.benchmark, target.length, len(alike), every, score)
 
 
-def to_json(scores: Sequence[SetScore], files: Sequence[str]) -> dict[str, Any]:
+def to_json(scores: Sequence[SetScore], files: Sequence[str], left_out: Sequence[str] = ()) -> dict[str, Any]:
     """Everything that was measured, ready for JSON.
 
     Args:
         scores: As `score_predictions` gives them.
         files: Where the predictions come from.
+        left_out: Why files were left out.
     """
     return {
         "kind": "scores",
         "files": list(files),
+        **({"left_out": list(left_out)} if left_out else {}),
         "versions": {"ahn": __version__, **{name: version for name in _PACKAGES if (version := package_version(name))}},
         "sets": [
             {

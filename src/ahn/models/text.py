@@ -44,6 +44,22 @@ def text_tokens(text: str, tokenizer: Any) -> list[int]:
     return [token for part in encoded for token in part]
 
 
+def text_offsets(text: str, tokenizer: Any) -> list[tuple[int, int]]:
+    """First and last + 1 character of each token that `text_tokens` gives.
+
+    Args:
+        text: The text, of any length.
+        tokenizer: The model's tokenizer, a fast one.
+    """
+    offsets: list[tuple[int, int]] = []
+    start = 0
+    for part in _parts(text):
+        encoded = tokenizer(part, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        offsets += [(start + first, start + last) for first, last in encoded["offset_mapping"]]
+        start += len(part)
+    return offsets
+
+
 def opening_of(tokenizer: Any) -> list[int]:
     """What a tokenizer puts before every text, such as a begin-of-text token."""
     first = tokenizer.bos_token_id

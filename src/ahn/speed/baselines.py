@@ -147,7 +147,7 @@ def baselines(base: Any, model: Any, arms: list[str], context: int) -> dict[str,
 
 def _settle(cache: HippocampalCache, read: int) -> None:
     """Fills the bank of anchors, as it is after a long text, where next to no token enters it any more."""
-    for name, tensor in cache.scoreboard.held.items() if cache.scoreboard is not None else ():
+    for name, tensor in cache.scoreboard.stored.items() if cache.scoreboard is not None else ():
         if name.startswith("scores."):
             tensor.fill_(torch.finfo(tensor.dtype).max)
         if name.startswith("tokens."):

@@ -53,14 +53,16 @@ def command(settings: ScoreSettings) -> None:
     from ahn.evaluation import averages, read_predictions, score_predictions
     from ahn.evaluation.set_scores import to_json
 
-    scores = score_predictions(read_predictions(settings.files, settings.task), settings.scoring)
+    left_out: list[str] = []
+    scores = score_predictions(read_predictions(settings.files, settings.task, left_out.append), settings.scoring)
+    for reason in left_out:
+        log(f"left out: {reason}", "yellow")
     for title in dict.fromkeys(each.target.benchmark.title for each in scores):
         mine = [each for each in scores if each.target.benchmark.title == title]
         output().print(_table(title, mine, averages(mine)))
     if target is not None:
-        write_text(
-            target, json.dumps(to_json(scores, settings.files), indent=2, ensure_ascii=False) + "\n", settings.files
-        )
+        facts = to_json(scores, settings.files, left_out)
+        write_text(target, json.dumps(facts, indent=2, ensure_ascii=False) + "\n", settings.files)
         log(f"wrote {target}", console=output())
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from ahn.evaluation.bootstrap import interval
+from ahn.evaluation.perplexity.cache_sizes import CacheSizes
 from ahn.evaluation.perplexity.documents import TokenDocument
 from ahn.evaluation.perplexity.ngrams import GROUPS
 from ahn.evaluation.perplexity.reading import PerplexityPlan, key
@@ -24,7 +26,13 @@ Records = Mapping[str, Mapping[str, Any]]
 
 
 def average(
-    model: nn.Module, documents: Sequence[TokenDocument], plan: PerplexityPlan, records: Records, seed: int
+    model: nn.Module,
+    documents: Sequence[TokenDocument],
+    plan: PerplexityPlan,
+    records: Records,
+    seed: int,
+    sizes: CacheSizes | None = None,
+    equal_windows: Mapping[str, str] = MappingProxyType({}),
 ) -> dict[str, Any]:
     """What is reported.
 
@@ -34,17 +42,30 @@ def average(
         plan: How it was read.
         records: Of all documents and arms.
         seed: Of the bootstrap.
+        sizes: What counts the bytes of caches; not counted if left out.
+        equal_windows: Arms with a larger window, by the names of the arms that take as many bytes.
 
     Returns:
-        Plain values: `documents`, `arms`, `groups` by span, `positions` (mean score in each bin) and `points` (bytes
-        held, of the longest document). Scores are means over tokens in nats; what does not exist is NaN.
+        Plain values: `documents`, `arms`, `groups` by span, `positions` (mean score in each bin), `points` (bytes
+        held, of the longest document) and `equal_bytes`. Scores are means over tokens in nats; what does not exist is
+        NaN.
     """
     longest = max(documents, key=lambda each: len(each.ids))
     points = {arm: records[key(longest, arm)]["points"] for arm in plan.arms}
     marks = max((each["tokens"] for each in points.values()), key=lambda tokens: tokens[-1])
     return {
         "documents": [_document(each, plan, records) for each in documents],
-        "arms": {arm: _arm(arm, documents, plan, records, seed) for arm in plan.arms},
+        "arms": {
+            arm: {
+                **_arm(arm, documents, plan, records, seed),
+                **({} if sizes is None else {"counted_bytes": sizes.bytes_of(arm)}),
+            }
+            for arm in plan.arms
+        },
+        "equal_bytes": {
+            arm: {"arm": other, **difference(other, arm, documents, records, seed)}
+            for arm, other in equal_windows.items()
+        },
         "groups": {span: _groups(span, documents, plan, records) for span in SPANS},
         "positions": {
             "bin_tokens": plan.bin_tokens,
@@ -56,6 +77,34 @@ def average(
             "full_cache": {"tokens": marks, "bytes": [full_cache_bytes(model, tokens) for tokens in marks]},
         },
     }
+
+
+def difference(
+    arm: str, better: str, documents: Sequence[TokenDocument], records: Records, seed: int
+) -> dict[str, float]:
+    """How much better one arm scores than another.
+
+    Args:
+        arm: Name of the other.
+        better: Name of the one.
+        documents: What both have read.
+        records: Of all documents and arms.
+        seed: Of the bootstrap.
+
+    Returns:
+        Nats per token that it has less, `nats_better`, with the ends of the 95 % interval over documents.
+    """
+    sums = {
+        name: np.array([records[key(each, name)]["spans"]["beyond"] for each in documents]) for name in (arm, better)
+    }
+    rows = np.stack((sums[arm][:, 0] - sums[better][:, 0], sums[arm][:, 1]), axis=1)
+    low, high = interval(rows, _ratio, seed=seed)
+    return {"nats_better": _ratio(rows), "low": low, "high": high}
+
+
+def _ratio(rows: NDArray[np.float64]) -> float:
+    total, number = rows.sum(0)
+    return float(total / number)
 
 
 def _document(document: TokenDocument, plan: PerplexityPlan, records: Records) -> dict[str, Any]:
