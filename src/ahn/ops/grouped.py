@@ -82,12 +82,12 @@ class _Groups(torch.autograd.Function):
         groups = [parts for parts, _ in token_groups(*inputs)]
         to_output, to_state = gradients
         to_outputs = to_output.split([parts[0].shape[1] for parts in groups], dim=1) if groups else ()
-        found: list[tuple[Tensor, ...]] = []
+        group_slopes: list[tuple[Tensor, ...]] = []
         backward = compiled.backward if compiled.available(*saved, *gradients) else _backward
         for parts, state, to_part in reversed(list(zip(groups, states, to_outputs))):
             *slopes, to_state = backward(ctx.rule, parts, state, to_part, to_state)
-            found.append(tuple(slopes))
-        whole = [torch.cat(each[::-1], dim=1) for each in zip(*found)] or [torch.zeros_like(x) for x in inputs]
+            group_slopes.append(tuple(slopes))
+        whole = [torch.cat(each[::-1], dim=1) for each in zip(*group_slopes)] or [torch.zeros_like(x) for x in inputs]
         return None, *whole, to_state
 
 

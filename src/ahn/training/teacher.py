@@ -60,12 +60,12 @@ class TeacherCache:
             ConfigError: The folder cannot be written.
         """
         real = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
-        files = [self._file(ids[kept]) for ids, kept in zip(input_ids, real)]
+        files = [self._file(ids[is_real]) for ids, is_real in zip(input_ids, real)]
         rows = [_load(file, input_ids.device) for file in files]
         if any(row is None for row in rows):
             states = read()
-            for file, row, kept in zip(files, states, real):
-                self._keep(file, row[kept])
+            for file, row, is_real in zip(files, states, real):
+                self._keep(file, row[is_real])
             return states
         found_RD = torch.cat([row for row in rows if row is not None])
         states = found_RD.new_zeros(*input_ids.shape, found_RD.size(-1))
