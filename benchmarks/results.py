@@ -1,12 +1,15 @@
 """Every number and picture of docs/results.md, from one command.
 
-    make results TEXTS=FOLDER          # about an hour and a half on two cores; the same command again goes on
+    make results TEXTS=FOLDER          # the same command again goes on
+    make results TEXTS=FOLDER ARGS="--only gap page --lengths 2048 --windows 256"     # one of the gaps
     make results TEXTS=FOLDER ARGS="--only page"     # draws the page anew from what was measured before
+
+All but the gaps take about an hour and a half on two cores; the gaps take much longer.
 
 FOLDER holds books that no memory was trained on. Measured are, with the memories that ship:
 
 - the share of the gap to full attention that windows, anchors and the memory close, byte for byte
-  (`ahn eval perplexity --equal-bytes --plot`), which alone takes `--only gap page`
+  (`ahn eval perplexity --equal-bytes`)
 - what the memories win back, by window and length too (`shipped_memories.py`)
 - a whole book (`ahn eval perplexity`)
 - hidden facts (`ahn eval recall`)
@@ -19,6 +22,8 @@ import json
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -82,9 +87,9 @@ draws all of it, on texts that no memory was trained on.
 """
 
 
-def measure_gap(texts: Path) -> None:
+def measure_gaps(texts: Path, gaps: Sequence[Gap] = GAPS) -> None:
     """The share of the gap that each arm closes, beside windows of the same bytes."""
-    for gap in GAPS:
+    for gap in gaps:
         out = WORK / gap.file.removesuffix(".json")
         cut = ("--length", str(gap.length), "--pieces", str(gap.pieces), "--window", str(gap.window), "--sinks", "32")
         arms = ("--sink-positions", gap.sink_positions, "--arms", GAP_ARMS, "--equal-bytes")
@@ -152,6 +157,7 @@ def _gap_part(report: dict) -> str:
         f"{len(results['documents'])} excerpts at even distances.\nThe share of the gap is that between `window` and "
         "`full`. The equal window is enlarged to the bytes of\nthe arm, states and anchors counted. Intervals are 95 % "
         f"bootstraps over excerpts\n({_where(report['environment'])}).\n",
+        *_read_in_full(report),
         f"![share of the gap against bytes of cache](images/{gap.picture})\n",
         "| arm | cache, MB | nats per token | share of the gap | equal window | nats better than it |",
         "|---|---|---|---|---|---|",
@@ -164,6 +170,15 @@ def _gap_part(report: dict) -> str:
         cells = [f"`{name}`", f"{row['counted_bytes'] / 1e6:.1f}", f"{row['nll']['beyond']:.4f}", closed]
         lines.append(f"| {' | '.join([*cells, equal['arm'] if equal else '', better])} |")
     return "\n".join([*lines, ""])
+
+
+def _read_in_full(report: dict) -> list[str]:
+    """What the gap is measured on, where full attention reads less than all."""
+    read, length = report["results"]["arms"]["full"]["tokens"], report["settings"]["length"]
+    tokens = read // len(report["results"]["documents"])
+    if tokens == length:
+        return []
+    return [f"`full` reads the first {tokens:,} tokens alone, so that nats and shares are those of them.\n"]
 
 
 def _memories_part(report: dict) -> str:
@@ -302,10 +317,15 @@ def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     arguments.add_argument("--texts", required=True, type=Path, help="folder of texts that no memory was trained on")
     arguments.add_argument("--only", nargs="*", choices=STEPS, default=STEPS)
+    for name in ("lengths", "windows"):
+        arguments.add_argument(f"--{name}", nargs="*", type=int, help="of the gaps, these alone")
     options = arguments.parse_args()
     if not any(options.texts.rglob("*.txt")):
         raise SystemExit(f"{options.texts}: there are no .txt files in it; name a folder of texts")
-    steps = dict(zip(STEPS, (measure_gap, measure_memories, measure_book, measure_recall, write_page), strict=True))
+    lengths, windows = (set(chosen or ()) for chosen in (options.lengths, options.windows))
+    gaps = [gap for gap in GAPS if gap.length in (lengths or {gap.length}) and gap.window in (windows or {gap.window})]
+    measure_these = partial(measure_gaps, gaps=gaps)
+    steps = dict(zip(STEPS, (measure_these, measure_memories, measure_book, measure_recall, write_page), strict=True))
     for name in options.only:
         steps[name](options.texts)
 

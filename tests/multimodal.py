@@ -186,6 +186,8 @@ MAKERS: dict[str, Callable[[], Any]] = {
     "llava": llava,
     "mllama": mllama,
 }
+if not hasattr(transformers, "Gemma4Config"):  # in the oldest transformers that this library takes
+    MAKERS = {name: make for name, make in MAKERS.items() if not name.startswith("gemma4")}
 IMAGES: dict[str, Callable[[], dict[str, torch.Tensor]]] = {
     "gemma3": _with_types,
     "smolvlm": _stacked,

@@ -142,6 +142,19 @@ def test_an_offloaded_base_takes_a_memory(tmp_path: Path) -> None:
         torch.testing.assert_close(read(model, IDS, chunks), read(plain, IDS, chunks), rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("memory", ["gated_delta_net", "mamba2"])
+@torch.no_grad()
+def test_a_memory_is_offloaded_with_its_base(memory: str) -> None:
+    accelerate = pytest.importorskip("accelerate")
+    model = with_memory(memory=memory)
+    expected = read(model, IDS)
+    accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
+    assert all(parameter.is_meta for parameter in model.parameters())
+    for chunks in (None, 1, 13):
+        torch.testing.assert_close(read(model, IDS, chunks), expected, rtol=0, atol=1e-4)
+    assert all(parameter.is_meta for parameter in model.parameters())
+
+
 @pytest.mark.parametrize(
     "settings",
     [

@@ -6,7 +6,7 @@ import contextlib
 import os
 from collections.abc import Iterator, Mapping
 from functools import partial
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import nn
@@ -34,6 +34,7 @@ from ahn.backbone import compat, linear
 from ahn.backbone.rotary import Rotation, find_rotary
 from ahn.backbone.survey import (
     CapturedLayer,
+    check_numbers,
     check_rotations,
     find_backbone,
     is_unloaded,
@@ -82,6 +83,7 @@ def attach(model: nn.Module, config: AHNConfig | None = None) -> None:
         )
     attachment = survey(model, config)
     expected = _read_sample(backbone, attachment)
+    check_numbers(expected)
     whole = _write_sample(model, attachment) if attachment.is_wrapped else None
     _install(model, backbone, attachment)
     try:
@@ -138,8 +140,8 @@ def detach(model: nn.Module) -> None:
         set_attachment(site.module, None)
     for config, before in attachment.implementations:
         compat.set_implementation(config, before)
-    _restore_generate(model)
-    model.__dict__.pop("save_pretrained", None)
+    for name in ("_prepare_cache_for_generation", "init_continuous_batching", "save_pretrained"):
+        model.__dict__.pop(name, None)
     for module in (model, find_backbone(model)):
         set_attachment(module, None)
 
@@ -257,7 +259,9 @@ def _install(model: Any, backbone: Any, attachment: Attachment) -> None:
     for config in compat.attention_configs(backbone):
         attachment.implementations.append((config, config._attn_implementation))
         compat.set_implementation(config, IMPLEMENTATION)
-    _make_generate_use_memory(model)
+    # 5.23: `_prepare_cache_for_generation` makes the cache, `init_continuous_batching` begins every kind of that.
+    model.__dict__["_prepare_cache_for_generation"] = partial(_prepare_cache, model)
+    model.__dict__["init_continuous_batching"] = _refuse_continuous_batching
     model.__dict__["save_pretrained"] = partial(_save_pretrained, model)
 
 
@@ -359,9 +363,16 @@ def _tolerance(attachment: Attachment) -> float:
     return 1e-3 if all(site.dtype == torch.float32 for site in attachment.sites) else 5e-2
 
 
-def _make_generate_use_memory(model: Any) -> None:
-    """Lets `model.generate` start from a `HippocampalCache` (5.23: `_prepare_cache_for_generation` makes the cache)."""
-    model.__dict__["_prepare_cache_for_generation"] = partial(_prepare_cache, model)
+def _refuse_continuous_batching(*args: Any, **kwargs: Any) -> NoReturn:
+    """Says why `generate_batch` and its kind do not work.
+
+    Raises:
+        CacheError: Always.
+    """
+    raise CacheError(
+        "continuous batching (generate_batch) keeps keys and values in pages of its own, which have no place for a "
+        "memory: call model.generate on a padded batch, or ahn.detach(model) first"
+    )
 
 
 def _prepare_cache(model: Any, generation_config: Any, model_kwargs: dict[str, Any], mode: Any, *rest: Any) -> None:
@@ -385,8 +396,3 @@ def _prepare_cache(model: Any, generation_config: Any, model_kwargs: dict[str, A
             model_kwargs[compat.CACHE] = HippocampalCache(model)
             return
     type(model)._prepare_cache_for_generation(model, generation_config, model_kwargs, mode, *rest)
-
-
-def _restore_generate(model: Any) -> None:
-    """Undoes `_make_generate_use_memory`."""
-    model.__dict__.pop("_prepare_cache_for_generation", None)

@@ -102,6 +102,17 @@ class TestMasks:
 
 
 class TestAttachmentInForce:
+    def test_continuous_batching_is_refused(self) -> None:
+        model = with_memory()
+        for action in (
+            lambda: model.generate_batch([[3, 4, 5]], max_new_tokens=2),
+            lambda: model.init_continuous_batching(),
+        ):
+            with pytest.raises(ahn.AHNError, match=r"continuous batching \(generate_batch\)"):
+                action()
+        ahn.detach(model)
+        assert "init_continuous_batching" not in vars(model)
+
     @torch.no_grad()
     def test_another_implementation_is_refused(self) -> None:
         model = with_memory()

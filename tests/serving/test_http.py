@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from tests.serving.common import alone, ids_of, serving
 openai = pytest.importorskip("openai", reason="the client of OpenAI is not installed")
 httpx = pytest.importorskip("httpx", reason="the server needs the extra serve")
 
+PAGE = (Path(__file__).parents[2] / "docs" / "serving.md").read_text(encoding="utf-8")
 MESSAGES = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Who is Ishmael?"}]
 RENDERED = "<system>Be brief.</s><user>Who is Ishmael?</s><assistant>"
 
@@ -133,6 +135,7 @@ def test_bad_requests_get_one_clear_line(server: Any, path: str, body: Any, stat
     assert words in error["message"]
     assert "\n" not in error["message"]
     assert set(error) == {"message", "type", "param", "code"}
+    assert error["message"] in PAGE, "docs/serving.md lists these messages"
 
 
 def test_a_body_that_is_no_json(server: Any) -> None:

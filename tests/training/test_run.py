@@ -7,6 +7,7 @@ import json
 import math
 import multiprocessing
 import os
+import shutil
 import signal
 from pathlib import Path
 from typing import Any
@@ -174,6 +175,24 @@ class TestGoingOn:
         with pytest.raises(ConfigError, match=r"is not empty.*--resume"):
             train(settings(place, whole))
         assert (whole / "ahn.safetensors").read_bytes() == before
+
+    @pytest.mark.parametrize("name", ["optimizer.pt", "every"])
+    def test_a_damaged_checkpoint_is_left_out(self, whole: Path, place: Path, tmp_path: Path, name: str) -> None:
+        """The run goes on from the checkpoint before, or from the start, and ends with the same weights."""
+        shutil.copytree(whole, tmp_path / "out")
+        for file in [*(tmp_path / "out").glob("*.safetensors"), *(tmp_path / "out").glob("**/ahn_config.json")]:
+            if file.parent.name in ("out", "distill"):
+                file.unlink()
+        found = sorted((tmp_path / "out" / "distill").glob("checkpoint-*"), key=lambda path: int(path.name[11:]))
+        assert len(found) > 1
+        for damaged in found if name == "every" else found[-1:]:
+            file = damaged / ("trainer_state.json" if name == "every" else name)
+            file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+        said: list[str] = []
+        train(settings(place, tmp_path / "out", report_tokens=0), resume=True, say=said.append)
+        assert sum("is damaged and left out" in line for line in said) == (len(found) if name == "every" else 1)
+        expected, actual = (load_file(folder / "ahn.safetensors") for folder in (whole, tmp_path / "out"))
+        assert [key for key in expected if not torch.equal(actual[key], expected[key])] == []
 
     def test_other_settings_are_refused(self, whole: Path, place: Path) -> None:
         with pytest.raises(ConfigError, match=r"was begun with lr = 0\.0001, not 0\.5"):

@@ -23,6 +23,7 @@ from ahn.attention import softmax_training as with_gradients
 from ahn.attention.call import LayerCall, Softmax
 from ahn.attention.masks import CallMask
 from ahn.attention.weights import attention_blocks
+from ahn.backbone import compat
 from ahn.cache.layer import HippocampalLayer
 from ahn.cache.record import TokenRecord
 from ahn.errors import CacheError, ModelError
@@ -113,7 +114,9 @@ def _attend(layer: LayerCall, query: torch.Tensor, view: VisibleKV, softmax: Sof
 def read_memory(layer: LayerCall, store: HippocampalLayer, query: torch.Tensor, view: VisibleKV) -> torch.Tensor:
     """Updates the state with what left the window; what the memory adds for the last E queries, `[B, E, H, V]`."""
     silent_tokens = query.size(2) - view.evicted.length
-    return layer.memory.project_out(recall(layer, store, query, view), layer.hidden[:, silent_tokens:])
+    read = recall(layer, store, query, view)
+    with compat.loaded(layer.memory):
+        return layer.memory.project_out(read, layer.hidden[:, silent_tokens:])
 
 
 def recall(layer: LayerCall, store: HippocampalLayer, query: torch.Tensor, view: VisibleKV) -> torch.Tensor:

@@ -147,7 +147,10 @@ def layer_call(module: Any, call: Call, args: tuple[Any, ...], kwargs: dict[str,
     if site.memory is None:
         return None
     hidden = args[0] if args else kwargs["hidden_states"]
-    gates = site.memory.gates(hidden) if call.settings.mode == "ahn" and call.step is None else None
+    gates = None
+    if call.settings.mode == "ahn" and call.step is None:
+        with compat.loaded(site.memory):
+            gates = site.memory.gates(hidden)
     rotary = None
     if site.rotation is not None:
         unrotates = call.attachment.config.memory_positions == "none"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -89,6 +90,24 @@ def execution_device(module: nn.Module) -> torch.device | None:
     if device is None:
         return None
     return torch.device(device if isinstance(device, (str, torch.device)) else f"cuda:{device}")
+
+
+@contextlib.contextmanager
+def loaded(module: nn.Module) -> Iterator[None]:
+    """Has the parameters of a module itself there inside the block, if accelerate keeps them elsewhere until it runs.
+
+    Args:
+        module: A module whose parameters are used without calling it.
+    """
+    hook = getattr(module, "_hf_hook", None)
+    if hook is None or not any(parameter.is_meta for parameter in module.parameters(recurse=False)):
+        yield
+        return
+    hook.pre_forward(module)
+    try:
+        yield
+    finally:
+        hook.post_forward(module, ())
 
 
 def input_device(backbone: Any) -> torch.device:

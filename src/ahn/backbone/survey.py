@@ -142,6 +142,19 @@ def check_rotations(backbone: Any, rotations: dict[nn.Module, Rotation]) -> dict
     return {module: _rotates(backbone, module, *inputs[module], rotations[module]) for module in rotations}
 
 
+def check_numbers(computed: torch.Tensor) -> None:
+    """Checks that what a model computes are numbers.
+
+    Raises:
+        ModelError: Some of it is NaN.
+    """
+    if not computed.is_meta and bool(computed.isnan().any()):
+        raise ModelError(
+            "the model computes NaN, which is no number: its weights hold some (download them again), or its dtype is "
+            "too small for it (use bfloat16 or float32)"
+        )
+
+
 def _rotates(backbone: Any, module: nn.Module, args: Any, kwargs: dict[str, Any], rotation: Rotation) -> bool:
     tables, positions = kwargs.get("position_embeddings"), kwargs.get("position_ids")
     if tables is None or positions is None:
@@ -153,6 +166,7 @@ def _rotates(backbone: Any, module: nn.Module, args: Any, kwargs: dict[str, Any]
         rotated, plain = (_query(backbone, module, args, {**kwargs, "position_embeddings": t}) for t in (tables, still))
     if torch.equal(rotated, plain):
         return False
+    check_numbers(plain)
     if not _undoes(rotation, rotated, plain, tables, positions):
         raise ModelError(
             f"{type(module).__name__} rotates in a way that its apply_rotary_pos_emb and tables do not undo"

@@ -122,7 +122,7 @@ class _Header(NamedTuple):
 
 def _read(path: Path) -> tuple[_Header, dict[str, torch.Tensor]]:
     """What a file holds, held against its checksum."""
-    if not path.is_file():
+    if not os.path.isfile(path):  # that of pathlib raises at a name that is too long
         raise CacheError(f"there is no saved cache at {path}")
     try:
         with safe_open(path, "pt") as file:

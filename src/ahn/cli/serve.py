@@ -48,6 +48,7 @@ def command(settings: ServeSettings, source: ServedModel) -> None:
     listening = _listen(settings.host, settings.port)
     from ahn.cli import loading
 
+    loading.seed(0)  # an untrained memory goes on from what it read before a restart
     loaded = loading.load(source)
     address = f"http://{_in_address(settings.host)}:{listening.getsockname()[1]}"
     log(f"{loaded.name} at {address}, its API at {address}/v1; Ctrl-C ends it", console=notes())

@@ -15,6 +15,7 @@ from starlette.exceptions import HTTPException
 from ahn.serving.errors import RequestError
 from ahn.serving.files import add_file_routes
 from ahn.serving.gate import Gate
+from ahn.serving.operations import add_operations
 from ahn.serving.routes import add_routes
 from ahn.serving.service import Service
 
@@ -37,6 +38,7 @@ def make_app(service: Service) -> Any:
     app.state.service = service
     add_routes(app.router)
     add_file_routes(app.router)
+    add_operations(app.router, service)
     app.add_exception_handler(RequestError, _refused)
     app.add_exception_handler(RequestValidationError, _invalid)
     app.add_exception_handler(HTTPException, _unknown)

@@ -127,6 +127,7 @@ class CompletionRequest(SamplingOptions):
     @property
     def prompts(self) -> list[str | list[int]]:
         """The prompts, one or more."""
-        if isinstance(self.prompt, str) or (self.prompt and isinstance(self.prompt[0], int)):
-            return [self.prompt]  # type: ignore[list-item]
-        return list(self.prompt)
+        if isinstance(self.prompt, str):
+            return [self.prompt]
+        tokens = [each for each in self.prompt if isinstance(each, int)]
+        return [tokens] if tokens else [each for each in self.prompt if not isinstance(each, int)]

@@ -29,8 +29,7 @@ ahn eval perplexity book.txt --out book  [dim]# a whole book: one plot, constant
 
 ahn eval perplexity texts --arms full,window,ahn --length 4096 --pieces 8
 
-ahn eval perplexity texts --length 2048 --pieces 24 --window 256 --equal-bytes --plot gap.png \
-    --arms full,window,anchors+64,ahn,ahn+64  [dim]# what memory and anchors win back, byte for byte[/dim]
+ahn eval perplexity texts --length 2048 --pieces 24 --arms full,window,ahn,ahn+64 --equal-bytes --plot gap.png
 """
 
 
@@ -75,7 +74,7 @@ def command(settings: PerplexitySettings, source: ModelSettings, options: RunOpt
 def _evaluate(run: Run, loaded: Loaded, texts: dict[str, str], plots: list[Path]) -> None:
     """The work: reads everything that the journal lacks, and reports."""
     from ahn.cli.evaluation import perplexity_tables
-    from ahn.evaluation.perplexity.averages import average
+    from ahn.evaluation.perplexity.averages import Averages
     from ahn.evaluation.perplexity.ngrams import group_tokens
     from ahn.evaluation.perplexity.reading import make_plan, read_all
 
@@ -97,7 +96,8 @@ def _evaluate(run: Run, loaded: Loaded, texts: dict[str, str], plots: list[Path]
     groups = group_tokens(tokens, ids, *(settings[name] for name in ("ngram", "rare", "sinks", "window")))
     with run.reading(sum(plan.limit(arm, len(each)) for each in ids for arm in plan.arms)) as progress:
         read_all(loaded.model, documents, groups, plan, run.journal, progress)
-    results = average(loaded.model, documents, plan, run.journal.done, settings["seed"], sizes, equal_windows)
+    averages = Averages(documents, plan, run.journal.done, settings["seed"])
+    results = averages.report(loaded.model, sizes, equal_windows)
     for table in perplexity_tables.tables(settings, results):
         table.print(output())
     for line in perplexity_tables.remarks(results):
@@ -110,10 +110,10 @@ def _evaluate(run: Run, loaded: Loaded, texts: dict[str, str], plots: list[Path]
 
 
 def _sizes(
-    run: Run, loaded: Loaded, documents: Sequence[TokenDocument], wanted: bool
+    run: Run, loaded: Loaded, documents: Sequence[TokenDocument], counted: bool
 ) -> tuple[CacheSizes | None, dict[str, str]]:
     """What counts the bytes of caches, where that is wanted, and the windows of as many bytes by the names of arms."""
-    if not (wanted or run.settings["equal_bytes"]):
+    if not (counted or run.settings["equal_bytes"]):
         return None, {}
     from ahn.evaluation.perplexity.cache_sizes import CacheSizes
 
@@ -122,18 +122,18 @@ def _sizes(
     return sizes, {arm: other for arm, other in equal.items() if other is not None}
 
 
-def _texts(places: Sequence[str]) -> dict[str, str]:
+def _texts(paths: Sequence[str]) -> dict[str, str]:
     """All texts by the names of their files; those of a folder in the order of their names."""
     from ahn.models.text import TEXT_FILES
 
     texts: dict[str, str] = {}
-    for place in places:
-        folder = Path(place).expanduser()
-        names = [place]
+    for path in paths:
+        folder = Path(path).expanduser()
+        names = [path]
         if folder.is_dir():
             names = [str(file) for file in sorted(folder.rglob("*")) if file.suffix in TEXT_FILES and file.is_file()]
             if not names:
-                raise UsageError(f"{place} holds no text ({', '.join(TEXT_FILES)}). Name a file or another folder.")
+                raise UsageError(f"{path} holds no text ({', '.join(TEXT_FILES)}). Name a file or another folder.")
         for name in names:
             if name in texts:
                 raise UsageError(f"{name} is named twice. Name it once.")
@@ -155,5 +155,5 @@ def _documents(
     if settings["pieces"] is None:
         read = documents.whole(tokens, opening, settings["length"])
     else:
-        read = documents.pieces(tokens, opening, settings["length"], settings["pieces"])
+        read = documents.excerpts(tokens, opening, settings["length"], settings["pieces"])
     return list(tokens.values()), read

@@ -62,7 +62,7 @@ def make_page(settings: dict[str, Any], results: dict[str, Any], lines: Sequence
 
     Args:
         settings: Those of the run.
-        results: As `average` gives them.
+        results: As `Averages.report` gives them.
         lines: What to say first.
     """
     from ahn.evaluation.page import Page
@@ -97,7 +97,7 @@ def tables(settings: dict[str, Any], results: dict[str, Any]) -> list[ResultTabl
 
     Args:
         settings: Those of the run.
-        results: As `average` gives them.
+        results: As `Averages.report` gives them.
     """
     arms = list(results["arms"])
     spans = [span for span in SPANS if any(row["scored"][span] for row in results["arms"].values())]
@@ -127,7 +127,7 @@ def gap_figure(settings: dict[str, Any], results: dict[str, Any]) -> Any:
 
     Args:
         settings: Those of the run.
-        results: As `average` gives them, bytes counted.
+        results: As `Averages.report` gives them, bytes counted.
     """
     from ahn.evaluation.perplexity.gap import draw_gap
 
@@ -165,7 +165,7 @@ def remarks(results: dict[str, Any]) -> list[str]:
     """What the tables cannot say by themselves.
 
     Args:
-        results: As `average` gives them.
+        results: As `Averages.report` gives them.
     """
     count = len(results["documents"])
     if not {"full", "window"} <= set(results["arms"]):

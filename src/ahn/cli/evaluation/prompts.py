@@ -42,11 +42,12 @@ def command(settings: PromptSettings) -> None:
     checks.file_to_write("--out", target, settings.files)
     templates: dict[str, str] = {}
     for name in settings.files:
-        found = read_official_prompts(Path(name).expanduser(), settings.variant)
-        if twice := sorted(found.templates.keys() & templates.keys()):
+        published = read_official_prompts(Path(name).expanduser(), settings.variant)
+        if twice := sorted(published.templates.keys() & templates.keys()):
             raise UsageError(f"{name} has a template of {twice[0]}, as a file before it. Name one of them.")
-        templates |= found.templates
-        for reason in found.left_out.values():
-            log(f"left out: {reason}", "yellow")
+        templates |= published.templates
+        for reason in dict.fromkeys(published.left_out.values()):
+            names = ", ".join(task for task, each in published.left_out.items() if each == reason)
+            log(f"left out: {names} ({reason})", "yellow")
     write_text(target, json.dumps(templates, indent=1, ensure_ascii=False) + "\n", settings.files)
     log(f"wrote templates of {len(templates)} tasks to {target}", console=output())

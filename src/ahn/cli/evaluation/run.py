@@ -152,7 +152,7 @@ def _run(
     prompting = dataclasses.replace(prompting, chat=prompts.has_chat(loaded.tokenizer) if chat is None else chat)
     results: dict[str, Any] = {}
     if sets:
-        results["benchmarks"] = _ask(run, loaded, sets, prompting)
+        results["benchmarks"] = _answer_sets(run, loaded, sets, prompting)
         presentation.score_table(results["benchmarks"], run.arms).print(output())
     if theirs:
         results["harness"] = _evaluate(run, loaded, theirs, prompting)
@@ -161,7 +161,7 @@ def _run(
         run.finish(results, presentation.make_page(results, run.arms), loaded.model)
 
 
-def _ask(run: Run, loaded: Loaded, sets: Sequence[QuestionSet], prompting: PromptRules) -> dict[str, Any]:
+def _answer_sets(run: Run, loaded: Loaded, sets: Sequence[QuestionSet], prompting: PromptRules) -> dict[str, Any]:
     """Our own tasks in every arm."""
     from ahn.evaluation.benchmarks.runner import BenchmarkRunner
     from ahn.evaluation.benchmarks.side_by_side import summarise

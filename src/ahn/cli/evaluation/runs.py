@@ -7,11 +7,11 @@ import dataclasses
 from collections.abc import Callable, Iterable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from ahn.cli.loading import ModelSettings
 from ahn.cli.terminal import UsageError, log, notes, output, work_bar
-from ahn.config import setting
+from ahn.config import Mode, setting
 from ahn.errors import ConfigError
 from ahn.evaluation.arm_names import GRAMMAR, find_arm
 
@@ -94,7 +94,7 @@ class Run:
         known = {*CONTROLS, Oracle.name} if self.settings["command"] == "recall" else CONTROLS.keys()
         for arm in map(find_arm, self.arms):
             if arm.anchors and arm.anchor_score not in known:
-                with mode(model, arm.method, **arm.settings(self.settings["window"])):
+                with mode(model, cast(Mode, arm.method), **arm.settings(self.settings["window"])):
                     chosen = HippocampalCache(model).settings.anchor_score
                 if arm.anchor_score is None:
                     self.settings["anchor_score"] = chosen
@@ -179,13 +179,10 @@ def check_arms(arms: tuple[str, ...]) -> None:
     Raises:
         UsageError: There is none, or an unknown one.
     """
-    for name in arms or ("",):
-        _check_arm(name)
-
-
-def _check_arm(name: str) -> None:
+    name = ""
     try:
-        find_arm(name)
+        for name in arms or ("",):
+            find_arm(name)
     except ConfigError:
         raise UsageError(f"--arms takes {GRAMMAR}, not '{name}'.") from None
 

@@ -12,6 +12,7 @@ Python files are parsed, never run.
 from __future__ import annotations
 
 import ast
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -42,8 +43,8 @@ def read_official_prompts(file: Path, variant: str | None = None) -> OfficialPro
 
     Args:
         file: The file, as it is in the benchmark's repository.
-        variant: Which of several dicts of a file: "yarn_mistral" for `yarn_mistral_templates`. Not needed where there
-            is one.
+        variant: Which of several dicts of a file: "yarn_mistral" for `yarn_mistral_templates`. A file with a single one
+            does not look at it.
 
     Raises:
         EvaluationError: The file cannot be read, holds no templates, or holds several dicts and none is named.
@@ -51,29 +52,36 @@ def read_official_prompts(file: Path, variant: str | None = None) -> OfficialPro
     entries = _chosen(dict(_dicts(file)), file, variant) if file.suffix == ".py" else load_data(file)
     if not isinstance(entries, dict) or not entries:
         raise EvaluationError(f"{file} holds no templates. Give the file in which the benchmark publishes its prompts.")
-    found = OfficialPrompts({}, {})
+    prompts = OfficialPrompts({}, {})
     for name, template in entries.items():
         for published, ours in _WRITTEN_OUT.items():
             template = template.replace(published, ours) if isinstance(template, str) else template
         try:
-            found.templates[find(str(name)).task.name] = check_template(template, str(name))
+            task = find(str(name)).task.name
+        except EvaluationError:
+            prompts.left_out[str(name)] = "no task that is built in"
+            continue
+        try:
+            prompts.templates[task] = check_template(template, os.fspath(file))
         except EvaluationError as error:
-            found.left_out[str(name)] = str(error)
-    if not found.templates:
+            prompts.left_out[task] = str(error)
+    if not prompts.templates:
         raise EvaluationError(f"{file} holds no template of a task that is known here. Check which file it is.")
-    return found
+    return prompts
 
 
 def _chosen(dicts: dict[str, dict[str, object]], file: Path, variant: str | None) -> dict[str, object]:
-    """The dict with this name, or the only one."""
-    if variant is None and len(dicts) == 1:
+    """The only dict, or the one with this name."""
+    if len(dicts) == 1:
         return next(iter(dicts.values()))
-    known = ", ".join(name.removesuffix(_SUFFIX) for name in dicts)
     for name in (variant, f"{variant}{_SUFFIX}"):
         if name in dicts:
             return dicts[name]
-    what = f"several kinds of templates: {known}. Name one with --variant" if dicts else "no templates. Check the file"
-    raise EvaluationError(f"{file} holds {what}.")
+    if not dicts:
+        raise EvaluationError(f"{file} holds no templates. Give the file in which the benchmark publishes its prompts.")
+    kinds = ", ".join(name.removesuffix(_SUFFIX) for name in dicts)
+    wrong = "" if variant is None else f", but not {variant}"
+    raise EvaluationError(f"{file} holds templates of {kinds}{wrong}. Name one of them with --variant.")
 
 
 def _dicts(file: Path) -> Iterator[tuple[str, dict[str, object]]]:

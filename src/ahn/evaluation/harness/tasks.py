@@ -67,13 +67,13 @@ def checksums(tasks: Sequence[Any]) -> dict[str, str]:
     Args:
         tasks: As `load_tasks` gives them.
     """
-    found = {}
+    sums = {}
     for task in tasks:
         checksum = hashlib.sha256()
         for record in task.eval_docs:
             checksum.update(json.dumps(record, sort_keys=True, default=repr).encode(errors="surrogatepass"))
-        found[str(task.config.task)] = checksum.hexdigest()
-    return found
+        sums[str(task.config.task)] = checksum.hexdigest()
+    return sums
 
 
 def evaluate(models: Mapping[str, Any], tasks: Sequence[Any], limit: int | None, chat: bool) -> list[dict[str, Any]]:

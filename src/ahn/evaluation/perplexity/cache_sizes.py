@@ -56,15 +56,15 @@ class CacheSizes:
         Raises:
             ConfigError: The model cannot read with so large a window.
         """
-        kind, wanted = find_arm(arm), self.bytes_of(arm)
-        if wanted is None or not (kind.method == "ahn" or kind.anchors):
+        kind, target = find_arm(arm), self.bytes_of(arm)
+        if target is None or not (kind.method == "ahn" or kind.anchors):
             return None
         sizes = range(1, self._tokens)
-        place = bisect.bisect_left(sizes, wanted, key=lambda size: self._bytes("window", Arm("window", larger=size)))
-        if place == len(sizes):
+        index = bisect.bisect_left(sizes, target, key=lambda size: self._bytes("window", Arm("window", larger=size)))
+        if index == len(sizes):
             return None
-        with ahn.mode(self._model, "window", window=self._window + sizes[place]):  # checks it
-            return f"window+{sizes[place]}"
+        with ahn.mode(self._model, "window", window=self._window + sizes[index]):  # checks it
+            return f"window+{sizes[index]}"
 
     def _bytes(self, method: str, arm: Arm) -> int:
         changes = {"window": self._window + arm.larger, "anchors": arm.anchors}

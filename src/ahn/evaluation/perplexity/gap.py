@@ -25,7 +25,7 @@ def draw_gap(results: Mapping[str, Any], title: str) -> Any:
     """A line for each kind of arm, by what it keeps: a window, anchors, a memory, or both.
 
     Args:
-        results: As `average` gives them; `full` and `window` are among the arms, and bytes were counted.
+        results: As `Averages.report` gives them; `full` and `window` are among the arms, and bytes were counted.
         title: What was read, by which model.
 
     Returns:
@@ -34,14 +34,14 @@ def draw_gap(results: Mapping[str, Any], title: str) -> Any:
     figure = new_figure(8.5, 5.4)
     panel = figure.subplots()
     arms = results["arms"]
-    for place, ((kind, score), names) in enumerate(lines(results).items()):
+    for order, ((kind, score), names) in enumerate(lines(results).items()):
         points = sorted((_point(arms[name]), name) for name in names)
         sizes, shares, lows, highs = zip(*(point for point, _ in points))
         number = sum(line.get_label().startswith(f"{kind} (") for line in panel.get_lines())
         label = f"{kind} ({score})" if score else kind
         style = {**_STYLES[kind], "linestyle": _FURTHER[number % len(_FURTHER)], "linewidth": 2, "markersize": 8}
         # Where two lines meet, the marker of the one that has less is on top.
-        panel.plot(sizes, shares, label=label, zorder=4 - place / 10, **style)
+        panel.plot(sizes, shares, label=label, zorder=4 - order / 10, **style)
         panel.vlines(sizes, lows, highs, color=_STYLES[kind]["color"], alpha=0.5)
         for (size, share, *_), name in points:
             if "+" in name:

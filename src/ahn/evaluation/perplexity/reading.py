@@ -121,7 +121,7 @@ def measure(
             reader.prefill(chunk)
         if reader.tokens >= min(next_point, ids.numel()):
             next_point = reader.tokens + ids.numel() / _POINTS
-            for name, value in zip(points, (reader.tokens, reader.cache_bytes, resident_bytes(device))):
+            for name, value in zip(points, (reader.tokens, reader.cache_bytes, process_bytes(device))):
                 points[name].append(value)
         on_progress(reader.tokens, f"{arm}, cache {reader.cache_bytes / 1e6:,.1f} MB")
     nll = reader.nll.double().numpy()
@@ -173,7 +173,7 @@ def key(document: TokenDocument, arm: str) -> str:
     return f"{document.name} | {arm}"
 
 
-def resident_bytes(device: torch.device) -> int:
+def process_bytes(device: torch.device) -> int:
     """Bytes that this process holds now: resident memory on a CPU, allocated tensors on a CUDA device.
 
     Where the system does not tell what is resident now (no /proc), it is the most that was resident so far; 0 where it
