@@ -38,7 +38,7 @@ def write_training_card(model: nn.Module, settings: TrainSettings, report: Repor
         attachment_of(model).config,
         BaseInfo.of_model(model),
         parameters=sum(tensor.numel() for tensor in memory_tensors(model).values()),
-        place=settings.out,
+        source=settings.out,
         anchors=(folder / ANCHORS.config).is_file(),
         sections=sections,
         licence=settings.licence,
