@@ -13,6 +13,7 @@ _Settings = TypeVar("_Settings", bound="Settings")
 Mode = Literal["full", "window", "ahn", "ct_max", "ct_mean"]
 SinkPositions = Literal["absolute", "bounded"]
 MemoryPositions = Literal["rope", "none"]
+Quantize = Literal["int4", "int8", "bf16"]
 AUTO = "auto"
 """The `anchor_score` that leaves it to the model, which decides when a text begins."""
 

@@ -1,5 +1,7 @@
 """The kernels for weights in few bits against float64, at odd sizes, and what they refuse."""
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -13,7 +15,7 @@ pytestmark = needs_kernels
 SIZES = [(1, 32, 1), (7, 96, 2), (16, 64, 3), (33, 32, 5), (50, 576, 8), (129, 1536, 4)]
 
 
-def groups(rows: int, columns: int, bits: int, size: int = 32, dtype: torch.dtype = torch.float16) -> Groups:
+def groups(rows: int, columns: int, bits: Any, size: int = 32, dtype: torch.dtype = torch.float16) -> Groups:
     draw = torch.Generator().manual_seed(rows + columns + bits)
     codes = torch.randint(0, 2**bits, (rows, columns // size, size), generator=draw, dtype=torch.uint8)
     scales, minima = (torch.randn(rows, columns // size, generator=draw) * factor for factor in (0.01, 0.1))
@@ -29,7 +31,7 @@ def exact(parts: Groups) -> torch.Tensor:
 @pytest.mark.parametrize("size", [16, 32])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize(("rows", "columns", "vectors"), SIZES)
-def test_product_and_unpacking(bits: int, size: int, dtype: torch.dtype, rows: int, columns: int, vectors: int) -> None:
+def test_product_and_unpacking(bits: Any, size: int, dtype: torch.dtype, rows: int, columns: int, vectors: int) -> None:
     parts = groups(rows, columns, bits, size, dtype)
     weight = pack(parts, bits)
     x, bias = torch.randn(vectors, columns), torch.randn(rows)
@@ -40,7 +42,7 @@ def test_product_and_unpacking(bits: int, size: int, dtype: torch.dtype, rows: i
 
 
 @pytest.mark.parametrize("bits", [4, 8])
-def test_rows_from_the_middle(bits: int) -> None:
+def test_rows_from_the_middle(bits: Any) -> None:
     parts = groups(75, 64, bits)
     weight = pack(parts, bits)
     torch.testing.assert_close(packed.unpack(weight, 32, 71), parts.dequantize()[32:71])

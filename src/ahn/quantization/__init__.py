@@ -1,8 +1,9 @@
 """Weights in few bits: formats, the layers that use them, and how a model gets them."""
 
+from ahn.config import Quantize
 from ahn.quantization.groups import Groups, round_to_groups
 from ahn.quantization.layers import QuantizedEmbedding, QuantizedLinear
-from ahn.quantization.model import QUANTIZE, Quantize, check_quantize, quantize_model, slots, store
+from ahn.quantization.model import QUANTIZE, Slot, check_quantize, quantize_model, slots, store
 from ahn.quantization.weights import GroupedWeight, HalfWeight, StoredWeight
 
 __all__ = [
@@ -13,6 +14,7 @@ __all__ = [
     "Quantize",
     "QuantizedEmbedding",
     "QuantizedLinear",
+    "Slot",
     "StoredWeight",
     "check_quantize",
     "quantize_model",

@@ -104,7 +104,8 @@ def unpack(packed: Packed, panels: Tensor | slice, lanes: Tensor | Sequence[int]
         )
     places = torch.arange(0, 32, packed.bits, dtype=torch.int32, device=codes.device)
     values = ((codes[..., None] >> places) & (2**packed.bits - 1)).flatten(2)
-    return (values * scales.float()[..., None] + minima.float()[..., None]).flatten(1)
+    rows: Tensor = (values * scales.float()[..., None] + minima.float()[..., None]).flatten(1)
+    return rows
 
 
 def _panels(part: Tensor) -> Tensor:
@@ -112,4 +113,5 @@ def _panels(part: Tensor) -> Tensor:
     missing = -part.size(0) % PANEL_ROWS
     if missing:
         part = torch.cat((part, part.new_zeros(missing, *part.shape[1:])))
-    return part.unflatten(0, (-1, PANEL_ROWS))
+    panels: Tensor = part.unflatten(0, (-1, PANEL_ROWS))
+    return panels

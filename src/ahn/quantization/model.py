@@ -7,12 +7,12 @@ from typing import Any, Literal, get_args
 
 from torch import Tensor, nn
 
+from ahn.config import Quantize
 from ahn.errors import ModelError
 from ahn.quantization.groups import fits, round_to_groups
 from ahn.quantization.layers import QuantizedEmbedding, QuantizedLinear
 from ahn.quantization.weights import GroupedWeight, HalfWeight, StoredWeight
 
-Quantize = Literal["int4", "int8", "bf16"]
 QUANTIZE = get_args(Quantize)
 """The formats of weights by name."""
 
@@ -76,11 +76,12 @@ def slots(model: nn.Module) -> list[Slot]:
     """
     found: dict[int, Slot] = {}
     others: set[int] = set()
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    find_head: Any = getattr(model, "get_output_embeddings", lambda: None)
+    head = find_head()
     for parent in model.modules():
         for name, module in parent.named_children():
-            if type(module) in (nn.Linear, nn.Embedding) and fits(module.weight.size(1)):  # type: ignore[operator,union-attr]
-                weight: Any = module.weight
+            weight: Any = getattr(module, "weight", None)
+            if type(module) in (nn.Linear, nn.Embedding) and fits(weight.size(1)):
                 slot = found.setdefault(id(weight), Slot(weight))
                 slot.places.append((parent, name, module))
                 slot.of_words |= module is head or isinstance(module, nn.Embedding)

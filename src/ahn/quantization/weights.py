@@ -95,7 +95,8 @@ class StoredWeight(nn.Module, ABC):
         few = self.multiply_few(x, bias_N) if x.numel() <= kernels.MOST_ROWS * self.columns else None
         if few is not None:
             return few
-        out = _Product.apply(x.reshape(-1, self.columns), self).view(*x.shape[:-1], self.rows)
+        product: Tensor = _Product.apply(x.reshape(-1, self.columns), self)
+        out = product.view(*x.shape[:-1], self.rows)
         return out if bias_N is None else out + bias_N
 
     def spans(self) -> list[tuple[int, int]]:
@@ -119,7 +120,7 @@ class _Product(torch.autograd.Function):
         return out
 
     @staticmethod
-    def backward(ctx: Any, gradient_MN: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, gradient_MN: Tensor) -> tuple[Tensor, None]:
         weight: StoredWeight = ctx.weight
         gradient_MN = gradient_MN.float()  # autocast gives it in half precision
         total = gradient_MN.new_zeros(gradient_MN.size(0), weight.columns)
