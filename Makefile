@@ -32,7 +32,7 @@ HAVE_MODEL := $(VENV)/.have-smollm2-0.1.2
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help demo test slow floors fla results recall bench lint format clean
+.PHONY: help demo test test-browser slow floors fla results recall bench bench-serve lint format clean
 
 help:
 	@echo "make demo    a small model reads a long text past its window"
@@ -43,6 +43,8 @@ help:
 	@echo "make results every number of docs/results.md (TEXTS=FOLDER of unseen texts)"
 	@echo "make recall  every count of docs/recall.md (TEXTS=FOLDER of unseen texts)"
 	@echo "make bench   speed of reading and writing, side by side (docs/performance.md)"
+	@echo "make bench-serve  sessions, documents and a load on the server (docs/serving.md)"
+	@echo "make test-browser the server's page in Chromium (installs Debian's chromium, as root)"
 	@echo "make lint    ruff and mypy only"
 	@echo "make format  rewrite the files in house style"
 	@echo "make clean   remove .venv and everything built"
@@ -73,6 +75,14 @@ recall: $(HAVE_DEV) $(HAVE_MODEL)
 
 bench: $(HAVE_DEV) $(HAVE_MODEL)
 	@$(PY) benchmarks/speed.py $(ARGS)
+
+bench-serve: $(HAVE_DEV) $(HAVE_MODEL)
+	@$(PY) benchmarks/serve.py $(ARGS)
+
+test-browser: $(HAVE_DEV)
+	@command -v chromedriver >/dev/null || { apt-get update -qq && apt-get install -qq -y --no-install-recommends chromium chromium-driver; }
+	@$(PIP) selenium
+	@$(PY) -m pytest -q tests/serving/test_page.py $(ARGS)
 
 lint: $(HAVE_DEV)
 	@$(PY) -m ruff check --quiet .

@@ -26,7 +26,7 @@ from tests.rooms import arrows_up, circles, floors, module_graph, read_files, re
 
 Figures = dict[str, str]
 LONG_FUNCTION, LONG_FILE, LONGEST_FILE = 40, 200, 400
-_ITEM = re.compile(r"\s*(?:[-*+]|\d+\.)\s")
+_ITEM = re.compile(r"^\s*(?:[-*+]|\d+\.)\s")
 _NO_PROSE = re.compile(r"\s*(?:[|#<!]|\[!|\[[^\]]+\]:)")
 _NAME_PARTS = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+")
 

@@ -1,10 +1,18 @@
 """Every number and picture of docs/results.md, from one command.
 
-    make results TEXTS=FOLDER          # about an hour and a half on two cores; the same command again goes on
+    make results TEXTS=FOLDER          # the same command again goes on
+    make results TEXTS=FOLDER ARGS="--only gap page --lengths 2048 --windows 256"     # one of the gaps
     make results TEXTS=FOLDER ARGS="--only page"     # draws the page anew from what was measured before
 
-FOLDER holds books that no memory was trained on. Measured are, with the memories that ship: what they win back, by
-window and length too (`shipped_memories.py`), a whole book (`ahn eval perplexity`), hidden facts (`ahn eval recall`).
+All but the gaps take about an hour and a half on two cores; the gaps take much longer.
+
+FOLDER holds books that no memory was trained on. Measured are, with the memories that ship:
+
+- the share of the gap to full attention that windows, anchors and the memory close, byte for byte
+  (`ahn eval perplexity --equal-bytes`)
+- what the memories win back, by window and length too (`shipped_memories.py`)
+- a whole book (`ahn eval perplexity`)
+- hidden facts (`ahn eval recall`)
 """
 
 from __future__ import annotations
@@ -14,20 +22,53 @@ import json
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 from ahn._home import write_text
 
 HERE = Path(__file__).parent
 KEPT, IMAGES, PAGE = HERE / "results", HERE.parent / "docs" / "images", HERE.parent / "docs" / "results.md"
 WORK = HERE.parent / ".results"
-STEPS = ("memories", "book", "recall", "page")
+STEPS = ("gap", "memories", "book", "recall", "page")
+GAP_ARMS = "full,window,window+64,anchors+64,anchors+128,anchors+256,ahn,ahn+64,ahn+128,ahn+256"
 ARMS = "full,window,ahn,ahn+64:learned,ct_max,ct_mean,tail"
 LENGTHS = "2048,8192"
 TASKS = ("number",)
 MEMORIES, GRID, BOOK, RECALL = "shipped_memories.json", "shipped_memories_grid.json", "book.json", "recall.json"
 BOOK_BYTES = 500_000  # more than 100,000 tokens
 _AHN = (sys.executable, "-m", "ahn", "eval")
+
+
+class Gap(NamedTuple):
+    """Texts of one length, read with one window."""
+
+    length: int
+    window: int
+    pieces: int = 24
+    sink_positions: str = "absolute"
+
+    @property
+    def file(self) -> str:
+        """Where its report is kept."""
+        return f"gap_{self.length}_{self.window}.json"
+
+    @property
+    def picture(self) -> str:
+        """The picture that shows it; the README shows that of the first."""
+        return "gap.png" if self == GAPS[0] else f"gap_{self.length}_{self.window}.png"
+
+
+GAPS = (
+    Gap(2048, 256),
+    Gap(2048, 1024),
+    Gap(8192, 256),
+    Gap(8192, 1024),
+    Gap(32768, 256, 4, "bounded"),
+    Gap(32768, 1024, 4, "bounded"),
+)
 _OPENING = """# Results
 
 What has been measured for SmolLM2-135M-Instruct with the memories that ship. `make results TEXTS=FOLDER` measures and
@@ -38,10 +79,23 @@ draws all of it, on texts that no memory was trained on.
 | `full` | the base model's full attention |
 | `window` | sinks and sliding window |
 | `ahn` | sinks, window and memory |
-| `ahn+64:learned` | the same with 64 anchors, chosen by the learned score |
+| `ahn+64` | the same with 64 anchors; `ahn+64:learned` are chosen by the learned score |
+| `anchors+64` | sinks, window and 64 anchors, without a memory |
+| `window+64` | sinks and a window that is larger by 64 tokens |
 | `ct_max`, `ct_mean` | sinks, window and a Compressive Transformer of the memory's bytes |
 | `tail` | the base model, given only the tokens of sinks and last window |
 """
+
+
+def measure_gaps(texts: Path, gaps: Sequence[Gap] = GAPS) -> None:
+    """The share of the gap that each arm closes, beside windows of the same bytes."""
+    for gap in gaps:
+        out = WORK / gap.file.removesuffix(".json")
+        cut = ("--length", str(gap.length), "--pieces", str(gap.pieces), "--window", str(gap.window), "--sinks", "32")
+        arms = ("--sink-positions", gap.sink_positions, "--arms", GAP_ARMS, "--equal-bytes")
+        _run(*_AHN, "perplexity", str(texts), *cut, *arms, "--out", str(out))
+        _keep(out / "report.json", KEPT / gap.file, texts)
+        _take_picture(out / "gap.png", gap.picture)
 
 
 def measure_memories(texts: Path) -> None:
@@ -92,6 +146,39 @@ def measured() -> dict[str, dict]:
 def page(reports: dict[str, dict]) -> str:
     """The text of the page."""
     return "\n".join([_OPENING, *(part(reports[file]) for file, part in PARTS.items() if file in reports)])
+
+
+def _gap_part(report: dict) -> str:
+    settings, results = report["settings"], report["results"]
+    (gap,) = [each for each in GAPS if (each.length, each.window) == (settings["length"], settings["window"])]
+    lines = [
+        f"## Share of the gap, byte for byte: {gap.length:,} tokens, window {gap.window:,}\n",
+        f"Nats per token beyond {settings['sinks']} sinks ({gap.sink_positions}) and the window, over "
+        f"{len(results['documents'])} excerpts at even distances.\nThe share of the gap is that between `window` and "
+        "`full`. The equal window is enlarged to the bytes of\nthe arm, states and anchors counted. Intervals are 95 % "
+        f"bootstraps over excerpts\n({_where(report['environment'])}).\n",
+        *_read_in_full(report),
+        f"![share of the gap against bytes of cache](images/{gap.picture})\n",
+        "| arm | cache, MB | nats per token | share of the gap | equal window | nats better than it |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name, row in results["arms"].items():
+        closed = _share(*row["closed"].values()) if row["closed"] else ""
+        equal, better = results["equal_bytes"].get(name), ""
+        if equal:
+            better = f"{equal['nats_better']:+.4f} ({equal['low']:+.4f} to {equal['high']:+.4f})"
+        cells = [f"`{name}`", f"{row['counted_bytes'] / 1e6:.1f}", f"{row['nll']['beyond']:.4f}", closed]
+        lines.append(f"| {' | '.join([*cells, equal['arm'] if equal else '', better])} |")
+    return "\n".join([*lines, ""])
+
+
+def _read_in_full(report: dict) -> list[str]:
+    """What the gap is measured on, where full attention reads less than all."""
+    read, length = report["results"]["arms"]["full"]["tokens"], report["settings"]["length"]
+    tokens = read // len(report["results"]["documents"])
+    if tokens == length:
+        return []
+    return [f"`full` reads the first {tokens:,} tokens alone, so that nats and shares are those of them.\n"]
 
 
 def _memories_part(report: dict) -> str:
@@ -168,7 +255,13 @@ def _recall_part(report: dict) -> str:
     return "\n".join([*lines, "", *(f"- {sentence}" for sentence in report["results"]["verdicts"])]) + "\n"
 
 
-PARTS = {MEMORIES: _memories_part, GRID: _grid_part, BOOK: _book_part, RECALL: _recall_part}
+PARTS = {
+    **{gap.file: _gap_part for gap in GAPS},
+    MEMORIES: _memories_part,
+    GRID: _grid_part,
+    BOOK: _book_part,
+    RECALL: _recall_part,
+}
 """Parts of the page by the file that each is made of; a part whose file is missing is left out."""
 
 
@@ -224,10 +317,15 @@ def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     arguments.add_argument("--texts", required=True, type=Path, help="folder of texts that no memory was trained on")
     arguments.add_argument("--only", nargs="*", choices=STEPS, default=STEPS)
+    for name in ("lengths", "windows"):
+        arguments.add_argument(f"--{name}", nargs="*", type=int, help="of the gaps, these alone")
     options = arguments.parse_args()
     if not any(options.texts.rglob("*.txt")):
         raise SystemExit(f"{options.texts}: there are no .txt files in it; name a folder of texts")
-    steps = dict(zip(STEPS, (measure_memories, measure_book, measure_recall, write_page), strict=True))
+    lengths, windows = (set(chosen or ()) for chosen in (options.lengths, options.windows))
+    gaps = [gap for gap in GAPS if gap.length in (lengths or {gap.length}) and gap.window in (windows or {gap.window})]
+    measure_these = partial(measure_gaps, gaps=gaps)
+    steps = dict(zip(STEPS, (measure_these, measure_memories, measure_book, measure_recall, write_page), strict=True))
     for name in options.only:
         steps[name](options.texts)
 

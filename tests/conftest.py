@@ -7,6 +7,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # Before torch is: threads that spin while they wait take the cores from whatever else runs.
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+# The processes that tests start, too: workers of pytest share the cores.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import logging
 import random

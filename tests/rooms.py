@@ -10,7 +10,7 @@ from pathlib import Path
 
 STOREYS = """
 6  __main__ > cli > speed
-5  training | evaluation
+5  training | evaluation | serving
 4  distillation, cost > __init__ > checkpoint; generation
 3  surgery > attention
 2  cache > attachment > anchors, memories

@@ -21,6 +21,7 @@ import transformers
 
 import ahn
 from ahn import native
+from ahn.backbone.compat import CACHE
 from ahn.cli import main
 from ahn.evaluation.journal import Journal
 from ahn.evaluation.report import EvaluationReport
@@ -63,6 +64,8 @@ def prepare() -> None:
     Path("bench/math_find.jsonl").write_text(record)
     sizes: dict[str, Any] = {"num_hidden_layers": 2, "num_attention_heads": 4, "hidden_size": 32, "vocab_size": 64}
     sizes |= {"bos_token_id": 1, "eos_token_id": 2}
+    Path("odd").mkdir()
+    Path("odd/config.json").write_text('{"model_type": "llama", "hidden_size": -1}')
     transformers.FalconConfig(**sizes).save_pretrained("falcon")
     transformers.GPT2Config(**sizes, n_positions=1024).save_pretrained("gpt2")
 
@@ -79,6 +82,12 @@ COMMANDS = (
     "generate Hello --mode fast",
     "generate Hello --mode ahn+64:luck",
     "generate Hello --max-new-tokens 0",
+    "generate Hello --top-p 2 --temperature 0.7",
+    "generate Hello --top-k 40",
+    "generate Hello --repetition-penalty 0",
+    "generate Hello --system Hi --no-chat",
+    "generate --chat --file -",
+    "generate Hello --model ./odd",
     "generate Hello --model smollm2-135",
     "generate Hello --model ./nowhere",
     "generate Hello --model ./notes",
@@ -145,6 +154,7 @@ COMMANDS = (
     "eval perplexity text.txt --pieces 4",
     "eval perplexity text.txt --length 1",
     "eval perplexity text.txt --arms window,fast",
+    "eval perplexity text.txt --plot gap.png",
     "eval perplexity text.txt --out notes",
     "eval perplexity text.txt --out begun",
     "eval perplexity text.txt",
@@ -176,6 +186,8 @@ COMMANDS = (
     "eval run --tasks passkey --data bench --prompts nowhere.json",
     "eval run --tasks passkey --data bench --metadata x",
     "eval run --tasks passkey --data bench --out notes",
+    "eval prompts nowhere.json",
+    "eval prompts text.txt",
     "eval score nowhere.jsonl",
     "eval score empty.txt --task passkey",
     "eval score notes",
@@ -225,6 +237,8 @@ def calls() -> dict[str, Callable[[], Any]]:
         "model.generate(ids, prompt_lookup_num_tokens=3)": lambda: model.generate(
             ids, max_new_tokens=4, prompt_lookup_num_tokens=3
         ),
+        "model.generate(new_ids, cache=cache)": lambda: model.generate(ids[:, :5], max_new_tokens=4, **{CACHE: used}),
+        "model.generate_batch([[1, 2]])": lambda: model.generate_batch([[1, 2]]),
         'model.generate(ids, cache_implementation="static")': lambda: model.generate(
             ids, max_new_tokens=4, cache_implementation="static"
         ),

@@ -9,7 +9,7 @@ import torch
 
 import ahn
 from ahn.attachment import attachment_of
-from tests.tiny import FAMILIES, awaken, read, text, tiny
+from tests.tiny import DOCUMENTED, FAMILIES, MEMORIES, awaken, read, registered, text, tiny
 
 TOLERANCE = 1.5e-4  # the random weights are large: rounding grows from layer to layer
 SINKS, WINDOW = 5, 16
@@ -20,10 +20,17 @@ def base(request: pytest.FixtureRequest) -> Any:
     return tiny(request.param)
 
 
-@pytest.fixture
-def model(base: Any, memory: str) -> Any:
+PAIRS = [(family, memory) for family in FAMILIES for memory in MEMORIES]
+# A memory sees sizes alone of its family: these have heads that the kernels take or not, and values unlike keys.
+PAIRS += [(family, DOCUMENTED) for family in ("llama", "llama:wide", "deepseek_v3")]
+
+
+@pytest.fixture(params=PAIRS, ids="-".join)
+def model(request: pytest.FixtureRequest) -> Any:
+    family, name = request.param
+    base = tiny(family)
     torch.manual_seed(1)  # some draws of Mamba2's step are so ill-conditioned that float32 alone passes the tolerance
-    with ahn.attached(base, ahn.AHNConfig(memory=memory, window=WINDOW, sinks=SINKS)):
+    with registered(name) as memory, ahn.attached(base, ahn.AHNConfig(memory=memory, window=WINDOW, sinks=SINKS)):
         awaken(base)
         yield base
 

@@ -22,3 +22,29 @@ def test_the_book_is_the_shortest_long_text(tmp_path: Path) -> None:
     (tmp_path / "c.txt").unlink()
     (tmp_path / "b.txt").unlink()
     assert load_script("results").find_book(tmp_path).name == "a.txt"
+
+
+def test_each_gap_is_a_part_of_the_page() -> None:
+    """The table has every arm, with the window of the same bytes where it has a memory or anchors."""
+    script = load_script("results")
+    closed = {"share": 0.4, "low": 0.3, "high": 0.5}
+    arms = {
+        "full": {"closed": None, "counted_bytes": 9_000_000, "nll": {"beyond": 3.0}, "tokens": 16_384},
+        "window": {"closed": None, "counted_bytes": 1_000_000, "nll": {"beyond": 4.0}},
+        "ahn": {"closed": closed, "counted_bytes": 2_000_000, "nll": {"beyond": 3.6}},
+    }
+    report = {
+        "settings": {"length": 32768, "window": 256, "sinks": 32},
+        "results": {
+            "arms": arms,
+            "documents": [{}, {}],
+            "equal_bytes": {"ahn": {"arm": "window+110", "nats_better": 0.1, "low": -0.01, "high": 0.2}},
+        },
+        "environment": {"date": "today", "device": "CPU", "torch": "2", "transformers": "5"},
+    }
+    shown = script.page({"gap_32768_256.json": report})
+    assert "Share of the gap, byte for byte: 32,768 tokens, window 256" in shown
+    assert "`full` reads the first 8,192 tokens alone" in shown
+    assert "images/gap_32768_256.png" in shown
+    assert "| `ahn` | 2.0 | 3.6000 | 40 %, 30 to 50 | window+110 | +0.1000 (-0.0100 to +0.2000) |" in shown
+    assert script.GAPS[0].picture == "gap.png"

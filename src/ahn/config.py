@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import reprlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, Literal, TypedDict, TypeVar, get_args
 
@@ -14,6 +15,8 @@ Mode = Literal["full", "window", "ahn", "ct_max", "ct_mean"]
 SinkPositions = Literal["absolute", "bounded"]
 MemoryPositions = Literal["rope", "none"]
 Quantize = Literal["int4", "int8", "bf16"]
+_MOST = 2**40
+"""What no window and no number of tokens or layers passes."""
 AUTO = "auto"
 """The `anchor_score` that leaves it to the model, which decides when a text begins."""
 
@@ -216,10 +219,12 @@ def check_whole(name: str, value: object, least: int) -> None:
     """Checks a whole number.
 
     Raises:
-        ConfigError: It is none, or too small.
+        ConfigError: It is none, too small, or larger than any count of tokens.
     """
     if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise ConfigError(f"{name} must be a whole number of at least {least}, not {value!r}")
+        raise ConfigError(f"{name} must be a whole number of at least {least}, not {reprlib.repr(value)}")
+    if value > _MOST:
+        raise ConfigError(f"{name} must be a whole number of at most {_MOST}, not {reprlib.repr(value)}")
 
 
 def check_choice(name: str, value: object, known: Sequence[object]) -> None:
@@ -248,8 +253,8 @@ def _set_layer_indices(settings: object, name: str) -> None:
     if layers is None:
         return
     indices = tuple(layers)
-    if not indices or any(not isinstance(i, int) or isinstance(i, bool) or i < 0 for i in indices):
-        raise ConfigError(f"{name} must name at least one layer by its index from 0, not {indices!r}")
+    if not indices or any(not isinstance(i, int) or isinstance(i, bool) or not 0 <= i < _MOST for i in indices):
+        raise ConfigError(f"{name} must name at least one layer by its index from 0, not {reprlib.repr(indices)}")
     if len(set(indices)) != len(indices):
-        raise ConfigError(f"{name} names a layer twice: {indices!r}")
+        raise ConfigError(f"{name} names a layer twice: {reprlib.repr(indices)}")
     object.__setattr__(settings, name, tuple(sorted(indices)))

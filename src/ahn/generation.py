@@ -5,23 +5,35 @@ Legend of shapes: T tokens, V vocabulary.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import inspect
 import math
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import nn
 from torch.nn import functional
 from transformers.cache_utils import Cache, DynamicCache
+from transformers.generation.logits_process import (
+    LogitsProcessorList,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 
 from ahn.attachment import attachment_of, find_attachment
 from ahn.backbone import compat
+from ahn.backbone.survey import check_numbers
 from ahn.cache import HippocampalCache
 from ahn.cache.cache import layer_tensors
 from ahn.errors import ConfigError, ShapeError
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 _LARGEST_CHUNK = 512  # longer chunks are not faster on a CPU, and their logits grow
 _LOGITS = 2**25  # elements of a chunk's logits: 134 MB in float32
@@ -91,6 +103,7 @@ class Reader:
             ShapeError: There is no token, or more than one row.
             ConfigError: The chunk is below 1.
             CacheError: The cache does not fit the model.
+            ModelError: The model's logits are NaN.
         """
         ids = _one_row(input_ids)
         size = automatic_chunk(self.model) if chunk is None else chunk
@@ -105,6 +118,7 @@ class Reader:
         """Reads tokens in one forward pass."""
         start = time.perf_counter()
         logits = _forward(self.model, ids_T, self.cache, every=self.score)
+        check_numbers(logits[-1])
         if self.score:
             self._note(logits, ids_T)
         self._logits = logits[-1].clone()
@@ -112,6 +126,19 @@ class Reader:
             torch.cuda.synchronize(ids_T.device)
         self.seconds += time.perf_counter() - start
         self.tokens += ids_T.numel()
+
+    def fork(self) -> Self:
+        """An independent reader that goes on from here, on a copy of the cache, and scores what it reads from here on.
+
+        Raises:
+            ShapeError: Nothing has been read.
+        """
+        twin = copy.copy(self)
+        twin.cache = self.cache.fork() if isinstance(self.cache, HippocampalCache) else copy.deepcopy(self.cache)
+        twin.score, twin.tokens, twin.seconds = True, 0, 0.0
+        twin._logits = self.logits.clone()
+        twin._scores, twin._scored, twin._total = torch.zeros(0), 0, 0.0
+        return twin
 
     @property
     def nll(self) -> torch.Tensor:
@@ -134,11 +161,6 @@ class Reader:
         if self._logits is None:
             raise ShapeError("nothing has been read yet; read at least one token first")
         return self._logits
-
-    @logits.setter
-    def logits(self, logits_V: torch.Tensor) -> None:
-        """Sets them, for a reader that goes on from a copy of a cache."""
-        self._logits = logits_V
 
     def _note(self, logits_TV: torch.Tensor, ids_T: torch.Tensor) -> None:
         """Scores a chunk: its first token from the last logits of the chunk before."""
@@ -208,7 +230,15 @@ class Decoder(Protocol):
 
 
 def decode(
-    reader: Decoder, limit: int, stop: Collection[int] = (), temperature: float = 0.0, seed: int | None = None
+    reader: Decoder,
+    limit: int,
+    stop: Collection[int] = (),
+    temperature: float = 0.0,
+    seed: int | None = None,
+    *,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    repetition_penalty: float | None = None,
 ) -> Iterator[int]:
     """Continues what a reader has read; every token but the one that ends the answer enters its cache.
 
@@ -218,6 +248,9 @@ def decode(
         stop: Tokens that end the answer; they are not part of it.
         temperature: 0 takes the likeliest token each time; above, tokens are drawn.
         seed: Of the random numbers; a new one each time if left out.
+        top_k: Draws from so many of the likeliest tokens only.
+        top_p: Draws from the likeliest tokens that have this probability together.
+        repetition_penalty: Above 1, tokens that the answer has already are less likely, as in transformers.
 
     Yields:
         Token ids.
@@ -227,12 +260,36 @@ def decode(
     """
     generator = torch.Generator()
     generator.seed() if seed is None else generator.manual_seed(seed)
+    processors = _processors(temperature, top_k, top_p, repetition_penalty)
+    written: list[int] = []
     for _ in range(limit):
-        token = _next_token(reader.logits, temperature, generator)
+        logits_V = reader.logits
+        if processors:
+            ids: Any = torch.tensor([written], dtype=torch.long)
+            scores: Any = logits_V.float().cpu()[None]
+            logits_V = processors(ids, scores)[0]
+        token = _next_token(logits_V, generator if temperature else None)
         if token in stop:
             return
+        written.append(token)
         yield token
         reader.prefill(torch.tensor([token]))
+
+
+def _processors(
+    temperature: float, top_k: int | None, top_p: float | None, repetition_penalty: float | None
+) -> LogitsProcessorList:
+    """What changes logits before a token is drawn from them, in the order of transformers."""
+    processors = LogitsProcessorList()
+    if repetition_penalty is not None and repetition_penalty != 1:
+        processors.append(RepetitionPenaltyLogitsProcessor(float(repetition_penalty)))
+    if temperature:
+        processors.append(TemperatureLogitsWarper(float(temperature)))
+        if top_k:
+            processors.append(TopKLogitsWarper(top_k))
+        if top_p is not None and top_p < 1:
+            processors.append(TopPLogitsWarper(float(top_p)))
+    return processors
 
 
 def text_of(tokenizer: Any, ids: Collection[int]) -> str:
@@ -310,10 +367,10 @@ def _nll(logits_TV: torch.Tensor, targets_T: torch.Tensor) -> torch.Tensor:
     return torch.cat(parts) if parts else logits_TV.new_zeros(0, dtype=torch.float32)
 
 
-def _next_token(logits_V: torch.Tensor, temperature: float, generator: torch.Generator) -> int:
-    if temperature == 0:
+def _next_token(logits_V: torch.Tensor, generator: torch.Generator | None) -> int:
+    if generator is None:
         return int(logits_V.argmax())
-    weights = torch.softmax(logits_V.float().cpu() / temperature, dim=-1)
+    weights = torch.softmax(logits_V, dim=-1)
     return int(torch.multinomial(weights, 1, generator=generator))
 
 

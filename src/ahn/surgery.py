@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import os
-import sys
 from collections.abc import Iterator, Mapping
 from functools import partial
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import nn
@@ -15,14 +14,35 @@ from transformers.generation.configuration_utils import GenerationMode
 from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import AttentionInterface
 
-from ahn.attachment import MODULE, SAVERS, Attachment, Site, attachment_of, find_attachment, mode, set_attachment
+from ahn.attachment import (
+    COMPUTED,
+    MODULE,
+    SAVERS,
+    Attachment,
+    Site,
+    attachment_of,
+    find_attachment,
+    mode,
+    set_attachment,
+)
 from ahn.attention.function import IMPLEMENTATION, attention_function
 from ahn.attention.hooks import after_call, after_model, before_call, before_layer, before_model
+from ahn.attention.host import check_tokens
 from ahn.attention.masks import mask_function
 from ahn.attention.recording import record_layers
 from ahn.backbone import compat, linear
 from ahn.backbone.rotary import Rotation, find_rotary
-from ahn.backbone.survey import CapturedLayer, check_rotations, find_backbone, probe, sample
+from ahn.backbone.survey import (
+    CapturedLayer,
+    check_numbers,
+    check_rotations,
+    find_backbone,
+    is_unloaded,
+    position_limit,
+    probe,
+    sample,
+    trained_context,
+)
 from ahn.cache.cache import HippocampalCache, refuse_assisted_decoding
 from ahn.config import AHNConfig
 from ahn.errors import AHNError, CacheError, ConfigError, ModelError
@@ -53,11 +73,17 @@ def attach(model: nn.Module, config: AHNConfig | None = None) -> None:
     if find_attachment(model) is not None:
         raise ModelError("this model has a memory already; call ahn.detach(model) first")
     backbone = find_backbone(model)
-    if any(_is_unloaded(module) for module in backbone.modules()):
+    if any(is_unloaded(module) for module in backbone.modules()):
         name = type(model).__name__
         raise ModelError(f"the weights of this {name} are not loaded (meta device); load them before attaching")
+    if (stored := next(filter(None, map(_storage_dtype, backbone.modules())), None)) is not None:
+        raise ModelError(
+            f"the weights of this {type(model).__name__} are in {stored}, in which torch only stores: load the model "
+            "with dtype=torch.bfloat16, or an FP8 checkpoint with the quantization_config that it came with"
+        )
     attachment = survey(model, config)
     expected = _read_sample(backbone, attachment)
+    check_numbers(expected)
     whole = _write_sample(model, attachment) if attachment.is_wrapped else None
     _install(model, backbone, attachment)
     try:
@@ -85,10 +111,10 @@ def survey(model: nn.Module, config: AHNConfig, *, rotations: bool = True) -> At
     model = compat.unwrap(model)
     backbone = find_backbone(model)
     sites = _sites(backbone, probe(model, backbone), config)
-    attachment = Attachment(config, sites, _base_name(backbone), _trained_context(backbone))
+    attachment = Attachment(config, sites, _base_name(backbone), trained_context(backbone))
     if rotations:
         attachment.rotation_problem = _find_rotations(backbone, sites)
-    attachment.position_limit = _position_limit(backbone)
+    attachment.position_limit = position_limit(backbone)
     attachment.is_wrapped = model is not backbone and getattr(model, str(model.base_model_prefix), None) is not backbone
     attachment.check(attachment.settings)
     return attachment
@@ -114,8 +140,8 @@ def detach(model: nn.Module) -> None:
         set_attachment(site.module, None)
     for config, before in attachment.implementations:
         compat.set_implementation(config, before)
-    _restore_generate(model)
-    model.__dict__.pop("save_pretrained", None)
+    for name in ("_prepare_cache_for_generation", "init_continuous_batching", "save_pretrained"):
+        model.__dict__.pop(name, None)
     for module in (model, find_backbone(model)):
         set_attachment(module, None)
 
@@ -166,9 +192,12 @@ def _sites(backbone: Any, layers: list[CapturedLayer], config: AHNConfig) -> tup
     return sites
 
 
-def _is_unloaded(module: nn.Module) -> bool:
-    """Whether a module has weights of its own that are nowhere: those that accelerate offloads come when they run."""
-    return compat.execution_device(module) is None and any(each.is_meta for each in module.parameters(recurse=False))
+def _storage_dtype(module: nn.Module) -> str | None:
+    """The dtype of a plain layer of torch whose weights torch cannot compute with, such as float8; else `None`."""
+    if type(module) not in (nn.Linear, nn.Embedding):
+        return None
+    dtype: Any = module.weight.dtype
+    return None if not dtype.is_floating_point or dtype in COMPUTED else str(dtype).removeprefix("torch.")
 
 
 def _shape(backbone: Any, layer: CapturedLayer) -> MemoryShape:
@@ -197,7 +226,7 @@ def _find_rotations(backbone: Any, sites: tuple[Site, ...]) -> str | None:
         return None
     try:
         rotations = {
-            site.module: Rotation(site.module, rotary, kinds[site.index] if kinds else None, _trained_context(backbone))
+            site.module: Rotation(site.module, rotary, kinds[site.index] if kinds else None, trained_context(backbone))
             for site in served
         }
         rotates = check_rotations(backbone, rotations)
@@ -206,12 +235,6 @@ def _find_rotations(backbone: Any, sites: tuple[Site, ...]) -> str | None:
     for site in served:
         site.rotation = rotations[site.module] if rotates[site.module] else None
     return None
-
-
-def _trained_context(backbone: Any) -> int:
-    """Positions that the model was trained on, or a number beyond all texts where its config names none."""
-    known = getattr(backbone.config, "max_position_embeddings", None) or getattr(backbone.config, "n_positions", None)
-    return int(known) if known else sys.maxsize
 
 
 def _base_name(backbone: Any) -> str:
@@ -236,7 +259,9 @@ def _install(model: Any, backbone: Any, attachment: Attachment) -> None:
     for config in compat.attention_configs(backbone):
         attachment.implementations.append((config, config._attn_implementation))
         compat.set_implementation(config, IMPLEMENTATION)
-    _make_generate_use_memory(model)
+    # 5.23: `_prepare_cache_for_generation` makes the cache, `init_continuous_batching` begins every kind of that.
+    model.__dict__["_prepare_cache_for_generation"] = partial(_prepare_cache, model)
+    model.__dict__["init_continuous_batching"] = _refuse_continuous_batching
     model.__dict__["save_pretrained"] = partial(_save_pretrained, model)
 
 
@@ -248,15 +273,6 @@ def _save_pretrained(model: Any, save_directory: Any, *args: Any, **kwargs: Any)
     type(model).save_pretrained(model, save_directory, *args, state_dict=base, **kwargs)
     for save in SAVERS:
         save(model, os.fspath(save_directory))
-
-
-def _position_limit(backbone: Any) -> int | None:
-    """How many positions a model with a table of positions has, or `None` for any other model."""
-    rotary, known = find_rotary(backbone), _trained_context(backbone)
-    if rotary is not None:  # gptj and codegen look their rotation up in a table
-        return known if hasattr(rotary, "embed_positions") else None
-    tables = (m for m in backbone.modules() if isinstance(m, nn.Embedding) and m is not backbone.get_input_embeddings())
-    return known if any(known <= table.num_embeddings <= known + 8 for table in tables) else None
 
 
 def _read_sample(backbone: Any, attachment: Attachment, use_cache: bool = False) -> torch.Tensor:
@@ -347,9 +363,16 @@ def _tolerance(attachment: Attachment) -> float:
     return 1e-3 if all(site.dtype == torch.float32 for site in attachment.sites) else 5e-2
 
 
-def _make_generate_use_memory(model: Any) -> None:
-    """Lets `model.generate` start from a `HippocampalCache` (5.23: `_prepare_cache_for_generation` makes the cache)."""
-    model.__dict__["_prepare_cache_for_generation"] = partial(_prepare_cache, model)
+def _refuse_continuous_batching(*args: Any, **kwargs: Any) -> NoReturn:
+    """Says why `generate_batch` and its kind do not work.
+
+    Raises:
+        CacheError: Always.
+    """
+    raise CacheError(
+        "continuous batching (generate_batch) keeps keys and values in pages of its own, which have no place for a "
+        "memory: call model.generate on a padded batch, or ahn.detach(model) first"
+    )
 
 
 def _prepare_cache(model: Any, generation_config: Any, model_kwargs: dict[str, Any], mode: Any, *rest: Any) -> None:
@@ -357,6 +380,9 @@ def _prepare_cache(model: Any, generation_config: Any, model_kwargs: dict[str, A
     cache = model_kwargs.get(compat.CACHE)
     if isinstance(cache, HippocampalCache):
         cache.settle()  # its last call may have been broken off
+        length = compat.generated_from(generation_config, model_kwargs)
+        if length is not None and cache.seen_tokens:  # transformers would read some tokens twice
+            check_tokens(length - cache.seen_tokens, cache.seen_tokens)
     full = cache is None and attachment_of(model).settings.mode == "full"
     if not full and (cache is None or isinstance(cache, HippocampalCache)):
         if mode == GenerationMode.ASSISTED_GENERATION:
@@ -370,8 +396,3 @@ def _prepare_cache(model: Any, generation_config: Any, model_kwargs: dict[str, A
             model_kwargs[compat.CACHE] = HippocampalCache(model)
             return
     type(model)._prepare_cache_for_generation(model, generation_config, model_kwargs, mode, *rest)
-
-
-def _restore_generate(model: Any) -> None:
-    """Undoes `_make_generate_use_memory`."""
-    model.__dict__.pop("_prepare_cache_for_generation", None)

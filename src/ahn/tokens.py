@@ -56,6 +56,14 @@ class Tokens(NamedTuple):
         """The function applied to each of the three tensors."""
         return Tokens(*(function(tensor) for tensor in self))
 
+    def is_all(self, dtype: torch.dtype) -> bool:
+        """Whether keys and values are of a dtype."""
+        return self.keys.dtype == dtype == self.values.dtype
+
+    def to(self, dtype: torch.dtype) -> Tokens:
+        """The same with keys and values in a dtype."""
+        return Tokens(self.keys.to(dtype), self.values.to(dtype), self.record)
+
     def write(self, slot: int, tokens: Tokens) -> None:
         """Overwrites the slots from `slot` on."""
         for old, fresh in zip(self.span(slot, slot + tokens.length), tokens, strict=True):
@@ -88,6 +96,10 @@ class ExtraKV(NamedTuple):
     values: torch.Tensor
     visible_from: torch.Tensor
     visible_until: torch.Tensor
+
+    def to(self, dtype: torch.dtype) -> ExtraKV:
+        """The same with keys and values in a dtype."""
+        return self._replace(keys=self.keys.to(dtype), values=self.values.to(dtype))
 
 
 class VisibleKV(NamedTuple):

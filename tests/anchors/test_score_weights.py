@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import copy
+import hashlib
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import ahn
 from ahn.anchors.pooling import LONG_POOL, POOL
@@ -182,6 +185,23 @@ class TestErrors:
         file.write_bytes(file.read_bytes()[:-4] + b"abcd")
         with pytest.raises(ahn.AHNError, match="checksums differ"):
             ahn.load_anchors(with_memory(), tmp_path / "weights")
+
+    @pytest.mark.parametrize("claim", ["counts", "width"])
+    def test_a_file_that_claims_more_than_it_holds(self, tmp_path: Path, claim: str) -> None:
+        """Queries of a kind and units of a network: no memory is taken for counts that a file only claims."""
+        ahn.save_anchors(learned(), tmp_path)
+        config = json.loads((tmp_path / "anchors_config.json").read_text())
+        tensors = load_file(tmp_path / "anchors.safetensors")
+        if claim == "counts":
+            tensors["layers.0.kinds"][0] = 1e30
+        else:
+            tensors["layers.0.inner.bias"] = torch.zeros(1 << 24)
+            tensors["layers.0.inner.weight"] = torch.zeros(4, 1)
+        save_file(tensors, tmp_path / "anchors.safetensors")
+        config["weights"]["sha256"] = hashlib.sha256((tmp_path / "anchors.safetensors").read_bytes()).hexdigest()
+        (tmp_path / "anchors_config.json").write_text(json.dumps(config))
+        with pytest.raises(ahn.AHNError, match=r"its weights of (asked|learned) cannot be used"):
+            ahn.load_anchors(with_memory(), tmp_path)
 
 
 def test_auto_takes_what_the_model_has_weights_for() -> None:

@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from torch import nn
 
 import ahn
 from ahn.backbone import compat
 from ahn.backbone.compat import CACHE
+from tests.multimodal import IMAGE, IMAGES, MAKERS, REFUSED, TWO_WAYS, multimodal
 from tests.tiny import FAMILIES, awaken, read, text, tiny, with_memory
 
 CONFIG = ahn.AHNConfig(window=16, sinks=5)
@@ -102,6 +102,17 @@ class TestMasks:
 
 
 class TestAttachmentInForce:
+    def test_continuous_batching_is_refused(self) -> None:
+        model = with_memory()
+        for action in (
+            lambda: model.generate_batch([[3, 4, 5]], max_new_tokens=2),
+            lambda: model.init_continuous_batching(),
+        ):
+            with pytest.raises(ahn.AHNError, match=r"continuous batching \(generate_batch\)"):
+                action()
+        ahn.detach(model)
+        assert "init_continuous_batching" not in vars(model)
+
     @torch.no_grad()
     def test_another_implementation_is_refused(self) -> None:
         model = with_memory()
@@ -159,69 +170,11 @@ class TestInferenceMode:
         torch.testing.assert_close(rest, expected, rtol=0, atol=1e-5)
 
 
-def gemma3() -> Any:
-    words = transformers.Gemma3TextConfig(
-        vocab_size=128,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=3,
-        head_dim=8,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        sliding_window=12,
-        query_pre_attn_scalar=8,
-        pad_token_id=0,
-        bos_token_id=1,
-        eos_token_id=2,
-        layer_types=["sliding_attention", "full_attention", "full_attention"],
-    )
-    sight = transformers.SiglipVisionConfig(
-        hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, image_size=16, patch_size=4
-    )
-    tokens = {"mm_tokens_per_image": 4, "image_token_id": 127, "boi_token_id": 125, "eoi_token_id": 126}
-    config = transformers.Gemma3Config(text_config=words, vision_config=sight, **tokens)
-    return transformers.Gemma3ForConditionalGeneration(config)
-
-
-def smolvlm() -> Any:
-    words = {
-        "model_type": "llama",
-        "vocab_size": 128,
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "head_dim": 8,
-        "num_hidden_layers": 3,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "pad_token_id": 0,
-    }
-    sight = {
-        "hidden_size": 32,
-        "intermediate_size": 32,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 2,
-        "image_size": 16,
-        "patch_size": 4,
-    }
-    config = transformers.SmolVLMConfig(
-        text_config=words, vision_config=sight, image_token_id=127, scale_factor=2, pad_token_id=0
-    )
-    return transformers.SmolVLMForConditionalGeneration(config)
-
-
-def whole(model: Any) -> Any:
-    for parameter in model.parameters():
-        if parameter.dim() > 1:
-            nn.init.normal_(parameter, std=0.15)
-    return model.eval().requires_grad_(False)
-
-
-@pytest.mark.parametrize("make", [gemma3, smolvlm])
+@pytest.mark.parametrize("name", [name for name in MAKERS if name not in REFUSED])
 @pytest.mark.filterwarnings("ignore")
 @torch.no_grad()
-def test_a_model_that_also_sees_images_reads_text(make: Any) -> None:
-    torch.manual_seed(1)
-    model, ids = whole(make()), text(1, 40).clamp(max=120)
+def test_a_model_that_also_sees_images_reads_text(name: str) -> None:
+    model, ids = multimodal(name), text(1, 40).clamp(max=120)
     base = copy.deepcopy(model)
     ahn.attach(model, ahn.AHNConfig(window=60, sinks=4))
     inside = {"input_ids": ids[:, :10]}
@@ -240,12 +193,55 @@ def test_a_model_that_also_sees_images_reads_text(make: Any) -> None:
     assert torch.equal(model(input_ids=ids).logits, base(input_ids=ids).logits)
 
 
+@pytest.mark.parametrize("name", [name for name in IMAGES if name not in TWO_WAYS])
+@pytest.mark.filterwarnings("ignore")
+@torch.no_grad()
+def test_a_model_that_sees_an_image(name: str) -> None:
+    model, call = multimodal(name), IMAGES[name]()
+    base = copy.deepcopy(model)
+    ahn.attach(model, ahn.AHNConfig(window=60, sinks=4))
+    options = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None, "suppress_tokens": [IMAGE]}
+    torch.testing.assert_close(model(**call).logits, base(**call).logits, rtol=0, atol=1e-4)
+    assert torch.equal(model.generate(**call, **options), base.generate(**call, **options))
+    awaken(model)
+    with ahn.mode(model, "ahn", window=8, sinks=2):
+        answer = model.generate(**call, **options)
+        whole = {**call, "input_ids": answer}
+        if "mm_token_type_ids" in call:
+            whole["mm_token_type_ids"] = (answer == IMAGE).long()
+        logits = model(**whole).logits[:, 29:-1]
+        logits[..., IMAGE] = -torch.inf
+        assert torch.equal(logits.argmax(-1), answer[:, 30:])
+
+
+@pytest.mark.parametrize("name", TWO_WAYS)
+@pytest.mark.filterwarnings("ignore")
+@torch.no_grad()
+def test_an_image_that_is_read_in_both_directions_is_refused(name: str) -> None:
+    model, call = multimodal(name), IMAGES[name]()
+    base = copy.deepcopy(model)
+    ahn.attach(model, CONFIG)
+    for action in (lambda: model(**call), lambda: model.generate(**call, max_new_tokens=3)):
+        with pytest.raises(ahn.AHNError, match=r"more than causal .*, as for images that are read in both directions"):
+            action()
+    with ahn.mode(model, "full"):
+        assert torch.equal(model(**call).logits, base(**call).logits)
+
+
+@pytest.mark.parametrize("name", REFUSED)
+@pytest.mark.filterwarnings("ignore")
+def test_a_model_that_takes_no_memory_is_named(name: str) -> None:
+    model = multimodal(name)
+    with pytest.raises(ahn.AHNError, match=REFUSED[name]) as error:
+        ahn.attach(model)
+    assert type(model).__name__ in str(error.value)
+
+
 @pytest.mark.filterwarnings("ignore")
 @torch.no_grad()
 def test_a_call_that_was_broken_off_is_not_taken_for_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
     """After Ctrl-C torch runs no hook, so that the call seems to go on: here that of another model, then its own."""
-    torch.manual_seed(1)
-    model, other, ids = whole(gemma3()), with_memory(), text(1, 40).clamp(max=120)
+    model, other, ids = multimodal("gemma3"), with_memory(), text(1, 40).clamp(max=120)
     ahn.attach(model, ahn.AHNConfig(window=8, sinks=2))
     expected = model(input_ids=ids).logits
 

@@ -13,7 +13,7 @@ SCRIPT = Path(__file__).parents[2] / "benchmarks" / "constant_memory.py"
 
 @pytest.mark.parametrize("memory", memory_names())
 def test_cache_and_process_do_not_grow(memory: str) -> None:
-    command = [sys.executable, str(SCRIPT), "--tiny", "--tokens", "40000", "--window", "256", "--memory", memory]
+    command = [sys.executable, str(SCRIPT), "--tiny", "--tokens", "20000", "--window", "256", "--memory", memory]
     done = subprocess.run(command, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "constant once the window is full: yes" in done.stdout

@@ -4,6 +4,8 @@ import io
 import json
 import os
 import re
+import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -11,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import FalconConfig, PreTrainedTokenizerFast
 from transformers.utils import logging
@@ -27,9 +30,16 @@ SURFACE = {
         "--adapter", "--window", "--sinks", "--sink-positions",
     ],
     "generate": [
-        "PROMPT", "--file", "--mode", "--max-new-tokens", "--chunk", "--temperature", "--seed", "--chat", "--no-chat",
-        "--cache-in", "--cache-out", "--model", "--adapter", "--window", "--sinks", "--sink-positions",
+        "PROMPT", "--file", "--mode", "--max-new-tokens", "--chunk", "--temperature", "--top-k", "--top-p",
+        "--repetition-penalty", "--seed", "--system", "--chat", "--no-chat", "--cache-in", "--cache-out", "--model",
+        "--adapter", "--window", "--sinks", "--sink-positions",
     ],
+    "serve": [
+        "--host", "--port", "--api-key", "--max-sessions", "--session-bytes", "--session-dir", "--disk-bytes",
+        "--cors-origin", "--max-queue", "--max-body-bytes", "--max-prompt-tokens", "--max-seconds", "--chunk",
+        "--chunk-between-steps", "MODEL", "--adapter", "--window", "--sinks", "--sink-positions", "--anchors",
+    ],
+    "chat": ["--url", "--api-key", "--document", "--system", "--max-tokens", "--temperature"],
     "inspect": ["PATH", "--json"],
     "cost": [
         "MODEL", "--context", "--window", "--sinks", "--convention", "--dtype", "--memory-positions", "--plot",
@@ -182,6 +192,14 @@ EARLY = [
     ("generate x --cache-out missing/x.cache", "there is no folder missing"),
     ("generate x --cache-out nothing", "--cache-out nothing is a folder"),
     ("generate x --cache-out x.cache --mode full", "--cache-out saves what a memory or a window keeps"),
+    ("generate x --top-p 0 --temperature 1", "--top-p must be above 0 and at most 1, not 0.0"),
+    ("generate x --top-p 1.5 --temperature 1", "--top-p must be above 0 and at most 1, not 1.5"),
+    ("generate x --top-k 0", "--top-k must be at least 1"),
+    ("generate x --top-k 5", "--top-k does nothing at --temperature 0"),
+    ("generate x --repetition-penalty 0", "--repetition-penalty must be above 0"),
+    ("generate x --system s --no-chat", "--system is told in a chat"),
+    ("generate x --system s --cache-in text.txt", "--system stands at the beginning"),
+    ("generate --chat --file -", "--file - takes the standard input, which --chat needs"),
     ("generate x --colour red", "No such option: --colour"),
     ("generate x y", "unexpected extra argument"),
     ("remember x", "No such command 'remember'"),
@@ -407,6 +425,192 @@ class TestGenerate:
         assert status == 0
         assert ahn_cache(cache) > held + len("And then?")
         assert run("generate", "Hello", *settings, "--no-chat")[1] not in (first, second)
+
+    def test_top_k_and_top_p(self, run):
+        draws = ("generate", "Once upon", *TINY, "--temperature", "3", "--seed", "1")
+        likeliest = run("generate", "Once upon", *TINY)[1]
+        assert run(*draws)[1] != likeliest
+        for option in (("--top-k", "1"), ("--top-p", "0.000001")):
+            assert run(*draws, *option)[1] == likeliest
+        assert run(*draws, "--top-p", "1", "--repetition-penalty", "1")[1] == run(*draws)[1]
+
+    def test_repetition_penalty(self, run):
+        plain = run("generate", "Once upon", *TINY, "--max-new-tokens", "40")[1]
+        other = run("generate", "Once upon", *TINY, "--max-new-tokens", "40", "--repetition-penalty", "50")[1]
+        assert len(set(other)) > len(set(plain))
+
+    def test_system(self, run):
+        text = ("generate", "Hello", "--model", "./chatty", "--max-new-tokens", "4")
+        assert run(*text, "--system", "Be brief. " * 9)[1] != run(*text)[1]
+        check_error(run("generate", "x", *TINY, "--system", "s"), "./model has no chat template. Leave --system out.")
+
+
+class TestChat:
+    TALK = ("generate", "--chat", "--model", "./chatty", "--max-new-tokens", "6", "--window", "64")
+
+    @pytest.fixture
+    def say(self, run, monkeypatch):
+        def say(*lines: str, more: tuple[str, ...] = ()) -> tuple[int, str, str]:
+            monkeypatch.setattr("sys.stdin", io.StringIO("".join(f"{line}\n" for line in lines)))
+            return run(*self.TALK, *more)
+
+        return say
+
+    def test_each_turn_reads_only_what_is_new(self, run, say, tmp_path):
+        status, out, err = say("Hello", "", "And then?", "/exit", "never said")
+        assert status == 0
+        assert "Ctrl-C" not in err  # a hint for people at a keyboard
+        cache = str(tmp_path / "chat.cache")
+        turn = ("--model", "./chatty", "--max-new-tokens", "6", "--cache-out", cache)
+        first = run("generate", "Hello", *turn, "--window", "64")[1]
+        assert out == first + run("generate", "And then?", *turn, "--cache-in", cache)[1]
+
+    def test_with_a_text_and_a_system_prompt(self, run, say):
+        more = ("--file", "notes.txt", "--system", "Be brief.")
+        alone = run("generate", "and so?", *self.TALK[2:], *more)[1]
+        assert say("and so?", more=more)[1] == alone
+
+    def test_is_saved_and_goes_on(self, run, say, tmp_path):
+        cache = str(tmp_path / "chat.cache")
+        whole = say("Hello", "And then?")[1]
+        first = say("Hello", more=("--cache-out", cache))
+        assert f"saved {cache}" in first[2]
+        on = ("--cache-in", cache, "--cache-out", cache)
+        self.TALK, talk = self.TALK[:-2], self.TALK
+        assert first[1] + say("And then?", more=on)[1] == whole
+        self.TALK = talk
+
+    def test_ctrl_c_stops_an_answer(self, say, monkeypatch):
+        from ahn import generation
+
+        stream, turns = generation.stream_text, []
+
+        def interrupting(tokenizer: Any, ids: Iterator[int]) -> Iterator[str]:
+            turns.append(0)
+            for words in stream(tokenizer, ids):
+                turns[-1] += 1
+                if turns == [1]:
+                    os.kill(os.getpid(), signal.SIGINT)
+                yield words
+
+        monkeypatch.setattr(generation, "stream_text", interrupting)
+        assert say("Hello", "And then?")[0] == 0
+        assert turns[0] < turns[1]
+
+    def test_needs_a_template(self, run):
+        check_error(run("generate", "--chat", "--model", "./model"), "./model has no chat template. Leave --chat out.")
+
+
+class TestHostileInput:
+    """What unlucky files, names and terminals get."""
+
+    @pytest.mark.parametrize("columns", ["0", "-3", "wide", ""])
+    def test_a_width_of_nothing(self, run, monkeypatch, columns):
+        monkeypatch.setenv("COLUMNS", columns)
+        check_error(run("generate", "x", "--window", "0"), "--window must be at least 1, not 0")
+
+    def test_an_output_that_lacks_letters(self, run, monkeypatch, tmp_path):
+        out = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+        monkeypatch.setattr("sys.stdout", out)
+        cache = tmp_path / "text.cache"
+        assert run("generate", "Once upon", *TINY, "--max-new-tokens", "40", "--cache-out", str(cache))[0] == 0
+        assert cache.is_file()
+
+    @pytest.mark.parametrize("name", ["stdout", "stderr"])
+    def test_a_closed_output(self, run, monkeypatch, tmp_path, name):
+        cache = tmp_path / "text.cache"
+        monkeypatch.setattr(f"sys.{name}", None)
+        assert run("generate", "Once upon", *TINY, "--cache-out", str(cache))[0] == 0
+        assert cache.is_file()
+
+    @pytest.mark.parametrize(
+        "line",
+        [
+            "generate x --file {}",
+            "generate x --model {}",
+            "generate x --model ./{}",
+            "generate x --adapter ./{}",
+            "generate x --model ./model --adapter a/{}",
+            "generate x --cache-in {}",
+            "generate x --cache-out {}",
+            "inspect {}",
+            "convert adapter {}",
+            "convert {} new",
+            "merge {} adapter new",
+            "merge model adapter {}",
+            "cost {}",
+            "probe {}",
+            "probe --html {}",
+            "demo --file {}",
+            "bench --json {}",
+            "train --data text.txt --out {}",
+            "train --data {} --out new",
+            "eval perplexity {}",
+            "eval perplexity text.txt --out {}",
+            "eval score {}",
+            "eval compare {} {}",
+        ],
+    )
+    def test_names_that_are_too_long(self, run, line):
+        name = "n" * 300
+        status, _, err = run(*line.replace("{}", name).split())
+        assert status == 2
+        assert err.startswith("error: ")
+        assert err.count("\n") == 1
+        assert "unexpected" not in err
+
+    @pytest.mark.parametrize(
+        ("changes", "says"),
+        [
+            ({"hidden_size": -1}, "hidden_size is -1"),
+            ({"hidden_size": 0}, "hidden_size is 0"),
+            ({"hidden_size": "x\x1b[31m"}, "Field 'hidden_size' expected int, got str"),
+            ({"num_hidden_layers": 10**9}, "num_hidden_layers is 1000000000"),
+            ({"vocab_size": 10**12}, "vocab_size is 1000000000000"),
+        ],
+        ids=str,
+    )
+    def test_sizes_of_no_model(self, run, place, tmp_path, changes, says):
+        shutil.copytree(place / "model", tmp_path / "odd")
+        config = json.loads((tmp_path / "odd" / "config.json").read_text())
+        (tmp_path / "odd" / "config.json").write_text(json.dumps({**config, **changes}))
+        for command_ in (("generate", "x", "--model", str(tmp_path / "odd")), ("cost", str(tmp_path / "odd"))):
+            status, out, err = run(*command_)
+            check_error((status, out, err), says)
+            assert "\x1b" not in err
+
+    def test_deep_nesting(self, run, place, tmp_path):
+        deep = "[" * 100_000 + "]" * 100_000
+        shutil.copytree(place / "adapter", tmp_path / "deep")
+        (tmp_path / "deep" / "ahn_config.json").write_text(f'{{"a": {deep}}}')
+        (tmp_path / "deep.yaml").write_text(f"a: {'[' * 5000}{']' * 5000}")
+        (tmp_path / "deep.jsonl").write_text(deep)
+        check_error(run("inspect", str(tmp_path / "deep")), "it cannot be read (maximum recursion depth exceeded")
+        check_error(run("eval", "score", str(tmp_path / "deep.jsonl"), "--task", "passkey"), "nested too deeply")
+        train = ("train", "--data", "text.txt", "--out", "new", "--config", str(tmp_path / "deep.yaml"))
+        check_error(run(*train), "is no YAML: maximum recursion depth exceeded")
+
+    def test_weights_that_are_no_numbers(self, run, place, tmp_path):
+        shutil.copytree(place / "model", tmp_path / "nan")
+        tensors = load_file(tmp_path / "nan" / "model.safetensors")
+        tensors["model.layers.1.mlp.up_proj.weight"][0, 0] = float("nan")
+        save_file(tensors, tmp_path / "nan" / "model.safetensors", {"format": "pt"})
+        check_error(run("generate", "x", "--model", str(tmp_path / "nan"), *TINY[2:]), "the model computes NaN")
+
+    def test_control_characters_stay_out_of_the_terminal(self, run, place, tmp_path, monkeypatch):
+        shutil.copytree(place / "adapter", tmp_path / "red")
+        file = tmp_path / "red" / "ahn_config.json"
+        config = json.loads(file.read_text())
+        config["base"]["name"] = "a\x1b[31mred\x07/\x9b31m"
+        file.write_text(json.dumps(config))
+        status, out, _ = run("inspect", str(tmp_path / "red"))
+        assert status == 0
+        assert "a\\x1b[31mred\\x07/\\x9b31m" in out
+        config["config"]["memory"] = "\x1b]0;title\x07"
+        file.write_text(json.dumps(config))
+        said = run("inspect", str(tmp_path / "red"))
+        check_error(said, "it holds a memory")
+        assert not set("\x1b\x07\x9b") & set(out + said[1] + said[2])
 
 
 def ahn_cache(path: str) -> int:

@@ -188,13 +188,13 @@ class TestWriting:
 
 @needs_smollm2
 def test_smollm2(smollm2_conversion, capsys):
-    status = main(["demo", "--tokens", "600", "--window", "256", "--sinks", "8", "--max-new-tokens", "8"])
+    status = main(["demo", "--tokens", "400", "--window", "256", "--sinks", "8", "--max-new-tokens", "8"])
     out = capsys.readouterr().out
     assert status == 0
     cells = rows(out)
     ahn_, window, full = (float(cells[mode][-1]) for mode in ("ahn", "window", "full"))
     assert full < window < 40
-    assert float(cells["full"][2]) == pytest.approx(600 * 46_080 / 1e6, abs=0.06)
+    assert float(cells["full"][2]) == pytest.approx(400 * 46_080 / 1e6, abs=0.06)
     assert float(cells["window"][2]) == pytest.approx(264 * 46_080 / 1e6, abs=0.06)
     if "untrained" in out:
         assert ahn_ == window

@@ -63,7 +63,7 @@ def test_tail_knows_nothing_but_sinks_and_window(model: Any) -> None:
 def test_tail_keeps_one_cache(model: Any) -> None:
     """However long the text, the inputs that it gave up leave nothing but their scores."""
     reader = arm_reader(model, "tail")
-    first = weakref.ref(reader._reader.cache)
+    first = weakref.ref(reader.cache)
     reader.prefill(text(1, 90)[0])
     gc.collect()
     assert first() is None

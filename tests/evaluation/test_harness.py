@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -175,7 +176,30 @@ class TestRequests:
         assert harness(parts).loglikelihood_rolling(requests((TEXT * 9,)), disable_tqdm=True)[0] < 0
 
 
+def test_the_other_model_classes_stay_known() -> None:
+    from lm_eval.api.registry import get_model
+
+    import ahn.evaluation.harness  # noqa: F401
+
+    assert get_model("hf").__name__ == "HFLM"
+    assert get_model("ahn").__name__ == "HarnessModel"
+
+
 class TestTasks:
+    def test_made_texts_follow_the_seed(self) -> None:
+        """RULER draws its needles from the random numbers of the process."""
+        pytest.importorskip("wonderwords", reason="RULER needs it: pip install wonderwords")
+        from ahn.evaluation.harness.tasks import checksums, load_tasks
+
+        metadata = {"tokenizer": "./chatty", "max_seq_lengths": [600]}
+        random.seed(3)
+        expected = random.Random(3).random()
+        alone = checksums(load_tasks(["niah_single_1"], None, metadata, seed=1))
+        assert random.random() == expected  # the caller's numbers go on
+        both = checksums(load_tasks(["niah_multikey_2", "niah_single_1"], None, metadata, seed=1))
+        assert alone.items() < both.items()
+        assert checksums(load_tasks(["niah_single_1"], None, metadata, seed=2)) != alone
+
     def test_a_folder_of_longbench(self) -> None:
         pytest.importorskip("fuzzywuzzy", reason="the harness' LongBench needs it: pip install 'lm_eval[longbench]'")
         from ahn.evaluation.harness.tasks import load_tasks
@@ -235,6 +259,24 @@ class TestCommand:
 
         monkeypatch.setattr(HarnessModel, "_read", lambda *_: 1 / 0)
         assert main([*line, "--max-tokens", "300", "--out", "out"]) == 0
+        Path("data/hotpotqa.jsonl").write_text(json.dumps(RECORDS[1]))
+        assert main([*line, "--max-tokens", "300", "--out", "out"]) == 2
+        assert "was begun with records = " in capsys.readouterr().err
+
+    def test_made_tasks_go_on(self, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+        pytest.importorskip("wonderwords", reason="RULER needs it: pip install wonderwords")
+        metadata = json.dumps({"max_seq_lengths": [600]})
+        line = ["eval", "run", "--tasks", "niah_single_1", "--metadata", metadata, "--limit", "2", *TINY]
+        line += ["--arms", "window", "--out", "out"]
+        assert main(line) == 0
+        assert "niah_single_1" in capsys.readouterr().out
+        from ahn.evaluation.harness.model import HarnessModel
+
+        with monkeypatch.context() as patch:
+            patch.setattr(HarnessModel, "_read", lambda *_: 1 / 0)
+            assert main(line) == 0
+        assert main([*line, "--seed", "1"]) == 2
+        assert "was begun with seed = 0, not 1" in capsys.readouterr().err
 
     def test_wrong_input(self, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(loading, "load", lambda *_, **__: 1 / 0)

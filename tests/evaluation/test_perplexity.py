@@ -14,10 +14,14 @@ import torch
 import ahn
 from ahn.cli import main
 from ahn.evaluation import EvaluationError
+from ahn.evaluation.arm_names import find_arm
+from ahn.evaluation.arms import arm_reader
 from ahn.evaluation.journal import Journal
 from ahn.evaluation.perplexity import reading as measuring
-from ahn.evaluation.perplexity.averages import average, closed_share
-from ahn.evaluation.perplexity.documents import TokenDocument, pieces, whole
+from ahn.evaluation.perplexity.averages import Averages, closed_share
+from ahn.evaluation.perplexity.cache_sizes import CacheSizes
+from ahn.evaluation.perplexity.documents import TokenDocument, excerpts, whole
+from ahn.evaluation.perplexity.gap import lines
 from ahn.evaluation.perplexity.ngrams import GROUPS, group_tokens
 from ahn.evaluation.perplexity.reading import PerplexityPlan, bin_tokens, key, make_plan, measure, read_all
 from ahn.evaluation.report import read_report
@@ -94,18 +98,18 @@ class TestDocuments:
         found, _ = load_pieces([str(tmp_path)], tokenizer, Cut(16, 16))
         expected = [found[number]["input_ids"].tolist() for number in evenly(range(len(found)), 7)]
         texts = {file.name: np.array(text_tokens(file.read_text(), tokenizer)) for file in sorted(tmp_path.iterdir())}
-        cut = pieces(texts, opening_of(tokenizer), 16, 7)
+        cut = excerpts(texts, opening_of(tokenizer), 16, 7)
         assert [each.ids.tolist() for each in cut] == expected
         assert cut[0].name == "a.txt, token 32"
 
     def test_an_opening_begins_every_piece(self) -> None:
-        cut = pieces({"a": ids(20)}, [1], 6, 4)
+        cut = excerpts({"a": ids(20)}, [1], 6, 4)
         assert all(len(each.ids) == 6 and each.ids[0] == 1 for each in cut)
         assert [each.name for each in cut] == ["a, token 0", "a, token 5", "a, token 10", "a, token 15"]
 
     def test_too_few(self) -> None:
         with pytest.raises(EvaluationError, match="of 3 pieces of 10 tokens the texts hold 2 only"):
-            pieces({"a": ids(29)}, [], 10, 3)
+            excerpts({"a": ids(29)}, [], 10, 3)
 
 
 @pytest.fixture(scope="module")
@@ -185,7 +189,7 @@ class TestResults:
         read_all(model, read_documents, groups, plan, journal, lambda done, remark="": said.append(done))
         assert said == sorted(said)
         assert said[-1] == 3 * (200 + 90 + 120)
-        found = average(model, read_documents, plan, journal.done, seed=0)
+        found = Averages(read_documents, plan, journal.done).report(model)
         nll = {arm: np.concatenate([scores(model, arm, each)[EXACT:] for each in read_documents]) for arm in arms}
         for arm, row in found["arms"].items():
             assert row["nll"]["beyond"] == pytest.approx(nll[arm].mean(), rel=1e-5)
@@ -365,6 +369,9 @@ class TestCommand:
             ("perplexity text.txt --pieces 2", "--pieces needs --length, the tokens of a piece. Name both."),
             ("perplexity text.txt --ngram 1", "--ngram must be at least 2, not 1."),
             ("perplexity text.txt --rare 1", "--rare must be at least 2, not 1."),
+            ("perplexity text.txt --plot gap.png", "--plot needs full and window among --arms, whose gap it shows."),
+            ("perplexity text.txt --arms full,window --plot gap.gif", "--plot gap.gif must end in .png or .svg."),
+            ("perplexity text.txt --precision half", "--precision must be float32 or bfloat16, not 'half'."),
             (
                 "perplexity text.txt --arms half",
                 "--arms takes full, window, ahn, ct_max, ct_mean, tail, window+64 (a larger window)",
@@ -384,6 +391,116 @@ class TestCommand:
         assert err.startswith("error: ")
         assert err.count("\n") == 1
         assert says in err
+
+
+@pytest.fixture(scope="module")
+def wide() -> Any:
+    """A window that is long enough for what a score looks at."""
+    return with_memory("qwen3", window=64, sinks=SINKS)
+
+
+class TestEqualBytes:
+    """Windows of the same bytes, by the cost model and by real caches."""
+
+    ARMS = ("window", "window+7", "anchors+4", "anchors+9", "ahn", "ahn+4", "ct_max", "full")
+
+    def held(self, model: Any, arm: str, tokens: int) -> int:
+        reader = arm_reader(model, arm, score=False)
+        reader.prefill(torch.from_numpy(ids(tokens)))
+        return reader.cache_bytes
+
+    def test_counted_bytes_are_those_of_caches(self, wide: Any) -> None:
+        """But for what a score keeps: of each token a number, and of each anchor its number and its place."""
+        sizes = CacheSizes(wide, 200)
+        for arm in self.ARMS:
+            kept_by_score = self.held(wide, arm, 200) - (sizes.bytes_of(arm) or 0)
+            anchors = find_arm(arm).anchors
+            assert (12 * anchors < kept_by_score < 4_000) if anchors else kept_by_score == 0, arm
+        assert sizes.bytes_of("tail") is None
+
+    def test_the_window_is_the_smallest_that_takes_as_much(self, wide: Any) -> None:
+        sizes = CacheSizes(wide, 400)
+        for arm in ("ahn", "anchors+4", "ahn+4"):
+            equal = sizes.equal_window(arm)
+            assert equal is not None
+            larger = find_arm(equal).larger
+            below, there = (self.held(wide, f"window+{size}", 400) for size in (larger - 1, larger))
+            assert below < (sizes.bytes_of(arm) or 0) <= there
+        assert sizes.equal_window("anchors+4") == "window+4"
+        assert [sizes.equal_window(arm) for arm in ("full", "window", "window+7", "tail")] == [None] * 4
+
+    def test_a_short_text_has_no_such_window(self, wide: Any) -> None:
+        assert CacheSizes(wide, 80).equal_window("ahn") is None
+
+    def test_anchors_without_a_memory(self, wide: Any) -> None:
+        """They are read, and the memory is not."""
+        text = torch.from_numpy(ids(150))
+        nll = {}
+        for arm in ("window", "anchors+8", "anchors+8:recent", "window+8"):
+            reader = arm_reader(wide, arm)
+            reader.prefill(text)
+            nll[arm] = reader.nll
+        assert (nll["anchors+8"] - nll["window"]).abs().max() > 1e-4
+        # The tokens that left last are those that a larger window still has.
+        torch.testing.assert_close(nll["anchors+8:recent"], nll["window+8"], rtol=0, atol=1e-4)
+
+    def test_difference_of_two_arms(self) -> None:
+        documents = [TokenDocument(name, ids(9)) for name in "ab"]
+        sums = {"a | x": [8.0, 4], "a | y": [6.0, 4], "b | x": [9.0, 6], "b | y": [9.0, 6]}
+        # Half of it in the part that full attention reads, half after it.
+        halves = {name: [half / 2 for half in each] for name, each in sums.items()}
+        records = {name: {"spans": {"beyond": each, "after": each}} for name, each in halves.items()}
+        plan = PerplexityPlan(["x", "y"], EXACT, 16, 100)
+        found = Averages(documents, plan, records).difference("x", "y")
+        assert found == {"nats_better": pytest.approx(0.2), "low": 0.0, "high": pytest.approx(0.5)}
+
+    def test_lines_of_the_picture(self) -> None:
+        arms = ("full", "window", "window+9", "anchors+4", "anchors+8:key_diff", "ahn", "ahn+4", "ct_max", "tail")
+        assert lines({"arms": dict.fromkeys(arms)}) == {
+            ("window", None): ["window", "window+9"],
+            ("anchors", None): ["window", "anchors+4"],
+            ("anchors", "key_diff"): ["window", "anchors+8:key_diff"],
+            ("memory", None): ["window", "ahn"],
+            ("memory + anchors", None): ["ahn", "ahn+4"],
+            ("Compressive Transformer", None): ["ct_max"],
+        }
+
+    def test_table_picture_and_report(self, run: Any, tmp_path: Path) -> None:
+        out, plot = tmp_path / "out", tmp_path / "gap.svg"
+        arms = "full,window,anchors+4:key_norm,ahn,ahn+4:key_norm"
+        command = ("perplexity", "text.txt", *TINY, "--arms", arms, "--adapter", "adapter", "--length", "70")
+        command = (*command, "--pieces", "3", "--precision", "bfloat16", "--equal-bytes")
+        status, shown, _ = run(*command, "--plot", str(plot), "--out", str(out))
+        assert status == 0
+        assert "Each arm beside a window enlarged to the same bytes" in shown
+        report = read_report(out / "report.json")
+        equal, rows = report.results["equal_bytes"], report.results["arms"]
+        assert set(equal) == set(arms.split(",")) - {"full", "window"}
+        assert equal["anchors+4:key_norm"]["arm"] == "window+4"
+        for arm, each in equal.items():
+            assert rows[arm]["counted_bytes"] <= rows[each["arm"]]["counted_bytes"]
+            better = rows[each["arm"]]["nll"]["beyond"] - rows[arm]["nll"]["beyond"]
+            assert each["nats_better"] == pytest.approx(better, abs=1e-9)
+            assert each["low"] <= each["nats_better"] <= each["high"]
+        drawn = plot.read_text(encoding="utf-8")
+        assert "<svg" in drawn
+        assert "gap.png" in {each.name for each in out.iterdir()}
+        lines_of_journal = (out / "journal.jsonl").read_text(encoding="utf-8").splitlines()
+        assert len(lines_of_journal) == 1 + 3 * len(rows)
+
+    def test_rounded_products_score_otherwise(self, model: Any) -> None:
+        document = documents()[0]
+        groups = np.zeros(199, dtype=np.int8)
+        plans = [PerplexityPlan(["ahn"], EXACT, 16, 10**9, precision) for precision in ("float32", "bfloat16")]
+        exact, rounded = (measure(model, "ahn", document, groups, plan)["spans"]["beyond"][0] for plan in plans)
+        assert 0 < abs(exact - rounded) < 0.02 * exact
+
+    def test_other_weights_of_scores(self, run: Any, tmp_path: Path) -> None:
+        command = ("perplexity", "text.txt", *TINY, "--window", "40", "--arms", "anchors+4")
+        status, _, err = run(*command, "--anchor-weights", str(tmp_path / "missing"))
+        assert status == 2
+        assert err.count("\n") == 1
+        assert "missing" in err
 
 
 def ahn_with_other_weights() -> Any:

@@ -13,7 +13,7 @@ from ahn.attachment import attachment_of
 from ahn.errors import ModelError, ShapeError
 from ahn.evaluation import EvaluationError
 from ahn.evaluation.probing import effective_rank, gradients, token_gradients, trace_state
-from ahn.evaluation.probing.figures import draw
+from ahn.evaluation.probing.plots import draw
 from ahn.evaluation.probing.shading import Scale, coloured_text, show_tokens, strongest, token_texts
 from ahn.generation import Reader
 from ahn.memories import MemoryShape, build_memory
@@ -122,7 +122,7 @@ class TestEffectiveRank:
 class TestState:
     def test_ranks_are_those_of_the_cache(self, memory: str) -> None:
         model, ids = with_memory("qwen3", memory), text(1, 75)
-        trace = trace_state(model, ids, looks=4)
+        trace = trace_state(model, ids, snapshots=4)
         assert trace.tokens == (35, 48, 62, 75)
         for place, stop in enumerate(trace.tokens):
             reader = Reader(model, score=False)
@@ -145,7 +145,7 @@ class TestState:
         handle.remove()
         served: Any = attachment_of(model).sites[1].memory
         write, decay = served.gating(served.gates(inputs[0]))
-        trace = trace_state(model, ids, looks=3)
+        trace = trace_state(model, ids, snapshots=3)
         torch.testing.assert_close(trace.write[1], write[0, 5:59].mean(-1))
         assert trace.write.shape == (3, 54)
         assert (trace.decay is None) == (decay is None)
@@ -189,9 +189,9 @@ class TestTokens:
     def test_scale(self) -> None:
         scale = Scale(0.01, 1.0)
         assert [scale.shade(value) for value in (0.0, 0.01, 0.1, 1.0, 7.0)] == pytest.approx([0, 0, 0.5, 1, 1])
-        assert Scale.of(torch.zeros(3)).shade(0.0) == 0
-        assert Scale.of(torch.ones(3)).shade(1.0) == 0
-        found = Scale.of(torch.logspace(-2, 0, 101))
+        assert Scale.spanning(torch.zeros(3)).shade(0.0) == 0
+        assert Scale.spanning(torch.ones(3)).shade(1.0) == 0
+        found = Scale.spanning(torch.logspace(-2, 0, 101))
         assert (found.low, found.high) == pytest.approx((10**-1.96, 10**-0.04), rel=1e-5)
 
     def test_parts_order_and_escaping(self) -> None:

@@ -70,7 +70,7 @@ def test_what_is_read_holds_needles_and_question(
         for question, right in item.questions.items():
             for value in right:
                 assert value.text in text
-                candidates = maker.candidates(value)
+                candidates = maker.ranked_values(value)
                 assert tokenizer.decode(candidates[0]) == f" {value.text}"
                 assert len(set(candidates)) == 4
                 assert len(candidates[0]) <= maker.limit(right)

@@ -206,6 +206,14 @@ class TestBadFiles:
         with pytest.raises(ModelError, match="99"):
             load_model(tmp_path / "type.gguf")
 
+    def test_more_layers_than_the_file_holds(self, file: Path, tmp_path: Path) -> None:
+        data = bytearray(file.read_bytes())
+        at = data.index(b"llama.block_count") + len("llama.block_count") + 4
+        data[at : at + 4] = (2**31).to_bytes(4, "little")
+        (tmp_path / "layers.gguf").write_bytes(data)
+        with pytest.raises(ModelError, match="incomplete"):
+            load_model(tmp_path / "layers.gguf")
+
     @pytest.mark.parametrize(
         ("changes", "says"),
         [

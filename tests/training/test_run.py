@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import multiprocessing
 import os
+import shutil
 import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -21,35 +22,9 @@ from ahn.checkpoint.content import memory_tensors
 from ahn.errors import AHNError, ConfigError
 from ahn.training.run import train
 from ahn.training.settings import TrainSettings, read_yaml, write_yaml
+from ahn.training.trainer import AHNTrainer
 from tests.tiny import with_memory
 from tests.training.common import write_base
-
-KILLED = """
-import os, signal, sys
-import torch
-torch.set_num_threads(1)
-from ahn.training.run import train
-from ahn.training.settings import TrainSettings, read_yaml
-
-calls = 0
-def deadly(function):
-    def call(*args, **kwargs):
-        global calls
-        calls += 1
-        if calls == int(sys.argv[3]):
-            os.kill(os.getpid(), signal.SIGKILL)
-        return function(*args, **kwargs)
-    return call
-
-if sys.argv[2] == "save":
-    torch.save = deadly(torch.save)
-if sys.argv[2] == "step":
-    from ahn.training.trainer import AHNTrainer
-    AHNTrainer.compute_loss = deadly(AHNTrainer.compute_loss)
-if sys.argv[2] == "replace":
-    os.replace = deadly(os.replace)
-train(TrainSettings.from_dict(read_yaml(sys.argv[1])), resume=True)
-"""
 
 
 @pytest.fixture(scope="module")
@@ -136,15 +111,30 @@ def test_the_weights_can_be_used(whole: Path, place: Path) -> None:
     assert any(tensor.abs().max() > 0 for name, tensor in memory_tensors(model).items() if name.endswith("o_proj"))
 
 
+def killed_training(folder: Path, where: str, when: int) -> None:
+    """A training that goes on, killed at the `when`-th call of a function."""
+    owner, name = {"step": (AHNTrainer, "compute_loss"), "save": (torch, "save"), "replace": (os, "replace")}[where]
+    function, calls = getattr(owner, name), itertools.count(1)
+
+    def deadly(*args: Any, **kwargs: Any) -> Any:
+        if next(calls) == when:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return function(*args, **kwargs)
+
+    setattr(owner, name, deadly)
+    train(TrainSettings.from_dict(read_yaml(folder / "train.yaml")), resume=True)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs a process that starts as a copy of this one")
 def test_killed_again_and_again_it_ends_with_the_same_weights(whole: Path, place: Path, tmp_path: Path) -> None:
     """SIGKILL in a step, in the middle of a save, and while a file takes its name."""
     write_yaml(settings(place, tmp_path / "out"), tmp_path / "train.yaml")
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     reached: list[list[str]] = []
     for where, when in [("step", 3), ("save", 2), ("replace", 14), ("save", 5)]:
-        call = [sys.executable, "-c", KILLED, str(tmp_path / "train.yaml"), where, str(when)]
-        done = subprocess.run(call, env=environment, capture_output=True, text=True, timeout=120, check=False)
-        assert done.returncode == -signal.SIGKILL, done.stderr[-3000:]
+        process = multiprocessing.get_context("fork").Process(target=killed_training, args=(tmp_path, where, when))
+        process.start()
+        process.join(120)
+        assert process.exitcode == -signal.SIGKILL
         reached.append(sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("checkpoint-*")))
     assert all(any(".saving" in name for name in names) for names in reached[1:])  # they died while saving
     train(settings(place, tmp_path / "out"), resume=True)
@@ -162,6 +152,24 @@ class TestGoingOn:
         with pytest.raises(ConfigError, match=r"is not empty.*--resume"):
             train(settings(place, whole))
         assert (whole / "ahn.safetensors").read_bytes() == before
+
+    @pytest.mark.parametrize("name", ["optimizer.pt", "every"])
+    def test_a_damaged_checkpoint_is_left_out(self, whole: Path, place: Path, tmp_path: Path, name: str) -> None:
+        """The run goes on from the checkpoint before, or from the start, and ends with the same weights."""
+        shutil.copytree(whole, tmp_path / "out")
+        for file in [*(tmp_path / "out").glob("*.safetensors"), *(tmp_path / "out").glob("**/ahn_config.json")]:
+            if file.parent.name in ("out", "distill"):
+                file.unlink()
+        found = sorted((tmp_path / "out" / "distill").glob("checkpoint-*"), key=lambda path: int(path.name[11:]))
+        assert len(found) > 1
+        for damaged in found if name == "every" else found[-1:]:
+            file = damaged / ("trainer_state.json" if name == "every" else name)
+            file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+        said: list[str] = []
+        train(settings(place, tmp_path / "out", report_tokens=0), resume=True, say=said.append)
+        assert sum("is damaged and left out" in line for line in said) == (len(found) if name == "every" else 1)
+        expected, actual = (load_file(folder / "ahn.safetensors") for folder in (whole, tmp_path / "out"))
+        assert [key for key in expected if not torch.equal(actual[key], expected[key])] == []
 
     def test_other_settings_are_refused(self, whole: Path, place: Path) -> None:
         with pytest.raises(ConfigError, match=r"was begun with lr = 0\.0001, not 0\.5"):

@@ -166,6 +166,9 @@ class Score:
             hidden_size: Hidden size of the layer, D.
             kv_heads: Its key/value heads, G.
             key_size: Size of its keys, K.
+
+        Raises:
+            ShapeError: They claim more than they hold, or do not fit this layer.
         """
         raise NotImplementedError
 

@@ -13,6 +13,7 @@ from torch.nn import functional
 
 from ahn.anchors.base import LayerTokens, Score
 from ahn.anchors.pooling import Pooling
+from ahn.errors import ShapeError
 
 
 class AnchorGate(nn.Module):
@@ -55,4 +56,9 @@ class Learned(Score):
         self, tensors: Mapping[str, torch.Tensor], *, hidden_size: int, kv_heads: int, key_size: int
     ) -> AnchorGate:
         """See `Score.build`."""
-        return AnchorGate(hidden_size, tensors["inner.bias"].numel())
+        width = tensors["inner.bias"].numel()
+        if tensors["inner.weight"].shape != (width, hidden_size):
+            raise ShapeError(
+                f"inner.weight has the shape {list(tensors['inner.weight'].shape)} instead of {[width, hidden_size]}"
+            )
+        return AnchorGate(hidden_size, width)

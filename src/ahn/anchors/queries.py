@@ -13,6 +13,7 @@ from torch import nn
 
 from ahn.anchors.base import LayerTokens, Score
 from ahn.anchors.pooling import LONG_POOL, POOL, Pooling
+from ahn.errors import ShapeError
 
 NEVER_ASKED = -1e4
 """Offset of a query for the heads that it does not attend to."""
@@ -90,8 +91,10 @@ class Asked(Score):
         self, tensors: Mapping[str, torch.Tensor], *, hidden_size: int, kv_heads: int, key_size: int
     ) -> AnchorQueries:
         """See `Score.build`."""
-        kinds = tensors["kinds"] if tensors["kinds"].dim() == 2 else torch.ones(1, 1)  # the caller checks shapes
-        return AnchorQueries(kinds.float().sum(0).clamp(min=0).long().tolist(), kv_heads, key_size)
+        kinds = tensors["kinds"].float() if tensors["kinds"].dim() == 2 else torch.zeros(1, 1)
+        if not bool(((kinds == 0) | (kinds == 1)).all() and (kinds.sum(1) == 1).all()):
+            raise ShapeError("kinds must be [queries, kinds], with one 1 in each row and zeros elsewhere")
+        return AnchorQueries(kinds.sum(0).long().tolist(), kv_heads, key_size)
 
     def disagreement(self, weights: Sequence[nn.Module]) -> str | None:
         """See `Score.disagreement`."""

@@ -59,8 +59,8 @@ def begin_step(cache: HippocampalCache, new: int) -> DecodeStep | None:
     if settings.mode == "window":
         return DecodeStep(groups, cache)
     leaving = [group for group in groups if group.leaves(settings.sinks)]
-    if not all(group.leaves(begun) and group.has_states() for group in leaving):
+    if not all(group.has_states() for group in leaving):
         return None
     for group in leaving:
-        group.update()
+        group.update(cache.padding)
     return DecodeStep(groups, cache)

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from ahn import ops
 from ahn.anchors.base import LayerTokens
 from ahn.anchors.selection import Selected
 from ahn.attachment import find_attachment
@@ -22,6 +23,7 @@ from ahn.attention import softmax_training as with_gradients
 from ahn.attention.call import LayerCall, Softmax
 from ahn.attention.masks import CallMask
 from ahn.attention.weights import attention_blocks
+from ahn.backbone import compat
 from ahn.cache.layer import HippocampalLayer
 from ahn.cache.record import TokenRecord
 from ahn.errors import CacheError, ModelError
@@ -90,6 +92,17 @@ def attend_local(layer: LayerCall, query: torch.Tensor, view: VisibleKV, softmax
         view: What they may read.
         softmax: The layer's softmax.
     """
+    if view.ordered:
+        return _attend(layer, query, view, softmax)
+    # What is held may be of another dtype than the token: one of them came inside autocast, the other did not.
+    held = view.local.keys.dtype
+    with ops.full_precision(query):
+        extra = None if view.extra is None else view.extra.to(held)
+        return _attend(layer, query.to(held), view._replace(extra=extra), softmax).to(query.dtype)
+
+
+def _attend(layer: LayerCall, query: torch.Tensor, view: VisibleKV, softmax: Softmax) -> torch.Tensor:
+    """The same by the first backend that can."""
     sink_query = layer.sink_queries(query, view.seen)
     for backend in (in_c, with_gradients):
         if backend.can_attend(layer.call, view, query, sink_query, softmax):
@@ -101,7 +114,9 @@ def attend_local(layer: LayerCall, query: torch.Tensor, view: VisibleKV, softmax
 def read_memory(layer: LayerCall, store: HippocampalLayer, query: torch.Tensor, view: VisibleKV) -> torch.Tensor:
     """Updates the state with what left the window; what the memory adds for the last E queries, `[B, E, H, V]`."""
     silent_tokens = query.size(2) - view.evicted.length
-    return layer.memory.project_out(recall(layer, store, query, view), layer.hidden[:, silent_tokens:])
+    read = recall(layer, store, query, view)
+    with compat.loaded(layer.memory):
+        return layer.memory.project_out(read, layer.hidden[:, silent_tokens:])
 
 
 def recall(layer: LayerCall, store: HippocampalLayer, query: torch.Tensor, view: VisibleKV) -> torch.Tensor:

@@ -20,7 +20,14 @@ from ahn.attachment import Attachment, attachment_of
 from ahn.attention import chunks
 from ahn.attention.call import CURRENT, CacheUse, Call, LayerCall
 from ahn.attention.decoding import begin_step
-from ahn.attention.host import HostMask, check_attached, check_outputs, document_starts, without_lengths
+from ahn.attention.host import (
+    HostMask,
+    check_attached,
+    check_outputs,
+    check_tokens,
+    document_starts,
+    without_lengths,
+)
 from ahn.attention.masks import CallMask, find_padding, mask_of_call
 from ahn.backbone import compat, linear
 from ahn.backbone.rotary import Rotary
@@ -140,7 +147,10 @@ def layer_call(module: Any, call: Call, args: tuple[Any, ...], kwargs: dict[str,
     if site.memory is None:
         return None
     hidden = args[0] if args else kwargs["hidden_states"]
-    gates = site.memory.gates(hidden) if call.settings.mode == "ahn" and call.step is None else None
+    gates = None
+    if call.settings.mode == "ahn" and call.step is None:
+        with compat.loaded(site.memory):
+            gates = site.memory.gates(hidden)
     rotary = None
     if site.rotation is not None:
         unrotates = call.attachment.config.memory_positions == "none"
@@ -170,6 +180,7 @@ def _begin(backbone: Any, kwargs: dict[str, Any]) -> tuple[Call, dict[str, Any]]
     if settings.mode == "full" and cache is not None:
         _READ_IN_FULL.add(cache)
     if settings.mode != "full" and inputs is not None:
+        check_tokens(inputs.size(1), 0 if cache is None else cache.get_seq_length())
         check_attached(attachment)
         check_outputs(backbone, kwargs)
         if cache is None:

@@ -50,6 +50,23 @@ def check_attached(attachment: Attachment) -> None:
             )
 
 
+def check_tokens(new: int, seen: int) -> None:
+    """Checks that there is a token to read.
+
+    Args:
+        new: Tokens that the cache has not read.
+        seen: Tokens that it has.
+
+    Raises:
+        CacheError: There is none left.
+    """
+    if new < 1:
+        raise CacheError(
+            f"there is no token to read that the cache, which has read {seen}, does not have: generate takes the whole "
+            "text and skips what the cache has read, so pass torch.cat((ids, new_ids), dim=1)"
+        )
+
+
 def check_outputs(backbone: Any, arguments: Mapping[str, Any]) -> None:
     """Checks that nothing is asked for that a memory does not compute.
 
@@ -84,10 +101,17 @@ def check_mask(function: Callable[..., Any]) -> None:
 
 def _parts(function: Callable[..., Any]) -> list[Any]:
     """The masks that all have to allow a key, of which a mask is made."""
-    if getattr(function, "__qualname__", "").startswith("and_masks.<locals>"):
-        cells = (cell.cell_contents for cell in function.__closure__ or ())
+    name = getattr(function, "__qualname__", "")
+    cells = [cell.cell_contents for cell in getattr(function, "__closure__", None) or ()]
+    if name.startswith("and_masks.<locals>"):
         joined = next((parts for parts in cells if isinstance(parts, tuple)), ())
         return [inner for part in joined for inner in _parts(part)]
+    # While a graph is traced, transformers parts the documents of rows of which it cannot see that they hold one each.
+    tensors = [cell for cell in cells if isinstance(cell, torch.Tensor)]
+    if name.startswith("packed_sequence_mask_function.<locals>") and all(not bool(each.any()) for each in tensors):
+        return []
+    if name.startswith("remap_positions_for_packed") and all(bool((each.diff() == 1).all()) for each in tensors):
+        return [inner for cell in cells if callable(cell) for inner in _parts(cell)]
     return [function]
 
 

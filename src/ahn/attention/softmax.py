@@ -194,7 +194,7 @@ def _merged(
 
 def _fused(q_BHTK: torch.Tensor, part: Part, softmax: Softmax) -> tuple[torch.Tensor, torch.Tensor]:
     """Output of the fused kernel on CPU, `[B, H, T, V]`, and the logarithm of its denominators, `[B, H, T]`."""
-    keys, values, mask = part
+    keys, values, mask = part[0].to(q_BHTK.dtype), part[1].to(q_BHTK.dtype), part[2]  # autocast does not reach it
     query, new = q_BHTK, q_BHTK.size(2)
     if new == 1 or not FUSED_GROUPS_HEADS:  # query heads stacked on their kv head: its keys are read once
         query = query.reshape(query.size(0), keys.size(1), -1, query.size(3))

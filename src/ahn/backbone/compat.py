@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -37,6 +38,13 @@ def with_cache(model: Any, arguments: Mapping[str, Any], cache: Any) -> dict[str
     """The arguments of a call with this cache instead of theirs, under the one name that the model takes."""
     others = {name: value for name, value in arguments.items() if name not in CACHE_NAMES}
     return others if cache is None else {**others, cache_name(model): cache}
+
+
+def generated_from(generation_config: Any, arguments: Mapping[str, Any]) -> int | None:
+    """Tokens that `generate` is given with those that its cache has read (5.24 may count them instead of a mask)."""
+    mask = arguments.get("attention_mask")
+    known = mask.size(-1) if isinstance(mask, torch.Tensor) else getattr(generation_config, "_mask_length", None)
+    return int(known) if known is not None else None
 
 
 def set_implementation(config: Any, name: str | None) -> None:
@@ -82,6 +90,24 @@ def execution_device(module: nn.Module) -> torch.device | None:
     if device is None:
         return None
     return torch.device(device if isinstance(device, (str, torch.device)) else f"cuda:{device}")
+
+
+@contextlib.contextmanager
+def loaded(module: nn.Module) -> Iterator[None]:
+    """Has the parameters of a module itself there inside the block, if accelerate keeps them elsewhere until it runs.
+
+    Args:
+        module: A module whose parameters are used without calling it.
+    """
+    hook = getattr(module, "_hf_hook", None)
+    if hook is None or not any(parameter.is_meta for parameter in module.parameters(recurse=False)):
+        yield
+        return
+    hook.pre_forward(module)
+    try:
+        yield
+    finally:
+        hook.post_forward(module, ())
 
 
 def input_device(backbone: Any) -> torch.device:

@@ -1,4 +1,4 @@
-"""The linear maps of the base model while a single token is decoded with a bounded memory.
+"""The linear maps of the base model while a single token is decoded, and while a memory is trained under autocast.
 
 Reading their weights is most of the time that a token takes on a CPU. In products of a matrix and a vector torch reads
 them at half the speed of memory. So while a memory is attached, decoding runs them through the kernels of `ahn.native`.
@@ -7,6 +7,8 @@ In every other call, and in mode "full", they are the base model's.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import partial
 from typing import Any
@@ -18,6 +20,41 @@ from torch.nn import functional
 from ahn import native
 
 _decodes: ContextVar[bool] = ContextVar("ahn_decoding", default=False)
+
+
+class CastWeights:
+    """Frozen weights in the dtype that autocast multiplies in, each cast once.
+
+    Autocast casts a frozen weight anew in every call, and each call holds its copy until its gradients are computed: a
+    text in ten chunks holds ten copies of the whole base.
+    """
+
+    def __init__(self) -> None:
+        self._held: dict[int, tuple[torch.Tensor, int, torch.Tensor]] = {}  # a weight, its version then, its cast
+
+    @contextmanager
+    def in_use(self) -> Iterator[None]:
+        """Lets linear maps with frozen weights multiply by the casts inside a `with` block."""
+        token = _casts.set(self)
+        try:
+            yield
+        finally:
+            _casts.reset(token)
+
+    def of(self, weight: torch.Tensor) -> torch.Tensor:
+        """The weight as autocast would cast it; itself where it would not, or where the weight learns."""
+        device = weight.device.type
+        if weight.requires_grad or not torch.is_autocast_enabled(device):
+            return weight
+        dtype = torch.get_autocast_dtype(device)
+        source, version, cast = self._held.get(id(weight), (None, 0, weight))
+        if source is not weight or version != weight._version or cast.dtype != dtype:
+            cast = weight.detach().to(dtype)
+            self._held[id(weight)] = weight, weight._version, cast
+        return cast
+
+
+_casts: ContextVar[CastWeights | None] = ContextVar("ahn_cast_weights", default=None)
 
 
 def note_call(decodes: bool) -> None:
@@ -50,4 +87,5 @@ def _forward(linear: nn.Linear, x: torch.Tensor) -> torch.Tensor:
         bias = [] if linear.bias is None else [linear.bias]
         if native.ready(x, linear.weight, *bias) and linear.weight.is_contiguous():
             return native.linear(x, linear.weight, linear.bias)
-    return functional.linear(x, linear.weight, linear.bias)
+    casts = _casts.get()
+    return functional.linear(x, linear.weight if casts is None else casts.of(linear.weight), linear.bias)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import sys
 from collections.abc import Iterator
 from contextvars import ContextVar
 from typing import Any
@@ -20,7 +21,7 @@ from transformers.masking_utils import AttentionMaskInterface, eager_mask
 from transformers.modeling_utils import AttentionInterface
 
 from ahn.backbone import compat
-from ahn.backbone.rotary import Rotation
+from ahn.backbone.rotary import Rotation, find_rotary
 from ahn.errors import ModelError
 
 PROBE = "ahn_probe"
@@ -59,9 +60,19 @@ def probe(model: nn.Module, backbone: nn.Module) -> list[CapturedLayer]:
         ModelError: The model does not route all its attention through transformers' attention interface.
     """
     name = type(model).__name__
+    if shared := getattr(backbone.config, "num_kv_shared_layers", 0):
+        raise ModelError(
+            f"no memory can be attached to {name}: its last {shared} layers read the keys and values of earlier layers "
+            "(num_kv_shared_layers), which would have to keep all of them; take a model without such layers"
+        )
     try:
         seen = _run(backbone)
     except Exception as error:  # a family with its own attention may fail in any way on a name it does not know
+        if (own := _failure(backbone)) is not None:
+            raise ModelError(
+                f"no memory can be attached to {name}, which does not read four tokens of text itself "
+                f"({' '.join(str(own).split())}); a memory needs a model that reads text alone"
+            ) from error
         raise ModelError(_refusal(name, f"it failed on a custom attention function: {error}")) from error
     layers = getattr(backbone.config, "num_hidden_layers", None)
     if not seen:
@@ -95,6 +106,16 @@ def _run(backbone: nn.Module) -> list[CapturedLayer]:
     return seen
 
 
+def _failure(backbone: nn.Module) -> Exception | None:
+    """What a model raises that reads a short text with its own attention, or `None`."""
+    try:
+        with torch.no_grad():
+            backbone(input_ids=sample(backbone, 4), use_cache=False)
+    except Exception as error:
+        return error
+    return None
+
+
 def check_rotations(backbone: Any, rotations: dict[nn.Module, Rotation]) -> dict[nn.Module, bool]:
     """Reads a short text with and without rotation and compares; without weights, it only sees which layers rotate.
 
@@ -121,6 +142,19 @@ def check_rotations(backbone: Any, rotations: dict[nn.Module, Rotation]) -> dict
     return {module: _rotates(backbone, module, *inputs[module], rotations[module]) for module in rotations}
 
 
+def check_numbers(computed: torch.Tensor) -> None:
+    """Checks that what a model computes are numbers.
+
+    Raises:
+        ModelError: Some of it is NaN.
+    """
+    if not computed.is_meta and bool(computed.isnan().any()):
+        raise ModelError(
+            "the model computes NaN, which is no number: its weights hold some (download them again), or its dtype is "
+            "too small for it (use bfloat16 or float32)"
+        )
+
+
 def _rotates(backbone: Any, module: nn.Module, args: Any, kwargs: dict[str, Any], rotation: Rotation) -> bool:
     tables, positions = kwargs.get("position_embeddings"), kwargs.get("position_ids")
     if tables is None or positions is None:
@@ -132,6 +166,7 @@ def _rotates(backbone: Any, module: nn.Module, args: Any, kwargs: dict[str, Any]
         rotated, plain = (_query(backbone, module, args, {**kwargs, "position_embeddings": t}) for t in (tables, still))
     if torch.equal(rotated, plain):
         return False
+    check_numbers(plain)
     if not _undoes(rotation, rotated, plain, tables, positions):
         raise ModelError(
             f"{type(module).__name__} rotates in a way that its apply_rotary_pos_emb and tables do not undo"
@@ -215,6 +250,26 @@ def _note(
         seen.append(CapturedLayer(module, query, key, value.size(-1), kwargs.get("sliding_window")))
     value = repeat_kv(value, query.size(1) // value.size(1))
     return value.transpose(1, 2).contiguous(), None
+
+
+def is_unloaded(module: nn.Module) -> bool:
+    """Whether a module has weights of its own that are nowhere: those that accelerate offloads come when they run."""
+    return compat.execution_device(module) is None and any(each.is_meta for each in module.parameters(recurse=False))
+
+
+def trained_context(backbone: Any) -> int:
+    """Positions that the model was trained on, or a number beyond all texts where its config names none."""
+    known = getattr(backbone.config, "max_position_embeddings", None) or getattr(backbone.config, "n_positions", None)
+    return int(known) if known else sys.maxsize
+
+
+def position_limit(backbone: Any) -> int | None:
+    """How many positions a model with a table of positions has, or `None` for any other model."""
+    rotary, known = find_rotary(backbone), trained_context(backbone)
+    if rotary is not None:  # gptj and codegen look their rotation up in a table
+        return known if hasattr(rotary, "embed_positions") else None
+    tables = (m for m in backbone.modules() if isinstance(m, nn.Embedding) and m is not backbone.get_input_embeddings())
+    return known if any(known <= table.num_embeddings <= known + 8 for table in tables) else None
 
 
 AttentionInterface.register(PROBE, _note)

@@ -31,7 +31,7 @@ class Bank(Store):
             evicted: The tokens that leave the window, oldest first.
             selected: What was chosen of them.
         """
-        keys, values = self._buffer("anchor_keys", evicted.keys), self._buffer("anchor_values", evicted.values)
+        keys, values = self.reserve(evicted.keys, evicted.values)
         if selected.entering.numel():
             entering = selected.entering.to(keys.device)
             keys = torch.cat((keys, evicted.keys.index_select(2, entering)), dim=2)
@@ -43,7 +43,14 @@ class Bank(Store):
                 self.stored[name] = all_.gather(2, index)
         return ExtraKV(keys, values, selected.visible_from.to(keys.device), selected.visible_until.to(keys.device))
 
-    def _buffer(self, name: str, like: torch.Tensor) -> torch.Tensor:
-        if name not in self.stored:
-            self.stored[name] = like.new_zeros(*like.shape[:2], self.anchors, like.size(3))
-        return self.stored[name]
+    def reserve(self, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The keys and values of all anchors, made if they are not there yet.
+
+        Args:
+            keys: Some of the layer, whose dtype, device and sizes they get, `[B, G, ?, K]`.
+            values: The same of its values, `[B, G, ?, V]`.
+        """
+        for name, like in (("anchor_keys", keys), ("anchor_values", values)):
+            if name not in self.stored:
+                self.stored[name] = like.new_zeros(*like.shape[:2], self.anchors, like.size(3))
+        return self.stored["anchor_keys"], self.stored["anchor_values"]

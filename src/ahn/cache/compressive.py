@@ -140,7 +140,7 @@ class PooledStore(Store):
                 stays = (number >= 0) & (number >= count.to(number.device)[:, None] - self.slots)
                 index = torch.where(stays, number % self.slots, self.slots)[:, None, :, None]
                 fresh = new_slots.keys if name == "keys" else new_slots.values
-                with_spare = F.pad(slots, (0, 0, 0, 1))  # one slot more, for what does not stay
+                with_spare = F.pad(slots, (0, 0, 0, 1)).to(fresh.dtype)  # one slot more, for what does not stay
                 with_spare.scatter_(2, index.expand(slots.size(0), slots.size(1), -1, slots.size(3)), fresh)
                 self.stored[f"slot_{name}"] = with_spare[:, :, :-1].contiguous()
             self.stored[f"pending_{name}"] = line[:, :, 1 - POOLED :].clone()

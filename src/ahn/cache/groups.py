@@ -15,6 +15,7 @@ from ahn.attachment import Site
 from ahn.cache.layer import HippocampalLayer
 from ahn.cache.record import TokenRecord
 from ahn.memories import Memory
+from ahn.tokens import Padding
 
 
 @dataclasses.dataclass(eq=False)
@@ -41,14 +42,23 @@ class LayerGroup:
         """Their layer indices."""
         return [site.index for site in self.sites]
 
-    def update(self) -> None:
-        """Updates the states with the token that leaves. The former ones stay as they are, should the call fail."""
+    def update(self, padding: Padding | None = None) -> None:
+        """Updates the states with the token that leaves. The former ones stay as they are, should the call fail.
+
+        Args:
+            padding: Padding at the left of the rows, which leaves the states as they are, or `None`.
+        """
         leaving = [store.exact.leaving() for store in self.stores]
         k_LBGK, v_LBGV, record_LB1F = (torch.stack(tensors).squeeze(3) for tensors in zip(*leaving))
         memory = self.memories[0]
         gates_LB1NH = TokenRecord.unpack(record_LB1F, memory.gate_count, memory.shape.query_heads).gates
+        gates_LBNH = gates_LB1NH.squeeze(2)
+        exact = self.stores[0].exact
+        if padding is not None and (token := exact.seen - exact.window) < padding.most + exact.sinks:
+            real_B = token >= padding.counts.to(gates_LBNH.device) + exact.sinks
+            gates_LBNH = gates_LBNH * real_B[:, None, None]
         states = self._copied()
-        type(memory).update(k_LBGK, v_LBGV, gates_LB1NH.squeeze(2), states)
+        type(memory).update(k_LBGK, v_LBGV, gates_LBNH, states)
         self.states = states
         for store, state in zip(self.stores, states):
             store.state = state

@@ -181,9 +181,8 @@ def _keys_and_values(name: str, rows: int, count: int, site: Site) -> Layout:
 
 
 def _computed(site: Site) -> tuple[torch.dtype, ...]:
-    """What keys and values may be stored in: what the layer computes in, here and now."""
-    device = site.device.type
-    return (site.dtype, torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else (site.dtype,)
+    """What keys and values may be stored in: what the layer computes in, inside autocast or outside."""
+    return site.dtype, torch.float32, torch.bfloat16, torch.float16
 
 
 def _exact(site: Site) -> tuple[torch.dtype, ...]:

@@ -21,9 +21,8 @@ from ahn.errors import CacheError, ConfigError, OutputError
 FORMAT = 2
 """Format of saved caches. Since 2, `side` is called `record`, and Mamba2 keeps log decay and step of each token."""
 
-
 _MOST = 2**40
-"""Tokens that no text, window or bank passes."""
+"""Tokens that no text passes."""
 
 _FACTS = 8
 """Facts of a layer in a fingerprint."""
@@ -83,7 +82,7 @@ def read_cache(path: str | os.PathLike[str], attachment: Attachment) -> SavedCac
         attachment.check(settings)
     except (TypeError, ConfigError) as error:
         raise CacheError(f"{path} holds settings that this version or model cannot use: {error}") from None
-    if settings.mode == "full" or max(settings.window, settings.sinks, settings.anchors) > _MOST:
+    if settings.mode == "full":
         raise CacheError(f"{path} holds settings that no cache has; save it again")
     return SavedCache(settings, header.seen, tensors)
 
@@ -123,7 +122,7 @@ class _Header(NamedTuple):
 
 def _read(path: Path) -> tuple[_Header, dict[str, torch.Tensor]]:
     """What a file holds, held against its checksum."""
-    if not path.is_file():
+    if not os.path.isfile(path):  # that of pathlib raises at a name that is too long
         raise CacheError(f"there is no saved cache at {path}")
     try:
         with safe_open(path, "pt") as file:

@@ -13,6 +13,7 @@ buffer. Only a single decoded token goes straight to its slot, whose former cont
 
 from __future__ import annotations
 
+import functools
 from typing import Any, cast
 
 import torch
@@ -125,7 +126,7 @@ class SinkWindow:
             value: `[B, G, 1, V]`.
             keep_evicted: Whether the view shall hold the token that leaves.
         """
-        slot, old = self._keep_slot(self._ring)
+        slot, old = self._keep_slot(Tokens(key, value, self._ring.record))
         buffer = self._ring
         buffer.keys[:, :, slot : slot + 1] = key
         buffer.values[:, :, slot : slot + 1] = value
@@ -215,7 +216,8 @@ class SinkWindow:
     def _padded_sinks(self, sinks: Tokens, new: Tokens, padding: Padding) -> Tokens:
         """Sinks of rows that begin at different tokens: slot s of a row holds its s-th real token once it has come."""
         count = min(self.sinks, self.seen + new.length)
-        source = padding.counts[:, None] + torch.arange(count, device=padding.counts.device) - self.seen
+        counts = padding.counts.to(new.keys.device)
+        source = counts[:, None] + torch.arange(count, device=counts.device) - self.seen
         fresh = ((source >= 0) & (source < new.length))[:, None, :, None]
         index = source.clamp(0, new.length - 1)[:, None, :, None]
 
@@ -227,13 +229,22 @@ class SinkWindow:
         return Tokens(*(fill(old, tensor) for old, tensor in zip(sinks, new, strict=True)))
 
     def _reserved(self, tokens: int, like: Tokens) -> Tokens:
-        """The buffer, with room for `tokens` tokens but never for more than S + W."""
+        """The buffer, with room for `tokens` tokens but never for more than S + W.
+
+        Keys and values have one dtype, the widest that came: calls inside and outside of autocast differ in theirs.
+        """
         most = self.sinks + self.window
         length = self.buffer.length if self.buffer else 0
-        if self.buffer is None or length < min(tokens, most):
-            room = min(most, max(tokens, 2 * length, 64))
-            grown = like.map(lambda tensor: tensor.new_zeros(*tensor.shape[:2], room, tensor.size(3)))
+        dtype = _widest([like, *filter(None, [self.buffer])])
+        if self.buffer is None or length < min(tokens, most) or not self.buffer.is_all(dtype):
+            room = length if length >= min(tokens, most) else min(most, max(tokens, 2 * length, 64))
+            grown = like.map(lambda tensor: tensor.new_zeros(*tensor.shape[:2], room, tensor.size(3))).to(dtype)
             if self.buffer is not None:
                 grown.write(0, self.buffer)
             self.buffer = grown
         return self.buffer
+
+
+def _widest(parts: list[Tokens]) -> torch.dtype:
+    """The dtype that all their keys and values fit into."""
+    return functools.reduce(torch.promote_types, [tensor.dtype for part in parts for tensor in part[:2]])

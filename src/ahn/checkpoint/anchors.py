@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -14,10 +15,13 @@ from ahn.anchors.scores import SCORES
 from ahn.attachment import SAVERS, Attachment, attachment_of
 from ahn.checkpoint.adapter import Pair, about, read_pair, storable, write_pair
 from ahn.checkpoint.content import BaseInfo, check_base, check_keys, check_shapes, layer_of
-from ahn.checkpoint.files import HubSource, failure, locate, read_tensors
-from ahn.errors import ConfigError
+from ahn.checkpoint.files import HubOptions, HubSource, failure, locate, read_tensors
+from ahn.errors import ConfigError, ShapeError
 from ahn.memories import MemoryShape
 from ahn.surgery import set_score_weights
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 ANCHORS = Pair("anchors_config.json", "anchors.safetensors")
 
@@ -50,11 +54,7 @@ def load_anchors(
     model: nn.Module,
     path_or_hub_id: str | os.PathLike[str],
     revision: str | None = None,
-    *,
-    subfolder: str = "",
-    token: str | bool | None = None,
-    cache_dir: str | os.PathLike[str] | None = None,
-    local_files_only: bool = False,
+    **options: Unpack[HubOptions],
 ) -> None:
     """Gives a model weights of anchor scores, which `anchor_score="asked"` and `"learned"` then choose by.
 
@@ -65,10 +65,7 @@ def load_anchors(
         path_or_hub_id: A folder that `save_anchors` wrote, a name that ships with the library, such as
             "smollm2-135m/anchors", or a hub id `owner/name`.
         revision: Branch, tag or commit on the hub.
-        subfolder: As for `load`.
-        token: As for `load`.
-        cache_dir: As for `load`.
-        local_files_only: As for `load`.
+        **options: As for `load`.
 
     Raises:
         ModelError: No memory is attached.
@@ -78,8 +75,7 @@ def load_anchors(
         UserWarning: The weights were made for a base model of the same sizes but another name.
     """
     attachment, where = attachment_of(model), os.fspath(path_or_hub_id)
-    source = HubSource(revision, subfolder, token, cache_dir, local_files_only)
-    folder = locate(where, source, ANCHORS.config)
+    folder = locate(where, HubSource(revision, **options), ANCHORS.config)
     weights = _read(where, folder, attachment, BaseInfo.of_model(model))
     for site in attachment.sites:
         if site.memory is not None:
@@ -93,19 +89,19 @@ def _read(where: str, folder: Path, attachment: Attachment, base: BaseInfo) -> d
     values, stored = read_pair(where, folder, ANCHORS)
     made_for = BaseInfo.of_dict(values["base"] if isinstance(values.get("base"), dict) else {}, where)
     check_base(where, made_for, base, "its anchor scores were", stacklevel=4)
-    found = {layer: _scores_in(stored, layer) for key in stored if (layer := layer_of(key)) is not None}
+    scores_by_layer = {layer: _scores_in(stored, layer) for key in stored if (layer := layer_of(key)) is not None}
     served = {site.index: site.shape for site in attachment.sites if site.memory is not None}
-    if missing := sorted(set(found) - set(served)):
+    if missing := sorted(set(scores_by_layer) - set(served)):
         problem = f"it scores tokens in layer {missing[0]}, which has no memory here"
         raise failure(where, problem, "Attach a memory to that layer too")
-    needed = found or {0: [SCORES["learned"]]}
+    needed = scores_by_layer or {0: [SCORES["learned"]]}
     names = {
         f"layers.{layer}.{name}" for layer, scores in needed.items() for each in scores for name in each.weight_names
     }
     check_keys(where, stored, names)
     tensors = read_tensors(stored)
     weights: dict[int, dict[str, nn.Module]] = {}
-    for layer, scores in found.items():
+    for layer, scores in scores_by_layer.items():
         for score in scores:
             own = {name: tensors[f"layers.{layer}.{name}"] for name in score.weight_names}
             weights.setdefault(layer, {})[score.name] = _loaded(where, score, own, served[layer])
@@ -125,7 +121,12 @@ def _scores_in(stored: Mapping[str, object], layer: int) -> list[Score]:
 
 def _loaded(where: str, score: Score, own: Mapping[str, torch.Tensor], shape: MemoryShape) -> nn.Module:
     """The weights of a score in one layer, from its tensors."""
-    weights = score.build(own, hidden_size=shape.hidden_size, kv_heads=shape.kv_heads, key_size=shape.key_size)
+    try:
+        weights = score.build(own, hidden_size=shape.hidden_size, kv_heads=shape.kv_heads, key_size=shape.key_size)
+    except ShapeError as error:
+        raise failure(
+            where, f"its weights of {score.name} cannot be used ({error})", "Use its own base model"
+        ) from None
     check_shapes(where, own, {name: tuple(each.shape) for name, each in weights.state_dict().items()})
     weights.load_state_dict(own)
     return weights

@@ -24,10 +24,11 @@ from ahn.models import base_name
 
 Kind = Literal["adapter", "published", "merged"]
 _SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim")
-_MOST = {"num_hidden_layers": 10_000}
+_MOST_LAYERS = 10_000
 """What no model passes: a damaged file shall not make this library reserve memory for it."""
+_MOST = {"num_hidden_layers": _MOST_LAYERS}
 _MOST_OF_OTHERS = 1 << 20
-_KEY = re.compile(r"layers\.(\d+)\.(.+)")
+_KEY = re.compile(r"layers\.(\d{1,5})\.(.+)", re.ASCII)
 _UNNAMED = MemoryShape(1, 1, 1, 1, 1)
 _AGAIN = "Copy or download the folder again, weights and config together"
 
@@ -236,10 +237,14 @@ def memory_config(where: str, values: Any) -> AHNConfig:
         config = AHNConfig.from_dict(values)
     except (ConfigError, TypeError, ValueError) as error:
         raise failure(where, f"its settings cannot be used ({brief(error)})", _AGAIN) from None
+    if config.layers is not None and config.layers[-1] >= _MOST_LAYERS:
+        raise failure(where, f"it names layer {reprlib.repr(config.layers[-1])}, which no model has", _AGAIN)
     if config.memory not in MEMORIES:
         known = ", ".join(memory_names())
         raise failure(
-            where, f"it holds a memory {config.memory!r}; known are {known}", "Upgrade this library if it is newer"
+            where,
+            f"it holds a memory {reprlib.repr(config.memory)}; known are {known}",
+            "Upgrade this library if it is newer",
         )
     return config
 
@@ -250,28 +255,28 @@ def layer_of(key: str) -> int | None:
     return int(match[1]) if match else None
 
 
-def check_keys(where: str, given: Mapping[str, Any], expected: set[str]) -> None:
+def check_keys(where: str, tensors: Mapping[str, Any], expected: set[str]) -> None:
     """Checks that all keys are there and no other.
 
     Raises:
         CheckpointError: Keys are missing or surplus; the first of them is named.
     """
-    if missing := sorted(expected - set(given)):
+    if missing := sorted(expected - set(tensors)):
         raise failure(where, f"{_count(missing)} missing: {missing[0]}{_more(missing)}", _AGAIN)
-    if surplus := sorted(set(given) - expected):
+    if surplus := sorted(set(tensors) - expected):
         raise failure(where, f"{_count(surplus)} too many: {surplus[0]}{_more(surplus)}", _AGAIN)
 
 
-def check_shapes(where: str, given: Mapping[str, Any], expected: Mapping[str, tuple[int, ...]]) -> None:
+def check_shapes(where: str, tensors: Mapping[str, Any], expected: Mapping[str, tuple[int, ...]]) -> None:
     """Checks the shapes of tensors.
 
     Raises:
         CheckpointError: One differs.
     """
     for key, shape in expected.items():
-        if (found := tuple(given[key].shape)) != shape:
+        if (actual := tuple(tensors[key].shape)) != shape:
             raise failure(
-                where, f"{key} has the shape {list(found)} instead of {list(shape)}", "Use its own base model"
+                where, f"{key} has the shape {list(actual)} instead of {list(shape)}", "Use its own base model"
             )
 
 

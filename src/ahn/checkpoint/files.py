@@ -11,7 +11,7 @@ import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypedDict
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -61,6 +61,15 @@ class Stored(NamedTuple):
         return self.elements * int(bits[0] if bits else 8) // 8
 
 
+class HubOptions(TypedDict, total=False):
+    """What `load` and its kin take of the Hugging Face hub beside the revision; see `HubSource`."""
+
+    subfolder: str
+    token: str | bool | None
+    cache_dir: str | os.PathLike[str] | None
+    local_files_only: bool
+
+
 @dataclasses.dataclass(frozen=True)
 class HubSource:
     """How a checkpoint is found: options of the Hugging Face hub; a local folder uses the subfolder only.
@@ -100,15 +109,16 @@ class HubSource:
         Raises:
             CheckpointError: The subfolder is not there, or lies outside.
         """
-        place = folder / self.subfolder
-        if not place.is_dir() or not place.resolve().is_relative_to(folder.resolve()):
+        subfolder = folder / self.subfolder
+        if not subfolder.is_dir() or not subfolder.resolve().is_relative_to(folder.resolve()):
             raise failure(name, f"it has no subfolder {self.subfolder!r}", "Check the name of the subfolder")
-        return place
+        return subfolder
 
 
 def failure(where: str | os.PathLike[str], what: str, remedy: str) -> CheckpointError:
     """An error of one line: where, what is wrong, what to do."""
-    text = f"{os.fspath(where).strip() or repr('')}: {what}. {remedy}."
+    name = os.fspath(where).strip() or repr("")
+    text = f"{name if len(name) <= 200 else f'{name[:197]}...'}: {what}. {remedy}."
     return CheckpointError(" ".join(text.split()))
 
 
@@ -142,9 +152,9 @@ def locate(name: str | os.PathLike[str], source: HubSource | None = None, config
     """
     name, source = os.fspath(name), source or HubSource()
     path = Path(name).expanduser()
-    if name.strip() and path.is_dir():
+    if name.strip() and os.path.isdir(path):  # those of pathlib raise at a name that is too long
         return source.within(path, name)
-    if path.is_file():
+    if os.path.isfile(path):
         raise failure(name, "this is a file", "Give the folder that holds it and its config")
     if name in shipped(config):
         return SHIPPED / name
@@ -200,7 +210,7 @@ def read_json(file: Path) -> dict[str, Any]:
     """
     try:
         values = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise failure(file, f"it cannot be read ({brief(error)})", "Copy or download the folder again") from None
     if not isinstance(values, dict):
         raise failure(file, "it holds no JSON object", "Copy or download the folder again")
@@ -214,8 +224,8 @@ def weight_files(folder: Path) -> list[Path]:
         CheckpointError: There are none, or one that the index names is missing.
     """
     if (folder / INDEX).is_file():
-        places = read_json(folder / INDEX).get("weight_map")
-        names = set(places.values()) if isinstance(places, dict) else set()
+        weight_map = read_json(folder / INDEX).get("weight_map")
+        names = set(weight_map.values()) if isinstance(weight_map, dict) else set()
         if not names or any(not isinstance(name, str) or Path(name).name != name for name in names):
             raise failure(folder / INDEX, "its weight_map names no files", "Copy or download the folder again")
         if missing := sorted(name for name in names if not (folder / name).is_file()):
@@ -223,8 +233,8 @@ def weight_files(folder: Path) -> list[Path]:
         return [folder / name for name in sorted(names)]
     if (folder / SINGLE).is_file():
         return [folder / SINGLE]
-    if found := sorted(folder.glob("*.safetensors")):
-        return found
+    if single_files := sorted(folder.glob("*.safetensors")):
+        return single_files
     if pickled := sorted(file.name for file in folder.iterdir() if file.suffix in _PICKLES):
         raise failure(
             folder,
@@ -240,17 +250,17 @@ def stored_tensors(files: Iterable[Path]) -> dict[str, Stored]:
     Raises:
         CheckpointError: A file is no safetensors file or is cut off, or a key is in two files.
     """
-    found: dict[str, Stored] = {}
+    tensors: dict[str, Stored] = {}
     for file in files:
         with _reader(file) as reader:
             for key in reader.keys():  # noqa: SIM118 (a reader is no mapping)
-                if key in found:
+                if key in tensors:
                     raise failure(
-                        file.parent, f"{key} is in {found[key].file.name} and in {file.name}", "Remove one of them"
+                        file.parent, f"{key} is in {tensors[key].file.name} and in {file.name}", "Remove one of them"
                     )
                 part = reader.get_slice(key)
-                found[key] = Stored(file, key, tuple(part.get_shape()), str(part.get_dtype()))
-    return found
+                tensors[key] = Stored(file, key, tuple(part.get_shape()), str(part.get_dtype()))
+    return tensors
 
 
 def read_tensors(stored: Mapping[str, Stored]) -> dict[str, torch.Tensor]:
@@ -329,17 +339,17 @@ def new_folder(target: str | os.PathLike[str]) -> Iterator[Path]:
     Raises:
         CheckpointError: The target is there and not empty, or cannot be written.
     """
-    place = Path(target).expanduser().absolute()
-    if place.exists() and (not place.is_dir() or any(place.iterdir())):
-        raise failure(target, "it exists already", "Choose a new or an empty folder")
+    target_path = Path(target).expanduser().absolute()
     with writing(target):
-        place.parent.mkdir(parents=True, exist_ok=True)
-        part = Path(tempfile.mkdtemp(prefix=f".{place.name}.", dir=place.parent))
+        if target_path.exists() and (not target_path.is_dir() or any(target_path.iterdir())):
+            raise failure(target, "it exists already", "Choose a new or an empty folder")
+        target_path.parent.mkdir(parents=True, exist_ok=True)
+        part = Path(tempfile.mkdtemp(prefix=f".{target_path.name}.", dir=target_path.parent))
         try:
             yield part
             part.chmod(0o777 & ~umask())
-            if place.is_dir():
-                place.rmdir()
-            os.replace(part, place)
+            if target_path.is_dir():
+                target_path.rmdir()
+            os.replace(part, target_path)
         finally:
             shutil.rmtree(part, ignore_errors=True)

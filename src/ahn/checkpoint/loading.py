@@ -19,6 +19,7 @@ from ahn.checkpoint.anchors import ANCHORS, load_anchors
 from ahn.checkpoint.content import BaseInfo, Content, check_keys, check_shapes, memory_tensors
 from ahn.checkpoint.files import (
     SHIPPED,
+    HubOptions,
     HubSource,
     brief,
     download,
@@ -37,6 +38,7 @@ from ahn.surgery import attach, detach
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
+    from typing_extensions import Unpack
 
 _DETACH = "Call ahn.detach(model) first, or load a checkpoint of the same kind"
 
@@ -45,11 +47,7 @@ def load(
     model: nn.Module,
     path_or_hub_id: str | os.PathLike[str],
     revision: str | None = None,
-    *,
-    subfolder: str = "",
-    token: str | bool | None = None,
-    cache_dir: str | os.PathLike[str] | None = None,
-    local_files_only: bool = False,
+    **options: Unpack[HubOptions],
 ) -> None:
     """Loads a memory's weights onto a base model.
 
@@ -63,10 +61,7 @@ def load(
             `owner/name`. Also a folder of the published format, with or without base weights, which are not used. A
             folder that exists wins.
         revision: Branch, tag or commit on the hub.
-        subfolder: Folder of the checkpoint within the repository or within the local folder.
-        token: Access token of the hub; `True` takes the one that is logged in.
-        cache_dir: Where downloads are kept; the hub's own cache if left out.
-        local_files_only: Whether to take what was downloaded before and ask no server.
+        **options: `subfolder`, `token`, `cache_dir` and `local_files_only`, see `ahn.checkpoint.files.HubSource`.
 
     Raises:
         CheckpointError: There is no such checkpoint, it is damaged, or it does not fit the model.
@@ -76,7 +71,7 @@ def load(
     Warns:
         UserWarning: The checkpoint was made for a base model of the same sizes but another name.
     """
-    _put(model, read(path_or_hub_id, HubSource(revision, subfolder, token, cache_dir, local_files_only)))
+    _put(model, read(path_or_hub_id, HubSource(revision, **options)))
 
 
 def from_pretrained(
@@ -86,12 +81,8 @@ def from_pretrained(
     dtype: str | torch.dtype | None = None,
     *,
     revision: str | None = None,
-    subfolder: str = "",
     adapter_revision: str | None = None,
-    token: str | bool | None = None,
-    cache_dir: str | os.PathLike[str] | None = None,
-    local_files_only: bool = False,
-    **model_options: Any,
+    **options: Any,
 ) -> PreTrainedModel:
     """Loads a model with its memory: a base model by name and an adapter, an adapter alone, or a merged model.
 
@@ -104,13 +95,10 @@ def from_pretrained(
             taken instead of the saved ones; the rest must agree. Alone it attaches an untrained memory.
         dtype: As for `ahn.models.load_model`.
         revision: Branch, tag or commit of `name_or_path` on the hub.
-        subfolder: Folder of `name_or_path` within its repository or within the local folder.
         adapter_revision: Branch, tag or commit of `adapter`.
-        token: As for `load`; also for the base model, as are the next two.
-        cache_dir: As for `load`.
-        local_files_only: As for `load`.
-        **model_options: For `AutoModelForCausalLM.from_pretrained`, as `device_map`, `quantization_config`,
-            `attn_implementation` or `trust_remote_code`.
+        **options: Those of `load`, for the base model too; the subfolder is that of `name_or_path`. All others are for
+            `AutoModelForCausalLM.from_pretrained`, as `device_map`, `quantization_config`, `attn_implementation` or
+            `trust_remote_code`.
 
     Returns:
         The model, in evaluation mode, with the weights of anchor scores too where they lie beside the adapter.
@@ -121,13 +109,14 @@ def from_pretrained(
             which base model it was made for.
         ConfigError: The settings do not fit this model.
     """
-    source = HubSource(revision, subfolder, token, cache_dir, local_files_only)
+    hub: Any = {name: options.pop(name) for name in HubOptions.__annotations__ if name in options}
+    source = HubSource(revision, **hub)
     folder = _our_folder(name_or_path, source)
     if folder is not None and adapter is not None:
         _check_is_base(name_or_path, folder)
         folder = None  # its own memory is not wanted
     if folder is not None and not (folder / own.CONFIG).is_file():
-        return _from_merged(os.fspath(name_or_path), folder, config, dtype, model_options)
+        return _from_merged(os.fspath(name_or_path), folder, config, dtype, options)
     base, content = (name_or_path, source), None  # the memory is read before the base model, which takes long
     memory = adapter, dataclasses.replace(source, revision=adapter_revision, subfolder="")
     if folder is not None:
@@ -135,14 +124,14 @@ def from_pretrained(
         base = _base_of(content, source, folder)
     elif adapter is not None:
         content = read(adapter, memory[1])
-    model = load_model(base[0], dtype, **{**base[1].load_options(), **model_options})
+    model = load_model(base[0], dtype, **{**base[1].load_options(), **options})
     if config is not None:
         attach(model, config)
     if content is not None and memory[0] is not None:
         _put(model, content if folder is None or not _is_base(folder) else _without_name(content))
-        place = locate(memory[0], memory[1])
-        if (place / ANCHORS.config).is_file():
-            load_anchors(model, place)
+        located = locate(memory[0], memory[1])
+        if (located / ANCHORS.config).is_file():
+            load_anchors(model, located)
     return model
 
 
@@ -260,11 +249,11 @@ def _our_folder(name: str | os.PathLike[str], source: HubSource) -> Path | None:
     folder = Path(name).expanduser()
     if name in KNOWN or not name.strip():
         return None
-    if name in shipped() and not folder.is_dir():
+    if name in shipped() and not os.path.isdir(folder):
         return SHIPPED / name
-    remote = not folder.is_dir()
+    remote = not os.path.isdir(folder)
     if remote:
-        if not is_hub_id(name) or folder.exists():
+        if not is_hub_id(name) or os.path.exists(folder):
             return None
         try:
             folder = download(name, source, [published.CONFIG, own.CONFIG])
@@ -342,15 +331,15 @@ def _check_base_weights(where: str, folder: Path, config: PreTrainedConfig) -> N
 
     with torch.device("meta"):
         expected = AutoModelForCausalLM.from_config(config).state_dict()
-    given: dict[str, Any] = {
+    base_tensors: dict[str, Any] = {
         key: stored
         for key, stored in stored_tensors(weight_files(folder)).items()
         if ".ahn." not in key and not key.endswith("rotary_emb.inv_freq")  # old checkpoints hold it
     }
     if config.tie_word_embeddings:
-        given.setdefault("lm_head.weight", expected["lm_head.weight"])
-    check_keys(where, given, set(expected))
-    check_shapes(where, given, {key: tuple(tensor.shape) for key, tensor in expected.items()})
+        base_tensors.setdefault("lm_head.weight", expected["lm_head.weight"])
+    check_keys(where, base_tensors, set(expected))
+    check_shapes(where, base_tensors, {key: tuple(tensor.shape) for key, tensor in expected.items()})
 
 
 @contextmanager

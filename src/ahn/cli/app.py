@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 from typer.main import get_command
 
-from ahn.cli import bench, convert, cost, demo, evaluation, generate, inspect, merge, probe, train
+from ahn.cli import bench, chat, convert, cost, demo, evaluation, generate, inspect, merge, probe, serve, train
 
 app = typer.Typer(
     name="ahn",
@@ -20,6 +20,8 @@ app = typer.Typer(
 COMMANDS = {
     "demo": demo,
     "generate": generate,
+    "serve": serve,
+    "chat": chat,
     "inspect": inspect,
     "cost": cost,
     "bench": bench,

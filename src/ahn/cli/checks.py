@@ -6,6 +6,7 @@ A folder is written whole, in place of an older one if the user said so.
 from __future__ import annotations
 
 import contextlib
+import os
 import shutil
 import sys
 import tempfile
@@ -19,6 +20,7 @@ from ahn.cli.terminal import UsageError
 MODES = ("ahn", "window", "full")
 SINK_POSITIONS = ("bounded", "absolute")
 PLOTS = (".png", ".svg")
+_LONGEST_NAME = 255
 
 
 def at_least(option: str, value: float | None, least: float) -> None:
@@ -83,9 +85,10 @@ def span(window: int | None, sinks: int | None, sink_positions: str | None) -> N
 
 def folder_to_write(path: Path, source: str, force: bool) -> None:
     """Checks that a folder may be written: it is new or empty, or holds a checkpoint that `--force` gives up."""
+    _check_length("the folder to write", path)
     if path.exists() and not path.is_dir():
         raise UsageError(f"{path} is a file. Name a folder to write.")
-    if Path(source).exists() and path.exists() and path.samefile(source):
+    if os.path.exists(source) and path.exists() and path.samefile(source):
         raise UsageError(f"{path} is the source itself. Name another folder to write.")
     if not path.is_dir() or not any(path.iterdir()):
         return
@@ -124,6 +127,7 @@ def file_to_write(option: str, path: Path | None, inputs: Iterable[str | None] =
     """
     if path is None:
         return
+    _check_length(option, path)
     if path.is_dir():
         raise UsageError(f"{option} {path} is a folder. Name a file in it.")
     if path.exists() and not path.is_file():
@@ -132,6 +136,12 @@ def file_to_write(option: str, path: Path | None, inputs: Iterable[str | None] =
         raise UsageError(f"{option} {path} is read too, and would be lost. Name another file.")
     if not path.parent.is_dir():
         raise UsageError(f"{option}: there is no folder {path.parent}. Make it first.")
+
+
+def _check_length(option: str, path: Path) -> None:
+    """Checks that no part of a path is longer than file systems take."""
+    if any(len(os.fsencode(part)) > _LONGEST_NAME for part in path.parts):
+        raise UsageError(f"{option}: a name of more than {_LONGEST_NAME} bytes cannot be written. Take a shorter one.")
 
 
 def plot_to_write(option: str, path: Path) -> None:
@@ -153,8 +163,8 @@ def plots_to_write(paths: Iterable[Path]) -> list[Path]:
 
 def file_to_read(option: str, path: Path | None) -> None:
     """Checks that a file is there."""
-    if path is not None and not path.is_file():
-        what = "is a folder" if path.is_dir() else "does not exist"
+    if path is not None and not os.path.isfile(path):
+        what = "is a folder" if os.path.isdir(path) else "does not exist"
         raise UsageError(f"{option} {path} {what}. Check the path.")
 
 
@@ -163,10 +173,10 @@ def adapter(name: str | None) -> None:
     if name is None:
         return
     path = Path(name).expanduser()
-    if path.is_file():
+    if os.path.isfile(path):
         raise UsageError(f"--adapter {name} is a file. Give the folder that holds it and its config.")
     looks_local = path.is_absolute() or name.startswith((".", "~")) or name.count("/") != 1
-    if looks_local and name != "none" and not path.is_dir():
+    if looks_local and name != "none" and not os.path.isdir(path):
         raise UsageError(f"--adapter {name} does not exist. Give a folder, a hub id owner/name, or none.")
 
 

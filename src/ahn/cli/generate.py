@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ahn.cli import checks
+from ahn.cli.conversation import Conversation, read_all, write_answer
 from ahn.cli.loading import ModelChoice
 from ahn.cli.options import from_fields
-from ahn.cli.terminal import UsageError, log, megabytes, notes
+from ahn.cli.terminal import UsageError, log, megabytes
 from ahn.config import setting
 
 if TYPE_CHECKING:
@@ -31,6 +32,8 @@ ahn generate "Who is Ishmael?" --file moby.txt --mode ahn+64  [dim]# anchors too
 ahn generate --file book.txt --cache-out book.cache  [dim]# read once,[/dim]
 
 ahn generate "Where does it begin?" --cache-in book.cache  [dim]# ask often[/dim]
+
+ahn generate --chat --file book.txt  [dim]# talk about it; /exit ends[/dim]
 """
 
 
@@ -46,15 +49,31 @@ class GenerateSettings:
     max_new_tokens: int = setting(256, "Most tokens to write.", least=1)
     chunk: int | None = setting(None, "Tokens to read at a time.", least=1, unset="512")
     temperature: float = setting(0.0, "0 writes the likeliest token; above, tokens are drawn.", least=0)
+    top_k: int | None = setting(None, "Draw from so many of the likeliest tokens only.", least=1)
+    top_p: float | None = setting(None, "Draw from the likeliest tokens of this probability together.", least=0)
+    repetition_penalty: float | None = setting(
+        None, "Above 1, tokens that the answer has already are less likely.", least=0
+    )
     seed: int | None = setting(None, "Of the random numbers.")
-    chat: bool | None = setting(None, "Use the chat template.", names="--chat/--no-chat", unset="if the model has one")
+    system: str | None = setting(None, "What the model is told first, in a chat.")
+    chat: bool | None = setting(
+        None,
+        "Use the chat template; without a prompt, talk in the terminal.",
+        names="--chat/--no-chat",
+        unset="if the model has one",
+    )
     cache_in: Path | None = setting(None, "Go on from this saved cache.")
     cache_out: Path | None = setting(None, "Save the cache here; without a prompt, only read.")
 
     @property
+    def talks(self) -> bool:
+        """Whether there is to be a conversation in the terminal."""
+        return bool(self.chat) and not self.prompt.strip()
+
+    @property
     def only_reads(self) -> bool:
         """Whether a text is to be read and saved, with no question about it."""
-        return self.cache_out is not None and not self.prompt.strip()
+        return self.cache_out is not None and not self.prompt.strip() and not self.talks
 
 
 @from_fields
@@ -62,20 +81,48 @@ def command(settings: GenerateSettings, source: ModelChoice) -> None:
     """Read a prompt, or a text of any length and a question about it, and write the answer."""
     checks.mode("--mode", settings.mode)
     _check_caches(settings, source)
-    if settings.file is None and not settings.prompt.strip():
-        raise UsageError('there is nothing to read. Give a prompt ("..."), or a text with --file.')
+    _check_words(settings)
     text = "" if settings.file is None else checks.text_file("--file", settings.file)
     saved = _saved_settings(settings.cache_in) if settings.cache_in is not None else None
+    import ahn
     from ahn.cli import loading
+    from ahn.evaluation.arm_names import find_arm
 
     loaded = loading.load(source, like=saved)
-    reader = _read(loaded, settings, text, follows=saved is not None)
-    if not settings.only_reads:
-        _answer(loaded, settings, reader)
+    chat = _uses_template(loaded, settings)
+    arm = find_arm(settings.mode or "ahn")
+    with ahn.mode(loaded.model, arm.method, **arm.settings(loaded.config.window)):  # type: ignore[arg-type]
+        reader = _reader(loaded, settings)
+        if settings.talks:
+            _converse(loaded, settings, reader, text)
+        else:
+            _read(loaded, settings, reader, text, chat)
+            if not settings.only_reads:
+                write_answer(loaded, _answer_of(loaded, settings, reader))
     if settings.cache_out is not None:
         cache: Any = reader.cache
         cache.save(settings.cache_out)
         log(f"saved {settings.cache_out}: {cache.seen_tokens:,} tokens in {megabytes(cache.nbytes)} MB", "dim")
+
+
+def _check_words(settings: GenerateSettings) -> None:
+    """Checks what is to be read and how tokens are drawn."""
+    if settings.file is None and not settings.prompt.strip() and not settings.talks:
+        raise UsageError('there is nothing to read. Give a prompt ("..."), a text with --file, or talk with --chat.')
+    if settings.talks and settings.file == "-":
+        raise UsageError("--file - takes the standard input, which --chat needs for your words. Name a file.")
+    if settings.system is not None and settings.cache_in is not None:
+        raise UsageError("--system stands at the beginning, which --cache-in has read already. Leave one of them out.")
+    if settings.system is not None and settings.chat is False:
+        raise UsageError("--system is told in a chat. Leave --no-chat out.")
+    if settings.top_p is not None and not 0 < settings.top_p <= 1:
+        raise UsageError(f"--top-p must be above 0 and at most 1, not {settings.top_p}.")
+    if settings.repetition_penalty is not None and settings.repetition_penalty <= 0:
+        raise UsageError(f"--repetition-penalty must be above 0, not {settings.repetition_penalty}.")
+    if settings.temperature == 0:
+        for option, value in (("--top-k", settings.top_k), ("--top-p", settings.top_p)):
+            if value is not None:
+                raise UsageError(f"{option} does nothing at --temperature 0. Draw tokens, as with --temperature 0.7.")
 
 
 def _check_caches(settings: GenerateSettings, source: ModelChoice) -> None:
@@ -109,44 +156,64 @@ def _saved_settings(path: Path) -> AHNConfig:
     )
 
 
-def _read(loaded: Loaded, settings: GenerateSettings, text: str, follows: bool) -> Reader:
+def _uses_template(loaded: Loaded, settings: GenerateSettings) -> bool:
+    """Whether the chat template is used."""
+    from ahn.models import prompts
+
+    has = prompts.has_chat(loaded.tokenizer)
+    if not has and (settings.chat or settings.system is not None):
+        option = "--chat" if settings.chat else "--system"
+        raise UsageError(f"{loaded.name} has no chat template. Leave {option} out.")
+    return has if settings.chat is None else settings.chat
+
+
+def _reader(loaded: Loaded, settings: GenerateSettings) -> Reader:
+    """A reader of nothing yet, or of what a saved cache holds."""
+    import ahn
+    from ahn.generation import Reader
+
+    cache = None if settings.cache_in is None else ahn.HippocampalCache.load(settings.cache_in, loaded.model)
+    return Reader(loaded.model, cache, score=False)
+
+
+def _read(loaded: Loaded, settings: GenerateSettings, reader: Reader, text: str, chat: bool) -> None:
     """Reads text and prompt, with a progress bar on a terminal and a closing line anywhere."""
     import torch
 
-    import ahn
-    from ahn.cli.terminal import reading_bar, summary
-    from ahn.evaluation.arm_names import find_arm
-    from ahn.generation import Reader
+    from ahn.cli.terminal import summary
     from ahn.models import prompts
 
-    chat = prompts.has_chat(loaded.tokenizer) if settings.chat is None else settings.chat
-    if chat and not prompts.has_chat(loaded.tokenizer):
-        raise UsageError(f"{loaded.name} has no chat template. Leave --chat out.")
-    make = prompts.follow_up if follows else prompts.passage
-    passage = make(loaded.tokenizer, text, settings.prompt, chat)
+    if settings.cache_in is not None:
+        passage = prompts.follow_up(loaded.tokenizer, text, settings.prompt, chat)
+    else:
+        passage = prompts.passage(loaded.tokenizer, text, settings.prompt, chat, settings.system or "")
     closing = passage.closing[:0] if settings.only_reads else passage.closing
     ids = torch.cat((passage.opening, passage.text, closing))
     if ids.numel() == 0:
         raise UsageError("the tokenizer makes no token of this text. Give a longer one.")
-    arm = find_arm(settings.mode or "ahn")
-    with ahn.mode(loaded.model, arm.method, **arm.settings(loaded.config.window)):  # type: ignore[arg-type]
-        cache = None if settings.cache_in is None else ahn.HippocampalCache.load(settings.cache_in, loaded.model)
-        reader = Reader(loaded.model, cache, score=False)
-        with reading_bar(notes(), ids.numel()) as update:
-            reader.prefill(ids, settings.chunk, update)
+    read_all(reader, ids, settings.chunk)
     if text:
         log(summary(loaded.model, reader), "dim")
-    return reader
 
 
-def _answer(loaded: Loaded, settings: GenerateSettings, reader: Reader) -> None:
-    """Writes the answer while it grows."""
-    from ahn.generation import decode, stream_text
+def _answer_of(loaded: Loaded, settings: GenerateSettings, reader: Reader) -> Iterator[int]:
+    """Tokens of an answer."""
+    from ahn.generation import decode
     from ahn.models import prompts
 
-    stop = prompts.stop_ids(loaded.model, loaded.tokenizer)
-    ids = decode(reader, settings.max_new_tokens, stop, settings.temperature, settings.seed)
-    for words in stream_text(loaded.tokenizer, ids):
-        sys.stdout.write(words)
-        sys.stdout.flush()
-    sys.stdout.write("\n")
+    return decode(
+        reader,
+        settings.max_new_tokens,
+        prompts.stop_ids(loaded.model, loaded.tokenizer),
+        settings.temperature,
+        settings.seed,
+        top_k=settings.top_k,
+        top_p=settings.top_p,
+        repetition_penalty=settings.repetition_penalty,
+    )
+
+
+def _converse(loaded: Loaded, settings: GenerateSettings, reader: Reader, text: str) -> None:
+    """Talks in the terminal."""
+    talk = Conversation(loaded, reader, lambda: _answer_of(loaded, settings, reader), settings.chunk)
+    talk.run(text, settings.system or "", goes_on=settings.cache_in is not None)

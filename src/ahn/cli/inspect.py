@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -26,17 +27,19 @@ def command(
     file = Path(path).expanduser()
     if not path.strip():
         raise UsageError("there is no path. Give a folder or a file.")
-    facts = _cache(file) if file.is_file() else _checkpoint(path)
+    facts = _cache(file) if os.path.isfile(file) else _checkpoint(path)
     if as_json:
         typer.echo(json.dumps(facts, indent=2))
         return
     from rich.table import Table
 
+    from ahn.cli.console import printable
+
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
     for name, value in facts.items():
-        table.add_row(name.replace("_", " "), _shown(name, value))
+        table.add_row(name.replace("_", " "), printable(_shown(name, value)))
     output().print(table)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
@@ -158,12 +159,12 @@ def _is_merged(name: str) -> bool:
     folder = Path(name).expanduser()
     if name in KNOWN:
         return False
-    if not folder.is_dir() and is_hub_id(name):
+    if not os.path.isdir(folder) and is_hub_id(name):
         try:
             folder = download(name, HubSource(), [CONFIG])
         except CheckpointError:
             return False  # loading the model says what is wrong
-    return (folder / CONFIG).is_file() and is_published(read_json(folder / CONFIG))
+    return os.path.isfile(folder / CONFIG) and is_published(read_json(folder / CONFIG))
 
 
 def _config(saved: Description) -> AHNConfig:

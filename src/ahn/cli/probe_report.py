@@ -9,7 +9,7 @@ import torch
 from rich.text import Text
 
 from ahn.evaluation.page import Page
-from ahn.evaluation.probing.figures import draw
+from ahn.evaluation.probing.plots import draw
 from ahn.evaluation.probing.shading import STYLE, Scale, ShownToken, coloured_text, show_tokens, strongest, token_texts
 from ahn.evaluation.report import EvaluationReport, environment
 from ahn.evaluation.tables import ResultTable
@@ -84,7 +84,7 @@ def show(probe: Probe, top: int, console: Console) -> None:
 def shown(probe: Probe) -> tuple[list[ShownToken], Scale]:
     """The tokens, and the scale of the evicted ones."""
     evicted = probe.gradients.evicted
-    scale = Scale.of(probe.gradients.norms[evicted.start : evicted.stop])
+    scale = Scale.spanning(probe.gradients.norms[evicted.start : evicted.stop])
     return show_tokens(token_texts(probe.loaded.tokenizer, probe.ids), probe.gradients, scale), scale
 
 

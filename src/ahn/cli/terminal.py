@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import sys
 import time
@@ -36,16 +37,16 @@ class ExitStatus:
 
 def output() -> Console:
     """The console for results, on standard output."""
-    from rich.console import Console
+    from ahn.cli.console import SafeConsole
 
-    return Console(highlight=False)
+    return SafeConsole(highlight=False, markup=False)
 
 
 def notes() -> Console:
     """The console for progress, notes and errors, on standard error."""
-    from rich.console import Console
+    from ahn.cli.console import SafeConsole
 
-    return Console(stderr=True, highlight=False)
+    return SafeConsole(stderr=True, highlight=False, markup=False)
 
 
 def log(text: str, style: str = "", console: Console | None = None) -> None:
@@ -123,10 +124,23 @@ def _rates(now: Progress) -> str:
     return f"{now.tokens / max(now.seconds, 1e-9):,.0f} tokens/s, cache {megabytes(now.cache_bytes)} MB"
 
 
+def prepare_streams() -> None:
+    """Lets no text be lost: characters that a stream has no code for, a width of nothing, a stream that is closed."""
+    if not os.environ.get("COLUMNS", "80").isdigit() or not int(os.environ.get("COLUMNS", "80")):
+        del os.environ["COLUMNS"]
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:  # closed by the caller, as by `>&-`
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
+        elif hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
+
+
 @contextlib.contextmanager
 def reporting() -> Iterator[ExitStatus]:
     """Turns every error into one line on standard error and an exit status; `AHN_DEBUG=1` shows the traceback."""
     outcome = ExitStatus()
+    prepare_streams()
     with _one_line_warnings():
         try:
             yield outcome
@@ -156,7 +170,8 @@ def _explain(error: Exception) -> tuple[int, str]:
         return WRONG_INPUT, _one_line(str(error))
     if isinstance(error, OSError):
         where = f"{error.filename}: " if error.filename else ""
-        return WRONG_INPUT if isinstance(error, _WRONG_FILES) else FAILED, f"{where}{error.strerror or error}"
+        is_wrong = isinstance(error, _WRONG_FILES) or error.errno == errno.ENAMETOOLONG
+        return WRONG_INPUT if is_wrong else FAILED, f"{where}{error.strerror or error}"
     from ahn.errors import AHNError  # late: the words above need nothing of the library
 
     if isinstance(error, AHNError):

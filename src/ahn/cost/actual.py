@@ -79,6 +79,8 @@ class Actual(Counting):
         view = layer.append(Tokens(key, value, record), None)
         layer.reserve()
         layer.commit()
+        if layer.bank is not None and view.evicted.length:
+            layer.bank.reserve(key, value)
         if record.size(-1) and view.evicted.length:
             layer.state = memory.empty_state(1, key.device)
 

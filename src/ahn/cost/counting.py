@@ -7,8 +7,9 @@ Legend of sizes: L tokens read, E evicted tokens, H query heads, G key/value hea
 from __future__ import annotations
 
 import abc
+import copy
 import dataclasses
-from typing import ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from ahn.attachment import Site
 from ahn.cache import HippocampalLayer
@@ -17,6 +18,9 @@ from ahn.config import RunSettings
 from ahn.cost.base import Base
 from ahn.errors import ConfigError
 from ahn.memories import Memory, memory_names
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,6 +130,30 @@ class Counting(abc.ABC):
             raise ConfigError(f"this model has positions for {limit} tokens only, not {context}; use a smaller context")
         return {method: self._cost(method, context) for method in self.methods}
 
+    def with_run(self, **changes: Any) -> Self:
+        """The same for runs that keep other tokens exactly.
+
+        Anchors count in the bytes of a cache, by their keys and values, but not in FLOPs.
+
+        Args:
+            **changes: Window, sinks or anchors, by the names of `ahn.config.RunSettings`.
+
+        Raises:
+            ConfigError: A value is out of range.
+        """
+        other = copy.copy(self)
+        other.settings = dataclasses.replace(self.settings, **changes)
+        return other
+
+    def cache_bytes(self, method: str, tokens: int) -> int:
+        """Bytes held after this many tokens were read.
+
+        Args:
+            method: One of `methods`.
+            tokens: Number of tokens, at least 1.
+        """
+        return sum(count * self.layer_bytes(site, method, tokens) for site, count in self.base.layers)
+
     def _cost(self, method: str, tokens: int) -> Cost:
         mixers, others = self._mixer_flops(method, tokens), 2 * self.base.other_weights
         return Cost(
@@ -137,7 +165,7 @@ class Counting(abc.ABC):
             mixer_flops=mixers,
             prefill_flops=mixers + tokens * others + self.vocabulary_flops(tokens),
             token_flops=self._mixer_flops(method, tokens + 1) - mixers + others + self.vocabulary_flops(1),
-            cache_bytes=sum(count * self.layer_bytes(site, method, tokens) for site, count in self.base.layers),
+            cache_bytes=self.cache_bytes(method, tokens),
         )
 
     def _memory(self, method: str, site: Site) -> Memory | None:

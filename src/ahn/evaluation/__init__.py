@@ -13,38 +13,14 @@ keeps a `journal`. `perplexity/` scores texts, `recall/` hides facts, `probing/`
 `page`, `tables`, `drawing` and `bootstrap` serve all of them, and `differences` sets two reports beside each other.
 """
 
-import importlib
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from ahn.evaluation.benchmarks import BENCHMARKS
-    from ahn.evaluation.benchmarks.prompts import build_prompt, read_prompts
-    from ahn.evaluation.benchmarks.samples import load_samples
-    from ahn.evaluation.benchmarks.schema import Benchmark, Sample, Target, Task
-    from ahn.evaluation.errors import AnswerError, EvaluationError
-    from ahn.evaluation.metrics import METRICS
-    from ahn.evaluation.predictions import Prediction, read_predictions
-    from ahn.evaluation.set_scores import Average, SetScore, averages, score_predictions
-
-_PLACES = {
-    "AnswerError": "errors",
-    "Average": "set_scores",
-    "BENCHMARKS": "benchmarks",
-    "Benchmark": "benchmarks.schema",
-    "EvaluationError": "errors",
-    "METRICS": "metrics",
-    "Prediction": "predictions",
-    "Sample": "benchmarks.schema",
-    "SetScore": "set_scores",
-    "Target": "benchmarks.schema",
-    "Task": "benchmarks.schema",
-    "averages": "set_scores",
-    "build_prompt": "benchmarks.prompts",
-    "load_samples": "benchmarks.samples",
-    "read_predictions": "predictions",
-    "read_prompts": "benchmarks.prompts",
-    "score_predictions": "set_scores",
-}
+from ahn.evaluation.benchmarks import BENCHMARKS
+from ahn.evaluation.benchmarks.prompts import build_prompt, read_prompts
+from ahn.evaluation.benchmarks.samples import load_samples
+from ahn.evaluation.benchmarks.schema import Benchmark, Sample, Target, Task
+from ahn.evaluation.errors import AnswerError, EvaluationError
+from ahn.evaluation.metrics import METRICS
+from ahn.evaluation.predictions import Prediction, read_predictions
+from ahn.evaluation.set_scores import Average, SetScore, averages, score_predictions
 
 __all__ = [
     "BENCHMARKS",
@@ -65,10 +41,3 @@ __all__ = [
     "read_prompts",
     "score_predictions",
 ]
-
-
-def __getattr__(name: str) -> object:
-    """Imports a public name when it is first used, so that one part does not wait for the others."""
-    if name not in _PLACES:
-        raise AttributeError(f"module 'ahn.evaluation' has no attribute {name!r}")
-    return getattr(importlib.import_module(f"ahn.evaluation.{_PLACES[name]}"), name)

@@ -8,34 +8,33 @@ from typing import Any, NamedTuple
 from ahn.errors import ConfigError
 
 ARMS = ("full", "window", "ahn", "ct_max", "ct_mean", "tail")
-"""Names of the arms, to some of which a number may be added: `window+64`, `ahn+64`, `ahn+64:recent`."""
+"""Names of arms that need no number."""
 
-GRAMMAR = f"{', '.join(ARMS)}, window+64 (a larger window) or ahn+64 (64 anchors)"
-"""What a name may be, for messages."""
+GRAMMAR = (
+    f"{', '.join(ARMS)}, window+64 (a larger window), anchors+64 (64 anchors, no memory) or ahn+64 (memory and anchors)"
+)
+"""What a name may be, for messages. A score may follow the anchors: `ahn+64:recent`."""
 
-ARMS_HELP = f"Ways to read, joined by commas: {', '.join(ARMS)}, window+64, ahn+64."
+ARMS_HELP = f"Ways to read, joined by commas: {', '.join(ARMS)}, window+64, anchors+64, ahn+64."
 """What the option `--arms` is, in the help of commands."""
 
-_NAME = re.compile(rf"({'|'.join(ARMS)})(?:\+(\d+)(?::([a-z_]+))?)?")
+_NAME = re.compile(rf"({'|'.join(ARMS)}|anchors)(?:\+([1-9]\d*)(?::([a-z_]+))?)?")
 
 
 class Arm(NamedTuple):
     """What an arm's name stands for.
 
     Attributes:
-        method: One of `ARMS`.
-        added: Tokens by which `window` is larger, or anchors of `ahn`.
-        anchor_score: What the anchors are chosen by; that of the model's settings if `None`.
+        method: One of `ARMS`; anchors without a memory are read in "window".
+        larger: Tokens by which its window is larger than that of the others.
+        anchors: Number of anchors.
+        anchor_score: What they are chosen by; that of the model's settings if `None`.
     """
 
     method: str
-    added: int = 0
+    larger: int = 0
+    anchors: int = 0
     anchor_score: str | None = None
-
-    @property
-    def has_anchors(self) -> bool:
-        """Whether it keeps anchors."""
-        return self.method == "ahn" and self.added > 0
 
     def settings(self, window: int) -> dict[str, Any]:
         """Settings for `ahn.mode`, where the window that all arms share is this.
@@ -43,12 +42,10 @@ class Arm(NamedTuple):
         Args:
             window: Tokens of the window.
         """
-        if self.method == "window":
-            return {"window": window + self.added, "anchors": 0}
-        if self.method != "ahn":
-            return {}
         score = {} if self.anchor_score is None else {"anchor_score": self.anchor_score}
-        return {"anchors": self.added, **score} if self.added else {}
+        if self.method == "window":
+            return {"window": window + self.larger, "anchors": self.anchors, **score}
+        return {"anchors": self.anchors, **score} if self.anchors else {}
 
 
 def find_arm(name: str) -> Arm:
@@ -58,8 +55,12 @@ def find_arm(name: str) -> Arm:
         ConfigError: There is none.
     """
     match = _NAME.fullmatch(name)
-    method, added, score = match.groups() if match else ("", None, None)
-    takes = {"window": score is None, "ahn": True}.get(method, added is None)
-    if not match or not takes or (added is not None and int(added) < 1):
-        raise ConfigError(f"unknown arm {name!r}; known are {GRAMMAR}")
-    return Arm(method, int(added or 0), score)
+    method, digits, score = match.groups() if match else ("", None, None)
+    number = int(digits or 0)
+    if method == "window" and score is None:
+        return Arm(method, larger=number)
+    if (method == "ahn" or (method == "anchors" and number)) and (number or score is None):
+        return Arm("window" if method == "anchors" else method, anchors=number, anchor_score=score)
+    if method in ARMS and digits is None:
+        return Arm(method)
+    raise ConfigError(f"unknown arm {name!r}; known are {GRAMMAR}")

@@ -14,7 +14,6 @@ All but `full` have the same lossless budget, sinks and window.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
@@ -28,10 +27,11 @@ from ahn.cache import HippocampalCache
 from ahn.config import Mode
 from ahn.evaluation.arm_names import ARMS, find_arm
 from ahn.evaluation.controls import CONTROLS
-from ahn.generation import Reader, cache_bytes, decode, text_of
+from ahn.generation import Reader, cache_bytes, decode, new_cache, text_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+    from typing_extensions import Self
 
 __all__ = ["ARMS", "ArmReader", "TailReader", "arm_reader"]
 
@@ -39,7 +39,7 @@ _CONTEXT = 4  # tokens before a text that ends an answer, which may share a char
 _STEPS = 8  # parts of a window that `tail` moves on by
 
 
-class ArmReader:
+class ArmReader(Reader):
     """A text read in one arm.
 
     Args:
@@ -48,54 +48,25 @@ class ArmReader:
         score: Whether every token is scored.
         control: What anchors are chosen by, in place of a score that the settings name.
         **settings: Further settings of the mode, as for `ahn.mode`.
-
-    Attributes:
-        nll: Negative log-likelihood of each token but the first, in nats, `[T - 1]` float32; empty without scores.
-        tokens: Tokens read.
-        seconds: Time that the model took for them.
     """
 
     def __init__(
         self, model: nn.Module, mode: Mode, score: bool = True, control: Score | None = None, **settings: Any
     ) -> None:
-        self.model = model
         self.mode = mode
-        self.tokens = 0
         with ahn.mode(model, mode, **settings):
             cache = None if control is None else HippocampalCache(model, anchor_score=control)
-            self._reader = Reader(model, cache, score=score)
+            super().__init__(model, cache, score=score)
 
-    def prefill(self, input_ids: torch.Tensor) -> None:
-        """Reads a piece of text, `[T]`; a long one in several forward passes."""
+    def prefill(self, input_ids: torch.Tensor, *more: Any) -> None:
+        """Reads a piece of text, `[T]`; a long one in several forward passes. See `Reader.prefill`."""
         with ahn.mode(self.model, self.mode):
-            self._reader.prefill(input_ids)
-        self.tokens += input_ids.numel()
-
-    @property
-    def nll(self) -> torch.Tensor:
-        """See the class."""
-        return self._reader.nll
-
-    @property
-    def logits(self) -> torch.Tensor:
-        """What the model expects next, `[V]`."""
-        return self._reader.logits
-
-    @property
-    def seconds(self) -> float:
-        """See the class."""
-        return self._reader.seconds
+            super().prefill(input_ids, *more)
 
     @property
     def cache_bytes(self) -> int:
         """Bytes that its cache holds."""
-        return cache_bytes(self._reader.cache)
-
-    def fork(self) -> ArmReader:
-        """An independent reader that goes on from here and scores what it reads from here on."""
-        twin = copy.copy(self)
-        twin._reader = _forked(self._reader)
-        return twin
+        return cache_bytes(self.cache)
 
     def generate(self, limit: int, stop: Collection[int] = ()) -> Iterator[int]:
         """Writes on, the likeliest token each time.
@@ -129,7 +100,7 @@ class ArmReader:
             if ends and any(end in text_of(tokenizer, written[-span:]) for end in ends):
                 break
         text = text_of(tokenizer, written)
-        return text[: min((place for end in ends if (place := text.find(end)) >= 0), default=len(text))]
+        return text[: min((start for end in ends if (start := text.find(end)) >= 0), default=len(text))]
 
 
 class TailReader(ArmReader):
@@ -148,35 +119,21 @@ class TailReader(ArmReader):
         settings = attachment_of(model).settings
         self._sinks, self._window = settings.sinks, settings.window
         self._ids = torch.zeros(0, dtype=torch.long)  # of sinks and window
-        self._scores: list[torch.Tensor] = []  # of inputs that were given up, as is the time they took
-        self._spent = 0.0
         self._answers = False
 
-    def prefill(self, input_ids: torch.Tensor) -> None:
+    def prefill(self, input_ids: torch.Tensor, *more: Any) -> None:
         """Reads a piece of text, `[T]`."""
         step = max(1, self._window // _STEPS)
         for piece in input_ids.cpu().split(step):
-            if not self._answers and self._reader.cache.get_seq_length() + piece.numel() > self._sinks + self._window:
+            if not self._answers and self.cache.get_seq_length() + piece.numel() > self._sinks + self._window:
                 self._restart(self._window - step)
-            super().prefill(piece)
-            self._ids = self._kept(torch.cat((self._ids, piece)), self._window)
+            super().prefill(piece, *more)
+            self._ids = self._sinks_and_last(torch.cat((self._ids, piece)), self._window)
 
-    @property
-    def nll(self) -> torch.Tensor:
-        """See the class."""
-        return torch.cat([*self._scores, self._reader.nll])
-
-    @property
-    def seconds(self) -> float:
-        """See the class."""
-        return self._spent + self._reader.seconds
-
-    def fork(self) -> ArmReader:
-        """See `ArmReader.fork`."""
+    def fork(self) -> Self:
+        """See `Reader.fork`."""
         self._settle()
-        twin = super().fork()
-        twin._scores, twin._spent = [], 0.0  # type: ignore[attr-defined]
-        return twin
+        return super().fork()
 
     def generate(self, limit: int, stop: Collection[int] = ()) -> Iterator[int]:
         """See `ArmReader.generate`."""
@@ -185,21 +142,19 @@ class TailReader(ArmReader):
 
     def _settle(self) -> None:
         """Gives the model the whole of sinks and window, once; what follows is an answer."""
-        if not self._answers and self._reader.cache.get_seq_length() < self._ids.numel():
+        if not self._answers and self.cache.get_seq_length() < self._ids.numel():
             self._restart(self._window)
         self._answers = True
 
     def _restart(self, window: int) -> None:
-        """Begins a new input with the sinks and the last tokens."""
-        score = self._reader.score
-        self._scores.append(self._reader.nll)
-        self._spent += self._reader.seconds
+        """Begins a new input with the sinks and the last tokens, which are not scored again."""
+        score, tokens = self.score, self.tokens
         with ahn.mode(self.model, "full"):
-            self._reader = Reader(self.model, score=False)
-            self._reader.prefill(self._kept(self._ids, window))
-        self._reader.score = score
+            self.cache, self.score = new_cache(self.model), False
+            super().prefill(self._sinks_and_last(self._ids, window))
+        self.score, self.tokens = score, tokens
 
-    def _kept(self, ids: torch.Tensor, window: int) -> torch.Tensor:
+    def _sinks_and_last(self, ids: torch.Tensor, window: int) -> torch.Tensor:
         """Ids of the sinks and of the last tokens of a window."""
         sinks, rest = ids[: self._sinks], ids[self._sinks :]
         return torch.cat((sinks, rest[max(0, rest.numel() - window) :]))
@@ -227,11 +182,3 @@ def arm_reader(
     if control is not None:
         del settings["anchor_score"]
     return ArmReader(model, cast(Mode, kind.method), score, control, **settings)
-
-
-def _forked(reader: Reader) -> Reader:
-    """A reader that goes on from a copy of what another has read, and scores from there on."""
-    cache = reader.cache.fork() if isinstance(reader.cache, HippocampalCache) else copy.deepcopy(reader.cache)
-    twin = Reader(reader.model, cache)
-    twin.logits = reader.logits.clone()
-    return twin

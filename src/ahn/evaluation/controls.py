@@ -24,17 +24,17 @@ class Oracle(Score):
     """Keeps the tokens that it was told: the bound of what a choice can bring.
 
     Args:
-        wanted: Their indices from each row's first real token.
+        indices: Their indices from each row's first real token.
     """
 
     name = "oracle"
 
-    def __init__(self, wanted: Iterable[int]) -> None:
-        self._wanted = torch.tensor(sorted(set(wanted)), dtype=torch.long)
+    def __init__(self, indices: Iterable[int]) -> None:
+        self._indices = torch.tensor(sorted(set(indices)), dtype=torch.long)
 
     def score(self, tokens: LayerTokens) -> torch.Tensor:
         """See `Score.score`."""
-        return torch.isin(tokens.indices, self._wanted.to(tokens.indices.device)).float()
+        return torch.isin(tokens.indices, self._indices.to(tokens.indices.device)).float()
 
 
 CONTROLS: dict[str, Score] = {score.name: score for score in (Random(),)}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -43,11 +42,7 @@ def complete(jobs: Iterable[Job], journal: Journal, on_progress: OnProgress) -> 
     for job in jobs:
         if job.key not in journal.done:
             on_progress(done)
-            journal.add(job.key, job.measure(functools.partial(_tell, on_progress, done)))
+            journal.add(job.key, job.measure(lambda part, remark="", before=done: on_progress(before + part, remark)))
         done += job.size
         yield journal.done[job.key]
     on_progress(done)
-
-
-def _tell(on_progress: OnProgress, before: int, part: int, remark: str = "") -> None:
-    on_progress(before + part, remark)

@@ -95,7 +95,7 @@ class Journal:
             entry = _entry(line, "settings" if number == 0 else "record", f"{path}, line {number + 1}")
             if number == 0:
                 check_settings(path, entry["settings"], self._settings)
-                self._pinned = entry.get("pinned") or {}
+                self._pinned = entry.get("pinned", {})
                 self._begun = True
             else:
                 self.done[str(entry.get("key"))] = entry["record"]
@@ -123,12 +123,13 @@ def check_settings(path: str | os.PathLike[str], before: Mapping[str, Any], now:
 
 def _entry(line: bytes, part: str, where: str) -> dict[str, Any]:
     try:
-        entry = json.loads(line)
+        entry: Any = json.loads(line)
     except (ValueError, RecursionError):
         entry = None
-    if not isinstance(entry, dict) or not isinstance(entry.get(part), dict):
+    parts = {part: None, "pinned": {}, **entry} if isinstance(entry, dict) else {part: None}
+    if not isinstance(parts[part], dict) or not isinstance(parts["pinned"], dict):
         raise EvaluationError(f"{where}: it is no line of a journal. Name another folder, or remove the file.")
-    return entry
+    return parts
 
 
 def _shown(value: Any) -> str:

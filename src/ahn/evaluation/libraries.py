@@ -8,7 +8,7 @@ import logging
 import warnings
 from typing import Any
 
-from ahn.evaluation.errors import EvaluationError
+from ahn.evaluation.errors import MissingPackageError
 
 
 def library(name: str, purpose: str) -> Any:
@@ -19,7 +19,7 @@ def library(name: str, purpose: str) -> Any:
         purpose: What needs it, for the message.
 
     Raises:
-        EvaluationError: It cannot be imported.
+        MissingPackageError: It cannot be imported.
     """
     try:
         with warnings.catch_warnings():
@@ -28,7 +28,9 @@ def library(name: str, purpose: str) -> Any:
     except ImportError as error:
         package = name.split(".")[0]
         lacks = f" (which lacks {error.name})" if error.name not in (None, package) else ""
-        raise EvaluationError(f"{purpose} needs the package {package}{lacks}. Run: pip install 'ahn[eval]'") from None
+        raise MissingPackageError(
+            f"{purpose} needs the package {package}{lacks}. Run: pip install 'ahn[eval]'"
+        ) from None
 
 
 @functools.cache
@@ -36,7 +38,7 @@ def jieba() -> Any:
     """The segmenter of Chinese text, without what it says about itself.
 
     Raises:
-        EvaluationError: It is not installed.
+        MissingPackageError: It is not installed.
     """
     module = library("jieba", "scoring Chinese text")
     module.setLogLevel(logging.WARNING)
@@ -48,7 +50,7 @@ def rouge() -> Any:
     """ROUGE-L as the package `rouge` computes it.
 
     Raises:
-        EvaluationError: It is not installed.
+        MissingPackageError: It is not installed.
     """
     return library("rouge", "ROUGE-L").Rouge(metrics=["rouge-l"], stats=["f"])
 
@@ -58,6 +60,6 @@ def rouge_lsum_scorer() -> Any:
     """ROUGE-Lsum as the package `rouge_score` computes it, without a stemmer.
 
     Raises:
-        EvaluationError: It is not installed.
+        MissingPackageError: It is not installed.
     """
     return library("rouge_score.rouge_scorer", "ROUGE-Lsum").RougeScorer(["rougeLsum"], use_stemmer=False)

@@ -34,14 +34,14 @@ class Page:
         title: Title and first heading.
 
     Attributes:
-        figures: Figures of matplotlib by name.
+        plots: Figures of matplotlib by name.
     """
 
     def __init__(self, title: str) -> None:
         self.title = title
         self._parts: list[str] = []
         self._styles = [_STYLE]
-        self.figures: dict[str, Any] = {}
+        self.plots: dict[str, Any] = {}
 
     def text(self, *paragraphs: str) -> None:
         """Adds paragraphs."""
@@ -84,9 +84,9 @@ class Page:
             figure: A `matplotlib.figure.Figure`.
             caption: What it shows; also read out by screen readers.
         """
-        self.figures[name] = figure
+        self.plots[name] = figure
         label = escape(caption)
-        prefix = f"figure{len(self.figures)}-"
+        prefix = f"figure{len(self.plots)}-"
         drawing = _svg(figure, prefix).replace("<svg ", f'<svg role="img" aria-label="{label}" ', 1)
         self._parts.append(f"<figure>{drawing}<figcaption>{label}</figcaption></figure>")
 
@@ -99,9 +99,9 @@ class Page:
         Returns:
             Names of the files.
         """
-        for name, figure in self.figures.items():
+        for name, figure in self.plots.items():
             write_figure(folder / f"{name}.png", figure)
-        return [f"{name}.png" for name in self.figures]
+        return [f"{name}.png" for name in self.plots]
 
     def markup(self, html: str, style: str = "") -> None:
         """Adds markup as it is, for what has a form of its own.

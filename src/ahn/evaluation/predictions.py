@@ -6,13 +6,14 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from ahn.evaluation.benchmarks import find, find_in_file_name
-from ahn.evaluation.benchmarks.schema import Sample, Target
-from ahn.evaluation.errors import EvaluationError
+from ahn.evaluation.benchmarks.schema import Sample, Scoring, Target
+from ahn.evaluation.errors import AnswerError, EvaluationError, MissingPackageError
+from ahn.evaluation.metrics import METRICS
 from ahn.evaluation.metrics.choices import with_letter
 from ahn.evaluation.records import Record, read_records
 
@@ -20,6 +21,11 @@ from ahn.evaluation.records import Record, read_records
 _TEXT = ("prediction", "pred")
 _ANSWERS = ("answers", "answer", "ground_truth", "label")
 _KEYWORDS = ("answer_keywords", "gold_ans")
+ANY_TEXT = "a"
+"""A prediction that shows whether a record's answers can be scored."""
+
+Locations = dict[tuple[str, int | str], str]
+"""Where the first prediction of each record stands, by its task and id."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,6 +48,21 @@ class Prediction:
     answers: tuple[Any, ...]
     keywords: str | None = None
 
+    def score(self, scoring: Scoring = "official") -> float:
+        """Its score, 0 to 1.
+
+        Args:
+            scoring: Whose rules.
+
+        Raises:
+            EvaluationError: It cannot be scored, which names its place, or a package is missing.
+        """
+        metric = METRICS[self.target.task.rules(scoring).metric]
+        try:
+            return metric.score(self.text, self.answers, self.keywords)
+        except AnswerError as error:
+            raise EvaluationError(f"{self.where}: {error}") from None
+
 
 def to_record(sample: Sample, text: str) -> dict[str, Any]:
     """A line of a file of predictions, ready for JSON.
@@ -60,42 +81,81 @@ def to_record(sample: Sample, text: str) -> dict[str, Any]:
     return record if sample.keywords is None else {**record, "answer_keywords": sample.keywords}
 
 
-def read_predictions(places: Iterable[str], task: str | None = None) -> Iterator[Prediction]:
+def from_record(record: Record) -> Prediction:
+    """The prediction in a line that `to_record` gave.
+
+    Args:
+        record: The line; it may hold more.
+    """
+    where = f"{record['task']}, record {record['id']}"
+    return _prediction(record, where, find(record["task"]), 0)
+
+
+def read_predictions(
+    paths: Iterable[str], task: str | None = None, on_left_out: Callable[[str], None] | None = None
+) -> Iterator[Prediction]:
     """All predictions in several files.
 
     Args:
-        places: JSONL files, and folders of them.
+        paths: JSONL files, and folders of them.
         task: Name of the task of lines that name none themselves; the file's name tells it if left out.
+        on_left_out: Is told why a file of a folder is left out, which is then no error; a file that is named itself
+            must be good.
 
     Raises:
         EvaluationError: A file is missing, empty or of an unknown task; a line is bad, or a second prediction of the
             same record. Files and lines are named.
     """
     named = None if task is None else find(task)
-    first: dict[tuple[str, int | str], tuple[int, str]] = {}
-    for index, file in enumerate(_files(places)):
-        default = named or find_in_file_name(file.name)
-        for number, (where, record) in enumerate(read_records(file), start=1):
-            prediction = _prediction(record, where, _target(record, where, default, named), number)
-            holder, place = first.setdefault((prediction.target.name, prediction.id), (index, where))
-            if holder != index:
-                name = f"{prediction.target.name} {prediction.id}"
-                raise EvaluationError(f"{where}: {name} is in {place} too. Score the files of one model at a time.")
-            yield prediction
-
-
-def _files(places: Iterable[str]) -> Iterator[Path]:
-    for place in places:
-        path = Path(place).expanduser()
+    first: dict[tuple[str, int | str], str] = {}
+    for name in paths:
+        path = Path(name).expanduser()
         if path.is_dir():
-            files = sorted(path.glob("*.jsonl"))
-            if not files:
-                raise EvaluationError(f"{place} holds no .jsonl file. Give files of predictions or a folder of them.")
-            yield from files
+            yield from _in_folder(name, path, named, first, on_left_out)
         elif path.exists():
-            yield path
+            yield from _in_file(path, named, first)
         else:
-            raise EvaluationError(f"{place} does not exist. Check the path.")
+            raise EvaluationError(f"{name} does not exist. Check the path.")
+
+
+def _in_folder(
+    name: str, folder: Path, named: Target | None, first: Locations, on_left_out: Callable[[str], None] | None
+) -> Iterator[Prediction]:
+    """The predictions of all files of a folder, or of the good ones."""
+    files, good = sorted(folder.glob("*.jsonl")), 0
+    if not files:
+        raise EvaluationError(f"{name} holds no .jsonl file. Give files of predictions or a folder of them.")
+    for file in files:
+        known = dict(first)
+        try:
+            predictions = list(_in_file(file, named, known))
+            for each in predictions if on_left_out else ():
+                dataclasses.replace(each, text=ANY_TEXT).score()
+        except EvaluationError as error:
+            if on_left_out is None or isinstance(error, MissingPackageError):
+                raise
+            on_left_out(str(error))
+            continue
+        first |= known
+        good += 1
+        yield from predictions
+    if not good:
+        raise EvaluationError(f"{name} holds no file that can be scored. Give files of predictions.")
+
+
+def _in_file(file: Path, named: Target | None, first: Locations) -> Iterator[Prediction]:
+    """The predictions of a file; where each record stands first is noted once all of them are good."""
+    default = named or find_in_file_name(file.name)
+    own: Locations = {}
+    for number, (where, record) in enumerate(read_records(file), start=1):
+        prediction = _prediction(record, where, _target(record, where, default, named), number)
+        key = prediction.target.name, prediction.id
+        if key in first:
+            name = f"{prediction.target.name} {prediction.id}"
+            raise EvaluationError(f"{where}: {name} is in {first[key]} too. Score the files of one model at a time.")
+        own.setdefault(key, where)
+        yield prediction
+    first |= own
 
 
 def _target(record: Record, where: str, default: Target | None, named: Target | None) -> Target:

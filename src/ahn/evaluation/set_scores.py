@@ -9,7 +9,6 @@ from typing import Any
 from ahn import __version__
 from ahn.evaluation.benchmarks import BENCHMARKS
 from ahn.evaluation.benchmarks.schema import Benchmark, Rules, Scoring, Target
-from ahn.evaluation.errors import AnswerError, EvaluationError
 from ahn.evaluation.metrics import METRICS, Metric
 from ahn.evaluation.predictions import Prediction
 from ahn.evaluation.report import package_version
@@ -46,6 +45,12 @@ class SetScore:
         """Mean over the items, 0 to 100, rounded to two digits as the benchmarks do."""
         return round(100 * sum(score for _, score in self.items) / len(self.items), 2)
 
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What it is the score of, ready for JSON."""
+        names = {"benchmark": self.target.benchmark.name, "task": self.target.task.name, "length": self.target.length}
+        return {**names, "metric": self.rules.metric, "items": len(self.items)}
+
 
 @dataclasses.dataclass(frozen=True)
 class Average:
@@ -65,6 +70,11 @@ class Average:
     of: int
     score: float
 
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What it is the mean of, ready for JSON."""
+        return {"benchmark": self.benchmark.name, "length": self.length, "sets": self.sets, "of": self.of}
+
 
 def score_predictions(predictions: Iterable[Prediction], scoring: Scoring = "official") -> list[SetScore]:
     """Scores of all sets that predictions belong to, in the order of the benchmarks' files.
@@ -80,13 +90,8 @@ def score_predictions(predictions: Iterable[Prediction], scoring: Scoring = "off
     targets: dict[str, Target] = {}
     for prediction in predictions:
         target = targets.setdefault(prediction.target.name, prediction.target)
-        metric = METRICS[target.task.rules(scoring).metric]
-        try:
-            score = metric.score(prediction.text, prediction.answers, prediction.keywords)
-        except AnswerError as error:
-            raise EvaluationError(f"{prediction.where}: {error}") from None
-        items.setdefault(target.name, []).append((prediction.id, score))
-    names = sorted(targets, key=lambda name: _place(targets[name]))
+        items.setdefault(target.name, []).append((prediction.id, prediction.score(scoring)))
+    names = sorted(targets, key=lambda name: _order(targets[name]))
     return [SetScore(targets[name], scoring, tuple(items[name])) for name in names]
 
 
@@ -109,44 +114,33 @@ def _average(alike: Sequence[SetScore]) -> Average:
     return Average(target.benchmark, target.length, len(alike), every, score)
 
 
-def to_json(scores: Sequence[SetScore], files: Sequence[str]) -> dict[str, Any]:
+def to_json(scores: Sequence[SetScore], files: Sequence[str], left_out: Sequence[str] = ()) -> dict[str, Any]:
     """Everything that was measured, ready for JSON.
 
     Args:
         scores: As `score_predictions` gives them.
         files: Where the predictions come from.
+        left_out: Why files were left out.
     """
     return {
         "kind": "scores",
         "files": list(files),
+        **({"left_out": list(left_out)} if left_out else {}),
         "versions": {"ahn": __version__, **{name: version for name in _PACKAGES if (version := package_version(name))}},
         "sets": [
             {
-                "benchmark": each.target.benchmark.name,
-                "task": each.target.task.name,
-                "length": each.target.length,
+                **each.facts,
                 "scoring": each.scoring,
-                "metric": each.rules.metric,
-                "items": len(each.items),
                 "score": each.score,
                 "item_scores": [{"id": id, "score": score} for id, score in each.items],
             }
             for each in scores
         ],
-        "averages": [
-            {
-                "benchmark": each.benchmark.name,
-                "length": each.length,
-                "sets": each.sets,
-                "of": each.of,
-                "score": each.score,
-            }
-            for each in averages(scores)
-        ],
+        "averages": [{**each.facts, "score": each.score} for each in averages(scores)],
     }
 
 
-def _place(target: Target) -> tuple[int, int, int]:
+def _order(target: Target) -> tuple[int, int, int]:
     """Where a set stands among all: by benchmark, length and task."""
     benchmark = target.benchmark
     length = benchmark.lengths.index(target.length) if target.length else -1

@@ -40,7 +40,9 @@ class ResultTable:
 
     def __post_init__(self) -> None:
         self.cells = [[show_cell(value) for value in row] for row in self.rows]
-        self.numeric = [all(_NUMBER.fullmatch(row[place]) for row in self.cells) for place in range(len(self.columns))]
+        self.numeric = [
+            all(_NUMBER.fullmatch(row[column]) for row in self.cells) for column in range(len(self.columns))
+        ]
 
     def print(self, console: Console) -> None:
         """Prints caption and table: several below one another, with some of the arms each, where one is too wide.
@@ -52,29 +54,29 @@ class ResultTable:
             console.print(self.caption, style="bold", markup=False, soft_wrap=True)
         labels = len(self.columns) - len(self.arms)
         group = list(range(labels))
-        for place in range(labels, len(self.columns)):
-            if len(group) > labels and self._width(console, [*group, place]) > console.width:
+        for column in range(labels, len(self.columns)):
+            if len(group) > labels and self._width(console, [*group, column]) > console.width:
                 console.print(self._rich(group))
                 group = group[:labels]
-            group.append(place)
+            group.append(column)
         console.print(self._rich(group))
 
-    def _width(self, console: Console, places: Sequence[int]) -> int:
-        return console.measure(self._rich(places), options=console.options.update(width=_ANY_WIDTH)).minimum
+    def _width(self, console: Console, columns: Sequence[int]) -> int:
+        return console.measure(self._rich(columns), options=console.options.update(width=_ANY_WIDTH)).minimum
 
-    def _rich(self, places: Sequence[int]) -> Table:
+    def _rich(self, columns: Sequence[int]) -> Table:
         from rich import box
         from rich.table import Table
         from rich.text import Text
 
         table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True, header_style="bold")
-        for place in places:
-            name = self.columns[place]
+        for column in columns:
+            name = self.columns[column]
             heading = name.replace(":", ":\n") if name in self.arms else name
-            wrapped = place == 0 and bool(self.arms) and any(len(row[0]) > _NARROWEST for row in self.cells)
+            wrapped = column == 0 and bool(self.arms) and any(len(row[0]) > _NARROWEST for row in self.cells)
             table.add_column(
                 heading,
-                justify="right" if self.numeric[place] or name in self.arms else "left",
+                justify="right" if self.numeric[column] or name in self.arms else "left",
                 no_wrap=not wrapped,
                 min_width=_NARROWEST if wrapped else None,
                 overflow="fold",
@@ -82,7 +84,7 @@ class ResultTable:
         for number, row in enumerate(self.cells):
             if number in self.sections:
                 table.add_section()
-            cells = [Text(row[place], self.styles.get((number, place), "")) for place in places]
+            cells = [Text(row[column], self.styles.get((number, column), "")) for column in columns]
             table.add_row(*cells, style=self.styles.get(number))
         return table
 

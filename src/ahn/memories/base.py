@@ -214,10 +214,11 @@ class Memory(nn.Module, abc.ABC):
         write_LBH, decay_LBH = cls.gating(gates_LBNH)
         k, v, strength, state = (x.flatten(0, 1) for x in (unit(k_LBGK), at_least_float32(v_LBGV), write_LBH, state_LB))
         decay = None if decay_LBH is None else decay_LBH.flatten(0, 1)
-        if cls.rule == "delta":
-            ops.write_delta_(k, v, decay, strength, state)
-        else:
-            ops.write_state_space_(k, v, torch.ones_like(strength) if decay is None else decay, strength, state)
+        with ops.full_precision(state):
+            if cls.rule == "delta":
+                ops.write_delta_(k, v, decay, strength, state)
+            else:
+                ops.write_state_space_(k, v, torch.ones_like(strength) if decay is None else decay, strength, state)
 
     def read(self, q_BTHK: torch.Tensor, state: torch.Tensor) -> torch.Tensor:
         """What queries read from a state as it is, `[B, T, H, V]` in the dtype of the state; for decoding.
@@ -227,7 +228,8 @@ class Memory(nn.Module, abc.ABC):
             state: The state, `[B, *state_shape()]` float32.
         """
         state_BHKV = state if self.rule == "delta" else state.mT
-        return torch.matmul(self._queries(q_BTHK).transpose(1, 2).to(state.dtype), state_BHKV).transpose(1, 2)
+        with ops.full_precision(state):
+            return torch.matmul(self._queries(q_BTHK).transpose(1, 2).to(state.dtype), state_BHKV).transpose(1, 2)
 
     def gated_norm(self, read_BTHV: torch.Tensor, x_BTD: torch.Tensor) -> torch.Tensor:
         """Norm and gate of what was read, `[B, T, H, V]` float32, before the output projection.

@@ -124,6 +124,7 @@ class GGUFModel:
 
         self._refuse_scaled_positions()
         heads, hidden = self.own("attention.head_count"), self.own("embedding_length")
+        self._tensor(f"blk.{self.own('block_count') - 1}.attn_norm.weight")  # so that a damaged count makes no layers
         values: dict[str, Any] = {
             "vocab_size": int(self._tensor("token_embd.weight").shape[1]),
             "hidden_size": hidden,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import os
 import re
+import reprlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,7 +13,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError
 
 from ahn._home import home, make_once
 from ahn.errors import ModelError
@@ -48,7 +48,12 @@ _HUB_KEYWORDS = (
     "token",
     "trust_remote_code",
 )
-_LOAD_ERRORS = (OSError, RuntimeError, ValueError, ImportError, KeyError, SafetensorError)
+_MOST = {
+    "num_hidden_layers": 10_000,
+    **dict.fromkeys(("hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim"), 2**20),
+    **dict.fromkeys(("intermediate_size", "vocab_size"), 2**24),
+}
+"""Sizes that no model passes."""
 
 
 @dataclass(frozen=True)
@@ -84,11 +89,11 @@ def resolve(name: str | os.PathLike[str], others: Iterable[str] = ()) -> str:
     if name in KNOWN:
         return str(KNOWN[name].folder())
     path = Path(name).expanduser()
-    if name.strip() and path.is_dir():
+    if name.strip() and os.path.isdir(path):  # those of pathlib raise at a name that is too long
         return _checked_folder(path)
     if is_gguf(name):
         return str(path)
-    if path.is_file():
+    if os.path.isfile(path):
         raise ModelError(f"'{name}' is a file. Give the folder that holds config.json and the weights.")
     if _HUB_ID.fullmatch(name) and not name.endswith((".safetensors", ".gguf", ".bin", ".json")):
         return name
@@ -105,7 +110,7 @@ def resolve(name: str | os.PathLike[str], others: Iterable[str] = ()) -> str:
 
 def is_gguf(name: str | os.PathLike[str]) -> bool:
     """Whether a name is that of a GGUF file that is there."""
-    return os.fspath(name).endswith(".gguf") and Path(name).expanduser().is_file()
+    return os.fspath(name).endswith(".gguf") and os.path.isfile(Path(name).expanduser())
 
 
 def load_model(
@@ -147,7 +152,7 @@ def load_model(
             loaded: tuple[PreTrainedModel, dict[str, Any]] = AutoModelForCausalLM.from_pretrained(  # type: ignore[assignment]
                 source, config=config, dtype=chosen, output_loading_info=True, **kwargs
             )
-    except _LOAD_ERRORS as error:
+    except Exception as error:  # of a damaged config too, whose values reach the model unchecked
         raise ModelError(
             f"The weights of '{name}' cannot be loaded: {_one_line(error)}{_remedy(name, source)}"
         ) from None
@@ -181,7 +186,9 @@ def _load_stored(
     _require_decoder(name, config)
     try:
         return load_folder(source, config, chosen, kwargs)  # type: ignore[arg-type]
-    except _LOAD_ERRORS as error:
+    except ModelError:
+        raise
+    except Exception as error:  # as in `load_model`
         raise ModelError(
             f"The weights of '{name}' cannot be loaded: {_one_line(error)}{_remedy(name, source)}"
         ) from None
@@ -226,9 +233,10 @@ def load_tokenizer(name: str | os.PathLike[str], **kwargs: Any) -> PreTrainedTok
     if is_gguf(name):
         return load_gguf_tokenizer(GGUFModel(Path(name).expanduser()))
     source = resolve(name)
+    _check_sizes(name, source, kwargs)
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source, **kwargs)
-    except (*_LOAD_ERRORS, TypeError, AttributeError) as error:
+    except Exception as error:  # tokenizers and configs fail with errors of several libraries
         raise ModelError(
             f"The tokenizer of '{name}' cannot be loaded: {_one_line(error)}{_remedy(name, source)}"
         ) from None
@@ -267,19 +275,39 @@ def _checked_folder(path: Path) -> str:
 def _load_config(name: str | os.PathLike[str], source: str, kwargs: dict[str, Any]) -> PreTrainedConfig:
     from transformers import AutoConfig
 
+    _check_sizes(name, source, kwargs)
+    trust = {"trust_remote_code": kwargs.get("trust_remote_code", False)}
     try:
-        config: PreTrainedConfig = AutoConfig.from_pretrained(
-            source, **{key: kwargs[key] for key in _HUB_KEYWORDS if key in kwargs}
-        )
+        config: PreTrainedConfig = AutoConfig.from_pretrained(source, **_hub_options(kwargs), **trust)
     except OSError as error:
         if Path(source).is_dir():
             raise ModelError(f"The config.json of '{name}' cannot be read: {_one_line(error)}") from None
         raise ModelError(f"'{name}' cannot be loaded from the hub.{_remedy(name, source)}") from None
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except Exception as error:  # configs check themselves with errors of several libraries
         raise ModelError(
             f"The config.json of '{name}' is not one that transformers can use: {_one_line(error)}"
         ) from None
     return config
+
+
+def _check_sizes(name: str | os.PathLike[str], source: str, kwargs: dict[str, Any]) -> None:
+    """Checks that a config names sizes that a model can have: the object made of it may take memory for each layer."""
+    from transformers import PreTrainedConfig
+
+    try:
+        values, _ = PreTrainedConfig.get_config_dict(source, **_hub_options(kwargs))
+    except Exception:
+        return  # loading it says what is wrong
+    if not isinstance(values, dict):
+        return
+    parts = [values, *(part for part in values.values() if isinstance(part, dict))]
+    for size, value in ((size, part.get(size)) for part in parts for size in _MOST):
+        if isinstance(value, int) and not 1 <= value <= _MOST[size]:
+            raise ModelError(f"The config.json of '{name}' is damaged: {size} is {reprlib.repr(value)}. Copy it again.")
+
+
+def _hub_options(kwargs: dict[str, Any]) -> dict[str, Any]:
+    return {key: kwargs[key] for key in _HUB_KEYWORDS if key in kwargs and key != "trust_remote_code"}
 
 
 def _require_decoder(name: str | os.PathLike[str], config: PreTrainedConfig) -> None:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ahn.errors import ModelError
+from ahn.models.text import text_tokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -35,7 +36,7 @@ def has_chat(tokenizer: PreTrainedTokenizerBase) -> bool:
     return bool(tokenizer.chat_template)
 
 
-def passage(tokenizer: PreTrainedTokenizerBase, text: str, question: str, chat: bool) -> Passage:
+def passage(tokenizer: PreTrainedTokenizerBase, text: str, question: str, chat: bool, system: str = "") -> Passage:
     """A text and a question about it, for a model that has read nothing yet.
 
     Args:
@@ -43,11 +44,13 @@ def passage(tokenizer: PreTrainedTokenizerBase, text: str, question: str, chat: 
         text: The text; may be empty.
         question: The question; may be empty.
         chat: Whether to put both into a turn of the model's chat template.
+        system: What the model is told before, in a chat; what its template says by itself if left out.
     """
     between = "\n\n" if text and question else ""
     if not chat:
         return Passage(_start(tokenizer), tokens(tokenizer, text), tokens(tokenizer, between + question))
-    before, after = _chat(tokenizer, [{"role": "user", "content": _TEXT}]).split(_TEXT)
+    told = [{"role": "system", "content": system}] if system else []
+    before, after = _chat(tokenizer, [*told, {"role": "user", "content": _TEXT}]).rsplit(_TEXT, 1)
     return Passage(
         tokens(tokenizer, before), tokens(tokenizer, text), tokens(tokenizer, f"{between}{question.strip()}{after}")
     )
@@ -69,7 +72,7 @@ def follow_up(tokenizer: PreTrainedTokenizerBase, text: str, question: str, chat
 
 def tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> torch.Tensor:
     """Token ids of a text, `[T]`, with nothing added."""
-    return torch.tensor(tokenizer(text, add_special_tokens=False)["input_ids"], dtype=torch.long)
+    return torch.tensor(text_tokens(text, tokenizer), dtype=torch.long)
 
 
 def stop_ids(model: Any, tokenizer: PreTrainedTokenizerBase) -> set[int]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
 T = TypeVar("T")
@@ -11,7 +12,10 @@ T = TypeVar("T")
 TEXT_FILES = (".txt", ".md", ".rst", ".text")
 """How the names of files end that are taken for plain text."""
 
-_AT_ONCE = 1 << 16  # characters of a text that are tokenised together; parts of a text share the processors
+_AT_ONCE = 1 << 16  # characters of a text that are tokenised together
+_PARTS = 16  # that share the processors
+_SEAMS = 8  # places that are tried
+_BESIDE = 100  # characters on each side of a place, for whose tokens it is tried
 _LONGEST = 400  # characters of a sentence
 # After the end of a sentence with its quotes and brackets, after an empty line, and after a full stop of Chinese.
 _ENDS = re.compile(r"(?<=[.!?])[\"'”’)\]]*\s+|\n\s*\n\s*|[。！？]+[”’」』）]*\s*")
@@ -39,9 +43,32 @@ def text_tokens(text: str, tokenizer: Any) -> list[int]:
         text: The text, of any length.
         tokenizer: The model's tokenizer.
     """
-    parts = list(_parts(text))
-    encoded = tokenizer(parts, add_special_tokens=False, verbose=False)["input_ids"] if parts else []
+    ids: list[int] = []
+    parts = _parts(text, lambda part: _ids([part], tokenizer))
+    while batch := list(itertools.islice(parts, _PARTS)):  # a tokenizer holds a hundred bytes for each of their tokens
+        ids += _ids(batch, tokenizer)
+    return ids
+
+
+def _ids(parts: list[str], tokenizer: Any) -> list[int]:
+    encoded = tokenizer(parts, add_special_tokens=False, verbose=False)["input_ids"]
     return [token for part in encoded for token in part]
+
+
+def text_offsets(text: str, tokenizer: Any) -> list[tuple[int, int]]:
+    """First and last + 1 character of each token that `text_tokens` gives.
+
+    Args:
+        text: The text, of any length.
+        tokenizer: The model's tokenizer, a fast one.
+    """
+    offsets: list[tuple[int, int]] = []
+    start = 0
+    for part in _parts(text, lambda part: _ids([part], tokenizer)):
+        encoded = tokenizer(part, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        offsets += [(start + first, start + last) for first, last in encoded["offset_mapping"]]
+        start += len(part)
+    return offsets
 
 
 def opening_of(tokenizer: Any) -> list[int]:
@@ -50,15 +77,29 @@ def opening_of(tokenizer: Any) -> list[int]:
     return [first] if first is not None and tokenizer("a")["input_ids"][:1] == [first] else []
 
 
-def _parts(text: str) -> Iterator[str]:
-    """A text in parts that end where a line ends, as far as it has lines."""
+def _parts(text: str, tokenize: Callable[[str], list[int]]) -> Iterator[str]:
+    """A text in parts whose tokens are those of the whole: they end where a line ends, or else a word."""
     start = 0
     while start < len(text):
         end = min(len(text), start + _AT_ONCE)
-        if end < len(text) and (line := text.rfind("\n", start, end)) > start:
-            end = line  # a line break belongs to what follows it, as tokenizers see it
+        if end < len(text):
+            end = _seam(text, start, end, tokenize)
         yield text[start:end]
         start = end
+
+
+def _seam(text: str, start: int, end: int, tokenize: Callable[[str], list[int]]) -> int:
+    """A place at which a text can be cut, before `end`: the first that changes no token, of some at lines and words."""
+    places: list[int] = []
+    for mark in ("\n", " "):  # either belongs to what follows it, as tokenizers see it
+        place = end
+        while len(places) < _SEAMS and (place := text.rfind(mark, start + 1, place)) > 0:
+            places.append(place)
+    for place in places:
+        left, right = text[max(start, place - _BESIDE) : place], text[place : place + _BESIDE]
+        if tokenize(left) + tokenize(right) == tokenize(left + right):
+            return place
+    return places[0] if places else end
 
 
 def _shortened(sentence: str) -> Iterator[str]:

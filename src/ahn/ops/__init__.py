@@ -102,7 +102,7 @@ def gated_delta_rule(
     Source: Gated DeltaNet (arXiv 2412.06464), equation 10, as used by AHN (arXiv 2510.07318).
     """
     check_shapes(q_BTHK, k_BTGK, v_BTGV, {"g": g_BTH, "beta": beta_BTH}, state_BHKV, value_first=False)
-    with _full_precision(q_BTHK):
+    with full_precision(q_BTHK):
         return _pick(q_BTHK, k_BTGK, v_BTGV, g_BTH, beta_BTH, state_BHKV).gated_delta_rule(
             q_BTHK, k_BTGK, v_BTGV, g_BTH, beta_BTH, state_BHKV
         )
@@ -129,7 +129,7 @@ def delta_rule(
     Source: DeltaNet (arXiv 2406.06484), section 2.2, as used by AHN (arXiv 2510.07318).
     """
     check_shapes(q_BTHK, k_BTGK, v_BTGV, {"beta": beta_BTH}, state_BHKV, value_first=False)
-    with _full_precision(q_BTHK):
+    with full_precision(q_BTHK):
         return _pick(q_BTHK, k_BTGK, v_BTGV, beta_BTH, state_BHKV).delta_rule(
             q_BTHK, k_BTGK, v_BTGV, beta_BTH, state_BHKV
         )
@@ -160,7 +160,7 @@ def state_space(
     Source: Mamba2 (arXiv 2405.21060), section 2, as used by AHN (arXiv 2510.07318).
     """
     check_shapes(q_BTHK, k_BTGK, v_BTGV, {"g": g_BTH, "dt": dt_BTH}, state_BHVK, value_first=True)
-    with _full_precision(q_BTHK):
+    with full_precision(q_BTHK):
         return _pick(q_BTHK, k_BTGK, v_BTGV, g_BTH, dt_BTH, state_BHVK).state_space(
             q_BTHK, k_BTGK, v_BTGV, g_BTH, dt_BTH, state_BHVK
         )
@@ -211,7 +211,12 @@ def _pick(q_BTHK: Tensor, k_BTGK: Tensor, v_BTGV: Tensor, *others: Tensor | None
     return compiled if compiled.available(q_BTHK, k_BTGK, v_BTGV, *others) else chunked
 
 
-def _full_precision(q_BTHK: Tensor) -> AbstractContextManager[object]:
-    """Switch autocast off where it is on: it would turn the products, and with them the state, into half precision."""
+def full_precision(q_BTHK: Tensor) -> AbstractContextManager[object]:
+    """Switch autocast off where it is on: it would turn products, and with them a state, into half precision.
+
+    Args:
+        q_BTHK: A tensor of the device.
+    """
     device = q_BTHK.device.type
-    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
+    is_on = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return torch.autocast(device, enabled=False) if is_on else nullcontext()

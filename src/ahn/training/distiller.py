@@ -6,7 +6,7 @@ Everything happens inside one `forward`, so that the wrappers of DDP, FSDP2 and 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import ExitStack
 from typing import Any, Literal
 
 import torch
@@ -14,6 +14,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from ahn.attachment import attachment_of
+from ahn.backbone.linear import CastWeights
 from ahn.distillation import Head, find_targets
 from ahn.errors import ConfigError
 from ahn.memories import Memory
@@ -70,6 +71,7 @@ class Distiller(nn.Module):
         model.requires_grad_(False)
         self._half = _half_precision(model)
         self._autocast = self._half or (precision if precision != torch.float32 else None)
+        self._casts = CastWeights()
         for memory in self.memories():
             if self._half:
                 memory.float()
@@ -188,8 +190,14 @@ class Distiller(nn.Module):
         """Whether the weights are spread over processes (FSDP2)."""
         return any(isinstance(parameter, DTensor) for memory in self.memories() for parameter in memory.parameters())
 
-    def _precision(self, device: str) -> AbstractContextManager[Any]:
-        return torch.autocast(device, dtype=self._autocast) if self._autocast else nullcontext()
+    def _precision(self, device: str) -> ExitStack:
+        """Autocast where the base multiplies in half precision."""
+        stack = ExitStack()
+        if self._autocast:
+            stack.enter_context(torch.autocast(device, dtype=self._autocast))
+        if not self._half and not self.is_sharded():
+            stack.enter_context(self._casts.in_use())
+        return stack
 
 
 def _half_precision(model: Any) -> torch.dtype | None:

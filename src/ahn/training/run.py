@@ -13,7 +13,7 @@ import torch
 from transformers import PreTrainedTokenizerBase, TrainingArguments
 from transformers.integrations.integration_utils import get_available_reporting_integrations
 from transformers.trainer_callback import PrinterCallback
-from transformers.trainer_utils import IntervalStrategy, get_last_checkpoint
+from transformers.trainer_utils import IntervalStrategy
 
 import ahn
 from ahn.checkpoint import describe
@@ -28,7 +28,7 @@ from ahn.training.log import Lines, Say, read_history
 from ahn.training.precision import fastest_precision
 from ahn.training.readout import solve_readout
 from ahn.training.report import PLOT, TABLE, Report, evaluate, plot_losses, write_report
-from ahn.training.saving import load_adapter, save_adapter
+from ahn.training.saving import last_whole_checkpoint, load_adapter, save_adapter
 from ahn.training.settings import FILE, TrainSettings, read_yaml, write_yaml
 from ahn.training.sources import check_places
 from ahn.training.start import copy_common, set_initial_decay, set_initial_gate
@@ -246,7 +246,7 @@ def _data(settings: TrainSettings, tokenizer: PreTrainedTokenizerBase, say: Say)
 
 def _is_begun(folder: Path) -> bool:
     """Whether a stage has left weights to go on from."""
-    return (folder / "ahn_config.json").is_file() or _last_checkpoint(folder) is not None
+    return (folder / "ahn_config.json").is_file() or last_whole_checkpoint(folder) is not None
 
 
 def _model(settings: TrainSettings, sequences: Pieces | PieceStream, say: Say, begun: bool) -> Any:
@@ -295,7 +295,7 @@ def _run_stage(
         say(f"{stage}: done before")
         load_adapter(model, folder)
         return read_history(folder / _STATE)
-    checkpoint = _last_checkpoint(folder)
+    checkpoint = last_whole_checkpoint(folder, say)
     if settings.eval_every and len(data[1]):
         args.eval_strategy, args.eval_steps = IntervalStrategy.STEPS, settings.eval_every
         args.eval_on_start = checkpoint is None
@@ -348,10 +348,6 @@ def _precision(model: Any, say: Say) -> str:
     found = str(fastest_precision(model)).removeprefix("torch.")
     say(f"the base multiplies in {found}, which is the faster here")
     return found
-
-
-def _last_checkpoint(folder: Path) -> str | None:
-    return get_last_checkpoint(str(folder)) if folder.is_dir() else None
 
 
 def _close(

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
+import re
 import shutil
-from collections.abc import Iterator
+import zipfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -19,6 +22,7 @@ from ahn.checkpoint.loading import read
 from ahn.errors import CheckpointError
 
 _STAGING = ".saving"
+_CHECKPOINT = re.compile(r"checkpoint-(\d{1,15})", re.ASCII)
 
 
 def save_adapter(model: nn.Module, path: str | os.PathLike[str], write: bool = True) -> None:
@@ -60,6 +64,35 @@ def load_adapter(model: nn.Module, path: str | os.PathLike[str]) -> None:
         if isinstance(parameter, DTensor):
             tensor = distribute_tensor(tensor, parameter.device_mesh, parameter.placements)
         parameter.copy_(tensor)
+
+
+def last_whole_checkpoint(folder: Path, say: Callable[[str], None] = lambda words: None) -> str | None:
+    """The newest checkpoint of a run that can be read, or `None` where there is none.
+
+    Args:
+        folder: Folder of the run.
+        say: Is told of those that are damaged and left out.
+    """
+    found = {int(match[1]): path for path in folder.glob("checkpoint-*") if (match := _CHECKPOINT.fullmatch(path.name))}
+    for step in sorted(found, reverse=True):
+        if (reason := _damage(found[step])) is None:
+            return str(found[step])
+        say(f"checkpoint-{step} is damaged and left out ({reason})")
+    return None
+
+
+def _damage(checkpoint: Path) -> str | None:
+    """Why a checkpoint cannot be read, or `None`."""
+    try:
+        read(checkpoint).tensors()
+        json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+        for file in [*checkpoint.glob("*.pt"), *checkpoint.glob("*.pth")]:
+            with zipfile.ZipFile(file) as content:
+                if (part := content.testzip()) is not None:
+                    return f"{part} in {file.name} has another checksum"
+    except (CheckpointError, OSError, ValueError, RecursionError, zipfile.BadZipFile) as error:
+        return " ".join(str(error).split())
+    return None
 
 
 @contextlib.contextmanager

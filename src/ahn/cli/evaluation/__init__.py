@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from ahn.cli.evaluation import compare, perplexity, recall, run, score
+from ahn.cli.evaluation import compare, perplexity, prompts, recall, run, score
 
 app = typer.Typer(
     help="Measure what a model keeps of what it reads.",
@@ -15,6 +15,7 @@ COMMANDS = {
     "perplexity": perplexity,
     "recall": recall,
     "run": run,
+    "prompts": prompts,
     "compare": compare,
     "score": score,
 }

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from ahn.cli.terminal import megabytes
+from ahn.evaluation.arm_names import find_arm
 from ahn.evaluation.perplexity.averages import SPANS
-from ahn.evaluation.tables import ResultTable
+from ahn.evaluation.tables import ResultTable, with_interval
 
 if TYPE_CHECKING:
     from ahn.cli.loading import Loaded
@@ -61,7 +62,7 @@ def make_page(settings: dict[str, Any], results: dict[str, Any], lines: Sequence
 
     Args:
         settings: Those of the run.
-        results: As `average` gives them.
+        results: As `Averages.report` gives them.
         lines: What to say first.
     """
     from ahn.evaluation.page import Page
@@ -80,6 +81,9 @@ def make_page(settings: dict[str, Any], results: dict[str, Any], lines: Sequence
     )
     for table in others:
         page.table(table)
+    if _has_gap(results):
+        caption = "Share of the gap from window to full attention that each arm closes, against the bytes of its cache."
+        page.figure("gap", gap_figure(settings, results), f"{caption} With 95 % intervals over documents.")
     page.text(*remarks(results))
     page.heading("Documents")
     arms = list(results["arms"])
@@ -93,7 +97,7 @@ def tables(settings: dict[str, Any], results: dict[str, Any]) -> list[ResultTabl
 
     Args:
         settings: Those of the run.
-        results: As `average` gives them.
+        results: As `Averages.report` gives them.
     """
     arms = list(results["arms"])
     spans = [span for span in SPANS if any(row["scored"][span] for row in results["arms"].values())]
@@ -102,6 +106,8 @@ def tables(settings: dict[str, Any], results: dict[str, Any]) -> list[ResultTabl
     scored = max(row["scored"]["beyond"] for row in results["arms"].values())
     rows = [["-" if row[name] is None else row[name] for name in columns] for row in arm_rows]
     shown = [ResultTable(columns, rows, f"{scored:,} tokens beyond sinks + window, nats per token")]
+    if results["equal_bytes"]:
+        shown.append(_equal_bytes_table(settings, results))
     for span in spans:
         where = " after the part that full reads" if span == "after" else ""
         caption = (
@@ -116,11 +122,50 @@ def tables(settings: dict[str, Any], results: dict[str, Any]) -> list[ResultTabl
     return shown
 
 
+def gap_figure(settings: dict[str, Any], results: dict[str, Any]) -> Any:
+    """The share of the gap against bytes, see `ahn.evaluation.perplexity.gap.draw_gap`.
+
+    Args:
+        settings: Those of the run.
+        results: As `Averages.report` gives them, bytes counted.
+    """
+    from ahn.evaluation.perplexity.gap import draw_gap
+
+    sizes = sorted({row["tokens"] for row in results["documents"]})
+    tokens = f"{sizes[0]:,}" if len(sizes) == 1 else f"{sizes[0]:,} to {sizes[-1]:,}"
+    title = f"{settings['model']}: {tokens} tokens, window {settings['window']:,}, {settings['sinks']:,} sinks"
+    return draw_gap(results, title)
+
+
+def _has_gap(results: dict[str, Any]) -> bool:
+    return {"full", "window"} <= set(results["arms"]) and "counted_bytes" in results["arms"]["window"]
+
+
+def _equal_bytes_table(settings: dict[str, Any], results: dict[str, Any]) -> ResultTable:
+    """What each arm keeps beside sinks and window, and what a window of as many bytes achieves."""
+    arms, rows = results["arms"], []
+    for arm, equal in results["equal_bytes"].items():
+        beside = arms[arm]["counted_bytes"] - arms["window"]["counted_bytes"] if "window" in arms else None
+        closed, by_window = (arms[name]["closed"] for name in (arm, equal["arm"]))
+        rows.append(
+            [
+                arm,
+                None if beside is None else f"{beside / 1e6:.2f}",
+                f"{settings['window'] + find_arm(equal['arm']).larger:,}",
+                None if closed is None else _share(**closed),
+                None if by_window is None else _share(by_window["share"]),
+                with_interval(equal["nats_better"], equal["low"], equal["high"], digits=3, ends=3),
+            ]
+        )
+    columns = ["arm", "MB\nmore", "equal\nwindow", "gap closed\n(95 %)", "by equal\nwindow", "nats better\n(95 %)"]
+    return ResultTable(columns, rows, "Each arm beside a window enlarged to the same bytes, states and anchors counted")
+
+
 def remarks(results: dict[str, Any]) -> list[str]:
     """What the tables cannot say by themselves.
 
     Args:
-        results: As `average` gives them.
+        results: As `Averages.report` gives them.
     """
     count = len(results["documents"])
     if not {"full", "window"} <= set(results["arms"]):
@@ -151,7 +196,7 @@ def _number(value: float, digits: int) -> str:
     return f"{value:,.{digits}f}" if math.isfinite(value) else "-"
 
 
-def _share(share: float, low: float, high: float) -> str:
+def _share(share: float, low: float = math.nan, high: float = math.nan) -> str:
     """A share and its interval: "25 % (20 to 31)"."""
     if not math.isfinite(share):
         return "-"

@@ -61,10 +61,10 @@ def command(settings: RecallSettings, source: ModelSettings, options: RunOptions
     log(f"{count}, {maker.tokens:,} tokens to read, and the questions", console=notes())
     with run.reading(maker.tokens) as progress:
         records = measure(loaded.model, maker, run.journal, progress)
-    _show(run, loaded.model, maker, records)
+    _report(run, loaded.model, maker, records)
 
 
-def _show(run: Run, model: Any, maker: ItemMaker, records: Rows) -> None:
+def _report(run: Run, model: Any, maker: ItemMaker, records: Rows) -> None:
     """Prints the results, and writes them where they are wanted."""
     from ahn.attachment import attachment_of
     from ahn.evaluation.recall.findings import cells, moved_and_dropped, verdicts
@@ -106,7 +106,7 @@ def _tables(rows: Rows, settings: RecallSettings) -> list[ResultTable]:
         if label == EVICTED and not cells[arm]["hits"]
     }
     titles = ("In the answer, of all", f"Ranked first, % (chance {settings.chance:.0%})")
-    show = (lambda cell: f"{cell['hits']}/{cell['values']}", lambda cell: f"{100 * cell['first']['share']:.0f}")
+    scores = (lambda cell: f"{cell['hits']}/{cell['values']}", lambda cell: f"{100 * cell['first']['share']:.0f}")
     return [
         ResultTable(
             ["task", "tokens", "span", *settings.arms],
@@ -116,7 +116,7 @@ def _tables(rows: Rows, settings: RecallSettings) -> list[ResultTable]:
             zeros,
             [row for row in range(1, len(names)) if names[row] != names[row - 1]],
         )
-        for title, score in zip(titles, show)
+        for title, score in zip(titles, scores)
     ]
 
 

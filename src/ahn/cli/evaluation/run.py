@@ -79,7 +79,7 @@ def command(settings: BenchmarkSettings, source: ModelSettings, options: RunOpti
     prompting = PromptRules(settings.scoring, templates, settings.max_tokens, bool(settings.chat))
     with notes().status("Reading the records ..."):
         sets = check_sets(ours, settings.data, prompting, settings.limit)
-        harness_tasks = _harness_tasks(theirs, settings.data, source.model, metadata) if theirs else []
+        harness_tasks, checksums = _harness_tasks(theirs, settings.data, source.model, metadata, options.seed)
     run = open_run(
         "run",
         source,
@@ -89,7 +89,7 @@ def command(settings: BenchmarkSettings, source: ModelSettings, options: RunOpti
         **{name: getattr(settings, name) for name in ("limit", "max_tokens", "scoring", "chat")},
         prompts={name: hashlib.sha256(template.encode()).hexdigest() for name, template in templates.items()},
         metadata=metadata,
-        records={each.target.name: each.checksum for each in sets},
+        records={**{each.target.name: each.checksum for each in sets}, **checksums},
     )
     _run(run, sets, prompting, settings.chat, harness_tasks)
 
@@ -124,15 +124,21 @@ def _sorted(names: Sequence[str]) -> tuple[list[str], list[str]]:
     return ours, [name for name in names if name not in ours]
 
 
-def _harness_tasks(names: Sequence[str], data: str | None, model: str, metadata: dict[str, Any]) -> list[Any]:
+def _harness_tasks(
+    names: Sequence[str], data: str | None, model: str, metadata: dict[str, Any], seed: int
+) -> tuple[list[Any], dict[str, str]]:
+    """Tasks of lm-evaluation-harness with the checksums of their records."""
+    if not names:
+        return [], {}
     from ahn.cli.loading import quiet
     from ahn.evaluation.benchmarks import BENCHMARKS
-    from ahn.evaluation.harness.tasks import load_tasks
+    from ahn.evaluation.harness.tasks import checksums, load_tasks
     from ahn.models import resolve
 
     quiet()
     known = [task for benchmark in BENCHMARKS.values() for task in benchmark.tasks]
-    return load_tasks(names, data, {"tokenizer": resolve(model), **metadata}, known)  # type: ignore[no-any-return]
+    tasks = load_tasks(names, data, {"tokenizer": resolve(model), **metadata}, known, seed)
+    return tasks, checksums(tasks)
 
 
 def _run(
@@ -146,7 +152,7 @@ def _run(
     prompting = dataclasses.replace(prompting, chat=prompts.has_chat(loaded.tokenizer) if chat is None else chat)
     results: dict[str, Any] = {}
     if sets:
-        results["benchmarks"] = _ask(run, loaded, sets, prompting)
+        results["benchmarks"] = _answer_sets(run, loaded, sets, prompting)
         presentation.score_table(results["benchmarks"], run.arms).print(output())
     if theirs:
         results["harness"] = _evaluate(run, loaded, theirs, prompting)
@@ -155,7 +161,7 @@ def _run(
         run.finish(results, presentation.make_page(results, run.arms), loaded.model)
 
 
-def _ask(run: Run, loaded: Loaded, sets: Sequence[QuestionSet], prompting: PromptRules) -> dict[str, Any]:
+def _answer_sets(run: Run, loaded: Loaded, sets: Sequence[QuestionSet], prompting: PromptRules) -> dict[str, Any]:
     """Our own tasks in every arm."""
     from ahn.evaluation.benchmarks.runner import BenchmarkRunner
     from ahn.evaluation.benchmarks.side_by_side import summarise

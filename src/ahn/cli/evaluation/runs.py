@@ -7,11 +7,11 @@ import dataclasses
 from collections.abc import Callable, Iterable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from ahn.cli.loading import ModelSettings
 from ahn.cli.terminal import UsageError, log, notes, output, work_bar
-from ahn.config import setting
+from ahn.config import Mode, setting
 from ahn.errors import ConfigError
 from ahn.evaluation.arm_names import GRAMMAR, find_arm
 
@@ -33,6 +33,9 @@ class RunOptions:
         None, "Folder for report, plots and journal; the same command again goes on where it stopped."
     )
     seed: int = setting(0, "Of all random numbers.", least=0)
+    anchor_weights: str | None = setting(
+        None, "Folder or name of the weights of anchor scores.", unset="what ships for the model"
+    )
 
 
 @dataclasses.dataclass
@@ -63,13 +66,16 @@ class Run:
                 anchor scores changed.
         """
         from ahn.attachment import attachment_of
+        from ahn.checkpoint import load_anchors
         from ahn.cli import loading
 
         loading.seed(self.settings["seed"])
         loaded = loading.load(self.source)
+        if self.settings["anchor_weights"] is not None:
+            load_anchors(loaded.model, self.settings["anchor_weights"])
         sites = attachment_of(loaded.model).sites
         self.journal.pin("memory weights", weights_checksum((site.index, site.memory) for site in sites))
-        if any(find_arm(arm).has_anchors for arm in self.arms):
+        if any(find_arm(arm).anchors for arm in self.arms):
             self._check_scores(loaded.model)
             weights = ((site.index, site.anchor_weights) for site in sites)
             self.journal.pin("votes on anchors", weights_checksum(weights))
@@ -87,8 +93,8 @@ class Run:
         # Recall alone tells the oracle which tokens.
         known = {*CONTROLS, Oracle.name} if self.settings["command"] == "recall" else CONTROLS.keys()
         for arm in map(find_arm, self.arms):
-            if arm.has_anchors and arm.anchor_score not in known:
-                with mode(model, "ahn", **arm.settings(self.settings["window"])):
+            if arm.anchors and arm.anchor_score not in known:
+                with mode(model, cast(Mode, arm.method), **arm.settings(self.settings["window"])):
                     chosen = HippocampalCache(model).settings.anchor_score
                 if arm.anchor_score is None:
                     self.settings["anchor_score"] = chosen
@@ -160,7 +166,7 @@ def open_run(command: str, source: ModelSettings, options: RunOptions, arms: tup
 
     named = {"command": command, "model": source.model, "adapter": source.adapter, "arms": list(arms)}
     exact = {"window": source.window, "sinks": source.sinks, "sink_positions": source.sink_positions}
-    settings = {**named, **exact, "seed": options.seed, **own}
+    settings = {**named, **exact, "seed": options.seed, "anchor_weights": options.anchor_weights, **own}
     run = Run(source, settings, arms, folder, Journal(None if folder is None else folder / JOURNAL, settings))
     if run.journal.done:
         log(f"going on with {folder}: {run._finished()}", console=notes())
@@ -173,13 +179,10 @@ def check_arms(arms: tuple[str, ...]) -> None:
     Raises:
         UsageError: There is none, or an unknown one.
     """
-    for name in arms or ("",):
-        _check_arm(name)
-
-
-def _check_arm(name: str) -> None:
+    name = ""
     try:
-        find_arm(name)
+        for name in arms or ("",):
+            find_arm(name)
     except ConfigError:
         raise UsageError(f"--arms takes {GRAMMAR}, not '{name}'.") from None
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ahn._home import write_text
 from ahn.cli import checks
@@ -13,11 +13,10 @@ from ahn.cli.options import from_fields
 from ahn.cli.terminal import log, output
 from ahn.config import setting
 from ahn.evaluation.benchmarks.schema import Scoring
+from ahn.evaluation.tables import ResultTable
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-
-    from rich.table import Table
 
     from ahn.evaluation import Average, SetScore
 
@@ -53,37 +52,27 @@ def command(settings: ScoreSettings) -> None:
     from ahn.evaluation import averages, read_predictions, score_predictions
     from ahn.evaluation.set_scores import to_json
 
-    scores = score_predictions(read_predictions(settings.files, settings.task), settings.scoring)
+    left_out: list[str] = []
+    scores = score_predictions(read_predictions(settings.files, settings.task, left_out.append), settings.scoring)
+    for reason in left_out:
+        log(f"left out: {reason}", "yellow")
     for title in dict.fromkeys(each.target.benchmark.title for each in scores):
         mine = [each for each in scores if each.target.benchmark.title == title]
-        output().print(_table(title, mine, averages(mine)))
+        _table(title, mine, averages(mine)).print(output())
     if target is not None:
-        write_text(
-            target, json.dumps(to_json(scores, settings.files), indent=2, ensure_ascii=False) + "\n", settings.files
-        )
+        facts = to_json(scores, settings.files, left_out)
+        write_text(target, json.dumps(facts, indent=2, ensure_ascii=False) + "\n", settings.files)
         log(f"wrote {target}", console=output())
 
 
-def _table(title: str, scores: Sequence[SetScore], means: Sequence[Average]) -> Table:
-    """A row for every set of one benchmark, and below them the averages, by length where there are lengths."""
-    from rich.table import Table
-
-    by_length = any(each.target.length for each in scores)
-    table = Table(title=title, title_justify="left", title_style="bold")
-    table.add_column("task", no_wrap=True)
-    if by_length:
-        table.add_column("length", justify="right", no_wrap=True)
-    table.add_column("metric")
-    for name in ("items", "score"):
-        table.add_column(name, justify="right", no_wrap=True)
+def _table(title: str, scores: Sequence[SetScore], means: Sequence[Average]) -> ResultTable:
+    """A row for every set of one benchmark, and below them the averages."""
+    rows = []
     for each in scores:
         whole = each.target.task.items
         items = f"{len(each.items):,}" if whole in (None, len(each.items)) else f"{len(each.items):,} of {whole:,}"
-        length = [each.target.length or "-"] if by_length else []
-        table.add_row(each.target.task.name, *length, each.metric.title, items, f"{each.score:.2f}")
-    table.add_section()
-    for mean in means:
-        length = [mean.length or "-"] if by_length else []
-        sets = f"average of {mean.sets} of {mean.of}"
-        table.add_row(sets, *length, "", "", f"{mean.score:.2f}", style="bold")
-    return table
+        rows.append([each.target.task.name, each.target.length, each.metric.title, items, f"{each.score:.2f}"])
+    rows += [[f"average of {mean.sets} of {mean.of}", mean.length, "", "", f"{mean.score:.2f}"] for mean in means]
+    columns = ["task", "length", "metric", "items", "score"]
+    styles: dict[Any, str] = dict.fromkeys(range(len(scores), len(rows)), "bold")
+    return ResultTable(columns, rows, title, styles=styles, sections=[len(scores)])

@@ -26,10 +26,7 @@ def score_table(results: Results, arms: Sequence[str]) -> ResultTable:
         for each in results["sets"]
     ]
     first = len(rows)
-    for mean in results["averages"]:
-        length = "" if mean["length"] is None else f", {mean['length']}"
-        name = f"average of {mean['sets']} of {mean['of']}{length}"
-        rows.append([name, "", *(f"{mean['scores'][arm]:.2f}" for arm in arms)])
+    rows += [[_average_name(mean), "", *_average_scores(mean, arms)] for mean in results["averages"]]
     styles: dict[Any, str] = dict.fromkeys(range(first, len(rows)), "bold")
     return ResultTable(["set", "items", *arms], rows, "", arms, styles, [first])
 
@@ -45,16 +42,16 @@ def harness_table(rows: Sequence[dict[str, Any]], arms: Sequence[str]) -> Result
     return ResultTable(["task", "metric", "items", *arms], cells, "", arms)
 
 
-def make_page(found: dict[str, Any], arms: Sequence[str]) -> Page:
+def make_page(report: dict[str, Any], arms: Sequence[str]) -> Page:
     """The page of a run.
 
     Args:
-        found: What `summarise` gave as `benchmarks` and what `ahn.evaluation.harness` gave as `harness`; either may be
+        report: What `summarise` gave as `benchmarks` and what `ahn.evaluation.harness` gave as `harness`; either may be
             missing.
         arms: Names of the arms.
     """
     page = Page("Benchmarks: the arms side by side")
-    if (results := found.get("benchmarks")) is not None:
+    if (results := report.get("benchmarks")) is not None:
         page.heading("Scores")
         page.table(_detailed(results, arms))
         others = [arm for arm in arms if arm != BASELINE]
@@ -67,7 +64,7 @@ def make_page(found: dict[str, Any], arms: Sequence[str]) -> Page:
         costs = [[arm, *(row[name] for name in names)] for arm, row in results["arms"].items()]
         columns = ["arm", "tokens read", "seconds", "largest cache (bytes)"]
         page.table(ResultTable(columns, costs, "What it cost, answers included."))
-    if (harness := found.get("harness")) is not None:
+    if (harness := report.get("harness")) is not None:
         page.heading("lm-evaluation-harness")
         page.text("As the harness gives them, without an interval of ours.")
         page.table(harness_table(harness, arms))
@@ -86,14 +83,14 @@ def figure(results: Results) -> Any:
     sets, arms = results["sets"], list(results["arms"])
     drawn = new_figure(8, 1.2 + 0.22 * len(sets) * (len(arms) + 1))
     panel, height = drawn.subplots(), 0.8 / len(arms)
-    for place, arm in enumerate(arms):
+    for number, arm in enumerate(arms):
         scores = [each["scores"][arm]["score"] for each in sets]
         ends = [each["scores"][arm]["interval"] for each in sets]
         reach = [
             [_reach(score - low) for score, (low, _) in zip(scores, ends)],
             [_reach(high - score) for score, (_, high) in zip(scores, ends)],
         ]
-        rows = [row + (place - (len(arms) - 1) / 2) * height for row in range(len(sets))]
+        rows = [row + (number - (len(arms) - 1) / 2) * height for row in range(len(sets))]
         panel.barh(rows, scores, height, xerr=reach, label=arm, error_kw={"elinewidth": 0.8, "capsize": 2})
     panel.set(xlabel="score", xlim=(0, 100), yticks=range(len(sets)), yticklabels=[set_name(each) for each in sets])
     panel.invert_yaxis()
@@ -108,6 +105,15 @@ def set_name(result: dict[str, Any]) -> str:
     return result["task"] if result["length"] is None else f"{result['task']}_{result['length']}"
 
 
+def _average_name(mean: dict[str, Any]) -> str:
+    length = "" if mean["length"] is None else f", {mean['length']}"
+    return f"average of {mean['sets']} of {mean['of']}{length}"
+
+
+def _average_scores(mean: dict[str, Any], arms: Sequence[str]) -> list[str]:
+    return [f"{mean['scores'][arm]:.2f}" for arm in arms]
+
+
 def _detailed(results: Results, arms: Sequence[str]) -> ResultTable:
     rows = [
         [
@@ -119,11 +125,10 @@ def _detailed(results: Results, arms: Sequence[str]) -> ResultTable:
         ]
         for each in results["sets"]
     ]
-    for mean in results["averages"]:
-        length = "" if mean["length"] is None else f" at {mean['length']}"
-        name = f"average of {mean['sets']} of {mean['of']} sets{length}"
-        scores = (f"{mean['scores'][arm]:.2f}" for arm in arms)
-        rows.append([BENCHMARKS[mean["benchmark"]].title, name, "", "", *scores])
+    rows += [
+        [BENCHMARKS[mean["benchmark"]].title, _average_name(mean), "", "", *_average_scores(mean, arms)]
+        for mean in results["averages"]
+    ]
     columns = ["benchmark", "set", "metric", "items", *arms]
     return ResultTable(columns, rows, "0 to 100, with 95 % intervals over records.")
 

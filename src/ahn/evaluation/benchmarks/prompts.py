@@ -92,7 +92,7 @@ def read_prompts(file: Path) -> dict[str, str]:
     Raises:
         EvaluationError: The file cannot be read, names an unknown task, or holds a template that cannot be filled.
     """
-    templates = _load(file)
+    templates = load_data(file)
     if not isinstance(templates, dict):
         raise EvaluationError(f"{file} is no object of templates. Give one that maps names of tasks to templates.")
     checked = {}
@@ -101,12 +101,20 @@ def read_prompts(file: Path) -> dict[str, str]:
             task = find(str(name)).task
         except EvaluationError as error:
             raise EvaluationError(f"{file}: {error}") from None
-        checked[task.name] = _checked(template, f"{file}, {name}")
+        checked[task.name] = check_template(template, f"{file}, {name}")
     return checked
 
 
-def _checked(template: object, where: str) -> str:
-    """A template that can be filled."""
+def check_template(template: object, where: str) -> str:
+    """A template that can be filled.
+
+    Args:
+        template: What is to be one.
+        where: Its place, for messages.
+
+    Raises:
+        EvaluationError: It cannot be filled.
+    """
     if not isinstance(template, str):
         raise EvaluationError(f"{where}: the template is no text. Correct it.")
     try:
@@ -140,13 +148,13 @@ def _value(name: str, sample: Sample) -> str | None:
     return sample.context if name == "context" else sample.question
 
 
-def _load(file: Path) -> object:
-    try:
-        text = file.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError:
-        raise EvaluationError(f"{file} is not UTF-8. Convert it with iconv.") from None
-    except OSError as error:
-        raise EvaluationError(f"{file} cannot be read ({error.strerror}). Check the path.") from None
+def load_data(file: Path) -> object:
+    """What a JSON or YAML file holds.
+
+    Raises:
+        EvaluationError: It cannot be read.
+    """
+    text = read_text(file)
     if file.suffix in (".yaml", ".yml"):
         yaml = library("yaml", "reading YAML")
         try:
@@ -157,3 +165,17 @@ def _load(file: Path) -> object:
         return json.loads(text)
     except json.JSONDecodeError as error:
         raise EvaluationError(f"{file} is no JSON ({error.msg}, line {error.lineno}). Correct it.") from None
+
+
+def read_text(file: Path) -> str:
+    """The text of a file in UTF-8.
+
+    Raises:
+        EvaluationError: It cannot be read.
+    """
+    try:
+        return file.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError:
+        raise EvaluationError(f"{file} is not UTF-8. Convert it with iconv.") from None
+    except OSError as error:
+        raise EvaluationError(f"{file} cannot be read ({error.strerror}). Check the path.") from None

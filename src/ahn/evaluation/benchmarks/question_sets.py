@@ -12,13 +12,10 @@ from ahn.evaluation.benchmarks import find
 from ahn.evaluation.benchmarks.prompts import build_prompt, fill
 from ahn.evaluation.benchmarks.samples import load_samples
 from ahn.evaluation.benchmarks.schema import Sample, Scoring, Target
-from ahn.evaluation.errors import AnswerError, EvaluationError
-from ahn.evaluation.metrics import METRICS
+from ahn.evaluation.predictions import ANY_TEXT, Prediction
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-_ANY_ANSWER = "a"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,13 +94,10 @@ def check_sets(
 
 def _checked(target: Target, source: str | None, prompting: PromptRules, limit: int | None) -> QuestionSet:
     rules = target.task.rules(prompting.scoring)
-    template, metric = prompting.templates.get(target.task.name, rules.prompt), METRICS[rules.metric]
+    template = prompting.templates.get(target.task.name, rules.prompt)
     checksum, items = hashlib.sha256(), 0
     for sample in itertools.islice(load_samples(target.name, source), limit):
-        try:
-            metric.score(_ANY_ANSWER, sample.answers, sample.keywords)
-        except AnswerError as error:
-            raise EvaluationError(f"{sample.where}: {error}") from None
+        Prediction(sample.where, target, sample.id, ANY_TEXT, sample.answers, sample.keywords).score(prompting.scoring)
         checksum.update(fill(template, sample).encode(errors="surrogatepass"))
         checksum.update(repr((sample.answers, sample.keywords, sample.options)).encode(errors="surrogatepass"))
         items += 1

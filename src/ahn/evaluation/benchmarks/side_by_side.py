@@ -7,10 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from ahn.evaluation.benchmarks import find
 from ahn.evaluation.benchmarks.schema import Scoring
 from ahn.evaluation.bootstrap import interval
-from ahn.evaluation.predictions import Prediction
+from ahn.evaluation.predictions import from_record
 from ahn.evaluation.set_scores import SetScore, averages, score_predictions
 
 BASELINE = "window"
@@ -35,19 +34,13 @@ def summarise(records: Sequence[dict[str, Any]], arms: Sequence[str], scoring: S
         EvaluationError: A package that scores them is missing.
     """
     by_arm = {arm: [record for record in records if record["arm"] == arm] for arm in arms}
-    scores = {arm: score_predictions(map(_prediction, by_arm[arm]), scoring) for arm in arms}
+    scores = {arm: score_predictions(map(from_record, by_arm[arm]), scoring) for arm in arms}
     means = {arm: averages(scores[arm]) for arm in arms}
     return {
         "scoring": scoring,
         "sets": [_set(dict(zip(arms, alike))) for alike in zip(*scores.values())],
         "averages": [
-            {
-                "benchmark": alike[0].benchmark.name,
-                "length": alike[0].length,
-                "sets": alike[0].sets,
-                "of": alike[0].of,
-                "scores": {arm: mean.score for arm, mean in zip(arms, alike)},
-            }
+            {**alike[0].facts, "scores": {arm: mean.score for arm, mean in zip(arms, alike)}}
             for alike in zip(*means.values())
         ],
         "arms": {
@@ -61,28 +54,12 @@ def summarise(records: Sequence[dict[str, Any]], arms: Sequence[str], scoring: S
     }
 
 
-def _prediction(record: dict[str, Any]) -> Prediction:
-    place = f"{record['task']}, record {record['id']}"
-    return Prediction(
-        place,
-        find(record["task"]),
-        record["id"],
-        record["prediction"],
-        tuple(record["answers"]),
-        record.get("answer_keywords"),
-    )
-
-
 def _set(scores: dict[str, SetScore]) -> dict[str, Any]:
     first = next(iter(scores.values()))
     items = {arm: np.array([score for _, score in each.items]) for arm, each in scores.items()}
     base = items.get(BASELINE)
     return {
-        "benchmark": first.target.benchmark.name,
-        "task": first.target.task.name,
-        "length": first.target.length,
-        "metric": first.rules.metric,
-        "items": len(first.items),
+        **first.facts,
         "of": first.target.task.items,
         "scores": {arm: {"score": each.score, "interval": _interval(items[arm])} for arm, each in scores.items()},
         "differences": {

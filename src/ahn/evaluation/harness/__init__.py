@@ -6,7 +6,8 @@ class registered, for example `--model ahn --model_args base=smollm2-135m,mode=a
 
 from ahn.evaluation.libraries import library
 
-library("lm_eval", "a task of lm-evaluation-harness")
+# With it the harness registers its own classes, which it does by itself only as long as there is no other.
+library("lm_eval.models", "a task of lm-evaluation-harness")
 
 from ahn.evaluation.harness.model import HarnessModel  # noqa: E402 (the line above says what is missing)
 

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
+import hashlib
+import json
 import logging
-from collections.abc import Mapping, Sequence
+import random
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from ahn.evaluation.errors import EvaluationError
 from ahn.evaluation.libraries import library
@@ -17,8 +23,10 @@ _FIELDS = ("context", "question", "answers", "all_classes", "length")
 _NEEDED = ("context", "question", "answers")
 
 
-def load_tasks(names: Sequence[str], data: str | None, metadata: Mapping[str, Any], others: Sequence[str] = ()) -> Any:
-    """Tasks with all their records.
+def load_tasks(
+    names: Sequence[str], data: str | None, metadata: Mapping[str, Any], others: Sequence[str] = (), seed: int = 0
+) -> list[Any]:
+    """Tasks with all their records. Those that make their data at random make the same for the same seed.
 
     Args:
         names: Names of tasks, groups or tags, as the harness knows them.
@@ -26,6 +34,7 @@ def load_tasks(names: Sequence[str], data: str | None, metadata: Mapping[str, An
             it. The tasks' own sources if `None`.
         metadata: What tasks that make their data look at, such as `tokenizer` and `max_seq_lengths`.
         others: Further names that the caller knows, for messages.
+        seed: Of the random numbers that a task makes its data from; each task begins with it.
 
     Returns:
         Tasks of the harness.
@@ -45,7 +54,26 @@ def load_tasks(names: Sequence[str], data: str | None, metadata: Mapping[str, An
             close = close or difflib.get_close_matches(name, manager.all_tasks, n=1)
             hint = f"Did you mean '{close[0]}'?" if close else "`lm_eval ls tasks` lists those of the harness."
             raise EvaluationError(f"there is no task '{name}'. {hint}")
-    return [task for name in names for task in _loaded(manager, name, data)]
+    tasks = []
+    for name in names:
+        with _seeded(seed):
+            tasks += _loaded(manager, name, data)
+    return tasks
+
+
+def checksums(tasks: Sequence[Any]) -> dict[str, str]:
+    """SHA-256 of the records of each task, in hexadecimal, by its name.
+
+    Args:
+        tasks: As `load_tasks` gives them.
+    """
+    sums = {}
+    for task in tasks:
+        checksum = hashlib.sha256()
+        for record in task.eval_docs:
+            checksum.update(json.dumps(record, sort_keys=True, default=repr).encode(errors="surrogatepass"))
+        sums[str(task.config.task)] = checksum.hexdigest()
+    return sums
 
 
 def evaluate(models: Mapping[str, Any], tasks: Sequence[Any], limit: int | None, chat: bool) -> list[dict[str, Any]]:
@@ -87,6 +115,19 @@ def evaluate(models: Mapping[str, Any], tasks: Sequence[Any], limit: int | None,
             items = first["n-samples"][task]["effective"] if task in first.get("n-samples", {}) else None
             rows.append({"task": task, "metric": name, "items": items, "scores": scores, "errors": errors})
     return rows
+
+
+@contextlib.contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    """Random numbers of Python and numpy from a seed; those of the caller go on afterwards."""
+    states = random.getstate(), np.random.get_state()
+    random.seed(seed)
+    np.random.seed(seed)
+    try:
+        yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
 
 
 def _loaded(manager: Any, name: str, data: str | None) -> list[Any]:

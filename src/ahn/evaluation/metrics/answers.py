@@ -23,6 +23,15 @@ def texts(answers: Sequence[Any]) -> list[str]:
     return list(answers)
 
 
+def first(answers: Sequence[Any]) -> str:
+    """The first answer, which is a text; without any an empty one, which every metric scores 0.
+
+    Raises:
+        AnswerError: One is no text.
+    """
+    return next(iter(texts(answers)), "")
+
+
 def label(answers: Sequence[Any]) -> str | None:
     """The first answer written out, or `None` if there is none.
 

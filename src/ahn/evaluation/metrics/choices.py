@@ -27,9 +27,6 @@ def code_debug(prediction: str, answers: Sequence[Any]) -> float:
     Args:
         prediction: What the model wrote.
         answers: The function's name and its letter; scores 0 if there are none.
-
-    Raises:
-        AnswerError: They are something else.
     """
     if not answers:
         return 0.0
@@ -50,9 +47,6 @@ def longbook_choice_eng(prediction: str, answers: Sequence[Any]) -> float:
     Args:
         prediction: What the model wrote.
         answers: The option's text and its letter, or the letter alone; scores 0 if there are none.
-
-    Raises:
-        AnswerError: There is no letter among them, or something that is no text.
     """
     if not answers:
         return 0.0

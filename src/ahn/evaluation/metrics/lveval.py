@@ -1,4 +1,4 @@
-"""LV-Eval's metrics: word F1, behind a gate of keywords or plain, and ROUGE-L; only the first answer counts.
+"""What LV-Eval's metrics have of their own: a gate of keywords before F1, and ROUGE-L without common words.
 
 Source: arXiv 2402.05136, section 3.3, and the benchmark's published scorers.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from typing import Any
 
-from ahn.evaluation.metrics.answers import texts
+from ahn.evaluation.metrics.answers import first
 from ahn.evaluation.metrics.rouge import rouge_l
 from ahn.evaluation.metrics.words import bare_zh, f1, overlap, segments_zh, words_en, words_zh
 
@@ -27,25 +27,6 @@ BLACKLIST_EN = frozenset(_COMMON_EN.split())
 BLACKLIST_ZH = frozenset(_COMMON_ZH.split())
 
 
-def f1_en(prediction: str, answers: Sequence[Any]) -> float:
-    """F1 of English words against the first answer.
-
-    Raises:
-        AnswerError: An answer is no text.
-    """
-    return f1(words_en(prediction), words_en(_first(answers)))
-
-
-def f1_zh(prediction: str, answers: Sequence[Any]) -> float:
-    """F1 of Chinese words against the first answer.
-
-    Raises:
-        AnswerError: An answer is no text.
-        EvaluationError: jieba is not installed.
-    """
-    return f1(words_zh(prediction), words_zh(_first(answers)))
-
-
 def gated_f1_en(prediction: str, answers: Sequence[Any], keywords: str | None = None) -> float:
     """F1 of English words, 0 where the prediction has under 20 % of the keywords; without keywords there is no gate.
 
@@ -53,15 +34,9 @@ def gated_f1_en(prediction: str, answers: Sequence[Any], keywords: str | None = 
         prediction: What the model wrote.
         answers: Of which the first counts.
         keywords: Those of the answer, as one text; nothing but punctuation counts as none.
-
-    Raises:
-        AnswerError: An answer is no text.
     """
-    predicted, wanted = words_en(prediction), words_en(_first(answers))
-    keys = words_en(keywords or "")
-    if keys and keyword_recall(predicted, keys, BLACKLIST_EN) < GATE_EN:
-        return 0.0
-    return f1(predicted, wanted)
+    predicted, answer = words_en(prediction), words_en(first(answers))
+    return _gated_f1(predicted, answer, words_en(keywords or ""), BLACKLIST_EN, GATE_EN)
 
 
 def gated_f1_zh(prediction: str, answers: Sequence[Any], keywords: str | None = None) -> float:
@@ -72,26 +47,14 @@ def gated_f1_zh(prediction: str, answers: Sequence[Any], keywords: str | None = 
         answers: Of which the first counts.
         keywords: Those of the answer, as one text. Without them, or where they are nothing but punctuation, all words
             of the answer are keywords.
-
-    Raises:
-        AnswerError: An answer is no text.
-        EvaluationError: jieba is not installed.
     """
-    predicted, wanted = words_zh(prediction), words_zh(_first(answers))
-    keys = words_zh(keywords or "") or wanted
-    if keys and keyword_recall(predicted, keys, BLACKLIST_ZH) < GATE_ZH:
-        return 0.0
-    return f1(predicted, wanted)
+    predicted, answer = words_zh(prediction), words_zh(first(answers))
+    return _gated_f1(predicted, answer, words_zh(keywords or "") or answer, BLACKLIST_ZH, GATE_ZH)
 
 
-def rouge_l_without_blacklist_zh(prediction: str, answers: Sequence[Any]) -> float:
-    """ROUGE-L of two Chinese texts without the words of the blacklist.
-
-    Raises:
-        AnswerError: An answer is no text.
-        EvaluationError: jieba or `rouge` is not installed.
-    """
-    return rouge_l(_telling_words(prediction), _telling_words(_first(answers)))
+def rouge_l_without_blacklist_zh(prediction: str, answer: str) -> float:
+    """ROUGE-L of two Chinese texts without the words of the blacklist."""
+    return rouge_l(_telling_words(prediction), _telling_words(answer))
 
 
 def keyword_recall(predicted: Sequence[str], keywords: Sequence[str], blacklist: Collection[str]) -> float:
@@ -106,9 +69,12 @@ def keyword_recall(predicted: Sequence[str], keywords: Sequence[str], blacklist:
     return sum(count for word, count in counts.items() if word not in blacklist) / len(keywords)
 
 
-def _first(answers: Sequence[Any]) -> str:
-    """The answer that counts; without any, an empty one, which every metric scores 0."""
-    return next(iter(texts(answers)), "")
+def _gated_f1(
+    predicted: Sequence[str], answer: Sequence[str], keywords: Sequence[str], blacklist: Collection[str], gate: float
+) -> float:
+    if keywords and keyword_recall(predicted, keywords, blacklist) < gate:
+        return 0.0
+    return f1(predicted, answer)
 
 
 def _telling_words(text: str) -> str:

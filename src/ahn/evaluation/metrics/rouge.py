@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 from ahn.evaluation import libraries
 from ahn.evaluation.metrics.words import segments_zh
 
@@ -13,9 +11,6 @@ def rouge_l(prediction: str, answer: str) -> float:
 
     Whatever that package raises scores 0, as in LongBench and LV-Eval: texts without a word, and texts so long that its
     recursion ends.
-
-    Raises:
-        EvaluationError: `rouge` is not installed.
     """
     scorer = libraries.rouge()
     try:
@@ -25,19 +20,10 @@ def rouge_l(prediction: str, answer: str) -> float:
 
 
 def rouge_l_zh(prediction: str, answer: str) -> float:
-    """`rouge_l` of two Chinese texts, over jieba's segments.
-
-    Raises:
-        EvaluationError: `rouge` or jieba is not installed.
-    """
+    """`rouge_l` of two Chinese texts, over jieba's segments."""
     return rouge_l(" ".join(segments_zh(prediction)), " ".join(segments_zh(answer)))
 
 
-def rouge_lsum(prediction: str, answers: Iterable[str]) -> float:
-    """Highest F-measure of ROUGE-Lsum over the answers, 0 to 1, by the package `rouge_score`; lines are sentences.
-
-    Raises:
-        EvaluationError: `rouge_score` is not installed.
-    """
-    scorer = libraries.rouge_lsum_scorer()
-    return max((float(scorer.score(answer, prediction)["rougeLsum"].fmeasure) for answer in answers), default=0.0)
+def rouge_lsum(prediction: str, answer: str) -> float:
+    """F-measure of ROUGE-Lsum, 0 to 1, by the package `rouge_score`; lines are sentences."""
+    return float(libraries.rouge_lsum_scorer().score(answer, prediction)["rougeLsum"].fmeasure)

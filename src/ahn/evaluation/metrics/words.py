@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 import string
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 from ahn.evaluation.libraries import jieba
 
@@ -37,42 +37,29 @@ def bare_zh(text: str) -> str:
 
 
 def segments_zh(text: str) -> list[str]:
-    """A Chinese text cut by jieba in its accurate mode; joined, the segments are the text.
-
-    Raises:
-        EvaluationError: jieba is not installed.
-    """
+    """A Chinese text cut by jieba in its accurate mode; joined, the segments are the text."""
     return list(jieba().cut(text, cut_all=False))
 
 
 def words_zh(text: str) -> list[str]:
-    """Words of a Chinese text: its segments, each bare, those left out of which nothing remains.
-
-    Raises:
-        EvaluationError: jieba is not installed.
-    """
+    """Words of a Chinese text: its segments, each bare, those left out of which nothing remains."""
     return [word for word in map(bare_zh, segments_zh(text)) if word]
 
 
-def overlap(predicted: Sequence[str], wanted: Sequence[str]) -> Counter[str]:
+def overlap(predicted: Sequence[str], answer: Sequence[str]) -> Counter[str]:
     """Words that two lists share, each as often as the list that has it less often."""
-    return Counter(predicted) & Counter(wanted)
+    return Counter(predicted) & Counter(answer)
 
 
-def best_f1(predicted: Sequence[str], answers: Iterable[Sequence[str]]) -> float:
-    """The best `f1` over the words of several answers; 0 without any."""
-    return max((f1(predicted, wanted) for wanted in answers), default=0.0)
-
-
-def f1(predicted: Sequence[str], wanted: Sequence[str]) -> float:
+def f1(predicted: Sequence[str], answer: Sequence[str]) -> float:
     """Harmonic mean of the shares of words that are shared, 0 to 1; 0 if none is.
 
     Args:
         predicted: Words of the prediction.
-        wanted: Words of the answer.
+        answer: Words of the answer.
     """
-    shared = overlap(predicted, wanted).total()
+    shared = overlap(predicted, answer).total()
     if not shared:
         return 0.0
-    precision, recall = shared / len(predicted), shared / len(wanted)
+    precision, recall = shared / len(predicted), shared / len(answer)
     return 2 * precision * recall / (precision + recall)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from ahn.evaluation.bootstrap import interval
+from ahn.evaluation.perplexity.cache_sizes import CacheSizes
 from ahn.evaluation.perplexity.documents import TokenDocument
 from ahn.evaluation.perplexity.ngrams import GROUPS
 from ahn.evaluation.perplexity.reading import PerplexityPlan, key
@@ -19,85 +21,116 @@ from ahn.generation import full_cache_bytes
 SPANS = ("beyond", "after")
 """Tokens beyond sinks and window that all arms have read, and those after, which `full` has not."""
 
-Records = Mapping[str, Mapping[str, Any]]
-"""The records of `measure` by `key`."""
 
+@dataclasses.dataclass(frozen=True)
+class Averages:
+    """What is reported of all documents and arms.
 
-def average(
-    model: nn.Module, documents: Sequence[TokenDocument], plan: PerplexityPlan, records: Records, seed: int
-) -> dict[str, Any]:
-    """What is reported.
-
-    Args:
-        model: The model that read, for what full attention would hold.
+    Attributes:
         documents: What was read.
         plan: How it was read.
-        records: Of all documents and arms.
-        seed: Of the bootstrap.
-
-    Returns:
-        Plain values: `documents`, `arms`, `groups` by span, `positions` (mean score in each bin) and `points` (bytes
-        held, of the longest document). Scores are means over tokens in nats; what does not exist is NaN.
+        records: The records of `measure` by `key`, of all documents and arms.
+        seed: Of the bootstraps.
     """
-    longest = max(documents, key=lambda each: len(each.ids))
-    points = {arm: records[key(longest, arm)]["points"] for arm in plan.arms}
-    marks = max((each["tokens"] for each in points.values()), key=lambda tokens: tokens[-1])
-    return {
-        "documents": [_document(each, plan, records) for each in documents],
-        "arms": {arm: _arm(arm, documents, plan, records, seed) for arm in plan.arms},
-        "groups": {span: _groups(span, documents, plan, records) for span in SPANS},
-        "positions": {
-            "bin_tokens": plan.bin_tokens,
-            "nll": {arm: _curve([records[key(each, arm)]["bins"] for each in documents]) for arm in plan.arms},
-        },
-        "points": {
-            "document": longest.name,
-            "arms": points,
-            "full_cache": {"tokens": marks, "bytes": [full_cache_bytes(model, tokens) for tokens in marks]},
-        },
-    }
 
+    documents: Sequence[TokenDocument]
+    plan: PerplexityPlan
+    records: Mapping[str, Mapping[str, Any]]
+    seed: int = 0
 
-def _document(document: TokenDocument, plan: PerplexityPlan, records: Records) -> dict[str, Any]:
-    spans = {arm: records[key(document, arm)]["spans"] for arm in plan.arms}
-    return {
-        "name": document.name,
-        "tokens": len(document.ids),
-        "nll": {span: {arm: _mean(spans[arm][span]) for arm in plan.arms} for span in SPANS},
-    }
+    def report(
+        self, model: nn.Module, sizes: CacheSizes | None = None, equal_windows: Mapping[str, str] | None = None
+    ) -> dict[str, Any]:
+        """What is reported.
 
+        Args:
+            model: The model that read, for what full attention would hold.
+            sizes: What counts the bytes of caches; not counted if left out.
+            equal_windows: Arms with a larger window, by the names of the arms that take as many bytes.
 
-def _arm(
-    arm: str, documents: Sequence[TokenDocument], plan: PerplexityPlan, records: Records, seed: int
-) -> dict[str, Any]:
-    """The row of an arm in the table."""
-    mine = [records[key(each, arm)] for each in documents]
-    sums = {span: np.array([each["spans"][span] for each in mine], dtype=float).sum(0) for span in SPANS}
-    nll = {span: _mean(sums[span]) for span in SPANS}
-    tokens, seconds = (sum(each[name] for each in mine) for name in ("tokens", "seconds"))
-    return {
-        "tokens": tokens,
-        "scored": {span: int(sums[span][1]) for span in SPANS},
-        "nll": nll,
-        "perplexity": {span: math.exp(each) for span, each in nll.items()},
-        "closed": _closed(arm, documents, plan, records, seed),
-        "cache_bytes": max(max(each["points"]["cache_bytes"]) for each in mine),
-        "tokens_per_second": tokens / seconds,
-    }
+        Returns:
+            Plain values: `documents`, `arms`, `groups` by span, `positions` (mean score in each bin), `points` (bytes
+            held, of the longest document) and `equal_bytes`. Scores are means over tokens in nats. What does not exist
+            is NaN.
+        """
+        longest = max(self.documents, key=lambda each: len(each.ids))
+        points = {arm: self.records[key(longest, arm)]["points"] for arm in self.plan.arms}
+        marks = max((each["tokens"] for each in points.values()), key=lambda tokens: tokens[-1])
+        full = {"tokens": marks, "bytes": [full_cache_bytes(model, tokens) for tokens in marks]}
+        counted = {} if sizes is None else {arm: {"counted_bytes": sizes.bytes_of(arm)} for arm in self.plan.arms}
+        return {
+            "documents": [self._document(each) for each in self.documents],
+            "arms": {arm: {**self._arm(arm), **counted.get(arm, {})} for arm in self.plan.arms},
+            "equal_bytes": {
+                arm: {"arm": other, **self.difference(other, arm)} for arm, other in (equal_windows or {}).items()
+            },
+            "groups": {span: {group: self._group(span, group) for group in GROUPS} for span in SPANS},
+            "positions": {
+                "bin_tokens": self.plan.bin_tokens,
+                "nll": {arm: _curve([each["bins"] for each in self._records_of(arm)]) for arm in self.plan.arms},
+            },
+            "points": {"document": longest.name, "arms": points, "full_cache": full},
+        }
 
+    def difference(self, arm: str, better: str) -> dict[str, float]:
+        """How much better one arm scores than another, over all tokens beyond sinks and window.
 
-def _closed(
-    arm: str, documents: Sequence[TokenDocument], plan: PerplexityPlan, records: Records, seed: int
-) -> dict[str, float] | None:
-    """Share of the gap from window to full that an arm closes, with its 95 % interval over documents."""
-    if not {"window", "full"} <= set(plan.arms) or arm in ("window", "full"):
-        return None
-    columns = [
-        [records[key(each, name)]["spans"]["beyond"][0] for each in documents] for name in ("window", arm, "full")
-    ]
-    rows = np.array(columns, dtype=float).T
-    low, high = interval(rows, closed_share, seed=seed)
-    return {"share": closed_share(rows), "low": low, "high": high}
+        Args:
+            arm: Name of the other.
+            better: Name of the one.
+
+        Returns:
+            Nats per token that it has less, `nats_better`, with the ends of the 95 % interval over documents.
+        """
+        sums, less = (
+            np.array([_total(each["spans"].values()) for each in self._records_of(name)]) for name in (arm, better)
+        )
+        rows = np.stack((sums[:, 0] - less[:, 0], sums[:, 1]), axis=1)
+        low, high = interval(rows, lambda drawn: _mean(drawn.sum(0)), seed=self.seed)
+        return {"nats_better": _mean(rows.sum(0)), "low": low, "high": high}
+
+    def _records_of(self, arm: str) -> list[Mapping[str, Any]]:
+        """The records of an arm, document by document."""
+        return [self.records[key(each, arm)] for each in self.documents]
+
+    def _document(self, document: TokenDocument) -> dict[str, Any]:
+        spans = {arm: self.records[key(document, arm)]["spans"] for arm in self.plan.arms}
+        return {
+            "name": document.name,
+            "tokens": len(document.ids),
+            "nll": {span: {arm: _mean(spans[arm][span]) for arm in self.plan.arms} for span in SPANS},
+        }
+
+    def _arm(self, arm: str) -> dict[str, Any]:
+        """The row of an arm in the table."""
+        records = self._records_of(arm)
+        sums = {span: _total(each["spans"][span] for each in records) for span in SPANS}
+        nll = {span: _mean(sums[span]) for span in SPANS}
+        tokens, seconds = (sum(each[name] for each in records) for name in ("tokens", "seconds"))
+        return {
+            "tokens": tokens,
+            "scored": {span: int(sums[span][1]) for span in SPANS},
+            "nll": nll,
+            "perplexity": {span: math.exp(each) for span, each in nll.items()},
+            "closed": self._closed(arm),
+            "cache_bytes": max(max(each["points"]["cache_bytes"]) for each in records),
+            "tokens_per_second": tokens / seconds,
+        }
+
+    def _closed(self, arm: str) -> dict[str, float] | None:
+        """Share of the gap from window to full that an arm closes, with its 95 % interval over documents."""
+        if not {"window", "full"} <= set(self.plan.arms) or arm in ("window", "full"):
+            return None
+        columns = [[each["spans"]["beyond"][0] for each in self._records_of(name)] for name in ("window", arm, "full")]
+        rows = np.array(columns, dtype=float).T
+        low, high = interval(rows, closed_share, seed=self.seed)
+        return {"share": closed_share(rows), "low": low, "high": high}
+
+    def _group(self, span: str, group: str) -> dict[str, Any]:
+        """Number of tokens and mean scores of a group."""
+        totals = {arm: _total(each["groups"][span][group] for each in self._records_of(arm)) for arm in self.plan.arms}
+        tokens = int(max(each[1] for each in totals.values()))
+        return {"tokens": tokens, "nll": {arm: _mean(each) for arm, each in totals.items()}}
 
 
 def closed_share(sums: NDArray[np.float64]) -> float:
@@ -110,23 +143,17 @@ def closed_share(sums: NDArray[np.float64]) -> float:
     return float((window - arm) / (window - full)) if window != full else math.nan
 
 
-def _groups(span: str, documents: Sequence[TokenDocument], plan: PerplexityPlan, records: Records) -> dict[str, Any]:
-    """Number of tokens and mean scores of each group."""
-    rows: dict[str, Any] = {}
-    for group in GROUPS:
-        sums = {arm: [records[key(each, arm)]["groups"][span][group] for each in documents] for arm in plan.arms}
-        totals = {arm: np.array(each, dtype=float).sum(0) for arm, each in sums.items()}
-        tokens = int(max(each[1] for each in totals.values()))
-        rows[group] = {"tokens": tokens, "nll": {arm: _mean(each) for arm, each in totals.items()}}
-    return rows
-
-
 def _curve(bins: Sequence[Sequence[Sequence[float]]]) -> list[float]:
     """Mean score of each bin over all documents that reach it; NaN for an empty one."""
     total = np.zeros((max(len(each) for each in bins), 2))
     for each in bins:
         total[: len(each)] += np.array(each, dtype=float).reshape(-1, 2)
     return [_mean(each) for each in total]
+
+
+def _total(sums_and_numbers: Iterable[Sequence[float]]) -> NDArray[np.float64]:
+    total: NDArray[np.float64] = np.array(list(sums_and_numbers), dtype=float).sum(0)
+    return total
 
 
 def _mean(sum_and_number: Sequence[float] | NDArray[np.float64]) -> float:

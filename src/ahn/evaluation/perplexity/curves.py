@@ -14,7 +14,7 @@ def plot(results: Mapping[str, Any], title: str, exact: int) -> Any:
     """Three panels over one axis of tokens.
 
     Args:
-        results: As `results.results` gives them.
+        results: As `Averages.report` gives them.
         title: What was read, by which model.
         exact: Sinks and window, where a dotted line stands.
 
@@ -22,19 +22,19 @@ def plot(results: Mapping[str, Any], title: str, exact: int) -> Any:
         A `matplotlib.figure.Figure`.
     """
     figure = new_figure(12.5, 4.2)
-    scores, cache, resident = figure.subplots(1, 3)
+    scores, cache, process = figure.subplots(1, 3)
     points, colours = results["points"], arm_colours(list(results["points"]["arms"]))
     width = results["positions"]["bin_tokens"]
     for arm, means in results["positions"]["nll"].items():
         middles = [(number + 0.5) * width for number in range(len(means))]
         scores.plot(middles, means, color=colours[arm], label=arm, linewidth=1.3)
     for arm, each in points["arms"].items():
-        for panel, name in ((cache, "cache_bytes"), (resident, "resident_bytes")):
+        for panel, name in ((cache, "cache_bytes"), (process, "resident_bytes")):
             megabytes = [value / 1e6 for value in each[name]]
             panel.plot(each["tokens"], megabytes, color=colours[arm], label=f"{arm}: {megabytes[-1]:,.1f}")
     _full_cache(cache, points)
     _finish(cache, "Cache", "MB", exact)
-    _finish(resident, "Memory of the process", "MB", exact)
+    _finish(process, "Memory of the process", "MB", exact)
     _finish(scores, "Score of a token", "nats", exact)
     figure.suptitle(title, fontsize=12)
     return figure

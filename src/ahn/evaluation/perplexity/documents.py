@@ -38,7 +38,7 @@ def whole(texts: dict[str, Ids], opening: Sequence[int], length: int | None) -> 
     return [TokenDocument(name, _opened(opening, ids)[:length]) for name, ids in texts.items()]
 
 
-def pieces(texts: dict[str, Ids], opening: Sequence[int], length: int, count: int) -> list[TokenDocument]:
+def excerpts(texts: dict[str, Ids], opening: Sequence[int], length: int, count: int) -> list[TokenDocument]:
     """Pieces of exactly one length: all texts are cut, and some taken at even distances over all pieces.
 
     Args:

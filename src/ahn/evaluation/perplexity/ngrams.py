@@ -53,8 +53,8 @@ def group_tokens(
         ends = np.arange(n - 1, n - 1 + len(closed))  # positions of the tokens that close an n-gram
         before = _last_before(closed)
         last = ends[before]
-        in_sight = (last < sinks) | (last > ends - 1 - window)
-        known = np.where(before < 0, NEVER, np.where(in_sight, WINDOW, EVICTED))
+        visible = (last < sinks) | (last > ends - 1 - window)
+        known = np.where(before < 0, NEVER, np.where(visible, WINDOW, EVICTED))
         groups[ends - 1] = np.where(counts[closed] > most, OFTEN, known)
         by_document.append(groups)
     return by_document

@@ -10,7 +10,7 @@ import math
 import os
 import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -26,6 +26,7 @@ from ahn.evaluation.perplexity.documents import TokenDocument
 from ahn.evaluation.perplexity.ngrams import GROUPS
 from ahn.generation import automatic_chunk
 
+Precision = Literal["float32", "bfloat16"]
 _BINS = 32
 _POINTS = 128  # of the curves of bytes
 
@@ -39,12 +40,14 @@ class PerplexityPlan:
         exact: Sinks and window: tokens up to which all arms but `tail` read alike.
         bin_tokens: Tokens of a bin of the curve of scores.
         full_limit: Tokens that `full` reads at most.
+        precision: What products are rounded to, "float32" or "bfloat16".
     """
 
     arms: Sequence[str]
     exact: int
     bin_tokens: int
     full_limit: int
+    precision: Precision = "float32"
 
     def limit(self, arm: str, tokens: int) -> int:
         """Tokens that an arm reads of a document with this number of them."""
@@ -56,13 +59,16 @@ class PerplexityPlan:
         return {"beyond": slice(self.exact, max(self.exact, end)), "after": slice(max(self.exact, end), tokens)}
 
 
-def make_plan(model: nn.Module, arms: Sequence[str], documents: Sequence[TokenDocument]) -> PerplexityPlan:
+def make_plan(
+    model: nn.Module, arms: Sequence[str], documents: Sequence[TokenDocument], precision: Precision = "float32"
+) -> PerplexityPlan:
     """The plan for these documents and this model.
 
     Args:
         model: A model with a memory attached; sinks and window are those of its current settings.
         arms: Names of the arms.
         documents: What will be read.
+        precision: What products are rounded to.
 
     Raises:
         EvaluationError: A document is longer than the positions that the model has.
@@ -75,7 +81,7 @@ def make_plan(model: nn.Module, arms: Sequence[str], documents: Sequence[TokenDo
             f"read less of it with --length {limit}"
         )
     exact = attachment.settings.sinks + attachment.settings.window
-    return PerplexityPlan(arms, exact, bin_tokens(longest), attachment.trained_context)
+    return PerplexityPlan(arms, exact, bin_tokens(longest), attachment.trained_context, precision)
 
 
 def bin_tokens(longest: int) -> int:
@@ -111,10 +117,11 @@ def measure(
     points: dict[str, list[int]] = {"tokens": [], "cache_bytes": [], "resident_bytes": []}
     device = model.get_input_embeddings().weight.device  # type: ignore[operator]
     for chunk in ids.split(automatic_chunk(model)):
-        reader.prefill(chunk)
+        with torch.autocast(device.type, torch.bfloat16, enabled=plan.precision == "bfloat16"):
+            reader.prefill(chunk)
         if reader.tokens >= min(next_point, ids.numel()):
             next_point = reader.tokens + ids.numel() / _POINTS
-            for name, value in zip(points, (reader.tokens, reader.cache_bytes, resident_bytes(device))):
+            for name, value in zip(points, (reader.tokens, reader.cache_bytes, process_bytes(device))):
                 points[name].append(value)
         on_progress(reader.tokens, f"{arm}, cache {reader.cache_bytes / 1e6:,.1f} MB")
     nll = reader.nll.double().numpy()
@@ -166,7 +173,7 @@ def key(document: TokenDocument, arm: str) -> str:
     return f"{document.name} | {arm}"
 
 
-def resident_bytes(device: torch.device) -> int:
+def process_bytes(device: torch.device) -> int:
     """Bytes that this process holds now: resident memory on a CPU, allocated tensors on a CUDA device.
 
     Where the system does not tell what is resident now (no /proc), it is the most that was resident so far; 0 where it

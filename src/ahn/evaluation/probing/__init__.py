@@ -1,6 +1,6 @@
 """What a memory has kept of a text: which evicted tokens the student still lacks, how full its state is, its gates.
 
-`token_gradients` and `trace_state` measure on one text; `figures` draws state and gates, `shading` shows the text. All
+`token_gradients` and `trace_state` measure on one text; `plots` draws state and gates, `shading` shows the text. All
 of it needs torch.
 """
 

@@ -26,8 +26,9 @@ class TokenGradients:
     """How much the distillation loss of one text depends on each of its tokens.
 
     Attributes:
-        norms: Length of the gradient of `loss` with respect to each token's embedding, nats per token and unit of the
-            embedding, `[T]` float32 on the CPU (float64 for a float64 model); sinks and window included.
+        norms: Length of the gradient of `loss` with respect to each token's embedding, `[T]` float32 on the CPU. Its
+            unit is nats per token and unit of the embedding; a float64 model gives float64. Sinks and window are
+            included.
         loss: Mean divergence KL(teacher || student) over the positions that count, nats per token.
         positions: Number of these positions.
         window: Tokens of the student's window.
@@ -57,15 +58,15 @@ def token_gradients(
     """Gradient of the distillation loss with respect to the embedding of every token of a text.
 
     The paper (figure 5) colours each evicted token by the gradient of the self-distillation loss with respect to its
-    embedding, and reads a small gradient as: the memory has kept what the loss needs of this token; a large one as:
-    it has not. Here the loss is the one that memories are trained with, the mean of KL(teacher || student) over
-    positions beyond sinks and window; the gradient is taken through the student alone, the teacher's distributions
-    being constant; a token's value is the Euclidean length of its gradient.
+    embedding. A small gradient means that the memory has kept what the loss needs of this token, and a large one that
+    it has not. Here the loss is the one that memories are trained with: the mean of KL(teacher || student) over
+    positions beyond sinks and window. The teacher's distributions are constant, so that the gradient is taken through
+    the student alone. A token's value is the Euclidean length of its gradient.
 
-    The gradient has every way through the student, not only that through the memory: a token also acts on its own
-    position and on those that read it while it was still in the window, if they count. With positions="last", which
-    is not the paper's, they do not count for a token more than a window before the last window: it acts through the
-    memory alone, or through tokens that had read it.
+    The gradient takes every way through the student, not only that through the memory. A token also acts on its own
+    position, and on those that read it while it was in the window, if they count. With positions="last", which is not
+    the paper's, only the last window counts. A token more than a window before it then acts through the memory alone,
+    or through tokens that had read it.
 
     Args:
         model: A model with a memory attached, in evaluation mode.

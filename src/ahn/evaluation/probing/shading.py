@@ -54,7 +54,7 @@ class Scale:
     high: float
 
     @classmethod
-    def of(cls, values: torch.Tensor) -> Scale:
+    def spanning(cls, values: torch.Tensor) -> Scale:
         """The scale of values, from the second to the ninety-eighth of a hundred; zeros do not count.
 
         Args:

@@ -1,7 +1,7 @@
 """How full the state is while a text is read, and what the gates let in and out of it.
 
-Legend of shapes: T tokens, E evicted tokens, L layers with a memory, P looks at the state, H query heads, K key size,
-V value size.
+Legend of shapes: T tokens, E evicted tokens, L layers with a memory, P snapshots of the state, H query heads, K key
+size, V value size.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from ahn.evaluation.probing.gradients import check_text
 from ahn.generation import Reader
 from ahn.memories import Gating
 
-_LOOKS = 6
+_SNAPSHOTS = 6
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -30,8 +30,8 @@ class StateTrace:
 
     Attributes:
         layers: Indices of the layers with a memory.
-        tokens: Tokens read at each look.
-        rank: Effective rank of every head's state at each look, `[P, L, H]`, from 0 (empty) to `full_rank`.
+        tokens: Tokens read at each snapshot.
+        rank: Effective rank of every head's state at each snapshot, `[P, L, H]`, from 0 (empty) to `full_rank`.
         full_rank: The most that the rank can be, min(K, V), of each layer.
         write: Write strength of each evicted token, mean over heads, `[L, E]`; see `ahn.memories.Gating`.
         decay: Share of the state that each evicted token lets live, mean over heads; `None` where nothing decays.
@@ -75,7 +75,7 @@ def trace_state(
     *,
     window: int | None = None,
     sinks: int | None = None,
-    looks: int = _LOOKS,
+    snapshots: int = _SNAPSHOTS,
 ) -> StateTrace:
     """Reads a text and looks at the states from time to time, and at the gates of every evicted token.
 
@@ -84,7 +84,7 @@ def trace_state(
         input_ids: As for `token_gradients`.
         window: As for `token_gradients`.
         sinks: As for `token_gradients`.
-        looks: How often to look at the states, at even distances, the last time at the end; at least 1.
+        snapshots: How often to look at the states, at even distances, the last time at the end; at least 1.
 
     Raises:
         ModelError: No memory is attached.
@@ -97,7 +97,7 @@ def trace_state(
     ids = check_text(model, input_ids, window, sinks)
     sites = [site for site in attachment.sites if site.memory is not None]
     evicted = ids.numel() - window - sinks
-    stops = sorted({sinks + window + -(-evicted * look // looks) for look in range(1, looks + 1)})
+    stops = sorted({sinks + window + -(-evicted * number // snapshots) for number in range(1, snapshots + 1)})
     ranks = []
     with ahn.mode(model, "ahn", window=window, sinks=sinks), _listening(model, sites) as heard:
         reader = Reader(model, score=False)

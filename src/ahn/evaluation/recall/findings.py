@@ -96,10 +96,10 @@ def _ranks(maker: ItemMaker, reader: ArmReader, values: Sequence[Value]) -> dict
     ranks: dict[Value, int] = {}
     for question in dict.fromkeys(value.question for value in values):
         asked = _after(reader, maker.closing(question))
-        candidates = {value: maker.candidates(value) for value in values if value.question == question}
-        every = dict.fromkeys(ids for alike in candidates.values() for ids in alike)
+        ranked = {value: maker.ranked_values(value) for value in values if value.question == question}
+        every = dict.fromkeys(ids for alike in ranked.values() for ids in alike)
         scores = {ids: -float(_after(asked, ids).nll.double().sum()) for ids in every}
-        ranks |= {value: rank([scores[ids] for ids in alike]) for value, alike in candidates.items()}
+        ranks |= {value: rank([scores[ids] for ids in alike]) for value, alike in ranked.items()}
     return ranks
 
 

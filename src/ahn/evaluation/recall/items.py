@@ -29,7 +29,7 @@ _ROOM_PER_VALUE = 6
 def _span_label(start: int, stop: int, sinks: int, window: int, question: int, end: int) -> str | None:
     """The span of a needle, tokens `start` to `stop`, when it is asked for; `None` if it straddles two.
 
-    It is in the window if it stays there until the answer ends, and evicted if it was gone when the question began: in
+    It is in the window if it stays there until the answer ends, and evicted if it was gone when the question began. In
     between, the question's own tokens could carry it on.
     """
     if stop <= sinks:
@@ -61,12 +61,12 @@ class _Layout:
             if not more or room - len(self.ids) < _SHORTEST:
                 break
 
-    def settle(self, wanted: set[int], clear: Callable[[tuple[int, int]], bool]) -> int:
+    def settle(self, asked_for: set[int], clear: Callable[[tuple[int, int]], bool]) -> int:
         """Moves wanted needles that are not clear of two spans to the nearest place where they are; how many moved."""
         moved: set[int] = set()
         hopeless: set[int] = set()
-        for _ in range(2 * len(wanted)):  # a needle that moves may push another one
-            unclear = sorted(index for index in wanted - hopeless if not clear(self.spans[index]))
+        for _ in range(2 * len(asked_for)):  # a needle that moves may push another one
+            unclear = sorted(index for index in asked_for - hopeless if not clear(self.spans[index]))
             if not unclear:
                 break
             (moved if self._move(unclear[0], clear) else hopeless).add(unclear[0])
@@ -114,7 +114,7 @@ class _Layout:
         text += "".join(self._sentences[last:])
         encoded = self.tokenizer(text.rstrip(), add_special_tokens=False, return_offsets_mapping=True, verbose=False)
         self.ids: list[int] = list(encoded["input_ids"])
-        starts, stops = ([offset[side] for offset in encoded["offset_mapping"]] for side in (0, 1))
+        starts, stops = ([offset[end] for offset in encoded["offset_mapping"]] for end in (0, 1))
         self.spans = [(bisect.bisect_right(stops, first), bisect.bisect_left(starts, end)) for first, end in marks]
 
 
@@ -155,7 +155,7 @@ class ItemMaker:
         haystack: Sentences.
 
     Raises:
-        EvaluationError: The tokenizer cannot tell which characters a token stands for, a length has no room for the
+        EvaluationError: The tokenizer cannot tell which characters a token stands for. Or a length has no room for the
             needles of a task, or the haystack is too short for it.
 
     Attributes:
@@ -204,7 +204,7 @@ class ItemMaker:
         """Most tokens of an answer that must hold these values."""
         return _ROOM + sum(self.count(f" {value.text}") + _ROOM_PER_VALUE for value in values)
 
-    def candidates(self, value: Value) -> list[tuple[int, ...]]:
+    def ranked_values(self, value: Value) -> list[tuple[int, ...]]:
         """Token ids of the values that are ranked, the right one first."""
         cue, skip = value.question.cue, self.count(value.question.cue)
         texts = (f"{cue} {text}" for text in (value.text, *value.wrong))
@@ -227,15 +227,15 @@ class ItemMaker:
             return _span_label(first, stop, self.sinks, self.window, question, question + answered)
 
         values = [value for values in facts.questions.values() for value in values]
-        wanted = {index for value in values for index in value.needles}
-        moved = text.settle(wanted, lambda span: label(span) is not None)
+        asked_for = {index for value in values for index in value.needles}
+        moved = text.settle(asked_for, lambda span: label(span) is not None)
         labels = {value: _hardest([label(text.spans[index]) for index in value.needles]) for value in values}
         return RecallItem(
             context=(*self.opening, *text.ids),
             questions=facts.questions,
             labels=labels,
             depths={value: _depth(text, value) for value in values},
-            needles=frozenset(before + place for index in wanted for place in range(*text.spans[index])),
+            needles=frozenset(before + token for index in asked_for for token in range(*text.spans[index])),
             window_begins=(max(0, before + len(text.ids) + answered - self.window) - before) / len(text.ids),
             moved=moved,
             tokens=before + len(text.ids) + after,

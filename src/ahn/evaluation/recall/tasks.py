@@ -126,14 +126,14 @@ def _new(rng: random.Random, kind: str, count: int, taken: Collection[str] = ())
 def _single(rng: random.Random, spec: Spec, kind: str = "number") -> Facts:
     (key,) = _new(rng, "word", 1)
     right, *wrong = _new(rng, kind, 1 + spec.distractors, [key])
-    return Facts(_needles([key], [right], [spec.depth or 0.0], kind), _ask(key, right, 0, wrong, kind))
+    return Facts(_needles([key], [right], [spec.depth or 0.0], kind), _query(key, right, 0, wrong, kind))
 
 
 def _multi_key(rng: random.Random, spec: Spec) -> Facts:
     keys, numbers = _pairs(rng, 1 + _OTHER_KEYS)
     depths = [spec.depth or 0.0, *(rng.random() for _ in range(_OTHER_KEYS))]
     wrong = _wrong(rng, numbers, numbers[:1], spec)
-    return Facts(_needles(keys, numbers, depths), _ask(keys[0], numbers[0], 0, wrong))
+    return Facts(_needles(keys, numbers, depths), _query(keys[0], numbers[0], 0, wrong))
 
 
 def _multi_value(rng: random.Random, spec: Spec) -> Facts:
@@ -192,7 +192,7 @@ def _among_needles(rng: random.Random, spec: Spec) -> Facts:
             yield _fact(key, number) + " "
 
     needles = _needles(keys[:1], numbers[:1], [spec.depth or 0.0])
-    return Facts(needles, _ask(keys[0], numbers[0], 0, numbers[1:]), filler())
+    return Facts(needles, _query(keys[0], numbers[0], 0, numbers[1:]), filler())
 
 
 def _capacity(rng: random.Random, spec: Spec) -> Facts:
@@ -204,7 +204,7 @@ def _capacity(rng: random.Random, spec: Spec) -> Facts:
     chosen = [rng.randrange(first, last) for first, last in itertools.pairwise(edges)]
     questions: Questions = {}
     for i in chosen:
-        questions |= _ask(keys[i], numbers[i], i, _wrong(rng, rng.sample(numbers, facts), [numbers[i]], spec))
+        questions |= _query(keys[i], numbers[i], i, _wrong(rng, rng.sample(numbers, facts), [numbers[i]], spec))
     return Facts(_needles(keys, numbers, depths), questions)
 
 
@@ -243,7 +243,7 @@ def _question(key: str, kind: str = "number") -> Question:
     return Question(f"What is the secret {kind} of {key}?", f"The secret {kind} of {key} is")
 
 
-def _ask(key: str, right: str, needle: int, wrong: Sequence[str], kind: str = "number") -> Questions:
+def _query(key: str, right: str, needle: int, wrong: Sequence[str], kind: str = "number") -> Questions:
     question = _question(key, kind)
     return {question: (Value(right, (needle,), tuple(wrong), question),)}
 

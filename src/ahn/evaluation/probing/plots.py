@@ -1,6 +1,6 @@
 """The state and the gates over a text, drawn.
 
-Legend of shapes: E evicted tokens, L layers with a memory, P looks at the state, H query heads.
+Legend of shapes: E evicted tokens, L layers with a memory, P snapshots of the state, H query heads.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def draw(trace: StateTrace, sinks: int) -> dict[str, tuple[Any, str]]:
         trace: What was measured.
         sinks: Number of sinks, which is the first evicted token's position.
     """
-    figures = {
+    plots = {
         "rank": (
             _rank(trace),
             "How full the state is: effective rank of each head's state, as a share of the most it can be. Left: at "
@@ -39,8 +39,8 @@ def draw(trace: StateTrace, sinks: int) -> dict[str, tuple[Any, str]]:
     }
     if trace.decay is not None:
         caption = "Decay: share of the state that each evicted token lets live, in each layer, mean over heads."
-        figures["decay"] = (_small_plots(trace, trace.decay, sinks, "Share of the state that is kept"), caption)
-    return figures
+        plots["decay"] = (_small_plots(trace, trace.decay, sinks, "Share of the state that is kept"), caption)
+    return plots
 
 
 def _rank(trace: StateTrace) -> Any:
@@ -49,7 +49,7 @@ def _rank(trace: StateTrace) -> Any:
     fullness = trace.fullness
     image = left.imshow(fullness[-1].tolist(), cmap=_COLOURS, vmin=0, vmax=1, aspect="auto", interpolation="nearest")
     left.set(title="At the end", xlabel="head", ylabel="layer")
-    left.set_yticks(*_thinned(trace.layers))
+    left.set_yticks(*_layer_ticks(trace.layers))
     figure.colorbar(image, ax=left, label="effective rank / most it can be")
     colours = image.cmap(torch.linspace(0, 0.92, len(trace.layers)).tolist())
     for layer, values, colour in zip(trace.layers, fullness.mean(-1).T.tolist(), colours):
@@ -70,9 +70,9 @@ def _small_plots(trace: StateTrace, values_LE: torch.Tensor, sinks: int, title: 
     panels = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).flatten()
     bins = min(_POINTS, evicted)
     binned = functional.adaptive_avg_pool1d(values_LE, bins)
-    places = [sinks + (bin + 0.5) * evicted / bins - 0.5 for bin in range(bins)]
+    positions = [sinks + (bin + 0.5) * evicted / bins - 0.5 for bin in range(bins)]
     for panel, layer, line in zip(panels, trace.layers, binned.tolist()):
-        panel.plot(places, line, color=_LINE, linewidth=0.8)
+        panel.plot(positions, line, color=_LINE, linewidth=0.8)
         panel.set_title(f"layer {layer}", fontsize=8, pad=2)
         panel.tick_params(labelsize=7)
         tidy(panel)
@@ -83,8 +83,8 @@ def _small_plots(trace: StateTrace, values_LE: torch.Tensor, sinks: int, title: 
     return figure
 
 
-def _thinned(layers: tuple[int, ...]) -> tuple[list[int], list[str]]:
+def _layer_ticks(layers: tuple[int, ...]) -> tuple[list[int], list[str]]:
     """Places and names of as many layers as an axis has room for."""
     step = -(-len(layers) // 12)
-    places = list(range(0, len(layers), step))
-    return places, [str(layers[place]) for place in places]
+    ticks = list(range(0, len(layers), step))
+    return ticks, [str(layers[tick]) for tick in ticks]

@@ -1,0 +1,307 @@
+"""What a server costs: sessions that write together, a document that was read before, and a rough load.
+
+    python benchmarks/serve.py                                   # SmolLM2, about half an hour on two cores
+    python benchmarks/serve.py --tokens 4000 --document 8000     # the same, shorter
+    python benchmarks/serve.py --parts load                      # 200 requests, 16 at once, and a kill -9
+
+The three parts are independent. Ratios come from rounds that take turns in one process; times are medians.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import os
+import random
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers.cache_utils import DynamicCache
+
+import ahn
+from ahn.cli.loading import ModelChoice, load
+from ahn.cli.texts import reference
+from ahn.generation import Reader, full_cache_bytes
+from ahn.models.text import text_tokens
+from ahn.serving.batch import Batch, Row, forward
+
+Table = list[tuple[str, str]]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="smollm2-135m")
+    parser.add_argument("--tokens", type=int, default=32_768, help="tokens that each writing session has read")
+    parser.add_argument("--full", type=int, help="tokens that full attention has read; --tokens if left out")
+    parser.add_argument("--sessions", type=int, default=8)
+    parser.add_argument("--anchors", type=int, default=64)
+    parser.add_argument("--window", type=int, help="tokens of the window; the usual number if left out")
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--document", type=int, default=100_000, help="tokens of the document that is asked about")
+    parser.add_argument("--requests", type=int, default=200)
+    parser.add_argument("--at-once", type=int, default=16)
+    parser.add_argument("--parts", default="writing,document,load")
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    known: dict[str, Callable[[Any], Table]] = {"writing": writing, "document": document, "load": loaded_server}
+    rows: Table = []
+    for part in options.parts.split(","):
+        for row in known[part](options):
+            print(f"| {row[0]} | {row[1]} |", flush=True)
+            rows.append(row)
+    if options.json is not None:
+        options.json.write_text(json.dumps(dict(rows), indent=2) + "\n")
+
+
+@torch.no_grad()
+def writing(options: Any) -> Table:
+    """Tokens per second of one session, of several, and of the base model with a cache that grows."""
+    loaded = load(ModelChoice(options.model, window=options.window))
+    model: Any = loaded.model.eval()
+    ids = torch.tensor(text_tokens(reference(), loaded.tokenizer))
+    ids = ids.repeat(-(-options.tokens // ids.numel()))[: options.tokens]
+    with ahn.mode(model, "ahn", anchors=options.anchors):
+        early = Reader(model, score=False)
+        early.prefill(ids[: options.tokens // 2])
+        reader = Reader(model, fork_of(early), score=False)
+        reader.prefill(ids[options.tokens // 2 :])
+        steps = {
+            "one session": steps_of(model, reader, 1),
+            f"{options.sessions} sessions": steps_of(model, reader, options.sessions),
+        }
+        sizes = [bytes_of(model, each, options.sessions) for each in (early, reader)]
+        full = options.full or options.tokens
+        for rows in (1, 2):
+            steps[f"full attention after {full:,} tokens, {rows} in a batch"] = full_steps(model, full, rows)
+        seconds = interleaved(steps, options.rounds)
+    table = [(f"{name}: tokens/s", f"{1 / each:.1f}") for name, each in seconds.items()]
+    one, many, *others = seconds.values()
+    whole = full_cache_bytes(model, full) * options.sessions
+    return [
+        *table,
+        (f"{options.sessions} sessions against one", f"{one / many:.2f} times"),
+        (f"{options.sessions} sessions against the best batch of full attention", f"{min(others) / many:.1f} times"),
+        (f"bytes of {options.sessions} sessions after {options.tokens // 2:,} tokens each", f"{sizes[0]:,}"),
+        (f"bytes of {options.sessions} sessions after {options.tokens:,} tokens each", f"{sizes[1]:,}"),
+        (f"bytes of full attention for {options.sessions} sessions of {full:,} tokens", f"{whole:,}"),
+    ]
+
+
+def steps_of(model: Any, reader: Reader, sessions: int) -> Callable[[], int]:
+    """A step of sessions that have read the same."""
+    batch = Batch(model, sessions)
+    rows = [Row(fork_of(reader), reader.logits) for _ in range(sessions)]
+
+    def step() -> int:
+        batch.step(rows, [int(row.logits.argmax()) for row in rows])
+        return sessions
+
+    return step
+
+
+def fork_of(reader: Reader) -> Any:
+    cache: Any = reader.cache
+    return cache.fork()
+
+
+def bytes_of(model: Any, reader: Reader, sessions: int) -> int:
+    batch = Batch(model, sessions)
+    batch.step([Row(fork_of(reader), reader.logits) for _ in range(sessions)], [5] * sessions)
+    return batch.nbytes
+
+
+def full_steps(model: Any, tokens: int, rows: int) -> Callable[[], int]:
+    """A step of the base model with its own cache, which is filled with random numbers: its speed is the same."""
+    cache = DynamicCache(config=model.config)
+    config = model.config
+    size = config.hidden_size // config.num_attention_heads
+    for layer in range(config.num_hidden_layers):
+        shape = rows, config.num_key_value_heads, tokens, size
+        cache.update(torch.randn(shape) * 0.1, torch.randn(shape) * 0.1, layer)
+    ids = torch.full((rows, 1), 5)
+
+    def step() -> int:
+        with ahn.mode(model, "full"):
+            forward(model, ids, cache)  # type: ignore[arg-type]
+        return rows
+
+    return step
+
+
+def interleaved(steps: dict[str, Callable[[], int]], rounds: int) -> dict[str, float]:
+    """Median seconds of a token, from rounds in which all take their turns."""
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    for round_ in range(rounds + 1):
+        for name, step in steps.items():
+            start = time.perf_counter()
+            tokens = step()
+            if round_:  # the first warms up
+                seconds[name].append((time.perf_counter() - start) / tokens)
+    return {name: statistics.median(each) for name, each in seconds.items()}
+
+
+@contextmanager
+def server(options: Any, folder: Path) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """`ahn serve` in a process of its own."""
+    command = [sys.executable, "-m", "ahn", "serve", options.model, "--port", "0", "--session-dir", str(folder)]
+    command += [] if options.window is None else ["--window", str(options.window)]
+    command += ["--anchors", str(options.anchors), "--max-sessions", str(options.sessions)]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            lines: Any = process.stderr
+            address = next(word for line in lines for word in line.split() if word.startswith("http://")).rstrip(",")
+            ThreadPoolExecutor(1).submit(lines.read)  # or it would wait for its log to be read
+            wait_for(address)
+            yield process, address
+        finally:
+            process.kill()
+
+
+def wait_for(address: str) -> None:
+    import httpx
+
+    transport = httpx.HTTPTransport(retries=10)  # 0.5, 1, 2, ... seconds apart
+    with httpx.Client(transport=transport, timeout=None) as client:
+        client.get(f"{address}/health").raise_for_status()
+
+
+def document(options: Any) -> Table:
+    """Time to the first word of questions with a document that was read before, and without."""
+    import httpx
+
+    from ahn.models import load_tokenizer
+
+    tokenizer = load_tokenizer(options.model)
+    ids = text_tokens(reference(), tokenizer)
+    text = tokenizer.decode(list(itertools.islice(itertools.cycle(ids), options.document)))
+    with tempfile.TemporaryDirectory() as folder, server(options, Path(folder)) as (_, address):
+        client = httpx.Client(base_url=address, timeout=None)
+        file = client.post("/v1/files", files={"file": ("document.txt", text.encode())}).json()
+        while (file := client.get(f"/v1/files/{file['id']}").json())["status"] == "uploaded":
+            time.sleep(1)
+        waits: dict[str | None, list[float]] = {None: [], file["id"]: []}
+        for number in range(options.rounds + 1):
+            for which, times in waits.items():
+                words = f"Question {number}: what does the text say about number {random.random()}?"
+                times.append(first_word(client, options.model, words, which))
+        plain, asked = (statistics.median(times[1:]) for times in waits.values())
+    return [
+        ("document: tokens", f"{file['ahn']['tokens']:,}"),
+        ("document: bytes of its cache", f"{file['ahn']['cache_bytes']:,}"),
+        ("document: bytes of full attention", f"{file['ahn']['full_cache_bytes']:,}"),
+        ("document: tokens read per second", f"{file['ahn']['tokens_per_second']:.0f}"),
+        ("first word without a document", f"{plain:.2f} s"),
+        ("first word about the document", f"{asked:.2f} s"),
+        ("ratio", f"{asked / plain:.2f}"),
+    ]
+
+
+def first_word(client: Any, model: str, words: str, which: str | None) -> float:
+    body = {
+        "model": model,
+        "messages": [{"role": "user", "content": words}],
+        "max_tokens": 4,
+        "temperature": 0,
+        "stream": True,
+        "ahn": {"document": which},
+    }
+    start, first = time.perf_counter(), 0.0
+    with client.stream("POST", "/v1/chat/completions", json=body) as response:
+        for line in response.iter_lines():
+            if not first and '"content": "' in line and '"content": ""' not in line:
+                first = time.perf_counter() - start
+    return first
+
+
+def loaded_server(options: Any) -> Table:
+    """Many requests at once, some of which are wrong, slow or go away; then a kill, and the sessions that stay."""
+    import httpx
+
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        with server(options, folder) as (process, address):
+            alone = {number: answer(address, options.model, number) for number in range(10)}
+            start = time.perf_counter()
+            with ThreadPoolExecutor(options.at_once) as pool:
+                kinds = list(pool.map(lambda each: one_request(address, options, each, alone), range(options.requests)))
+            seconds = time.perf_counter() - start
+            counts = metrics(address)
+            time.sleep(2)
+            process.send_signal(signal.SIGKILL)
+        files = len(list(folder.rglob("*.cache")))
+        with server(options, folder) as (_, address):
+            cached = [answer(address, options.model, number)[1] for number in range(10)]
+            same = [answer(address, options.model, number)[0] == alone[number][0] for number in range(10)]
+            healthy = httpx.get(f"{address}/health").status_code == 200
+    tally = {kind: kinds.count(kind) for kind in sorted(set(kinds))}
+    return [
+        (f"{options.requests} requests, {options.at_once} at once", f"{seconds:.0f} s"),
+        *((f"requests: {kind}", str(count)) for kind, count in tally.items()),
+        ("answers still being written after them", counts["ahn_active"]),
+        ("requests still waiting after them", counts["ahn_queue"]),
+        ("stored sessions after kill -9", str(files)),
+        ("questions of before that find their session", f"{sum(each > 0 for each in cached)} of 10"),
+        ("answers that are the same as before", f"{sum(same)} of 10"),
+        ("healthy at the end", str(healthy)),
+    ]
+
+
+def question(model: str, number: int, **changes: Any) -> dict[str, Any]:
+    words = f"Question {number % 10}: what is {number % 10} times three? Say it in one line."
+    messages = [{"role": "user", "content": words}]
+    return {"model": model, "messages": messages, "max_tokens": 8, "temperature": 0, **changes}
+
+
+def answer(address: str, model: str, number: int) -> tuple[str, int]:
+    import httpx
+
+    told = httpx.post(f"{address}/v1/chat/completions", json=question(model, number), timeout=None).json()
+    return told["choices"][0]["message"]["content"], told["usage"]["prompt_tokens_details"]["cached_tokens"]
+
+
+def one_request(address: str, options: Any, number: int, alone: dict[int, tuple[str, int]]) -> str:
+    """Sends one request; what kind it was, and whether it was answered as it should be."""
+    import httpx
+
+    url = f"{address}/v1/chat/completions"
+    if number % 10 == 3:
+        return "malformed, refused" if httpx.post(url, content=b"{").status_code == 400 else "malformed, WRONG"
+    if number % 10 == 5:
+        body = question(options.model, number, stream=True, max_tokens=2000)
+        with httpx.stream("POST", url, json=body, timeout=None) as stream:
+            list(itertools.islice(stream.iter_lines(), 4))
+        return "gone in the middle"
+    if number % 10 == 7:
+        time.sleep(random.random())
+        words = ""
+        with httpx.stream("POST", url, json=question(options.model, number, stream=True), timeout=None) as stream:
+            for line in stream.iter_lines():
+                time.sleep(0.1)
+                if line.startswith("data: {"):
+                    words += json.loads(line[6:])["choices"][0]["delta"].get("content") or ""
+        return "slow reader, right" if words == alone[number % 10][0] else "slow reader, WRONG"
+    return "right" if answer(address, options.model, number)[0] == alone[number % 10][0] else "WRONG"
+
+
+def metrics(address: str) -> dict[str, str]:
+    import httpx
+
+    time.sleep(1.5)
+    page = httpx.get(f"{address}/metrics").text
+    return dict(line.rsplit(" ", 1) for line in page.splitlines() if not line.startswith("#"))
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+    main()
