@@ -12,7 +12,7 @@ from transformers.trainer_callback import PrinterCallback
 
 from ahn.checkpoint.content import memory_tensors
 from ahn.training.batches import Piece, Pieces
-from ahn.training.draws import SpanDraw
+from ahn.training.sampling import SpanDraw
 from ahn.training.trainer import AHNTrainer
 from tests.tiny import text, tiny, with_memory
 

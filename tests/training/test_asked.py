@@ -26,8 +26,8 @@ def documents(count: int = 4) -> list[FactText]:
 def test_votes_against_a_loop() -> None:
     weights = AnchorQueries((3, 1, 0), 3, 8, long=[False, True, True])
     weights.queries.normal_(generator=torch.Generator().manual_seed(1))
-    looks = ((0, 0.5), (0, -1.0), (2, 0.25), (1, 0.75))
-    for row, (head, offset) in enumerate(looks):
+    responses = ((0, 0.5), (0, -1.0), (2, 0.25), (1, 0.75))
+    for row, (head, offset) in enumerate(responses):
         weights.offsets[row, head] = offset
     keys = torch.randn(2, 3, 5, 8, generator=torch.Generator().manual_seed(2))
     both = weights(keys)
@@ -37,7 +37,7 @@ def test_votes_against_a_loop() -> None:
     assert far[..., [0, 2]].isnan().all()
     assert torch.equal(far[..., 1], votes[..., 1])
     assert weights.kinds.tolist() == [[1, 0, 0], [1, 0, 0], [1, 0, 0], [0, 1, 0]]
-    placed = [(row, head, offset) for row, (head, offset) in enumerate(looks)]
+    placed = [(row, head, offset) for row, (head, offset) in enumerate(responses)]
     for row in range(2):
         for token in range(5):
             for kind, own in enumerate((placed[:3], placed[3:])):
@@ -163,8 +163,8 @@ def test_each_kind_has_the_layers_that_find_it_best_and_is_as_rare_as_the_others
     for kind, meant, first in (("code", slice(25), 7), ("letter", slice(25, 40), 0)):
         found = {}
         for index, layer in layers.items():
-            looks = layer[kind]
-            found[index] = float((looks.facts_F[meant] > looks.sample_S[first:].quantile(0.98)).float().mean())
+            responses = layer[kind]
+            found[index] = float((responses.facts_F[meant] > responses.sample_S[first:].quantile(0.98)).float().mean())
         best = {index for index, least in voters.items() if kind in least}
         assert len(best) == 2
         assert min(found[index] for index in best) >= sorted(found.values())[-2]
@@ -180,16 +180,16 @@ def test_weights_hold_the_kinds_that_a_layer_votes_by() -> None:
         (asked,) = (each for each in _read(model, document, WINDOW) if each.layer == 1)
         layer.keep(asked, [kind, kind])
     is_code = torch.tensor([True, True, False, False] * 2)
-    looks = layer.looks({"code": is_code, "letter": ~is_code})
-    weights = layer.weights(looks, {"letter": 0.5}, {"code": False, "letter": True, "serial": False})
-    meant = looks.by_kind["letter"].queries
+    responses = layer.responses({"code": is_code, "letter": ~is_code})
+    weights = layer.weights(responses, {"letter": 0.5}, {"code": False, "letter": True, "serial": False})
+    meant = responses.by_kind["letter"].queries
     assert weights.counts == (0, len(meant), 0)
     assert {layer.kinds[n] for n in meant} == {"letter"}
     assert weights.long.tolist() == [0, 1, 0]
     for row, n in enumerate(meant):
         assert torch.equal(weights.queries[row], layer.queries[n])
         expected = torch.full((weights.offsets.size(1),), NEVER_ASKED)
-        expected[layer.heads[n]] = looks.offsets_N[n] - 0.5
+        expected[layer.heads[n]] = responses.offsets_N[n] - 0.5
         torch.testing.assert_close(weights.offsets[row], expected)
 
 

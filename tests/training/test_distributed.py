@@ -15,8 +15,8 @@ from ahn.checkpoint.content import memory_tensors
 from ahn.errors import ConfigError
 from ahn.training.batches import collate
 from ahn.training.distiller import Distiller
-from ahn.training.draws import Span
 from ahn.training.run import training_arguments
+from ahn.training.sampling import Span
 from ahn.training.settings import TrainSettings
 from tests.tiny import with_memory
 from tests.training.common import gradients_of_a_step, pieces

@@ -10,8 +10,8 @@ import torch
 
 from ahn.checkpoint.content import memory_tensors
 from ahn.errors import ConfigError
-from ahn.training.draws import AnchorDraw, Span
 from ahn.training.losses import distillation_loss
+from ahn.training.sampling import AnchorDraw, Span
 from tests.tiny import give_score_weights, text, with_memory
 from tests.training.common import trainer_for
 

@@ -17,7 +17,7 @@ from ahn.models import load_tokenizer
 from ahn.training.anchors import AnchorSettings, train_anchors
 from ahn.training.anchors.documents import FORMATS, UnfitText, _facts, make_document
 from ahn.training.anchors.fit import fit
-from ahn.training.anchors.later import observe
+from ahn.training.anchors.future_attention import observe
 from tests.tiny import text, tiny, with_memory
 from tests.training.common import write_base
 
@@ -130,11 +130,11 @@ def test_a_training_writes_votes_that_load(base: Path, tmp_path: Path) -> None:
     settings = AnchorSettings((story,), out, str(base), 12, 400, 16, voters=2)
     report = train_anchors(settings, said.append)
     assert len(report.layers) == 2
-    assert set(report.kept) == {"key_diff", "asked", "learned"}
+    assert set(report.shares_kept) == {"key_diff", "asked", "learned"}
     assert report.asked
     assert all(report.asked.values())
     assert sum(report.facts.values()) > 0
-    assert all(0 <= share <= 1 for kinds in report.kept.values() for each in kinds.values() for share in each)
+    assert all(0 <= share <= 1 for kinds in report.shares_kept.values() for each in kinds.values() for share in each)
     assert said[:2] == ["asked: read 10 of 10 documents", "learned: read 10 of 12 documents"]
     model = ahn.from_pretrained(base, config=ahn.AHNConfig(window=16, sinks=4))
     ahn.load_anchors(model, tmp_path / "out")

@@ -60,17 +60,17 @@ def test_weights_that_are_cast_once_give_the_same_gradients(anchors: int, monkey
 
 def test_a_cast_follows_its_weight() -> None:
     casts, weight = CastWeights(), nn.Linear(4, 4).requires_grad_(False).weight
-    assert casts.of(weight) is weight
+    assert casts.cast(weight) is weight
     with torch.autocast("cpu", torch.bfloat16):
-        cast = casts.of(weight)
-        assert casts.of(weight) is cast
+        cast = casts.cast(weight)
+        assert casts.cast(weight) is cast
         assert torch.equal(cast, weight.bfloat16())
         weight.add_(1)
-        assert torch.equal(casts.of(weight), weight.bfloat16())
+        assert torch.equal(casts.cast(weight), weight.bfloat16())
         with torch.autocast("cpu", torch.float16):
-            assert casts.of(weight).dtype == torch.float16
+            assert casts.cast(weight).dtype == torch.float16
         learning = nn.Linear(4, 4).weight
-        assert casts.of(learning) is learning
+        assert casts.cast(learning) is learning
 
 
 def test_the_average_is_the_mean_of_the_last_steps() -> None:

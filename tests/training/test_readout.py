@@ -9,9 +9,9 @@ import torch
 
 import ahn
 from ahn.checkpoint.content import memory_tensors
-from ahn.training.draws import Span, SpanDraw
+from ahn.training.initialization import set_initial_gate
 from ahn.training.readout import solve_readout
-from ahn.training.start import set_initial_gate
+from ahn.training.sampling import Span, SpanDraw
 from ahn.training.transfer import transfer_loss
 from tests.tiny import text, tiny
 

@@ -14,7 +14,7 @@ from ahn.checkpoint.content import memory_tensors
 from ahn.errors import CheckpointError, ConfigError
 from ahn.training.batches import PieceStream
 from ahn.training.distiller import Distiller
-from ahn.training.draws import Span, SpanDraw
+from ahn.training.sampling import Span, SpanDraw
 from ahn.training.trainer import AHNTrainer
 from tests.tiny import tiny, with_memory
 from tests.training.common import arguments, gradients_of_a_step, pieces, trainer_for

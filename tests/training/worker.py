@@ -22,9 +22,9 @@ from accelerate.utils import DistributedType  # noqa: E402
 from ahn.checkpoint.content import memory_tensors  # noqa: E402
 from ahn.training.batches import collate  # noqa: E402
 from ahn.training.distiller import Distiller  # noqa: E402
-from ahn.training.draws import Span  # noqa: E402
 from ahn.training.processes import part  # noqa: E402
 from ahn.training.run import training_arguments  # noqa: E402
+from ahn.training.sampling import Span  # noqa: E402
 from ahn.training.saving import load_adapter, save_adapter  # noqa: E402
 from ahn.training.settings import TrainSettings  # noqa: E402
 from tests.tiny import with_memory  # noqa: E402

@@ -175,8 +175,8 @@ class LayerCall:
             seen: Tokens seen, the new ones included.
         """
         call = self.call
-        near = seen <= call.attachment.trained_context or call.settings.sinks == 0
-        if near or call.settings.sink_positions != "bounded" or self.rotary is None:
+        within_context = seen <= call.attachment.trained_context or call.settings.sinks == 0
+        if within_context or call.settings.sink_positions != "bounded" or self.rotary is None:
             return None
         rotation, tables, positions, _ = self.rotary
         turn = call.shared("clamped", tables[0], lambda: rotation.clamped(tables, positions))

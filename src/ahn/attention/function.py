@@ -95,10 +95,10 @@ def attend_local(layer: LayerCall, query: torch.Tensor, view: VisibleKV, softmax
     if view.ordered:
         return _attend(layer, query, view, softmax)
     # What is held may be of another dtype than the token: one of them came inside autocast, the other did not.
-    held = view.local.keys.dtype
+    dtype = view.local.keys.dtype
     with ops.full_precision(query):
-        extra = None if view.extra is None else view.extra.to(held)
-        return _attend(layer, query.to(held), view._replace(extra=extra), softmax).to(query.dtype)
+        extra = None if view.extra is None else view.extra.to(dtype)
+        return _attend(layer, query.to(dtype), view._replace(extra=extra), softmax).to(query.dtype)
 
 
 def _attend(layer: LayerCall, query: torch.Tensor, view: VisibleKV, softmax: Softmax) -> torch.Tensor:

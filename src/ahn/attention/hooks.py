@@ -103,8 +103,9 @@ def after_call(backbone: Any, args: Any, output: Any) -> Any:
         return None
     CURRENT.reset(call.token)
     call.token = None
-    if call.settings.mode == "full" and isinstance(output, Mapping) and (made := compat.find_cache(output)) is not None:
-        _READ_IN_FULL.add(made)
+    in_full = call.settings.mode == "full" and isinstance(output, Mapping)
+    if in_full and (cache := compat.find_cache(output)) is not None:
+        _READ_IN_FULL.add(cache)
     if output is not None and call.step is not None:
         call.step.close()
     if output is not None and call.selection is not None:
@@ -243,8 +244,8 @@ def _padding(call: Call, inputs: torch.Tensor, mask: Any) -> Padding | None:
     """Checks that a call can be read, and finds the padding of its rows."""
     cache, (batch, new) = call.cache, inputs.shape[:2]
     seen, known = (0, None) if cache is None else (cache.seen_tokens, cache.padding)
-    if cache is not None and (held := cache.rows) not in (None, batch):
-        raise CacheError(f"the cache holds {held} rows, but the input has {batch}; start a new cache or keep the batch")
+    if cache is not None and (rows := cache.rows) not in (None, batch):
+        raise CacheError(f"the cache holds {rows} rows, but the input has {batch}; start a new cache or keep the batch")
     limit = call.attachment.position_limit
     if limit is not None and seen + new > limit:
         raise CacheError(f"this model has positions for {limit} tokens only and cannot read {seen + new}")
@@ -297,20 +298,20 @@ def _check_checkpointing(backbone: Any, call: Call) -> None:
 
 def _with_own_masks(call: Call, kwargs: dict[str, Any]) -> dict[str, Any]:
     """The arguments of a call with the masks that a wrapper asked for before it; a memory reads by their padding."""
-    given = kwargs.get("attention_mask")
-    masks = given if isinstance(given, Mapping) else {"": given}
+    host_mask = kwargs.get("attention_mask")
+    masks = host_mask if isinstance(host_mask, Mapping) else {"": host_mask}
     if not any(isinstance(mask, HostMask) for mask in masks.values()):
         return kwargs
-    made = {
+    result = {
         name: mask_of_call(call, mask.arguments) if isinstance(mask, HostMask) else mask for name, mask in masks.items()
     }
-    return {**kwargs, "attention_mask": made if isinstance(given, Mapping) else made[""]}
+    return {**kwargs, "attention_mask": result if isinstance(host_mask, Mapping) else result[""]}
 
 
-def _padding_mask(given: Any) -> Any:
+def _padding_mask(host_mask: Any) -> Any:
     """The mask of padding in what a call was given: that of a wrapper's masks, or the given one itself."""
-    mask = next(iter(given.values()), None) if isinstance(given, Mapping) else given
-    return mask.arguments.get("attention_mask") if isinstance(mask, HostMask) else given
+    mask = next(iter(host_mask.values()), None) if isinstance(host_mask, Mapping) else host_mask
+    return mask.arguments.get("attention_mask") if isinstance(mask, HostMask) else host_mask
 
 
 def _read_first_documents(backbone: Any, kwargs: dict[str, Any]) -> tuple[list[Any], dict[str, Any], bool]:

@@ -40,13 +40,13 @@ def check_attached(attachment: Attachment) -> None:
     Raises:
         ModelError: Its attention implementation was changed after the memory was attached.
     """
-    for config, before in attachment.implementations:
+    for config, original in attachment.implementations:
         name = config._attn_implementation
         if not str(name).startswith(OURS):
             raise ModelError(
                 f"the attention implementation was set to {name!r} after the memory was attached, which then is not "
                 f"read: call ahn.detach(model) first, or load the model with attn_implementation={name!r}"
-                + ("" if before == name else f" (it was {before!r})")
+                + ("" if original == name else f" (it was {original!r})")
             )
 
 

@@ -64,7 +64,7 @@ def _attend_one(
         if sink_query is None:
             return _merged(query, (keys, values, None), query, sink_part, softmax)
         sink_keys, sink_values = (
-            torch.cat((held[:, :, :sinks], own), dim=2) for held, own in ((keys, extra.keys), (values, extra.values))
+            torch.cat((local[:, :, :sinks], own), dim=2) for local, own in ((keys, extra.keys), (values, extra.values))
         )
         sink_part = sink_keys, sink_values, F.pad(extra_one, (sinks, 0))
         return _merged(query, (keys[:, :, sinks:], values[:, :, sinks:], None), sink_query, sink_part, softmax)

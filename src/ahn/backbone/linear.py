@@ -30,7 +30,7 @@ class CastWeights:
     """
 
     def __init__(self) -> None:
-        self._held: dict[int, tuple[torch.Tensor, int, torch.Tensor]] = {}  # a weight, its version then, its cast
+        self._casts: dict[int, tuple[torch.Tensor, int, torch.Tensor]] = {}  # a weight, its version then, its cast
 
     @contextmanager
     def in_use(self) -> Iterator[None]:
@@ -41,16 +41,16 @@ class CastWeights:
         finally:
             _casts.reset(token)
 
-    def of(self, weight: torch.Tensor) -> torch.Tensor:
+    def cast(self, weight: torch.Tensor) -> torch.Tensor:
         """The weight as autocast would cast it; itself where it would not, or where the weight learns."""
         device = weight.device.type
         if weight.requires_grad or not torch.is_autocast_enabled(device):
             return weight
         dtype = torch.get_autocast_dtype(device)
-        source, version, cast = self._held.get(id(weight), (None, 0, weight))
+        source, version, cast = self._casts.get(id(weight), (None, 0, weight))
         if source is not weight or version != weight._version or cast.dtype != dtype:
             cast = weight.detach().to(dtype)
-            self._held[id(weight)] = weight, weight._version, cast
+            self._casts[id(weight)] = weight, weight._version, cast
         return cast
 
 
@@ -88,4 +88,4 @@ def _forward(linear: nn.Linear, x: torch.Tensor) -> torch.Tensor:
         if native.ready(x, linear.weight, *bias) and linear.weight.is_contiguous():
             return native.linear(x, linear.weight, linear.bias)
     casts = _casts.get()
-    return functional.linear(x, linear.weight if casts is None else casts.of(linear.weight), linear.bias)
+    return functional.linear(x, linear.weight if casts is None else casts.cast(linear.weight), linear.bias)

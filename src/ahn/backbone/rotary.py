@@ -82,8 +82,8 @@ class Rotation:
 
         The position itself, or the tables where their frequencies change with the length of the text.
         """
-        kept = torch.cat(tables, dim=-1) if self.changes_with_length else positions[..., None]
-        return kept.float().expand(batch, -1, -1)
+        record = torch.cat(tables, dim=-1) if self.changes_with_length else positions[..., None]
+        return record.float().expand(batch, -1, -1)
 
     def unrotate_recorded(self, k_BHTK: torch.Tensor, record_BTR: torch.Tensor) -> torch.Tensor:
         """Keys as they were before their rotation, from what `record` kept."""

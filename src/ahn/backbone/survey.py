@@ -177,12 +177,12 @@ def _rotates(backbone: Any, module: nn.Module, args: Any, kwargs: dict[str, Any]
 def _undoes(rotation: Rotation, rotated: torch.Tensor, plain: torch.Tensor, tables: Any, positions: Any) -> bool:
     tolerance = 1e-4 if plain.dtype == torch.float32 else 5e-2
     try:
-        given = rotation.unrotate(rotated, tables)
+        captured = rotation.unrotate(rotated, tables)
         computed = rotation.unrotate_recorded(rotated, rotation.position_record(tables, positions, 1))
     except RuntimeError:  # tables of another size than a head: deepseek_v3 rotates its last part only
         return False
     atol = tolerance * float(plain.abs().max())
-    return all(torch.allclose(undone, plain, rtol=tolerance, atol=atol) for undone in (given, computed))
+    return all(torch.allclose(undone, plain, rtol=tolerance, atol=atol) for undone in (captured, computed))
 
 
 def _depends_on(tables: Any, backbone: Any, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> bool:

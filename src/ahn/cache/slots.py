@@ -83,13 +83,13 @@ class SlotCache:
             self._rings = [_ring_like(layer, self.slots) for layer in _layers(cache)]
         for index, (mine, other) in enumerate(zip(_layers(self.cache), _layers(cache), strict=True)):
             _copy_ring(self._rings[index].map(lambda tensor: tensor[number : number + 1]), other, padding)
-            row = _behind(other, cache)
+            row = _aligned(other, cache)
             stores = {name: torch.cat((mine.tensors()[name], row[name])) if number else row[name] for name in row}
-            self._place(index, number + 1, stores, seen)
+            self._put(index, number + 1, stores, seen)
         if self.cache.scoreboard is not None:
             board = _turned_board(cache, padding)
-            held = self.cache.scoreboard.stored
-            self.cache.scoreboard.stored = {n: torch.cat((held[n], board[n])) if number else board[n] for n in board}
+            tensors = self.cache.scoreboard.stored
+            self.cache.scoreboard.stored = {n: torch.cat((tensors[n], board[n])) if number else board[n] for n in board}
         self._count(torch.cat((self._counts, torch.tensor([padding]))))
         return number
 
@@ -112,7 +112,7 @@ class SlotCache:
                 for tensor in self._rings[index]:
                     tensor[row].copy_(tensor[last])
             stores = {name: tensor[order] for name, tensor in layer.tensors().items() if name not in Tokens._fields}
-            self._place(index, last, stores, layer.exact.seen)
+            self._put(index, last, stores, layer.exact.seen)
         if self.cache.scoreboard is not None:
             self.cache.scoreboard.stored = {n: tensor[order] for n, tensor in self.cache.scoreboard.stored.items()}
         self._count(self._counts[order])
@@ -138,7 +138,7 @@ class SlotCache:
             single.scoreboard.stored = _alone(self.cache, row, padding, seen)
         return single
 
-    def _place(self, index: int, rows: int, stores: Row, seen: int) -> None:
+    def _put(self, index: int, rows: int, stores: Row, seen: int) -> None:
         """Lets a layer of the cache hold this number of rows."""
         ring = self._rings[index].map(lambda tensor: tensor[:rows])
         layer = _layers(self.cache)[index]
@@ -194,10 +194,10 @@ def _ring_like(layer: HippocampalLayer, rows: int) -> Tokens:
     def make(tensor: torch.Tensor) -> torch.Tensor:
         return tensor.new_zeros(rows, tensor.size(1), room, tensor.size(3))
 
-    return _held(layer).map(make)
+    return _exact_tokens(layer).map(make)
 
 
-def _held(layer: HippocampalLayer) -> Tokens:
+def _exact_tokens(layer: HippocampalLayer) -> Tokens:
     if layer.exact.buffer is None:
         raise CacheError("a cache joins once it has read something")
     return layer.exact.buffer
@@ -205,11 +205,11 @@ def _held(layer: HippocampalLayer) -> Tokens:
 
 def _copy_ring(slot: Tokens, layer: HippocampalLayer, padding: int) -> None:
     """Copies a ring into a slot as if its text began `padding` tokens later."""
-    held, sinks, window = _held(layer), layer.exact.sinks, layer.exact.window
+    tensors, sinks, window = _exact_tokens(layer), layer.exact.sinks, layer.exact.window
     count = min(layer.exact.seen, sinks + window) - sinks
     turn = padding % window
     before_end = min(count, window - turn)
-    for mine, theirs in zip(slot, held, strict=True):
+    for mine, theirs in zip(slot, tensors, strict=True):
         if count < window:
             mine.zero_()
         mine[:, :, :sinks] = theirs[:, :, :sinks]
@@ -217,10 +217,10 @@ def _copy_ring(slot: Tokens, layer: HippocampalLayer, padding: int) -> None:
         mine[:, :, sinks : sinks + count - before_end] = theirs[:, :, sinks + before_end : sinks + count]
 
 
-def _behind(layer: HippocampalLayer, cache: HippocampalCache) -> Row:
+def _aligned(layer: HippocampalLayer, cache: HippocampalCache) -> Row:
     """What a layer keeps behind its window, with zeros where nothing has left it yet."""
     row = {name: tensor for name, tensor in layer.tensors().items() if name not in Tokens._fields}
-    keys, values, _ = _held(layer)
+    keys, values, _ = _exact_tokens(layer)
     if layer.settings.mode == "ahn" and layer.state is None:
         site = cache.attachment.sites[_layers(cache).index(layer)]
         if site.memory is not None:
@@ -240,11 +240,11 @@ def _turned_board(cache: HippocampalCache, padding: int) -> Row:
     board = cache.scoreboard
     if board is None:
         return {}
-    votes = board.stored["votes"]
-    turned = {"votes": votes.roll(padding % board.length, dims=1)}
+    score_board = board.stored["votes"]
+    turned = {"votes": score_board.roll(padding % board.length, dims=1)}
     for window in board.windows:
         scores, tokens = f"scores.{window}", f"tokens.{window}"
-        nothing = votes.new_full((1, board.anchors), float("-inf"))
+        nothing = score_board.new_full((1, board.anchors), float("-inf"))
         turned[scores] = board.stored.get(scores, nothing)
         turned[tokens] = _moved(board.stored.get(tokens, torch.full_like(nothing, -1, dtype=torch.int64)), padding)
     return turned
@@ -255,13 +255,13 @@ def _alone(cache: HippocampalCache, row: int, padding: int, seen: int) -> Row:
     board = cache.scoreboard
     if board is None:
         return {}
-    held = {name: tensor[row : row + 1].clone() for name, tensor in board.stored.items()}
-    held["votes"] = held["votes"].roll(-(padding % board.length), dims=1)
+    tensors = {name: tensor[row : row + 1].clone() for name, tensor in board.stored.items()}
+    tensors["votes"] = tensors["votes"].roll(-(padding % board.length), dims=1)
     for window in board.windows:
-        scores, tokens = held.pop(f"scores.{window}"), held.pop(f"tokens.{window}")
+        scores, tokens = tensors.pop(f"scores.{window}"), tensors.pop(f"tokens.{window}")
         if seen > board.sinks + window:
-            held |= {f"scores.{window}": scores, f"tokens.{window}": _moved(tokens, -padding)}
-    return held
+            tensors |= {f"scores.{window}": scores, f"tokens.{window}": _moved(tokens, -padding)}
+    return tensors
 
 
 def _moved(tokens: torch.Tensor, distance: int) -> torch.Tensor:

@@ -45,7 +45,7 @@ def command(settings: ChatSettings) -> None:
     headers = {"Authorization": f"Bearer {key}"} if key else {}
     try:
         with httpx.Client(base_url=settings.url, headers=headers, timeout=None) as client:
-            model = _told(client.get("/v1/models"))["data"][0]["id"]
+            model = _checked(client.get("/v1/models"))["data"][0]["id"]
             _converse(client, model, settings)
     except (httpx.HTTPError, httpx.InvalidURL) as error:
         raise UsageError(f"no server answers at {settings.url} ({error}). Start one with ahn serve.") from None
@@ -97,7 +97,7 @@ def _answer(client: Any, body: dict[str, Any]) -> Iterator[str]:
     with client.stream("POST", "/v1/chat/completions", json=body) as response:
         if response.status_code != 200:
             response.read()
-            _told(response)
+            _checked(response)
         for line in response.iter_lines():
             if not line.startswith("data: ") or line == "data: [DONE]":
                 continue
@@ -108,7 +108,7 @@ def _answer(client: Any, body: dict[str, Any]) -> Iterator[str]:
                 yield choice["delta"].get("content") or ""
 
 
-def _told(response: Any) -> Any:
+def _checked(response: Any) -> Any:
     """What the server told.
 
     Raises:

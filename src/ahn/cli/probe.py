@@ -73,7 +73,7 @@ def command(settings: ProbeSettings) -> None:
     probe = _measure(loaded, title, ids, settings)
     from ahn.cli import probe_report
 
-    probe_report.show(probe, settings.top, output())
+    probe_report.print_probe(probe, settings.top, output())
     report = probe_report.make_report(probe, settings.seed)
     if json is not None:
         report.write(json)

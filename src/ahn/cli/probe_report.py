@@ -68,7 +68,7 @@ class Probe:
     trace: StateTrace
 
 
-def show(probe: Probe, top: int, console: Console) -> None:
+def print_probe(probe: Probe, top: int, console: Console) -> None:
     """The coloured text on a terminal with colours, and the table and sentences anywhere."""
     tokens, scale = shown(probe)
     for sentence in summary(probe):
@@ -100,11 +100,11 @@ def summary(probe: Probe) -> list[str]:
         f"{probe.gradients.positions:,} positions.",
     ]
     last = trace.fullness[-1]
-    kept = "" if trace.decay is None else f", decay {float(trace.decay.mean()):.3f} (share kept per token)"
+    decay_text = "" if trace.decay is None else f", decay {float(trace.decay.mean()):.3f} (share kept per token)"
     lines.append(
         f"State: effective rank {float(trace.rank[-1].mean()):.1f} of at most {max(trace.full_rank)} (mean over heads; "
         f"{float(last.min()):.0%} to {float(last.max()):.0%} full). Gates: write strength "
-        f"{float(trace.write.mean()):.2f}{kept}."
+        f"{float(trace.write.mean()):.2f}{decay_text}."
     )
     return lines
 

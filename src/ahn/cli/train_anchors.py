@@ -59,9 +59,10 @@ def _print_report(report: AnchorReport, left_out: str) -> None:
     shares = Table("fact", "n", title=f"Share of a fact's tokens among {among} anchors, held-out texts")
     shares.title_justify, shares.caption_justify = "left", "left"
     shares.caption = "n: facts of this kind.  *: a kind that no score was made with."
-    for score in report.kept:
+    for score in report.shares_kept:
         shares.add_column(score, no_wrap=True)
     for kind, count in report.facts.items():
-        cells = [" / ".join(f"{share:.2f}" for share in by_kind.get(kind, [])) for by_kind in report.kept.values()]
+        by_score = (by_kind.get(kind, []) for by_kind in report.shares_kept.values())
+        cells = [" / ".join(f"{share:.2f}" for share in each) for each in by_score]
         shares.add_row(f"{kind}*" if kind == left_out else kind, str(count), *cells)
     output().print(shares)

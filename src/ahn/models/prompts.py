@@ -49,8 +49,8 @@ def passage(tokenizer: PreTrainedTokenizerBase, text: str, question: str, chat: 
     between = "\n\n" if text and question else ""
     if not chat:
         return Passage(_start(tokenizer), tokens(tokenizer, text), tokens(tokenizer, between + question))
-    told = [{"role": "system", "content": system}] if system else []
-    before, after = _chat(tokenizer, [*told, {"role": "user", "content": _TEXT}]).rsplit(_TEXT, 1)
+    system_messages = [{"role": "system", "content": system}] if system else []
+    before, after = _chat(tokenizer, [*system_messages, {"role": "user", "content": _TEXT}]).rsplit(_TEXT, 1)
     return Passage(
         tokens(tokenizer, before), tokens(tokenizer, text), tokens(tokenizer, f"{between}{question.strip()}{after}")
     )

@@ -90,16 +90,16 @@ def _parts(text: str, tokenize: Callable[[str], list[int]]) -> Iterator[str]:
 
 def _seam(text: str, start: int, end: int, tokenize: Callable[[str], list[int]]) -> int:
     """A place at which a text can be cut, before `end`: the first that changes no token, of some at lines and words."""
-    places: list[int] = []
+    cuts: list[int] = []
     for mark in ("\n", " "):  # either belongs to what follows it, as tokenizers see it
-        place = end
-        while len(places) < _SEAMS and (place := text.rfind(mark, start + 1, place)) > 0:
-            places.append(place)
-    for place in places:
-        left, right = text[max(start, place - _BESIDE) : place], text[place : place + _BESIDE]
+        cut = end
+        while len(cuts) < _SEAMS and (cut := text.rfind(mark, start + 1, cut)) > 0:
+            cuts.append(cut)
+    for cut in cuts:
+        left, right = text[max(start, cut - _BESIDE) : cut], text[cut : cut + _BESIDE]
         if tokenize(left) + tokenize(right) == tokenize(left + right):
-            return place
-    return places[0] if places else end
+            return cut
+    return cuts[0] if cuts else end
 
 
 def _shortened(sentence: str) -> Iterator[str]:

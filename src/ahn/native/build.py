@@ -53,7 +53,7 @@ def load() -> ctypes.CDLL:
         _keep_from_others(folder.parent)
         make_once(
             folder,
-            lambda place: _make(commands, place),
+            lambda target: _make(commands, target),
             doing="Compiling kernels for this CPU (once, a few seconds)",
             needed_bytes=_BYTES,
             is_whole=_is_whole,
@@ -69,17 +69,17 @@ def _keep_from_others(folder: Path) -> None:
     """Takes the right to write in the folder of all kernels, if there is one, from everybody else."""
     if not folder.is_dir():
         return
-    found = folder.stat()
-    if found.st_uid not in (os.getuid(), 0):
+    status = folder.stat()
+    if status.st_uid not in (os.getuid(), 0):
         raise CannotBuild(f"{folder} belongs to another user; set AHN_HOME to a folder of your own")
-    if found.st_mode & _OTHERS_WRITE and found.st_uid == os.getuid():
+    if status.st_mode & _OTHERS_WRITE and status.st_uid == os.getuid():
         folder.chmod(0o755)
 
 
 def _is_safe(path: Path) -> bool:
     """Whether a file or folder is no link and can be changed by nobody but this user and root."""
-    found = path.lstat()
-    return not stat.S_ISLNK(found.st_mode) and found.st_uid in (os.getuid(), 0) and not found.st_mode & _OTHERS_WRITE
+    status = path.lstat()
+    return not stat.S_ISLNK(status.st_mode) and status.st_uid in (os.getuid(), 0) and not status.st_mode & _OTHERS_WRITE
 
 
 def _is_whole(folder: Path) -> bool:
@@ -126,8 +126,8 @@ def _compile(commands: list[list[str]], to: Path) -> None:
 
 def _compiler() -> str:
     for name in (os.environ.get("CC", ""), *_COMPILERS):
-        if name and (found := shutil.which(name)):
-            return found
+        if name and (path := shutil.which(name)):
+            return path
     raise CannotBuild("there is no C compiler; install gcc or clang")
 
 
@@ -156,7 +156,7 @@ def _machine() -> str:
     cpus = Path("/proc/cpuinfo")
     if not cpus.is_file():
         return f"{platform.platform()} {platform.processor()}"
-    told = cpus.read_text(errors="replace").splitlines()
+    lines = cpus.read_text(errors="replace").splitlines()
     return "\n".join(
-        sorted({line for line in told if line.startswith(("model name", "flags", "Features", "CPU part"))})
+        sorted({line for line in lines if line.startswith(("model name", "flags", "Features", "CPU part"))})
     )

@@ -11,12 +11,12 @@ if TYPE_CHECKING:
     from ahn.training.batches import Piece, Pieces, PieceStream, collate
     from ahn.training.data import Cut, load_pieces, stream_pieces
     from ahn.training.distiller import Distiller
-    from ahn.training.draws import Span, SpanDraw
+    from ahn.training.initialization import set_initial_decay
     from ahn.training.losses import LossOutput, distillation_loss
     from ahn.training.run import Outcome, train
+    from ahn.training.sampling import Span, SpanDraw
     from ahn.training.settings import TrainSettings
     from ahn.training.sources import DataError
-    from ahn.training.start import set_initial_decay
     from ahn.training.trainer import AHNTrainer
     from ahn.training.transfer import transfer_loss
 

@@ -32,50 +32,50 @@ class Pieces(Dataset[dict[str, torch.Tensor]]):
     """Sequences in memory, four bytes a token.
 
     Args:
-        pieces: The sequences.
+        sequences: The sequences.
     """
 
-    def __init__(self, pieces: Iterable[Piece]) -> None:
-        packed = [(_packed(piece.ids), None if piece.labels is None else _packed(piece.labels)) for piece in pieces]
-        self._pieces = packed
+    def __init__(self, sequences: Iterable[Piece]) -> None:
+        packed = [(_packed(piece.ids), None if piece.labels is None else _packed(piece.labels)) for piece in sequences]
+        self._sequences = packed
 
     def __len__(self) -> int:
-        return len(self._pieces)
+        return len(self._sequences)
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        return _item(*self._pieces[index])
+        return _item(*self._sequences[index])
 
     @property
     def tokens(self) -> int:
         """Tokens of all sequences."""
-        return sum(len(ids) for ids, _ in self._pieces)
+        return sum(len(ids) for ids, _ in self._sequences)
 
     def spread(self, tokens: int) -> Pieces:
         """Sequences at even distances that have about this number of tokens together; at least one sequence."""
         count = max(1, min(len(self), tokens * len(self) // max(1, self.tokens)))
         chosen = Pieces([])
-        chosen._pieces = evenly(self._pieces, count)
+        chosen._sequences = evenly(self._sequences, count)
         return chosen
 
     def lengths(self) -> list[int]:
         """Tokens of each sequence."""
-        return [len(ids) for ids, _ in self._pieces]
+        return [len(ids) for ids, _ in self._sequences]
 
 
 class PieceStream(IterableDataset[dict[str, torch.Tensor]]):
     """Sequences that are made while they are read, for texts that do not fit into memory.
 
     Args:
-        pieces: Starts a new pass over the sequences; every call must give the same ones.
+        sequences: Starts a new pass over the sequences; every call must give the same ones.
     """
 
-    def __init__(self, pieces: Callable[[], Iterable[Piece]]) -> None:
+    def __init__(self, sequences: Callable[[], Iterable[Piece]]) -> None:
         super().__init__()
-        self._start = pieces
+        self._open = sequences
 
     def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
         worker = get_worker_info()
-        for number, piece in enumerate(self._start()):
+        for number, piece in enumerate(self._open()):
             if worker is None or number % worker.num_workers == worker.id:
                 labels = None if piece.labels is None else _packed(piece.labels)
                 yield _item(_packed(piece.ids), labels)

@@ -51,58 +51,60 @@ class Cut:
 
 
 def load_pieces(
-    places: Iterable[str], tokenizer: PreTrainedTokenizerBase, cut: Cut, query: DataQuery | None = None
+    sources: Iterable[str], tokenizer: PreTrainedTokenizerBase, rules: Cut, query: DataQuery | None = None
 ) -> tuple[Pieces, Pieces]:
     """Sequences to train on and sequences held out, in memory.
 
     Args:
-        places: As for `documents`.
+        sources: As for `documents`.
         tokenizer: The base model's tokenizer.
-        cut: How to cut.
+        rules: How to cut.
         query: As for `documents`.
 
     Raises:
         DataError: There is no data, a record is bad, or all of it is too short.
     """
-    kept: list[Piece] = []
-    held: list[Piece] = []
-    places = list(places)
-    for piece, is_held in _split(places, tokenizer, cut, query):
-        (held if is_held else kept).append(piece)
-    if not kept:
+    train_pieces: list[Piece] = []
+    held_out: list[Piece] = []
+    sources = list(sources)
+    for piece, is_held in _split(sources, tokenizer, rules, query):
+        (held_out if is_held else train_pieces).append(piece)
+    if not train_pieces:
         raise DataError(
-            f"{', '.join(places)}: no text of {cut.min_length} tokens or more. Use a smaller --length or --min-length, "
-            "or join the texts with --pack."
+            f"{', '.join(sources)}: no text of {rules.min_length} tokens or more. Use a smaller --length or "
+            "--min-length, or join the texts with --pack."
         )
-    return Pieces(kept), Pieces(held)
+    return Pieces(train_pieces), Pieces(held_out)
 
 
 def stream_pieces(
-    places: Iterable[str],
+    sources: Iterable[str],
     tokenizer: PreTrainedTokenizerBase,
-    cut: Cut,
+    rules: Cut,
     query: DataQuery | None = None,
     held_out_pieces: int = 16,
 ) -> tuple[PieceStream, Pieces]:
     """Sequences to train on, made while they are read, and the first held-out sequences, in memory.
 
     Args:
-        places: As for `documents`.
+        sources: As for `documents`.
         tokenizer: The base model's tokenizer.
-        cut: How to cut.
+        rules: How to cut.
         query: As for `documents`.
         held_out_pieces: How many held-out sequences to look for, among a bounded number of others.
     """
-    places = list(places)
+    sources = list(sources)
 
     def training() -> Iterator[Piece]:
-        return (piece for piece, is_held in _split(places, tokenizer, cut, query) if not is_held)
+        return (piece for piece, is_held in _split(sources, tokenizer, rules, query) if not is_held)
 
-    held: list[Piece] = []
-    if cut.held_out:
-        first = itertools.islice(_split(places, tokenizer, cut, query), math.ceil(4 * held_out_pieces / cut.held_out))
-        held = list(itertools.islice((piece for piece, is_held in first if is_held), held_out_pieces))
-    return PieceStream(training), Pieces(held)
+    held_out: list[Piece] = []
+    if rules.held_out:
+        first = itertools.islice(
+            _split(sources, tokenizer, rules, query), math.ceil(4 * held_out_pieces / rules.held_out)
+        )
+        held_out = list(itertools.islice((piece for piece, is_held in first if is_held), held_out_pieces))
+    return PieceStream(training), Pieces(held_out)
 
 
 def tokenise(document: Document, tokenizer: Any) -> Piece:
@@ -120,53 +122,53 @@ def tokenise(document: Document, tokenizer: Any) -> Piece:
     return _conversation(document, tokenizer)
 
 
-def cut_document(piece: Piece, cut: Cut, opening: list[int]) -> list[Piece]:
+def cut_document(piece: Piece, rules: Cut, opening: list[int]) -> list[Piece]:
     """Cuts a document into consecutive sequences, each with the opening in front.
 
     Args:
         piece: The document's tokens.
-        cut: How to cut; what is left at the end is kept if it is long enough.
+        rules: How to cut; what is left at the end is kept if it is long enough.
         opening: Tokens before each sequence, which do not count.
     """
-    size = cut.length - len(opening)
-    pieces = []
-    for start in range(0, len(piece.ids), size):
-        ids = [*opening, *piece.ids[start : start + size]]
-        if len(ids) < cut.min_length:
+    size = rules.length - len(opening)
+    sequences = []
+    for begin in range(0, len(piece.ids), size):
+        ids = [*opening, *piece.ids[begin : begin + size]]
+        if len(ids) < rules.min_length:
             continue
-        labels = None if piece.labels is None else piece.labels[start : start + size]
+        labels = None if piece.labels is None else piece.labels[begin : begin + size]
         if labels is None and opening:
             labels = ids[len(opening) :]
         if labels is None or any(label != IGNORED for label in labels):
-            pieces.append(Piece(ids, None if labels is None else [IGNORED] * len(opening) + [*labels]))
-    return pieces
+            sequences.append(Piece(ids, None if labels is None else [IGNORED] * len(opening) + [*labels]))
+    return sequences
 
 
-def _split(places: list[str], tokenizer: Any, cut: Cut, query: DataQuery | None) -> Iterator[tuple[Piece, bool]]:
+def _split(sources: list[str], tokenizer: Any, rules: Cut, query: DataQuery | None) -> Iterator[tuple[Piece, bool]]:
     """All sequences, each with whether it is held out."""
-    opening, quota = opening_of(tokenizer), _Quota(cut.held_out)
-    whole = (tokenise(document, tokenizer) for document in documents(places, query))
-    if not cut.pack:
+    opening, quota = opening_of(tokenizer), _Quota(rules.held_out)
+    whole = (tokenise(document, tokenizer) for document in documents(sources, query))
+    if not rules.pack:
         for piece in whole:
-            pieces = _spread(cut_document(piece, cut, opening), cut.per_document)
-            held = quota.of(len(pieces))
-            yield from ((each, number >= len(pieces) - held) for number, each in enumerate(pieces))
+            sequences = _spread(cut_document(piece, rules, opening), rules.per_document)
+            held_out = quota.take(len(sequences))
+            yield from ((each, number >= len(sequences) - held_out) for number, each in enumerate(sequences))
         return
     lines: dict[bool, Callable[[Piece | None], list[Piece]]] = {
-        held: _packer(cut, opening, tokenizer.eos_token_id) for held in (False, True)
+        held_out: _packer(rules, opening, tokenizer.eos_token_id) for held_out in (False, True)
     }
     for piece in whole:
-        held = bool(quota.of(1))
-        yield from ((full, held) for full in lines[held](piece))
+        held_out = bool(quota.take(1))
+        yield from ((full, held_out) for full in lines[held_out](piece))
     for is_held, line in lines.items():
         yield from ((rest, is_held) for rest in line(None))
 
 
-def _spread(pieces: list[Piece], most: int | None) -> list[Piece]:
+def _spread(sequences: list[Piece], most: int | None) -> list[Piece]:
     """At most this number of sequences, at even distances."""
-    if most is None or len(pieces) <= most:
-        return pieces
-    return evenly(pieces, most)
+    if most is None or len(sequences) <= most:
+        return sequences
+    return evenly(sequences, most)
 
 
 class _Quota:
@@ -176,19 +178,19 @@ class _Quota:
         self.share = share
         self.owed = 0.0
 
-    def of(self, count: int) -> int:
+    def take(self, count: int) -> int:
         """How many of the next `count` to keep."""
         self.owed += count * self.share
-        kept = min(count, int(self.owed + 1e-9))
-        self.owed -= kept
-        return kept
+        count_taken = min(count, int(self.owed + 1e-9))
+        self.owed -= count_taken
+        return count_taken
 
 
-def _packer(cut: Cut, opening: list[int], separator: int | None) -> Callable[[Piece | None], list[Piece]]:
+def _packer(rules: Cut, opening: list[int], separator: int | None) -> Callable[[Piece | None], list[Piece]]:
     """Joins documents into full sequences, which it returns as they fill up; `None` returns the rest."""
     ids: list[int] = []
     labels: list[int] = []
-    size = cut.length - len(opening)
+    size = rules.length - len(opening)
 
     def add(piece: Piece | None) -> list[Piece]:
         if piece is not None and piece.ids:
@@ -196,7 +198,7 @@ def _packer(cut: Cut, opening: list[int], separator: int | None) -> Callable[[Pi
             ids.extend([*piece.ids, *end])
             labels.extend([*(piece.ids if piece.labels is None else piece.labels), *end])
         count = len(ids) // size * size if piece is not None else len(ids)
-        full = cut_document(Piece(ids[:count], labels[:count]), cut, opening)
+        full = cut_document(Piece(ids[:count], labels[:count]), rules, opening)
         del ids[:count], labels[:count]
         return full
 
@@ -208,8 +210,8 @@ def _conversation(document: Document, tokenizer: Any) -> Piece:
     text, spans = _rendered(document, tokenizer)
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
     labels = []
-    for token, (start, end) in zip(encoded["input_ids"], encoded["offset_mapping"]):
-        labels.append(token if any(first <= start and end <= last for first, last in spans) else IGNORED)
+    for token, (begin, end) in zip(encoded["input_ids"], encoded["offset_mapping"]):
+        labels.append(token if any(first <= begin and end <= last for first, last in spans) else IGNORED)
     return Piece(encoded["input_ids"], labels)
 
 

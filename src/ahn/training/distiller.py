@@ -18,8 +18,8 @@ from ahn.backbone.linear import CastWeights
 from ahn.distillation import Head, find_targets
 from ahn.errors import ConfigError
 from ahn.memories import Memory
-from ahn.training.draws import Span
 from ahn.training.losses import LossOutput, check_weights, distillation_loss
+from ahn.training.sampling import Span
 from ahn.training.teacher import TeacherCache
 from ahn.training.transfer import transfer_loss
 

@@ -18,8 +18,8 @@ import ahn
 from ahn.distillation import CePairs, Head, find_targets, vocabulary_losses
 from ahn.errors import ConfigError
 from ahn.ops import at_least_float32
-from ahn.training.draws import ANCHOR_SCORE
 from ahn.training.recording import recomputes_layers, recording
+from ahn.training.sampling import ANCHOR_SCORE
 from ahn.training.teacher import TeacherCache
 
 LOSSES = ("kl", "ce", "attention")

@@ -42,7 +42,7 @@ def write_training_card(model: nn.Module, settings: TrainSettings, report: Repor
         anchors=(folder / ANCHORS.config).is_file(),
         sections=sections,
         licence=settings.licence,
-        datasets=[place for place in settings.data if not Path(place).expanduser().exists()],
+        datasets=[source for source in settings.data if not Path(source).expanduser().exists()],
     )
 
 
@@ -51,7 +51,7 @@ def _training(settings: TrainSettings) -> str:
     sequences = settings.batch * settings.accumulation
     steps = {"transfer": settings.transfer_steps, "distill": settings.steps}
     rows = {
-        "data": ", ".join(Path(place).name for place in settings.data),
+        "data": ", ".join(Path(source).name for source in settings.data),
         "steps": ", ".join(f"{steps[stage]} of {stage}" for stage in settings.stages),
         "sequences of a step, per process": f"{sequences} of at most {settings.length} tokens",
         "losses": ", ".join(f"{name} {weight:g}" for name, weight in settings.losses.items()),
@@ -66,8 +66,8 @@ def _results(report: Report) -> str:
     """The closing table."""
     rows = "\n".join(f"| {mode} | {nll} | {perplexity} |" for mode, nll, perplexity in report.rows())
     share = report.gap_closed
-    gain = "" if math.isnan(share) else f"The memory wins back {share:.0%} of what the window loses. "
+    summary = "" if math.isnan(share) else f"The memory wins back {share:.0%} of what the window loses. "
     return (
-        f"{gain}{report.tokens:,} tokens beyond a window of {report.span.window} and {report.span.sinks} sinks.\n\n"
+        f"{summary}{report.tokens:,} tokens beyond a window of {report.span.window} and {report.span.sinks} sinks.\n\n"
         f"| mode | nats per token | perplexity |\n|---|---|---|\n{rows}"
     )

@@ -15,7 +15,7 @@ from torch import nn
 from ahn.attachment import attachment_of
 from ahn.attention.recording import RecordedLayer
 from ahn.memories import Memory
-from ahn.training.draws import SpanDraw
+from ahn.training.sampling import SpanDraw
 from ahn.training.transfer import Lesson, teach
 
 _RIDGE = 0.03  # of the mean square of what is read

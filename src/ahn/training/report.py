@@ -16,7 +16,7 @@ import ahn
 from ahn._home import write_figure, write_text
 from ahn.config import Mode
 from ahn.generation import read
-from ahn.training.draws import Span
+from ahn.training.sampling import Span
 
 MODES: tuple[Mode, ...] = ("full", "window", "ahn")
 TABLE, PLOT = "report.json", "loss.png"

@@ -24,6 +24,7 @@ from ahn.models.text import evenly
 from ahn.training.batches import Pieces, PieceStream, collate
 from ahn.training.data import load_pieces, stream_pieces
 from ahn.training.distiller import Distiller
+from ahn.training.initialization import copy_common, set_initial_decay, set_initial_gate
 from ahn.training.log import Lines, Say, read_history
 from ahn.training.model_card import write_training_card
 from ahn.training.precision import fastest_precision
@@ -32,7 +33,6 @@ from ahn.training.report import PLOT, TABLE, Report, evaluate, plot_losses, writ
 from ahn.training.saving import last_whole_checkpoint, load_adapter, save_adapter
 from ahn.training.settings import FILE, TrainSettings, read_yaml, write_yaml
 from ahn.training.sources import check_places
-from ahn.training.start import copy_common, set_initial_decay, set_initial_gate
 from ahn.training.teacher import TeacherCache
 from ahn.training.trainer import AHNTrainer
 
@@ -348,9 +348,9 @@ def _precision(model: Any, say: Say) -> str:
     weight = model.get_input_embeddings().weight
     if weight.device.type != "cpu" or weight.dtype != torch.float32 or torch.distributed.is_initialized():
         return "float32"
-    found = str(fastest_precision(model)).removeprefix("torch.")
-    say(f"the base multiplies in {found}, which is the faster here")
-    return found
+    precision = str(fastest_precision(model)).removeprefix("torch.")
+    say(f"the base multiplies in {precision}, which is the faster here")
+    return precision
 
 
 def _close(

@@ -74,10 +74,12 @@ def last_whole_checkpoint(folder: Path, say: Callable[[str], None] = lambda word
         folder: Folder of the run.
         say: Is told of those that are damaged and left out.
     """
-    found = {int(match[1]): path for path in folder.glob("checkpoint-*") if (match := _CHECKPOINT.fullmatch(path.name))}
-    for step in sorted(found, reverse=True):
-        if (reason := _damage(found[step])) is None:
-            return str(found[step])
+    by_step = {
+        int(match[1]): path for path in folder.glob("checkpoint-*") if (match := _CHECKPOINT.fullmatch(path.name))
+    }
+    for step in sorted(by_step, reverse=True):
+        if (reason := _damage(by_step[step])) is None:
+            return str(by_step[step])
         say(f"checkpoint-{step} is damaged and left out ({reason})")
     return None
 
@@ -108,19 +110,19 @@ def staged(folder: Path, name: str, write: bool) -> Iterator[Path]:
     Yields:
         The folder in which to write `name`. Leftovers of a process that died are removed first.
     """
-    place = folder / _STAGING
+    staging = folder / _STAGING
     if write:
-        shutil.rmtree(place, ignore_errors=True)
-        place.mkdir(parents=True)
-    yield place
+        shutil.rmtree(staging, ignore_errors=True)
+        staging.mkdir(parents=True)
+    yield staging
     if not write:
         return
-    _flush(place / name)
+    _flush(staging / name)
     if (folder / name).exists():
-        os.replace(folder / name, place / "replaced")
-    os.replace(place / name, folder / name)
+        os.replace(folder / name, staging / "replaced")
+    os.replace(staging / name, folder / name)
     _flush_entry(folder)
-    shutil.rmtree(place, ignore_errors=True)
+    shutil.rmtree(staging, ignore_errors=True)
 
 
 def _whole(tensor: torch.Tensor) -> torch.Tensor:

@@ -26,7 +26,7 @@ from ahn.errors import ConfigError
 
 if TYPE_CHECKING:  # what takes seconds to import, and help texts need not
     from ahn.training.data import Cut
-    from ahn.training.draws import AnchorDraw, Span, SpanDraw
+    from ahn.training.sampling import AnchorDraw, Span, SpanDraw
     from ahn.training.sources import DataQuery
 
 STAGES = ("transfer", "distill")
@@ -187,8 +187,8 @@ class TrainSettings(Settings):
             if not 0 < getattr(self, name) < math.inf:
                 raise ConfigError(f"{name} must be a positive number, not {getattr(self, name)}")
         self._check_together()
-        self.span_draw.candidates(self.length)
-        self.span_draw.candidates(self.chunking.min_length)
+        self.span_draw.options(self.length)
+        self.span_draw.options(self.chunking.min_length)
 
     def _check_together(self) -> None:
         """Checks what settings say about each other."""
@@ -236,21 +236,21 @@ class TrainSettings(Settings):
     @property
     def span(self) -> Span:
         """Window and sinks of evaluations."""
-        from ahn.training.draws import Span
+        from ahn.training.sampling import Span
 
         return Span(self.window, self.sinks)
 
     @property
     def span_draw(self) -> SpanDraw:
         """How window and sinks of each sequence are drawn."""
-        from ahn.training.draws import SpanDraw
+        from ahn.training.sampling import SpanDraw
 
         return SpanDraw(self.totals, self.sink_counts, self.span if self.draw == "fixed" else None, self.seed)
 
     @property
     def anchor_draw(self) -> AnchorDraw:
         """How the number of anchors of each sequence is drawn."""
-        from ahn.training.draws import AnchorDraw
+        from ahn.training.sampling import AnchorDraw
 
         return AnchorDraw(self.anchors, self.seed)
 

@@ -49,42 +49,42 @@ class DataQuery:
     streaming: bool = False
 
 
-def documents(places: Iterable[str], query: DataQuery | None = None) -> Iterator[Document]:
+def documents(sources: Iterable[str], query: DataQuery | None = None) -> Iterator[Document]:
     """All documents in several places, one after the other.
 
     Args:
-        places: Text files, JSONL files (each line an object with "text" or "messages"), folders of such files, or
+        sources: Text files, JSONL files (each line an object with "text" or "messages"), folders of such files, or
             names and folders of the `datasets` library.
         query: What to take of a dataset.
 
     Raises:
         DataError: A place does not exist or holds nothing of use; a record is bad. Files and lines are named.
     """
-    for place in places:
-        path = Path(place).expanduser()
+    for source in sources:
+        path = Path(source).expanduser()
         if path.is_dir() and (files := find_files(path)):
             for file in files:
                 yield from _file_documents(file)
         elif path.is_file():
             yield from _file_documents(path)
         else:
-            yield from _dataset_documents(place, path, query or DataQuery())
+            yield from _dataset_documents(source, path, query or DataQuery())
 
 
-def check_places(places: Iterable[str]) -> None:
+def check_places(sources: Iterable[str]) -> None:
     """Checks that all places could hold data, without reading it.
 
     Raises:
         DataError: A path does not exist, or a folder holds no file of use.
     """
-    for place in places:
-        path = Path(place).expanduser()
+    for source in sources:
+        path = Path(source).expanduser()
         if path.is_dir():
             if not find_files(path) and not _is_dataset(path):
                 kinds = ", ".join((*TEXT_FILES, *RECORD_FILES))
-                raise DataError(f"{place} holds no file to train on. Give a folder of {kinds} files or a dataset.")
-        elif not path.exists() and not _could_be_a_name(place):
-            raise DataError(f"{place} does not exist. Give a file, a folder, or the name of a dataset.")
+                raise DataError(f"{source} holds no file to train on. Give a folder of {kinds} files or a dataset.")
+        elif not path.exists() and not _could_be_a_name(source):
+            raise DataError(f"{source} does not exist. Give a file, a folder, or the name of a dataset.")
 
 
 def find_files(folder: Path) -> list[Path]:
@@ -154,27 +154,27 @@ def to_document(record: Any, where: str) -> Document:
     return Document(where, None, tuple(messages))
 
 
-def _dataset_documents(place: str, path: Path, query: DataQuery) -> Iterator[Document]:
-    for number, record in enumerate(_dataset(place, path, query)):
-        yield to_document(record, f"{place}, record {number}")
+def _dataset_documents(source: str, path: Path, query: DataQuery) -> Iterator[Document]:
+    for number, record in enumerate(_dataset(source, path, query)):
+        yield to_document(record, f"{source}, record {number}")
 
 
-def _dataset(place: str, path: Path, query: DataQuery) -> Iterable[Any]:
+def _dataset(source: str, path: Path, query: DataQuery) -> Iterable[Any]:
     try:
         import datasets
     except ImportError:
-        raise DataError(f"{place} needs the library datasets: pip install 'ahn[train]'.") from None
+        raise DataError(f"{source} needs the library datasets: pip install 'ahn[train]'.") from None
     try:
         if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
             loaded = datasets.load_from_disk(str(path))
-            found: Iterable[Any] = loaded[query.split] if isinstance(loaded, datasets.DatasetDict) else loaded
+            records: Iterable[Any] = loaded[query.split] if isinstance(loaded, datasets.DatasetDict) else loaded
         else:
-            name = str(path) if path.is_dir() else place
-            found = datasets.load_dataset(name, query.name, split=query.split, streaming=query.streaming)
+            name = str(path) if path.is_dir() else source
+            records = datasets.load_dataset(name, query.name, split=query.split, streaming=query.streaming)
     except Exception as error:  # the hub's client and every file format have errors of their own
         reason = " ".join(str(error).split())[:200]
-        raise DataError(f"{place} cannot be loaded as a dataset ({type(error).__name__}: {reason}).") from None
-    return found
+        raise DataError(f"{source} cannot be loaded as a dataset ({type(error).__name__}: {reason}).") from None
+    return records
 
 
 def _is_dataset(path: Path) -> bool:
@@ -184,13 +184,13 @@ def _is_dataset(path: Path) -> bool:
     )
 
 
-def _could_be_a_name(place: str) -> bool:
+def _could_be_a_name(source: str) -> bool:
     """Whether this could name a dataset on the hub: `name` or `owner/name`."""
-    parts = place.split("/")
+    parts = source.split("/")
     return (
         len(parts) <= 2
         and all(parts)
-        and not place.startswith((".", "~", "/"))
+        and not source.startswith((".", "~", "/"))
         and Path(parts[-1]).suffix
         not in (
             *TEXT_FILES,

@@ -17,8 +17,8 @@ from ahn.errors import CheckpointError, ConfigError
 from ahn.training.averaging import WeightAverage
 from ahn.training.batches import collate
 from ahn.training.distiller import Distiller, Stage
-from ahn.training.draws import AnchorDraw, Span, SpanDraw, thinned
 from ahn.training.optimizer import HeadScaledAdamW
+from ahn.training.sampling import AnchorDraw, Span, SpanDraw, subsampled
 from ahn.training.saving import load_adapter, save_adapter, staged
 
 _STATE = "trainer_state.json"
@@ -99,10 +99,10 @@ class AHNTrainer(Trainer):
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
         """As `Trainer.train`; a checkpoint that has all the steps already is loaded and nothing more is done."""
         if resume_from_checkpoint is True:
-            found = get_last_checkpoint(self.args.output_dir)
-            if found is None:
+            latest = get_last_checkpoint(self.args.output_dir)
+            if latest is None:
                 raise CheckpointError(f"{self.args.output_dir}: there is no checkpoint to resume from. Start anew.")
-            resume_from_checkpoint = found
+            resume_from_checkpoint = latest
         if resume_from_checkpoint:
             state = TrainerState.load_from_json(str(Path(str(resume_from_checkpoint)) / _STATE))
             if state.global_step >= self.args.max_steps > 0:
@@ -129,7 +129,9 @@ class AHNTrainer(Trainer):
             if self.anchors is not None:
                 step = self.state.global_step
                 batch["anchors"] = [self.anchors.draw(span, step, first + row) for row, span in enumerate(spans)]
-            batch["labels"] = thinned(batch["labels"], self.loss_share, self.draw.seed, self.state.global_step, first)
+            batch["labels"] = subsampled(
+                batch["labels"], self.loss_share, self.draw.seed, self.state.global_step, first
+            )
             for name, count in self.distiller.count(batch, spans).items():
                 totals[name] += count
         counts = torch.tensor(list(totals.values()), device=device)
@@ -199,25 +201,25 @@ class AHNTrainer(Trainer):
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Writes a checkpoint beside its place and moves it there whole."""
         folder, name = Path(self._get_output_dir(trial)), f"checkpoint-{self.state.global_step}"
-        with staged(folder, name, self.args.should_save) as place:
+        with staged(folder, name, self.args.should_save) as staging:
             self.accelerator.wait_for_everyone()
-            self._staging = place
+            self._staging = staging
             try:
                 super()._save_checkpoint(model, trial)
             finally:
                 self._staging = None
-            self._settle_best(place, folder, name)
+            self._settle_best(staging, folder, name)
             self.accelerator.wait_for_everyone()
         if self.args.should_save:
             rotate_checkpoints(str(folder), self.args.save_total_limit, self.state.best_model_checkpoint)
         self.accelerator.wait_for_everyone()
 
-    def _settle_best(self, place: Path, folder: Path, name: str) -> None:
+    def _settle_best(self, staging: Path, folder: Path, name: str) -> None:
         """Names the best checkpoint by its final place."""
-        if self.state.best_model_checkpoint == str(place / name):
+        if self.state.best_model_checkpoint == str(staging / name):
             self.state.best_model_checkpoint = str(folder / name)
             if self.args.should_save:
-                self.state.save_to_json(str(place / name / _STATE))
+                self.state.save_to_json(str(staging / name / _STATE))
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         """As `Trainer` does, but under FSDP without gathering the whole base model."""

@@ -26,15 +26,15 @@ from ahn.anchors.queries import AnchorQueries
 from ahn.attachment import attachment_of
 from ahn.backbone.rotary import Tables
 from ahn.errors import ConfigError
+from ahn.training.anchors.capture import LayerAttention, watch
 from ahn.training.anchors.documents import FactText
-from ahn.training.anchors.watching import Sight, watch
 from ahn.training.log import Say
 
 _SINKS = 4  # first tokens, which queries rest on
 _SAMPLE = 128  # tokens of a text that represent all of it
 _AMONG = 1024  # tokens of a text that a query's share of attention is reckoned for
 _RARE = 0.003  # share of other texts' tokens that the queries of a kind score above 0
-_VOTERS = 6  # one layer in this many scores by the queries of a kind
+_LAYER_SHARE = 6  # one layer in this many scores by the queries of a kind
 _LONG = 10  # tokens of a fact, well over the neighbourhood that scores are averaged over
 _BEST = 0.02  # share of other texts' tokens that a fact must be among to be found
 
@@ -69,7 +69,7 @@ class _Layer:
         heads: The key/value head of each query.
         kinds: The kind of fact that each query found.
         texts: The number of each query's text.
-        rests: Log of the weight that it gave the first tokens of that text.
+        log_sums: Log of the weight that it gave the first tokens of that text.
         facts: Keys of the facts of each text, `[G, F, K]`.
         samples: Some keys of each text, `[G, S, K]`.
     """
@@ -78,7 +78,7 @@ class _Layer:
     heads: list[int] = dataclasses.field(default_factory=list)
     kinds: list[str] = dataclasses.field(default_factory=list)
     texts: list[int] = dataclasses.field(default_factory=list)
-    rests: list[torch.Tensor] = dataclasses.field(default_factory=list)
+    log_sums: list[torch.Tensor] = dataclasses.field(default_factory=list)
     facts: list[torch.Tensor] = dataclasses.field(default_factory=list)
     samples: list[torch.Tensor] = dataclasses.field(default_factory=list)
 
@@ -91,16 +91,16 @@ class _Layer:
         """
         query_heads, questions = asked.rests_HQ.shape
         for index, kind in sorted(set(zip(asked.shares_HQF.flatten(0, 1).argmax(0).tolist(), kinds))):
-            head, place = divmod(index, questions)
+            head, question = divmod(index, questions)
             self.kinds.append(kind)
-            self.queries.append(asked.queries_HQK[head, place].cpu())
+            self.queries.append(asked.queries_HQK[head, question].cpu())
             self.heads.append(head * asked.sample_GSK.size(0) // query_heads)
             self.texts.append(len(self.samples))
-            self.rests.append(asked.rests_HQ[head, place].cpu())
+            self.log_sums.append(asked.rests_HQ[head, question].cpu())
         self.facts.append(asked.facts_GFK.cpu())
         self.samples.append(asked.sample_GSK.cpu())
 
-    def looks(self, meant: Mapping[str, torch.Tensor]) -> _Looks:
+    def responses(self, meant: Mapping[str, torch.Tensor]) -> _Responses:
         """How its queries attend to texts that they do not come from, and their offsets.
 
         An offset turns a product into the log of a share of attention. It is minus the log of what the query gives the
@@ -109,35 +109,35 @@ class _Layer:
         Args:
             meant: For each kind a mask of its tokens among all facts of all texts, `[F]`.
         """
-        facts_NF, sample_NS = self._given(self.facts), self._given(self.samples)
+        facts_NF, sample_NS = self._scores(self.facts), self._scores(self.samples)
         usual_N = sample_NS.logsumexp(1) - sample_NS.isfinite().sum(1).log() + math.log(_AMONG)
-        offsets_N = -torch.logaddexp(torch.stack(self.rests), usual_N)
+        offsets_N = -torch.logaddexp(torch.stack(self.log_sums), usual_N)
         facts_NF += offsets_N[:, None]
         sample_NS += offsets_N[:, None]
         by_kind = {}
         for kind, meant_F in meant.items():
             alike = torch.tensor([n for n, each in enumerate(self.kinds) if each == kind])
-            kept = alike[facts_NF[alike][:, meant_F].argmax(0).unique()]
-            by_kind[kind] = _Seen(kept.tolist(), facts_NF[kept].amax(0), sample_NS[kept].amax(0))
-        return _Looks(offsets_N, by_kind)
+            chosen = alike[facts_NF[alike][:, meant_F].argmax(0).unique()]
+            by_kind[kind] = _Response(chosen.tolist(), facts_NF[chosen].amax(0), sample_NS[chosen].amax(0))
+        return _Responses(offsets_N, by_kind)
 
-    def weights(self, looks: _Looks, least: Mapping[str, float], kinds: Mapping[str, bool]) -> AnchorQueries:
+    def weights(self, responses: _Responses, least: Mapping[str, float], kinds: Mapping[str, bool]) -> AnchorQueries:
         """The layer's weights of the score.
 
         Args:
-            looks: How its queries attend to texts.
+            responses: How its queries attend to texts.
             least: The kinds that the layer scores by, and the threshold of each.
             kinds: All kinds of all layers, and whether their facts are long.
         """
-        kept = [looks.by_kind[kind].queries if kind in least else [] for kind in kinds]
+        chosen = [responses.by_kind[kind].queries if kind in least else [] for kind in kinds]
         heads, size = self.samples[0].size(0), self.queries[0].numel()
-        weights = AnchorQueries([len(own) for own in kept], heads, size, list(kinds.values()))
-        for place, n in enumerate(n for own in kept for n in own):
-            weights.queries[place] = self.queries[n]
-            weights.offsets[place, self.heads[n]] = looks.offsets_N[n] - least[self.kinds[n]]
+        weights = AnchorQueries([len(own) for own in chosen], heads, size, list(kinds.values()))
+        for slot, n in enumerate(n for own in chosen for n in own):
+            weights.queries[slot] = self.queries[n]
+            weights.offsets[slot, self.heads[n]] = responses.offsets_N[n] - least[self.kinds[n]]
         return weights
 
-    def _given(self, keys: Sequence[torch.Tensor]) -> torch.Tensor:
+    def _scores(self, keys: Sequence[torch.Tensor]) -> torch.Tensor:
         """Products of each query with the keys of all texts, `[N, all keys]`; -inf for keys of its own text."""
         text_S = torch.cat([torch.full((own.size(1),), text) for text, own in enumerate(keys)])
         keys_GSK = torch.cat(list(keys), dim=1)
@@ -145,7 +145,7 @@ class _Layer:
         return given_NS.masked_fill(torch.tensor(self.texts)[:, None] == text_S, float("-inf"))
 
 
-class _Seen(NamedTuple):
+class _Response(NamedTuple):
     """The kept queries of one kind in a layer, and the largest products that they give tokens of other texts.
 
     Attributes:
@@ -158,7 +158,7 @@ class _Seen(NamedTuple):
     facts_F: torch.Tensor
     sample_S: torch.Tensor
 
-    def found(self, meant_F: torch.Tensor) -> float:
+    def shares(self, meant_F: torch.Tensor) -> float:
         """Share of some facts' tokens that score higher than most other tokens.
 
         Args:
@@ -167,7 +167,7 @@ class _Seen(NamedTuple):
         return (self.facts_F[meant_F] > _rarest(self.sample_S, _BEST)).float().mean().item()
 
 
-class _Looks(NamedTuple):
+class _Responses(NamedTuple):
     """How strongly the queries of a layer attend to tokens of texts.
 
     Attributes:
@@ -176,7 +176,7 @@ class _Looks(NamedTuple):
     """
 
     offsets_N: torch.Tensor
-    by_kind: dict[str, _Seen]
+    by_kind: dict[str, _Response]
 
 
 def collect(
@@ -214,39 +214,41 @@ def collect(
     layers: dict[int, _Layer] = {}
     of_facts: list[str] = []
     for number, document in enumerate(documents, 1):
-        own = [kind for kind, places in document.values for _ in places]
+        own = [kind for kind, positions in document.values for _ in positions]
         of_facts += own
         for asked in _read(model, document, window):
             layers.setdefault(asked.layer, _Layer()).keep(asked, own)
         if say is not None and number % 10 == 0:
             say(f"asked: read {number} of {len(documents)} documents")
     meant = {kind: torch.tensor([each == kind for each in of_facts]) for kind in kinds}
-    looks = {index: layer.looks(meant) for index, layer in layers.items()}
-    least = _voters({index: look.by_kind for index, look in looks.items()}, meant)
-    return {index: layers[index].weights(looks[index], least[index], kinds) for index in sorted(least)}
+    responses = {index: layer.responses(meant) for index, layer in layers.items()}
+    least = _scoring_layers({index: look.by_kind for index, look in responses.items()}, meant)
+    return {index: layers[index].weights(responses[index], least[index], kinds) for index in sorted(least)}
 
 
 def _is_long(kind: str, documents: Sequence[FactText]) -> bool:
     """Whether the facts of a kind are long on average."""
-    lengths = [len(places) for document in documents for each, places in document.values if each == kind]
+    lengths = [len(positions) for document in documents for each, positions in document.values if each == kind]
     return sum(lengths) > _LONG * len(lengths)
 
 
-def _voters(looks: Mapping[int, Mapping[str, _Seen]], meant: Mapping[str, torch.Tensor]) -> dict[int, dict[str, float]]:
+def _scoring_layers(
+    responses: Mapping[int, Mapping[str, _Response]], meant: Mapping[str, torch.Tensor]
+) -> dict[int, dict[str, float]]:
     """For each scoring layer its kinds, and the threshold of each kind.
 
     Args:
-        looks: How the queries of each kind attend to texts, by layer.
+        responses: How the queries of each kind attend to texts, by layer.
         meant: For each kind a mask of its tokens among all facts of all texts, `[F]`.
     """
-    voters: dict[int, dict[str, float]] = {}
+    scoring: dict[int, dict[str, float]] = {}
     for kind, meant_F in meant.items():
-        found = {index: look[kind].found(meant_F) for index, look in looks.items()}
-        best = sorted(found, key=lambda index: -found[index])[: max(1, len(found) // _VOTERS)]
-        least = _rarest(torch.stack([looks[index][kind].sample_S for index in best]).mean(0), _RARE)
+        shares = {index: look[kind].shares(meant_F) for index, look in responses.items()}
+        best = sorted(shares, key=lambda index: -shares[index])[: max(1, len(shares) // _LAYER_SHARE)]
+        least = _rarest(torch.stack([responses[index][kind].sample_S for index in best]).mean(0), _RARE)
         for index in best:
-            voters.setdefault(index, {})[kind] = least
-    return voters
+            scoring.setdefault(index, {})[kind] = least
+    return scoring
 
 
 def _rarest(sample_S: torch.Tensor, share: float) -> float:
@@ -256,37 +258,37 @@ def _rarest(sample_S: torch.Tensor, share: float) -> float:
 
 def _read(model: nn.Module, document: FactText, window: int) -> list[_Asked]:
     """What the answers attended to, in each layer with a memory."""
-    facts = torch.tensor([place for _, places in document.values for place in places])
+    facts = torch.tensor([position for _, positions in document.values for position in positions])
     seen: list[_Asked] = []
 
-    def look(sight: Sight) -> None:
-        if sight.site.memory is not None:
-            seen.append(_look(sight, document.text, facts.to(sight.length_T.device), window))
+    def look(captured: LayerAttention) -> None:
+        if captured.site.memory is not None:
+            seen.append(_look(captured, document.text, facts.to(captured.length_T.device), window))
 
     watch(model, document.ids, look)
     return seen
 
 
-def _look(sight: Sight, asked: int, fact_F: torch.Tensor, window: int) -> _Asked:
-    moved_HT, rests, shares = sight.moved(), [], []
+def _look(captured: LayerAttention, asked: int, fact_F: torch.Tensor, window: int) -> _Asked:
+    moved_HT, log_sums, shares = captured.moved(), [], []
     for head in range(moved_HT.size(0)):
-        scores_QT = sight.scores(head, asked)
+        scores_QT = captured.scores(head, asked)
         weights_QF = scores_QT.softmax(-1)[:, fact_F]
-        shares.append(weights_QF * moved_HT[head, fact_F] / sight.length_T[asked:, None])
-        rests.append(scores_QT[:, :_SINKS].logsumexp(-1))
-    places = torch.linspace(_SINKS, asked - 1, min(_SAMPLE, asked - _SINKS), device=fact_F.device).long()
-    asking = torch.arange(asked, moved_HT.size(1), device=fact_F.device)
-    queries_HQK = _turned(sight, sight.query_HTK[:, asking], asking, window) * sight.scaling
-    facts_GFK, sample_GSK = (_turned(sight, sight.key_GTK[:, each], each, 0) for each in (fact_F, places))
-    return _Asked(sight.site.index, queries_HQK, torch.stack(rests), torch.stack(shares), facts_GFK, sample_GSK)
+        shares.append(weights_QF * moved_HT[head, fact_F] / captured.length_T[asked:, None])
+        log_sums.append(scores_QT[:, :_SINKS].logsumexp(-1))
+    positions = torch.linspace(_SINKS, asked - 1, min(_SAMPLE, asked - _SINKS), device=fact_F.device).long()
+    questions_T = torch.arange(asked, moved_HT.size(1), device=fact_F.device)
+    queries_HQK = _turned(captured, captured.query_HTK[:, questions_T], questions_T, window) * captured.scaling
+    facts_GFK, sample_GSK = (_turned(captured, captured.key_GTK[:, each], each, 0) for each in (fact_F, positions))
+    return _Asked(captured.site.index, queries_HQK, torch.stack(log_sums), torch.stack(shares), facts_GFK, sample_GSK)
 
 
-def _turned(sight: Sight, x_HTK: torch.Tensor, places_T: torch.Tensor, to: int) -> torch.Tensor:
+def _turned(captured: LayerAttention, x_HTK: torch.Tensor, places_T: torch.Tensor, to: int) -> torch.Tensor:
     """Queries or keys of these tokens rotated to another position, float32; unrotated for position 0."""
-    rotation, x_1HTK = sight.site.rotation, x_HTK[None].float()
-    if rotation is None or sight.tables is None:
+    rotation, x_1HTK = captured.site.rotation, x_HTK[None].float()
+    if rotation is None or captured.tables is None:
         return x_HTK.float()
-    tables: Tables = (sight.tables[0][:, places_T], sight.tables[1][:, places_T])
+    tables: Tables = (captured.tables[0][:, places_T], captured.tables[1][:, places_T])
     x_1HTK = rotation.unrotate(x_1HTK, tables)
     if to:
         x_1HTK = rotation.apply(x_1HTK, rotation.tables(torch.tensor([[to]], device=x_HTK.device)))

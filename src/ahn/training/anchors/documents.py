@@ -91,15 +91,15 @@ def _code(source: Source) -> Fact:
 
 
 def _letter(source: Source) -> Fact:
-    who, place = source.rng.choice(_PEOPLE), _name(source.rng)
-    said = f"{who} had hidden the letter in {place}"
-    return Fact(said, f"Where had {who} hidden the letter?", said, place)
+    who, town = source.rng.choice(_PEOPLE), _name(source.rng)
+    said = f"{who} had hidden the letter in {town}"
+    return Fact(said, f"Where had {who} hidden the letter?", said, town)
 
 
 def _fare(source: Source) -> Fact:
-    who, place, number = source.rng.choice(_PEOPLE), _name(source.rng), _number(source.rng)
-    question = f"How many shillings did {who} pay on the train to {place}?"
-    return Fact(f"On the train to {place}, {who} paid {number} shillings", question, f"{number} shillings", number)
+    who, town, number = source.rng.choice(_PEOPLE), _name(source.rng), _number(source.rng)
+    question = f"How many shillings did {who} pay on the train to {town}?"
+    return Fact(f"On the train to {town}, {who} paid {number} shillings", question, f"{number} shillings", number)
 
 
 def _setting(source: Source) -> Fact:
@@ -161,8 +161,8 @@ def make_document(
     asked = [quoted] if quotes and (quoted := _quote(text[: early[-1]], rng)) else []
     hidden = _facts(text, rng, formats)
     whole = text
-    for place, (_, fact) in zip(sorted(rng.choices(early, k=len(hidden)), reverse=True), hidden):
-        whole = f"{whole[:place]}{fact.sentence}. {whole[place:]}"
+    for position, (_, fact) in zip(sorted(rng.choices(early, k=len(hidden)), reverse=True), hidden):
+        whole = f"{whole[:position]}{fact.sentence}. {whole[position:]}"
     asked += [(fact.question, fact.answer) for _, fact in hidden]
     rng.shuffle(asked)
     chat = prompts.has_chat(tokenizer)
@@ -172,20 +172,20 @@ def make_document(
         turn = prompts.follow_up(tokenizer, "", question, chat)
         parts += [turn.opening, turn.closing, prompts.tokens(tokenizer, f" {answer}")]
     shift = first.opening.numel()
-    values = tuple((name, _places(tokenizer, whole, fact, shift)) for name, fact in hidden)
+    values = tuple((name, _positions(tokenizer, whole, fact, shift)) for name, fact in hidden)
     return FactText(torch.cat(parts), shift + first.text.numel(), values)
 
 
 def _facts(text: str, rng: random.Random, formats: Sequence[str]) -> list[tuple[str, Fact]]:
     """Facts with the names of their kinds; all questions differ."""
-    found = (sorted(set(words.findall(text))) for words in _WORDS)
-    source = Source(rng, next((words for words in found if len(words) >= _LEAST_WORDS), []))
+    vocabularies = (sorted(set(words.findall(text))) for words in _WORDS)
+    source = Source(rng, next((words for words in vocabularies if len(words) >= _LEAST_WORDS), []))
     if not source.words:
         raise UnfitText(f"a text has fewer than {_LEAST_WORDS} words, so nothing can be made of them")
     alike = rng.random() < _ALIKE
     kinds = [rng.choice(formats)] * rng.randint(2, 4) if alike else rng.choices(formats, k=rng.randint(1, 3))
-    made = [(kind, FORMATS[kind](source)) for kind in kinds]
-    return list({fact.question: (kind, fact) for kind, fact in made}.values())
+    pairs = [(kind, FORMATS[kind](source)) for kind in kinds]
+    return list({fact.question: (kind, fact) for kind, fact in pairs}.values())
 
 
 def _quote(text: str, rng: random.Random) -> tuple[str, str] | None:
@@ -197,11 +197,11 @@ def _quote(text: str, rng: random.Random) -> tuple[str, str] | None:
     return f'How does the sentence that begins with "{" ".join(words[:4])}" go on?', " ".join(words)
 
 
-def _places(tokenizer: PreTrainedTokenizerBase, text: str, fact: Fact, shift: int) -> tuple[int, ...]:
+def _positions(tokenizer: PreTrainedTokenizerBase, text: str, fact: Fact, shift: int) -> tuple[int, ...]:
     """Indices of the tokens of a fact's value in the document."""
-    start = text.index(fact.value, text.index(fact.sentence))
-    before = tokenizer(text[:start].rstrip(" "), add_special_tokens=False)["input_ids"]
-    until = tokenizer(text[: start + len(fact.value)], add_special_tokens=False)["input_ids"]
+    begin = text.index(fact.value, text.index(fact.sentence))
+    before = tokenizer(text[:begin].rstrip(" "), add_special_tokens=False)["input_ids"]
+    until = tokenizer(text[: begin + len(fact.value)], add_special_tokens=False)["input_ids"]
     return tuple(range(shift + len(before), shift + len(until)))
 
 

@@ -24,7 +24,7 @@ from ahn.training.anchor_settings import HELD_OUT, QUESTION_TOKENS, AnchorSettin
 from ahn.training.anchors.asked import collect
 from ahn.training.anchors.documents import FORMATS, FactText, UnfitText, make_document
 from ahn.training.anchors.fit import Fit, fit
-from ahn.training.anchors.later import observe
+from ahn.training.anchors.future_attention import observe
 from ahn.training.data import Cut, load_pieces
 from ahn.training.log import Say
 from ahn.training.sources import check_places
@@ -44,13 +44,13 @@ class AnchorReport:
         layers: For each layer that scores by "learned", the share of the variance that a linear map explains, and that
             its network explains.
         asked: For each layer that scores by "asked", its number of queries.
-        kept: By score and kind of fact, the share of the values' tokens among each number of anchors in `KEPT`.
+        shares_kept: By score and kind of fact, the share of the values' tokens among each number of anchors in `KEPT`.
         facts: Facts of each kind in held-out documents.
     """
 
     layers: dict[int, tuple[float, float]]
     asked: dict[int, int]
-    kept: dict[str, dict[str, list[float]]]
+    shares_kept: dict[str, dict[str, list[float]]]
     facts: dict[str, int]
 
 
@@ -86,71 +86,73 @@ def train_anchors(settings: AnchorSettings, say: Say | None = None) -> AnchorRep
     """
     say = say or (lambda text: None)
     check_anchor_settings(settings)
-    made = _documents(settings, load_tokenizer(settings.model))
+    texts = _documents(settings, load_tokenizer(settings.model))
     model = load_model(settings.model)
     ahn.attach(model, ahn.AHNConfig(window=settings.window, sinks=_SINKS))
     votes: dict[int, dict[str, nn.Module]] = {}
     queries, fits = {}, {}
     if "asked" in settings.scores:
-        known = [document for number, document in enumerate(made) if not _is_held_out(number)]
+        known = [document for number, document in enumerate(texts) if not _is_held_out(number)]
         queries = collect(model, known, settings.window, say)
         for layer, weights in queries.items():
             votes.setdefault(layer, {})["asked"] = weights
     if "learned" in settings.scores:
-        fits = _fits(model, made, settings, say)
-        for layer, found in fits.items():
-            votes.setdefault(layer, {})["learned"] = found.gate
+        fits = _fits(model, texts, settings, say)
+        for layer, each in fits.items():
+            votes.setdefault(layer, {})["learned"] = each.gate
     for site in attachment_of(model).sites:
         set_score_weights(site, votes.get(site.index, {}))
     ahn.save_anchors(model, settings.out, dtype="float16")
     say("looking which facts of held-out documents are kept")
     scores = ("key_diff", *(score for score in scores_with_weights() if score in settings.scores))
-    kept, facts = _kept(model, made[HELD_OUT - 1 :: HELD_OUT], scores, settings.window)
-    explained = {layer: (found.ridge, found.explained) for layer, found in fits.items()}
-    return AnchorReport(explained, {layer: len(weights.queries) for layer, weights in queries.items()}, kept, facts)
+    shares_kept, facts = _shares_kept(model, texts[HELD_OUT - 1 :: HELD_OUT], scores, settings.window)
+    explained = {layer: (each.ridge, each.explained) for layer, each in fits.items()}
+    return AnchorReport(
+        explained, {layer: len(weights.queries) for layer, weights in queries.items()}, shares_kept, facts
+    )
 
 
-def _fits(model: nn.Module, made: list[FactText], settings: AnchorSettings, say: Say) -> dict[int, Fit]:
+def _fits(model: nn.Module, texts: list[FactText], settings: AnchorSettings, say: Say) -> dict[int, Fit]:
     """Fitted networks of some layers of the middle half."""
     served = [site for site in attachment_of(model).sites if site.memory is not None]
     middle = served[len(served) // 4 : 3 * len(served) // 4 + 1]
-    voters = sorted({site.index for site in evenly(middle, min(settings.voters, len(middle)))})
+    scoring = sorted({site.index for site in evenly(middle, min(settings.voters, len(middle)))})
     generator = torch.Generator().manual_seed(settings.seed)
-    inputs: dict[int, list[torch.Tensor]] = {layer: [] for layer in voters}
-    needed, held = [], []
-    for number, document in enumerate(made):
-        seen = observe(model, document.ids, document.text, settings.window, voters)
+    inputs: dict[int, list[torch.Tensor]] = {layer: [] for layer in scoring}
+    needed, for_testing = [], []
+    for number, document in enumerate(texts):
+        seen = observe(model, document.ids, document.text, settings.window, scoring)
         chosen = _chosen(seen.needed_T, document, settings.window, generator)
         needed.append(seen.needed_T[chosen])
-        held.append(torch.full((len(chosen),), _is_held_out(number)))
-        for layer in voters:
+        for_testing.append(torch.full((len(chosen),), _is_held_out(number)))
+        for layer in scoring:
             inputs[layer].append(seen.hidden[layer][chosen])
         if (number + 1) % 10 == 0:
-            say(f"learned: read {number + 1} of {len(made)} documents")
-    target, held_out = torch.cat(needed), torch.cat(held)
-    return {layer: fit(torch.cat(inputs[layer]), target, held_out, settings.width, settings.seed) for layer in voters}
+            say(f"learned: read {number + 1} of {len(texts)} documents")
+    target, held_out = torch.cat(needed), torch.cat(for_testing)
+    return {layer: fit(torch.cat(inputs[layer]), target, held_out, settings.width, settings.seed) for layer in scoring}
 
 
 def _documents(settings: AnchorSettings, tokenizer: Any) -> list[FactText]:
     """Documents with facts; the left-out kind is in held-out documents only."""
     length = settings.length - QUESTION_TOKENS
-    pieces, _ = load_pieces(settings.data, tokenizer, Cut(length, length // 2, per_document=200))
-    if not len(pieces):
+    sequences, _ = load_pieces(settings.data, tokenizer, Cut(length, length // 2, per_document=200))
+    if not len(sequences):
         raise ConfigError(f"no text has {length // 2:,} tokens; give longer ones, or a smaller length")
     rng = random.Random(settings.seed)
-    made: list[FactText] = []
-    candidates = evenly(range(len(pieces)), 2 * settings.documents)  # tables and the like are left out
-    for index in rng.sample(candidates, len(candidates)):
-        if len(made) == settings.documents:
+    texts: list[FactText] = []
+    indices = evenly(range(len(sequences)), 2 * settings.documents)  # tables and the like are left out
+    for index in rng.sample(indices, len(indices)):
+        if len(texts) == settings.documents:
             break
-        held = _is_held_out(len(made))
-        kinds = list(FORMATS) if held else [name for name in FORMATS if name != settings.left_out]
-        text = tokenizer.decode(pieces[index]["input_ids"].tolist(), skip_special_tokens=True)
+        for_testing = _is_held_out(len(texts))
+        kinds = list(FORMATS) if for_testing else [name for name in FORMATS if name != settings.left_out]
+        text = tokenizer.decode(sequences[index]["input_ids"].tolist(), skip_special_tokens=True)
         with contextlib.suppress(UnfitText):
-            made.append(make_document(text, tokenizer, rng, kinds, quotes=not held))
-    if len(made) < settings.documents:
-        raise ConfigError(f"only {len(made)} texts have sentences to hide facts between; give more running text")
-    return made
+            texts.append(make_document(text, tokenizer, rng, kinds, quotes=not for_testing))
+    if len(texts) < settings.documents:
+        raise ConfigError(f"only {len(texts)} texts have sentences to hide facts between; give more running text")
+    return texts
 
 
 def _is_held_out(number: int) -> bool:
@@ -166,22 +168,22 @@ def _chosen(needed_T: torch.Tensor, document: FactText, window: int, generator: 
     return chosen
 
 
-def _kept(
+def _shares_kept(
     model: Any, documents: list[FactText], scores: Sequence[str], window: int
 ) -> tuple[dict[str, dict[str, list[float]]], dict[str, int]]:
     """Shares of the values' tokens that are in the bank when a question begins."""
     facts = dict.fromkeys(FORMATS, 0)
     shares: dict[str, dict[str, list[list[float]]]] = {}
     for document in documents:
-        gone = [(name, places) for name, places in document.values if places[-1] < document.text - window]
+        gone = [(name, positions) for name, positions in document.values if positions[-1] < document.text - window]
         for name, _ in gone:
             facts[name] += 1
         for score in scores:
             ranked = _ranked(model, document, score, window)
             banks = [set(ranked[:anchors]) for anchors in KEPT]  # a smaller bank is the best part of a larger one
-            for name, places in gone:
-                found = [len(bank & set(places)) / len(places) for bank in banks]
-                shares.setdefault(score, {}).setdefault(name, []).append(found)
+            for name, positions in gone:
+                shares_of = [len(bank & set(positions)) / len(positions) for bank in banks]
+                shares.setdefault(score, {}).setdefault(name, []).append(shares_of)
     means = {
         score: {name: torch.tensor(each).mean(0).tolist() for name, each in by_kind.items()}
         for score, by_kind in shares.items()

@@ -41,7 +41,7 @@ class Span(NamedTuple):
     sinks: int
 
 
-def thinned(labels: torch.Tensor, share: float, *place: int) -> torch.Tensor:
+def subsampled(labels: torch.Tensor, share: float, *key: int) -> torch.Tensor:
     """Labels of which a share is kept, drawn token by token, the others being -100.
 
     The losses that look at labels stay what they are on average, and cost that share of their vocabulary product.
@@ -49,11 +49,11 @@ def thinned(labels: torch.Tensor, share: float, *place: int) -> torch.Tensor:
     Args:
         labels: `[B, T]`.
         share: Share that is kept, above 0; 1 keeps all.
-        *place: What the draw depends on: seed, step, batch within the step, process.
+        *key: What the draw depends on: seed, step, batch within the step, process.
     """
     if share >= 1:
         return labels
-    dice = random.Random("/".join(map(str, place)))
+    dice = random.Random("/".join(map(str, key)))
     generator = torch.Generator().manual_seed(dice.getrandbits(63))
     dropped = torch.rand(labels.shape, generator=generator) >= share
     return labels.masked_fill(dropped.to(labels.device), IGNORED)
@@ -91,40 +91,40 @@ class SpanDraw:
         if self.fixed is not None:
             check_span(*self.fixed)
 
-    def candidates(self, length: int) -> dict[int, list[int]]:
+    def options(self, length: int) -> dict[int, list[int]]:
         """For each total that a sequence of this length may be given, the numbers of sinks that go with it.
 
         Raises:
             ConfigError: There is none: nothing would ever leave the window.
         """
         if self.fixed is not None:
-            found = {sum(self.fixed): [self.fixed.sinks]} if sum(self.fixed) < length else {}
+            usable = {sum(self.fixed): [self.fixed.sinks]} if sum(self.fixed) < length else {}
         else:
             totals = [total for total in self.totals if length / 8 <= total < length]
             pairs = {total: [sinks for sinks in self.sinks if sinks <= total / 2] for total in totals}
-            found = {total: sinks for total, sinks in pairs.items() if sinks}
-        if not found:
+            usable = {total: sinks for total, sinks in pairs.items() if sinks}
+        if not usable:
             what = f"sinks + window = {sum(self.fixed)}" if self.fixed else f"the totals {list(self.totals)}"
             raise ConfigError(
                 f"a sequence of {length} tokens leaves nothing for the memory to learn with {what}; use longer "
                 "sequences or smaller windows (and, drawn at random, totals of at least an eighth of the length)"
             )
-        return found
+        return usable
 
-    def draw(self, length: int, *place: int) -> Span:
+    def draw(self, length: int, *key: int) -> Span:
         """The span of a sequence.
 
         Args:
             length: Its tokens.
-            *place: Where it stands in the training: step, batch within the step, process, row.
+            *key: Where it stands in the training: step, batch within the step, process, row.
 
         Raises:
             ConfigError: No candidate fits this length.
         """
-        candidates = self.candidates(length)
-        dice = random.Random("/".join(map(str, (self.seed, *place))))
-        total = dice.choice(list(candidates))
-        sinks = dice.choice(candidates[total])
+        options = self.options(length)
+        dice = random.Random("/".join(map(str, (self.seed, *key))))
+        total = dice.choice(list(options))
+        sinks = dice.choice(options[total])
         return Span(total - sinks, sinks)
 
     def fitting(self, model: nn.Module) -> SpanDraw:
@@ -171,12 +171,12 @@ class AnchorDraw:
         for count in self.counts:
             check_whole("anchors", count, 0)
 
-    def draw(self, span: Span, *place: int) -> int:
+    def draw(self, span: Span, *key: int) -> int:
         """The number of anchors of a sequence; 0 where its window is too short for them.
 
         Args:
             span: Its window and sinks.
-            *place: Where it stands in the training, as for `SpanDraw.draw`.
+            *key: Where it stands in the training, as for `SpanDraw.draw`.
         """
-        count = random.Random("/".join(map(str, ("anchors", self.seed, *place)))).choice(self.counts)
+        count = random.Random("/".join(map(str, ("anchors", self.seed, *key)))).choice(self.counts)
         return count if span.window > SCORES[ANCHOR_SCORE].span(span.window) else 0

@@ -29,7 +29,7 @@ _OUTPUTS = ("o_proj", "out_proj", "dense", "c_proj")
 
 
 @dataclasses.dataclass(eq=False)
-class Sight:
+class LayerAttention:
     """What one layer computes for a text.
 
     Attributes:
@@ -84,7 +84,7 @@ class Sight:
         return lengths
 
 
-Look = Callable[[Sight], None]
+Look = Callable[[LayerAttention], None]
 
 
 @torch.no_grad()
@@ -131,7 +131,7 @@ def _bring(site: Site, lengths: dict[nn.Module, torch.Tensor], look: Look) -> Ca
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         hidden = args[0] if args else kwargs["hidden_states"]
         tables = kwargs.get("position_embeddings") if site.rotation is not None else None
-        layer = Sight(site, hidden[0], lengths[site.module], tables)
+        layer = LayerAttention(site, hidden[0], lengths[site.module], tables)
         return args, {**kwargs, WATCHED: (layer, look)}
 
     return hook
@@ -143,7 +143,7 @@ def _attend(
     key: torch.Tensor,
     value: torch.Tensor,
     attention_mask: Any,
-    ahn_watched: tuple[Sight, Look],
+    ahn_watched: tuple[LayerAttention, Look],
     scaling: float | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from ahn.training.anchors.watching import Sight, watch
+from ahn.training.anchors.capture import LayerAttention, watch
 
 _LEAST = 1e-6  # of a token that nothing looks at
 
@@ -46,7 +46,7 @@ def observe(model: nn.Module, ids: torch.Tensor, asked: int, window: int, layers
     hidden: dict[int, torch.Tensor] = {}
     needed: list[torch.Tensor] = []
 
-    def look(layer: Sight) -> None:
+    def look(layer: LayerAttention) -> None:
         if layer.site.index in layers:
             hidden[layer.site.index] = layer.hidden_TD.cpu()
         needed.append(_needed(layer, asked, window))
@@ -56,7 +56,7 @@ def observe(model: nn.Module, ids: torch.Tensor, asked: int, window: int, layers
     return Observation(mean_T.clamp(min=_LEAST).log().cpu(), hidden)
 
 
-def _needed(layer: Sight, asked: int, window: int) -> torch.Tensor:
+def _needed(layer: LayerAttention, asked: int, window: int) -> torch.Tensor:
     """How much the questions need each token in one layer, `[T]`."""
     moved_HT = layer.moved()
     tokens = torch.arange(moved_HT.size(1), device=moved_HT.device)

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from ahn.errors import ConfigError
-from ahn.training.draws import Span, SpanDraw, thinned
+from ahn.training.sampling import Span, SpanDraw, subsampled
 from tests.tiny import with_memory
 
 
@@ -61,7 +61,7 @@ def test_candidates_are_checked(wrong: Any) -> None:
 class TestThinned:
     def test_a_share_is_kept_at_random(self) -> None:
         labels = torch.arange(20_000).view(2, -1)
-        kept = thinned(labels, 0.25, 0, 1, 2)
+        kept = subsampled(labels, 0.25, 0, 1, 2)
         left = kept[kept != -100]
         assert 4_500 < left.numel() < 5_500
         assert torch.equal(labels.flatten()[left], left)
@@ -70,13 +70,13 @@ class TestThinned:
     def test_it_hangs_on_its_place_alone(self) -> None:
         labels = torch.arange(64)[None]
         state = torch.random.get_rng_state()
-        assert torch.equal(thinned(labels, 0.5, 3, 7, 0), thinned(labels, 0.5, 3, 7, 0))
-        assert not torch.equal(thinned(labels, 0.5, 3, 7, 0), thinned(labels, 0.5, 3, 8, 0))
+        assert torch.equal(subsampled(labels, 0.5, 3, 7, 0), subsampled(labels, 0.5, 3, 7, 0))
+        assert not torch.equal(subsampled(labels, 0.5, 3, 7, 0), subsampled(labels, 0.5, 3, 8, 0))
         assert torch.equal(torch.random.get_rng_state(), state)
 
     def test_all_are_kept(self) -> None:
         labels = torch.arange(64)[None]
-        assert thinned(labels, 1.0, 0) is labels
+        assert subsampled(labels, 1.0, 0) is labels
 
 
 class TestFitting:

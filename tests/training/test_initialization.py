@@ -14,7 +14,7 @@ from ahn.attachment import attachment_of
 from ahn.checkpoint.content import memory_tensors
 from ahn.errors import CheckpointError
 from ahn.memories import memory_names
-from ahn.training.start import copy_common, set_initial_decay, set_initial_gate
+from ahn.training.initialization import copy_common, set_initial_decay, set_initial_gate
 from tests.tiny import text, tiny, with_memory
 
 
