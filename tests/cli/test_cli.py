@@ -27,18 +27,18 @@ from tests.tiny import MEMORIES, text, tiny, with_memory
 SURFACE = {
     "demo": [
         "--tokens", "--seconds", "--file", "--question", "--fact", "--modes", "--max-new-tokens", "--seed", "--model",
-        "--adapter", "--window", "--sinks", "--sink-positions",
+        "--adapter", "--window", "--sinks", "--sink-positions", "--quantize",
     ],
     "generate": [
         "PROMPT", "--file", "--mode", "--max-new-tokens", "--chunk", "--temperature", "--top-k", "--top-p",
         "--repetition-penalty", "--seed", "--system", "--chat", "--no-chat", "--cache-in", "--cache-out", "--model",
-        "--adapter", "--window", "--sinks", "--sink-positions",
+        "--adapter", "--window", "--sinks", "--sink-positions", "--quantize",
     ],
     "serve": [
         "--host", "--port", "--api-key", "--max-sessions", "--session-bytes", "--session-dir", "--disk-bytes",
         "--cors-origin", "--max-queue", "--max-body-bytes", "--max-prompt-tokens", "--max-seconds", "--chunk",
         "--chunk-between-steps", "MODEL", "--adapter", "--memory", "--window", "--sinks", "--sink-positions",
-        "--anchors",
+        "--quantize", "--anchors",
     ],
     "chat": ["--url", "--api-key", "--document", "--system", "--max-tokens", "--temperature"],
     "inspect": ["PATH", "--json"],
@@ -48,13 +48,13 @@ SURFACE = {
     ],
     "bench": [
         "--arms", "--contexts", "--rounds", "--plot", "--json", "--model", "--adapter", "--window", "--sinks",
-        "--sink-positions",
+        "--sink-positions", "--quantize",
     ],
     "convert": ["SOURCE", "TARGET", "--to", "--model", "--base", "--force"],
     "merge": ["MODEL", "ADAPTER", "TARGET", "--force"],
     "probe": [
-        "--model", "--adapter", "--window", "--sinks", "FILE", "--tokens", "--positions", "--top", "--html",
-        "--json", "--memory-figures", "--seed",
+        "--model", "--adapter", "--window", "--sinks", "--quantize", "FILE", "--tokens", "--positions", "--top",
+        "--html", "--json", "--memory-figures", "--seed",
     ],
 }  # fmt: skip
 FROZEN_ELSEWHERE = {"eval", "train"}  # commands whose surface stands in a test of their own
@@ -183,6 +183,7 @@ EARLY = [
     ("generate x --temperature -1", "--temperature must be at least 0"),
     ("generate x --temperature nan", "--temperature must be at least 0"),
     ("generate x --mode half", "--mode must be ahn, window, full or ahn+64 (so many anchors), not 'half'"),
+    ("generate x --quantize int3", "--quantize must be int4, int8 or bf16"),
     ("generate x --sink-positions far", "--sink-positions must be bounded or absolute"),
     ("generate x --adapter ./missing", "--adapter ./missing does not exist"),
     ("generate x --adapter missing", "--adapter missing does not exist"),

@@ -22,6 +22,7 @@ RUN = [
     "--window",
     "--sinks",
     "--sink-positions",
+    "--quantize",
     "--out",
     "--seed",
     "--anchor-weights",
