@@ -14,7 +14,7 @@ STOREYS = """
 4  distillation, cost > __init__ > checkpoint; generation
 3  surgery > attention
 2  cache > attachment > anchors, memories
-1  backbone, ops, models > native, config > tokens, _home > errors
+1  backbone, ops, models > quantization > native, config > tokens, _home > errors
 """
 Graph = Mapping[str, set[str]]
 

@@ -387,7 +387,9 @@ ROWS = {row.name: row for rows in SECTIONS.values() for row in rows}
 
 
 @pytest.mark.skipif(CACHE != "cache", reason="the page is made with transformers 5.24 or newer")
-@pytest.mark.parametrize("name", ROWS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow) if "compile" in name else name for name in ROWS]
+)
 def test_a_row_is_true(name: str) -> None:
     row, before = ROWS[name], logging.getLogger("transformers").level
     try:

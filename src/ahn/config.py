@@ -14,6 +14,7 @@ _Settings = TypeVar("_Settings", bound="Settings")
 Mode = Literal["full", "window", "ahn", "ct_max", "ct_mean"]
 SinkPositions = Literal["absolute", "bounded"]
 MemoryPositions = Literal["rope", "none"]
+Quantize = Literal["int4", "int8", "bf16"]
 _MOST = 2**40
 """What no window and no number of tokens or layers passes."""
 AUTO = "auto"

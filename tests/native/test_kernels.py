@@ -47,6 +47,57 @@ def test_recurrences(rule: str, T: int, H: int, G: int, K: int, V: int) -> None:
     assert_equal_naive(rule, inputs(rule, T, H, G, K, V))
 
 
+def gradients(name: str, rule: str, tensors: list[Tensor]) -> tuple[Tensor, ...]:
+    """Gradients of a fixed mix of outputs and final state with respect to every input."""
+    leaves = [x.detach().requires_grad_() for x in tensors]
+    results = run(name, rule, leaves)
+    mix = [torch.linspace(-1, 3, x.numel(), dtype=x.dtype).cos().view(x.shape) for x in results]
+    return torch.autograd.grad(results, leaves, mix)
+
+
+def assert_slopes_equal_naive(rule: str, tensors: list[Tensor], tolerance: float = 3e-5) -> None:
+    expected = gradients("naive", rule, [x.double() for x in tensors])
+    for got, wanted in zip(gradients("grouped", rule, tensors), expected, strict=True):
+        torch.testing.assert_close(got, wanted.float(), atol=tolerance, rtol=tolerance)
+
+
+@pytest.mark.parametrize("T", [1, 2, 31, 32, 33, 64, 130])
+@pytest.mark.parametrize(("H", "G", "K", "V"), [(2, 2, 16, 16), (6, 2, 24, 32), (3, 1, 7, 48), (4, 4, 64, 64)])
+@pytest.mark.parametrize("rule", RULES)
+def test_gradients_of_recurrences(rule: str, T: int, H: int, G: int, K: int, V: int) -> None:
+    assert_slopes_equal_naive(rule, inputs(rule, T, H, G, K, V))
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_gradients_over_several_groups(rule: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ahn.ops._chunks._CPU_ELEMENTS_PER_THREAD", 1)
+    assert_slopes_equal_naive(rule, inputs(rule, 130, 4, 2, 16, 16))
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_gradients_of_any_layout(rule: str) -> None:
+    tensors = inputs(rule, 40, 4, 2, 16, 16)
+    assert_slopes_equal_naive(rule, [x.movedim(0, -1).contiguous().movedim(-1, 0) for x in tensors])
+
+
+@pytest.mark.parametrize("rule", ["gated_delta_rule", "state_space"])
+@pytest.mark.parametrize("decay", [-50.0, -1e4])
+def test_gradients_at_strong_decays(rule: str, decay: float) -> None:
+    tensors = inputs(rule, 70, 2, 2, 16, 16)
+    tensors[3] = torch.where(torch.arange(70)[:, None] % 7 == 3, decay, 0.1 * tensors[3])
+    assert_slopes_equal_naive(rule, tensors, 1e-4)
+
+
+@pytest.mark.parametrize("rule", ["gated_delta_rule", "state_space"])
+def test_gradients_are_finite_where_the_state_is_cleared(rule: str) -> None:
+    """The loop has no gradient there; the chunked form has."""
+    tensors = inputs(rule, 70, 2, 2, 16, 16)
+    tensors[3] = torch.where(torch.arange(70)[:, None] % 7 == 3, -math.inf, 0.1 * tensors[3])
+    expected = gradients("chunked", rule, [x.double() for x in tensors])
+    for got, wanted in zip(gradients("grouped", rule, tensors), expected, strict=True):
+        torch.testing.assert_close(got, wanted.float(), atol=1e-4, rtol=1e-4)
+
+
 @pytest.mark.parametrize("rule", RULES)
 def test_recurrences_of_any_layout(rule: str) -> None:
     tensors = inputs(rule, 40, 4, 2, 16, 16)

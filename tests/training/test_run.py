@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import multiprocessing
 import os
 import shutil
@@ -13,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 
 import ahn
@@ -20,6 +22,7 @@ from ahn import checkpoint
 from ahn.attachment import attachment_of
 from ahn.checkpoint.content import memory_tensors
 from ahn.errors import AHNError, ConfigError
+from ahn.training.model_card import write_training_card
 from ahn.training.run import train
 from ahn.training.settings import TrainSettings, read_yaml, write_yaml
 from ahn.training.trainer import AHNTrainer
@@ -59,6 +62,7 @@ def settings(place: Path, out: Path, **changes: Any) -> TrainSettings:
         "save_every": 2,
         "log_every": 1,
         "report_tokens": 256,
+        "licence": "mit",
         "arguments": {"use_cpu": True},
     }
     return TrainSettings.from_dict({**values, **changes})
@@ -89,7 +93,8 @@ def test_a_refused_training_leaves_no_folder(place: Path, tmp_path: Path) -> Non
 
 def test_what_is_written(whole: Path, place: Path) -> None:
     assert {path.name for path in whole.iterdir()} == {
-        "ahn.safetensors", "ahn_config.json", "train.yaml", "report.json", "loss.png", "transfer", "distill",
+        "ahn.safetensors", "ahn_config.json", "train.yaml", "report.json", "loss.png", "README.md", "transfer",
+        "distill",
     }  # fmt: skip
     written = TrainSettings.from_dict(read_yaml(whole / "train.yaml"))
     assert written == settings(place, whole, precision=written.precision)  # which was measured
@@ -103,6 +108,24 @@ def test_what_is_written(whole: Path, place: Path) -> None:
     assert report["tokens"] > 0
     assert (whole / "loss.png").read_bytes().startswith(b"\x89PNG")
     assert "memory" not in json.loads((place / "base" / "config.json").read_text())
+
+
+def test_the_model_card(whole: Path, place: Path, tmp_path: Path) -> None:
+    card = ModelCard.load(whole / "README.md")
+    assert (card.data.library_name, card.data.license, card.data.datasets) == ("ahn", "mit", None)
+    report = json.loads((whole / "report.json").read_text())
+    for mode, nll in report["nll"].items():
+        assert f"| {mode} | {nll:.4f} | {math.exp(nll):.3f} |" in card.text
+    assert "| steps | 3 of transfer, 5 of distill |" in card.text
+    assert str(place / "texts") not in card.text
+    own = "# A text of somebody's own\n"
+    (tmp_path / "README.md").write_text(own)
+    named = settings(place, tmp_path, data=["owner/texts"])
+    assert not write_training_card(with_memory("llama"), named, None, tmp_path)
+    assert (tmp_path / "README.md").read_text() == own
+    (tmp_path / "README.md").unlink()
+    assert write_training_card(with_memory("llama"), named, None, tmp_path)
+    assert ModelCard.load(tmp_path / "README.md").data.datasets == ["owner/texts"]
 
 
 def test_the_weights_can_be_used(whole: Path, place: Path) -> None:

@@ -45,7 +45,7 @@ class Keys(NamedTuple):
     sinks: torch.Tensor
     extra: torch.Tensor
 
-    def of(self, block: QueryBlock) -> torch.Tensor:
+    def select(self, block: QueryBlock) -> torch.Tensor:
         """Those of a block, `[B, G, M, K]`."""
         parts = [self.window[:, :, block.reach], self.sinks, self.extra.index_select(2, block.extra)]
         return torch.cat(parts, dim=2)
@@ -111,12 +111,13 @@ def _blocks(call: Call, view: VisibleKV, repeats: int, like_BHTK: torch.Tensor) 
     for start in range(first, view.seen, size):
         stop = min(start + size, view.seen)
         keys_from = max(view.first, start - view.window + 1)
-        mask, places = block_mask(call, view, (start, stop), keys_from, repeats, like_BHTK), torch.zeros(0).long()
+        mask = block_mask(call, view, (start, stop), keys_from, repeats, like_BHTK)
+        extra_indices = torch.zeros(0).long()
         if view.extra is not None:
-            places = read_by_any(view.extra, start, stop).nonzero().flatten()
-            mask = beside(mask, extra_mask(view.extra, (start, stop), repeats, like_BHTK)[:, places])
+            extra_indices = read_by_any(view.extra, start, stop).nonzero().flatten()
+            mask = beside(mask, extra_mask(view.extra, (start, stop), repeats, like_BHTK)[:, extra_indices])
         reach = slice(keys_from - view.first, max(keys_from, stop) - view.first)
-        blocks.append(QueryBlock(slice(start - first, stop - first), reach, places, mask))
+        blocks.append(QueryBlock(slice(start - first, stop - first), reach, extra_indices, mask))
     return blocks
 
 
@@ -129,7 +130,7 @@ class _Blocks(torch.autograd.Function):
         outputs, log_sums = [], []
         for block in blocks:
             rows = query[:, :, block.rows]
-            stacked, ours, theirs = _stacked(rows, keys.window.size(1)), keys.of(block), values.of(block)
+            stacked, ours, theirs = _stacked(rows, keys.window.size(1)), keys.select(block), values.select(block)
             kernel = getattr(torch.ops.aten, _FORWARD)
             out, log_sum = kernel(stacked, ours, theirs, 0.0, False, attn_mask=block.mask, scale=scaling)
             outputs.append(out.reshape(*rows.shape[:3], -1))
@@ -152,8 +153,8 @@ class _Blocks(torch.autograd.Function):
             q, k, v = kernel(
                 gradient,
                 stacked,
-                keys.of(block),
-                values.of(block),
+                keys.select(block),
+                values.select(block),
                 output,
                 log_sum,
                 0.0,

@@ -70,7 +70,7 @@ def save(model: nn.Module, path: str | os.PathLike[str], dtype: str | torch.dtyp
     tensors, base = storable(path, memory_tensors(model), dtype), BaseInfo.of_model(model)
     write_adapter(path, attachment.config, base, tensors)
     parameters = sum(tensor.numel() for tensor in tensors.values())
-    write_card(Path(path).expanduser(), attachment.config, base, parameters=parameters, place=str(path))
+    write_card(Path(path).expanduser(), attachment.config, base, parameters=parameters, source=str(path))
 
 
 def storable(
@@ -87,16 +87,16 @@ def storable(
         CheckpointError: The dtype is none that is stored, or a weight is not finite in it.
     """
     wanted = _dtype(dtype)
-    found: dict[str, torch.Tensor] = {}
+    copies: dict[str, torch.Tensor] = {}
     for key, tensor in tensors.items():
-        found[key] = tensor.detach().to(device="cpu", dtype=wanted or tensor.dtype)
-        if not bool(found[key].isfinite().all()):
+        copies[key] = tensor.detach().to(device="cpu", dtype=wanted or tensor.dtype)
+        if not bool(copies[key].isfinite().all()):
             raise failure(
                 path,
-                f"nothing was saved: {key} is not finite in {_name(found[key].dtype)}",
+                f"nothing was saved: {key} is not finite in {_name(copies[key].dtype)}",
                 "The training has diverged (lower its learning rate), or float16 is too small for it (use bfloat16)",
             )
-    return found
+    return copies
 
 
 def write_adapter(
@@ -255,10 +255,10 @@ def _checksum(file: Path) -> str:
 def _dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
     if dtype is None:
         return None
-    found = _DTYPES.get(_name(dtype))
-    if found is None:
+    torch_dtype = _DTYPES.get(_name(dtype))
+    if torch_dtype is None:
         raise CheckpointError(f"An adapter cannot be stored in {dtype}. Use {', '.join(_DTYPES)}.")
-    return found
+    return torch_dtype
 
 
 def _name(dtype: str | torch.dtype) -> str:

@@ -89,19 +89,19 @@ def _read(where: str, folder: Path, attachment: Attachment, base: BaseInfo) -> d
     values, stored = read_pair(where, folder, ANCHORS)
     made_for = BaseInfo.of_dict(values["base"] if isinstance(values.get("base"), dict) else {}, where)
     check_base(where, made_for, base, "its anchor scores were", stacklevel=4)
-    found = {layer: _scores_in(stored, layer) for key in stored if (layer := layer_of(key)) is not None}
+    scores_by_layer = {layer: _scores_in(stored, layer) for key in stored if (layer := layer_of(key)) is not None}
     served = {site.index: site.shape for site in attachment.sites if site.memory is not None}
-    if missing := sorted(set(found) - set(served)):
+    if missing := sorted(set(scores_by_layer) - set(served)):
         problem = f"it scores tokens in layer {missing[0]}, which has no memory here"
         raise failure(where, problem, "Attach a memory to that layer too")
-    needed = found or {0: [SCORES["learned"]]}
+    needed = scores_by_layer or {0: [SCORES["learned"]]}
     names = {
         f"layers.{layer}.{name}" for layer, scores in needed.items() for each in scores for name in each.weight_names
     }
     check_keys(where, stored, names)
     tensors = read_tensors(stored)
     weights: dict[int, dict[str, nn.Module]] = {}
-    for layer, scores in found.items():
+    for layer, scores in scores_by_layer.items():
         for score in scores:
             own = {name: tensors[f"layers.{layer}.{name}"] for name in score.weight_names}
             weights.setdefault(layer, {})[score.name] = _loaded(where, score, own, served[layer])

@@ -20,7 +20,7 @@ def write_card(
     base: BaseInfo,
     *,
     parameters: int,
-    place: str = "FOLDER",
+    source: str = "FOLDER",
     anchors: bool = False,
     sections: Mapping[str, str] | None = None,
     licence: str | None = None,
@@ -33,7 +33,7 @@ def write_card(
         config: Settings of its memory.
         base: The base model that it was made for.
         parameters: Parameters of the memory.
-        place: The repository or folder to load it from.
+        source: The repository or folder to load it from.
         anchors: Whether the folder holds the weights of anchor scores too.
         sections: Further sections, Markdown by heading: how it was trained, what was measured.
         licence: Licence of the adapter as the hub names it, such as "apache-2.0".
@@ -48,7 +48,7 @@ def write_card(
     file = folder / CARD
     if file.exists() and _MARK not in file.read_text(encoding="utf-8", errors="replace"):
         return False
-    text = f"---\n{_metadata(base, licence, datasets)}\n---\n\n{_body(config, base, parameters, place, anchors)}"
+    text = f"---\n{_metadata(base, licence, datasets)}\n---\n\n{_body(config, base, parameters, source, anchors)}"
     text += "".join(f"\n## {heading}\n\n{body.strip()}\n" for heading, body in (sections or {}).items())
     write_text(file, f"{text}\n{_MARK}\n")
     return True
@@ -69,11 +69,11 @@ def _metadata(base: BaseInfo, licence: str | None, datasets: Sequence[str]) -> s
     return str(data.to_yaml()).strip()
 
 
-def _body(config: AHNConfig, base: BaseInfo, parameters: int, place: str, anchors: bool) -> str:
+def _body(config: AHNConfig, base: BaseInfo, parameters: int, source: str, anchors: bool) -> str:
     """What it is and how it is loaded."""
     name = Path(base.name).name if base.name else "its base model"
     known = base.name or "BASE"
-    more = f'\nahn.load_anchors(model, "{place}")' if anchors else ""
+    more = f'\nahn.load_anchors(model, "{source}")' if anchors else ""
     return f"""# A memory for {name}
 
 A long-term memory of fixed size ({config.memory}, {parameters:,} parameters) for `{known}`, by the library `ahn`
@@ -82,7 +82,7 @@ A long-term memory of fixed size ({config.memory}, {parameters:,} parameters) fo
 ```python
 import ahn
 
-model = ahn.from_pretrained("{known}", adapter="{place}"){more}
+model = ahn.from_pretrained("{known}", adapter="{source}"){more}
 ```
 
 | setting | value |

@@ -255,28 +255,28 @@ def layer_of(key: str) -> int | None:
     return int(match[1]) if match else None
 
 
-def check_keys(where: str, given: Mapping[str, Any], expected: set[str]) -> None:
+def check_keys(where: str, tensors: Mapping[str, Any], expected: set[str]) -> None:
     """Checks that all keys are there and no other.
 
     Raises:
         CheckpointError: Keys are missing or surplus; the first of them is named.
     """
-    if missing := sorted(expected - set(given)):
+    if missing := sorted(expected - set(tensors)):
         raise failure(where, f"{_count(missing)} missing: {missing[0]}{_more(missing)}", _AGAIN)
-    if surplus := sorted(set(given) - expected):
+    if surplus := sorted(set(tensors) - expected):
         raise failure(where, f"{_count(surplus)} too many: {surplus[0]}{_more(surplus)}", _AGAIN)
 
 
-def check_shapes(where: str, given: Mapping[str, Any], expected: Mapping[str, tuple[int, ...]]) -> None:
+def check_shapes(where: str, tensors: Mapping[str, Any], expected: Mapping[str, tuple[int, ...]]) -> None:
     """Checks the shapes of tensors.
 
     Raises:
         CheckpointError: One differs.
     """
     for key, shape in expected.items():
-        if (found := tuple(given[key].shape)) != shape:
+        if (actual := tuple(tensors[key].shape)) != shape:
             raise failure(
-                where, f"{key} has the shape {list(found)} instead of {list(shape)}", "Use its own base model"
+                where, f"{key} has the shape {list(actual)} instead of {list(shape)}", "Use its own base model"
             )
 
 

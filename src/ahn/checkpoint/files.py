@@ -109,10 +109,10 @@ class HubSource:
         Raises:
             CheckpointError: The subfolder is not there, or lies outside.
         """
-        place = folder / self.subfolder
-        if not place.is_dir() or not place.resolve().is_relative_to(folder.resolve()):
+        subfolder = folder / self.subfolder
+        if not subfolder.is_dir() or not subfolder.resolve().is_relative_to(folder.resolve()):
             raise failure(name, f"it has no subfolder {self.subfolder!r}", "Check the name of the subfolder")
-        return place
+        return subfolder
 
 
 def failure(where: str | os.PathLike[str], what: str, remedy: str) -> CheckpointError:
@@ -224,8 +224,8 @@ def weight_files(folder: Path) -> list[Path]:
         CheckpointError: There are none, or one that the index names is missing.
     """
     if (folder / INDEX).is_file():
-        places = read_json(folder / INDEX).get("weight_map")
-        names = set(places.values()) if isinstance(places, dict) else set()
+        weight_map = read_json(folder / INDEX).get("weight_map")
+        names = set(weight_map.values()) if isinstance(weight_map, dict) else set()
         if not names or any(not isinstance(name, str) or Path(name).name != name for name in names):
             raise failure(folder / INDEX, "its weight_map names no files", "Copy or download the folder again")
         if missing := sorted(name for name in names if not (folder / name).is_file()):
@@ -233,8 +233,8 @@ def weight_files(folder: Path) -> list[Path]:
         return [folder / name for name in sorted(names)]
     if (folder / SINGLE).is_file():
         return [folder / SINGLE]
-    if found := sorted(folder.glob("*.safetensors")):
-        return found
+    if single_files := sorted(folder.glob("*.safetensors")):
+        return single_files
     if pickled := sorted(file.name for file in folder.iterdir() if file.suffix in _PICKLES):
         raise failure(
             folder,
@@ -250,17 +250,17 @@ def stored_tensors(files: Iterable[Path]) -> dict[str, Stored]:
     Raises:
         CheckpointError: A file is no safetensors file or is cut off, or a key is in two files.
     """
-    found: dict[str, Stored] = {}
+    tensors: dict[str, Stored] = {}
     for file in files:
         with _reader(file) as reader:
             for key in reader.keys():  # noqa: SIM118 (a reader is no mapping)
-                if key in found:
+                if key in tensors:
                     raise failure(
-                        file.parent, f"{key} is in {found[key].file.name} and in {file.name}", "Remove one of them"
+                        file.parent, f"{key} is in {tensors[key].file.name} and in {file.name}", "Remove one of them"
                     )
                 part = reader.get_slice(key)
-                found[key] = Stored(file, key, tuple(part.get_shape()), str(part.get_dtype()))
-    return found
+                tensors[key] = Stored(file, key, tuple(part.get_shape()), str(part.get_dtype()))
+    return tensors
 
 
 def read_tensors(stored: Mapping[str, Stored]) -> dict[str, torch.Tensor]:
@@ -339,17 +339,17 @@ def new_folder(target: str | os.PathLike[str]) -> Iterator[Path]:
     Raises:
         CheckpointError: The target is there and not empty, or cannot be written.
     """
-    place = Path(target).expanduser().absolute()
+    target_path = Path(target).expanduser().absolute()
     with writing(target):
-        if place.exists() and (not place.is_dir() or any(place.iterdir())):
+        if target_path.exists() and (not target_path.is_dir() or any(target_path.iterdir())):
             raise failure(target, "it exists already", "Choose a new or an empty folder")
-        place.parent.mkdir(parents=True, exist_ok=True)
-        part = Path(tempfile.mkdtemp(prefix=f".{place.name}.", dir=place.parent))
+        target_path.parent.mkdir(parents=True, exist_ok=True)
+        part = Path(tempfile.mkdtemp(prefix=f".{target_path.name}.", dir=target_path.parent))
         try:
             yield part
             part.chmod(0o777 & ~umask())
-            if place.is_dir():
-                place.rmdir()
-            os.replace(part, place)
+            if target_path.is_dir():
+                target_path.rmdir()
+            os.replace(part, target_path)
         finally:
             shutil.rmtree(part, ignore_errors=True)

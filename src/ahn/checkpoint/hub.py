@@ -57,8 +57,8 @@ def push_to_hub(
     attachment = attachment_of(model)
     if not is_hub_id(repo_id):
         raise failure(repo_id, "this is no name on the hub", "Give it as owner/name")
-    with tempfile.TemporaryDirectory(prefix="ahn-") as place:
-        folder = Path(place)
+    with tempfile.TemporaryDirectory(prefix="ahn-") as temporary:
+        folder = Path(temporary)
         save(model, folder, dtype)
         has_anchors = any(site.anchor_weights for site in attachment.sites)
         if has_anchors:
@@ -70,7 +70,7 @@ def push_to_hub(
             attachment.config,
             BaseInfo.of_model(model),
             parameters=sum(tensor.numel() for tensor in memory_tensors(model).values()),
-            place=repo_id,
+            source=repo_id,
             anchors=has_anchors,
             licence=license,
             datasets=datasets,

@@ -129,9 +129,9 @@ def from_pretrained(
         attach(model, config)
     if content is not None and memory[0] is not None:
         _put(model, content if folder is None or not _is_base(folder) else _without_name(content))
-        place = locate(memory[0], memory[1])
-        if (place / ANCHORS.config).is_file():
-            load_anchors(model, place)
+        located = locate(memory[0], memory[1])
+        if (located / ANCHORS.config).is_file():
+            load_anchors(model, located)
     return model
 
 
@@ -331,15 +331,15 @@ def _check_base_weights(where: str, folder: Path, config: PreTrainedConfig) -> N
 
     with torch.device("meta"):
         expected = AutoModelForCausalLM.from_config(config).state_dict()
-    given: dict[str, Any] = {
+    base_tensors: dict[str, Any] = {
         key: stored
         for key, stored in stored_tensors(weight_files(folder)).items()
         if ".ahn." not in key and not key.endswith("rotary_emb.inv_freq")  # old checkpoints hold it
     }
     if config.tie_word_embeddings:
-        given.setdefault("lm_head.weight", expected["lm_head.weight"])
-    check_keys(where, given, set(expected))
-    check_shapes(where, given, {key: tuple(tensor.shape) for key, tensor in expected.items()})
+        base_tensors.setdefault("lm_head.weight", expected["lm_head.weight"])
+    check_keys(where, base_tensors, set(expected))
+    check_shapes(where, base_tensors, {key: tuple(tensor.shape) for key, tensor in expected.items()})
 
 
 @contextmanager

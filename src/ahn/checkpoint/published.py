@@ -238,11 +238,11 @@ def _base(where: str, values: Mapping[str, Any]) -> BaseInfo:
     return dataclasses.replace(base, num_key_value_heads=base.num_key_value_heads or heads, head_dim=head_dim)
 
 
-def _memory_keys(where: str, memory: str, found: Mapping[str, Stored]) -> tuple[dict[str, Stored], Kind]:
+def _memory_keys(where: str, memory: str, tensors: Mapping[str, Stored]) -> tuple[dict[str, Stored], Kind]:
     """The memory's tensors by our names, and whether those of the base model lie beside them."""
     names = PUBLISHED[memory]
     ours = {theirs: our for our, theirs in names.renamed.items()}
-    theirs = {key: stored for key, stored in found.items() if ".ahn." in key}
+    theirs = {key: stored for key, stored in tensors.items() if ".ahn." in key}
     if not theirs:
         raise failure(where, "its weights hold no memory (no key model.layers.N.ahn.fn.*)", _AGAIN)
     stored: dict[str, Stored] = {}
@@ -252,4 +252,4 @@ def _memory_keys(where: str, memory: str, found: Mapping[str, Stored]) -> tuple[
             raise failure(where, f"{key} belongs to no memory that this library has", _AGAIN)
         if match[2] not in names.unused:
             stored[f"layers.{int(match[1])}.{ours.get(match[2], match[2])}"] = tensor
-    return stored, "merged" if len(theirs) < len(found) else "published"
+    return stored, "merged" if len(theirs) < len(tensors) else "published"

@@ -175,21 +175,21 @@ def merge(base: str | os.PathLike[str], adapter: str | os.PathLike[str], target:
     """
     content = read(adapter)
     folder = _base_folder(base, _BASE_FILES)
-    values, found = _base_of(base, folder)
-    content.check_base(found)
-    content = dataclasses.replace(content, base=found)
+    values, known = _base_of(base, folder)
+    content.check_base(known)
+    content = dataclasses.replace(content, base=known)
     content.check_sizes()
     config, tensors = published.published_config(content, values), published.published_tensors(content)
     files = weight_files(folder)
     stored = stored_tensors(files)
     _check_mergeable(os.fspath(base), stored, content)
-    with new_folder(target) as place:
-        _write_shards(files, stored, tensors, place)
+    with new_folder(target) as folder_path:
+        _write_shards(files, stored, tensors, folder_path)
         for pattern in _BESIDE:
             for file in folder.glob(pattern):
                 if file.is_file():
-                    shutil.copyfile(file, place / file.name)
-        write_json(config, place / published.CONFIG)
+                    shutil.copyfile(file, folder_path / file.name)
+        write_json(config, folder_path / published.CONFIG)
 
 
 def _write_published(content: Content, base_values: dict[str, Any] | None, target: str | os.PathLike[str]) -> None:
@@ -200,19 +200,19 @@ def _write_published(content: Content, base_values: dict[str, Any] | None, targe
 
 
 def _write_shards(
-    files: list[Path], stored: Mapping[str, Stored], tensors: Mapping[str, torch.Tensor], place: Path
+    files: list[Path], stored: Mapping[str, Stored], tensors: Mapping[str, torch.Tensor], folder_path: Path
 ) -> None:
     """The base model's weight files as they are, one more for the memory, and an index of all."""
     names = [f"model-{number:05d}-of-{len(files) + 1:05d}.safetensors" for number in range(1, len(files) + 2)]
     renamed = dict(zip(files, names, strict=False))
     for file, name in renamed.items():
-        shutil.copyfile(file, place / name)
-    write_tensors(tensors, place / names[-1])
-    places = {key: renamed[each.file] for key, each in stored.items()} | dict.fromkeys(tensors, names[-1])
+        shutil.copyfile(file, folder_path / name)
+    write_tensors(tensors, folder_path / names[-1])
+    weight_map = {key: renamed[each.file] for key, each in stored.items()} | dict.fromkeys(tensors, names[-1])
     size = sum(each.bytes for each in stored.values())
     size += sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
-    index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(places.items()))}
-    write_json(index, place / INDEX)
+    index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(weight_map.items()))}
+    write_json(index, folder_path / INDEX)
 
 
 def _check_mergeable(where: str, stored: Mapping[str, Stored], content: Content) -> None:

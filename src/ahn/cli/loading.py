@@ -5,11 +5,11 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 from ahn.cli import checks
 from ahn.cli.terminal import notes, output
-from ahn.config import AHNConfig, ExactTokens, SinkPositions, same_setting, setting
+from ahn.config import AHNConfig, ExactTokens, Quantize, SinkPositions, same_setting, setting
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 class ModelChoice:
     """Which model a command works with, and what a run of it keeps exactly; `None` as saved, or as usual."""
 
-    model: str = setting("smollm2-135m", "A built-in name, a folder, or a hub id owner/name.")
+    model: str = setting("smollm2-135m", "A built-in name, a folder, a GGUF file, or a hub id owner/name.")
     adapter: str | None = setting(
         None, "Folder or hub id of the memory's weights; none for an untrained one.", unset="what ships for the model"
     )
@@ -34,6 +34,12 @@ class ModelChoice:
         choices=("bounded", "absolute"),
         unset="the adapter's, or bounded",
         kw_only=False,
+    )
+    quantize: str | None = setting(
+        None,
+        "Store the base model's weights in fewer bits.",
+        choices=get_args(Quantize),
+        unset="as the file has them",
     )
 
     def __post_init__(self) -> None:
@@ -95,7 +101,8 @@ def load(settings: ModelChoice, like: AHNConfig | None = None) -> Loaded:
         changes: dict[str, Any] = {key: getattr(settings, key) for key in ("window", "sinks", "sink_positions")}
         config = replace(config, **{key: value for key, value in changes.items() if value is not None})
         tokenizer = load_tokenizer(name)
-        model = from_pretrained(name, chosen, config)
+        stored: dict[str, Any] = {} if settings.quantize is None else {"quantize": settings.quantize}
+        model = from_pretrained(name, chosen, config, **stored)
         if (weights := _score_weights_for(name)) is not None:
             load_anchors(model, weights)
     return Loaded(name, model, tokenizer, config, chosen or (name if saved else None))

@@ -83,8 +83,8 @@ class _Sliced(torch.autograd.Function):
                 losses = measure(hidden, part)
             sums += torch.stack([loss.detach() for loss in losses])
             for number, (gradient, loss) in enumerate(zip(gradients, losses)):
-                (found,) = torch.autograd.grad(loss, hidden, retain_graph=number + 1 < count)
-                gradient[start : start + size] = found
+                (slope,) = torch.autograd.grad(loss, hidden, retain_graph=number + 1 < count)
+                gradient[start : start + size] = slope
         ctx.save_for_backward(rows, *gradients)
         ctx.shape = hidden_ND.shape
         return sums

@@ -17,6 +17,10 @@ import torch
 from ahn._home import home, make_once
 from ahn.errors import ModelError
 from ahn.models import smollm2
+from ahn.models.filling import load_folder
+from ahn.models.gguf import GGUFModel, load_gguf
+from ahn.models.gguf_tokenizer import load_gguf_tokenizer
+from ahn.quantization import check_quantize
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -71,11 +75,12 @@ def resolve(name: str | os.PathLike[str], others: Iterable[str] = ()) -> str:
     A built-in model is converted on first use (seconds, about 540 MB in `home()`). Nothing is downloaded.
 
     Args:
-        name: A name in `KNOWN`, a local folder, or a hub id `owner/name`. A folder that exists wins over a hub id.
+        name: A name in `KNOWN`, a local folder, a GGUF file, or a hub id `owner/name`. A folder that exists wins over a
+            hub id.
         others: Further names that the caller knows, to be named when there is no model of this name.
 
     Returns:
-        The path of a folder that holds a `config.json`, or the hub id as given.
+        The path of a folder that holds a `config.json`, that of a GGUF file, or the hub id as given.
 
     Raises:
         ModelError: Nothing has this name, the folder holds no model, or the built-in model cannot be converted.
@@ -86,6 +91,8 @@ def resolve(name: str | os.PathLike[str], others: Iterable[str] = ()) -> str:
     path = Path(name).expanduser()
     if name.strip() and os.path.isdir(path):  # those of pathlib raise at a name that is too long
         return _checked_folder(path)
+    if is_gguf(name):
+        return str(path)
     if os.path.isfile(path):
         raise ModelError(f"'{name}' is a file. Give the folder that holds config.json and the weights.")
     if _HUB_ID.fullmatch(name) and not name.endswith((".safetensors", ".gguf", ".bin", ".json")):
@@ -101,13 +108,26 @@ def resolve(name: str | os.PathLike[str], others: Iterable[str] = ()) -> str:
     )
 
 
-def load_model(name: str | os.PathLike[str], dtype: str | torch.dtype | None = None, **kwargs: Any) -> PreTrainedModel:
+def is_gguf(name: str | os.PathLike[str]) -> bool:
+    """Whether a name is that of a GGUF file that is there."""
+    return os.fspath(name).endswith(".gguf") and os.path.isfile(Path(name).expanduser())
+
+
+def load_model(
+    name: str | os.PathLike[str],
+    dtype: str | torch.dtype | None = None,
+    *,
+    quantize: str | None = None,
+    **kwargs: Any,
+) -> PreTrainedModel:
     """Loads a decoder language model in evaluation mode, without a memory.
 
     Args:
         name: As for `resolve`.
         dtype: A torch dtype, its name ("bfloat16"), or "auto" for the one that the weights are stored in. `None` is
             float32, or "auto" if `device_map` or `quantization_config` is given.
+        quantize: "int4", "int8" or "bf16" to store the weights so and multiply them by float32; `None` as the dtype
+            says. Each weight is quantised as it is read. A GGUF file, and smollm2-135m in "int4", keep their blocks.
         **kwargs: For `AutoModelForCausalLM.from_pretrained`, such as `device_map`, `revision` or `attn_implementation`.
 
     Returns:
@@ -120,6 +140,8 @@ def load_model(name: str | os.PathLike[str], dtype: str | torch.dtype | None = N
     from transformers import AutoModelForCausalLM
 
     kwargs.setdefault("trust_remote_code", False)  # Left open, transformers asks on the terminal and waits.
+    if quantize is not None or is_gguf(name):
+        return _load_stored(name, dtype, quantize, kwargs)
     large = "device_map" in kwargs or "quantization_config" in kwargs
     chosen = as_dtype(dtype, "auto" if large else torch.float32)
     source = resolve(name)
@@ -144,6 +166,34 @@ def load_model(name: str | os.PathLike[str], dtype: str | torch.dtype | None = N
     return model
 
 
+def _load_stored(
+    name: str | os.PathLike[str], dtype: str | torch.dtype | None, quantize: str | None, kwargs: dict[str, Any]
+) -> PreTrainedModel:
+    """A model whose weights are stored in few bits; its dtype is float32."""
+    if as_dtype(dtype, torch.float32) not in (torch.float32, "auto"):
+        raise ModelError("a model whose weights are stored in few bits multiplies in float32: leave dtype out")
+    chosen = None if quantize is None else check_quantize(quantize)
+    if is_gguf(name):
+        if chosen is not None:
+            raise ModelError(f"'{name}' is quantised already: leave quantize out")
+        return load_gguf(Path(name).expanduser())
+    if name == "smollm2-135m" and chosen == "int4":
+        model = load_gguf(smollm2.gguf_file(), smollm2.config())
+        model.config._name_or_path = model.name_or_path = os.fspath(name)
+        return model
+    source = resolve(name)
+    config = kwargs.pop("config", None) or _load_config(name, source, kwargs)
+    _require_decoder(name, config)
+    try:
+        return load_folder(source, config, chosen, kwargs)  # type: ignore[arg-type]
+    except ModelError:
+        raise
+    except Exception as error:  # as in `load_model`
+        raise ModelError(
+            f"The weights of '{name}' cannot be loaded: {_one_line(error)}{_remedy(name, source)}"
+        ) from None
+
+
 def load_config(name: str | os.PathLike[str], others: Iterable[str] = ()) -> PreTrainedConfig:
     """Loads a model's config alone, without its weights.
 
@@ -157,6 +207,8 @@ def load_config(name: str | os.PathLike[str], others: Iterable[str] = ()) -> Pre
     Raises:
         ModelError: As `resolve`; or the config cannot be found or read, or is no decoder language model's.
     """
+    if is_gguf(name):
+        return GGUFModel(Path(name).expanduser()).config()
     config = _load_config(name, resolve(name, others), {"trust_remote_code": False})
     _require_decoder(name, config)
     return config
@@ -178,6 +230,8 @@ def load_tokenizer(name: str | os.PathLike[str], **kwargs: Any) -> PreTrainedTok
     from transformers import AutoTokenizer
 
     kwargs.setdefault("trust_remote_code", False)
+    if is_gguf(name):
+        return load_gguf_tokenizer(GGUFModel(Path(name).expanduser()))
     source = resolve(name)
     _check_sizes(name, source, kwargs)
     try:
@@ -201,6 +255,8 @@ def base_name(model: PreTrainedModel) -> str:
     source = str(getattr(model.config, "_name_or_path", "") or "")
     path = Path(source)
     for name in KNOWN:
+        if source == name:
+            return name
         if path.parent.name == "models" and path.name.startswith(f"{name}-"):
             return name
     return source

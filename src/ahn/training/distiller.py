@@ -101,8 +101,8 @@ class Distiller(nn.Module):
             attention_mask: `[B, T]`, 0 at padding.
             anchors: Anchors of each row in the stage "distill"; those of the model's settings if left out.
         """
-        given = {"input_ids": input_ids, "labels": labels, "attention_mask": attention_mask}
-        batch = {name: tensor for name, tensor in given.items() if tensor is not None}
+        tensors = {"input_ids": input_ids, "labels": labels, "attention_mask": attention_mask}
+        batch = {name: tensor for name, tensor in tensors.items() if tensor is not None}
         sums: dict[str, torch.Tensor] = {}
         for (span, count, *_), rows in self._groups(spans, anchors).items():
             part = {name: tensor[rows] for name, tensor in batch.items()}

@@ -34,8 +34,8 @@ def _rate(weight: torch.Tensor, seconds: float) -> float:
     """Products a second."""
     inputs = torch.ones(_TOKENS, weight.size(1), dtype=weight.dtype, device=weight.device)
     functional.linear(inputs, weight)
-    count, start = 0, time.perf_counter()
-    while (spent := time.perf_counter() - start) < seconds or not count:
+    count, began = 0, time.perf_counter()
+    while (spent := time.perf_counter() - began) < seconds or not count:
         functional.linear(inputs, weight)
         count += 1
     return count / spent

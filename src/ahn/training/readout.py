@@ -68,9 +68,9 @@ def solve_readout(
     for number, batch in enumerate(batches):
         span = draw.draw(batch["input_ids"].size(1), number)
         lesson, _ = teach(model, batch, span.window, span.sinks, _Counting)
-        for memory, found in lesson.moments.items():
+        for memory, moments in lesson.moments.items():
             before = sums.get(memory)
-            sums[memory] = found if before is None else _Moments(*map(torch.add, before, found))
+            sums[memory] = moments if before is None else _Moments(*map(torch.add, before, moments))
     for site in attachment_of(model).sites:
         if site.memory is not None and site.memory in sums:
             site.memory.o_proj.copy_(scale * _ridge(sums[site.memory]))

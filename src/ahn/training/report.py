@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 import ahn
+from ahn._home import write_figure, write_text
 from ahn.config import Mode
 from ahn.generation import read
 from ahn.training.draws import Span
@@ -94,7 +95,7 @@ def write_report(report: Report, file: Path, more: Mapping[str, Any]) -> None:
         more: Further facts to put beside it.
     """
     text = json.dumps({**report.to_dict(), **more}, indent=2)
-    file.write_text(text.replace("NaN", "null") + "\n", encoding="utf-8")
+    write_text(file, text.replace("NaN", "null") + "\n")
 
 
 def plot_losses(curves: Mapping[str, Sequence[Mapping[str, float]]], file: Path) -> None:
@@ -118,4 +119,4 @@ def plot_losses(curves: Mapping[str, Sequence[Mapping[str, float]]], file: Path)
         panel.set(title=stage, xlabel="step", ylabel="share unexplained" if stage == "transfer" else "loss")
         panel.grid(alpha=0.3)
         panel.legend()
-    figure.savefig(file, dpi=120)
+    write_figure(file, figure, dpi=120)

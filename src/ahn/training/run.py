@@ -25,6 +25,7 @@ from ahn.training.batches import Pieces, PieceStream, collate
 from ahn.training.data import load_pieces, stream_pieces
 from ahn.training.distiller import Distiller
 from ahn.training.log import Lines, Say, read_history
+from ahn.training.model_card import write_training_card
 from ahn.training.precision import fastest_precision
 from ahn.training.readout import solve_readout
 from ahn.training.report import PLOT, TABLE, Report, evaluate, plot_losses, write_report
@@ -36,7 +37,7 @@ from ahn.training.teacher import TeacherCache
 from ahn.training.trainer import AHNTrainer
 
 _STATE = "trainer_state.json"
-_MAY_CHANGE = {"log_every", "save_every", "keep", "report_tokens", "report_to", "teacher_cache", "precision"}
+_MAY_CHANGE = {"log_every", "save_every", "keep", "report_tokens", "report_to", "teacher_cache", "precision", "licence"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,6 +91,9 @@ def train(settings: TrainSettings, resume: bool = False, say: Say | None = None,
     report = None
     if arguments[settings.stages[-1]].should_save:
         report = _close(model, settings, held_out, curves, folder, say)
+        if settings.anchor_weights is not None and any(settings.anchors):
+            ahn.save_anchors(model, folder)
+        write_training_card(model, settings, report, folder)
     return Outcome(folder, report, curves)
 
 
@@ -199,8 +203,7 @@ def _write_settings(settings: TrainSettings, folder: Path) -> None:
         return
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        write_yaml(settings, folder / f"{FILE}.part")
-        os.replace(folder / f"{FILE}.part", folder / FILE)
+        write_yaml(settings, folder / FILE)
     except OSError as error:
         raise ConfigError(f"{folder} cannot be written ({error.strerror}); name another folder") from None
 

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from ahn._home import flush
 from ahn.attachment import attachment_of
 from ahn.checkpoint.adapter import write_adapter
 from ahn.checkpoint.content import BaseInfo, check_keys, check_shapes, memory_tensors
@@ -133,10 +134,6 @@ def _flush(folder: Path) -> None:
 
 
 def _flush_entry(path: Path) -> None:
-    if path.is_dir() and os.name == "nt":
-        return
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    """As `flush`; Windows has no such thing for folders."""
+    if not (path.is_dir() and os.name == "nt"):
+        flush(path)

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ahn._home import write_text
 from ahn.config import (
     AHNConfig,
     ExactTokens,
@@ -172,6 +173,7 @@ class TrainSettings(Settings):
     eval_tokens: int = file_setting(4096, "Held-out tokens read for an evaluation.", least=1)
     report_tokens: int = file_setting(8192, "Held-out tokens read for the closing table; none if 0.", least=0)
     report_to: str = setting("none", "tensorboard, wandb or none, beside the console.")
+    licence: str | None = file_setting(None, "Licence that the model card names, as the hub does: apache-2.0, mit.")
     arguments: dict[str, Any] = file_setting(
         help="Further arguments of `transformers.TrainingArguments`, such as `fsdp` or `deepspeed`.", factory=dict
     )
@@ -289,10 +291,14 @@ def read_yaml(file: str | Path) -> dict[str, Any]:
 
 
 def write_yaml(settings: TrainSettings, file: str | Path) -> None:
-    """Writes settings so that `read_yaml` finds them again."""
+    """Writes settings so that `read_yaml` finds them again.
+
+    Raises:
+        OutputError: The file cannot be written.
+    """
     import yaml
 
-    Path(file).write_text(yaml.safe_dump(settings.to_dict(), sort_keys=False), encoding="utf-8")
+    write_text(file, yaml.safe_dump(settings.to_dict(), sort_keys=False))
 
 
 def _with_new_names(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -107,10 +107,10 @@ def copy_common(model: nn.Module, adapter: str) -> list[str]:
     Raises:
         CheckpointError: There is no such adapter, or it has nothing in common with the memory.
     """
-    given, ours = read(adapter).tensors(), memory_tensors(model)
-    taken = [key for key, tensor in ours.items() if key in given and given[key].shape == tensor.shape]
+    stored, ours = read(adapter).tensors(), memory_tensors(model)
+    taken = [key for key, tensor in ours.items() if key in stored and stored[key].shape == tensor.shape]
     if not taken:
         raise CheckpointError(f"{adapter}: it has no weights in common with the memory to train. Start without it.")
     for key in taken:
-        ours[key].copy_(given[key])
+        ours[key].copy_(stored[key])
     return sorted({key.split(".", 2)[2] for key in taken})

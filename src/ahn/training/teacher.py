@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import uuid
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,10 +15,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
+from ahn._home import replaced_file
 from ahn.attachment import attachment_of
 from ahn.checkpoint.content import memory_tensors
 from ahn.checkpoint.files import write_tensors
-from ahn.errors import ConfigError
+from ahn.errors import ConfigError, OutputError
 
 _STATES = "states"
 _SAMPLED = 4096  # elements of each weight that tell one base model from another
@@ -60,12 +60,12 @@ class TeacherCache:
             ConfigError: The folder cannot be written.
         """
         real = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
-        files = [self._file(ids[kept]) for ids, kept in zip(input_ids, real)]
+        files = [self._file(ids[is_real]) for ids, is_real in zip(input_ids, real)]
         rows = [_load(file, input_ids.device) for file in files]
         if any(row is None for row in rows):
             states = read()
-            for file, row, kept in zip(files, states, real):
-                self._keep(file, row[kept])
+            for file, row, is_real in zip(files, states, real):
+                self._keep(file, row[is_real])
             return states
         found_RD = torch.cat([row for row in rows if row is not None])
         states = found_RD.new_zeros(*input_ids.shape, found_RD.size(-1))
@@ -77,15 +77,12 @@ class TeacherCache:
         return self.folder / f"{hashlib.sha256(tokens).hexdigest()[:32]}.safetensors"
 
     def _keep(self, file: Path, states_RD: torch.Tensor) -> None:
-        part = file.with_name(f".{uuid.uuid4().hex}.part")
         try:
-            write_tensors({_STATES: states_RD}, part)
-            os.replace(part, file)
-        except (OSError, SafetensorError) as error:
-            part.unlink(missing_ok=True)
+            with replaced_file(file) as part:
+                write_tensors({_STATES: states_RD}, part)
+        except OutputError as error:
             raise ConfigError(
-                f"{self.folder} cannot hold the teacher's states ({getattr(error, 'strerror', None) or error}); "
-                "make room, or train without teacher_cache"
+                f"{self.folder} cannot hold the teacher's states ({error}); make room, or train without teacher_cache"
             ) from None
 
 

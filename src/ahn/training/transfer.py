@@ -85,9 +85,9 @@ class _Regression(Lesson):
             wrong = (read_BEHV * missing.counted_BE11 - missing.output_BEHV).square().sum()
             share = wrong / missing.output_BEHV.square().sum().clamp(min=1e-12)
             parameters = [each for each in layer.memory.parameters() if each.requires_grad]
-            found = torch.autograd.grad(share, parameters, allow_unused=True) if torch.is_tensor(share) else ()
+            slopes = torch.autograd.grad(share, parameters, allow_unused=True) if torch.is_tensor(share) else ()
         self.losses.append(share.detach())
-        self.gradients.update((p, g) for p, g in zip(parameters, found) if g is not None)
+        self.gradients.update((p, g) for p, g in zip(parameters, slopes) if g is not None)
 
 
 def transfer_loss(model: nn.Module, batch: Mapping[str, torch.Tensor], window: int, sinks: int) -> LossOutput:

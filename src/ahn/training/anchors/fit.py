@@ -48,8 +48,8 @@ def fit(hidden_ND: torch.Tensor, needed_N: torch.Tensor, held_N: torch.Tensor, w
     linear_D = _ridge(*learned)
     gate = _network(*learned, width, seed)
     with torch.no_grad():
-        found = gate(inputs_ND[held_N])
-    shares = (_explained(each, target_N[held_N]) for each in (inputs_ND[held_N] @ linear_D, found))
+        predicted_N = gate(inputs_ND[held_N])
+    shares = (_explained(each, target_N[held_N]) for each in (inputs_ND[held_N] @ linear_D, predicted_N))
     return Fit(_on_raw_inputs(gate, mean_D, spread_D), *shares)
 
 

@@ -46,24 +46,24 @@ def observe(model: nn.Module, ids: torch.Tensor, asked: int, window: int, layers
     hidden: dict[int, torch.Tensor] = {}
     needed: list[torch.Tensor] = []
 
-    def look(sight: Sight) -> None:
-        if sight.site.index in layers:
-            hidden[sight.site.index] = sight.hidden_TD.cpu()
-        needed.append(_needed(sight, asked, window))
+    def look(layer: Sight) -> None:
+        if layer.site.index in layers:
+            hidden[layer.site.index] = layer.hidden_TD.cpu()
+        needed.append(_needed(layer, asked, window))
 
     watch(model, ids, look)
     mean_T = torch.stack(needed).mean(0)
     return Observation(mean_T.clamp(min=_LEAST).log().cpu(), hidden)
 
 
-def _needed(sight: Sight, asked: int, window: int) -> torch.Tensor:
+def _needed(layer: Sight, asked: int, window: int) -> torch.Tensor:
     """How much the questions need each token in one layer, `[T]`."""
-    moved_HT = sight.moved()
+    moved_HT = layer.moved()
     tokens = torch.arange(moved_HT.size(1), device=moved_HT.device)
     near = tokens[asked:, None] - tokens < window
     most_T = torch.zeros_like(moved_HT[0])
     for head in range(moved_HT.size(0)):
-        weights_QT = sight.scores(head, asked).softmax(-1).masked_fill(near, 0.0)
-        share_T = (weights_QT / sight.length_T[asked:, None]).amax(0) * moved_HT[head]
+        weights_QT = layer.scores(head, asked).softmax(-1).masked_fill(near, 0.0)
+        share_T = (weights_QT / layer.length_T[asked:, None]).amax(0) * moved_HT[head]
         most_T = torch.maximum(most_T, share_T)
     return most_T

@@ -131,8 +131,8 @@ def _bring(site: Site, lengths: dict[nn.Module, torch.Tensor], look: Look) -> Ca
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         hidden = args[0] if args else kwargs["hidden_states"]
         tables = kwargs.get("position_embeddings") if site.rotation is not None else None
-        sight = Sight(site, hidden[0], lengths[site.module], tables)
-        return args, {**kwargs, WATCHED: (sight, look)}
+        layer = Sight(site, hidden[0], lengths[site.module], tables)
+        return args, {**kwargs, WATCHED: (layer, look)}
 
     return hook
 
@@ -147,10 +147,10 @@ def _attend(
     scaling: float | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    sight, look = ahn_watched
-    sight.query_HTK, sight.key_GTK, sight.value_GTV = query[0], key[0], value[0]
-    sight.scaling = query.size(-1) ** -0.5 if scaling is None else scaling
-    look(sight)
+    layer, look = ahn_watched
+    layer.query_HTK, layer.key_GTK, layer.value_GTV = query[0], key[0], value[0]
+    layer.scaling = query.size(-1) ** -0.5 if scaling is None else scaling
+    look(layer)
     return attention_function(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
 
 

@@ -1,0 +1,187 @@
+/* Weights of 4 or 8 bits in groups, and of bfloat16, multiplied by float32 vectors that are not rounded.
+ *
+ * PANEL_ROWS rows of a weight lie side by side, so that a vector holds one column of them and no sum goes over lanes. A
+ * word holds 32 / bits consecutive columns of a row, the first in its lowest bits. weight = scale * code + minimum.
+ */
+#include "vector.h"
+
+#define PANEL_ROWS 16
+#define FETCH_AHEAD 1024 /* words */
+
+typedef float wide __attribute__((vector_size(4 * PANEL_ROWS)));
+typedef uint32_t words __attribute__((vector_size(4 * PANEL_ROWS)));
+typedef uint16_t halves __attribute__((vector_size(2 * PANEL_ROWS)));
+typedef wide loose_wide __attribute__((aligned(4), may_alias));
+typedef words loose_words __attribute__((aligned(4), may_alias));
+typedef halves loose_halves __attribute__((aligned(2), may_alias));
+
+/* A weight of `panels` times PANEL_ROWS rows and groups * group_words * 32 / bits columns. */
+typedef struct {
+    index_t bits, panels, groups, group_words, halved;
+    const uint32_t *codes; /* [panels, groups, group_words, PANEL_ROWS] */
+    const void *scales;    /* [panels, groups, PANEL_ROWS], float16 if halved, else float32 */
+    const void *minima;
+} packed;
+
+INLINE wide splat_wide(float x) { return x - (wide){0}; }
+
+/* Sixteen numbers of float16, exactly; the exponent is shifted by a product, which also brings subnormals along. */
+INLINE wide widen(const uint16_t *from)
+{
+    words bits = __builtin_convertvector(*(const loose_halves *)from, words);
+    wide size = (wide)((bits & 0x7fff) << 13) * splat_wide(0x1p112f);
+    return (wide)((words)size | (bits & 0x8000) << 16);
+}
+
+INLINE wide factors(const int halved, const void *from, index_t at)
+{
+    if (halved) return widen((const uint16_t *)from + at);
+    return *(const loose_wide *)((const float *)from + at);
+}
+
+/* Code j of each word as 1 + code / 2^bits: bits of a mantissa, which takes no conversion. */
+INLINE wide code_in_mantissa(const int bits, words word, const int j)
+{
+    const int up = 23 - bits - j * bits;
+    words moved = up >= 0 ? word << up : word >> -up;
+    return (wide)((moved & (((1u << bits) - 1) << (23 - bits))) | 0x3f800000u);
+}
+
+/* One panel times some vectors: out[vectors][PANEL_ROWS]. Bits, halved and vectors are constants where it is inlined.
+ * x[vectors, columns]; sums[vectors, groups] are those of x over the columns of each group. */
+INLINE void panel_product(const int bits, const int halved, const int vectors, const packed *w, index_t panel,
+                          const float *x, const float *sums, wide *out)
+{
+    const int per_word = 32 / bits;
+    const index_t columns = w->groups * w->group_words * per_word;
+    const uint32_t *codes = w->codes + panel * w->groups * w->group_words * PANEL_ROWS;
+    for (int i = 0; i < vectors; i++) out[i] = (wide){0};
+    for (index_t group = 0; group < w->groups; group++) {
+        wide even[MOST_VECTORS], odd[MOST_VECTORS];
+        for (int i = 0; i < vectors; i++) even[i] = odd[i] = (wide){0};
+        for (index_t n = 0; n < w->group_words; n++, codes += PANEL_ROWS, x += per_word) {
+            words word = *(const loose_words *)codes;
+            __builtin_prefetch(codes + FETCH_AHEAD);
+#pragma GCC unroll 8
+            for (int j = 0; j < per_word; j += 2) {
+                wide first = code_in_mantissa(bits, word, j), second = code_in_mantissa(bits, word, j + 1);
+#pragma GCC unroll 4
+                for (int i = 0; i < vectors; i++) {
+                    even[i] += first * splat_wide(x[i * columns + j]);
+                    odd[i] += second * splat_wide(x[i * columns + j + 1]);
+                }
+            }
+        }
+        index_t at = (panel * w->groups + group) * PANEL_ROWS;
+        wide scale = factors(halved, w->scales, at) * splat_wide(1 << bits), minimum = factors(halved, w->minima, at);
+        for (int i = 0; i < vectors; i++) {
+            wide sum = splat_wide(sums[i * w->groups + group]);
+            out[i] += scale * (even[i] + odd[i] - sum) + minimum * sum;
+        }
+    }
+}
+
+#define CASES(bits, halved)                                                                                            \
+    switch (vectors) {                                                                                                 \
+    case 1: panel_product(bits, halved, 1, w, panel, x, sums, out); break;                                             \
+    case 2: panel_product(bits, halved, 2, w, panel, x, sums, out); break;                                             \
+    case 3: panel_product(bits, halved, 3, w, panel, x, sums, out); break;                                             \
+    default: panel_product(bits, halved, 4, w, panel, x, sums, out); break;                                            \
+    }
+
+static void any_panel_product(const packed *w, index_t panel, index_t vectors, const float *x, const float *sums,
+                              wide *out)
+{
+    if (w->bits == 4 && w->halved) CASES(4, 1)
+    else if (w->bits == 4) CASES(4, 0)
+    else if (w->halved) CASES(8, 1)
+    else CASES(8, 0)
+}
+
+/* out[M, N] = x[M, columns] weight[N, columns]^T (+ bias). 0, or 1 where there is no memory. */
+int ahn_packed_multiply(index_t M, index_t N, const packed *w, const float *x, const float *bias, float *out)
+{
+    const index_t size = w->group_words * (32 / w->bits);
+    float *sums = scratch(M * w->groups);
+    if (!sums) return 1;
+    for (index_t at = 0; at < M * w->groups; at++) {
+        float sum = 0;
+        for (index_t k = 0; k < size; k++) sum += x[at * size + k];
+        sums[at] = sum;
+    }
+#pragma omp parallel for schedule(static)
+    for (index_t panel = 0; panel < w->panels; panel++)
+        for (index_t first = 0; first < M; first += MOST_VECTORS) {
+            wide block[MOST_VECTORS];
+            index_t vectors = M - first < MOST_VECTORS ? M - first : MOST_VECTORS, row = panel * PANEL_ROWS;
+            any_panel_product(w, panel, vectors, x + first * w->groups * size, sums + first * w->groups, block);
+            for (index_t i = 0; i < vectors; i++)
+                for (index_t n = 0; n < PANEL_ROWS && row + n < N; n++)
+                    out[(first + i) * N + row + n] = block[i][n] + (bias ? bias[row + n] : 0);
+        }
+    free(sums);
+    return 0;
+}
+
+/* Rows of a weight from panel `first` on as float32, out[rows, columns]; `rows` may end within a panel. */
+void ahn_packed_unpack(index_t first, index_t rows, const packed *w, float *out)
+{
+    const index_t per_word = 32 / w->bits, size = w->group_words * per_word, columns = w->groups * size;
+    const uint32_t mask = (1u << w->bits) - 1;
+#pragma omp parallel for schedule(static)
+    for (index_t row = 0; row < rows; row += PANEL_ROWS) {
+        index_t panel = first + row / PANEL_ROWS, lanes = rows - row < PANEL_ROWS ? rows - row : PANEL_ROWS;
+        for (index_t group = 0; group < w->groups; group++) {
+            index_t at = panel * w->groups + group;
+            wide scale = factors((int)w->halved, w->scales, at * PANEL_ROWS);
+            wide minimum = factors((int)w->halved, w->minima, at * PANEL_ROWS);
+            for (index_t n = 0; n < w->group_words; n++) {
+                float block[8][PANEL_ROWS] __attribute__((aligned(ALIGNMENT)));
+                words word = *(const loose_words *)(w->codes + (at * w->group_words + n) * PANEL_ROWS);
+                for (index_t j = 0; j < per_word; j++) {
+                    words code = (word >> (uint32_t)(j * w->bits)) & mask;
+                    *(loose_wide *)block[j] = __builtin_convertvector(code, wide) * scale + minimum;
+                }
+                float *to = out + row * columns + group * size + n * per_word;
+                for (index_t lane = 0; lane < lanes; lane++)
+                    for (index_t j = 0; j < per_word; j++) to[lane * columns + j] = block[j][lane];
+            }
+        }
+    }
+}
+
+/* bfloat16: one row of a weight times some vectors, at most MOST_VECTORS. */
+INLINE void half_row(const int vectors, index_t D, const float *x, const uint16_t *row, float *to, index_t step)
+{
+    wide sums[MOST_VECTORS];
+    for (int i = 0; i < vectors; i++) sums[i] = (wide){0};
+    for (index_t d = 0; d < D; d += PANEL_ROWS) {
+        wide part = (wide)(__builtin_convertvector(*(const loose_halves *)(row + d), words) << 16);
+#pragma GCC unroll 4
+        for (int i = 0; i < vectors; i++) sums[i] += part * *(const loose_wide *)(x + i * D + d);
+    }
+    for (int i = 0; i < vectors; i++) {
+        float total = 0;
+        for (int lane = 0; lane < PANEL_ROWS; lane++) total += sums[i][lane];
+        to[i * step] += total;
+    }
+}
+
+/* out[M, N] = x[M, D] weight[N, D]^T (+ bias), the weight in bfloat16; D is a multiple of PANEL_ROWS. */
+void ahn_half_multiply(index_t M, index_t N, index_t D, const float *x, const uint16_t *weight, const float *bias,
+                       float *out)
+{
+#pragma omp parallel for schedule(static)
+    for (index_t row = 0; row < N; row++)
+        for (index_t first = 0; first < M; first += MOST_VECTORS) {
+            float *to = out + first * N + row;
+            index_t vectors = M - first < MOST_VECTORS ? M - first : MOST_VECTORS;
+            for (index_t i = 0; i < vectors; i++) to[i * N] = bias ? bias[row] : 0;
+            switch (vectors) {
+            case 1: half_row(1, D, x + first * D, weight + row * D, to, N); break;
+            case 2: half_row(2, D, x + first * D, weight + row * D, to, N); break;
+            case 3: half_row(3, D, x + first * D, weight + row * D, to, N); break;
+            default: half_row(4, D, x + first * D, weight + row * D, to, N); break;
+            }
+        }
+}
