@@ -101,7 +101,7 @@ def test_failed_attach_leaves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def memories(model: Any) -> list[bool]:
-    return [site.memory is not None for site in attachment_of(model).sites]
+    return [layer.memory is not None for layer in attachment_of(model).layers]
 
 
 def test_models_that_slide_in_some_layers_get_memories_in_the_others() -> None:
@@ -207,8 +207,8 @@ def test_saved_and_copied_models(tmp_path: Any) -> None:
     assert torch.equal(read(twin, ids), read(model, ids))
     assert torch.equal(*(each.generate(ids, max_new_tokens=9, do_sample=False) for each in (twin, model)))
     before = read(model, ids)
-    for site in attachment_of(twin).sites:
-        site.memory.o_proj.zero_()
+    for layer in attachment_of(twin).layers:
+        layer.memory.o_proj.zero_()
     with ahn.mode(twin, "window"):
         silent = read(twin, ids)
     assert torch.equal(read(twin, ids), silent)

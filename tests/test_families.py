@@ -47,7 +47,9 @@ def test_every_way_of_reading_agrees(model: Any) -> None:
 @torch.no_grad()
 def test_base_model_up_to_sinks_and_window(model: Any) -> None:
     ids = text(2)
-    exact = min([SINKS + WINDOW] + [site.sliding_window or 99 for site in attachment_of(model).sites if site.memory])
+    exact = min(
+        [SINKS + WINDOW] + [layer.sliding_window or 99 for layer in attachment_of(model).layers if layer.memory]
+    )
     with ahn.mode(model, "full"):
         expected = model(ids).logits
     actual = model(ids).logits

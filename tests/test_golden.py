@@ -96,10 +96,10 @@ def test_what_each_layer_adds(golden: Golden, monkeypatch: pytest.MonkeyPatch) -
     from ahn.attachment import attachment_of
 
     added: list[torch.Tensor] = []
-    for site in attachment_of(golden.model).sites:
-        assert site.memory is not None
-        record = _recording(site.memory.project_out, added)
-        monkeypatch.setattr(site.memory, "project_out", record)
+    for layer in attachment_of(golden.model).layers:
+        assert layer.memory is not None
+        record = _recording(layer.memory.project_out, added)
+        monkeypatch.setattr(layer.memory, "project_out", record)
     output = golden.model(golden.tensors["input_ids"], output_hidden_states=True)
     golden.check(torch.stack(added), "prefill_ahn_output")
     golden.check(torch.stack(output.hidden_states), "prefill_hidden_states")

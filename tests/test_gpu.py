@@ -55,8 +55,8 @@ def test_gradients(memory: str) -> None:
     models = both(memory)
     ids = text(2)
     for model in models:
-        for site in ahn.attachment.attachment_of(model).sites:
-            site.memory.requires_grad_(True)
+        for layer in ahn.attachment.attachment_of(model).layers:
+            layer.memory.requires_grad_(True)
         device = next(model.parameters()).device
         model(ids.to(device), labels=ids.to(device), use_cache=False).loss.backward()
     pairs = zip(*(model.named_parameters() for model in models), strict=True)

@@ -116,7 +116,7 @@ def test_a_quantised_base_takes_a_memory(kind: str) -> None:
     rounding = {chunks: float((read_base(model, chunks) - expected).abs().mean()) for chunks in (1, 7)}
     ahn.attach(model, CONFIG)
     awaken(model)
-    assert {site.memory.o_proj.dtype for site in attachment_of(model).sites} == {torch.float32}
+    assert {layer.memory.o_proj.dtype for layer in attachment_of(model).layers} == {torch.float32}
     with ahn.mode(model, "full"):
         assert torch.equal(model(IDS).logits, expected)
     whole = model(IDS).logits
@@ -372,8 +372,8 @@ class TestSavePretrained:
         give_score_weights(model)
         model.save_pretrained(tmp_path)
         again = ahn.from_pretrained(tmp_path)
-        assert [sorted(site.anchor_weights or {}) for site in attachment_of(again).sites] == [
-            sorted(site.anchor_weights or {}) for site in attachment_of(model).sites
+        assert [sorted(layer.anchor_weights or {}) for layer in attachment_of(again).layers] == [
+            sorted(layer.anchor_weights or {}) for layer in attachment_of(model).layers
         ]
 
     def test_another_adapter_replaces_its_memory(self, tmp_path: Path) -> None:

@@ -149,27 +149,27 @@ def with_memory(family: str = "llama", memory: str = "gated_delta_net", **settin
 def awaken(model: nn.Module) -> None:
     """Random weights for the attached memories, drawn from a fixed seed."""
     generator = torch.Generator().manual_seed(11)
-    for site in attachment_of(model).sites:
-        if site.memory is None:
+    for layer in attachment_of(model).layers:
+        if layer.memory is None:
             continue
-        for name, parameter in site.memory.named_parameters():
+        for name, parameter in layer.memory.named_parameters():
             if parameter.dim() > 1:
                 parameter.data.normal_(std=0.4, generator=generator)
-            if name == site.memory.log_rate:
+            if name == layer.memory.log_rate:
                 parameter.data.uniform_(-3, 0, generator=generator)
 
 
 def give_score_weights(model: nn.Module, layers: tuple[int, ...] = (0, 2)) -> None:
     """Random weights of every anchor score that takes some, for some layers."""
     torch.manual_seed(17)
-    for site in attachment_of(model).sites:
-        if site.index in layers:
-            counts = [5, 0 if site.index else 3]
-            queries = AnchorQueries(counts, site.shape.kv_heads, site.shape.key_size, long=[True, False])
+    for layer in attachment_of(model).layers:
+        if layer.index in layers:
+            counts = [5, 0 if layer.index else 3]
+            queries = AnchorQueries(counts, layer.shape.kv_heads, layer.shape.key_size, long=[True, False])
             queries.queries.normal_()
             for row, offsets in enumerate(queries.offsets):
                 offsets[row % len(offsets)].normal_()
-            set_score_weights(site, {"learned": AnchorGate(site.shape.hidden_size, 4), "asked": queries})
+            set_score_weights(layer, {"learned": AnchorGate(layer.shape.hidden_size, 4), "asked": queries})
 
 
 def text(batch: int = 1, tokens: int = 75, seed: int = 3) -> torch.Tensor:

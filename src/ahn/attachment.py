@@ -40,7 +40,7 @@ SAVERS: list[Callable[[nn.Module, str], None]] = []
 
 
 @dataclasses.dataclass(eq=False)
-class Site:
+class AttentionLayer:
     """One attention layer of the base model.
 
     Attributes:
@@ -113,7 +113,7 @@ class Attachment:
 
     Attributes:
         config: The memory's settings.
-        sites: The model's attention layers, in order.
+        layers: The model's attention layers, in order.
         base_implementation: Name of the attention implementation that the model had before.
         trained_context: Positions that the base model was trained on.
         rotation_problem: Why the rotary positions of this model cannot be undone, or `None` if they can or it has none.
@@ -124,7 +124,7 @@ class Attachment:
     """
 
     config: AHNConfig
-    sites: tuple[Site, ...]
+    layers: tuple[AttentionLayer, ...]
     base_implementation: str
     trained_context: int
     rotation_problem: str | None = None
@@ -140,19 +140,30 @@ class Attachment:
         blocks = [block for block in (*_OPEN, *around) if block.attachment is self]
         return blocks[-1].settings if blocks else RunSettings.like(self.config)
 
-    def site(self, index: int) -> Site:
-        """The site of a layer."""
-        return self.sites[index]
+    def layer(self, index: int) -> AttentionLayer:
+        """The layer of an index."""
+        return self.layers[index]
+
+    @property
+    def exact_tokens(self) -> int:
+        """Tokens of the longest text that every layer reads exactly."""
+        total = self.config.sinks + self.config.window
+        return min((total, *(layer.sliding_window for layer in self.layers if layer.sliding_window)))
+
+    @property
+    def tolerance(self) -> float:
+        """Share of their mean by which outputs inside the window may differ from the base model's: rounding."""
+        return 1e-3 if all(layer.dtype == torch.float32 for layer in self.layers) else 5e-2
 
     @property
     def keeps_base_layers(self) -> bool:
         """Whether some layers have no memory."""
-        return any(site.memory is None for site in self.sites)
+        return any(layer.memory is None for layer in self.layers)
 
     @property
     def weighted_layers(self) -> dict[int, frozenset[str]]:
         """For the index of each layer with a memory, in order, the anchor scores that it has weights for."""
-        return {site.index: frozenset(site.anchor_weights or ()) for site in self.sites if site.memory is not None}
+        return {layer.index: frozenset(layer.anchor_weights or ()) for layer in self.layers if layer.memory is not None}
 
     def check(self, settings: RunSettings, score: Score | None = None) -> None:
         """Checks that this model can be read with these settings.
@@ -177,17 +188,17 @@ class Attachment:
                 f"sinks + window = {span} exceed the {self.trained_context} positions that the base model was trained "
                 'on, so bounded sinks cannot precede the window; use a smaller window or sink_positions="absolute"'
             )
-        for site in self.sites:
-            if site.memory is not None and site.sliding_window is not None and site.sliding_window <= settings.sinks:
+        for layer in self.layers:
+            if layer.memory is not None and layer.sliding_window is not None and layer.sliding_window <= settings.sinks:
                 raise ConfigError(
-                    f"{settings.sinks} sinks leave no window in layer {site.index}, which slides over "
-                    f"{site.sliding_window} tokens by itself; use fewer sinks or leave it out with layers="
+                    f"{settings.sinks} sinks leave no window in layer {layer.index}, which slides over "
+                    f"{layer.sliding_window} tokens by itself; use fewer sinks or leave it out with layers="
                 )
         check_anchors(settings, self.weighted_layers, self._shortest_window(settings), self.rotation_problem, score)
 
     def _shortest_window(self, settings: RunSettings) -> int:
         """Tokens of the shortest window of a layer with a memory."""
-        served = [site.sliding_window for site in self.sites if site.memory is not None]
+        served = [layer.sliding_window for layer in self.layers if layer.memory is not None]
         return min([settings.window, *(own - settings.sinks for own in served if own is not None)])
 
 

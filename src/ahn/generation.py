@@ -338,11 +338,11 @@ def full_cache_bytes(model: nn.Module, tokens: int) -> int:
         ModelError: No memory is attached.
     """
     total = 0
-    for site in attachment_of(model).sites:
+    for layer in attachment_of(model).layers:
         # A layer that slides by itself keeps the window's tokens but for the one that comes.
-        cached = tokens if site.sliding_window is None else min(tokens, site.sliding_window - 1)
-        size = site.dtype.itemsize
-        total += cached * site.shape.kv_heads * (site.shape.key_size + site.shape.value_size) * size
+        cached = tokens if layer.sliding_window is None else min(tokens, layer.sliding_window - 1)
+        size = layer.dtype.itemsize
+        total += cached * layer.shape.kv_heads * (layer.shape.key_size + layer.shape.value_size) * size
     return total
 
 

@@ -19,7 +19,7 @@ from ahn.attachment import (
     MODULE,
     SAVERS,
     Attachment,
-    Site,
+    AttentionLayer,
     attachment_of,
     find_attachment,
     mode,
@@ -110,10 +110,12 @@ def survey(model: nn.Module, config: AHNConfig, *, rotations: bool = True) -> At
     """
     model = compat.unwrap(model)
     backbone = find_backbone(model)
-    sites = _sites(backbone, probe(model, backbone), config)
-    attachment = Attachment(config, sites, _base_name(backbone), trained_context(backbone))
+    layers = _attention_layers(backbone, probe(model, backbone), config)
+    attachment = Attachment(
+        config, layers, str(backbone.config._attn_implementation or "eager"), trained_context(backbone)
+    )
     if rotations:
-        attachment.rotation_problem = _find_rotations(backbone, sites)
+        attachment.rotation_problem = _find_rotations(backbone, layers)
     attachment.position_limit = position_limit(backbone)
     attachment.is_wrapped = model is not backbone and getattr(model, str(model.base_model_prefix), None) is not backbone
     attachment.check(attachment.settings)
@@ -133,11 +135,11 @@ def detach(model: nn.Module) -> None:
     for handle in attachment.handles:
         handle.remove()
     linear.restore(model)
-    for site in attachment.sites:
-        if site.memory is not None:
-            delattr(site.module, MODULE)
-        set_score_weights(site, {})
-        set_attachment(site.module, None)
+    for layer in attachment.layers:
+        if layer.memory is not None:
+            delattr(layer.module, MODULE)
+        set_score_weights(layer, {})
+        set_attachment(layer.module, None)
     for config, before in attachment.implementations:
         compat.set_implementation(config, before)
     for name in ("_prepare_cache_for_generation", "init_continuous_batching", "save_pretrained"):
@@ -146,19 +148,19 @@ def detach(model: nn.Module) -> None:
         set_attachment(module, None)
 
 
-def set_score_weights(site: Site, weights: Mapping[str, nn.Module]) -> None:
+def set_score_weights(layer: AttentionLayer, weights: Mapping[str, nn.Module]) -> None:
     """Gives a layer weights of anchor scores, in place of all that it has.
 
     Args:
-        site: A layer with a memory.
+        layer: A layer with a memory.
         weights: The weights by score, on any device; none takes away what it has.
     """
-    if site.anchor_weights is not None:
-        delattr(site.module, SCORE_WEIGHTS)
-        site.anchor_weights = None
+    if layer.anchor_weights is not None:
+        delattr(layer.module, SCORE_WEIGHTS)
+        layer.anchor_weights = None
     if weights:
-        site.anchor_weights = nn.ModuleDict(weights).to(site.device).eval().requires_grad_(False)
-        site.module.add_module(SCORE_WEIGHTS, site.anchor_weights)
+        layer.anchor_weights = nn.ModuleDict(weights).to(layer.device).eval().requires_grad_(False)
+        layer.module.add_module(SCORE_WEIGHTS, layer.anchor_weights)
 
 
 @contextlib.contextmanager
@@ -179,17 +181,21 @@ def attached(model: nn.Module, config: AHNConfig | None = None) -> Iterator[nn.M
         detach(model)
 
 
-def _sites(backbone: Any, layers: list[CapturedLayer], config: AHNConfig) -> tuple[Site, ...]:
+def _attention_layers(backbone: Any, layers: list[CapturedLayer], config: AHNConfig) -> tuple[AttentionLayer, ...]:
     """The model's attention layers, with a new memory where one is wanted."""
-    sites = tuple(
-        Site(layer.module, index, _shape(backbone, layer), layer.key.dtype, layer.key.device, layer.sliding_window)
+    attention_layers = tuple(
+        AttentionLayer(
+            layer.module, index, _shape(backbone, layer), layer.key.dtype, layer.key.device, layer.sliding_window
+        )
         for index, layer in enumerate(layers)
     )
-    for index in _chosen(sites, config):
-        site = sites[index]
-        site.built = build_memory(config.memory, site.shape).to(site.device, site.dtype)
-        site.built.train(backbone.training)
-    return sites
+    for index in _chosen(attention_layers, config):
+        attention_layer = attention_layers[index]
+        attention_layer.built = build_memory(config.memory, attention_layer.shape).to(
+            attention_layer.device, attention_layer.dtype
+        )
+        attention_layer.built.train(backbone.training)
+    return attention_layers
 
 
 def _storage_dtype(module: nn.Module) -> str | None:
@@ -206,44 +212,44 @@ def _shape(backbone: Any, layer: CapturedLayer) -> MemoryShape:
     )
 
 
-def _chosen(sites: tuple[Site, ...], config: AHNConfig) -> list[int]:
+def _chosen(layers: tuple[AttentionLayer, ...], config: AHNConfig) -> list[int]:
     """Indices of the layers that get a memory: those asked for; or all with full attention; or all."""
     if config.layers is not None:
-        if max(config.layers) >= len(sites):
+        if max(config.layers) >= len(layers):
             raise ConfigError(
-                f"layers names layer {max(config.layers)}, but the model's last layer is {len(sites) - 1}"
+                f"layers names layer {max(config.layers)}, but the model's last layer is {len(layers) - 1}"
             )
         return list(config.layers)
-    full = [site.index for site in sites if site.sliding_window is None]
-    return full or [site.index for site in sites]
+    full = [layer.index for layer in layers if layer.sliding_window is None]
+    return full or [layer.index for layer in layers]
 
 
-def _find_rotations(backbone: Any, sites: tuple[Site, ...]) -> str | None:
+def _find_rotations(backbone: Any, layers: tuple[AttentionLayer, ...]) -> str | None:
     """Finds out how to undo the rotary positions of each layer with a memory; what stands in the way, if anything."""
     rotary, kinds = find_rotary(backbone), getattr(backbone.config, "layer_types", None)
-    served = [site for site in sites if site.memory is not None]
+    served = [layer for layer in layers if layer.memory is not None]
     if rotary is None:
         return None
     try:
         rotations = {
-            site.module: Rotation(site.module, rotary, kinds[site.index] if kinds else None, trained_context(backbone))
-            for site in served
+            layer.module: Rotation(
+                layer.module, rotary, kinds[layer.index] if kinds else None, trained_context(backbone)
+            )
+            for layer in served
         }
         rotates = check_rotations(backbone, rotations)
     except (LookupError, ModelError) as error:
         return str(error)
-    for site in served:
-        site.rotation = rotations[site.module] if rotates[site.module] else None
+    for layer in served:
+        layer.rotation = rotations[layer.module] if rotates[layer.module] else None
     return None
-
-
-def _base_name(backbone: Any) -> str:
-    return str(backbone.config._attn_implementation or "eager")
 
 
 def _install(model: Any, backbone: Any, attachment: Attachment) -> None:
     """Hooks, memories and names: everything that `detach` takes back."""
-    for module in {id(each): each for each in (model, backbone, *(site.module for site in attachment.sites))}.values():
+    for module in {
+        id(each): each for each in (model, backbone, *(layer.module for layer in attachment.layers))
+    }.values():
         set_attachment(module, attachment)
     linear.speed_up(model)
     handles = attachment.handles
@@ -252,10 +258,10 @@ def _install(model: Any, backbone: Any, attachment: Attachment) -> None:
         handles.append(model.register_forward_hook(after_model, with_kwargs=True, always_call=True))
     handles.append(backbone.register_forward_pre_hook(before_call, with_kwargs=True))
     handles.append(backbone.register_forward_hook(after_call, always_call=True))
-    for site in attachment.sites:
-        if site.memory is not None:
-            site.module.add_module(MODULE, site.memory)
-            handles.append(site.module.register_forward_pre_hook(before_layer, with_kwargs=True))
+    for layer in attachment.layers:
+        if layer.memory is not None:
+            layer.module.add_module(MODULE, layer.memory)
+            handles.append(layer.module.register_forward_pre_hook(before_layer, with_kwargs=True))
     for config in compat.attention_configs(backbone):
         attachment.implementations.append((config, config._attn_implementation))
         compat.set_implementation(config, IMPLEMENTATION)
@@ -277,7 +283,7 @@ def _save_pretrained(model: Any, save_directory: Any, *args: Any, **kwargs: Any)
 
 def _read_sample(backbone: Any, attachment: Attachment, use_cache: bool = False) -> torch.Tensor:
     """Last hidden state on a text that fits into sinks and window, `[1, T, D]` float32."""
-    tokens = min(4, *(_exact_tokens(attachment, site) for site in attachment.sites))
+    tokens = min(4, attachment.exact_tokens)
     training = backbone.training
     backbone.eval()
     try:
@@ -287,11 +293,6 @@ def _read_sample(backbone: Any, attachment: Attachment, use_cache: bool = False)
         backbone.train(training)
     hidden: torch.Tensor = output.last_hidden_state
     return hidden.float()
-
-
-def _exact_tokens(attachment: Attachment, site: Site) -> int:
-    total = attachment.config.sinks + attachment.config.window
-    return min(total, site.sliding_window) if site.sliding_window else total
 
 
 def _verify(backbone: Any, attachment: Attachment, expected: torch.Tensor) -> None:
@@ -304,16 +305,21 @@ def _verify(backbone: Any, attachment: Attachment, expected: torch.Tensor) -> No
     served: set[int] = set()
     try:
         # There are no anchors within the window, and their score may have no weights.
-        with mode(backbone, "ahn", anchors=0), record_layers(backbone, lambda layer: served.add(layer.site.index)):
+        with mode(backbone, "ahn", anchors=0), record_layers(backbone, lambda layer: served.add(layer.layer.index)):
             actual = _read_sample(backbone, attachment, use_cache=True)  # a model may want more of it than keys
     except AHNError:
         raise
     except Exception as error:
         raise ModelError(f"no memory can be attached to {name}: reading with it failed ({error})") from error
-    if missing := {site.index for site in attachment.sites if site.memory is not None} - served:
+    if (
+        missing := {
+            attention_layer.index for attention_layer in attachment.layers if attention_layer.memory is not None
+        }
+        - served
+    ):
         raise ModelError(f"no memory can be attached to {name}: layers {sorted(missing)} do not pass its inputs on")
     scale = expected.abs().mean().clamp(min=1e-6)
-    if bool((actual - expected).abs().mean() > _tolerance(attachment) * scale):
+    if bool((actual - expected).abs().mean() > attachment.tolerance * scale):
         raise ModelError(
             f"no memory can be attached to {name}: its attention does more than a causal softmax over keys "
             f"(outputs differ by {float((actual - expected).abs().mean() / scale):.1%} on a text inside the window)"
@@ -323,7 +329,7 @@ def _verify(backbone: Any, attachment: Attachment, expected: torch.Tensor) -> No
 def _write_sample(model: Any, attachment: Attachment) -> torch.Tensor:
     """Logits of a whole model on a short text, `[1, T, V]` float32; it must also write a token."""
     backbone = find_backbone(model)
-    ids = sample(backbone, min(3, *(_exact_tokens(attachment, site) for site in attachment.sites)))
+    ids = sample(backbone, min(3, attachment.exact_tokens))
     training = model.training
     model.eval()
     try:
@@ -351,16 +357,11 @@ def _verify_wrapper(model: Any, attachment: Attachment, expected: torch.Tensor) 
             "attach it to the text model alone"
         ) from error
     difference = float((actual - expected).abs().mean() / expected.abs().mean().clamp(min=1e-6))
-    if difference > _tolerance(attachment):
+    if difference > attachment.tolerance:
         raise ModelError(
             f"no memory can be attached to {name}: it reads otherwise with one (outputs differ by {difference:.1%} on "
             "a text inside the window); attach it to the text model alone"
         )
-
-
-def _tolerance(attachment: Attachment) -> float:
-    """Share of their mean by which outputs may differ: rounding."""
-    return 1e-3 if all(site.dtype == torch.float32 for site in attachment.sites) else 5e-2
 
 
 def _refuse_continuous_batching(*args: Any, **kwargs: Any) -> NoReturn:

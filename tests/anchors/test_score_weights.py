@@ -51,7 +51,7 @@ def test_the_layers_with_a_gate_vote() -> None:
         norm = model.model.layers[layer].input_layernorm
         norm.register_forward_hook(lambda module, args, output, inputs=inputs: inputs.append(output))
     read(model, ids, [13] * 5 + [10], cache=cache)
-    gates = [attachment_of(model).site(layer).score_weights("learned") for layer in seen]
+    gates = [attachment_of(model).layer(layer).score_weights("learned") for layer in seen]
     with torch.no_grad():
         scores = torch.stack([gate(torch.cat(parts, 1)) for gate, parts in zip(gates, seen.values()) if gate]).mean(0)[
             0
@@ -74,7 +74,7 @@ def test_asked_takes_the_best_kind_of_the_mean_over_layers_of_the_most_that_a_qu
     read(model, ids, [13] * 5 + [10], cache=cache)
     shares: tuple[dict[int, list[float]], ...] = ({}, {})
     for layer, parts in seen.items():
-        weights = attachment_of(model).site(layer).score_weights("asked")
+        weights = attachment_of(model).layer(layer).score_weights("asked")
         assert isinstance(weights, AnchorQueries)
         for token, key in enumerate(torch.cat(parts, 1)[0].unflatten(-1, (-1, 8)).double()):
             looks: tuple[list[float], ...] = ([], [])
@@ -105,7 +105,7 @@ def test_a_kind_that_no_voting_layer_asks_for_is_left_out() -> None:
 def test_layers_must_vote_by_the_same_kinds(tmp_path: Path) -> None:
     model = with_memory(anchors=ANCHORS, anchor_score="asked")
     give_score_weights(model, (0, 2))
-    set_score_weights(attachment_of(model).site(2), {"asked": AnchorQueries([4], 2, 8)})
+    set_score_weights(attachment_of(model).layer(2), {"asked": AnchorQueries([4], 2, 8)})
     ahn.save_anchors(model, tmp_path / "weights")
     with pytest.raises(CheckpointError, match=r"its layers score different kinds of facts. Make it anew"):
         ahn.load_anchors(model, tmp_path / "weights")
@@ -122,11 +122,11 @@ def test_saved_weights_read_alike(tmp_path: Path, dtype: Any) -> None:
     other = with_memory(anchors=ANCHORS, anchor_score="learned")
     give_score_weights(other, (0, 1))  # they are replaced
     ahn.load_anchors(other, tmp_path / "weights")
-    assert attachment_of(other).site(1).score_weights("learned") is None
+    assert attachment_of(other).layer(1).score_weights("learned") is None
     if dtype is None:
         assert torch.equal(read(other, ids), read(model, ids))
     else:
-        ours, theirs = (attachment_of(each).site(2).score_weights("learned") for each in (model, other))
+        ours, theirs = (attachment_of(each).layer(2).score_weights("learned") for each in (model, other))
         assert ours is not None
         assert theirs is not None
         assert torch.equal(theirs.inner.weight, ours.inner.weight.bfloat16().float())
@@ -144,7 +144,7 @@ def test_a_copied_model_has_weights_of_its_own() -> None:
     model, ids = learned(), text(1, 75)
     copied, expected = copy.deepcopy(model), read(model, ids)
     give_score_weights(model, ())
-    gate = attachment_of(model).site(0).score_weights("learned")
+    gate = attachment_of(model).layer(0).score_weights("learned")
     assert gate is not None
     gate.inner.weight.data.neg_()
     assert torch.equal(read(copied, ids), expected)
@@ -177,7 +177,7 @@ class TestErrors:
         model = with_memory(layers=(0, 1))
         with pytest.raises(ahn.AHNError, match="it scores tokens in layer 2, which has no memory"):
             ahn.load_anchors(model, tmp_path / "weights")
-        assert attachment_of(model).site(0).score_weights("learned") is None
+        assert attachment_of(model).layer(0).score_weights("learned") is None
 
     def test_a_folder_that_is_damaged(self, tmp_path: Path) -> None:
         ahn.save_anchors(learned(), tmp_path / "weights")
@@ -211,7 +211,7 @@ def test_auto_takes_what_the_model_has_weights_for() -> None:
     assert ahn.HippocampalCache(model).settings.anchor_score == "key_diff"
     give_score_weights(model, (0, 2))
     assert ahn.HippocampalCache(model).settings.anchor_score == "learned"
-    del attachment.site(0).anchor_weights["learned"]  # type: ignore[union-attr]
+    del attachment.layer(0).anchor_weights["learned"]  # type: ignore[union-attr]
     with ahn.mode(model, "ahn", anchor_layers=[0]):
         assert ahn.HippocampalCache(model).settings.anchor_score == "asked"
     with ahn.mode(model, "ahn", anchor_layers=[1]):

@@ -155,7 +155,7 @@ class TestContract:
             with pytest.raises(NotImplementedError):
                 score.build({}, hidden_size=8, kv_heads=2, key_size=4)
             return
-        stored = {"inner.bias": torch.zeros(3), "kinds": torch.eye(3)}
+        stored = {"inner.weight": torch.zeros(3, 8), "inner.bias": torch.zeros(3), "kinds": torch.eye(3)}
         weights = score.build(stored, hidden_size=8, kv_heads=2, key_size=4)
         assert tuple(weights.state_dict()) == score.weight_names
         assert score.disagreement([weights, weights]) is None

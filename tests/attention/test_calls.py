@@ -55,8 +55,8 @@ def breaking(module: Any) -> Any:
 
 PLACES = {
     "embedding": lambda model: model.get_input_embeddings(),
-    "first layer": lambda model: attachment_of(model).sites[0].module,
-    "last layer": lambda model: attachment_of(model).sites[-1].module,
+    "first layer": lambda model: attachment_of(model).layers[0].module,
+    "last layer": lambda model: attachment_of(model).layers[-1].module,
     "head": lambda model: model.get_output_embeddings(),
 }
 
@@ -96,7 +96,7 @@ class TestAFailedCall:
         cache = ahn.HippocampalCache(model)
         model(ids[:, :30], **{CACHE: cache})
         twin = cache.fork()
-        handle = attachment_of(model).sites[1].module.register_forward_hook(_interrupt)
+        handle = attachment_of(model).layers[1].module.register_forward_hook(_interrupt)
         with pytest.raises(KeyboardInterrupt):
             model(ids[:, 30:90], **{CACHE: cache})
         handle.remove()
@@ -242,6 +242,6 @@ def test_padding_on_the_right_without_a_cache() -> None:
 def test_heads_with_values_smaller_than_keys() -> None:
     """The kernel that merges two parts takes values of the size of the keys only."""
     model, ids = with_memory("deepseek_v3", **ANCHORS), text(2, 60)
-    assert attachment_of(model).sites[0].shape.value_size < attachment_of(model).sites[0].shape.key_size
+    assert attachment_of(model).layers[0].shape.value_size < attachment_of(model).layers[0].shape.key_size
     chunked = read(model, ids, [30, *[1] * 12, 18])
     torch.testing.assert_close(chunked, model(ids).logits, rtol=0, atol=2e-4)

@@ -75,7 +75,7 @@ def test_every_way_of_reading_agrees_past_the_trained_context(kind: str, memory_
     model = with_memory(model=rope(kind), sink_positions="bounded", memory_positions=memory_positions)
     ids = text(2, 150)
     at_once = read(model, ids)
-    assert all(site.rotation is not None for site in attachment_of(model).sites)
+    assert all(layer.rotation is not None for layer in attachment_of(model).layers)
     for chunks in (1, [40, 7, 1, 1, 61, 40]):
         torch.testing.assert_close(read(model, ids, chunks), at_once, rtol=0, atol=1e-4)
 
@@ -117,10 +117,10 @@ def test_padded_rows_with_all_settings(memory: str) -> None:
 
 
 def test_layers_without_rotation_are_left_alone() -> None:
-    sites = attachment_of(with_memory("smollm3", sink_positions="bounded")).sites
-    assert [site.rotation is not None for site in sites] == [True, False, True]
-    sites = attachment_of(with_memory("gpt2", sink_positions="bounded", memory_positions="none")).sites
-    assert not any(site.rotation for site in sites)
+    layers = attachment_of(with_memory("smollm3", sink_positions="bounded")).layers
+    assert [layer.rotation is not None for layer in layers] == [True, False, True]
+    layers = attachment_of(with_memory("gpt2", sink_positions="bounded", memory_positions="none")).layers
+    assert not any(layer.rotation for layer in layers)
 
 
 def test_bounded_sinks_must_fit_before_the_window() -> None:

@@ -41,7 +41,7 @@ def test_bytes_stop_growing_once_the_window_is_full(model: Any) -> None:
 def test_nbytes_counts_every_tensor(model: Any) -> None:
     cache = ahn.HippocampalCache(model)
     read(model, text(2, 60), 20, cache=cache)
-    gates = cache.attachment.sites[0].memory.gate_count
+    gates = cache.attachment.layers[0].memory.gate_count
     batch, layers, heads, kv_heads, size, exact = 2, 3, 4, 2, 8, 5 + 16
     per_layer = exact * (2 * kv_heads * size + gates * heads) + heads * size * size
     assert cache.nbytes == 4 * batch * layers * per_layer

@@ -114,7 +114,7 @@ def test_padded_rows_read_as_alone(mode: Any, sink_positions: Any) -> None:
 
 def test_slots_fill_the_bytes_of_the_state(memory: str, mode: Any) -> None:
     model = with_memory("llama", memory)
-    found = attachment_of(model).sites[0].memory
+    found = attachment_of(model).layers[0].memory
     assert found is not None
     assert state_slots(found, 4) == 4 * 8 * 8 // (2 * 16)
     with ahn.mode(model, mode):

@@ -257,7 +257,7 @@ class TestSaveRefuses:
 
     def test_weights_that_are_not_finite_and_keeps_the_old(self, folder: Path) -> None:
         model = with_memory()
-        attachment_of(model).sites[1].memory.o_proj.data[0, 0, 0] = float("nan")
+        attachment_of(model).layers[1].memory.o_proj.data[0, 0, 0] = float("nan")
         with pytest.raises(CheckpointError, match="diverged") as caught:
             checkpoint.save(model, folder)
         check_message(caught.value)
@@ -265,7 +265,7 @@ class TestSaveRefuses:
 
     def test_weights_that_its_dtype_cannot_hold(self, tmp_path: Path) -> None:
         model = with_memory()
-        attachment_of(model).sites[1].memory.o_proj.data[0, 0, 0] = 1e6
+        attachment_of(model).layers[1].memory.o_proj.data[0, 0, 0] = 1e6
         with pytest.raises(CheckpointError, match="float16 is too small"):
             checkpoint.save(model, tmp_path, dtype="float16")
 

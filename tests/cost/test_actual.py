@@ -65,7 +65,7 @@ def test_one_kv_head_for_all(memory: str) -> None:
     ahn.attach(model, config(memory=memory))
     counted = cost_model(model.config, config())
     check_bytes(model, counted, memory)
-    assert counted.base.attachment.sites[0].shape.kv_heads == 1
+    assert counted.base.attachment.layers[0].shape.kv_heads == 1
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3", "smollm3"])
@@ -76,7 +76,7 @@ def test_what_is_kept_to_undo_positions(family: str, memory: str) -> None:
     ahn.attach(model, settings)
     counted = cost_model(model.config, settings)
     check_bytes(model, counted, memory)
-    served = sum(site.rotation is not None for site in attachment_of(model).sites)
+    served = sum(layer.rotation is not None for layer in attachment_of(model).layers)
     more = counted.at(160)[memory].cache_bytes - cost_model(model.config, config()).at(160)[memory].cache_bytes
     assert more == 4 * EXACT * served
     assert served == (2 if family == "smollm3" else 3)
@@ -107,10 +107,12 @@ def test_a_config_alone_says_what_attaching_finds(family: str) -> None:
     for memory in MEMORIES:
         with ahn.attached(model, ahn.AHNConfig(memory, window=16, sinks=5)):
             real = attachment_of(model)
-            for mine, theirs in zip(base.attachment.sites, real.sites, strict=True):
+            for mine, theirs in zip(base.attachment.layers, real.layers, strict=True):
                 assert (mine.shape, mine.sliding_window) == (theirs.shape, theirs.sliding_window)
                 assert (mine.memory is None) == (theirs.memory is None)
-            added = sum(p.numel() for site in real.sites if site.memory is not None for p in site.memory.parameters())
+            added = sum(
+                p.numel() for layer in real.layers if layer.memory is not None for p in layer.memory.parameters()
+            )
             assert costs[memory].parameters == added
             assert base.attachment.position_limit == real.position_limit
 
@@ -120,8 +122,8 @@ def test_layers_that_rotate_are_found_without_weights(family: str) -> None:
     model, settings = tiny(family), ahn.AHNConfig(window=16, sinks=5, memory_positions="none")
     base = read_base(model.config, settings)
     with ahn.attached(model, settings):
-        real = [site.rotation is not None for site in attachment_of(model).sites]
-    assert [site.rotation is not None for site in base.attachment.sites] == real
+        real = [layer.rotation is not None for layer in attachment_of(model).layers]
+    assert [layer.rotation is not None for layer in base.attachment.layers] == real
 
 
 @torch.no_grad()
@@ -158,9 +160,9 @@ def test_flops_token_by_token(family: str, tokens: int) -> None:
 def token_flops(counted: Counting, way: str, token: int) -> int:
     """FLOPs of the attention layers for one token, the first being number 0."""
     total = 2 * counted.base.mixer_weights
-    for site, count in counted.base.layers:
-        shape, served = site.shape, site.memory is not None and way != "full"
-        reach = 21 if served else site.sliding_window or 10**9
+    for layer, count in counted.base.layers:
+        shape, served = layer.shape, layer.memory is not None and way != "full"
+        reach = 21 if served else layer.sliding_window or 10**9
         keys, evicted = min(token + 1, reach), max(0, token + 1 - reach)
         if way == "ct" and served:
             keys += min(evicted // POOLED, counted.slots[0])

@@ -113,8 +113,8 @@ def test_printed_parameters(size: str, memory: str) -> None:
     added, printed = costs(size)[memory].parameters, PRINTED_PARAMETERS[size][memory]
     assert fixed(Fraction(added, 10**6), 1) == printed
     if memory == "gated_delta_net":  # published with a parameter D that nothing reads, which does not show either
-        sites = model(size).base.attachment.sites
-        stored = added + sum(site.shape.query_heads for site in sites)
+        layers = model(size).base.attachment.layers
+        stored = added + sum(layer.shape.query_heads for layer in layers)
         assert fixed(Fraction(stored, 10**6), 1) == printed
 
 
@@ -126,7 +126,7 @@ class TestTable1:
         D, H, Nq, Nkv = sizes(size)
         base = model(size).base
         assert base.mixer_weights == layers(size) * 2 * D * H * (Nq + Nkv)
-        memory = base.memories["gated_delta_net", base.attachment.sites[0].shape]
+        memory = base.memories["gated_delta_net", base.attachment.layers[0].shape]
         vectors = 2 * Nq + H  # decay and step per head, and the norm, which the table leaves out
         assert parameters(memory) == 3 * D * Nq + H**2 * Nq + vectors
 
@@ -192,12 +192,12 @@ def test_four_bytes_whatever_the_dtype() -> None:
 
 def sizes(size: str) -> tuple[int, int, int, int]:
     """D, H, Nq and Nkv."""
-    shape = model(size).base.attachment.sites[0].shape
+    shape = model(size).base.attachment.layers[0].shape
     return shape.hidden_size, shape.key_size, shape.query_heads, shape.kv_heads
 
 
 def layers(size: str) -> int:
-    return len(model(size).base.attachment.sites)
+    return len(model(size).base.attachment.layers)
 
 
 @pytest.mark.parametrize(

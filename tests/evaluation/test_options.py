@@ -104,7 +104,7 @@ def test_weights_checksum() -> None:
     assert checksum(model) == before
     model.get_input_embeddings().weight.data.add_(1)
     assert checksum(model) == before
-    next(attachment_of(model).sites[0].memory.parameters()).data.add_(1)
+    next(attachment_of(model).layers[0].memory.parameters()).data.add_(1)
     assert checksum(model) != before
     assert checksum(with_memory().bfloat16()) != before
 
@@ -114,15 +114,15 @@ def test_score_checksum() -> None:
     give_score_weights(model)
     before = score_checksum(model)
     assert before != score_checksum(with_memory())
-    votes = attachment_of(model).sites[0].score_weights("asked")
+    votes = attachment_of(model).layers[0].score_weights("asked")
     assert isinstance(votes, AnchorQueries)
     votes.queries.add_(1)
     assert score_checksum(model) != before
 
 
 def checksum(model: Any) -> str:
-    return runs.weights_checksum((site.index, site.memory) for site in attachment_of(model).sites)
+    return runs.weights_checksum((layer.index, layer.memory) for layer in attachment_of(model).layers)
 
 
 def score_checksum(model: Any) -> str:
-    return runs.weights_checksum((site.index, site.anchor_weights) for site in attachment_of(model).sites)
+    return runs.weights_checksum((layer.index, layer.anchor_weights) for layer in attachment_of(model).layers)

@@ -507,6 +507,6 @@ def ahn_with_other_weights() -> Any:
     model = with_memory("qwen3", model={"vocab_size": 259, "head_dim": 8})
     from ahn.attachment import attachment_of
 
-    for parameter in attachment_of(model).sites[0].memory.parameters():
+    for parameter in attachment_of(model).layers[0].memory.parameters():
         parameter.data.mul_(2)
     return model

@@ -70,7 +70,7 @@ class TestGradients:
     def test_the_last_window_alone(self) -> None:
         """In one layer with a silent memory, a token out of the window of all that counts draws no gradient."""
         model = with_memory("llama", model={"num_hidden_layers": 1})
-        served: Any = attachment_of(model).sites[0].memory
+        served: Any = attachment_of(model).layers[0].memory
         ids, seen = text(1, 60), range(60 - 2 * WINDOW + 1, 60)
         kept = token_gradients(model, ids, positions="last")
         served.o_proj.data.zero_()
@@ -102,7 +102,7 @@ class TestGradients:
 
     def test_a_gradient_that_is_not_finite_is_refused(self) -> None:
         model = with_memory()
-        attachment_of(model).sites[0].memory.o_proj.data.fill_(float("nan"))  # type: ignore[union-attr]
+        attachment_of(model).layers[0].memory.o_proj.data.fill_(float("nan"))  # type: ignore[union-attr]
         with pytest.raises(ModelError, match="not finite in float32"):
             token_gradients(model, text(1, 60))
 
@@ -136,14 +136,14 @@ class TestState:
         model, ids, inputs = with_memory("qwen3", memory), text(1, 75), []
         handle = (
             attachment_of(model)
-            .sites[1]
+            .layers[1]
             .module.register_forward_pre_hook(
                 lambda module, args, kwargs: inputs.append(kwargs["hidden_states"]), with_kwargs=True
             )
         )
         model(ids)
         handle.remove()
-        served: Any = attachment_of(model).sites[1].memory
+        served: Any = attachment_of(model).layers[1].memory
         write, decay = served.gating(served.gates(inputs[0]))
         trace = trace_state(model, ids, snapshots=3)
         torch.testing.assert_close(trace.write[1], write[0, 5:59].mean(-1))

@@ -163,7 +163,7 @@ def test_costs_token_by_token(memory: str, count: int) -> None:
     counted = cost_model(tiny().config, config(window=16))
     cost = counted.at(count)[memory]
     assert cost.mixer_flops == sum(token_flops(counted, memory, token) for token in range(count))
-    shapes = [site.shape for site in counted.base.attachment.sites]
+    shapes = [layer.shape for layer in counted.base.attachment.layers]
     added = sum(p.numel() for shape in shapes for p in build_memory(memory, shape).parameters())
     assert cost.parameters == added
 

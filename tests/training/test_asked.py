@@ -12,7 +12,7 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from ahn.anchors.queries import NEVER_ASKED, AnchorQueries
 from ahn.errors import ConfigError
-from ahn.training.anchors.asked import _is_long, _Layer, _read, _Seen, _voters, collect
+from ahn.training.anchors.asked import _is_long, _Layer, _read, _Response, _scoring_layers, collect
 from ahn.training.anchors.documents import FactText
 from tests.tiny import text, tiny, with_memory
 
@@ -81,7 +81,7 @@ def test_what_is_kept_against_a_loop() -> None:
                     rest = sum(math.exp(float(there @ placed(plain, key[group, place], place))) for place in range(4))
                     kept[layer].append((group, number, turned, rest))
     by_hand: dict[int, list[tuple[int, int, torch.Tensor, float]]] = {}
-    found = {}
+    shares = {}
     for layer in range(layers):
         by_hand[layer] = []
         for group, number, query, rest in kept[layer]:
@@ -104,11 +104,11 @@ def test_what_is_kept_against_a_loop() -> None:
         facts = torch.tensor(
             [look(number, at)[0] for number, document in enumerate(made) for at in document.values[0][1]]
         )
-        found[layer] = float((facts > others.quantile(1 - 0.02)).float().mean())
+        shares[layer] = float((facts > others.quantile(1 - 0.02)).float().mean())
         rare = float(others.quantile(1 - 0.003))
         by_hand[layer] = [(group, number, query, offset - rare) for group, number, query, offset in by_hand[layer]]
     [(layer, weights)] = collect(with_memory("llama"), made, WINDOW).items()
-    assert found[layer] == max(found.values())
+    assert shares[layer] == max(shares.values())
     assert weights.counts == (len(weights.queries),) == (len(by_hand[layer]),)
     for group, _, query, offset in by_hand[layer]:
         gap = (weights.queries - query).abs().amax(-1)
@@ -127,10 +127,10 @@ def placed(model: Any, vector: torch.Tensor, position: int) -> torch.Tensor:
 @pytest.mark.parametrize("family", ["gpt2", "qwen3", "gemma2", "gpt_oss"])
 def test_other_families(family: str) -> None:
     positions = {"memory_positions": "rope"} if family == "gpt2" else {}
-    found = collect(with_memory(family, **positions), documents(), WINDOW)
-    assert found
-    assert all(0 < len(weights.queries) <= 8 for weights in found.values())
-    assert all(torch.isfinite(weights.queries).all() for weights in found.values())
+    shares = collect(with_memory(family, **positions), documents(), WINDOW)
+    assert shares
+    assert all(0 < len(weights.queries) <= 8 for weights in shares.values())
+    assert all(torch.isfinite(weights.queries).all() for weights in shares.values())
 
 
 def test_a_rotation_that_cannot_be_undone() -> None:
@@ -145,11 +145,11 @@ def test_texts_without_a_kind_in_common() -> None:
         collect(with_memory("llama"), made, WINDOW)
 
 
-def seen(seed: int) -> dict[str, _Seen]:
+def seen(seed: int) -> dict[str, _Response]:
     """How the queries of two kinds look at texts."""
     generator = torch.Generator().manual_seed(seed)
     known = {
-        kind: _Seen([], torch.rand(40, generator=generator) + 0.6, torch.rand(500, generator=generator))
+        kind: _Response([], torch.rand(40, generator=generator) + 0.6, torch.rand(500, generator=generator))
         for kind in ("code", "letter")
     }
     known["code"].sample_S[:7] = float("-inf")
@@ -159,16 +159,16 @@ def seen(seed: int) -> dict[str, _Seen]:
 def test_each_kind_has_the_layers_that_find_it_best_and_is_as_rare_as_the_others() -> None:
     layers = {3 * number: seen(number) for number in range(13)}
     is_code = torch.arange(40) < 25
-    voters = _voters(layers, {"code": is_code, "letter": ~is_code})
+    voters = _scoring_layers(layers, {"code": is_code, "letter": ~is_code})
     for kind, meant, first in (("code", slice(25), 7), ("letter", slice(25, 40), 0)):
-        found = {}
+        shares = {}
         for index, layer in layers.items():
             responses = layer[kind]
-            found[index] = float((responses.facts_F[meant] > responses.sample_S[first:].quantile(0.98)).float().mean())
+            shares[index] = float((responses.facts_F[meant] > responses.sample_S[first:].quantile(0.98)).float().mean())
         best = {index for index, least in voters.items() if kind in least}
         assert len(best) == 2
-        assert min(found[index] for index in best) >= sorted(found.values())[-2]
-        assert max(found.values()) > sorted(found.values())[-3]
+        assert min(shares[index] for index in best) >= sorted(shares.values())[-2]
+        assert max(shares.values()) > sorted(shares.values())[-3]
         mean = torch.stack([layers[index][kind].sample_S[first:] for index in best]).mean(0)
         assert all(voters[index][kind] == pytest.approx(float(mean.quantile(0.997)), abs=1e-6) for index in best)
 

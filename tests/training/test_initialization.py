@@ -26,7 +26,7 @@ class TestInitialDecay:
         state = torch.random.get_rng_state()
         found = set_initial_decay(model, 0.25, 0.5, seed=1)
         assert torch.equal(torch.random.get_rng_state(), state)
-        log_rate = attachment_of(model).sites[0].memory.log_rate  # type: ignore[union-attr]
+        log_rate = attachment_of(model).layers[0].memory.log_rate  # type: ignore[union-attr]
         assert found == (log_rate is not None)
         now = memory_tensors(model)
         changed = [name for name in now if not torch.equal(now[name], before[name])]
@@ -50,18 +50,18 @@ class TestInitialGate:
         texts = [text(1, 40, seed=seed)[0] for seed in (1, 2)]
         set_initial_gate(model, 1.0, texts)
         inputs: dict[int, list[torch.Tensor]] = {}
-        sites = attachment_of(model).sites
-        for site in sites:
-            site.module.register_forward_pre_hook(
+        layers = attachment_of(model).layers
+        for layer in layers:
+            layer.module.register_forward_pre_hook(
                 lambda module, args, kwargs: inputs.setdefault(module.layer_idx, []).append(kwargs["hidden_states"]),
                 with_kwargs=True,
             )
         with ahn.mode(model, "full"):
             for ids in texts:
                 model(ids[None])
-        for site in sites:
-            mean = torch.cat(inputs[site.index], dim=1).mean(1)
-            gates = site.memory.g_proj(mean)  # type: ignore[union-attr]
+        for layer in layers:
+            mean = torch.cat(inputs[layer.index], dim=1).mean(1)
+            gates = layer.memory.g_proj(mean)  # type: ignore[union-attr]
             torch.testing.assert_close(gates, torch.ones_like(gates), rtol=1e-4, atol=1e-4)
 
     def test_the_read_out_learns_from_the_first_step_on(self) -> None:

@@ -15,7 +15,7 @@ from typing import Any, Literal, TypeVar, cast
 import torch
 
 from ahn.anchors.selection import Selection
-from ahn.attachment import Attachment, Site
+from ahn.attachment import Attachment, AttentionLayer
 from ahn.attention.decoding import DecodeStep
 from ahn.backbone.rotary import Rotary
 from ahn.cache.cache import HippocampalCache, new_memory_layer
@@ -90,7 +90,7 @@ class Call:
             self.memo[key] = source, make()  # the source too, so that nothing else gets its id
         return cast("Made", self.memo[key][1])
 
-    def open_layer(self, site: Site, memory: Memory) -> tuple[HippocampalLayer, bool]:
+    def open_layer(self, attention_layer: AttentionLayer, memory: Memory) -> tuple[HippocampalLayer, bool]:
         """The layer's part of the cache, a new one where none is kept; and whether the layer reads the call anew.
 
         Activation checkpointing runs a layer a second time, when the cache has moved on. It then gets one of its own
@@ -99,20 +99,20 @@ class Call:
         Raises:
             CacheError: Gradients would not flow from one chunk of the call to the next.
         """
-        layer = None if self.cache is None else self.cache.layers[site.index]
+        layer = None if self.cache is None else self.cache.layers[attention_layer.index]
         if not isinstance(layer, HippocampalLayer):
-            return new_memory_layer(site, memory, self.settings), True
+            return new_memory_layer(attention_layer, memory, self.settings), True
         is_long = self.is_chunk or bool(self.chunk_outputs)
         if is_long and self.has_gradients and not torch.is_grad_enabled():
             raise CacheError(
                 "a long call with anchors is read in chunks, between which activation checkpointing with "
                 "use_reentrant=True loses gradients; pass use_reentrant=False, or read without anchors"
             )
-        if site.index not in self.served:
-            self.served.add(site.index)
+        if attention_layer.index not in self.served:
+            self.served.add(attention_layer.index)
             return layer, True
-        again = new_memory_layer(site, memory, self.settings)
-        again.restore(self.snapshots[site.index])
+        again = new_memory_layer(attention_layer, memory, self.settings)
+        again.restore(self.snapshots[attention_layer.index])
         return again, False
 
 
@@ -143,7 +143,7 @@ class LayerCall:
     """One layer in one call: what its attention function must know beside queries, keys and values.
 
     Attributes:
-        site: The layer.
+        layer: The layer.
         memory: Its memory.
         call: The call.
         hidden: Input of the attention layer, `[B, T, D]`.
@@ -151,7 +151,7 @@ class LayerCall:
         rotary: Their rotation, where bounded sinks or the memory must undo it.
     """
 
-    site: Site
+    layer: AttentionLayer
     memory: Memory
     call: Call
     hidden: torch.Tensor

@@ -52,7 +52,7 @@ def begin_step(cache: HippocampalCache, new: int) -> DecodeStep | None:
         return None
     if cache.attachment.config.memory_positions == "none":
         return None
-    groups = cache.groups = cache.groups or group_layers(cache.attachment.sites, cache.layers)
+    groups = cache.groups = cache.groups or group_layers(cache.attachment.layers, cache.layers)
     begun = settings.sinks + (cache.padding.most if cache.padding else 0)
     if not all(group.is_plain() and group.stores[0].exact.is_settled(begun) for group in groups):
         return None

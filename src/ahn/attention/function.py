@@ -67,7 +67,7 @@ def attention_function(
     softmax = softmax_of(query, scaling, dropout, kwargs)
     if ahn.call.step is not None:
         return _decode(ahn, query, key, value, softmax), None
-    store, is_first = ahn.call.open_layer(ahn.site, ahn.memory)
+    store, is_first = ahn.call.open_layer(ahn.layer, ahn.memory)
     view = store.append(Tokens(key, value, ahn.record(key)), ahn.call.padding, _selected(ahn, store))
     if is_first:
         _score(ahn, store, (query, key, value), view, softmax)
@@ -142,9 +142,9 @@ def _decode(
     layer: LayerCall, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, softmax: Softmax
 ) -> torch.Tensor:
     """Attention of the one token of a step, `[B, 1, H, V]`: what leaves the window is in the state already."""
-    store, _ = layer.call.open_layer(layer.site, layer.memory)
+    store, _ = layer.call.open_layer(layer.layer, layer.memory)
     if layer.call.step is not None:
-        layer.call.step.hidden[layer.site.index] = layer.hidden
+        layer.call.step.hidden[layer.layer.index] = layer.hidden
     view = store.append_key(key, value, _selected(layer, store))
     _score(layer, store, (query, key, value), view, softmax)
     local = attend_local(layer, query, view, softmax)
@@ -162,7 +162,7 @@ def _score(
 ) -> None:
     """Scores the new tokens, by their queries, keys and values, where the layer takes part in the choice of anchors."""
     selection, call = layer.call.selection, layer.call
-    if selection is None or layer.site.index not in selection.scoreboard.layers:
+    if selection is None or layer.layer.index not in selection.scoreboard.layers:
         return
     query = projected[0]
     tokens = LayerTokens(
@@ -172,7 +172,7 @@ def _score(
         layer.hidden,
         *projected,
         attention=lambda: attention_blocks(call, view, query, layer.sink_queries(query, view.seen), softmax),
-        weights=layer.site.score_weights(selection.scoreboard.score.name),
+        weights=layer.layer.score_weights(selection.scoreboard.score.name),
         state=store.score_state.stored,
         rotary=layer.rotary,
     )

@@ -144,19 +144,19 @@ def layer_call(module: Any, call: Call, args: tuple[Any, ...], kwargs: dict[str,
         args: Arguments of the layer.
         kwargs: More of them, by name; the check after attaching saw those that are needed.
     """
-    site = call.attachment.sites[module.layer_idx]
-    if site.memory is None:
+    layer = call.attachment.layers[module.layer_idx]
+    if layer.memory is None:
         return None
     hidden = args[0] if args else kwargs["hidden_states"]
     gates = None
     if call.settings.mode == "ahn" and call.step is None:
-        with compat.loaded(site.memory):
-            gates = site.memory.gates(hidden)
+        with compat.loaded(layer.memory):
+            gates = layer.memory.gates(hidden)
     rotary = None
-    if site.rotation is not None:
+    if layer.rotation is not None:
         unrotates = call.attachment.config.memory_positions == "none"
-        rotary = Rotary(site.rotation, kwargs["position_embeddings"], kwargs["position_ids"], unrotates)
-    return LayerCall(site, site.memory, call, hidden, gates, rotary)
+        rotary = Rotary(layer.rotation, kwargs["position_embeddings"], kwargs["position_ids"], unrotates)
+    return LayerCall(layer, layer.memory, call, hidden, gates, rotary)
 
 
 def _named(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -187,7 +187,7 @@ def _begin(backbone: Any, kwargs: dict[str, Any]) -> tuple[Call, dict[str, Any]]
         if cache is None:
             call.cache_use = _use_of_new_cache(backbone, kwargs)
             if call.cache_use == "returned" or settings.has_anchors:
-                cache = HippocampalCache(attachment.sites[0].module)
+                cache = HippocampalCache(attachment.layers[0].module)
         if isinstance(cache, HippocampalCache):
             call.cache = cache
             cache.settle()

@@ -17,7 +17,7 @@ from torch import nn
 from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import AttentionInterface
 
-from ahn.attachment import Site, attachment_of
+from ahn.attachment import AttentionLayer, attachment_of
 from ahn.attention.call import Call, LayerCall
 from ahn.attention.function import attend_local, attention_function, recall, softmax_of
 from ahn.attention.hooks import layer_call
@@ -47,9 +47,9 @@ class RecordedLayer:
     _arguments: dict[str, Any]
 
     @property
-    def site(self) -> Site:
+    def layer(self) -> AttentionLayer:
         """The layer."""
-        return self._layer.site
+        return self._layer.layer
 
     @property
     def memory(self) -> Memory:
@@ -83,7 +83,7 @@ class RecordedLayer:
 
     @cached_property
     def _store(self) -> HippocampalLayer:
-        return self._layer.call.open_layer(self.site, self.memory)[0]
+        return self._layer.call.open_layer(self.layer, self.memory)[0]
 
     @cached_property
     def _view(self) -> VisibleKV:
@@ -131,7 +131,7 @@ def _bring_students(model: nn.Module, backbone: Any, settings: RunSettings) -> l
             layer = layer_call(module, calls[0], args, kwargs)
         return args, {**kwargs, RECORDING: layer}
 
-    served = [site.module for site in attachment.sites if site.memory is not None]
+    served = [attention_layer.module for attention_layer in attachment.layers if attention_layer.memory is not None]
     return [
         backbone.register_forward_pre_hook(begin, with_kwargs=True),
         *(module.register_forward_pre_hook(bring, with_kwargs=True) for module in served),

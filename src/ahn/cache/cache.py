@@ -14,7 +14,7 @@ from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLa
 from ahn.anchors.base import Score
 from ahn.anchors.policy import Policy, settle
 from ahn.anchors.selection import Scoreboard
-from ahn.attachment import Attachment, Site, attachment_of
+from ahn.attachment import Attachment, AttentionLayer, attachment_of
 from ahn.cache.compressive import state_slots
 from ahn.cache.groups import LayerGroup
 from ahn.cache.layer import HippocampalLayer
@@ -111,7 +111,7 @@ class HippocampalCache(Cache):
         self._snapshot: CacheSnapshot | None = None
         self._is_read = False
         self._holds_inference_tensors = False
-        super().__init__(layers=[new_layer(site, settings, policy) for site in attachment.sites])
+        super().__init__(layers=[new_layer(attention_layer, settings, policy) for attention_layer in attachment.layers])
         windows = {layer.exact.window for layer in self.layers if isinstance(layer, HippocampalLayer)}
         self.scoreboard: Scoreboard | None = None
         if policy is not None:
@@ -236,7 +236,7 @@ class HippocampalCache(Cache):
         cache = cls.__new__(cls)
         cache.begin(attachment, saved.settings)
         check_saved(os.fspath(path), saved, attachment, cache.layers, cache.scoreboard)
-        devices = [site.device for site in attachment.sites]
+        devices = [attention_layer.device for attention_layer in attachment.layers]
         for index, (layer, seen) in enumerate(zip(cache.layers, saved.seen, strict=True)):
             set_layer_tensors(layer, saved.tensors_of(str(index), devices[index]), seen)
         if cache.scoreboard:
@@ -330,22 +330,22 @@ class HippocampalCache(Cache):
             self.padding = Padding(counts[rows.to(counts.device)], self.padding.most)
 
 
-def new_layer(site: Site, settings: RunSettings, policy: Policy | None = None) -> AnyLayer:
+def new_layer(layer: AttentionLayer, settings: RunSettings, policy: Policy | None = None) -> AnyLayer:
     """An empty layer of a cache: ours for a layer with a memory, the base model's own kind for another."""
-    if site.memory is not None:
-        scores = policy is not None and site.index in policy.layers
-        return new_memory_layer(site, site.memory, settings, policy.score.state_names if policy and scores else ())
-    if site.sliding_window is not None:
-        return DynamicSlidingWindowLayer(site.sliding_window)
+    if layer.memory is not None:
+        scores = policy is not None and layer.index in policy.layers
+        return new_memory_layer(layer, layer.memory, settings, policy.score.state_names if policy and scores else ())
+    if layer.sliding_window is not None:
+        return DynamicSlidingWindowLayer(layer.sliding_window)
     return DynamicLayer()
 
 
 def new_memory_layer(
-    site: Site, memory: Memory, settings: RunSettings, score_names: tuple[str, ...] = ()
+    layer: AttentionLayer, memory: Memory, settings: RunSettings, score_names: tuple[str, ...] = ()
 ) -> HippocampalLayer:
     """An empty layer of a cache for a layer with a memory, see `HippocampalLayer`."""
-    number_bytes = site.dtype.itemsize
-    return HippocampalLayer(settings, site.sliding_window, state_slots(memory, number_bytes), score_names)
+    number_bytes = layer.dtype.itemsize
+    return HippocampalLayer(settings, layer.sliding_window, state_slots(memory, number_bytes), score_names)
 
 
 def refuse_assisted_decoding() -> NoReturn:

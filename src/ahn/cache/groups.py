@@ -11,7 +11,7 @@ from collections.abc import Iterable
 
 import torch
 
-from ahn.attachment import Site
+from ahn.attachment import AttentionLayer
 from ahn.cache.layer import HippocampalLayer
 from ahn.cache.record import TokenRecord
 from ahn.memories import Memory
@@ -23,24 +23,24 @@ class LayerGroup:
     """Layers of one shape, kind of memory, window and device.
 
     Attributes:
-        sites: The layers.
+        layers: The layers.
         stores: Their parts of the cache.
         states: The states of all of them, `[L, B, *state_shape()]`. Each layer of the cache holds its part.
     """
 
-    sites: list[Site]
+    layers: list[AttentionLayer]
     stores: list[HippocampalLayer]
     states: torch.Tensor | None = None
 
     @property
     def memories(self) -> list[Memory]:
         """Their memories, which other libraries may wrap at any time."""
-        return [memory for site in self.sites if (memory := site.memory) is not None]
+        return [memory for layer in self.layers if (memory := layer.memory) is not None]
 
     @property
     def indices(self) -> list[int]:
         """Their layer indices."""
-        return [site.index for site in self.sites]
+        return [layer.index for layer in self.layers]
 
     def update(self, padding: Padding | None = None) -> None:
         """Updates the states with the token that leaves. The former ones stay as they are, should the call fail.
@@ -91,20 +91,20 @@ class LayerGroup:
         return self.states.clone()
 
 
-def group_layers(sites: Iterable[Site], stores: Iterable[object]) -> list[LayerGroup]:
+def group_layers(layers: Iterable[AttentionLayer], stores: Iterable[object]) -> list[LayerGroup]:
     """Those layers of a cache that decode together.
 
     Args:
-        sites: The attention layers of the model.
+        layers: The attention layers of the model.
         stores: Their parts of the cache.
     """
     groups: dict[tuple[object, ...], LayerGroup] = {}
-    for site, store in zip(sites, stores, strict=True):
-        if site.memory is not None and isinstance(store, HippocampalLayer):
-            weight = site.memory.o_proj
-            kind = type(site.memory), site.shape, store.exact.window, weight.dtype, weight.device
+    for layer, store in zip(layers, stores, strict=True):
+        if layer.memory is not None and isinstance(store, HippocampalLayer):
+            weight = layer.memory.o_proj
+            kind = type(layer.memory), layer.shape, store.exact.window, weight.dtype, weight.device
             group = groups.setdefault(kind, LayerGroup([], []))
-            group.sites.append(site)
+            group.layers.append(layer)
             group.stores.append(store)
     return list(groups.values())
 

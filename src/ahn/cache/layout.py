@@ -13,7 +13,7 @@ import torch
 from transformers.cache_utils import DynamicLayer
 
 from ahn.anchors.selection import Scoreboard
-from ahn.attachment import Attachment, Site
+from ahn.attachment import Attachment, AttentionLayer
 from ahn.cache.compressive import POOLED
 from ahn.cache.layer import HippocampalLayer
 from ahn.cache.storage import SavedCache
@@ -64,12 +64,16 @@ def check_saved(
         CacheError: It does not.
     """
     rows, most = saved.rows_of(saved.tensors), max(saved.seen)
-    if any(seen != most for seen, site in zip(saved.seen, attachment.sites) if site.memory is not None):
+    if any(
+        seen != most
+        for seen, attention_layer in zip(saved.seen, attachment.layers)
+        if attention_layer.memory is not None
+    ):
         raise CacheError(f"{where}: its layers have seen different numbers of tokens; save the cache again")
     unrotates = attachment.config.memory_positions == "none"
     layouts = {
-        str(site.index): layer_layout(site, layer, unrotates, rows, seen)
-        for site, layer, seen in zip(attachment.sites, layers, saved.seen, strict=True)
+        str(attention_layer.index): layer_layout(attention_layer, layer, unrotates, rows, seen)
+        for attention_layer, layer, seen in zip(attachment.layers, layers, saved.seen, strict=True)
     }
     if scoreboard is not None:
         layouts["ballot"] = scoreboard_layout(scoreboard, saved.settings.sinks, rows, most)
@@ -78,21 +82,23 @@ def check_saved(
     check_layout(where, saved.tensors, layout)
 
 
-def layer_layout(site: Site, layer: HippocampalLayer | DynamicLayer, unrotates: bool, rows: int, seen: int) -> Layout:
+def layer_layout(
+    attention_layer: AttentionLayer, layer: HippocampalLayer | DynamicLayer, unrotates: bool, rows: int, seen: int
+) -> Layout:
     """What a layer of a cache holds after `seen` tokens.
 
     Args:
-        site: The layer of the model.
+        attention_layer: The layer of the model.
         layer: An empty layer of the cache.
         unrotates: Whether the memory takes keys as they were before their rotation.
         rows: Rows of the batch.
         seen: Tokens seen.
     """
-    _, _, G, K, V = site.shape
-    computed, exact = _computed(site), _exact(site)
+    _, _, G, K, V = attention_layer.shape
+    computed, exact = _computed(attention_layer), _exact(attention_layer)
     if not isinstance(layer, HippocampalLayer):
-        most = seen if site.sliding_window is None else min(seen, site.sliding_window)
-        lengths = range(max(0, most - (site.sliding_window is not None)), most + 1)
+        most = seen if attention_layer.sliding_window is None else min(seen, attention_layer.sliding_window)
+        lengths = range(max(0, most - (attention_layer.sliding_window is not None)), most + 1)
         sizes = {"keys": K, "values": V}
         return {name: Part((rows, G, lengths, size), seen > 0, computed) for name, size in sizes.items()}
     span = layer.exact.sinks + layer.exact.window
@@ -100,15 +106,15 @@ def layer_layout(site: Site, layer: HippocampalLayer | DynamicLayer, unrotates: 
     layout = {
         "keys": Part((rows, G, lengths, K), seen > 0, computed),
         "values": Part((rows, G, lengths, V), seen > 0, computed),
-        "record": Part((rows, 1, lengths, _record_size(site, layer, unrotates)), seen > 0, exact),
+        "record": Part((rows, 1, lengths, _record_size(attention_layer, layer, unrotates)), seen > 0, exact),
     }
-    if evicts and layer.settings.mode == "ahn" and site.memory is not None:
-        layout["state"] = Part((rows, *site.memory.state_shape()), dtypes=exact)
+    if evicts and layer.settings.mode == "ahn" and attention_layer.memory is not None:
+        layout["state"] = Part((rows, *attention_layer.memory.state_shape()), dtypes=exact)
     if evicts and layer.bank is not None:
-        layout |= _keys_and_values("anchor", rows, layer.bank.anchors, site)
+        layout |= _keys_and_values("anchor", rows, layer.bank.anchors, attention_layer)
     if evicts and layer.pooled is not None:
-        layout |= _keys_and_values("slot", rows, layer.pooled.slots, site)
-        layout |= _keys_and_values("pending", rows, POOLED - 1, site)
+        layout |= _keys_and_values("slot", rows, layer.pooled.slots, attention_layer)
+        layout |= _keys_and_values("pending", rows, POOLED - 1, attention_layer)
     for name in layer.score_state.names:
         layout[name] = Part((rows, G, range(layer.exact.window + 1), K), seen > 0, exact)
     return layout
@@ -162,32 +168,36 @@ def _check_part(what: str, tensor: torch.Tensor, part: Part) -> None:
         raise CacheError(f"{what} holds numbers that cannot be")
 
 
-def _record_size(site: Site, layer: HippocampalLayer, unrotates: bool) -> Size:
+def _record_size(attention_layer: AttentionLayer, layer: HippocampalLayer, unrotates: bool) -> Size:
     """Numbers of a record, F: the gates and, for a memory that takes keys before their rotation, the position."""
-    if layer.settings.mode != "ahn" or site.memory is None:
+    if layer.settings.mode != "ahn" or attention_layer.memory is None:
         return 0
-    gates = site.memory.gate_count * site.shape.query_heads
-    if site.rotation is None or not unrotates:
+    gates = attention_layer.memory.gate_count * attention_layer.shape.query_heads
+    if attention_layer.rotation is None or not unrotates:
         return gates
-    return range(gates + 2, gates + 2 * site.shape.key_size + 1) if site.rotation.changes_with_length else gates + 1
+    return (
+        range(gates + 2, gates + 2 * attention_layer.shape.key_size + 1)
+        if attention_layer.rotation.changes_with_length
+        else gates + 1
+    )
 
 
-def _keys_and_values(name: str, rows: int, count: int, site: Site) -> Layout:
-    _, _, G, K, V = site.shape
+def _keys_and_values(name: str, rows: int, count: int, layer: AttentionLayer) -> Layout:
+    _, _, G, K, V = layer.shape
     return {
-        f"{name}_keys": Part((rows, G, count, K), dtypes=_computed(site)),
-        f"{name}_values": Part((rows, G, count, V), dtypes=_computed(site)),
+        f"{name}_keys": Part((rows, G, count, K), dtypes=_computed(layer)),
+        f"{name}_values": Part((rows, G, count, V), dtypes=_computed(layer)),
     }
 
 
-def _computed(site: Site) -> tuple[torch.dtype, ...]:
+def _computed(layer: AttentionLayer) -> tuple[torch.dtype, ...]:
     """What keys and values may be stored in: what the layer computes in, inside autocast or outside."""
-    return site.dtype, torch.float32, torch.bfloat16, torch.float16
+    return layer.dtype, torch.float32, torch.bfloat16, torch.float16
 
 
-def _exact(site: Site) -> tuple[torch.dtype, ...]:
+def _exact(layer: AttentionLayer) -> tuple[torch.dtype, ...]:
     """What states and records may be stored in."""
-    return (torch.float32,) if site.dtype != torch.float64 else (torch.float32, torch.float64)
+    return (torch.float32,) if layer.dtype != torch.float64 else (torch.float32, torch.float64)
 
 
 def _name(dtype: torch.dtype) -> str:

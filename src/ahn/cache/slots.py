@@ -167,9 +167,9 @@ def can_share(attachment: Attachment) -> bool:
     Layers that keep the base model's own cache, positions from a table, and rotations that change with the length are
     counted for all rows at once.
     """
-    sites = attachment.sites
-    changes = any(site.rotation is not None and site.rotation.changes_with_length for site in sites)
-    return attachment.position_limit is None and not changes and all(site.memory is not None for site in sites)
+    layers = attachment.layers
+    changes = any(layer.rotation is not None and layer.rotation.changes_with_length for layer in layers)
+    return attachment.position_limit is None and not changes and all(layer.memory is not None for layer in layers)
 
 
 def can_share_slots(model: nn.Module) -> bool:
@@ -222,9 +222,9 @@ def _aligned(layer: HippocampalLayer, cache: HippocampalCache) -> Row:
     row = {name: tensor for name, tensor in layer.tensors().items() if name not in Tokens._fields}
     keys, values, _ = _exact_tokens(layer)
     if layer.settings.mode == "ahn" and layer.state is None:
-        site = cache.attachment.sites[_layers(cache).index(layer)]
-        if site.memory is not None:
-            row["state"] = site.memory.empty_state(1, keys.device)
+        attention_layer = cache.attachment.layers[_layers(cache).index(layer)]
+        if attention_layer.memory is not None:
+            row["state"] = attention_layer.memory.empty_state(1, keys.device)
     if layer.bank is not None:
         for name, like in (("anchor_keys", keys), ("anchor_values", values)):
             row.setdefault(name, like.new_zeros(*like.shape[:2], layer.bank.anchors, like.size(3)))

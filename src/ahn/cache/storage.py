@@ -182,7 +182,8 @@ def _fingerprint(attachment: Attachment) -> dict[str, Any]:
         "memory": attachment.config.memory,
         "memory_positions": attachment.config.memory_positions,
         "layers": [
-            [*site.shape, site.sliding_window, site.memory is not None, str(site.dtype)] for site in attachment.sites
+            [*layer.shape, layer.sliding_window, layer.memory is not None, str(layer.dtype)]
+            for layer in attachment.layers
         ],
     }
 

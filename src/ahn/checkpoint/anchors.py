@@ -40,9 +40,9 @@ def save_anchors(model: nn.Module, path: str | os.PathLike[str], dtype: str | to
         CheckpointError: As for `save`.
     """
     tensors = {
-        f"layers.{site.index}.{name}": tensor
-        for site in attachment_of(model).sites
-        for weights in (site.anchor_weights or {}).values()
+        f"layers.{layer.index}.{name}": tensor
+        for layer in attachment_of(model).layers
+        for weights in (layer.anchor_weights or {}).values()
         for name, tensor in weights.state_dict().items()
     }
     if not tensors:
@@ -77,9 +77,9 @@ def load_anchors(
     attachment, where = attachment_of(model), os.fspath(path_or_hub_id)
     folder = locate(where, HubSource(revision, **options), ANCHORS.config)
     weights = _read(where, folder, attachment, BaseInfo.of_model(model))
-    for site in attachment.sites:
-        if site.memory is not None:
-            set_score_weights(site, weights.get(site.index, {}))
+    for layer in attachment.layers:
+        if layer.memory is not None:
+            set_score_weights(layer, weights.get(layer.index, {}))
 
 
 def _read(where: str, folder: Path, attachment: Attachment, base: BaseInfo) -> dict[int, dict[str, nn.Module]]:
@@ -90,7 +90,11 @@ def _read(where: str, folder: Path, attachment: Attachment, base: BaseInfo) -> d
     made_for = BaseInfo.of_dict(values["base"] if isinstance(values.get("base"), dict) else {}, where)
     check_base(where, made_for, base, "its anchor scores were", stacklevel=4)
     scores_by_layer = {layer: _scores_in(stored, layer) for key in stored if (layer := layer_of(key)) is not None}
-    served = {site.index: site.shape for site in attachment.sites if site.memory is not None}
+    served = {
+        attention_layer.index: attention_layer.shape
+        for attention_layer in attachment.layers
+        if attention_layer.memory is not None
+    }
     if missing := sorted(set(scores_by_layer) - set(served)):
         problem = f"it scores tokens in layer {missing[0]}, which has no memory here"
         raise failure(where, problem, "Attach a memory to that layer too")
@@ -133,7 +137,7 @@ def _loaded(where: str, score: Score, own: Mapping[str, torch.Tensor], shape: Me
 
 
 def _save_if_any(model: nn.Module, path: str) -> None:
-    if any(site.anchor_weights for site in attachment_of(model).sites):
+    if any(layer.anchor_weights for layer in attachment_of(model).layers):
         save_anchors(model, path)
 
 

@@ -210,12 +210,12 @@ def memory_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
     Raises:
         ModelError: No memory is attached.
     """
-    sites = [site for site in attachment_of(model).sites if site.memory is not None]
+    layers = [layer for layer in attachment_of(model).layers if layer.memory is not None]
     return {
-        f"layers.{site.index}.{name}": tensor
-        for site in sites
-        if site.memory is not None
-        for name, tensor in site.memory.state_dict(keep_vars=True).items()
+        f"layers.{layer.index}.{name}": tensor
+        for layer in layers
+        if layer.memory is not None
+        for name, tensor in layer.memory.state_dict(keep_vars=True).items()
     }
 
 

@@ -60,7 +60,7 @@ def push_to_hub(
     with tempfile.TemporaryDirectory(prefix="ahn-") as temporary:
         folder = Path(temporary)
         save(model, folder, dtype)
-        has_anchors = any(site.anchor_weights for site in attachment.sites)
+        has_anchors = any(layer.anchor_weights for layer in attachment.layers)
         if has_anchors:
             save_anchors(model, folder, dtype)
         if card is not None:

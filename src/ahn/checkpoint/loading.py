@@ -221,7 +221,7 @@ def _check_same(content: Content, attachment: Attachment) -> None:
         ours, theirs = getattr(live, name), getattr(content.config, name)
         if ours != theirs:
             raise failure(content.where, f"its {name} is {theirs!r}, but that on the model is {ours!r}", _DETACH)
-    layers = tuple(site.index for site in attachment.sites if site.memory is not None)
+    layers = tuple(layer.index for layer in attachment.layers if layer.memory is not None)
     if layers != content.layers:
         raise failure(
             content.where,

@@ -102,7 +102,7 @@ def _facts(model: Counting, context: int, costs: dict[str, Cost]) -> dict[str, A
         "family": base.family,
         "base_parameters": base.parameters,
         "dtype": str(base.dtype).removeprefix("torch."),
-        "layers": len(base.attachment.sites),
+        "layers": len(base.attachment.layers),
         "memory_layers": _served(model),
         "convention": model.name,
         "context": context,
@@ -125,7 +125,7 @@ def _print_tables(model: Counting, context: int, costs: dict[str, Cost]) -> None
     from rich.text import Text
 
     screen, base, config = output(), model.base, model.base.attachment.config
-    served, layers = _served(model), len(base.attachment.sites)
+    served, layers = _served(model), len(base.attachment.layers)
     opening = (
         f"{base.name} ({base.family}, {_count(base.parameters)} parameters) reads {context:,} tokens, sinks "
         f"{config.sinks:,}, window {config.window:,}. A memory in {'all' if served == layers else f'{served} of'} "
@@ -181,7 +181,7 @@ def _comparison(model: Counting, costs: dict[str, Cost]) -> str:
 
 
 def _served(model: Counting) -> int:
-    return sum(site.memory is not None for site in model.base.attachment.sites)
+    return sum(layer.memory is not None for layer in model.base.attachment.layers)
 
 
 def _count(number: int) -> str:

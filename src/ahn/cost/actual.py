@@ -6,7 +6,7 @@ import dataclasses
 
 import torch
 
-from ahn.attachment import Site
+from ahn.attachment import AttentionLayer
 from ahn.cache import HippocampalLayer
 from ahn.cache.cache import AnyLayer, layer_tensors, new_layer
 from ahn.cache.record import TokenRecord
@@ -51,31 +51,36 @@ class Actual(Counting):
         """Bytes of the model's dtype."""
         return self.base.dtype.itemsize
 
-    def layer_bytes(self, site: Site, method: str, tokens: int) -> int:
+    def layer_bytes(self, attention_layer: AttentionLayer, method: str, tokens: int) -> int:
         """Bytes of every tensor that a layer of the cache holds."""
-        memory = None if method == "full" else self._memory(method, site) or site.memory
+        memory = None if method == "full" else self._memory(method, attention_layer) or attention_layer.memory
         settings = dataclasses.replace(self.settings, mode=_MODES.get(method, "ahn"))
-        layer: AnyLayer = new_layer(dataclasses.replace(site, built=None), settings)
+        layer: AnyLayer = new_layer(dataclasses.replace(attention_layer, built=None), settings)
         if memory is not None:
-            layer = HippocampalLayer(settings, site.sliding_window, self._slots(site))
+            layer = HippocampalLayer(settings, attention_layer.sliding_window, self._slots(attention_layer))
         key, value = (
-            torch.empty(1, site.shape.kv_heads, tokens, size, dtype=self.base.dtype, device="meta")
-            for size in (site.shape.key_size, site.shape.value_size)
+            torch.empty(1, attention_layer.shape.kv_heads, tokens, size, dtype=self.base.dtype, device="meta")
+            for size in (attention_layer.shape.key_size, attention_layer.shape.value_size)
         )
         if isinstance(layer, HippocampalLayer) and memory is not None:
-            self._fill(layer, site, memory, key, value)
+            self._fill(layer, attention_layer, memory, key, value)
         else:
             layer.update(key, value)
         return sum(tensor.nbytes for tensor in layer_tensors(layer).values())
 
     def _fill(
-        self, layer: HippocampalLayer, site: Site, memory: Memory, key: torch.Tensor, value: torch.Tensor
+        self,
+        layer: HippocampalLayer,
+        attention_layer: AttentionLayer,
+        memory: Memory,
+        key: torch.Tensor,
+        value: torch.Tensor,
     ) -> None:
         """Does to a layer of the cache what the attention function does, with tensors that hold no values."""
         record = key.new_zeros(1, 1, key.size(2), 0, dtype=torch.float32)
         if layer.settings.mode == "ahn":
-            gates = memory.gates(key.new_empty(1, key.size(2), site.shape.hidden_size))
-            record = TokenRecord(gates, self._position(site, key.size(2))).pack()[:, None]
+            gates = memory.gates(key.new_empty(1, key.size(2), attention_layer.shape.hidden_size))
+            record = TokenRecord(gates, self._position(attention_layer, key.size(2))).pack()[:, None]
         view = layer.append(Tokens(key, value, record), None)
         layer.reserve()
         layer.commit()
@@ -84,12 +89,12 @@ class Actual(Counting):
         if record.size(-1) and view.evicted.length:
             layer.state = memory.empty_state(1, key.device)
 
-    def _position(self, site: Site, tokens: int) -> torch.Tensor | None:
+    def _position(self, layer: AttentionLayer, tokens: int) -> torch.Tensor | None:
         """What is stored of the positions of tokens, `[1, T, P]`; `None` where the memory keeps their rotation."""
-        if site.rotation is None or self.base.attachment.config.memory_positions != "none":
+        if layer.rotation is None or self.base.attachment.config.memory_positions != "none":
             return None
         positions = torch.zeros(1, tokens, device="meta")
-        return site.rotation.position_record(site.rotation.tables(positions), positions, 1)
+        return layer.rotation.position_record(layer.rotation.tables(positions), positions, 1)
 
     def summary(self) -> str:
         """See `Counting.summary`."""

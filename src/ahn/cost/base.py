@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from ahn.attachment import Attachment, Site
+from ahn.attachment import Attachment, AttentionLayer
 from ahn.backbone.rotary import find_rotary
 from ahn.backbone.survey import find_backbone
 from ahn.checkpoint.published import clean_config, is_published
@@ -69,7 +69,7 @@ class Base:
     family: str
     dtype: torch.dtype
     attachment: Attachment
-    layers: tuple[tuple[Site, int], ...]
+    layers: tuple[tuple[AttentionLayer, int], ...]
     memories: dict[tuple[str, MemoryShape], Memory]
     parameters: int
     mixer_weights: int
@@ -100,10 +100,10 @@ def read_base(
     with torch.device("meta"):
         model = _build(name, settings)
         attachment = survey(model, config, rotations=_undoes_rotations(config))
-        shapes = {site.shape for site in attachment.sites}
+        shapes = {layer.shape for layer in attachment.layers}
         memories = {(each, shape): build_memory(each, shape).to(held_in) for each in memory_names() for shape in shapes}
     backbone, head = find_backbone(model), model.get_output_embeddings()
-    mixers = {id(parameter) for site in attachment.sites for parameter in site.module.parameters()}
+    mixers = {id(parameter) for layer in attachment.layers for parameter in layer.module.parameters()}
     return Base(
         name=name,
         family=settings.model_type,
@@ -163,13 +163,13 @@ def _build(name: str, config: Any) -> Any:
     return model
 
 
-def _kinds(attachment: Attachment) -> tuple[tuple[Site, int], ...]:
+def _kinds(attachment: Attachment) -> tuple[tuple[AttentionLayer, int], ...]:
     """Layers that cost the same, as one of them and their number."""
-    kinds: dict[Any, list[Site]] = {}
-    for site in attachment.sites:
-        rotates = None if site.rotation is None else site.rotation.changes_with_length
-        kinds.setdefault((site.shape, site.sliding_window, site.memory is None, rotates), []).append(site)
-    return tuple((sites[0], len(sites)) for sites in kinds.values())
+    kinds: dict[Any, list[AttentionLayer]] = {}
+    for layer in attachment.layers:
+        rotates = None if layer.rotation is None else layer.rotation.changes_with_length
+        kinds.setdefault((layer.shape, layer.sliding_window, layer.memory is None, rotates), []).append(layer)
+    return tuple((layers[0], len(layers)) for layers in kinds.values())
 
 
 def _passed(backbone: nn.Module, wanted: Callable[[nn.Parameter], bool]) -> int:

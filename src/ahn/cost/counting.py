@@ -11,7 +11,7 @@ import copy
 import dataclasses
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from ahn.attachment import Site
+from ahn.attachment import AttentionLayer
 from ahn.cache import HippocampalLayer
 from ahn.cache.compressive import POOLED, state_slots
 from ahn.config import RunSettings
@@ -81,7 +81,7 @@ class Counting(abc.ABC):
         """Bytes of one number of a key or value."""
 
     @abc.abstractmethod
-    def layer_bytes(self, site: Site, method: str, tokens: int) -> int:
+    def layer_bytes(self, layer: AttentionLayer, method: str, tokens: int) -> int:
         """Bytes that one layer holds, for each method but `ct`."""
 
     @abc.abstractmethod
@@ -111,7 +111,7 @@ class Counting(abc.ABC):
     @property
     def slots(self) -> tuple[int, int]:
         """Fewest and most slots that a layer of the Compressive Transformer has."""
-        counts = [self._slots(site) for site, _ in self.base.layers if site.memory is not None]
+        counts = [self._slots(layer) for layer, _ in self.base.layers if layer.memory is not None]
         return min(counts), max(counts)
 
     def at(self, context: int) -> dict[str, Cost]:
@@ -152,15 +152,15 @@ class Counting(abc.ABC):
             method: One of `methods`.
             tokens: Number of tokens, at least 1.
         """
-        return sum(count * self.layer_bytes(site, method, tokens) for site, count in self.base.layers)
+        return sum(count * self.layer_bytes(layer, method, tokens) for layer, count in self.base.layers)
 
     def _cost(self, method: str, tokens: int) -> Cost:
         mixers, others = self._mixer_flops(method, tokens), 2 * self.base.other_weights
         return Cost(
             parameters=sum(
                 count * parameters(memory)
-                for site, count in self.base.layers
-                if (memory := self._memory(method, site)) is not None
+                for layer, count in self.base.layers
+                if (memory := self._memory(method, layer)) is not None
             ),
             mixer_flops=mixers,
             prefill_flops=mixers + tokens * others + self.vocabulary_flops(tokens),
@@ -168,40 +168,40 @@ class Counting(abc.ABC):
             cache_bytes=self.cache_bytes(method, tokens),
         )
 
-    def _memory(self, method: str, site: Site) -> Memory | None:
-        return None if site.memory is None else self.base.memories.get((method, site.shape))
+    def _memory(self, method: str, layer: AttentionLayer) -> Memory | None:
+        return None if layer.memory is None else self.base.memories.get((method, layer.shape))
 
     def _mixer_flops(self, method: str, tokens: int) -> int:
         projections = 2 * tokens * self.base.mixer_weights
         return projections + sum(
-            count * self._attention_flops(method, site, tokens) for site, count in self.base.layers
+            count * self._attention_flops(method, layer, tokens) for layer, count in self.base.layers
         )
 
-    def _attention_flops(self, method: str, site: Site, tokens: int) -> int:
+    def _attention_flops(self, method: str, layer: AttentionLayer, tokens: int) -> int:
         """FLOPs of one layer but for its projections: queries with keys, weights with values, and a memory's own."""
-        reach = self.reach(method, site)
+        reach = self.reach(method, layer)
         seen = tokens if reach is None else min(tokens, reach)
         evicted = tokens - seen
         pairs = self.triangle(seen) + 2 * evicted * seen
-        if method == "ct" and site.memory is not None:
-            pairs += 2 * slots_read(evicted, self._slots(site))
-        memory = self._memory(method, site)
+        if method == "ct" and layer.memory is not None:
+            pairs += 2 * slots_read(evicted, self._slots(layer))
+        memory = self._memory(method, layer)
         added = 0 if memory is None else self.memory_flops(memory, tokens, evicted)
-        return site.shape.query_heads * (site.shape.key_size + site.shape.value_size) * pairs + added
+        return layer.shape.query_heads * (layer.shape.key_size + layer.shape.value_size) * pairs + added
 
-    def reach(self, method: str, site: Site) -> int | None:
+    def reach(self, method: str, layer: AttentionLayer) -> int | None:
         """How many tokens a query of a layer reads exactly at most, itself among them; `None` for all."""
-        if method == "full" or site.memory is None:
-            return site.sliding_window
-        exact = HippocampalLayer(self.settings, site.sliding_window).exact
+        if method == "full" or layer.memory is None:
+            return layer.sliding_window
+        exact = HippocampalLayer(self.settings, layer.sliding_window).exact
         return exact.sinks + exact.window
 
-    def slot_bytes(self, site: Site) -> int:
+    def slot_bytes(self, layer: AttentionLayer) -> int:
         """Bytes of a key and a value of every kv head."""
-        return site.shape.kv_heads * (site.shape.key_size + site.shape.value_size) * self.number_bytes()
+        return layer.shape.kv_heads * (layer.shape.key_size + layer.shape.value_size) * self.number_bytes()
 
-    def _slots(self, site: Site) -> int:
-        return 0 if site.memory is None else state_slots(site.memory, self.number_bytes())
+    def _slots(self, layer: AttentionLayer) -> int:
+        return 0 if layer.memory is None else state_slots(layer.memory, self.number_bytes())
 
 
 def parameters(memory: Memory) -> int:

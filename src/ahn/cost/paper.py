@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ahn.attachment import Site
+from ahn.attachment import AttentionLayer
 from ahn.cache.compressive import POOLED, STATE_NUMBER_BYTES
 from ahn.cost.counting import Counting, state_numbers
 from ahn.memories import Memory, MemoryShape
@@ -56,14 +56,14 @@ class Paper(Counting):
         """4, whatever the model's dtype."""
         return _NUMBER_BYTES
 
-    def layer_bytes(self, site: Site, method: str, tokens: int) -> int:
+    def layer_bytes(self, layer: AttentionLayer, method: str, tokens: int) -> int:
         """Keys, values, the slots that are filled and, once a token was evicted, the state."""
-        reach = self.reach(method, site)
+        reach = self.reach(method, layer)
         exact = tokens if reach is None else min(tokens, reach)
-        memory = self._memory(method, site)
+        memory = self._memory(method, layer)
         state = state_numbers(memory) if memory is not None and tokens > exact else 0
-        slots = min(self._slots(site), (tokens - exact) // POOLED) if method == "ct" else 0
-        return (exact + slots) * self.slot_bytes(site) + STATE_NUMBER_BYTES * state
+        slots = min(self._slots(layer), (tokens - exact) // POOLED) if method == "ct" else 0
+        return (exact + slots) * self.slot_bytes(layer) + STATE_NUMBER_BYTES * state
 
     def summary(self) -> str:
         """See `Counting.summary`."""
@@ -74,5 +74,9 @@ class Paper(Counting):
 
     def remarks(self) -> list[str]:
         """Where the paper prints something else for this shape."""
-        sites = self.base.attachment.sites
-        return [text for layers, shape, text in _MISPRINTS if len(sites) == layers and sites[0].shape == shape]
+        attention_layers = self.base.attachment.layers
+        return [
+            text
+            for layers, shape, text in _MISPRINTS
+            if len(attention_layers) == layers and attention_layers[0].shape == shape
+        ]

@@ -69,7 +69,7 @@ def model_key(model: Any, name: str) -> str:
     attachment = attachment_of(model)
     facts = {"name": name, "config": attachment.config.to_dict(), "run": attachment.settings.to_dict()}
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
-    memories = {id(each) for site in attachment.sites if site.memory for each in site.memory.parameters()}
+    memories = {id(each) for layer in attachment.layers if layer.memory for each in layer.memory.parameters()}
     for key, parameter in model.named_parameters():
         part = parameter.detach().flatten()
         part = part if id(parameter) in memories else part[:: max(1, part.numel() // _SAMPLE)]

@@ -87,9 +87,13 @@ class FullBaseline(Baseline):
         super().__init__(model)
         self._cache = DynamicCache(config=model.config)
         self._context = context
-        for site, layer in zip(attachment_of(attached).sites, cast("list[AnyLayer]", self._cache.layers), strict=True):
-            tokens = context if site.sliding_window is None else min(context, site.sliding_window - 1)
-            _fill(layer, site.shape, tokens, context, self.model)
+        for attention_layer, layer in zip(
+            attachment_of(attached).layers, cast("list[AnyLayer]", self._cache.layers), strict=True
+        ):
+            tokens = (
+                context if attention_layer.sliding_window is None else min(context, attention_layer.sliding_window - 1)
+            )
+            _fill(layer, attention_layer.shape, tokens, context, self.model)
         self._tensors = [layer_tensors(layer) for layer in cast("list[AnyLayer]", self._cache.layers)]
         self.cache_bytes = cache_bytes(self._cache)
 
@@ -119,11 +123,11 @@ class ArmBaseline(Baseline):
             real = min(context, exact + 8)
             for start in range(0, real, chunk := automatic_chunk(model)):
                 self._read(self._cache, min(chunk, real - start))
-        for site, layer in zip(attachment_of(model).sites, self._cache.layers, strict=True):
+        for attention_layer, layer in zip(attachment_of(model).layers, self._cache.layers, strict=True):
             if isinstance(layer, HippocampalLayer):
                 layer.exact.seen = context
-            elif site.sliding_window is None:
-                _fill(layer, site.shape, context - real, context, model)
+            elif attention_layer.sliding_window is None:
+                _fill(layer, attention_layer.shape, context - real, context, model)
         _settle(self._cache, real)
         self.cache_bytes = cache_bytes(self._cache)
 

@@ -82,7 +82,7 @@ class Distiller(nn.Module):
 
     def memories(self) -> list[Memory]:
         """The memories, in the order of their layers."""
-        return [site.memory for site in attachment_of(self.model).sites if site.memory is not None]
+        return [layer.memory for layer in attachment_of(self.model).layers if layer.memory is not None]
 
     def forward(
         self,

@@ -34,7 +34,7 @@ def set_initial_decay(model: nn.Module, low: float, high: float, seed: int) -> b
         Whether the memory has such rates.
     """
     generator = torch.Generator().manual_seed(seed)
-    memories = [site.memory for site in attachment_of(model).sites if site.memory is not None]
+    memories = [layer.memory for layer in attachment_of(model).layers if layer.memory is not None]
     log_rates = [memory.get_parameter(memory.log_rate) for memory in memories if memory.log_rate is not None]
     for log_rate in log_rates:
         drawn = torch.empty(log_rate.shape).uniform_(low, high, generator=generator)
@@ -55,11 +55,11 @@ def set_initial_gate(model: nn.Module, opening: float, sequences: Iterable[torch
         sequences: A few texts to take that mean from, `[T]` each.
     """
     means = _mean_inputs(model, sequences)
-    for site in attachment_of(model).sites:
-        if site.memory is None:
+    for layer in attachment_of(model).layers:
+        if layer.memory is None:
             continue
-        gate = site.memory.g_proj
-        mean_D = means[site.index].to(gate.weight)
+        gate = layer.memory.g_proj
+        mean_D = means[layer.index].to(gate.weight)
         gate.weight.copy_((opening / mean_D.square().sum().clamp(min=1e-12) * mean_D).expand_as(gate.weight))
         if gate.bias is not None:
             gate.bias.zero_()
@@ -67,7 +67,7 @@ def set_initial_gate(model: nn.Module, opening: float, sequences: Iterable[torch
 
 def _mean_inputs(model: nn.Module, sequences: Iterable[torch.Tensor]) -> dict[int, torch.Tensor]:
     """Mean input of each layer with a memory, `[D]` float32, by layer index."""
-    sites = [site for site in attachment_of(model).sites if site.memory is not None]
+    layers = [layer for layer in attachment_of(model).layers if layer.memory is not None]
     sums: dict[int, torch.Tensor] = {}
     tokens = 0
 
@@ -78,7 +78,7 @@ def _mean_inputs(model: nn.Module, sequences: Iterable[torch.Tensor]) -> dict[in
 
         return hook
 
-    handles = [site.module.register_forward_pre_hook(note(site.index), with_kwargs=True) for site in sites]
+    handles = [layer.module.register_forward_pre_hook(note(layer.index), with_kwargs=True) for layer in layers]
     try:
         with ahn.mode(model, "full"):
             for ids in sequences:

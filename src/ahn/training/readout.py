@@ -71,9 +71,9 @@ def solve_readout(
         for memory, moments in lesson.moments.items():
             before = sums.get(memory)
             sums[memory] = moments if before is None else _Moments(*map(torch.add, before, moments))
-    for site in attachment_of(model).sites:
-        if site.memory is not None and site.memory in sums:
-            site.memory.o_proj.copy_(scale * _ridge(sums[site.memory]))
+    for layer in attachment_of(model).layers:
+        if layer.memory is not None and layer.memory in sums:
+            layer.memory.o_proj.copy_(scale * _ridge(sums[layer.memory]))
 
 
 def _ridge(moments: _Moments) -> torch.Tensor:

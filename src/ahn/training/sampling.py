@@ -141,7 +141,9 @@ class SpanDraw:
         if self.fixed is not None:
             attachment.check(dataclasses.replace(attachment.settings, **self.fixed._asdict()))
             return self
-        slides = [site.sliding_window for site in attachment.sites if site.memory is not None and site.sliding_window]
+        slides = [
+            layer.sliding_window for layer in attachment.layers if layer.memory is not None and layer.sliding_window
+        ]
         bounded = attachment.settings.sink_positions == "bounded"
         sinks = tuple(each for each in self.sinks if each < min(slides, default=each + 1))
         totals = tuple(each for each in self.totals if not bounded or each <= attachment.trained_context)

@@ -36,9 +36,9 @@ _MEMORY_FILES = {file.stem for file in (Path(__file__).parents[1] / "memories").
 
 
 def _published(name: str) -> Any:
-    from ahn.training import draws
+    from ahn.training import sampling
 
-    return getattr(draws, name)
+    return getattr(sampling, name)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -73,11 +73,11 @@ class Run:
         loaded = loading.load(self.source)
         if self.settings["anchor_weights"] is not None:
             load_anchors(loaded.model, self.settings["anchor_weights"])
-        sites = attachment_of(loaded.model).sites
-        self.journal.pin("memory weights", weights_checksum((site.index, site.memory) for site in sites))
+        layers = attachment_of(loaded.model).layers
+        self.journal.pin("memory weights", weights_checksum((layer.index, layer.memory) for layer in layers))
         if any(find_arm(arm).anchors for arm in self.arms):
             self._check_scores(loaded.model)
-            weights = ((site.index, site.anchor_weights) for site in sites)
+            weights = ((layer.index, layer.anchor_weights) for layer in layers)
             self.journal.pin("votes on anchors", weights_checksum(weights))
         return loaded
 

@@ -32,7 +32,7 @@ class CacheSizes:
         self._window = run.window
         self._memory = attachment.config.memory
         config = dataclasses.replace(attachment.config, window=run.window, sinks=run.sinks, anchors=0)
-        self._counted = cost_model(model.config, config, dtype=attachment.sites[0].dtype)
+        self._counted = cost_model(model.config, config, dtype=attachment.layers[0].dtype)
 
     def bytes_of(self, arm: str) -> int | None:
         """Bytes of an arm's cache; `None` for `tail`, which keeps its text as tokens.

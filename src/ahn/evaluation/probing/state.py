@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 import ahn
-from ahn.attachment import Site, attachment_of
+from ahn.attachment import AttentionLayer, attachment_of
 from ahn.attention.recording import record_layers
 from ahn.evaluation.probing.gradients import check_text
 from ahn.generation import Reader
@@ -95,31 +95,33 @@ def trace_state(
     window = attachment.settings.window if window is None else window
     sinks = attachment.settings.sinks if sinks is None else sinks
     ids = check_text(model, input_ids, window, sinks)
-    sites = [site for site in attachment.sites if site.memory is not None]
+    layers = [layer for layer in attachment.layers if layer.memory is not None]
     evicted = ids.numel() - window - sinks
     stops = sorted({sinks + window + -(-evicted * number // snapshots) for number in range(1, snapshots + 1)})
     ranks = []
-    with ahn.mode(model, "ahn", window=window, sinks=sinks), _listening(model, sites) as heard:
+    with ahn.mode(model, "ahn", window=window, sinks=sinks), _listening(model, layers) as heard:
         reader = Reader(model, score=False)
         for start, stop in zip([0, *stops], stops):
             reader.prefill(ids[start:stop])
-            ranks.append([_rank(reader.cache, site) for site in sites])
-    write, decay = ([_joined(heard[site.index], field, sinks, evicted) for site in sites] for field in Gating._fields)
+            ranks.append([_rank(reader.cache, layer) for layer in layers])
+    write, decay = (
+        [_joined(heard[layer.index], field, sinks, evicted) for layer in layers] for field in Gating._fields
+    )
     return StateTrace(
-        layers=tuple(site.index for site in sites),
+        layers=tuple(layer.index for layer in layers),
         tokens=tuple(stops),
         rank=torch.stack([torch.stack(row) for row in ranks]),
-        full_rank=tuple(min(site.shape.key_size, site.shape.value_size) for site in sites),
+        full_rank=tuple(min(layer.shape.key_size, layer.shape.value_size) for layer in layers),
         write=torch.stack([each for each in write if each is not None]),
         decay=None if decay[0] is None else torch.stack([each for each in decay if each is not None]),
     )
 
 
 @contextlib.contextmanager
-def _listening(model: nn.Module, sites: list[Site]) -> Iterator[dict[int, list[Gating]]]:
+def _listening(model: nn.Module, layers: list[AttentionLayer]) -> Iterator[dict[int, list[Gating]]]:
     """Notes what the gates of every layer do, call after call."""
-    heard: dict[int, list[Gating]] = {site.index: [] for site in sites}
-    with record_layers(model, lambda layer: heard[layer.site.index].append(layer.memory.gating(layer.gates))):
+    heard: dict[int, list[Gating]] = {attention_layer.index: [] for attention_layer in layers}
+    with record_layers(model, lambda layer: heard[layer.layer.index].append(layer.memory.gating(layer.gates))):
         yield heard
 
 
@@ -131,6 +133,6 @@ def _joined(calls: list[Gating], field: str, sinks: int, evicted: int) -> torch.
     return torch.cat([part[0].mean(-1) for part in parts])[sinks : sinks + evicted].float().cpu()
 
 
-def _rank(cache: Any, site: Site) -> torch.Tensor:
+def _rank(cache: Any, layer: AttentionLayer) -> torch.Tensor:
     """Effective rank of every head of a layer, `[H]`."""
-    return effective_rank(cache.layers[site.index].state[0]).float().cpu()
+    return effective_rank(cache.layers[layer.index].state[0]).float().cpu()

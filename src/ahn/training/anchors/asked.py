@@ -262,7 +262,7 @@ def _read(model: nn.Module, document: FactText, window: int) -> list[_Asked]:
     seen: list[_Asked] = []
 
     def look(captured: LayerAttention) -> None:
-        if captured.site.memory is not None:
+        if captured.layer.memory is not None:
             seen.append(_look(captured, document.text, facts.to(captured.length_T.device), window))
 
     watch(model, document.ids, look)
@@ -280,12 +280,12 @@ def _look(captured: LayerAttention, asked: int, fact_F: torch.Tensor, window: in
     questions_T = torch.arange(asked, moved_HT.size(1), device=fact_F.device)
     queries_HQK = _turned(captured, captured.query_HTK[:, questions_T], questions_T, window) * captured.scaling
     facts_GFK, sample_GSK = (_turned(captured, captured.key_GTK[:, each], each, 0) for each in (fact_F, positions))
-    return _Asked(captured.site.index, queries_HQK, torch.stack(log_sums), torch.stack(shares), facts_GFK, sample_GSK)
+    return _Asked(captured.layer.index, queries_HQK, torch.stack(log_sums), torch.stack(shares), facts_GFK, sample_GSK)
 
 
 def _turned(captured: LayerAttention, x_HTK: torch.Tensor, places_T: torch.Tensor, to: int) -> torch.Tensor:
     """Queries or keys of these tokens rotated to another position, float32; unrotated for position 0."""
-    rotation, x_1HTK = captured.site.rotation, x_HTK[None].float()
+    rotation, x_1HTK = captured.layer.rotation, x_HTK[None].float()
     if rotation is None or captured.tables is None:
         return x_HTK.float()
     tables: Tables = (captured.tables[0][:, places_T], captured.tables[1][:, places_T])

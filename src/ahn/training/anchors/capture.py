@@ -16,7 +16,7 @@ from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import AttentionInterface
 
 import ahn
-from ahn.attachment import Site, attachment_of
+from ahn.attachment import AttentionLayer, attachment_of
 from ahn.attention.function import attention_function
 from ahn.attention.masks import mask_function
 from ahn.backbone import compat
@@ -33,7 +33,7 @@ class LayerAttention:
     """What one layer computes for a text.
 
     Attributes:
-        site: The layer.
+        layer: The layer.
         hidden_TD: Its input, `[T, D]`.
         length_T: Norms of the residual stream before it, `[T]`.
         tables: The rotation of its queries and keys; `None` where it has none.
@@ -43,7 +43,7 @@ class LayerAttention:
         scaling: Factor on the products of queries and keys.
     """
 
-    site: Site
+    layer: AttentionLayer
     hidden_TD: torch.Tensor
     length_T: torch.Tensor
     tables: Tables | None = None
@@ -63,8 +63,8 @@ class LayerAttention:
         tokens = torch.arange(self.query_HTK.size(1), device=self.query_HTK.device)
         apart = tokens[first:, None] - tokens
         seen = apart >= 0
-        if self.site.sliding_window is not None:
-            seen &= apart < self.site.sliding_window
+        if self.layer.sliding_window is not None:
+            seen &= apart < self.layer.sliding_window
         products = (self.query_HTK[head, first:] @ self.key_GTK[head // groups].T).float() * self.scaling
         return products.masked_fill(~seen, float("-inf"))
 
@@ -76,7 +76,7 @@ class LayerAttention:
         heads, size = self.query_HTK.size(0), self.value_GTV.size(-1)
         value_HTV = self.value_GTV.repeat_interleave(heads // self.value_GTV.size(0), 0).float()
         for name in _OUTPUTS:
-            output = getattr(self.site.module, name, None)
+            output = getattr(self.layer.module, name, None)
             if isinstance(output, nn.Linear) and output.in_features == heads * size:
                 parts: torch.Tensor = output.weight.float().view(-1, heads, size)
                 return torch.stack([(value_HTV[head] @ parts[:, head].T).norm(dim=-1) for head in range(heads)])
@@ -97,19 +97,19 @@ def watch(model: nn.Module, ids: torch.Tensor, look: Look) -> None:
         look: Receives what each layer computes, in order.
     """
     attachment, backbone = attachment_of(model), find_backbone(model)
-    with ahn.mode(model, "full"), _watched(backbone, attachment.sites, look), implementation(backbone, WATCHED):
+    with ahn.mode(model, "full"), _watched(backbone, attachment.layers, look), implementation(backbone, WATCHED):
         backbone(input_ids=ids[None].to(compat.input_device(backbone)), use_cache=False)
 
 
 @contextlib.contextmanager
-def _watched(backbone: nn.Module, sites: tuple[Site, ...], look: Look) -> Iterator[None]:
+def _watched(backbone: nn.Module, layers: tuple[AttentionLayer, ...], look: Look) -> Iterator[None]:
     names = {module: name for name, module in backbone.named_modules()}
     lengths: dict[nn.Module, torch.Tensor] = {}
     handles = []
-    for site in sites:
-        around = backbone.get_submodule(names[site.module].rpartition(".")[0])
-        handles.append(around.register_forward_pre_hook(_note_length(site, lengths), with_kwargs=True))
-        handles.append(site.module.register_forward_pre_hook(_bring(site, lengths, look), with_kwargs=True))
+    for layer in layers:
+        around = backbone.get_submodule(names[layer.module].rpartition(".")[0])
+        handles.append(around.register_forward_pre_hook(_note_length(layer, lengths), with_kwargs=True))
+        handles.append(layer.module.register_forward_pre_hook(_bring(layer, lengths, look), with_kwargs=True))
     try:
         yield
     finally:
@@ -117,21 +117,21 @@ def _watched(backbone: nn.Module, sites: tuple[Site, ...], look: Look) -> Iterat
             handle.remove()
 
 
-def _note_length(site: Site, lengths: dict[nn.Module, torch.Tensor]) -> Callable[..., None]:
+def _note_length(layer: AttentionLayer, lengths: dict[nn.Module, torch.Tensor]) -> Callable[..., None]:
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         hidden = args[0] if args else kwargs["hidden_states"]
-        lengths[site.module] = hidden[0].float().norm(dim=-1).clamp(min=_LEAST)
+        lengths[layer.module] = hidden[0].float().norm(dim=-1).clamp(min=_LEAST)
 
     return hook
 
 
-def _bring(site: Site, lengths: dict[nn.Module, torch.Tensor], look: Look) -> Callable[..., Any]:
+def _bring(attention_layer: AttentionLayer, lengths: dict[nn.Module, torch.Tensor], look: Look) -> Callable[..., Any]:
     """A hook that passes what is known before a layer on to the attention function."""
 
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         hidden = args[0] if args else kwargs["hidden_states"]
-        tables = kwargs.get("position_embeddings") if site.rotation is not None else None
-        layer = LayerAttention(site, hidden[0], lengths[site.module], tables)
+        tables = kwargs.get("position_embeddings") if attention_layer.rotation is not None else None
+        layer = LayerAttention(attention_layer, hidden[0], lengths[attention_layer.module], tables)
         return args, {**kwargs, WATCHED: (layer, look)}
 
     return hook

@@ -47,8 +47,8 @@ def observe(model: nn.Module, ids: torch.Tensor, asked: int, window: int, layers
     needed: list[torch.Tensor] = []
 
     def look(layer: LayerAttention) -> None:
-        if layer.site.index in layers:
-            hidden[layer.site.index] = layer.hidden_TD.cpu()
+        if layer.layer.index in layers:
+            hidden[layer.layer.index] = layer.hidden_TD.cpu()
         needed.append(_needed(layer, asked, window))
 
     watch(model, ids, look)

@@ -100,8 +100,8 @@ def train_anchors(settings: AnchorSettings, say: Say | None = None) -> AnchorRep
         fits = _fits(model, texts, settings, say)
         for layer, each in fits.items():
             votes.setdefault(layer, {})["learned"] = each.gate
-    for site in attachment_of(model).sites:
-        set_score_weights(site, votes.get(site.index, {}))
+    for attention_layer in attachment_of(model).layers:
+        set_score_weights(attention_layer, votes.get(attention_layer.index, {}))
     ahn.save_anchors(model, settings.out, dtype="float16")
     say("looking which facts of held-out documents are kept")
     scores = ("key_diff", *(score for score in scores_with_weights() if score in settings.scores))
@@ -114,9 +114,9 @@ def train_anchors(settings: AnchorSettings, say: Say | None = None) -> AnchorRep
 
 def _fits(model: nn.Module, texts: list[FactText], settings: AnchorSettings, say: Say) -> dict[int, Fit]:
     """Fitted networks of some layers of the middle half."""
-    served = [site for site in attachment_of(model).sites if site.memory is not None]
+    served = [attention_layer for attention_layer in attachment_of(model).layers if attention_layer.memory is not None]
     middle = served[len(served) // 4 : 3 * len(served) // 4 + 1]
-    scoring = sorted({site.index for site in evenly(middle, min(settings.voters, len(middle)))})
+    scoring = sorted({attention_layer.index for attention_layer in evenly(middle, min(settings.voters, len(middle)))})
     generator = torch.Generator().manual_seed(settings.seed)
     inputs: dict[int, list[torch.Tensor]] = {layer: [] for layer in scoring}
     needed, for_testing = [], []
