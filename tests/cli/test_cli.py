@@ -38,7 +38,7 @@ SURFACE = {
         "--host", "--port", "--api-key", "--max-sessions", "--session-bytes", "--session-dir", "--disk-bytes",
         "--cors-origin", "--max-queue", "--max-body-bytes", "--max-prompt-tokens", "--max-seconds", "--chunk",
         "--chunk-between-steps", "MODEL", "--adapter", "--memory", "--window", "--sinks", "--sink-positions",
-        "--anchors",
+        "--quantize", "--anchors",
     ],
     "chat": ["--url", "--api-key", "--document", "--system", "--max-tokens", "--temperature"],
     "inspect": ["PATH", "--json"],
