@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -70,7 +71,8 @@ def model_key(model: Any, name: str) -> str:
     facts = {"name": name, "config": attachment.config.to_dict(), "run": attachment.settings.to_dict()}
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
     memories = {id(each) for layer in attachment.layers if layer.memory for each in layer.memory.parameters()}
-    for key, parameter in model.named_parameters():
+    # Quantised weights are no parameters.
+    for key, parameter in itertools.chain(model.named_parameters(), model.named_buffers()):
         part = parameter.detach().flatten()
         part = part if id(parameter) in memories else part[:: max(1, part.numel() // _SAMPLE)]
         digest.update(f"{key} {list(parameter.shape)} {parameter.dtype}".encode())

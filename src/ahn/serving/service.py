@@ -92,7 +92,7 @@ class Service:
         tokenizer: Any = self.engine.tokenizer
         if isinstance(prompt, str):
             return [*([] if follows else opening_of(tokenizer)), *text_tokens(prompt, tokenizer)]
-        vocabulary = self.engine.model.get_input_embeddings().weight.size(0)
+        vocabulary = self.engine.model.config.get_text_config().vocab_size
         if any(not 0 <= token < vocabulary for token in prompt):
             raise RequestError(f"tokens of this model are numbers from 0 to {vocabulary - 1}", param="prompt")
         return prompt
