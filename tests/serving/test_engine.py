@@ -157,9 +157,9 @@ def test_how_likely_the_tokens_were(model: Any) -> None:
         (increments,) = answers(engine, [request])
     with torch.no_grad():
         expected = torch.log_softmax(model(torch.tensor([tokens])).logits[0].float(), dim=-1)
-    assert [each.token for each in request.told] == tokens
-    assert request.told[0].logprob is None
-    for place, told in enumerate(request.told[1:]):
+    assert [each.token for each in request.token_choices] == tokens
+    assert request.token_choices[0].logprob is None
+    for place, told in enumerate(request.token_choices[1:]):
         assert told.logprob == pytest.approx(float(expected[place, tokens[place + 1]]), abs=1e-4)
         assert told.top[0][1] == pytest.approx(float(expected[place].max()), abs=1e-4)
     written = [told for increment in increments for told in increment.tokens]

@@ -63,19 +63,19 @@ def fill(
     Raises:
         ModelError: A weight has another shape than the model's.
     """
-    places = {id(slot.parameter): slot for slot in slots(model)}
+    slot_of = {id(slot.parameter): slot for slot in slots(model)}
     shared: dict[int, list[str]] = {}
     waiting = dict(model.named_parameters(remove_duplicate=False))
     for name, parameter in waiting.items():
         shared.setdefault(id(parameter), []).append(name)
-    for name, given in tensors:
+    for name, weight in tensors:
         asked = waiting.get(name)
         if asked is None:
             continue  # such as tables of positions that older files hold
-        shape = tuple((given.facts if isinstance(given, StoredWeight) else given).shape)
+        shape = tuple((weight.facts if isinstance(weight, StoredWeight) else weight).shape)
         if shape != tuple(asked.shape):
             raise ModelError(f"{name} is {list(shape)} in the file, but config.json asks for {list(asked.shape)}")
-        _put(model, places.get(id(asked)), shared[id(asked)], given, quantize)
+        _put(model, slot_of.get(id(asked)), shared[id(asked)], weight, quantize)
         for alias in shared[id(asked)]:
             waiting.pop(alias, None)
     return sorted(waiting)
@@ -118,19 +118,19 @@ def load_folder(
 
 
 def _put(
-    model: nn.Module, slot: Slot | None, names: list[str], given: Tensor | StoredWeight, quantize: Quantize | None
+    model: nn.Module, slot: Slot | None, names: list[str], weight: Tensor | StoredWeight, quantize: Quantize | None
 ) -> None:
     """Puts a weight where it belongs: in few bits where that is wanted and possible, else in float32."""
-    if slot is not None and quantize is not None and isinstance(given, Tensor):
-        given = store(given, quantize, slot.of_words)
-    if slot is not None and isinstance(given, StoredWeight):
-        slot.fill(given)
+    if slot is not None and quantize is not None and isinstance(weight, Tensor):
+        weight = store(weight, quantize, slot.of_words)
+    if slot is not None and isinstance(weight, StoredWeight):
+        slot.fill(weight)
         return
-    tensor = given.dequantize() if isinstance(given, StoredWeight) else given
+    tensor = weight.dequantize() if isinstance(weight, StoredWeight) else weight
     parameter = nn.Parameter(tensor.float().contiguous())
     for name in names:
-        place, _, leaf = name.rpartition(".")
-        model.get_submodule(place)._parameters[leaf] = parameter
+        parent, _, leaf = name.rpartition(".")
+        model.get_submodule(parent)._parameters[leaf] = parameter
 
 
 def _folder(source: str, options: Mapping[str, Any]) -> Path:

@@ -100,8 +100,8 @@ class GGUFModel:
 
     def field(self, key: str, default: Any = None) -> Any:
         """The value of a key, or the default."""
-        found = self.reader.fields.get(key)
-        return default if found is None else found.contents()
+        field = self.reader.fields.get(key)
+        return default if field is None else field.contents()
 
     def own(self, key: str, default: Any = None) -> Any:
         """The value of a key of the architecture.

@@ -57,8 +57,8 @@ def can_multiply(x: Tensor, weight: Tensor, *others: Tensor) -> bool:
         weight: The weight's numbers.
         *others: Its scales, minima and bias, where there are any.
     """
-    held = (weight, *others)
-    dense = all(each.is_cpu and each.is_contiguous() and type(each) in (Tensor, torch.nn.Parameter) for each in held)
+    tensors = (weight, *others)
+    dense = all(each.is_cpu and each.is_contiguous() and type(each) in (Tensor, torch.nn.Parameter) for each in tensors)
     return dense and native.ready(x.detach())
 
 

@@ -112,8 +112,8 @@ def _q4_k(blocks: Bytes) -> tuple[Array, Array, Array]:
 
 
 def _q5_k(blocks: Bytes) -> tuple[Array, Array, Array]:
-    places = np.arange(8, dtype=np.uint8)[:, None]
-    fifth = (blocks[..., None, 16:48] >> places & 1) << 4
+    shifts = np.arange(8, dtype=np.uint8)[:, None]
+    fifth = (blocks[..., None, 16:48] >> shifts & 1) << 4
     return _k_nibbles(blocks[..., 48:]) | fifth, *_k_scales(blocks)
 
 

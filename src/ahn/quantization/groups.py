@@ -76,8 +76,8 @@ def pack(groups: Groups, bits: Bits) -> Packed:
     per_word = 32 // bits
     P, rows, G, _ = codes.shape
     words = torch.zeros(P, rows, G, codes.size(3) // per_word, dtype=torch.int32, device=codes.device)
-    for place in range(per_word):
-        words |= codes[..., place::per_word].int() << (place * bits)
+    for index in range(per_word):
+        words |= codes[..., index::per_word].int() << (index * bits)
     scales, minima = (part.transpose(1, 2).contiguous() for part in (scales, minima))
     return Packed(words.permute(0, 2, 3, 1).contiguous(), scales, minima, bits)
 
@@ -102,8 +102,8 @@ def unpack(packed: Packed, panels: Tensor | slice, lanes: Tensor | Sequence[int]
             packed.scales[panels, :, lanes],
             packed.minima[panels, :, lanes],
         )
-    places = torch.arange(0, 32, packed.bits, dtype=torch.int32, device=codes.device)
-    values = ((codes[..., None] >> places) & (2**packed.bits - 1)).flatten(2)
+    shifts = torch.arange(0, 32, packed.bits, dtype=torch.int32, device=codes.device)
+    values = ((codes[..., None] >> shifts) & (2**packed.bits - 1)).flatten(2)
     rows: Tensor = (values * scales.float()[..., None] + minima.float()[..., None]).flatten(1)
     return rows
 

@@ -49,18 +49,18 @@ class Slot:
         parameter: The weight.
 
     Attributes:
-        places: Each module with its parent and its name there.
+        owners: Each module with its parent and its name there.
         of_words: Whether it is an embedding's or the head's.
     """
 
     def __init__(self, parameter: nn.Parameter) -> None:
         self.parameter = parameter
-        self.places: list[tuple[nn.Module, str, Any]] = []
+        self.owners: list[tuple[nn.Module, str, Any]] = []
         self.of_words = False
 
     def fill(self, stored: StoredWeight) -> None:
         """Puts modules that use the stored weight in place of those that use the parameter."""
-        for parent, name, module in self.places:
+        for parent, name, module in self.owners:
             new: nn.Module
             if isinstance(module, nn.Embedding):
                 new = QuantizedEmbedding(stored, module.padding_idx)
@@ -74,7 +74,7 @@ def slots(model: nn.Module) -> list[Slot]:
 
     A weight that something else uses too stays as it is.
     """
-    found: dict[int, Slot] = {}
+    by_weight: dict[int, Slot] = {}
     others: set[int] = set()
     find_head: Any = getattr(model, "get_output_embeddings", lambda: None)
     head = find_head()
@@ -82,12 +82,12 @@ def slots(model: nn.Module) -> list[Slot]:
         for name, module in parent.named_children():
             weight: Any = getattr(module, "weight", None)
             if type(module) in (nn.Linear, nn.Embedding) and fits(weight.size(1)):
-                slot = found.setdefault(id(weight), Slot(weight))
-                slot.places.append((parent, name, module))
+                slot = by_weight.setdefault(id(weight), Slot(weight))
+                slot.owners.append((parent, name, module))
                 slot.of_words |= module is head or isinstance(module, nn.Embedding)
             else:
                 others |= {id(parameter) for parameter in module.parameters(recurse=False)}
-    return [slot for key, slot in found.items() if key not in others]
+    return [slot for key, slot in by_weight.items() if key not in others]
 
 
 def quantize_model(model: nn.Module, quantize: Quantize, choose: Callable[[Slot], bool] = lambda _: True) -> None:

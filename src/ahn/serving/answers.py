@@ -86,9 +86,13 @@ class AnswerShape:
         """One whole answer."""
         number, text = increments[0].choice, "".join(each.text for each in increments)
         prefix = self.prefix[number] if self.prefix else ""
-        told = [token for each in increments for token in each.tokens]
+        token_choices = [token for each in increments for token in each.tokens]
         generation = self.generations[number // self.generations[0].choices]
-        logprobs = self.logprobs([*generation.told, *told]) if told or generation.told else None
+        logprobs = (
+            self.logprobs([*generation.token_choices, *token_choices])
+            if token_choices or generation.token_choices
+            else None
+        )
         return {
             "index": number,
             "text": prefix + text,
@@ -106,11 +110,11 @@ class AnswerShape:
             "finish_reason": increment.finish,
         }
 
-    def logprobs(self, told: Iterable[TokenChoice]) -> Body:
+    def logprobs(self, token_choices: Iterable[TokenChoice]) -> Body:
         """How likely tokens were."""
-        tokens = list(told)
+        tokens = list(token_choices)
         words = [self.word(each.token) for each in tokens]
-        offsets = [sum(map(len, words[:place])) for place in range(len(words))] if len(words) < 1000 else None
+        offsets = [sum(map(len, words[:count])) for count in range(len(words))] if len(words) < 1000 else None
         return {
             "tokens": words,
             "token_logprobs": [each.logprob for each in tokens],
@@ -148,11 +152,11 @@ class ChatShape(AnswerShape):
     def choice(self, increments: Sequence[Increment]) -> Body:
         """See `AnswerShape.choice`."""
         text = "".join(each.text for each in increments)
-        told = [token for each in increments for token in each.tokens]
+        token_choices = [token for each in increments for token in each.tokens]
         return {
             "index": increments[0].choice,
             "message": {"role": "assistant", "content": text, "refusal": None},
-            "logprobs": self.logprobs(told) if told else None,
+            "logprobs": self.logprobs(token_choices) if token_choices else None,
             "finish_reason": increments[-1].finish,
         }
 
@@ -165,7 +169,7 @@ class ChatShape(AnswerShape):
             "finish_reason": increment.finish,
         }
 
-    def logprobs(self, told: Iterable[TokenChoice]) -> Body:
+    def logprobs(self, token_choices: Iterable[TokenChoice]) -> Body:
         """See `AnswerShape.logprobs`."""
 
         def entry(token: int, logprob: float | None) -> Body:
@@ -175,7 +179,7 @@ class ChatShape(AnswerShape):
         return {
             "content": [
                 {**entry(each.token, each.logprob), "top_logprobs": [entry(*pair) for pair in each.top]}
-                for each in told
+                for each in token_choices
             ],
             "refusal": None,
         }

@@ -42,7 +42,7 @@ class StoredDocument:
         cache_bytes: Bytes of its cache.
         status: Whether it has been read.
         problem: Why it could not be.
-        kept: First and last + 1 character of each passage of which anchors keep something, in their order.
+        passages: First and last + 1 character of each passage of which anchors keep something, in their order.
     """
 
     id: str
@@ -55,7 +55,7 @@ class StoredDocument:
     cache_bytes: int = 0
     status: Status = "uploaded"
     problem: str = ""
-    kept: list[tuple[int, int]] = dataclasses.field(default_factory=list)
+    passages: list[tuple[int, int]] = dataclasses.field(default_factory=list)
 
 
 class DocumentJob:
@@ -93,7 +93,9 @@ class DocumentJob:
         document.seconds = time.monotonic() - self._begun
         document.cache_bytes = cache.nbytes
         if self.reading.is_done:
-            document.kept = self._shelf.passages(self._text, [token for row in cache.anchor_tokens for token in row])
+            document.passages = self._shelf.passages(
+                self._text, [token for row in cache.anchor_tokens for token in row]
+            )
             self._shelf.engine.store.keep(document.id, [], cache)
             document.status = "processed"
             self._shelf.save(document)

@@ -180,9 +180,9 @@ class Engine:
             while self._waiting and busy + self._waiting[0].choices <= self._settings.max_sessions:
                 generation = self._waiting.popleft()
                 busy += generation.choices
-                told = (generation.sampling.top_logprobs or 0) if generation.echo else None
+                alternatives = (generation.sampling.top_logprobs or 0) if generation.echo else None
                 reading = PromptReading(
-                    self.model, self.store, generation.tokens, generation.root, generation.marks, told
+                    self.model, self.store, generation.tokens, generation.root, generation.marks, alternatives
                 )
                 self._reading.append(PromptJob(generation, reading))
 

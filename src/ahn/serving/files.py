@@ -54,7 +54,7 @@ async def content(request: Request, id: str) -> str:
 
 async def anchors(request: Request, id: str) -> dict[str, Any]:
     """The passages of a document that anchors keep word for word: first and last + 1 character of each."""
-    return {"object": "list", "data": [list(span) for span in _shelf(request).ready(id).kept]}
+    return {"object": "list", "data": [list(span) for span in _shelf(request).ready(id).passages]}
 
 
 def _shelf(request: Request) -> DocumentShelf:

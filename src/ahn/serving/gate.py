@@ -81,8 +81,8 @@ class Gate:
         is_open = path in _OPEN or path.startswith("/page/")
         key = self._settings.api_key
         if key is not None and not is_open and scope["method"] != "OPTIONS":
-            given = headers.get("authorization", "").removeprefix("Bearer ").strip()
-            if not hmac.compare_digest(given.encode(), key.encode()):
+            token = headers.get("authorization", "").removeprefix("Bearer ").strip()
+            if not hmac.compare_digest(token.encode(), key.encode()):
                 raise RequestError("the API key is missing or wrong", 401, code="invalid_api_key")
         if int(headers.get("content-length") or 0) > self._settings.max_body_bytes:
             raise self._too_large()

@@ -25,14 +25,14 @@ class PromptReading:
         tokens: The tokens.
         root: The document that they follow; empty without one.
         marks: Numbers of tokens after which the cache is kept, for those that come back there.
-        told: How many of the likeliest tokens to tell for each token of the prompt; `None` tells nothing. What is told
-            must be read.
+        alternatives: How many of the likeliest tokens to give for each token of the prompt; `None` gives nothing. A
+            prompt whose tokens are to be scored is read from its beginning.
 
     Attributes:
         done: Tokens that need no more reading.
         cached: Those of them that had been read before.
         logits: What the model expects next, `[V]`; `None` before anything was read.
-        told: How likely each token was, where that was asked for.
+        token_choices: How likely each token was, where that was asked for.
     """
 
     def __init__(
@@ -42,18 +42,18 @@ class PromptReading:
         tokens: Sequence[int],
         root: str = "",
         marks: Sequence[int] = (),
-        told: int | None = None,
+        alternatives: int | None = None,
     ) -> None:
         self._model = model
         self._store = store
         self._tokens = tokens
         self._root = root
         self._marks = sorted({mark for mark in marks if 0 < mark <= len(tokens)})
-        self._top = told
+        self._top = alternatives
         self._reader: Reader | None = None
         self.done = self.cached = 0
         self.logits: torch.Tensor | None = None
-        self.told: list[TokenChoice] = []
+        self.token_choices: list[TokenChoice] = []
 
     @property
     def is_done(self) -> bool:
@@ -89,14 +89,16 @@ class PromptReading:
         known = [] if self.logits is None else [self.logits[None]]
         expected_TV = torch.cat([*known, logits_TV[:-1]])
         if not known:
-            self.told.append(TokenChoice(int(chunk_T[0]), None, ()))
-        self.told += likelihoods(expected_TV, chunk_T[-expected_TV.size(0) :] if known else chunk_T[1:], self._top or 0)
+            self.token_choices.append(TokenChoice(int(chunk_T[0]), None, ()))
+        self.token_choices += likelihoods(
+            expected_TV, chunk_T[-expected_TV.size(0) :] if known else chunk_T[1:], self._top or 0
+        )
         self.logits = logits_TV[-1].clone()
 
     def _begin(self) -> Reader:
-        found = self._store.find(self._root, self._tokens) if self._top is None else None
-        if found is None and self._root:
+        prefix = self._store.find(self._root, self._tokens) if self._top is None else None
+        if prefix is None and self._root:
             raise RequestError(f"the document {self._root} is not there any more; upload it again", 404, "document")
-        if found is not None:
-            self.done = self.cached = found.length
-        return Reader(self._model, None if found is None else found.cache, score=False)
+        if prefix is not None:
+            self.done = self.cached = prefix.length
+        return Reader(self._model, None if prefix is None else prefix.cache, score=False)

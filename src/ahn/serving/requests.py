@@ -32,7 +32,7 @@ class Generation:
         stream: Where the answers go.
         cancelled: Whether nobody waits for it any more.
         cached_tokens: Tokens of the prompt that had been read before.
-        told: How likely each token of the prompt was, where that was asked for.
+        token_choices: How likely each token of the prompt was, where that was asked for.
         written: Tokens of all answers.
     """
 
@@ -48,7 +48,7 @@ class Generation:
     stream: AnswerStream = field(default_factory=AnswerStream)
     cancelled: bool = False
     cached_tokens: int = 0
-    told: list[TokenChoice] = field(default_factory=list)
+    token_choices: list[TokenChoice] = field(default_factory=list)
     written: int = 0
     begun: float = field(default_factory=time.monotonic)
 
@@ -100,22 +100,22 @@ class Choice:
         if token is None or token in self._ends:
             self._finish("length" if token is None else "stop")
             return None
-        told = generation.sampling.told(token, logits)
+        token_choices = generation.sampling.token_choices(token, logits)
         self.count += 1
         generation.written += 1
         text = self._text.add(token)
         if self._text.has_stopped or self.count == generation.limit:
-            self._finish("length", told, text)
+            self._finish("length", token_choices, text)
             return None
         self.tokens.append(token)
-        if text or told:
-            generation.stream.put(Increment(self.number, text, told))
+        if text or token_choices:
+            generation.stream.put(Increment(self.number, text, token_choices))
         return token
 
-    def _finish(self, why: FinishReason, told: tuple[TokenChoice, ...] = (), text: str = "") -> None:
+    def _finish(self, why: FinishReason, token_choices: tuple[TokenChoice, ...] = (), text: str = "") -> None:
         rest = self._text.end()
         why = "stop" if self._text.has_stopped else why
-        self.generation.stream.put(Increment(self.number, text + rest, told, why))
+        self.generation.stream.put(Increment(self.number, text + rest, token_choices, why))
 
 
 class PromptJob:
@@ -142,7 +142,7 @@ class PromptJob:
     def noted(self, tokens: int) -> None:
         """Notes what was read."""
         self.generation.cached_tokens = self.reading.cached
-        self.generation.told = self.reading.told
+        self.generation.token_choices = self.reading.token_choices
 
     def rows(self) -> list[Row]:
         """The caches of its answers, once the prompt is read."""

@@ -30,9 +30,9 @@ class Sampling:
 
     def generator(self, choice: int) -> torch.Generator:
         """Random numbers of one of the answers to a request."""
-        made = torch.Generator()
-        made.seed() if self.seed is None else made.manual_seed((self.seed + choice) % 2**63)
-        return made
+        generator = torch.Generator()
+        generator.seed() if self.seed is None else generator.manual_seed((self.seed + choice) % 2**63)
+        return generator
 
     def choose(self, logits_V: torch.Tensor, generator: torch.Generator) -> int:
         """The next token."""
@@ -45,7 +45,7 @@ class Sampling:
             weights = weights.index_fill(0, order[outside], 0.0)
         return int(torch.multinomial(weights, 1, generator=generator))
 
-    def told(self, token: int, logits_V: torch.Tensor) -> tuple[TokenChoice, ...]:
+    def token_choices(self, token: int, logits_V: torch.Tensor) -> tuple[TokenChoice, ...]:
         """What is told about a token: one entry, or none."""
         if self.top_logprobs is None:
             return ()

@@ -180,8 +180,8 @@ class PrefixStore:
         return (self._folder or Path()) / key.file_name
 
     def _find_files(self, folder: Path) -> None:
-        found = [(file.stat(), key) for file in folder.glob("*.cache") if (key := PrefixKey.of_file(file.name))]
-        self._files.update((key, stat.st_size) for stat, key in sorted(found, key=lambda each: each[0].st_mtime))
+        files = [(file.stat(), key) for file in folder.glob("*.cache") if (key := PrefixKey.of_file(file.name))]
+        self._files.update((key, stat.st_size) for stat, key in sorted(files, key=lambda each: each[0].st_mtime))
 
     def _write(self) -> None:
         while (item := self._writing.get()) is not None:

@@ -24,7 +24,7 @@ class GrowingText:
         self._stop = stop
         self._ids: list[int] = []
         self._first = self._shown = 0  # tokens from `first` to `shown` are out and give the next ones their context
-        self._held = ""  # may be the beginning of a stop sequence
+        self._pending = ""  # may be the beginning of a stop sequence
         self.has_stopped = False
 
     def add(self, token: int) -> str:
@@ -44,20 +44,20 @@ class GrowingText:
         more = now[len(text_of(self._tokenizer, self._ids[self._first : self._shown])) :]
         self._first = self._shown = len(self._ids)
         released = self._release(more)
-        rest, self._held = "" if self.has_stopped else self._held, ""
+        rest, self._pending = "" if self.has_stopped else self._pending, ""
         return released + rest
 
     def _release(self, more: str) -> str:
         if self.has_stopped:
             return ""
-        text = self._held + more
-        ends = [place for stop in self._stop if (place := text.find(stop)) >= 0]
+        text = self._pending + more
+        ends = [position for stop in self._stop if (position := text.find(stop)) >= 0]
         if ends:
-            self.has_stopped, self._held = True, ""
+            self.has_stopped, self._pending = True, ""
             return text[: min(ends)]
-        held = max((_overlap(text, stop) for stop in self._stop), default=0)
-        self._held = text[len(text) - held :]
-        return text[: len(text) - held]
+        overlap = max((_overlap(text, stop) for stop in self._stop), default=0)
+        self._pending = text[len(text) - overlap :]
+        return text[: len(text) - overlap]
 
 
 def _overlap(text: str, stop: str) -> int:
