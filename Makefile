@@ -18,7 +18,7 @@ FLOOR_TRANSFORMERS := 5.16.0
 FLOOR_VENV  := .venv-floors
 FLOOR_PY    := $(FLOOR_VENV)/bin/python
 FLOOR_TESTS := $(addprefix tests/,anchors attention backbone cache checkpoint memories native ops \
-	test_attach.py test_families.py test_generate.py test_generation.py test_golden.py test_modes.py)
+	test_attach.py test_families.py test_fuzz.py test_generate.py test_generation.py test_golden.py test_modes.py)
 
 VENV := .venv
 PY   := $(VENV)/bin/python

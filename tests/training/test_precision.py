@@ -52,7 +52,7 @@ def test_weights_that_are_cast_once_give_the_same_gradients(anchors: int, monkey
         if not once:
             monkeypatch.setattr(CastWeights, "of", lambda self, weight: weight)
         distiller(input_ids=text(1, 90), spans=[(32, 5)], anchors=[anchors])["kl"].backward()
-        held.append(len(distiller._casts._held))
+        held.append(len(distiller._casts._casts))
         found.append({name: tensor.grad for name, tensor in memory_tensors(model).items()})
     assert held == [sum(type(module) is nn.Linear for module in tiny().modules()), 0]
     assert all(torch.equal(gradient, found[1][name]) for name, gradient in found[0].items())
