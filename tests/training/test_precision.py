@@ -50,7 +50,7 @@ def test_weights_that_are_cast_once_give_the_same_gradients(anchors: int, monkey
         give_score_weights(model, (0, 1))
         distiller = Distiller(model, precision=torch.bfloat16)
         if not once:
-            monkeypatch.setattr(CastWeights, "of", lambda self, weight: weight)
+            monkeypatch.setattr(CastWeights, "cast", lambda self, weight: weight)
         distiller(input_ids=text(1, 90), spans=[(32, 5)], anchors=[anchors])["kl"].backward()
         held.append(len(distiller._casts._casts))
         found.append({name: tensor.grad for name, tensor in memory_tensors(model).items()})
