@@ -233,8 +233,10 @@ class SinkWindow:
 
         Keys and values have one dtype, the widest that came: calls inside and outside of autocast differ in theirs.
         """
-        most = self.sinks + self.window
+        most, usual = self.sinks + self.window, like.keys.dtype
         length = self.buffer.length if self.buffer else 0
+        if self.buffer and length >= min(tokens, most) and like.is_all(usual) and self.buffer.is_all(usual):
+            return self.buffer  # as for nearly every token
         dtype = _widest([like, *filter(None, [self.buffer])])
         if self.buffer is None or length < min(tokens, most) or not self.buffer.is_all(dtype):
             room = length if length >= min(tokens, most) else min(most, max(tokens, 2 * length, 64))
