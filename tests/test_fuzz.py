@@ -197,6 +197,12 @@ def refused_in_one_line(*uses: Callable[[], object]) -> None:
         assert len(words) < 2000
 
 
+def load_and_detach(base: Any, folder: Path) -> None:
+    refused_in_one_line(lambda: checkpoint.describe(folder), lambda: checkpoint.load(base, folder))
+    if find_attachment(base) is not None:
+        ahn.detach(base)
+
+
 MEMORY, ANCHORS = ("ahn_config.json", "ahn.safetensors"), ("anchors_config.json", "anchors.safetensors")
 PUBLISHED = ("config.json", "model.safetensors")
 
@@ -244,12 +250,7 @@ def test_a_changed_adapter_with_the_right_checksum_never_crashes(
         folder = tmp_path / f"adapter-{number}"
         shutil.copytree(folders / "adapter", folder)
         resign_folder(folder, MEMORY, random.Random(number))
-        refused_in_one_line(
-            lambda folder=folder: checkpoint.describe(folder),
-            lambda folder=folder: checkpoint.load(base, folder),
-        )
-        if find_attachment(base) is not None:
-            ahn.detach(base)
+        load_and_detach(base, folder)
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -272,12 +273,7 @@ def test_a_spoiled_published_folder_is_refused(folders: Path, base: Any, tmp_pat
     for number in range(seed, seed + BATCH):
         folder = tmp_path / f"published-{number}"
         spoil_folder(folders / "published", folder, PUBLISHED, random.Random(number))
-        refused_in_one_line(
-            lambda folder=folder: checkpoint.describe(folder),
-            lambda folder=folder: checkpoint.load(base, folder),
-        )
-        if find_attachment(base) is not None:
-            ahn.detach(base)
+        load_and_detach(base, folder)
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 import transformers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import nn
 
 import ahn
@@ -93,6 +94,10 @@ FAMILIES: dict[str, dict[str, Any]] = {
 }
 if CACHE == "cache":  # since transformers 5.24 these two go through the attention interface
     FAMILIES |= {family: {"head_dim": None, "rotary_dim": 4} for family in ("gptj", "codegen")}
+_CHAT = (
+    "{% for turn in messages %}<{{ turn['role'] }}>{{ turn['content'] }}</s>{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
 CONTRIBUTING = Path(__file__).parents[1] / "CONTRIBUTING.md"
 MEMORIES = memories.memory_names()
 DOCUMENTED = "retention"
@@ -170,6 +175,21 @@ def give_score_weights(model: nn.Module, layers: tuple[int, ...] = (0, 2)) -> No
             for row, offsets in enumerate(queries.offsets):
                 offsets[row % len(offsets)].normal_()
             set_score_weights(layer, {"learned": AnchorGate(layer.shape.hidden_size, 4), "asked": queries})
+
+
+def byte_tokenizer() -> transformers.PreTrainedTokenizerFast:
+    """A tokenizer of single bytes with a chat template; a model for it has 259 words."""
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: index for index, token in enumerate(["<pad>", "<s>", "</s>", *letters])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(["<pad>", "<s>", "</s>"])
+    fast = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>"
+    )
+    fast.chat_template = _CHAT
+    return fast
 
 
 def text(batch: int = 1, tokens: int = 75, seed: int = 3) -> torch.Tensor:

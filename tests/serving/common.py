@@ -12,8 +12,6 @@ from typing import Any
 
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
 
 pytest.importorskip("prometheus_client", reason="the server needs the extra serve")
 
@@ -26,12 +24,8 @@ from ahn.serving.service import make_service
 from ahn.serving.settings import ServeSettings
 from ahn.serving.store import PrefixStore
 from ahn.serving.stream import Increment
-from tests.tiny import with_memory
+from tests.tiny import byte_tokenizer, with_memory
 
-CHAT = (
-    "{% for turn in messages %}<{{ turn['role'] }}>{{ turn['content'] }}</s>{% endfor %}"
-    "{% if add_generation_prompt %}<assistant>{% endif %}"
-)
 GREEDY = Sampling(temperature=0)
 
 
@@ -42,22 +36,9 @@ def tiny_model(**settings: Any) -> Any:
     return model
 
 
-def tiny_tokenizer() -> PreTrainedTokenizerFast:
-    """A tokenizer of single bytes with a chat template."""
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {token: index for index, token in enumerate(["<pad>", "<s>", "</s>", *letters])}
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens(["<pad>", "<s>", "</s>"])
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
-    fast.chat_template = CHAT
-    return fast
-
-
 def ids_of(text: str) -> list[int]:
     """Tokens of a text."""
-    ids: list[int] = tiny_tokenizer()(text, add_special_tokens=False)["input_ids"]
+    ids: list[int] = byte_tokenizer()(text, add_special_tokens=False)["input_ids"]
     return ids
 
 
@@ -68,7 +49,7 @@ def running(
     """An engine that works inside the block."""
     model = model or tiny_model()
     values = ServeSettings(**{"chunk": 16, "chunk_between_steps": 8, "max_sessions": 4, **settings})
-    engine = Engine(model, tiny_tokenizer(), PrefixStore(model, store_bytes, folder, 10**9), values, Metrics())
+    engine = Engine(model, byte_tokenizer(), PrefixStore(model, store_bytes, folder, 10**9), values, Metrics())
     engine.start()
     try:
         yield engine
@@ -103,7 +84,7 @@ def alone(model: Any, tokens: list[int], limit: int) -> str:
     reader = Reader(model, score=False)
     reader.prefill(torch.tensor(tokens))
     ids = list(decode(reader, limit, {2}))
-    return str(tiny_tokenizer().decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+    return str(byte_tokenizer().decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
 
 @contextmanager
@@ -117,7 +98,7 @@ def serving(folder: Path | None = None, **settings: Any) -> Iterator[Any]:
     values = ServeSettings(
         **{"chunk": 16, "chunk_between_steps": 8, "max_sessions": 4, "session_dir": folder, "port": 0, **settings}
     )
-    service = make_service("tiny", model, tiny_tokenizer(), values)
+    service = make_service("tiny", model, byte_tokenizer(), values)
     server = uvicorn.Server(uvicorn.Config(make_app(service), port=0, log_level="error", timeout_graceful_shutdown=5))
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()

@@ -14,8 +14,8 @@ from ahn.serving.errors import RequestError
 from ahn.serving.requests import Generation
 from ahn.serving.sampling import Sampling
 from ahn.serving.text import GrowingText
-from tests.serving.common import GREEDY, alone, answers, ids_of, running, take, text_of_all, tiny_model, tiny_tokenizer
-from tests.tiny import with_memory
+from tests.serving.common import GREEDY, alone, answers, ids_of, running, take, text_of_all, tiny_model
+from tests.tiny import byte_tokenizer, with_memory
 
 BOOK = "Call me Ishmael. Some years ago, never mind how long precisely, I thought I would sail about a little. " * 2
 PROMPTS = [BOOK, "a", "It was the best of times", BOOK[:60], "x" * 17, BOOK[7:150], "Who is there?"]
@@ -188,7 +188,7 @@ def test_top_p_leaves_the_likeliest() -> None:
     ],
 )
 def test_text_grows_to_the_whole_or_to_the_stop(text: str, stop: list[str], expected: str) -> None:
-    growing = GrowingText(tiny_tokenizer(), stop)
+    growing = GrowingText(byte_tokenizer(), stop)
     parts = []
     for token in ids_of(text):
         parts.append(growing.add(token))

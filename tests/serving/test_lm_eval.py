@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from tests.serving.common import alone, ids_of, serving, tiny_tokenizer
+from tests.serving.common import alone, ids_of, serving
+from tests.tiny import byte_tokenizer
 
 clients = pytest.importorskip("lm_eval.models.openai_completions", reason="the harness is not installed")
 pytest.importorskip("tenacity", reason="the harness is installed without its extra api")
@@ -28,7 +29,7 @@ def asked(kind: str, *arguments: Any) -> Any:
 
 def test_completions(server: Any, tmp_path: Path) -> None:
     address, service = server
-    tiny_tokenizer().save_pretrained(tmp_path)
+    byte_tokenizer().save_pretrained(tmp_path)
     client = clients.LocalCompletionsAPI(
         model="tiny", base_url=f"{address}/v1/completions", tokenizer=str(tmp_path), tokenizer_backend="huggingface"
     )

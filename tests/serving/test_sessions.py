@@ -30,8 +30,8 @@ from tests.serving.common import (
     serving,
     text_of_all,
     tiny_model,
-    tiny_tokenizer,
-)  # fmt: skip
+)
+from tests.tiny import byte_tokenizer
 
 httpx = pytest.importorskip("httpx", reason="the server needs the extra serve")
 BOOK = "Call me Ishmael. Some years ago, never mind how long precisely, I thought I would sail about a little. "
@@ -277,4 +277,4 @@ def test_the_same_files_serve_generate(model: Any, tmp_path: Path) -> None:
         answers(engine, [Generation(prompt, 1, GREEDY, marks=[len(prompt)])])
     (file,) = tmp_path.glob("*.cache")
     assert ahn.HippocampalCache.load(file, model).seen_tokens == len(ids_of(BOOK))
-    assert tiny_tokenizer().decode(prompt) == BOOK
+    assert byte_tokenizer().decode(prompt) == BOOK

@@ -6,20 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast, TrainerCallback, TrainingArguments
+from transformers import TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
 from ahn.checkpoint.content import memory_tensors
 from ahn.training.batches import Piece, Pieces
 from ahn.training.sampling import SpanDraw
 from ahn.training.trainer import AHNTrainer
-from tests.tiny import text, tiny, with_memory
-
-CHAT = (
-    "{% for turn in messages %}<{{ turn['role'] }}>{{ turn['content'] }}</s>{% endfor %}"
-    "{% if add_generation_prompt %}<assistant>{% endif %}"
-)
+from tests.tiny import byte_tokenizer, text, tiny, with_memory
 
 
 def pieces(count: int = 4, length: int = 64) -> Pieces:
@@ -108,12 +102,4 @@ def gradients_of_a_step(
 def write_base(folder: Path) -> None:
     """A tiny base model with a tokenizer of single bytes."""
     tiny("qwen3", vocab_size=259, head_dim=8).save_pretrained(folder)
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {token: index for index, token in enumerate(["<pad>", "<s>", "</s>", *letters])}
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens(["<pad>", "<s>", "</s>"])
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
-    fast.chat_template = CHAT
-    fast.save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
