@@ -68,7 +68,7 @@ class TestRounding:
         assert {part.scales_NG.dtype for part in parts} == {torch.float16, torch.float32}
         joined = GroupedWeight(iter(parts), 8)
         assert (joined.rows, joined.columns, joined.halved) == (70, 96, False)
-        assert torch.equal(joined.dequantize(), torch.cat([part.dequantize() for part in parts]))
+        assert torch.equal(joined.dequantize(), torch.cat([GroupedWeight(part, 8).dequantize() for part in parts]))
 
     @pytest.mark.parametrize("value", [0.0, 3.5, -1e-9, 1e6, -1e30])
     def test_equal_numbers(self, value: float) -> None:
