@@ -25,6 +25,7 @@ from ahn.attachment import (
     save_with_memory,
     set_attachment,
 )
+from ahn.attention import decoder_layers
 from ahn.attention.function import IMPLEMENTATION, attention_function
 from ahn.attention.hooks import after_call, after_model, before_call, before_layer, before_model
 from ahn.attention.host import check_tokens
@@ -133,6 +134,7 @@ def detach(model: nn.Module) -> None:
     for handle in attachment.handles:
         handle.remove()
     linear.restore(model)
+    decoder_layers.restore(model)
     for layer in attachment.layers:
         if layer.memory is not None:
             delattr(layer.module, MODULE)
@@ -252,6 +254,7 @@ def _install(model: Any, backbone: Any, attachment: Attachment) -> None:
     }.values():
         set_attachment(module, attachment)
     linear.speed_up(model)
+    decoder_layers.speed_up(backbone, attachment)
     handles = attachment.handles
     if model is not backbone:
         handles.append(model.register_forward_pre_hook(before_model, with_kwargs=True))
