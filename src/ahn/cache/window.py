@@ -14,6 +14,7 @@ buffer. Only a single decoded token goes straight to its slot, whose former cont
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch
@@ -41,7 +42,7 @@ class SinkWindow:
         self._unwritten = 0  # tokens of `seen` that the buffer does not have yet
         self._pending: Tokens | None = None  # the newest of them: those beyond the sinks, at most W
         self._pending_sinks: Tokens | None = None  # all sinks, if some of them are pending
-        self._overwritten: tuple[int, Tokens] | None = None  # a slot and what it held before this call
+        self._overwritten: tuple[int, Callable[[], Tokens]] | None = None  # a slot and what it held before this call
         self._views: tuple[Tokens, Tokens, Tokens] | None = None  # of a buffer: that buffer, its sinks, nothing of it
 
     def view(self, new: Tokens, padding: Padding | None) -> VisibleKV:
@@ -110,13 +111,14 @@ class SinkWindow:
         overwritten, buffer = self._overwritten, self.buffer
         vars(self).update(snapshot)
         if overwritten is not None and buffer is not None and buffer is self.buffer:
-            buffer.write(*overwritten)
+            slot, contents = overwritten
+            buffer.write(slot, contents())
 
     def _append_one(self, new: Tokens) -> VisibleKV:
         """The step of decoding: one slot is read out, overwritten, and the ring is read as it lies."""
         slot, old = self._keep_slot(new)
         self._ring.write(slot, new)
-        return self._after_one(old if self._is_full else new.span(0, 0))
+        return self._after_one(old if self.is_full else new.span(0, 0))
 
     def append_key(self, key: torch.Tensor, value: torch.Tensor, keep_evicted: bool) -> VisibleKV:
         """Stores the key and value of one token; its record comes later, by `write_record`.
@@ -130,18 +132,32 @@ class SinkWindow:
         buffer = self._ring
         buffer.keys[:, :, slot : slot + 1] = key
         buffer.values[:, :, slot : slot + 1] = value
-        return self._after_one(old if keep_evicted and self._is_full else None)
+        return self._after_one(old if keep_evicted and self.is_full else None)
 
-    def begin_key(self) -> tuple[int, Tokens]:
-        """Takes in a token whose key and value a kernel will write; its slot, and what left the window from there."""
-        slot, old = self._keep_slot(self._ring)
-        leaves = self._is_full
+    def begin_key(self, contents: Callable[[], Tokens] | None) -> int:
+        """Takes in a token whose key and value a kernel will write; its slot.
+
+        Args:
+            contents: What the slot holds; `None` where that is no token of the window.
+        """
+        slot = self.next_slot()
+        self._overwritten = None if contents is None else (slot, contents)
         self.seen += 1
-        return slot, old if leaves else old.span(0, 0)
+        return slot
+
+    def next_slot(self) -> int:
+        """The slot of the next token, in a buffer that has room for it."""
+        self._reserved(self.seen + 1, self._ring)
+        return self._slot(self.seen)
 
     def last_slot(self) -> int:
         """The slot of the token that came last."""
         return self._slot(self.seen - 1)
+
+    def last(self) -> Tokens:
+        """The token that came last, as views."""
+        slot = self.last_slot()
+        return self._ring.span(slot, slot + 1)
 
     def write_record(self, record_BF: torch.Tensor) -> None:
         """Stores the record of the token that came last."""
@@ -157,7 +173,7 @@ class SinkWindow:
         return self._ring.span(slot, slot + 1)
 
     @property
-    def _is_full(self) -> bool:
+    def is_full(self) -> bool:
         """Whether a token leaves the window when the next one comes."""
         return self.seen - self.window >= self.sinks
 
@@ -170,8 +186,9 @@ class SinkWindow:
         """The slot of the next token, and a copy of what it holds."""
         slot = self._slot(self.seen)
         buffer = self._reserved(self.seen + 1, like)
-        self._overwritten = slot, buffer.span(slot, slot + 1).map(torch.clone)
-        return self._overwritten
+        old = buffer.span(slot, slot + 1).map(torch.clone)
+        self._overwritten = slot, lambda: old
+        return slot, old
 
     def _after_one(self, evicted: Tokens | None) -> VisibleKV:
         """What the query of a token that was just stored reads: all slots as they lie."""
