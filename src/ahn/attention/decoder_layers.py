@@ -26,6 +26,7 @@ from ahn.cache.layer import HippocampalLayer
 from ahn.cache.window import SinkWindow
 from ahn.errors import ShapeError
 from ahn.native.layer import DescribedLayer, Token
+from ahn.native.segments import KINDS
 from ahn.tokens import ExtraKV, Tokens
 
 TOLERANCE = 1e-5
@@ -117,8 +118,7 @@ class FastPath:
         if selection is not None and self._attention_layer.index in selection.scoreboard.layers:
             return False
         if buffer is not self._buffer:
-            dense = buffer is not None and all(each.is_contiguous() for each in buffer)
-            if buffer is None or not dense or buffer.keys.shape[:2] != (1, G) or not native.ready(*buffer):
+            if buffer is None or buffer.keys.shape[:2] != (1, G) or not _is_readable(buffer):
                 return False
             self._buffer = buffer
         return call.shared("tables of kernels", tables[0], lambda: _are_whole(tables, K))
@@ -177,6 +177,7 @@ class FastPath:
         token.cos, token.sin = tables[0].data_ptr(), tables[1].data_ptr()
         token.sink_cos, token.sink_sin = (None, None) if turned is None else (each.data_ptr() for each in turned)
         token.keys, token.values = buffer.keys.data_ptr(), buffer.values.data_ptr()
+        token.kind = KINDS[buffer.keys.dtype]
         token.places, token.slot, token.sinks = buffer.length, slot, exact.sinks
         token.used, token.seen = min(exact.seen, exact.sinks + exact.window), exact.seen - 1
         token.state = None if state is None else state.data_ptr()
@@ -225,6 +226,12 @@ def _parts(layer: nn.Module, attention: nn.Module) -> DecoderParts | None:
         return DecoderParts(layer, attention, (MODULE, SCORE_WEIGHTS))
     except LookupError:
         return None
+
+
+def _is_readable(buffer: Tokens) -> bool:
+    """Whether the kernel can read and write a ring."""
+    kinds = buffer.keys.dtype is buffer.values.dtype and buffer.keys.dtype in KINDS
+    return kinds and all(each.is_cpu and each.is_contiguous() and type(each) is torch.Tensor for each in buffer)
 
 
 def _are_whole(tables: _Tables, size: int) -> bool:

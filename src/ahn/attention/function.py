@@ -69,6 +69,7 @@ def attention_function(
         return _decode(ahn, query, key, value, softmax), None
     store, is_first = ahn.call.open_layer(ahn.layer, ahn.memory)
     view = store.append(Tokens(key, value, ahn.record(key)), ahn.call.padding, _selected(ahn, store))
+    view = _computed(view, ahn, query)
     if is_first:
         _score(ahn, store, (query, key, value), view, softmax)
     local = attend_local(ahn, query, view, softmax)
@@ -92,7 +93,7 @@ def attend_local(layer: LayerCall, query: torch.Tensor, view: VisibleKV, softmax
         view: What they may read.
         softmax: The layer's softmax.
     """
-    if view.ordered:
+    if view.ordered or layer.call.settings.cache_dtype is not None:
         return _attend(layer, query, view, softmax)
     # What is held may be of another dtype than the token: one of them came inside autocast, the other did not.
     dtype = view.local.keys.dtype
@@ -104,6 +105,8 @@ def attend_local(layer: LayerCall, query: torch.Tensor, view: VisibleKV, softmax
 def _attend(layer: LayerCall, query: torch.Tensor, view: VisibleKV, softmax: Softmax) -> torch.Tensor:
     """The same by the first backend that can."""
     sink_query = layer.sink_queries(query, view.seen)
+    if not in_c.can_attend_halves(layer.call, view, query, sink_query, softmax):
+        view = _computed(view, layer, query)
     for backend in (in_c, with_gradients):
         if backend.can_attend(layer.call, view, query, sink_query, softmax):
             attended: torch.Tensor = backend.attend(layer.call, view, query, sink_query, softmax)
@@ -122,6 +125,8 @@ def read_memory(layer: LayerCall, store: HippocampalLayer, query: torch.Tensor, 
 def recall(layer: LayerCall, store: HippocampalLayer, query: torch.Tensor, view: VisibleKV) -> torch.Tensor:
     """Updates the state with what left the window; what the last E queries read, `[B, E, H, V]` float32, raw."""
     evicted, call = view.evicted, layer.call
+    if call.settings.cache_dtype is not None:
+        evicted = evicted.to(query.dtype)
     silent_tokens = query.size(2) - evicted.length
     query, keys = query[:, :, silent_tokens:], evicted.keys
     shape = layer.memory.shape
@@ -171,12 +176,19 @@ def _score(
         call.padding,
         layer.hidden,
         *projected,
-        attention=lambda: attention_blocks(call, view, query, layer.sink_queries(query, view.seen), softmax),
+        attention=lambda: attention_blocks(
+            call, _computed(view, layer, query), query, layer.sink_queries(query, view.seen), softmax
+        ),
         weights=layer.layer.score_weights(selection.scoreboard.score.name),
         state=store.score_state.stored,
         rotary=layer.rotary,
     )
     selection.add(tokens, later=call.step is not None)
+
+
+def _computed(view: VisibleKV, layer: LayerCall, query: torch.Tensor) -> VisibleKV:
+    """What queries may read, in their dtype, where it is stored in another one."""
+    return view if layer.call.settings.cache_dtype is None else view.to(query.dtype)
 
 
 def _selected(layer: LayerCall, store: HippocampalLayer) -> Selected | None:

@@ -28,15 +28,17 @@ class SinkWindow:
     Args:
         sinks: Tokens at the start of each row that always stay, S.
         window: Tokens of the window, the current one included, W.
+        dtype: What keys and values are rounded to when they come; `None` for none.
 
     Attributes:
         seen: Tokens seen, pending ones included.
         buffer: The slots; `None` before the first token was committed.
     """
 
-    def __init__(self, sinks: int, window: int) -> None:
+    def __init__(self, sinks: int, window: int, dtype: torch.dtype | None = None) -> None:
         self.sinks = sinks
         self.window = window
+        self.dtype = dtype
         self.seen = 0
         self.buffer: Tokens | None = None
         self._unwritten = 0  # tokens of `seen` that the buffer does not have yet
@@ -68,6 +70,7 @@ class SinkWindow:
             new: The new tokens, following the `seen` earlier ones.
             padding: Padding at the left of the rows, or `None` where there is none.
         """
+        new = new if self.dtype is None else new.to(self.dtype)
         settled = self.seen >= self.sinks + (padding.most if padding else 0)
         if new.length == 1 and settled and self._unwritten == 0 and not new.keys.requires_grad:
             return self._append_one(new)
@@ -128,6 +131,8 @@ class SinkWindow:
             value: `[B, G, 1, V]`.
             keep_evicted: Whether the view shall hold the token that leaves.
         """
+        if self.dtype is not None:
+            key, value = key.to(self.dtype), value.to(self.dtype)
         slot, old = self._keep_slot(Tokens(key, value, self._ring.record))
         buffer = self._ring
         buffer.keys[:, :, slot : slot + 1] = key

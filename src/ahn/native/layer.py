@@ -16,7 +16,7 @@ from ahn.errors import ShapeError
 from ahn.native.packed import PANEL_ROWS, DescribedWeight
 
 _INT, _FLOAT, _POINTER = ctypes.c_int64, ctypes.c_float, ctypes.c_void_p
-_LANES = 8
+_LANES, _PACKED = 8, 3
 
 
 class _Weight(ctypes.Structure):
@@ -72,8 +72,7 @@ class Token(ctypes.Structure):
         sink_sin: The same.
         keys: The ring, `[G, places, K]`.
         values: The same.
-        old_keys: Where to put what was in the slot, `[G, K]`, or `None`.
-        old_values: The same.
+        kind: What numbers they and the anchors are, a value of `ahn.native.segments.KINDS`.
         places: Places of the ring.
         slot: Where the token goes.
         used: Places that hold tokens, this one included.
@@ -89,8 +88,8 @@ class Token(ctypes.Structure):
 
     _fields_ = (
         *((name, _POINTER) for name in ("x", "out", "normed", "cos", "sin", "sink_cos", "sink_sin")),
-        *((name, _POINTER) for name in ("keys", "values", "old_keys", "old_values")),
-        *((name, _INT) for name in ("places", "slot", "used", "sinks", "seen")),
+        *((name, _POINTER) for name in ("keys", "values")),
+        *((name, _INT) for name in ("kind", "places", "slot", "used", "sinks", "seen")),
         *((name, _POINTER) for name in ("anchor_keys", "anchor_values", "visible_from", "visible_until")),
         ("anchors", _INT),
         ("state", _POINTER),
@@ -234,7 +233,7 @@ def _norm(norm: NormWeight | None) -> _Norm:
 def _linear(linear: LinearWeight) -> _Weight:
     weight = linear.weight
     if isinstance(weight, DescribedWeight):
-        kind, address = 2, ctypes.addressof(weight.structure)
+        kind, address = _PACKED, ctypes.addressof(weight.structure)
     else:
         kind, address = int(weight.element_size() == 2), weight.data_ptr()
     return _Weight(kind, linear.rows, linear.columns, address, _address(linear.bias))

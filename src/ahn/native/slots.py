@@ -32,9 +32,11 @@ class Rings:
 
     @staticmethod
     def can_hold(rings: Sequence[Tensor]) -> bool:
-        """Whether the kernels can work on rings: float32 on a CPU, dense, of one shape."""
-        alike = all(ring.shape == rings[0].shape and ring.is_contiguous() for ring in rings)
-        return alike and native.ready(*rings)
+        """Whether the kernels can work on rings: on a CPU, dense, of one shape and one dtype."""
+        shape, dtype = rings[0].shape, rings[0].dtype
+        alike = all(ring.shape == shape and ring.dtype is dtype and ring.is_contiguous() for ring in rings)
+        plain = all(ring.is_cpu and type(ring) is Tensor and not ring.requires_grad for ring in rings)
+        return alike and plain and native.ready()
 
     def are(self, rings: Sequence[Tensor]) -> bool:
         """Whether these are the rings."""
@@ -44,7 +46,7 @@ class Rings:
         """A copy of what a slot holds, `[L, B, G, K]`."""
         B, G, N, K = self._shape
         out = self._rings[0].new_empty(len(self._rings), B, G, K)
-        arguments = len(self._rings), B * G, N, slot, K
+        arguments = len(self._rings), B * G, N, slot, K * out.element_size()
         _function("ahn_take_slots")(*arguments, ctypes.addressof(self._addresses), out.data_ptr())
         return out
 
@@ -53,12 +55,12 @@ class Rings:
 
         Args:
             slot: The slot.
-            values: What it shall hold, `[L, B, G, K]` float32.
+            values: What it shall hold, `[L, B, G, K]` in their dtype.
         """
         B, G, N, K = self._shape
         check_shapes((values, (len(self._rings), B, G, K)))
-        values = values.contiguous()
-        arguments = len(self._rings), B * G, N, slot, K
+        values = values.to(self._rings[0].dtype).contiguous()
+        arguments = len(self._rings), B * G, N, slot, K * values.element_size()
         _function("ahn_put_slots")(*arguments, values.data_ptr(), ctypes.addressof(self._addresses))
 
 
