@@ -9,14 +9,17 @@ import ctypes
 from functools import lru_cache
 from typing import Any, Literal, NamedTuple
 
+import torch
 from torch import Tensor
 
 from ahn import native
 from ahn.errors import ShapeError
 from ahn.native.packed import PANEL_ROWS, DescribedWeight
+from ahn.native.team import Team
 
 _INT, _FLOAT, _POINTER = ctypes.c_int64, ctypes.c_float, ctypes.c_void_p
 _LANES, _PACKED = 8, 3
+_TEAM = Team()
 
 
 class _Weight(ctypes.Structure):
@@ -197,7 +200,8 @@ class DescribedLayer:
 
     def run(self, token: Token) -> None:
         """Takes a token through the layer: writes its output, its slot, and what its attention reads."""
-        if _function()(self._address, ctypes.addressof(token), native.team()):
+        address = ctypes.addressof(token)
+        if _TEAM.run(torch.get_num_threads(), lambda threads: _function()(self._address, address, threads)):
             raise MemoryError("ahn_decode_layer found no memory to work in")
 
     @staticmethod
