@@ -118,3 +118,8 @@ def test_older_files_name_the_model_base(tmp_path: Path) -> None:
     (tmp_path / "train.yaml").write_text("base: some-model\n")
     assert TrainSettings.from_dict(read_yaml(tmp_path / "train.yaml")).model == "some-model"
     assert TrainSettings.from_dict({"base": "some-model"}).model == "some-model"
+
+
+def test_every_public_name_of_the_room_is_there() -> None:
+    for name in ahn.training.__all__:
+        assert getattr(ahn.training, name).__name__ == name
