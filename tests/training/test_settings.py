@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+import ahn.training
 from ahn.errors import ConfigError
 from ahn.memories import memory_names
 from ahn.training.settings import TrainSettings, read_yaml, write_yaml

@@ -103,12 +103,12 @@ def attend_local(layer: LayerCall, query: torch.Tensor, view: VisibleKV, softmax
 
 def _attend(layer: LayerCall, query: torch.Tensor, view: VisibleKV, softmax: Softmax) -> torch.Tensor:
     """The same by the first backend that can."""
-    sink_query = layer.sink_queries(query, view.seen)
+    local = layer.read(query, view, softmax)
     for backend in (in_c, with_gradients):
-        if backend.can_attend(layer.call, view, query, sink_query, softmax):
-            attended: torch.Tensor = backend.attend(layer.call, view, query, sink_query, softmax)
+        if backend.can_attend(local):
+            attended: torch.Tensor = backend.attend(local)
             return attended
-    return in_torch.attend(layer.call, view, query, sink_query, softmax)
+    return in_torch.attend(local)
 
 
 def read_memory(layer: LayerCall, store: HippocampalLayer, query: torch.Tensor, view: VisibleKV) -> torch.Tensor:
@@ -171,7 +171,7 @@ def _score(
         call.padding,
         layer.hidden,
         *projected,
-        attention=lambda: attention_blocks(call, view, query, layer.sink_queries(query, view.seen), softmax),
+        attention=lambda: attention_blocks(layer.read(query, view, softmax)),
         weights=layer.layer.score_weights(selection.scoreboard.score.name),
         state=store.score_state.stored,
         rotary=layer.rotary,

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from ahn.attention.call import Call, Softmax
+from ahn.attention.call import Call, LocalRead, Softmax
 from ahn.attention.masks import beside, block_mask, extra_mask, one_mask, read_by, slot_mask
 from ahn.backbone.compat import FUSED_GROUPS_HEADS
 from ahn.tokens import ExtraKV, Tokens, VisibleKV
@@ -54,40 +54,26 @@ class Reading(NamedTuple):
         return softmax.is_plain and fits and on_cpu
 
 
-def attend(
-    call: Call, view: VisibleKV, query: torch.Tensor, sink_query: torch.Tensor | None, softmax: Softmax
-) -> torch.Tensor:
-    """Attention of new tokens over sinks, extra keys and window.
-
-    Args:
-        call: The call, for its masks and padding.
-        view: What the queries may read.
-        query: Queries of the new tokens, `[B, H, T, K]`.
-        sink_query: Queries for sinks and extra keys where these differ (bounded positions), or `None`.
-        softmax: The layer's softmax.
-
-    Returns:
-        `[B, T, H, V]` in the dtype of the values.
-    """
+def attend(local: LocalRead) -> torch.Tensor:
+    """Attention of new tokens over sinks, extra keys and window, `[B, T, H, V]` in the dtype of the values."""
+    view, query = local.view, local.query
     if not view.ordered:
-        return _attend_one(call, view, query, sink_query, softmax).transpose(1, 2)
+        return _attend_one(local).transpose(1, 2)
     size = block_size(view.window, query)
-    starts = range(view.seen - query.size(2), view.seen, size)
     blocks = [
-        _attend_block(call, view, query, sink_query, softmax, (start, min(start + size, view.seen))) for start in starts
+        _attend_block(local, (start, min(start + size, view.seen))) for start in range(local.first, view.seen, size)
     ]
     return (blocks[0] if len(blocks) == 1 else torch.cat(blocks, dim=2)).transpose(1, 2)
 
 
-def _attend_one(
-    call: Call, view: VisibleKV, query: torch.Tensor, sink_query: torch.Tensor | None, softmax: Softmax
-) -> torch.Tensor:
+def _attend_one(local: LocalRead) -> torch.Tensor:
     """A single query over the slots of the ring as they lie, and keys from elsewhere, `[B, H, 1, V]`."""
-    mask, seen = slot_mask(call, view, query), view.seen
+    call, view, query, sink_query, softmax = local
+    mask = slot_mask(call, view, query)
     keys, values, sinks = view.local.keys, view.local.values, view.sinks.length
     if view.extra is None:
         return _attend(Reading(query, sink_query, keys, values, mask, slice(0, sinks)), softmax)
-    extra, extra_one = view.extra, one_mask(call, view.extra, seen, query) if query.device.type == "cpu" else None
+    extra, extra_one = view.extra, one_mask(call, view.extra, view.seen, query) if query.device.type == "cpu" else None
     alone = mask is None and extra_one is not None
     if alone and Reading(query, sink_query, keys, values, extra_one, slice(0, sinks)).can_merge(softmax):
         # The window is large and lies apart: it is not copied to stand beside a few keys.
@@ -95,7 +81,7 @@ def _attend_one(
         if sink_query is None:
             return _merged(query, (keys, values, None), query, sink_part, softmax)
         sink_keys, sink_values = (
-            torch.cat((local[:, :, :sinks], own), dim=2) for local, own in ((keys, extra.keys), (values, extra.values))
+            torch.cat((ring[:, :, :sinks], own), dim=2) for ring, own in ((keys, extra.keys), (values, extra.values))
         )
         sink_part = sink_keys, sink_values, F.pad(extra_one, (sinks, 0))
         return _merged(query, (keys[:, :, sinks:], values[:, :, sinks:], None), sink_query, sink_part, softmax)
@@ -121,25 +107,19 @@ def ring_and_extra(view: VisibleKV, query: torch.Tensor, mask: torch.Tensor | No
     return (keys, values, mask), slice(0, extra.keys.size(2) + view.sinks.length)
 
 
-def _attend_block(
-    call: Call,
-    view: VisibleKV,
-    query: torch.Tensor,
-    sink_query: torch.Tensor | None,
-    softmax: Softmax,
-    block: tuple[int, int],
-) -> torch.Tensor:
+def _attend_block(local: LocalRead, block: tuple[int, int]) -> torch.Tensor:
     """The queries of one block of tokens, by first and last + 1 index, `[B, H, stop - start, V]`."""
-    (start, stop), first = block, view.seen - query.size(2)
-    rows = slice(start - first, stop - first)
+    call, view, query, sink_query, softmax = local
+    start, stop = block
+    rows = slice(start - local.first, stop - local.first)
     repeats = query.size(1) // view.local.keys.size(1) if _stacks_heads(query) else 1
-    part, local = block_part(call, view, block, repeats, query)
+    part, in_window = block_part(call, view, block, repeats, query)
     # Within the trained context both queries are the same, so that blocks before its end need one of them only.
     same = sink_query is None or stop <= call.attachment.trained_context
     sink_rows = None if same or sink_query is None else sink_query[:, :, rows]
     # Queries among the sinks see no token of the window, whose log-sum alone would be undefined.
     attend_rows = _attend_explicitly if sink_rows is not None and start < view.sinks.length else _attend
-    return attend_rows(Reading(query[:, :, rows], sink_rows, *part, slice(local, None)), softmax)
+    return attend_rows(Reading(query[:, :, rows], sink_rows, *part, slice(in_window, None)), softmax)
 
 
 def block_part(

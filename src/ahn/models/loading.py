@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ahn._home import home, make_once
-from ahn.errors import ModelError
+from ahn.errors import ModelError, one_line
 from ahn.models import smollm2
 from ahn.models.filling import load_folder
 from ahn.models.gguf import GGUFModel, load_gguf
@@ -334,7 +334,7 @@ def _explained(part: str, name: str | os.PathLike[str], source: str) -> Iterator
 
 
 def _one_line(error: BaseException) -> str:
-    text = " ".join(str(error).split())
+    text = one_line(error)
     return text if len(text) <= 300 else f"{text[:297]}..."
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import json
 import re
 from collections.abc import Callable, Collection, Iterator, Sequence
+from pathlib import Path
 from typing import Any, TypeVar
 
 T = TypeVar("T")
@@ -19,6 +21,34 @@ _BESIDE = 100  # characters on each side of a place, for whose tokens it is trie
 _LONGEST = 400  # characters of a sentence
 # After the end of a sentence with its quotes and brackets, after an empty line, and after a full stop of Chinese.
 _ENDS = re.compile(r"(?<=[.!?])[\"'”’)\]]*\s+|\n\s*\n\s*|[。！？]+[”’」』）]*\s*")
+
+
+def json_lines(file: Path, error: type[Exception]) -> Iterator[tuple[str, Any]]:
+    """What each line of a JSONL file in UTF-8 holds, with its place: "file, line 3". Empty lines are skipped.
+
+    Args:
+        file: The file.
+        error: What is raised where it cannot be read, or where a line is bad, which is named.
+    """
+    try:
+        with file.open("rb") as lines:
+            for number, line in enumerate(lines, start=1):
+                if line.strip():
+                    where = f"{file}, line {number}"
+                    yield where, _json(line, where, "utf-8-sig" if number == 1 else "utf-8", error)
+    except OSError as problem:
+        raise error(f"{file} cannot be read ({problem.strerror}). Check its permissions.") from None
+
+
+def _json(line: bytes, where: str, encoding: str, error: type[Exception]) -> Any:
+    try:
+        return json.loads(line.decode(encoding).strip())
+    except UnicodeDecodeError:
+        raise error(f"{where}: it is not UTF-8. Convert the file with iconv.") from None
+    except json.JSONDecodeError as problem:
+        raise error(f"{where}: it is no JSON ({problem.msg}, column {problem.colno}). Correct it.") from None
+    except RecursionError:
+        raise error(f"{where}: it is nested too deeply. Correct it.") from None
 
 
 def evenly(items: Sequence[T], count: int) -> list[T]:

@@ -17,7 +17,7 @@ from transformers.trainer_utils import IntervalStrategy
 
 import ahn
 from ahn.checkpoint import describe
-from ahn.errors import ConfigError
+from ahn.errors import ConfigError, one_line
 from ahn.memories import MEMORIES
 from ahn.models import load_model, load_tokenizer
 from ahn.models.text import evenly
@@ -163,7 +163,7 @@ def training_arguments(settings: TrainSettings, stage: str, progress: bool = Fal
     try:
         arguments = TrainingArguments(**{**values, **_on_cpus(), **settings.arguments})
     except (TypeError, ValueError, ImportError) as error:
-        raise ConfigError(f"transformers refuses the arguments: {' '.join(str(error).split())}") from None
+        raise ConfigError(f"transformers refuses the arguments: {one_line(error)}") from None
     _check_processes(arguments)
     known = get_available_reporting_integrations()
     if unknown := [name for name in arguments.report_to or [] if name not in known]:
@@ -173,11 +173,7 @@ def training_arguments(settings: TrainSettings, stage: str, progress: bool = Fal
 
 
 def _check_processes(arguments: TrainingArguments) -> None:
-    """Checks that processes that were started together train together.
-
-    Raises:
-        ConfigError: Each of them would train alone.
-    """
+    """Checks that processes that were started together train together."""
     if arguments.world_size == 1 < _started_processes():
         raise ConfigError(
             f"torchrun started {_started_processes()} processes that do not find each other, so that each would train "
