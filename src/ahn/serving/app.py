@@ -19,11 +19,7 @@ from ahn.serving.service import Service
 
 
 def make_app(service: Service) -> Any:
-    """The application that serves a model; its engine runs while the application does.
-
-    Args:
-        service: What it serves.
-    """
+    """The application that serves a model; its engine runs while the application does."""
 
     @asynccontextmanager
     async def lifespan(app: Any) -> AsyncIterator[None]:

@@ -87,13 +87,7 @@ def evaluate(model: nn.Module, sequences: Iterable[torch.Tensor], span: Span, li
 
 
 def write_report(report: Report, file: Path, more: Mapping[str, Any]) -> None:
-    """Writes a report as JSON.
-
-    Args:
-        report: The report.
-        file: The file.
-        more: Further facts to put beside it.
-    """
+    """Writes a report, with more facts beside it, as JSON."""
     text = json.dumps({**report.to_dict(), **more}, indent=2)
     write_text(file, text.replace("NaN", "null") + "\n")
 

@@ -124,11 +124,6 @@ def check(settings: TrainSettings, resume: bool = False) -> None:
 def training_arguments(settings: TrainSettings, stage: str, progress: bool = False) -> TrainingArguments:
     """The settings in the words of transformers.
 
-    Args:
-        settings: The settings.
-        stage: The stage.
-        progress: Whether to draw a progress bar.
-
     Raises:
         ConfigError: transformers refuses a value, or an argument is unknown, or follows from another setting.
     """
