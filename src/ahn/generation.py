@@ -118,7 +118,8 @@ class Reader:
     def _read_chunk(self, ids_T: torch.Tensor) -> None:
         """Reads tokens in one forward pass."""
         start = time.perf_counter()
-        logits = _forward(self.model, ids_T, self.cache, every=self.score)
+        last_only = not self.score and "logits_to_keep" in inspect.signature(self.model.forward).parameters
+        logits = forward(self.model, ids_T[None], self.cache, **({"logits_to_keep": 1} if last_only else {}))[0]
         check_numbers(logits[-1])
         if self.score:
             self._note(logits, ids_T)
@@ -337,11 +338,20 @@ def automatic_chunk(model: nn.Module) -> int:
     return max(32, min(_LARGEST_CHUNK, _LOGITS // max(1, int(config.get_text_config().vocab_size))))
 
 
-def _forward(model: Any, ids_T: torch.Tensor, cache: Cache, every: bool) -> torch.Tensor:
-    """Logits of all new tokens, or of the last one only, `[T or 1, V]`."""
-    keep = {} if every or "logits_to_keep" not in inspect.signature(model.forward).parameters else {"logits_to_keep": 1}
-    arguments = compat.with_cache(model, {"input_ids": ids_T[None], "use_cache": True, **keep}, cache)
-    logits: torch.Tensor = model(**arguments).logits[0]
+def forward(model: Any, ids_BT: torch.Tensor, cache: Cache, **more: Any) -> torch.Tensor:
+    """Reads new tokens into a cache in one forward pass.
+
+    Args:
+        model: A causal language model.
+        ids_BT: Token ids, `[B, T]`.
+        cache: The cache.
+        **more: Further arguments of the model.
+
+    Returns:
+        Logits of all new tokens, `[B, T, V]`, or of those that the arguments ask for.
+    """
+    arguments = compat.with_cache(model, {"input_ids": ids_BT, "use_cache": True, **more}, cache)
+    logits: torch.Tensor = model(**arguments).logits
     return logits
 
 

@@ -318,18 +318,17 @@ def _run_stage(
 
 def _distiller(model: Any, settings: TrainSettings, stage: str) -> Distiller:
     """Teacher and student of a stage."""
-    if stage == "transfer":
-        return Distiller(model, settings.losses, "transfer", settings.slice_tokens, settings.recomputed != "none")
+    distill = stage == "distill"
     distiller = Distiller(
         model,
         settings.losses,
-        "distill",
+        "distill" if distill else "transfer",
         settings.slice_tokens,
         settings.recomputed != "none",
-        teacher=None if settings.teacher_cache is None else TeacherCache(settings.teacher_cache, model),
-        precision=torch.bfloat16 if settings.precision == "bfloat16" else None,
+        teacher=TeacherCache(settings.teacher_cache, model) if distill and settings.teacher_cache is not None else None,
+        precision=torch.bfloat16 if distill and settings.precision == "bfloat16" else None,
     )
-    if settings.recomputed == "layers":
+    if distill and settings.recomputed == "layers":
         distiller.activation_checkpointing_enable()
     return distiller
 
