@@ -92,10 +92,11 @@ def attend_local(layer: LayerCall, query: torch.Tensor, view: VisibleKV, softmax
         view: What they may read.
         softmax: The layer's softmax.
     """
-    if view.ordered:
+    dtype = view.local.keys.dtype
+    alike = query.dtype == dtype and (view.extra is None or view.extra.keys.dtype == dtype)
+    if view.ordered or (alike and not ops.in_autocast(query)):
         return _attend(layer, query, view, softmax)
     # What is held may be of another dtype than the token: one of them came inside autocast, the other did not.
-    dtype = view.local.keys.dtype
     with ops.full_precision(query):
         extra = None if view.extra is None else view.extra.to(dtype)
         return _attend(layer, query.to(dtype), view._replace(extra=extra), softmax).to(query.dtype)

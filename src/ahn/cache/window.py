@@ -127,9 +127,8 @@ class SinkWindow:
             keep_evicted: Whether the view shall hold the token that leaves.
         """
         slot, old = self._keep_slot(Tokens(key, value, self._ring.record))
-        buffer = self._ring
-        buffer.keys[:, :, slot : slot + 1] = key
-        buffer.values[:, :, slot : slot + 1] = value
+        self._ring.keys.narrow(2, slot, 1).copy_(key)
+        self._ring.values.narrow(2, slot, 1).copy_(value)
         return self._after_one(old if keep_evicted and self._is_full else None)
 
     def write_record(self, record_BF: torch.Tensor) -> None:
