@@ -272,13 +272,16 @@ class Memory(nn.Module, abc.ABC):
             x_B1D: Input of the attention layer, `[B, 1, D]`.
             state: The state, `[B, *state_shape()]` float32.
         """
-        gate, key_first = self.g_proj, self.rule == "delta"
-        weights = ops.OutputWeights(
-            gate.weight, gate.bias, self._norm, self.o_proj, self._scale, self.norm_per_head, key_first
-        )
-        if ops.decode_add_(local_B1HV, q_B1HK, x_B1D, state, weights):
+        if ops.decode_add_(local_B1HV, q_B1HK, x_B1D, state, self.output_weights()):
             return local_B1HV
         return local_B1HV + self.project_out(self.read(q_B1HK, state), x_B1D).to(local_B1HV.dtype)
+
+    def output_weights(self) -> ops.OutputWeights:
+        """What its output is computed from, for kernels."""
+        gate, key_first = self.g_proj, self.rule == "delta"
+        return ops.OutputWeights(
+            gate.weight, gate.bias, self._norm, self.o_proj, self._scale, self.norm_per_head, key_first
+        )
 
     def is_plain(self) -> bool:
         """Whether its weights can be taken without calling its maps: nothing has replaced, wrapped or hooked them.
