@@ -22,6 +22,8 @@ typedef struct {
     index_t visible_batch;
     const float *mask; /* for a single query: added to its scores, or NULL */
     index_t mask_batch;
+    /* for a single query: where the keys of each row of the batch lie, and how many places of them it reads; or NULL */
+    const index_t *rows, *counts;
 } Segment;
 
 /* The best score so far of a row, the sum of exp(score - best), and the sum of values weighted so. */
@@ -195,10 +197,10 @@ INLINE void weigh(const int heads, const float *weights, const float *values, in
 INLINE void read_block(const int heads, const Segment *segment, index_t b, index_t g, index_t start, index_t count,
                        const Call *call, index_t head, Tally *tallies, float *sums)
 {
-    index_t K = call->K, V = call->V;
-    const float *keys = segment->keys + b * segment->key_batch + g * segment->key_head + start * segment->key_place;
+    index_t K = call->K, V = call->V, row = segment->rows ? segment->rows[b] : b;
+    const float *keys = segment->keys + row * segment->key_batch + g * segment->key_head + start * segment->key_place;
     const float *values =
-        segment->values + b * segment->value_batch + g * segment->value_head + start * segment->value_place;
+        segment->values + row * segment->value_batch + g * segment->value_head + start * segment->value_place;
     const float *query = segment->query + (b * call->H + head) * K;
     float scores[MOST_VECTORS * KEY_BLOCK] __attribute__((aligned(ALIGNMENT)));
     index_t width = rounded(count);
@@ -250,8 +252,11 @@ int ahn_attend_one(index_t B, index_t H, index_t G, index_t K, index_t V, index_
         const Segment *segment = segments;
         for (; start >= segment->count; segment++)
             start -= (segment->count + KEY_BLOCK - 1) / KEY_BLOCK * KEY_BLOCK;
-        index_t keys = segment->count - start < KEY_BLOCK ? segment->count - start : KEY_BLOCK;
-        for (index_t i = 0; i < R; i += MOST_VECTORS) {
+        index_t keys = (segment->counts ? segment->counts[b] : segment->count) - start;
+        if (keys > KEY_BLOCK) keys = KEY_BLOCK;
+        if (keys <= 0)
+            for (index_t i = 0; i < R; i++) tallies[unit * R + i] = (Tally){-INFINITY, 0};
+        for (index_t i = 0; i < R && keys > 0; i += MOST_VECTORS) {
             Tally *found = tallies + unit * R + i;
             float *to = sums + (unit * R + i) * V;
             switch (R - i) {

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from ahn.config import RunSettings
 from ahn.errors import ConfigError
-from ahn.serving.vllm.memory import read_memory
+from ahn.serving.vllm.layout import empty_cache
+from ahn.serving.vllm.memory import give_score_weights, read_memory, survey_base
 from ahn.serving.vllm.parsing import ARCHITECTURE, FIELD
 
 
@@ -33,7 +35,29 @@ def check(vllm_config: Any) -> None:
     model.enforce_eager = True  # a step looks at whose tokens it reads, which no graph can
     cache.mamba_cache_mode = "none"
     cache.mamba_block_size = model.max_model_len
-    read_memory(getattr(model.hf_config, FIELD, {}), model.model, model.revision)
+    memory = read_memory(getattr(model.hf_config, FIELD, {}), model.model, model.revision)
+    attachment = survey_base(model.hf_config, memory.config)
+    give_score_weights(attachment, memory, model.hf_config)
+    scoreboard = empty_cache(attachment, RunSettings.like(memory.config)).scoreboard
+    if scoreboard is not None:
+        _bound_chunks(vllm_config, scoreboard.longest_call)
+
+
+def _bound_chunks(vllm_config: Any, longest: int) -> None:
+    """Lets no chunk be so long that a token leaves the window before all layers have scored it.
+
+    Raises:
+        ConfigError: The layers are in several processes, none of which sees the scores of all.
+    """
+    parallel, scheduler = vllm_config.parallel_config, vllm_config.scheduler_config
+    require(
+        parallel.pipeline_parallel_size == 1 and parallel.tensor_parallel_size == 1,
+        "anchors are chosen by scores of layers and heads that lie in several processes",
+        "serve anchors from one process for each copy of the model, or leave anchors out",
+    )
+    known = scheduler.long_prefill_token_threshold
+    scheduler.long_prefill_token_threshold = min(longest, known) if known else longest
+    scheduler.long_prefill_token_threshold_adaptive = False
 
 
 def register_checks() -> None:

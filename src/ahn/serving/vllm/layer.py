@@ -17,7 +17,8 @@ from vllm.v1.attention.backend import AttentionBackend, AttentionMetadataBuilder
 from vllm.v1.attention.backends.registry import MambaAttentionBackendEnum
 from vllm.v1.kv_cache_interface import MambaSpec
 
-from ahn.serving.vllm.step import Rows, Runtime, ServedLayer, Step
+from ahn.serving.vllm.runtime import Rows, Runtime, ServedLayer
+from ahn.serving.vllm.step import Step
 
 
 @dataclasses.dataclass

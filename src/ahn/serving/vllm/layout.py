@@ -61,24 +61,26 @@ def memory_layer(cache: HippocampalCache, index: int) -> HippocampalLayer:
     return layer
 
 
-def block_tensors(cache: HippocampalCache, index: int, with_board: bool) -> list[BlockTensor]:
-    """The tensors of a layer's block, the widest numbers first so that each lies at a multiple of its size.
+def block_tensors(cache: HippocampalCache, index: int) -> list[BlockTensor]:
+    """The tensors of a layer's block: the widest numbers first, so that each lies at a multiple of its size.
+
+    Room for what all layers share is in every block, though only that of the first layer is used: then what all layers
+    have lies at the same place in the blocks of all.
 
     Args:
         cache: An empty cache.
         index: The layer.
-        with_board: Whether what all layers share lies in this layer's block too.
     """
     attachment = cache.attachment
     unrotates = attachment.config.memory_positions == "none"
     layout: Layout = layer_layout(attachment.layers[index], memory_layer(cache, index), unrotates, 1, _FULL)
     if cache.scoreboard is not None:
+        board = scoreboard_layout(cache.scoreboard, cache.settings.sinks, 1, _FULL)
+        layout |= {BOARD + name: part for name, part in board.items()}
         layout = {name: _sized(name, part, cache.scoreboard.delay) for name, part in layout.items()}
-        if with_board:
-            board = scoreboard_layout(cache.scoreboard, cache.settings.sinks, 1, _FULL)
-            layout |= {BOARD + name: part for name, part in board.items()}
+    own = memory_layer(cache, index).score_state.names
     tensors = [BlockTensor(name, _sizes(part)[1:], part.dtypes[0]) for name, part in layout.items()]
-    return sorted(tensors, key=lambda tensor: -tensor.dtype.itemsize)
+    return sorted(tensors, key=lambda tensor: (-tensor.dtype.itemsize, tensor.name in own))
 
 
 def block_bytes(tensors: list[BlockTensor]) -> int:

@@ -5,21 +5,19 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
-from ahn.anchors.scores import SCORES
 from ahn.attachment import Attachment
-from ahn.checkpoint.anchors import ANCHORS
-from ahn.checkpoint.content import Content
-from ahn.checkpoint.files import HubSource, locate, stored_tensors
+from ahn.checkpoint.anchors import ANCHORS, read_anchors
+from ahn.checkpoint.content import BaseInfo, Content
+from ahn.checkpoint.files import HubSource, locate
 from ahn.checkpoint.loading import read
-from ahn.config import AHNConfig, ExactTokens
+from ahn.config import AHNConfig, ExactTokens, RunSettings
 from ahn.errors import ConfigError
-from ahn.surgery import survey
+from ahn.surgery import set_score_weights, survey
 
 _FILES = ("adapter", "anchor_weights")
 _SETTINGS = tuple(field.name for field in dataclasses.fields(ExactTokens))
@@ -38,15 +36,6 @@ class ServedMemory:
     content: Content
     config: AHNConfig
     anchor_weights: str | None = None
-
-    def weighted_scores(self) -> frozenset[str]:
-        """The anchor scores that there are weights for."""
-        if self.anchor_weights is None:
-            return frozenset()
-        folder = Path(locate(self.anchor_weights, HubSource(), ANCHORS.config))
-        names = {key.split(".", 2)[-1] for key in stored_tensors([folder / ANCHORS.weights])}
-        weighted = [score for score in SCORES.values() if score.weight_names]
-        return frozenset(score.name for score in weighted if names.issuperset(score.weight_names))
 
 
 def read_memory(overrides: Mapping[str, Any], model: str, revision: str | None = None) -> ServedMemory:
@@ -93,6 +82,27 @@ def survey_base(base: PreTrainedConfig, config: AHNConfig) -> Attachment:
     attachment = survey(model, config)
     _check_constant(attachment)
     return attachment
+
+
+def give_score_weights(attachment: Attachment, memory: ServedMemory, base: PreTrainedConfig) -> None:
+    """Gives the layers of a base their weights of anchor scores, if there are any.
+
+    Args:
+        attachment: The layers.
+        memory: The memory.
+        base: The base model's config.
+
+    Raises:
+        CheckpointError: The weights are missing, damaged or do not fit.
+        ConfigError: Anchors are asked for and cannot be chosen.
+    """
+    if memory.anchor_weights is not None:
+        folder = locate(memory.anchor_weights, HubSource(), ANCHORS.config)
+        info = BaseInfo.of_config(base.get_text_config())
+        weights = read_anchors(memory.anchor_weights, folder, attachment, info)
+        for layer in attachment.layers:
+            set_score_weights(layer, weights.get(layer.index, {}))
+    attachment.check(RunSettings.like(memory.config))
 
 
 def _check_constant(attachment: Attachment) -> None:

@@ -20,9 +20,10 @@ from ahn.config import RunSettings
 from ahn.memories import build_memory
 from ahn.serving.vllm.layer import MemoryAttention, StepHolder, served_attention
 from ahn.serving.vllm.layout import block_bytes, block_tensors, empty_cache
-from ahn.serving.vllm.memory import ServedMemory, read_memory, survey_base
+from ahn.serving.vllm.memory import ServedMemory, give_score_weights, read_memory, survey_base
 from ahn.serving.vllm.parsing import FIELD
-from ahn.serving.vllm.step import Runtime, ServedLayer
+from ahn.serving.vllm.runtime import Runtime, ServedLayer
+from ahn.surgery import SCORE_WEIGHTS
 
 IMPLEMENTATION = "ahn_vllm"
 """Name under which the attention function is registered with transformers."""
@@ -53,9 +54,10 @@ class MemoryMixin(Base):  # type: ignore[misc]
         for index in range(start, end):
             layers[index] = self._local_layer(index)
         self.attachment.layers = tuple(layers)
+        give_score_weights(self.attachment, self.memory, self.config)
         settings = RunSettings.like(self.memory.config)
         cache = empty_cache(self.attachment, settings)
-        served = {i: ServedLayer(layers[i], block_tensors(cache, i, i == start)) for i in range(start, end)}
+        served = {i: ServedLayer(layers[i], block_tensors(cache, i)) for i in range(start, end)}
         self.runtime = Runtime(self.attachment, settings, served)
         holder = StepHolder(self.runtime)
         page_bytes = max(block_bytes(each.tensors) for each in served.values())
@@ -82,19 +84,24 @@ class MemoryMixin(Base):  # type: ignore[misc]
             kinds = getattr(self.text_config, "layer_types", None)
             rotation = Rotation(found.module, rotary, kinds[index] if kinds else None, self.attachment.trained_context)
         return dataclasses.replace(
-            found, module=module, shape=shape, found_dtype=self.model_config.dtype, built=memory, rotation=rotation
+            found,
+            module=module,
+            shape=shape,
+            found_dtype=self.model_config.dtype,
+            found_device=device,
+            built=memory,
+            rotation=rotation,
         )
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
         """Loads the base model's weights as the backend does, and the memory's."""
         loaded: set[str] = super().load_weights((name, tensor) for name, tensor in weights if ".ahn." not in name)
         tensors = self.memory.content.tensors()
-        names = {id(parameter): name for name, parameter in self.named_parameters()}
         for served in self.runtime.layers.values():
-            for name, parameter in served.layer.memory.state_dict(keep_vars=True).items():
+            for name, parameter in served.memory.state_dict(keep_vars=True).items():
                 parameter.data.copy_(tensors[f"layers.{served.layer.index}.{name}"])
-                loaded.add(names[id(parameter)])
-        return loaded
+        ours = (f".{MODULE}.", f".{SCORE_WEIGHTS}.")
+        return loaded | {name for name, _ in self.named_parameters() if any(mark in name for mark in ours)}
 
 
 class AHNForCausalLM(MemoryMixin, CausalMixin, HasInnerState, IsAttentionFree):  # type: ignore[misc]

@@ -6,22 +6,19 @@ R rotated size.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import nn
 
 from ahn.anchors.selection import Selection
-from ahn.attachment import Attachment, AttentionLayer
 from ahn.attention.call import Call
 from ahn.attention.function import attention_function
 from ahn.attention.hooks import layer_call
 from ahn.cache.cache import HippocampalCache
-from ahn.config import RunSettings
+from ahn.serving.vllm.decode import DecodedTokens
 from ahn.serving.vllm.layout import (
-    BlockTensor,
     close_board,
     close_layer,
     empty_cache,
@@ -29,66 +26,7 @@ from ahn.serving.vllm.layout import (
     open_board,
     open_layer,
 )
-
-
-class Rows(NamedTuple):
-    """The tokens of one request in a step.
-
-    Attributes:
-        block: The request's block.
-        seen: Tokens that it has read before.
-        start: Its first token in the batch.
-        stop: Its last token in the batch + 1.
-    """
-
-    block: int
-    seen: int
-    start: int
-    stop: int
-
-
-@dataclasses.dataclass(eq=False)
-class ServedLayer:
-    """An attention layer of this process, with the pages of all requests.
-
-    Attributes:
-        layer: The layer.
-        tensors: What it keeps of a request.
-        pages: Each of them for all blocks, `[blocks, ...]`; empty before vLLM has bound them.
-    """
-
-    layer: AttentionLayer
-    tensors: list[BlockTensor]
-    pages: dict[str, torch.Tensor] = dataclasses.field(default_factory=dict)
-
-    def block(self, number: int) -> dict[str, torch.Tensor]:
-        """Views of one block, `[1, ...]` each."""
-        return {name: page[number : number + 1] for name, page in self.pages.items()}
-
-
-@dataclasses.dataclass(eq=False)
-class Runtime:
-    """What all steps share.
-
-    Attributes:
-        attachment: The memories, and all layers of the model.
-        settings: How texts are read.
-        layers: The layers of this process by their indices, in order.
-    """
-
-    attachment: Attachment
-    settings: RunSettings
-    layers: dict[int, ServedLayer]
-
-    @property
-    def first(self) -> int:
-        """Index of the first layer here, in whose blocks lies what all layers share."""
-        return next(iter(self.layers))
-
-    @property
-    def last(self) -> int:
-        """Index of the last layer here."""
-        return next(reversed(self.layers))
+from ahn.serving.vllm.runtime import Rows, Runtime, ServedLayer
 
 
 class Chunk:
@@ -158,7 +96,14 @@ class Step:
 
     def __init__(self, runtime: Runtime, rows: Sequence[Rows]) -> None:
         self.runtime = runtime
-        self.chunks = [Chunk(runtime, each) for each in rows]
+        singles = []
+        if runtime.decodes_together:
+            for each in rows:
+                if each.seen == 0 or each.stop - each.start > 1 or each.start != len(singles):
+                    break
+                singles.append(each)
+        self.decoded = DecodedTokens(runtime, singles) if singles else None
+        self.chunks = [Chunk(runtime, each) for each in rows[len(singles) :]]
 
     def attend(
         self,
@@ -178,11 +123,19 @@ class Step:
                 `position_embeddings` and `position_ids`.
             options: What the module passes to its attention function beside that: `scaling`, `softcap`, `s_aux`.
         """
-        query, _, value = projected
-        out = value.new_zeros(1, query.size(2), query.size(1), value.size(3))
-        for chunk in self.chunks:
-            out[:, chunk.rows.start : chunk.rows.stop] = chunk.attend(served, module, projected, inputs, options)
+        arguments = served, module, projected, inputs, options
+        parts = [] if self.decoded is None else [self.decoded.attend(*arguments).transpose(0, 1)]
+        parts += [chunk.attend(*arguments) for chunk in self.chunks]
         if served.layer.index == self.runtime.last:
-            for chunk in self.chunks:
-                chunk.close()
-        return out
+            self._close()
+        read = sum(part.size(1) for part in parts)
+        if read < projected[0].size(2):  # vLLM pads a batch for some of its kernels
+            parts.append(parts[0].new_zeros(1, projected[0].size(2) - read, *parts[0].shape[2:]))
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+
+    def _close(self) -> None:
+        """Ends the step, which every layer has read."""
+        if self.decoded is not None:
+            self.decoded.close()
+        for chunk in self.chunks:
+            chunk.close()
