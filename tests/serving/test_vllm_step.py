@@ -31,7 +31,9 @@ def check(model: Any, engine: Engine, **options: Any) -> None:
 @pytest.mark.parametrize("memory", tiny.MEMORIES)
 def test_every_memory(memory: str, together: bool) -> None:
     model = tiny.with_memory("llama:wide", memory)
-    check(model, Engine(model, together=together))
+    engine = Engine(model, together=together)
+    assert engine.runtime.decodes_together is together
+    check(model, engine)
 
 
 @pytest.mark.parametrize("family", ["qwen3", "gemma2", "granite", "phi3", "gpt_oss", "smollm3", "olmo2", "qwen3_moe"])
@@ -47,8 +49,34 @@ def test_without_kernels_and_with_sinks_at_a_bounded_distance() -> None:
         check(model, Engine(model))
 
 
-@pytest.mark.parametrize("score", ["key_diff", "learned", "asked", "window_attention", "value_norm"])
-def test_anchors(score: str) -> None:
+@pytest.mark.parametrize("together", [True, False])
+@pytest.mark.parametrize("score", ["key_diff", "learned", "asked", "value_norm"])
+def test_anchors(score: str, together: bool) -> None:
     model = tiny.with_memory("llama:wide", window=36, anchors=6, anchor_score=score)
     tiny.give_score_weights(model)
+    engine = Engine(model, together=together)
+    assert engine.runtime.decodes_together is together
+    check(model, engine)
+
+
+def test_anchors_that_are_read_request_by_request() -> None:
+    model = tiny.with_memory("llama:wide", window=36, anchors=6, anchor_score="window_attention")
+    engine = Engine(model)
+    assert not engine.runtime.decodes_together
+    check(model, engine)
+
+
+def test_anchors_without_kernels_and_at_a_bounded_distance() -> None:
+    changes = {"max_position_embeddings": 48}
+    model = tiny.with_memory("llama:wide", window=36, anchors=6, sink_positions="bounded", model=changes)
     check(model, Engine(model))
+    with native.switched_off():
+        check(model, Engine(model))
+
+
+def test_a_softcap() -> None:
+    changes = {"layer_types": ["full_attention"] * 3, "attn_logit_softcapping": 5.0}
+    model = tiny.with_memory("gemma2", model=changes)
+    engine = Engine(model)
+    assert engine.runtime.decodes_together
+    check(model, engine)

@@ -24,6 +24,7 @@ from ahn.backbone.rotary import Rotary
 from ahn.cache.record import TokenRecord
 from ahn.memories import Memory
 from ahn.native import Segment
+from ahn.serving.vllm.anchors import DecodedAnchors
 from ahn.serving.vllm.runtime import Rows, Runtime, ServedLayer
 
 
@@ -48,13 +49,17 @@ class DecodedTokens:
         self.used = (self.seen + 1).clamp(max=exact.sinks + exact.window)
         self.longest = int(self.seen.max()) + 1
         self.evicts = beyond >= exact.window
+        board = runtime.board
+        self.anchors = None if board is None else DecodedAnchors(runtime, board, self.blocks, self.seen)
         if bool(self.evicts.any()):
             self._update()
 
     def _update(self) -> None:
-        """Updates the states of all layers with the tokens that leave."""
+        """Updates the states and the anchors of all layers with the tokens that leave."""
         pages, memory = self.runtime.pages, self._memories[0]
         keys, values = (pages[name][:, self.blocks, :, self.places].transpose(0, 1) for name in ("keys", "values"))
+        if self.anchors is not None:
+            self.anchors.keep(keys, values)
         record_LBF = pages["record"][:, self.blocks, 0, self.places]
         gates = TokenRecord.unpack(record_LBF, memory.gate_count, memory.shape.query_heads).gates
         # Gates of zero leave a state as it is: that of a request whose window is not full.
@@ -80,6 +85,8 @@ class DecodedTokens:
         served.pages["keys"][self.blocks, :, self.places] = k_BG1K.squeeze(2)
         served.pages["values"][self.blocks, :, self.places] = v_BG1V.squeeze(2)
         call = LayerCall(served.layer, served.memory, self.call, hidden, None, self._rotary(served, inputs))
+        if self.anchors is not None:
+            self.anchors.score(served, call, (q_BH1K, k_BG1K, v_BG1V))
         sink_q = call.sink_queries(q_BH1K, self.longest)
         softmax = softmax_of(q_BH1K, options.get("scaling"), 0.0, dict(options))
         local = self._attend_local(served, q_BH1K.contiguous(), sink_q, softmax)
@@ -105,28 +112,34 @@ class DecodedTokens:
             parts = [(q_BH1K, slice(0, None), self.used)]
             if sink_q_BH1K is not None and sinks:
                 counts = self.used.clamp(max=sinks)
-                parts = [(sink_q_BH1K, slice(0, sinks), counts), (q_BH1K, slice(sinks, None), self.used - counts)]
+                parts = [
+                    (sink_q_BH1K.contiguous(), slice(0, sinks), counts),
+                    (q_BH1K, slice(sinks, None), self.used - counts),
+                ]
             segments = [
-                Segment(query.contiguous(), keys[:, :, span], values[:, :, span], rows=self.blocks, counts=counts)
+                Segment(query, keys[:, :, span], values[:, :, span], rows=self.blocks, counts=counts)
                 for query, span, counts in parts
             ]
+            if self.anchors is not None:
+                extra = served.pages["anchor_keys"], served.pages["anchor_values"]
+                segments.append(Segment(parts[0][0], *extra, rows=self.blocks, counts=self.anchors.counts))
             return native.attend_one(segments, 0, softmax.scaling)
-        return self._attend_in_torch(keys, values, q_BH1K, sink_q_BH1K, softmax)
+        return self._attend_in_torch(served, q_BH1K, sink_q_BH1K, softmax)
 
     def _attend_in_torch(
-        self,
-        keys: torch.Tensor,
-        values: torch.Tensor,
-        q_BH1K: torch.Tensor,
-        sink_q_BH1K: torch.Tensor | None,
-        softmax: Softmax,
+        self, served: ServedLayer, q_BH1K: torch.Tensor, sink_q_BH1K: torch.Tensor | None, softmax: Softmax
     ) -> torch.Tensor:
         """The same in torch, on a copy of the rings."""
-        own_keys, own_values, sinks = keys[self.blocks], values[self.blocks], self.runtime.exact.sinks
-        beyond = torch.arange(own_keys.size(2)) >= self.used[:, None]
+        keys, values = (served.pages[name][self.blocks] for name in ("keys", "values"))
+        beyond, sinks = torch.arange(keys.size(2)) >= self.used[:, None], self.runtime.exact.sinks
+        if self.anchors is not None:
+            extra = (served.pages[name][self.blocks] for name in ("anchor_keys", "anchor_values"))
+            keys, values = (torch.cat(pair, dim=2) for pair in zip(extra, (keys, values), strict=True))
+            missing = torch.arange(self.anchors.board.anchors) >= self.anchors.counts[:, None]
+            beyond, sinks = torch.cat((missing, beyond), dim=1), sinks + missing.size(1)
         mask_B11N = torch.zeros(beyond.shape).masked_fill_(beyond, float("-inf"))[:, None, None]
-        weights = explicit_weights(q_BH1K, sink_q_BH1K, own_keys, mask_B11N, slice(0, sinks), softmax)
-        return torch.matmul(weights.to(own_values.dtype), own_values).view(self.count, 1, -1, own_values.size(3))
+        weights = explicit_weights(q_BH1K, sink_q_BH1K, keys, mask_B11N, slice(0, sinks), softmax)
+        return torch.matmul(weights.to(values.dtype), values).view(self.count, 1, -1, values.size(3))
 
     def close(self) -> None:
         """Stores the gates of the new tokens, which every layer has read."""
@@ -135,3 +148,5 @@ class DecodedTokens:
         gates_LBNH = type(memories[0]).gates_of_layers(memories, x_LBD)
         record = self.runtime.pages["record"]
         record[:, self.blocks, 0, self.places] = TokenRecord(gates_LBNH, None).pack().to(record.dtype)
+        if self.anchors is not None:
+            self.anchors.close()

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import torch
 
+from ahn.anchors.selection import Scoreboard
 from ahn.attachment import Attachment, AttentionLayer
 from ahn.cache.window import SinkWindow
 from ahn.config import RunSettings
@@ -86,6 +87,11 @@ class Runtime:
         return next(reversed(self.layers))
 
     @functools.cached_property
+    def board(self) -> Scoreboard | None:
+        """The scoreboard of a text that begins, or `None` where there are no anchors."""
+        return empty_cache(self.attachment, self.settings).scoreboard
+
+    @functools.cached_property
     def exact(self) -> SinkWindow:
         """The sinks and the window of the first layer here, empty."""
         return memory_layer(empty_cache(self.attachment, self.settings), self.first).exact
@@ -94,11 +100,8 @@ class Runtime:
     def pages(self) -> dict[str, torch.Tensor]:
         """The pages of all layers here, `[L, blocks, ...]`, which vLLM lays out at equal distances; else nothing."""
         layers = [served.pages for served in self.layers.values()]
-        return {
-            name: stacked
-            for name in layers[0]
-            if (stacked := _stacked([pages.get(name) for pages in layers])) is not None
-        }
+        stacked = {name: _stacked([pages.get(name) for pages in layers]) for name in layers[0]}
+        return {name: tensor for name, tensor in stacked.items() if tensor is not None}
 
     @functools.cached_property
     def decodes_together(self) -> bool:
@@ -106,9 +109,10 @@ class Runtime:
         layers = list(self.layers.values())
         kinds = {(type(each.memory), each.layer.shape, each.layer.sliding_window) for each in layers}
         needed = {"keys", "values", "record", "state"}
-        is_alike = (
-            len(kinds) == 1 and self.attachment.config.memory_positions == "rope" and not self.settings.has_anchors
-        )
+        is_alike = len(kinds) == 1 and self.attachment.config.memory_positions == "rope"
+        if self.board is not None:
+            needed |= {"anchor_keys", "anchor_values"}
+            is_alike = is_alike and not self.board.score.accumulates  # such a score looks at the weights of attention
         return is_alike and needed <= set(self.pages) and all(each.memory.is_plain() for each in layers)
 
 
