@@ -289,11 +289,7 @@ def _read_sample(backbone: Any, attachment: Attachment, use_cache: bool = False)
 
 
 def _verify(backbone: Any, attachment: Attachment, expected: torch.Tensor) -> None:
-    """Reads a short text with the memory: every layer must take part, and nothing may change up to sinks + window.
-
-    Raises:
-        ModelError: A layer was left out, or the outputs differ from the base model's.
-    """
+    """Reads a short text with the memory: every layer must take part, and nothing may change up to sinks + window."""
     name = type(backbone).__name__
     served: set[int] = set()
     try:
@@ -304,12 +300,7 @@ def _verify(backbone: Any, attachment: Attachment, expected: torch.Tensor) -> No
         raise
     except Exception as error:
         raise ModelError(f"no memory can be attached to {name}: reading with it failed ({error})") from error
-    if (
-        missing := {
-            attention_layer.index for attention_layer in attachment.layers if attention_layer.memory is not None
-        }
-        - served
-    ):
+    if missing := {layer.index for layer in attachment.layers if layer.memory is not None} - served:
         raise ModelError(f"no memory can be attached to {name}: layers {sorted(missing)} do not pass its inputs on")
     scale = expected.abs().mean().clamp(min=1e-6)
     if bool((actual - expected).abs().mean() > attachment.tolerance * scale):
@@ -335,11 +326,7 @@ def _write_sample(model: Any, attachment: Attachment) -> torch.Tensor:
 
 
 def _verify_wrapper(model: Any, attachment: Attachment, expected: torch.Tensor) -> None:
-    """Reads and writes a short text by way of the model that the user holds.
-
-    Raises:
-        ModelError: It fails, or reads otherwise than without a memory.
-    """
+    """Reads and writes a short text by way of the model that the user holds, which must read as without a memory."""
     name = type(model).__name__
     try:
         with mode(model, "ahn", anchors=0):
@@ -358,11 +345,7 @@ def _verify_wrapper(model: Any, attachment: Attachment, expected: torch.Tensor) 
 
 
 def _refuse_continuous_batching(*args: Any, **kwargs: Any) -> NoReturn:
-    """Says why `generate_batch` and its kind do not work.
-
-    Raises:
-        CacheError: Always.
-    """
+    """Says why `generate_batch` and its kind do not work."""
     raise CacheError(
         "continuous batching (generate_batch) keeps keys and values in pages of its own, which have no place for a "
         "memory: call model.generate on a padded batch, or ahn.detach(model) first"

@@ -77,7 +77,7 @@ def unwrap(model: Any) -> Any:
 
 def active_module(module: Any) -> Any:
     """The module that a wrapper of peft's `modules_to_save` uses now, or the module itself."""
-    saved = getattr(module, "modules_to_save", None)
+    saved = module._modules.get("modules_to_save")  # `getattr` would search, and fail, at each layer of each token
     if not isinstance(saved, nn.ModuleDict):
         return module
     active: list[str] = [] if module.disable_adapters else module.active_adapters

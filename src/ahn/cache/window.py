@@ -134,9 +134,8 @@ class SinkWindow:
         if self.dtype is not None:
             key, value = key.to(self.dtype), value.to(self.dtype)
         slot, old = self._keep_slot(Tokens(key, value, self._ring.record))
-        buffer = self._ring
-        buffer.keys[:, :, slot : slot + 1] = key
-        buffer.values[:, :, slot : slot + 1] = value
+        self._ring.keys.narrow(2, slot, 1).copy_(key)
+        self._ring.values.narrow(2, slot, 1).copy_(value)
         return self._after_one(old if keep_evicted and self.is_full else None)
 
     def begin_key(self, contents: Callable[[], Tokens] | None) -> int:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import torch
 
-from ahn.errors import ModelError
+from ahn.errors import ModelError, one_line
 from ahn.models.filling import build, fill
 from ahn.models.gguf_file import GGUFFile, TensorPlace
 from ahn.quantization import GroupedWeight, HalfWeight, StoredWeight, round_to_groups
@@ -88,7 +88,7 @@ class GGUFModel:
             self.file = GGUFFile(path)
             self.architecture = self.field("general.architecture")
         except _UNREADABLE as error:
-            said = " ".join(str(error).split())[:200]
+            said = one_line(error)[:200]
             raise ModelError(f"'{path}' is damaged, cut off or no GGUF file: {said}. Download it again.") from None
         self.tensors = self.file.tensors
         if self.architecture not in FAMILIES:
@@ -248,7 +248,7 @@ def load_gguf(path: Path, config: PreTrainedConfig | None = None) -> PreTrainedM
         model = build(config or opened.config())
         missing = fill(model, opened.weights(), None)
     except _UNREADABLE as error:
-        said = " ".join(str(error).split())[:200]
+        said = one_line(error)[:200]
         raise ModelError(f"'{path}' does not hold the weights of the model that it describes: {said}") from None
     if missing:
         raise ModelError(f"'{path}' lacks {len(missing)} weights, {missing[0]} among them: the file is incomplete")

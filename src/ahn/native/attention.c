@@ -179,9 +179,9 @@ static void widen_rows(index_t kind, const uint16_t *from, index_t step, index_t
 INLINE void read_block(const int heads, const Segment *segment, index_t b, index_t g, index_t start, index_t count,
                        const Call *call, index_t head, Tally *tallies, float *sums)
 {
-    index_t K = call->K, V = call->V;
-    index_t first_key = b * segment->key_batch + g * segment->key_head + start * segment->key_place;
-    index_t first_value = b * segment->value_batch + g * segment->value_head + start * segment->value_place;
+    index_t K = call->K, V = call->V, row = segment->rows ? segment->rows[b] : b;
+    index_t first_key = row * segment->key_batch + g * segment->key_head + start * segment->key_place;
+    index_t first_value = row * segment->value_batch + g * segment->value_head + start * segment->value_place;
     const float *query = segment->query + (b * call->H + head) * K;
     float scores[MOST_VECTORS * KEY_BLOCK] __attribute__((aligned(ALIGNMENT)));
     index_t width = rounded(count);
@@ -231,8 +231,11 @@ void attend_block(const Call *call, const Segment *segments, index_t block, inde
     index_t start = block * KEY_BLOCK, R = call->R, V = call->V;
     const Segment *segment = segments;
     for (; start >= segment->count; segment++) start -= (segment->count + KEY_BLOCK - 1) / KEY_BLOCK * KEY_BLOCK;
-    index_t keys = segment->count - start < KEY_BLOCK ? segment->count - start : KEY_BLOCK;
-    for (index_t i = 0; i < R; i += MOST_VECTORS) {
+    index_t keys = (segment->counts ? segment->counts[b] : segment->count) - start;
+    if (keys > KEY_BLOCK) keys = KEY_BLOCK;
+    if (keys <= 0)
+        for (index_t i = 0; i < R; i++) tallies[i] = (Tally){-INFINITY, 0};
+    for (index_t i = 0; i < R && keys > 0; i += MOST_VECTORS) {
         Tally *found = tallies + i;
         float *to = sums + i * V;
         switch (R - i) {

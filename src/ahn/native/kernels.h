@@ -70,6 +70,8 @@ typedef struct {
     index_t visible_batch;
     const float *mask; /* for a single query: added to its scores, or NULL */
     index_t mask_batch;
+    /* for a single query: where the keys of each row of the batch lie, and how many places of them it reads; or NULL */
+    const index_t *rows, *counts;
 } Segment;
 
 /* The best score so far of a row, the sum of exp(score - best), and the sum of values weighted so. */

@@ -23,7 +23,7 @@ from ahn.config import (
     same_setting,
     setting,
 )
-from ahn.errors import ConfigError
+from ahn.errors import ConfigError, one_line
 
 if TYPE_CHECKING:  # what takes seconds to import, and help texts need not
     from ahn.training.data import Cut
@@ -293,7 +293,7 @@ def read_yaml(file: str | Path) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{file} cannot be read ({getattr(error, 'strerror', None) or error})") from None
     except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise ConfigError(f"{file} is no YAML: {' '.join(str(error).split())}") from None
+        raise ConfigError(f"{file} is no YAML: {one_line(error)}") from None
     if not isinstance(values, dict):
         raise ConfigError(f"{file} holds no settings; write one `name: value` a line")
     return _with_new_names(values)
@@ -326,11 +326,7 @@ def _check_range(field: dataclasses.Field[Any], value: Any) -> None:
 
 
 def _typed(name: str, value: Any, hint: Any) -> Any:
-    """The value in the type that a setting has; numbers may come as text, for YAML reads 1e-3 as one.
-
-    Raises:
-        ConfigError: It is of another kind.
-    """
+    """The value in the type that a setting has; numbers may come as text, for YAML reads 1e-3 as one."""
     origin, parts = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
         if value is None:

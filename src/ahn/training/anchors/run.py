@@ -74,10 +74,6 @@ def check_anchor_settings(settings: AnchorSettings) -> None:
 def train_anchors(settings: AnchorSettings, say: Say | None = None) -> AnchorReport:
     """Makes scores for anchors and writes their weights into a folder, for `ahn.load_anchors`.
 
-    Args:
-        settings: The settings.
-        say: Prints a line of progress.
-
     Raises:
         ConfigError: A setting cannot work.
         DataError: The data cannot be found or read, or holds too little.
