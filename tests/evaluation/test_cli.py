@@ -22,7 +22,7 @@ RUN = [
     "--window",
     "--sinks",
     "--sink-positions",
-    "--quantize",
+    "--cache-dtype", "--quantize",
     "--out",
     "--seed",
     "--anchor-weights",

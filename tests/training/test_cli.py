@@ -18,7 +18,8 @@ from ahn.training.settings import TrainSettings
 from tests.training.common import write_base
 
 SURFACE = [
-    "--config", "--resume", "--data", "--out", "--model", "--base", "--memory", "--adapter", "--dtype", "--stages",
+    "--config", "--resume", "--data", "--out", "--model", "--base", "--memory", "--adapter", "--dtype", "--quantize",
+    "--stages",
     "--steps", "--transfer-steps", "--length", "--min-length", "--pack", "--cut", "--held-out", "--valid",
     "--streaming", "--download", "--window", "--sinks", "--draw", "--batch", "--accumulation", "--lr", "--seed",
     "--checkpointing", "--loss-share", "--teacher-cache", "--log-every", "--save-every", "--report-to",
