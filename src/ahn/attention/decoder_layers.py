@@ -86,7 +86,6 @@ class FastPath:
         self._layer, self._parts = layer, _parts(layer, attention)
         self._attachment, self._cache = call.attachment, id(call.cache)
         self.is_verified = False
-        self._token = Token()
         self._buffer: Tokens | None = None  # that the kernel can work on
         self._described: DescribedLayer | None = None
         if self._parts is not None:
@@ -175,7 +174,7 @@ class FastPath:
         extra: ExtraKV | None,
         normed: torch.Tensor,
     ) -> torch.Tensor:
-        store, token, out = self._store(call), self._token, torch.empty_like(hidden)
+        store, token, out = self._store(call), Token(), torch.empty_like(hidden)  # threads may share the layer
         exact = store.exact
         buffer: Any = exact.buffer
         state = None if store.state is None else store.state.contiguous()
