@@ -19,6 +19,9 @@ _MOST = 2**40
 """What no window and no number of tokens or layers passes."""
 AUTO = "auto"
 """The `anchor_score` that leaves it to the model, which decides when a text begins."""
+USUAL_ANCHORS = 128
+"""Anchors that commands and `from_pretrained` keep where there are weights to choose them by and nobody names a number.
+From there on twice as many bytes win little back, see docs/usage.md."""
 
 
 def setting(

@@ -84,6 +84,12 @@ def active_module(module: Any) -> Any:
     return next((saved[name] for name in active if name in saved), module.original_module)
 
 
+def only_captures(module: nn.Module) -> bool:
+    """Whether all hooks behind a module are those by which transformers once gave its outputs back (5.23)."""
+    hooks = module._forward_hooks
+    return not hooks or all(hook.__module__ == "transformers.utils.output_capturing" for hook in hooks.values())
+
+
 def execution_device(module: nn.Module) -> torch.device | None:
     """Device on which accelerate runs a module whose weights it keeps elsewhere, or `None` for any other module."""
     device = getattr(getattr(module, "_hf_hook", None), "execution_device", None)

@@ -205,7 +205,12 @@ class Memory(nn.Module, abc.ABC):
 
     @classmethod
     def update(
-        cls, k_LBGK: torch.Tensor, v_LBGV: torch.Tensor, gates_LBNH: torch.Tensor, state_LB: torch.Tensor
+        cls,
+        k_LBGK: torch.Tensor,
+        v_LBGV: torch.Tensor,
+        gates_LBNH: torch.Tensor,
+        state_LB: torch.Tensor,
+        rows_B: torch.Tensor | None = None,
     ) -> None:
         """Writes one evicted token into the states of several layers at once, in place; for decoding, no gradients.
 
@@ -213,16 +218,26 @@ class Memory(nn.Module, abc.ABC):
             k_LBGK: The token's keys, `[L, B, G, K]`.
             v_LBGV: Its values, `[L, B, G, V]`.
             gates_LBNH: Its gates, `[L, B, N, H]`.
-            state_LB: The states, `[L, B, *state_shape()]` float32, contiguous.
+            state_LB: The states, `[L, B, *state_shape()]` float32, contiguous; with `rows_B` those of any rows, and as
+                they lie.
+            rows_B: Which of these rows is whose, int64; `None` where they are those of the batch.
         """
+        places = None if rows_B is None else ops.state_places(state_LB, rows_B)
+        if rows_B is not None and places is None:
+            own = state_LB[:, rows_B]
+            cls.update(k_LBGK, v_LBGV, gates_LBNH, own)
+            state_LB[:, rows_B] = own
+            return
         write_LBH, decay_LBH = cls.gating(gates_LBNH)
-        k, v, strength, state = (x.flatten(0, 1) for x in (unit(k_LBGK), at_least_float32(v_LBGV), write_LBH, state_LB))
+        k, v, strength = (x.flatten(0, 1) for x in (unit(k_LBGK), at_least_float32(v_LBGV), write_LBH))
         decay = None if decay_LBH is None else decay_LBH.flatten(0, 1)
+        state = state_LB.flatten(0, 1) if places is None else state_LB
         with ops.full_precision(state):
             if cls.rule == "delta":
-                ops.write_delta_(k, v, decay, strength, state)
+                ops.write_delta_(k, v, decay, strength, state, places)
             else:
-                ops.write_state_space_(k, v, torch.ones_like(strength) if decay is None else decay, strength, state)
+                decay = torch.ones_like(strength) if decay is None else decay
+                ops.write_state_space_(k, v, decay, strength, state, places)
 
     def read(self, q_BTHK: torch.Tensor, state: torch.Tensor) -> torch.Tensor:
         """What queries read from a state as it is, `[B, T, H, V]` in the dtype of the state; for decoding.
@@ -262,7 +277,12 @@ class Memory(nn.Module, abc.ABC):
         return out_HXV.transpose(0, 1).view(normed_BTHV.shape)
 
     def decode_add(
-        self, local_B1HV: torch.Tensor, q_B1HK: torch.Tensor, x_B1D: torch.Tensor, state: torch.Tensor
+        self,
+        local_B1HV: torch.Tensor,
+        q_B1HK: torch.Tensor,
+        x_B1D: torch.Tensor,
+        state: torch.Tensor,
+        rows_B: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """The attention output of one token with what the memory adds to it, `[B, 1, H, V]`; for decoding.
 
@@ -270,15 +290,20 @@ class Memory(nn.Module, abc.ABC):
             local_B1HV: Output of the attention over exact tokens; it may be overwritten.
             q_B1HK: The token's query, `[B, 1, H, K]`.
             x_B1D: Input of the attention layer, `[B, 1, D]`.
-            state: The state, `[B, *state_shape()]` float32.
+            state: The state, `[B, *state_shape()]` float32; with `rows_B` that of any rows.
+            rows_B: Which of these rows is whose, int64; `None` where they are those of the batch.
         """
+        if ops.decode_add_(local_B1HV, q_B1HK, x_B1D, state, self.output_weights(), rows_B):
+            return local_B1HV
+        state = state if rows_B is None else state[rows_B]
+        return local_B1HV + self.project_out(self.read(q_B1HK, state), x_B1D).to(local_B1HV.dtype)
+
+    def output_weights(self) -> ops.OutputWeights:
+        """What its output is computed from, for kernels."""
         gate, key_first = self.g_proj, self.rule == "delta"
-        weights = ops.OutputWeights(
+        return ops.OutputWeights(
             gate.weight, gate.bias, self._norm, self.o_proj, self._scale, self.norm_per_head, key_first
         )
-        if ops.decode_add_(local_B1HV, q_B1HK, x_B1D, state, weights):
-            return local_B1HV
-        return local_B1HV + self.project_out(self.read(q_B1HK, state), x_B1D).to(local_B1HV.dtype)
 
     def is_plain(self) -> bool:
         """Whether its weights can be taken without calling its maps: nothing has replaced, wrapped or hooked them.

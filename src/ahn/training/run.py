@@ -20,6 +20,7 @@ from ahn.checkpoint import describe
 from ahn.errors import ConfigError, one_line
 from ahn.memories import MEMORIES
 from ahn.models import load_model, load_tokenizer
+from ahn.models.loading import is_gguf
 from ahn.models.text import evenly
 from ahn.training.batches import Pieces, PieceStream, collate
 from ahn.training.data import load_pieces, stream_pieces
@@ -247,7 +248,9 @@ def _model(settings: TrainSettings, sequences: Pieces | PieceStream, say: Say, b
     """The base model with the memory as it is before the first step; any memory if its weights come later."""
     half = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
     dtype = ("bfloat16" if half else "float32") if settings.dtype == "auto" else settings.dtype
-    model = load_model(settings.model, dtype)
+    if settings.quantize is not None or is_gguf(settings.model):
+        dtype = "float32"
+    model = load_model(settings.model, dtype, quantize=settings.quantize)
     torch.manual_seed(settings.seed)
     ahn.attach(model, settings.memory_config())
     if begun:

@@ -15,6 +15,7 @@ from ahn.config import (
     AHNConfig,
     ExactTokens,
     MemoryPositions,
+    Quantize,
     Settings,
     SinkPositions,
     check_choice,
@@ -66,6 +67,12 @@ class TrainSettings(Settings):
         "Of the base: float32, bfloat16, float16, or auto, which is bfloat16 on a GPU and float32 elsewhere.",
         choices=("auto", "float32", "bfloat16", "float16"),
         metavar="DTYPE",
+    )
+    quantize: str | None = setting(
+        None,
+        "Store the weights of the base, which stay frozen, in fewer bits.",
+        choices=typing.get_args(Quantize),
+        unset="as the file has them",
     )
     stages: tuple[str, ...] = setting(("distill",), "distill, transfer, or transfer,distill.", joined=True)
     steps: int = setting(500, "Optimizer steps of distill.", least=1)
@@ -196,6 +203,8 @@ class TrainSettings(Settings):
 
         if not self.stages or [stage for stage in STAGES if stage in self.stages] != list(self.stages):
             raise ConfigError(f"stages must be transfer, distill or both in this order, not {list(self.stages)}")
+        if self.quantize is not None and self.dtype not in ("auto", "float32"):
+            raise ConfigError(f"a base in {self.quantize} multiplies in float32: leave dtype={self.dtype} out")
         if not 0 < self.loss_share <= 1:
             raise ConfigError(f"loss_share must be a share above 0 and at most 1, not {self.loss_share}")
         if self.teacher_cache is not None and self.losses.get("attention"):
