@@ -14,15 +14,14 @@ from typing import Any
 
 import pytest
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import FalconConfig, PreTrainedTokenizerFast
+from transformers import FalconConfig
 from transformers.utils import logging
 
 import ahn
 from ahn import native
 from ahn.cli import checks, loading, main
 from ahn.cli.app import command
-from tests.tiny import MEMORIES, give_score_weights, text, tiny, with_memory
+from tests.tiny import MEMORIES, byte_tokenizer, give_score_weights, text, tiny, with_memory
 
 SURFACE = {
     "demo": [
@@ -58,10 +57,6 @@ SURFACE = {
     ],
 }  # fmt: skip
 FROZEN_ELSEWHERE = {"eval", "train"}  # commands whose surface stands in a test of their own
-CHAT = (
-    "{% for turn in messages %}<{{ turn['role'] }}>{{ turn['content'] }}</s>{% endfor %}"
-    "{% if add_generation_prompt %}<assistant>{% endif %}"
-)
 ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
 RUN = "import sys; from ahn.cli import main; sys.exit(main())"
 
@@ -77,20 +72,6 @@ def as_before(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     (logging.enable_progress_bar if bars else logging.disable_progress_bar)()
 
 
-def write_tokenizer(folder: Path, chat: bool) -> None:
-    """A tokenizer of single bytes: ids 0 to 2 are special, the others are bytes."""
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {token: index for index, token in enumerate(["<pad>", "<s>", "</s>", *letters])}
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>", model_max_length=64
-    )
-    fast.chat_template = CHAT if chat else None
-    fast.save_pretrained(folder)
-
-
 @pytest.fixture(scope="session")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with models, adapters, a cache, and files that are wrong in every way."""
@@ -98,7 +79,9 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     sizes = {"vocab_size": 259, "head_dim": 8}
     for name, chat in (("model", False), ("chatty", True)):
         tiny("qwen3", **sizes).save_pretrained(place / name)
-        write_tokenizer(place / name, chat)
+        tokenizer = byte_tokenizer()
+        tokenizer.model_max_length, tokenizer.chat_template = 64, tokenizer.chat_template if chat else None
+        tokenizer.save_pretrained(place / name)
     ahn.save(with_memory("qwen3", model=sizes), place / "adapter")
     ahn.save(with_memory("qwen3", model={**sizes, "hidden_size": 16}), place / "misfit")
     both = with_memory("qwen3", model=sizes, window=64)

@@ -13,6 +13,7 @@ from __future__ import annotations
 import torch
 
 from ahn import ops
+from ahn.attention.host import OURS
 from ahn.cache import HippocampalCache
 from ahn.cache.groups import LayerGroup, group_layers
 
@@ -26,12 +27,15 @@ class DecodeStep:
 
     Attributes:
         hidden: What each attention layer has read so far in this call, `[B, 1, D]`, by layer index.
+        takes_kernels: Whether whole layers may be left to the kernels.
     """
 
     def __init__(self, groups: list[LayerGroup], cache: HippocampalCache) -> None:
         self.groups = groups
         self.hidden: dict[int, torch.Tensor] = {}
         self._settings = cache.settings
+        attends = all(config._attn_implementation == OURS for config, _ in cache.attachment.implementations)
+        self.takes_kernels = attends and cache.padding is None and not torch.is_autocast_enabled("cpu")
 
     def close(self) -> None:
         """Ends the call, in which every layer has read the token."""

@@ -92,10 +92,11 @@ def attend_local(layer: LayerCall, query: torch.Tensor, view: VisibleKV, softmax
         view: What they may read.
         softmax: The layer's softmax.
     """
-    if view.ordered:
+    dtype = view.local.keys.dtype
+    alike = query.dtype == dtype and (view.extra is None or view.extra.keys.dtype == dtype)
+    if view.ordered or (alike and not ops.in_autocast(query)):
         return _attend(layer, query, view, softmax)
     # What is held may be of another dtype than the token: one of them came inside autocast, the other did not.
-    dtype = view.local.keys.dtype
     with ops.full_precision(query):
         extra = None if view.extra is None else view.extra.to(dtype)
         return _attend(layer, query.to(dtype), view._replace(extra=extra), softmax).to(query.dtype)
@@ -103,12 +104,12 @@ def attend_local(layer: LayerCall, query: torch.Tensor, view: VisibleKV, softmax
 
 def _attend(layer: LayerCall, query: torch.Tensor, view: VisibleKV, softmax: Softmax) -> torch.Tensor:
     """The same by the first backend that can."""
-    sink_query = layer.sink_queries(query, view.seen)
+    local = layer.read(query, view, softmax)
     for backend in (in_c, with_gradients):
-        if backend.can_attend(layer.call, view, query, sink_query, softmax):
-            attended: torch.Tensor = backend.attend(layer.call, view, query, sink_query, softmax)
+        if backend.can_attend(local):
+            attended: torch.Tensor = backend.attend(local)
             return attended
-    return in_torch.attend(layer.call, view, query, sink_query, softmax)
+    return in_torch.attend(local)
 
 
 def read_memory(layer: LayerCall, store: HippocampalLayer, query: torch.Tensor, view: VisibleKV) -> torch.Tensor:
@@ -171,7 +172,7 @@ def _score(
         call.padding,
         layer.hidden,
         *projected,
-        attention=lambda: attention_blocks(call, view, query, layer.sink_queries(query, view.seen), softmax),
+        attention=lambda: attention_blocks(layer.read(query, view, softmax)),
         weights=layer.layer.score_weights(selection.scoreboard.score.name),
         state=store.score_state.stored,
         rotary=layer.rotary,

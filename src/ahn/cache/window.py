@@ -127,10 +127,20 @@ class SinkWindow:
             keep_evicted: Whether the view shall hold the token that leaves.
         """
         slot, old = self._keep_slot(Tokens(key, value, self._ring.record))
-        buffer = self._ring
-        buffer.keys[:, :, slot : slot + 1] = key
-        buffer.values[:, :, slot : slot + 1] = value
+        self._ring.keys.narrow(2, slot, 1).copy_(key)
+        self._ring.values.narrow(2, slot, 1).copy_(value)
         return self._after_one(old if keep_evicted and self._is_full else None)
+
+    def begin_key(self) -> tuple[int, Tokens]:
+        """Takes in a token whose key and value a kernel will write; its slot, and what left the window from there."""
+        slot, old = self._keep_slot(self._ring)
+        leaves = self._is_full
+        self.seen += 1
+        return slot, old if leaves else old.span(0, 0)
+
+    def last_slot(self) -> int:
+        """The slot of the token that came last."""
+        return self._slot(self.seen - 1)
 
     def write_record(self, record_BF: torch.Tensor) -> None:
         """Stores the record of the token that came last."""

@@ -77,7 +77,7 @@ def load_anchors(
     """
     attachment, where = attachment_of(model), os.fspath(path_or_hub_id)
     folder = locate(where, HubSource(revision, **options), ANCHORS.config)
-    weights = _read(where, folder, attachment, BaseInfo.of_model(model))
+    weights = read_anchors(where, folder, attachment, BaseInfo.of_model(model))
     for layer in attachment.layers:
         if layer.memory is not None:
             set_score_weights(layer, weights.get(layer.index, {}))
@@ -118,8 +118,18 @@ def usual_anchors(model: nn.Module) -> int:
     return USUAL_ANCHORS
 
 
-def _read(where: str, folder: Path, attachment: Attachment, base: BaseInfo) -> dict[int, dict[str, nn.Module]]:
-    """The weights in a folder, by layer and score."""
+def read_anchors(where: str, folder: Path, attachment: Attachment, base: BaseInfo) -> dict[int, dict[str, nn.Module]]:
+    """The weights of anchor scores in a folder, by layer and score.
+
+    Args:
+        where: The name that the user gave, for messages.
+        folder: The folder.
+        attachment: The memory whose layers they are for.
+        base: Its base model.
+
+    Raises:
+        CheckpointError: There are none, or they are damaged or do not fit.
+    """
     if not (folder / ANCHORS.config).is_file():
         raise failure(where, f"it holds no {ANCHORS.config}", "Give a folder that ahn.save_anchors wrote")
     values, stored = read_pair(where, folder, ANCHORS)

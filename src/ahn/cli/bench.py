@@ -13,11 +13,10 @@ from ahn.cli.loading import ModelSettings
 from ahn.cli.options import from_fields
 from ahn.cli.terminal import UsageError, log, megabytes, notes, output
 from ahn.config import setting
+from ahn.evaluation.tables import ResultTable
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-
-    from rich.table import Table
 
     from ahn.cli.loading import Loaded
     from ahn.speed import Speed, Timing
@@ -123,24 +122,13 @@ def _print_tables(speed: Speed, title: str, rounds: int) -> None:
         ),
         soft_wrap=True,
     )
-    screen.print("", _table("Writing one token", speed.decoding), "", sep="\n")
-    screen.print(_table(f"Reading {speed.chunk:,} tokens, time per token", speed.reading))
+    _table("Writing one token", speed.decoding).print(screen)
+    _table(f"Reading {speed.chunk:,} tokens, time per token", speed.reading).print(screen)
 
 
-def _table(what: str, rows: Sequence[Timing]) -> Table:
-    from rich import box
-    from rich.table import Table
-
-    first = rows[0].arm
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True, show_edge=False, header_style="bold")
-    table.title, table.title_justify, table.title_style = what, "left", "bold"
-    table.add_column("after", justify="right", no_wrap=True)
-    table.add_column("arm", no_wrap=True)
-    for title in ("ms", "floor", "tokens/s", f"x {first}", "cache, MB"):
-        table.add_column(title, justify="right", no_wrap=True)
-    for row in rows:
-        table.add_row(*_cells(row))
-    return table
+def _table(what: str, rows: Sequence[Timing]) -> ResultTable:
+    columns = ["after", "arm", "ms", "floor", "tokens/s", f"x {rows[0].arm}", "cache, MB"]
+    return ResultTable(columns, [_cells(row) for row in rows], what)
 
 
 def _cells(row: Timing) -> list[Any]:

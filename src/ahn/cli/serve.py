@@ -76,11 +76,7 @@ def _serve(loaded: Loaded, settings: ServeSettings, anchors: int, listening: soc
 
 
 def _with_key(settings: ServeSettings) -> ServeSettings:
-    """The settings with the key of the environment, if they bring none.
-
-    Raises:
-        UsageError: There is no key, and the address is open to others.
-    """
+    """The settings with the key of the environment, if they bring none; an address open to others needs one."""
     key = settings.api_key or os.environ.get("AHN_API_KEY") or None
     if key is None and not _is_local(settings.host):
         raise UsageError(f"--host {settings.host} is open to others. Set AHN_API_KEY, or leave --host out.")

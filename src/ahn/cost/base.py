@@ -21,7 +21,7 @@ from ahn.backbone.rotary import find_rotary
 from ahn.backbone.survey import find_backbone
 from ahn.checkpoint.published import clean_config, is_published
 from ahn.config import AHNConfig
-from ahn.errors import ModelError
+from ahn.errors import ModelError, one_line
 from ahn.memories import Memory, MemoryShape, build_memory, memory_names
 from ahn.models import as_dtype, load_config
 from ahn.surgery import survey
@@ -161,7 +161,7 @@ def _build(name: str, config: Any) -> Any:
             copy.deepcopy(config), dtype=torch.bfloat16, attn_implementation="eager"
         ).eval()
     except Exception as error:  # families and their configs check themselves with errors of several kinds
-        text = " ".join(str(error).split())
+        text = one_line(error)
         raise ModelError(f"'{name}' cannot be built from its config: {text[:300]}. Check its config.json.") from None
     if (rotary := find_rotary(model)) is not None:
         # Frequencies that follow the length of the text would look at values; the innermost function does not.

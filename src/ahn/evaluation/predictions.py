@@ -51,9 +51,6 @@ class Prediction:
     def score(self, scoring: Scoring = "official") -> float:
         """Its score, 0 to 1.
 
-        Args:
-            scoring: Whose rules.
-
         Raises:
             EvaluationError: It cannot be scored, which names its place, or a package is missing.
         """
@@ -65,12 +62,7 @@ class Prediction:
 
 
 def to_record(sample: Sample, text: str) -> dict[str, Any]:
-    """A line of a file of predictions, ready for JSON.
-
-    Args:
-        sample: The record that was asked.
-        text: What the model wrote.
-    """
+    """A line of a file of predictions, ready for JSON."""
     record = {
         "benchmark": sample.target.benchmark.name,
         "task": sample.target.name,
@@ -82,11 +74,7 @@ def to_record(sample: Sample, text: str) -> dict[str, Any]:
 
 
 def from_record(record: Record) -> Prediction:
-    """The prediction in a line that `to_record` gave.
-
-    Args:
-        record: The line; it may hold more.
-    """
+    """The prediction in a line that `to_record` gave; the line may hold more."""
     where = f"{record['task']}, record {record['id']}"
     return _prediction(record, where, find(record["task"]), 0)
 

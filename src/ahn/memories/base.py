@@ -103,7 +103,11 @@ class Memory(nn.Module, abc.ABC):
         for parameter, draw in self.gate_parameters.items():
             self.register_parameter(parameter, nn.Parameter(draw(heads)))
         for projection in (*self.projections, "g_proj"):
-            setattr(self, projection, _projection(shape.hidden_size, heads, self.bias))
+            linear = nn.Linear(shape.hidden_size, heads, bias=self.bias)
+            nn.init.normal_(linear.weight, std=0.02)
+            if self.bias:
+                nn.init.zeros_(linear.bias)
+            setattr(self, projection, linear)
         if self.norm_per_head:
             self.o_norm = nn.Parameter(torch.ones(value_size))
         else:
@@ -201,7 +205,12 @@ class Memory(nn.Module, abc.ABC):
 
     @classmethod
     def update(
-        cls, k_LBGK: torch.Tensor, v_LBGV: torch.Tensor, gates_LBNH: torch.Tensor, state_LB: torch.Tensor
+        cls,
+        k_LBGK: torch.Tensor,
+        v_LBGV: torch.Tensor,
+        gates_LBNH: torch.Tensor,
+        state_LB: torch.Tensor,
+        rows_B: torch.Tensor | None = None,
     ) -> None:
         """Writes one evicted token into the states of several layers at once, in place; for decoding, no gradients.
 
@@ -209,16 +218,26 @@ class Memory(nn.Module, abc.ABC):
             k_LBGK: The token's keys, `[L, B, G, K]`.
             v_LBGV: Its values, `[L, B, G, V]`.
             gates_LBNH: Its gates, `[L, B, N, H]`.
-            state_LB: The states, `[L, B, *state_shape()]` float32, contiguous.
+            state_LB: The states, `[L, B, *state_shape()]` float32, contiguous; with `rows_B` those of any rows, and as
+                they lie.
+            rows_B: Which of these rows is whose, int64; `None` where they are those of the batch.
         """
+        places = None if rows_B is None else ops.state_places(state_LB, rows_B)
+        if rows_B is not None and places is None:
+            own = state_LB[:, rows_B]
+            cls.update(k_LBGK, v_LBGV, gates_LBNH, own)
+            state_LB[:, rows_B] = own
+            return
         write_LBH, decay_LBH = cls.gating(gates_LBNH)
-        k, v, strength, state = (x.flatten(0, 1) for x in (unit(k_LBGK), at_least_float32(v_LBGV), write_LBH, state_LB))
+        k, v, strength = (x.flatten(0, 1) for x in (unit(k_LBGK), at_least_float32(v_LBGV), write_LBH))
         decay = None if decay_LBH is None else decay_LBH.flatten(0, 1)
+        state = state_LB.flatten(0, 1) if places is None else state_LB
         with ops.full_precision(state):
             if cls.rule == "delta":
-                ops.write_delta_(k, v, decay, strength, state)
+                ops.write_delta_(k, v, decay, strength, state, places)
             else:
-                ops.write_state_space_(k, v, torch.ones_like(strength) if decay is None else decay, strength, state)
+                decay = torch.ones_like(strength) if decay is None else decay
+                ops.write_state_space_(k, v, decay, strength, state, places)
 
     def read(self, q_BTHK: torch.Tensor, state: torch.Tensor) -> torch.Tensor:
         """What queries read from a state as it is, `[B, T, H, V]` in the dtype of the state; for decoding.
@@ -258,7 +277,12 @@ class Memory(nn.Module, abc.ABC):
         return out_HXV.transpose(0, 1).view(normed_BTHV.shape)
 
     def decode_add(
-        self, local_B1HV: torch.Tensor, q_B1HK: torch.Tensor, x_B1D: torch.Tensor, state: torch.Tensor
+        self,
+        local_B1HV: torch.Tensor,
+        q_B1HK: torch.Tensor,
+        x_B1D: torch.Tensor,
+        state: torch.Tensor,
+        rows_B: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """The attention output of one token with what the memory adds to it, `[B, 1, H, V]`; for decoding.
 
@@ -266,15 +290,20 @@ class Memory(nn.Module, abc.ABC):
             local_B1HV: Output of the attention over exact tokens; it may be overwritten.
             q_B1HK: The token's query, `[B, 1, H, K]`.
             x_B1D: Input of the attention layer, `[B, 1, D]`.
-            state: The state, `[B, *state_shape()]` float32.
+            state: The state, `[B, *state_shape()]` float32; with `rows_B` that of any rows.
+            rows_B: Which of these rows is whose, int64; `None` where they are those of the batch.
         """
+        if ops.decode_add_(local_B1HV, q_B1HK, x_B1D, state, self.output_weights(), rows_B):
+            return local_B1HV
+        state = state if rows_B is None else state[rows_B]
+        return local_B1HV + self.project_out(self.read(q_B1HK, state), x_B1D).to(local_B1HV.dtype)
+
+    def output_weights(self) -> ops.OutputWeights:
+        """What its output is computed from, for kernels."""
         gate, key_first = self.g_proj, self.rule == "delta"
-        weights = ops.OutputWeights(
+        return ops.OutputWeights(
             gate.weight, gate.bias, self._norm, self.o_proj, self._scale, self.norm_per_head, key_first
         )
-        if ops.decode_add_(local_B1HV, q_B1HK, x_B1D, state, weights):
-            return local_B1HV
-        return local_B1HV + self.project_out(self.read(q_B1HK, state), x_B1D).to(local_B1HV.dtype)
 
     def is_plain(self) -> bool:
         """Whether its weights can be taken without calling its maps: nothing has replaced, wrapped or hooked them.
@@ -327,10 +356,13 @@ def _is_plain_linear(module: nn.Module) -> bool:
     return type(module) is nn.Linear and not hooked
 
 
-def _projection(hidden_size: int, heads: int, bias: bool) -> nn.Linear:
-    """A linear map from the hidden state to one number per head, started at N(0, 0.02)."""
-    linear = nn.Linear(hidden_size, heads, bias=bias)
-    nn.init.normal_(linear.weight, std=0.02)
-    if bias:
-        nn.init.zeros_(linear.bias)
-    return linear
+def draw_log_rate(heads: int) -> torch.Tensor:
+    """Log of the decay rate of each head, `[H]`: the rate is drawn from U(0, 16). Source: arXiv 2412.06464."""
+    return torch.empty(heads).uniform_(0, 16).clamp_(min=1e-4).log()
+
+
+def draw_step_bias(heads: int) -> torch.Tensor:
+    """Bias of each step, `[H]`: its softplus is drawn log-uniformly from (0.001, 0.1). Source: arXiv 2405.21060."""
+    low, high = torch.tensor(0.001).log(), torch.tensor(0.1).log()
+    step = (torch.rand(heads) * (high - low) + low).exp()
+    return step + torch.log(-torch.expm1(-step))  # the inverse of softplus

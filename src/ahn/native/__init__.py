@@ -41,6 +41,7 @@ __all__ = [
     "scan_back",
     "scan_state_space",
     "switched_off",
+    "team",
     "why_not",
     "write_delta_",
     "write_state_space_",
@@ -54,11 +55,11 @@ _ARGUMENTS = {
     "ahn_scan_back": [*[_INT] * 6, *[_POINTER] * 13, ctypes.c_int],
     "ahn_attend": [*[_INT] * 10, _FLOAT, _POINTER, _INT, _POINTER],
     "ahn_attend_one": [*[_INT] * 6, _FLOAT, _POINTER, _INT, _POINTER],
-    "ahn_write_delta": [*[_INT] * 3, *[_POINTER] * 5],
-    "ahn_write_state_space": [*[_INT] * 3, *[_POINTER] * 5],
+    "ahn_write_delta": [*[_INT] * 3, *[_POINTER] * 6],
+    "ahn_write_state_space": [*[_INT] * 3, *[_POINTER] * 6],
     "ahn_linear": [*[_INT] * 3, *[_POINTER] * 4],
     "ahn_linear_each": [*[_INT] * 5, *[_POINTER] * 3],
-    "ahn_decode_add": [*[_INT] * 5, *[_POINTER] * 7, _FLOAT, ctypes.c_int, ctypes.c_int, _POINTER],
+    "ahn_decode_add": [*[_INT] * 5, *[_POINTER] * 8, _FLOAT, ctypes.c_int, ctypes.c_int, _POINTER],
 }
 
 MOST_VECTORS = 4
@@ -95,6 +96,11 @@ def ready(*tensors: Tensor, sizes: Sequence[int] = ()) -> bool:
     if _off.get() or not isinstance(_kernels(), ctypes.CDLL):
         return False
     return all(size % _panel() == 0 for size in sizes)
+
+
+def team() -> int:
+    """Threads that a kernel of many steps works with: as many as torch does."""
+    return torch.get_num_threads()
 
 
 def why_not() -> str | None:
@@ -231,21 +237,57 @@ def attend_one(segments: Sequence[Segment], seen: int, scaling: float) -> Tensor
     return out
 
 
-def write_delta_(k_XK: Tensor, v_XV: Tensor, decay_X: Tensor | None, write_X: Tensor, state_XKV: Tensor) -> None:
-    """Writes one token into states of the (gated) delta rule, dense, in place; see `ahn.ops.write_delta_`."""
-    X, K, V = state_XKV.shape
-    check_shapes((k_XK, (X, K)), (v_XV, (X, V)), (decay_X, (X,)), (write_X, (X,)))
+def write_delta_(
+    k_XK: Tensor,
+    v_XV: Tensor,
+    decay_X: Tensor | None,
+    write_X: Tensor,
+    state: Tensor,
+    places_X: Tensor | None = None,
+) -> None:
+    """Writes one token into states of the (gated) delta rule, in place; see `ahn.ops.write_delta_`.
+
+    Args:
+        k_XK: Keys.
+        v_XV: Values.
+        decay_X: Share of each state that stays, or `None`.
+        write_X: Writing strengths.
+        state: The states, `[X, K, V]`, dense; with `places_X` of any shape `[..., K, V]`, each of them dense.
+        places_X: Where each state begins, in numbers from the first of `state`, int64.
+    """
+    (X, K), V = k_XK.shape, v_XV.size(1)
+    _check_states(state, (X, K, V), places_X)
+    check_shapes((v_XV, (X, V)), (decay_X, (X,)), (write_X, (X,)))
     k, v, write = k_XK.contiguous(), v_XV.contiguous(), write_X.contiguous()
     decay = None if decay_X is None else decay_X.contiguous()
-    _run("ahn_write_delta", X, K, V, k, v, decay, write, state_XKV)
+    _run("ahn_write_delta", X, K, V, k, v, decay, write, places_X, state)
 
 
-def write_state_space_(k_XK: Tensor, v_XV: Tensor, decay_X: Tensor, step_X: Tensor, state_XVK: Tensor) -> None:
-    """Writes one token into states of the state space recurrence, dense, in place; see `ahn.ops.write_state_space_`."""
-    X, V, K = state_XVK.shape
-    check_shapes((k_XK, (X, K)), (v_XV, (X, V)), (decay_X, (X,)), (step_X, (X,)))
+def write_state_space_(
+    k_XK: Tensor, v_XV: Tensor, decay_X: Tensor, step_X: Tensor, state: Tensor, places_X: Tensor | None = None
+) -> None:
+    """Writes one token into states of the state space recurrence, in place; see `ahn.ops.write_state_space_`.
+
+    Args:
+        k_XK: Keys.
+        v_XV: Values.
+        decay_X: Share of each state that stays.
+        step_X: Step sizes.
+        state: The states, `[X, V, K]`, dense; with `places_X` of any shape `[..., V, K]`, each of them dense.
+        places_X: As for `write_delta_`.
+    """
+    (X, K), V = k_XK.shape, v_XV.size(1)
+    _check_states(state, (X, V, K), places_X)
+    check_shapes((v_XV, (X, V)), (decay_X, (X,)), (step_X, (X,)))
     k, v, decay, step = (x.contiguous() for x in (k_XK, v_XV, decay_X, step_X))
-    _run("ahn_write_state_space", X, K, V, k, v, decay, step, state_XVK)
+    _run("ahn_write_state_space", X, K, V, k, v, decay, step, places_X, state)
+
+
+def _check_states(state: Tensor, shape: tuple[int, int, int], places_X: Tensor | None) -> None:
+    if places_X is None:
+        check_shapes((state, shape))
+    else:
+        check_shapes((places_X, shape[:1]), (state[(0,) * (state.dim() - 2)], shape[1:]))
 
 
 class OutputWeights(NamedTuple):
@@ -271,13 +313,20 @@ class OutputWeights(NamedTuple):
 
 
 def can_decode_add(local_B1HV: Tensor, q_B1HK: Tensor, x_B1D: Tensor, state: Tensor, weights: OutputWeights) -> bool:
-    """Whether `decode_add_` can work on these."""
+    """Whether `decode_add_` can work on these; with rows, the states of each must be dense too."""
     dense = [x for x in (local_B1HV, *weights[:4]) if x is not None]
     sizes = q_B1HK.size(3), local_B1HV.size(3)
     return all(x.is_contiguous() for x in dense) and ready(*dense, q_B1HK, x_B1D, state, sizes=sizes)
 
 
-def decode_add_(local_B1HV: Tensor, q_B1HK: Tensor, x_B1D: Tensor, state: Tensor, weights: OutputWeights) -> None:
+def decode_add_(
+    local_B1HV: Tensor,
+    q_B1HK: Tensor,
+    x_B1D: Tensor,
+    state: Tensor,
+    weights: OutputWeights,
+    rows_B: Tensor | None = None,
+) -> None:
     """Adds what a memory answers to one query per row, in place; see `ahn.ops.decode_add_`.
 
     Args:
@@ -286,15 +335,37 @@ def decode_add_(local_B1HV: Tensor, q_B1HK: Tensor, x_B1D: Tensor, state: Tensor
         x_B1D: Input of the attention layer.
         state: `[B, H, K, V]` with `weights.key_first`, else `[B, H, V, K]`.
         weights: The output.
+        rows_B: Which row of `state` is whose, int64; `None` where they are those of the batch.
     """
     B, _, H, K = q_B1HK.shape
     V, D = local_B1HV.size(3), x_B1D.size(2)
     check_shapes((local_B1HV, (B, 1, H, V)), (x_B1D, (B, 1, D)), (weights.gate_HD, (H, D)))
-    check_shapes((state, (B, H, K, V) if weights.key_first else (B, H, V, K)), (weights.gate_bias_H, (H,)))
-    check_shapes((weights.norm, (V,) if weights.per_head else (H * V,)), (weights.o_proj_HVV, (H, V, V)))
-    q, x, state = q_B1HK.contiguous(), x_B1D.contiguous(), state.contiguous()
+    held = B if rows_B is None else state.size(0)
+    check_shapes((state, (held, H, K, V) if weights.key_first else (held, H, V, K)), (weights.gate_bias_H, (H,)))
+    check_shapes(
+        (weights.norm, (V,) if weights.per_head else (H * V,)), (weights.o_proj_HVV, (H, V, V)), (rows_B, (B,))
+    )
+    q, x = q_B1HK.contiguous(), x_B1D.contiguous()
+    state = state.contiguous() if rows_B is None else state
+    places_B = None if rows_B is None else rows_B * state.stride(0)
     *tensors, scale, per_head, key_first = weights
-    _run("ahn_decode_add", B, H, K, V, D, q, x, state, *tensors, scale, int(per_head), int(key_first), local_B1HV)
+    _run(
+        "ahn_decode_add",
+        B,
+        H,
+        K,
+        V,
+        D,
+        q,
+        x,
+        state,
+        places_B,
+        *tensors,
+        scale,
+        int(per_head),
+        int(key_first),
+        local_B1HV,
+    )
 
 
 def can_multiply(vectors: int, size: int) -> bool:

@@ -3,31 +3,10 @@
  * Legend of shapes: B batch, T queries, H query heads, G kv heads, R = H / G, K key size, V value size (a multiple of
  * PANEL). Query heads that share a kv head are read together, so that its keys and values pass by once.
  */
-#include "vector.h"
+#include "kernels.h"
 
-#define KEY_BLOCK 256 /* keys that a row of queries meets at once */
 #define ROW_BLOCK 48  /* rows of queries that meet them: tokens times the query heads of a kv head */
 #define AHEAD 32      /* keys that are fetched ahead of those that a single query meets */
-
-/* Keys [B, G, count, K] and values [B, G, count, V] of consecutive places, and who reads them. */
-typedef struct {
-    const float *query; /* the queries that read them; their strides are those of the call */
-    const float *keys, *values;
-    index_t key_batch, key_head, key_place; /* strides in floats; the numbers of a key lie side by side */
-    index_t value_batch, value_head, value_place;
-    index_t count;
-    index_t first, window; /* token at the first place; a query reads as many tokens up to its own */
-    /* or, for each place, the first query that reads it and the first that reads it no more */
-    const index_t *visible_from, *visible_until;
-    index_t visible_batch;
-    const float *mask; /* for a single query: added to its scores, or NULL */
-    index_t mask_batch;
-} Segment;
-
-/* The best score so far of a row, the sum of exp(score - best), and the sum of values weighted so. */
-typedef struct {
-    float best, total;
-} Tally;
 
 /* Turns scores into weights exp(score - best), in place, and returns by how much earlier sums shrink. */
 INLINE float settle(float *scores, index_t width, Tally *tally)
@@ -55,13 +34,6 @@ INLINE float settle(float *scores, index_t width, Tally *tally)
 INLINE index_t rounded(index_t count) { return (count + PANEL - 1) / PANEL * PANEL; }
 
 /* --- many queries --------------------------------------------------------------------------------------------------*/
-
-typedef struct {
-    index_t T, H, R, K, V;
-    index_t query_batch, query_head, query_token; /* strides */
-    index_t seen;                                 /* index of the first query */
-    float scaling;
-} Call;
 
 /* One panel of keys, transposed: [K, PANEL], zeros where there are no more. */
 static void pack_panel(float *to, const float *keys, index_t step, index_t count, index_t K)
@@ -195,10 +167,10 @@ INLINE void weigh(const int heads, const float *weights, const float *values, in
 INLINE void read_block(const int heads, const Segment *segment, index_t b, index_t g, index_t start, index_t count,
                        const Call *call, index_t head, Tally *tallies, float *sums)
 {
-    index_t K = call->K, V = call->V;
-    const float *keys = segment->keys + b * segment->key_batch + g * segment->key_head + start * segment->key_place;
+    index_t K = call->K, V = call->V, row = segment->rows ? segment->rows[b] : b;
+    const float *keys = segment->keys + row * segment->key_batch + g * segment->key_head + start * segment->key_place;
     const float *values =
-        segment->values + b * segment->value_batch + g * segment->value_head + start * segment->value_place;
+        segment->values + row * segment->value_batch + g * segment->value_head + start * segment->value_place;
     const float *query = segment->query + (b * call->H + head) * K;
     float scores[MOST_VECTORS * KEY_BLOCK] __attribute__((aligned(ALIGNMENT)));
     index_t width = rounded(count);
@@ -215,8 +187,36 @@ INLINE void read_block(const int heads, const Segment *segment, index_t b, index
     weigh(heads, scores, values, segment->value_place, count, V, sums);
 }
 
-/* Adds up what the blocks of keys found for one query head. */
-static void merge(const Tally *tallies, const float *sums, index_t blocks, index_t step, index_t V, float *out)
+index_t key_blocks(const Segment *segments, index_t count)
+{
+    index_t blocks = 0;
+    for (index_t s = 0; s < count; s++) blocks += (segments[s].count + KEY_BLOCK - 1) / KEY_BLOCK;
+    return blocks;
+}
+
+void attend_block(const Call *call, const Segment *segments, index_t block, index_t b, index_t g, Tally *tallies,
+                  float *sums)
+{
+    index_t start = block * KEY_BLOCK, R = call->R, V = call->V;
+    const Segment *segment = segments;
+    for (; start >= segment->count; segment++) start -= (segment->count + KEY_BLOCK - 1) / KEY_BLOCK * KEY_BLOCK;
+    index_t keys = (segment->counts ? segment->counts[b] : segment->count) - start;
+    if (keys > KEY_BLOCK) keys = KEY_BLOCK;
+    if (keys <= 0)
+        for (index_t i = 0; i < R; i++) tallies[i] = (Tally){-INFINITY, 0};
+    for (index_t i = 0; i < R && keys > 0; i += MOST_VECTORS) {
+        Tally *found = tallies + i;
+        float *to = sums + i * V;
+        switch (R - i) {
+        case 1: read_block(1, segment, b, g, start, keys, call, g * R + i, found, to); break;
+        case 2: read_block(2, segment, b, g, start, keys, call, g * R + i, found, to); break;
+        case 3: read_block(3, segment, b, g, start, keys, call, g * R + i, found, to); break;
+        default: read_block(4, segment, b, g, start, keys, call, g * R + i, found, to); break;
+        }
+    }
+}
+
+void merge_blocks(const Tally *tallies, const float *sums, index_t blocks, index_t step, index_t V, float *out)
 {
     float best = -INFINITY, total = 0;
     for (index_t n = 0; n < blocks; n++) best = tallies[n * step].best > best ? tallies[n * step].best : best;
@@ -238,33 +238,19 @@ int ahn_attend_one(index_t B, index_t H, index_t G, index_t K, index_t V, index_
                    const Segment *segments, index_t count, float *out)
 {
     Call call = {.T = 1, .H = H, .R = H / G, .K = K, .V = V, .seen = seen, .scaling = scaling};
-    index_t R = call.R, blocks = 0;
-    for (index_t s = 0; s < count; s++) blocks += (segments[s].count + KEY_BLOCK - 1) / KEY_BLOCK;
+    index_t R = call.R, blocks = key_blocks(segments, count);
     float *memory = scratch(B * H * blocks * (V + 2));
     if (!memory) return 1;
     float *sums = memory;
     Tally *tallies = (Tally *)(memory + B * H * blocks * V);
 #pragma omp parallel for schedule(static)
     for (index_t unit = 0; unit < B * G * blocks; unit++) {
-        index_t pair = unit / blocks, b = pair / G, g = pair % G, start = unit % blocks * KEY_BLOCK;
-        const Segment *segment = segments;
-        for (; start >= segment->count; segment++)
-            start -= (segment->count + KEY_BLOCK - 1) / KEY_BLOCK * KEY_BLOCK;
-        index_t keys = segment->count - start < KEY_BLOCK ? segment->count - start : KEY_BLOCK;
-        for (index_t i = 0; i < R; i += MOST_VECTORS) {
-            Tally *found = tallies + unit * R + i;
-            float *to = sums + (unit * R + i) * V;
-            switch (R - i) {
-            case 1: read_block(1, segment, b, g, start, keys, &call, g * R + i, found, to); break;
-            case 2: read_block(2, segment, b, g, start, keys, &call, g * R + i, found, to); break;
-            case 3: read_block(3, segment, b, g, start, keys, &call, g * R + i, found, to); break;
-            default: read_block(4, segment, b, g, start, keys, &call, g * R + i, found, to); break;
-            }
-        }
+        index_t pair = unit / blocks;
+        attend_block(&call, segments, unit % blocks, pair / G, pair % G, tallies + unit * R, sums + unit * R * V);
     }
     for (index_t row = 0; row < B * H; row++) {
         index_t first = row / R * blocks * R + row % R;
-        merge(tallies + first, sums + first * V, blocks, R, V, out + row * V);
+        merge_blocks(tallies + first, sums + first * V, blocks, R, V, out + row * V);
     }
     free(memory);
     return 0;

@@ -3,22 +3,24 @@
  * Legend of shapes: X states, B batch, H query heads, G kv heads, K key size, V value size (a multiple of PANEL),
  * D hidden size.
  */
-#include "vector.h"
+#include "kernels.h"
 
 #define UNIT_EPSILON 1e-6f /* as in ahn.ops.norms: of a vector's squared length */
 #define NORM_EPSILON 1e-5f /* of its mean square */
 
 int ahn_panel(void) { return PANEL; }
 
-/* S <- decay S + k (write (v - decay S^T k))^T for each state [K, V]; see ahn.ops.write_delta_. */
+/* S <- decay S + k (write (v - decay S^T k))^T for each state [K, V]; see ahn.ops.write_delta_.
+ *
+ * State x begins at `places[x]`, in floats, or the states lie side by side where that is NULL. */
 void ahn_write_delta(index_t states, index_t K, index_t V, const float *k, const float *v, const float *decay,
-                     const float *write, float *state)
+                     const float *write, const index_t *places, float *state)
 {
 #pragma omp parallel for schedule(static)
     for (index_t x = 0; x < states; x++) {
         float factor = decay ? decay[x] : 1;
         for (index_t column = 0; column < V; column += PANEL) {
-            float *mine = state + x * K * V + column;
+            float *mine = state + (places ? places[x] : x * K * V) + column;
             vec left = {0}, right = {0};
             for (index_t d = 0; d < K; d++) {
                 vec key = splat(k[x * K + d]);
@@ -37,14 +39,14 @@ void ahn_write_delta(index_t states, index_t K, index_t V, const float *k, const
     }
 }
 
-/* S <- decay S + step v k^T for each state [V, K]; see ahn.ops.write_state_space_. */
+/* S <- decay S + step v k^T for each state [V, K]; see ahn.ops.write_state_space_, and for `places` above. */
 void ahn_write_state_space(index_t states, index_t K, index_t V, const float *k, const float *v, const float *decay,
-                           const float *step, float *state)
+                           const float *step, const index_t *places, float *state)
 {
 #pragma omp parallel for schedule(static)
     for (index_t x = 0; x < states; x++)
         for (index_t row = 0; row < V; row++) {
-            float *mine = state + (x * V + row) * K, factor = step[x] * v[x * V + row];
+            float *mine = state + (places ? places[x] : x * V * K) + row * K, factor = step[x] * v[x * V + row];
             for (index_t d = 0; d < K; d += LANES)
                 store(mine + d, splat(decay[x]) * load(mine + d) + splat(factor) * load(k + x * K + d));
         }
@@ -66,42 +68,50 @@ static void read_state(const float *query, const float *state, index_t K, index_
     }
 }
 
+void read_gated(const Output *output, index_t h, index_t K, index_t V, index_t D, const float *query, const float *x,
+                const float *state, float *read)
+{
+    read_state(query, state, K, V, output->scale, output->key_first, read);
+    float gate = dot(x, output->gate + h * D, D) + (output->gate_bias ? output->gate_bias[h] : 0);
+    gate = silu(gate);
+    if (output->per_head) gate /= sqrtf(dot(read, read, V) / (float)V + NORM_EPSILON);
+    for (index_t v = 0; v < V; v++) read[v] *= gate;
+}
+
+void project_read(const Output *output, index_t h, index_t H, index_t V, const float *read, float *out)
+{
+    float normed[V], shrink = 1;
+    if (!output->per_head) shrink = 1 / sqrtf(dot(read, read, H * V) / (float)(H * V) + NORM_EPSILON);
+    const float *weight = output->norm + (output->per_head ? 0 : h * V);
+    for (index_t v = 0; v < V; v++) normed[v] = read[h * V + v] * shrink * weight[v];
+    const float *project = output->project + h * V * V;
+    for (index_t v = 0; v < V; v += PANEL) tile(1, V, normed, V, project + v, V, out + v, V, 1);
+}
+
 /* out [B, H, V] += what the memory answers to the queries [B, H, K], as Memory.read and Memory.project_out do in steps.
  *
  * x [B, D] is what the attention layer read; gate_weight [H, D] and gate_bias [H] (or NULL) give a gate per head,
  * through silu. With `per_head` the norm is taken per head before the gate, weight [V]; else over all heads after the
- * gate, weight [H, V]. With `key_first` states are [K, V], else [V, K]. o_proj is [H, V, V]. Returns 0, or 1 where there
- * is no memory for the scratch. */
+ * gate, weight [H, V]. With `key_first` states are [K, V], else [V, K]. o_proj is [H, V, V]. The states
+ * of row b begin at `places[b]`, in floats, or lie side by side where that is NULL. Returns 0, or 1 where there is no
+ * memory for the scratch. */
 int ahn_decode_add(index_t B, index_t H, index_t K, index_t V, index_t D, const float *q, const float *x,
-                   const float *state, const float *gate_weight, const float *gate_bias, const float *norm_weight,
-                   const float *o_proj, float scale, int per_head, int key_first, float *out)
+                   const float *state, const index_t *places, const float *gate_weight, const float *gate_bias,
+                   const float *norm_weight, const float *o_proj, float scale, int per_head, int key_first, float *out)
 {
+    Output output = {gate_weight, gate_bias, norm_weight, o_proj, scale, per_head, key_first};
     float *read = scratch(B * H * V);
     if (!read) return 1;
 #pragma omp parallel
     {
 #pragma omp for schedule(static)
         for (index_t row = 0; row < B * H; row++) {
-            float *mine = read + row * V;
-            read_state(q + row * K, state + row * K * V, K, V, scale, key_first, mine);
-            float gate = dot(x + row / H * D, gate_weight + row % H * D, D) + (gate_bias ? gate_bias[row % H] : 0);
-            gate = silu(gate);
-            if (per_head) gate /= sqrtf(dot(mine, mine, V) / (float)V + NORM_EPSILON);
-            for (index_t v = 0; v < V; v++) mine[v] *= gate;
+            index_t place = places ? places[row / H] + row % H * K * V : row * K * V;
+            read_gated(&output, row % H, K, V, D, q + row * K, x + row / H * D, state + place, read + row * V);
         }
 #pragma omp for schedule(static)
-        for (index_t row = 0; row < B * H; row++) {
-            float normed[V], shrink = 1;
-            if (!per_head) {
-                const float *all = read + row / H * H * V;
-                shrink = 1 / sqrtf(dot(all, all, H * V) / (float)(H * V) + NORM_EPSILON);
-            }
-            const float *weight = norm_weight + (per_head ? 0 : row % H * V);
-            for (index_t v = 0; v < V; v++) normed[v] = read[row * V + v] * shrink * weight[v];
-            const float *project = o_proj + row % H * V * V;
-            for (index_t v = 0; v < V; v += PANEL)
-                tile(1, V, normed, V, project + v, V, out + row * V + v, V, 1);
-        }
+        for (index_t row = 0; row < B * H; row++)
+            project_read(&output, row % H, H, V, read + row / H * H * V, out + row * V);
     }
     free(read);
     return 0;

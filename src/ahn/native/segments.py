@@ -25,6 +25,9 @@ class Segment(NamedTuple):
         visible: For places without an order, in place of `first` and `window`: index of the first token whose query
             reads each, and of the first whose query no longer does, `[B or 1, N]` int64 each.
         mask: For a single query: added to its scores, `[B, N]`, or `None`.
+        rows: For a single query: where the keys and values of each row of the batch lie in theirs, `[B]` int64; `None`
+            where they have the rows of the batch.
+        counts: For a single query: how many of the places each row reads, `[B]` int64; `None` for all.
     """
 
     queries: Tensor
@@ -34,6 +37,8 @@ class Segment(NamedTuple):
     window: int = 2**62
     visible: tuple[Tensor, Tensor] | None = None
     mask: Tensor | None = None
+    rows: Tensor | None = None
+    counts: Tensor | None = None
 
 
 class _Segment(ctypes.Structure):
@@ -47,6 +52,7 @@ class _Segment(ctypes.Structure):
         ("visible_batch", _INT),
         ("mask", _POINTER),
         ("mask_batch", _INT),
+        *((name, _POINTER) for name in ("rows", "counts")),
     )
 
 
@@ -65,15 +71,16 @@ def describe(segments: Sequence[Segment], queries: tuple[int, int, int, int], G:
     B, H, _, K = queries
     check_groups(H, G)
     for segment in segments:
-        N = segment.keys.size(2)
-        check_shapes((segment.queries, queries), (segment.keys, (B, G, N, K)), (segment.values, (B, G, N, V)))
+        N, held = segment.keys.size(2), B if segment.rows is None else segment.keys.size(0)
+        check_shapes((segment.queries, queries), (segment.keys, (held, G, N, K)), (segment.values, (held, G, N, V)))
+        check_shapes((segment.rows, (B,)), (segment.counts, (B,)))
         for per_row in (*(segment.visible or ()), segment.mask):
             check_shapes((per_row, (1 if per_row is not None and per_row.size(0) == 1 else B, N)))
     return (_Segment * len(segments))(*map(_addresses, segments))
 
 
 def _addresses(segment: Segment) -> _Segment:
-    queries, keys, values, first, window, visible, mask = segment
+    queries, keys, values, first, window, visible, mask, rows, counts = segment
     visible_from, visible_until = visible or (None, None)
     return _Segment(
         queries.data_ptr(),
@@ -89,4 +96,5 @@ def _addresses(segment: Segment) -> _Segment:
         0 if visible_from is None or visible_from.size(0) == 1 else visible_from.stride(0),
         None if mask is None else mask.data_ptr(),
         0 if mask is None or mask.size(0) == 1 else mask.stride(0),
+        *(None if each is None else each.data_ptr() for each in (rows, counts)),
     )

@@ -24,7 +24,7 @@ from ahn.native import OutputWeights
 from ahn.ops import chunked, compiled, cuda, grouped, naive, step
 from ahn.ops._shared import at_least_float32, check_shapes
 from ahn.ops.norms import rms_norm, unit
-from ahn.ops.step import decode_add_, linear_each, write_delta_, write_state_space_
+from ahn.ops.step import decode_add_, linear_each, state_places, write_delta_, write_state_space_
 
 __all__ = [
     "OutputWeights",
@@ -36,6 +36,7 @@ __all__ = [
     "is_automatic",
     "linear_each",
     "rms_norm",
+    "state_places",
     "state_space",
     "unit",
     "write_delta_",
@@ -217,6 +218,10 @@ def full_precision(q_BTHK: Tensor) -> AbstractContextManager[object]:
     Args:
         q_BTHK: A tensor of the device.
     """
-    device = q_BTHK.device.type
-    is_on = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-    return torch.autocast(device, enabled=False) if is_on else nullcontext()
+    return torch.autocast(q_BTHK.device.type, enabled=False) if in_autocast(q_BTHK) else nullcontext()
+
+
+def in_autocast(tensor: Tensor) -> bool:
+    """Whether autocast is on where a tensor is."""
+    device = tensor.device.type
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)

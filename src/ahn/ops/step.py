@@ -48,7 +48,32 @@ def state_space(
     return o_XV1.view(B, 1, H, V), S_XVK.view(B, H, V, K)
 
 
-def write_delta_(k_BGK: Tensor, v_BGV: Tensor, decay_BH: Tensor | None, beta_BH: Tensor, state_BHKV: Tensor) -> None:
+def state_places(state_LRHKV: Tensor, rows_B: Tensor) -> Tensor | None:
+    """Where the states of some rows begin, for a kernel that writes to them where they lie.
+
+    Args:
+        state_LRHKV: States of L layers and R rows, `[L, R, H, K, V]` or `[L, R, H, V, K]`, float32.
+        rows_B: The rows, int64.
+
+    Returns:
+        Places in numbers from the first state, `[L * B * H]` int64; `None` where no kernel takes these states.
+    """
+    L, _, H, first, last = state_LRHKV.shape
+    to_layer, to_row, to_head, *inner = state_LRHKV.stride()
+    if inner != [last, 1] or not native.ready(state_LRHKV, sizes=(first, last)):
+        return None
+    layers, heads = torch.arange(L)[:, None, None] * to_layer, torch.arange(H) * to_head
+    return (layers + rows_B[:, None] * to_row + heads).flatten()
+
+
+def write_delta_(
+    k_BGK: Tensor,
+    v_BGV: Tensor,
+    decay_BH: Tensor | None,
+    beta_BH: Tensor,
+    state_BHKV: Tensor,
+    places_X: Tensor | None = None,
+) -> None:
     """Write one token into a state of the (gated) delta rule, in place and without reading it.
 
     Args:
@@ -57,7 +82,13 @@ def write_delta_(k_BGK: Tensor, v_BGV: Tensor, decay_BH: Tensor | None, beta_BH:
         decay_BH: Share of the state that stays, `[B, H]`, in [0, 1]; None for all of it.
         beta_BH: Writing strength, `[B, H]`.
         state_BHKV: The state, `[B, H, K, V]`, contiguous.
+        places_X: What `state_places` gave for states that lie elsewhere, in a tensor that is `state_BHKV` then.
     """
+    if places_X is not None:
+        H, decay_X = beta_BH.size(1), None if decay_BH is None else decay_BH.reshape(-1)
+        k_X1K, v_X1V = _rows(k_BGK.unsqueeze(1), H), _rows(v_BGV.unsqueeze(1), H)
+        native.write_delta_(k_X1K[:, 0], v_X1V[:, 0], decay_X, beta_BH.reshape(-1), state_BHKV, places_X)
+        return
     B, H, K, V = state_BHKV.shape
     S_XKV = state_BHKV.view(B * H, K, V)
     k_X1K, v_X1V = _rows(k_BGK.unsqueeze(1), H), _rows(v_BGV.unsqueeze(1), H)
@@ -72,7 +103,14 @@ def write_delta_(k_BGK: Tensor, v_BGV: Tensor, decay_BH: Tensor | None, beta_BH:
     S_XKV.baddbmm_(k_X1K.mT, u_X1V)
 
 
-def write_state_space_(k_BGK: Tensor, v_BGV: Tensor, decay_BH: Tensor, dt_BH: Tensor, state_BHVK: Tensor) -> None:
+def write_state_space_(
+    k_BGK: Tensor,
+    v_BGV: Tensor,
+    decay_BH: Tensor,
+    dt_BH: Tensor,
+    state_BHVK: Tensor,
+    places_X: Tensor | None = None,
+) -> None:
     """Write one token into a state of the state space recurrence, in place and without reading it.
 
     Args:
@@ -81,7 +119,13 @@ def write_state_space_(k_BGK: Tensor, v_BGV: Tensor, decay_BH: Tensor, dt_BH: Te
         decay_BH: Share of the state that stays, `[B, H]`, in [0, 1].
         dt_BH: Step size, `[B, H]`, at least 0.
         state_BHVK: The state, `[B, H, V, K]`, contiguous.
+        places_X: As for `write_delta_`.
     """
+    if places_X is not None:
+        k_X1K, v_X1V = (_rows(x.unsqueeze(1), dt_BH.size(1)) for x in (k_BGK, v_BGV))
+        steps = decay_BH.reshape(-1), dt_BH.reshape(-1)
+        native.write_state_space_(k_X1K[:, 0], v_X1V[:, 0], *steps, state_BHVK, places_X)
+        return
     B, H, V, K = state_BHVK.shape
     S_XVK = state_BHVK.view(B * H, V, K)
     k_X1K, v_X1V = _rows(k_BGK.unsqueeze(1), H), _rows(v_BGV.unsqueeze(1), H)
@@ -116,7 +160,14 @@ def linear_each(x_LBD: Tensor, linears: Sequence[Sequence[nn.Linear]]) -> Sequen
     return [output + bias_L1H for output, bias_L1H in zip(outputs, biases)]
 
 
-def decode_add_(local_B1HV: Tensor, q_B1HK: Tensor, x_B1D: Tensor, state: Tensor, weights: OutputWeights) -> bool:
+def decode_add_(
+    local_B1HV: Tensor,
+    q_B1HK: Tensor,
+    x_B1D: Tensor,
+    state: Tensor,
+    weights: OutputWeights,
+    rows_B: Tensor | None = None,
+) -> bool:
     """Add what a memory answers to one query per row, in place, by a kernel in C.
 
     Its torch form is `ahn.memories.Memory.decode_add`, which also serves whatever the kernel does not take.
@@ -127,13 +178,15 @@ def decode_add_(local_B1HV: Tensor, q_B1HK: Tensor, x_B1D: Tensor, state: Tensor
         x_B1D: Input of the attention layer.
         state: `[B, H, K, V]` with `weights.key_first`, else `[B, H, V, K]`.
         weights: Output of the memory.
+        rows_B: Which row of `state` is whose, int64; `None` where they are those of the batch.
 
     Returns:
         Whether the kernel takes these tensors; if not, nothing was changed.
     """
-    if not native.can_decode_add(local_B1HV, q_B1HK, x_B1D, state, weights):
+    is_dense = rows_B is None or state[0].is_contiguous()
+    if not is_dense or not native.can_decode_add(local_B1HV, q_B1HK, x_B1D, state, weights):
         return False
-    native.decode_add_(local_B1HV, q_B1HK, x_B1D, state, weights)
+    native.decode_add_(local_B1HV, q_B1HK, x_B1D, state, weights, rows_B)
     return True
 
 

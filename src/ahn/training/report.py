@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 import ahn
-from ahn._home import write_figure, write_text
+from ahn._home import new_figure, write_figure, write_text
 from ahn.config import Mode
 from ahn.errors import ConfigError
 from ahn.generation import read
@@ -121,13 +121,7 @@ def _serves(model: nn.Module, span: Span, anchors: int) -> bool:
 
 
 def write_report(report: Report, file: Path, more: Mapping[str, Any]) -> None:
-    """Writes a report as JSON.
-
-    Args:
-        report: The report.
-        file: The file.
-        more: Further facts to put beside it.
-    """
+    """Writes a report, with more facts beside it, as JSON."""
     text = json.dumps({**report.to_dict(), **more}, indent=2)
     write_text(file, text.replace("NaN", "null") + "\n")
 
@@ -139,11 +133,7 @@ def plot_losses(curves: Mapping[str, Sequence[Mapping[str, float]]], file: Path)
         curves: By stage, the lines of its log.
         file: The PNG to write.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(5 * max(1, len(curves)), 3.6), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(5 * max(1, len(curves)), 3.6)
     panels = figure.subplots(1, max(1, len(curves)), squeeze=False)[0]
     for panel, (stage, lines) in zip(panels, curves.items()):
         for key, label in (("loss", "training"), ("eval_loss", "held out")):

@@ -17,9 +17,10 @@ from transformers.trainer_utils import IntervalStrategy
 
 import ahn
 from ahn.checkpoint import describe
-from ahn.errors import ConfigError
+from ahn.errors import ConfigError, one_line
 from ahn.memories import MEMORIES
 from ahn.models import load_model, load_tokenizer
+from ahn.models.loading import is_gguf
 from ahn.models.text import evenly
 from ahn.training.anchors.joint import load_score_weights
 from ahn.training.batches import Pieces, PieceStream, collate
@@ -124,11 +125,6 @@ def check(settings: TrainSettings, resume: bool = False) -> None:
 def training_arguments(settings: TrainSettings, stage: str, progress: bool = False) -> TrainingArguments:
     """The settings in the words of transformers.
 
-    Args:
-        settings: The settings.
-        stage: The stage.
-        progress: Whether to draw a progress bar.
-
     Raises:
         ConfigError: transformers refuses a value, or an argument is unknown, or follows from another setting.
     """
@@ -163,7 +159,7 @@ def training_arguments(settings: TrainSettings, stage: str, progress: bool = Fal
     try:
         arguments = TrainingArguments(**{**values, **_on_cpus(), **settings.arguments})
     except (TypeError, ValueError, ImportError) as error:
-        raise ConfigError(f"transformers refuses the arguments: {' '.join(str(error).split())}") from None
+        raise ConfigError(f"transformers refuses the arguments: {one_line(error)}") from None
     _check_processes(arguments)
     known = get_available_reporting_integrations()
     if unknown := [name for name in arguments.report_to or [] if name not in known]:
@@ -173,11 +169,7 @@ def training_arguments(settings: TrainSettings, stage: str, progress: bool = Fal
 
 
 def _check_processes(arguments: TrainingArguments) -> None:
-    """Checks that processes that were started together train together.
-
-    Raises:
-        ConfigError: Each of them would train alone.
-    """
+    """Checks that processes that were started together train together."""
     if arguments.world_size == 1 < _started_processes():
         raise ConfigError(
             f"torchrun started {_started_processes()} processes that do not find each other, so that each would train "
@@ -256,7 +248,9 @@ def _model(settings: TrainSettings, sequences: Pieces | PieceStream, say: Say, b
     """The base model with the memory as it is before the first step; any memory if its weights come later."""
     half = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
     dtype = ("bfloat16" if half else "float32") if settings.dtype == "auto" else settings.dtype
-    model = load_model(settings.model, dtype)
+    if settings.quantize is not None or is_gguf(settings.model):
+        dtype = "float32"
+    model = load_model(settings.model, dtype, quantize=settings.quantize)
     torch.manual_seed(settings.seed)
     ahn.attach(model, settings.memory_config())
     if begun:
@@ -327,18 +321,17 @@ def _run_stage(
 
 def _distiller(model: Any, settings: TrainSettings, stage: str) -> Distiller:
     """Teacher and student of a stage."""
-    if stage == "transfer":
-        return Distiller(model, settings.losses, "transfer", settings.slice_tokens, settings.recomputed != "none")
+    distill = stage == "distill"
     distiller = Distiller(
         model,
         settings.losses,
-        "distill",
+        "distill" if distill else "transfer",
         settings.slice_tokens,
         settings.recomputed != "none",
-        teacher=None if settings.teacher_cache is None else TeacherCache(settings.teacher_cache, model),
-        precision=torch.bfloat16 if settings.precision == "bfloat16" else None,
+        teacher=TeacherCache(settings.teacher_cache, model) if distill and settings.teacher_cache is not None else None,
+        precision=torch.bfloat16 if distill and settings.precision == "bfloat16" else None,
     )
-    if settings.recomputed == "layers":
+    if distill and settings.recomputed == "layers":
         distiller.activation_checkpointing_enable()
     return distiller
 

@@ -16,6 +16,7 @@ from ahn.config import (
     AHNConfig,
     ExactTokens,
     MemoryPositions,
+    Quantize,
     Settings,
     SinkPositions,
     check_choice,
@@ -23,7 +24,7 @@ from ahn.config import (
     same_setting,
     setting,
 )
-from ahn.errors import ConfigError
+from ahn.errors import ConfigError, one_line
 
 if TYPE_CHECKING:  # what takes seconds to import, and help texts need not
     from ahn.training.data import Cut
@@ -67,6 +68,12 @@ class TrainSettings(Settings):
         "Of the base: float32, bfloat16, float16, or auto, which is bfloat16 on a GPU and float32 elsewhere.",
         choices=("auto", "float32", "bfloat16", "float16"),
         metavar="DTYPE",
+    )
+    quantize: str | None = setting(
+        None,
+        "Store the weights of the base, which stay frozen, in fewer bits.",
+        choices=typing.get_args(Quantize),
+        unset="as the file has them",
     )
     stages: tuple[str, ...] = setting(("distill",), "distill, transfer, or transfer,distill.", joined=True)
     steps: int = setting(500, "Optimizer steps of distill.", least=1)
@@ -201,6 +208,8 @@ class TrainSettings(Settings):
 
         if not self.stages or [stage for stage in STAGES if stage in self.stages] != list(self.stages):
             raise ConfigError(f"stages must be transfer, distill or both in this order, not {list(self.stages)}")
+        if self.quantize is not None and self.dtype not in ("auto", "float32"):
+            raise ConfigError(f"a base in {self.quantize} multiplies in float32: leave dtype={self.dtype} out")
         if not 0 < self.loss_share <= 1:
             raise ConfigError(f"loss_share must be a share above 0 and at most 1, not {self.loss_share}")
         if self.teacher_cache is not None and self.losses.get("attention"):
@@ -293,7 +302,7 @@ def read_yaml(file: str | Path) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{file} cannot be read ({getattr(error, 'strerror', None) or error})") from None
     except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise ConfigError(f"{file} is no YAML: {' '.join(str(error).split())}") from None
+        raise ConfigError(f"{file} is no YAML: {one_line(error)}") from None
     if not isinstance(values, dict):
         raise ConfigError(f"{file} holds no settings; write one `name: value` a line")
     return _with_new_names(values)
@@ -326,11 +335,7 @@ def _check_range(field: dataclasses.Field[Any], value: Any) -> None:
 
 
 def _typed(name: str, value: Any, hint: Any) -> Any:
-    """The value in the type that a setting has; numbers may come as text, for YAML reads 1e-3 as one.
-
-    Raises:
-        ConfigError: It is of another kind.
-    """
+    """The value in the type that a setting has; numbers may come as text, for YAML reads 1e-3 as one."""
     origin, parts = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
         if value is None:

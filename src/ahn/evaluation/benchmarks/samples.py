@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from ahn.errors import one_line
 from ahn.evaluation.benchmarks import find
 from ahn.evaluation.benchmarks.schema import Fields, Hub, Sample, Target
 from ahn.evaluation.errors import AnswerError, EvaluationError
@@ -61,7 +62,7 @@ def _hub_records(hub: Hub, dataset: str, target: Target, fields: Fields) -> Iter
     try:
         rows = datasets.load_dataset(dataset, split=split, **options)
     except Exception as error:  # the hub's client and every file format have errors of their own
-        reason = " ".join(str(error).split())[:200]
+        reason = one_line(error)[:200]
         raise EvaluationError(
             f"{dataset}: {target.name} cannot be loaded ({type(error).__name__}: {reason}). "
             "Download it and give the folder of its JSONL files."

@@ -100,12 +100,7 @@ def strongest(tokens: Sequence[ShownToken], count: int) -> list[tuple[ShownToken
 
 
 def token_texts(tokenizer: Any, ids: Sequence[int]) -> list[str]:
-    """What each token adds to the text; joined, the text that the tokenizer makes of all of them.
-
-    Args:
-        tokenizer: A tokenizer of transformers.
-        ids: Token ids.
-    """
+    """What each token adds to the text; joined, the text that the tokenizer makes of all of them."""
     texts, first, shown = [], 0, 0  # the tokens from `first` to `shown` give the next ones their context
     for stop in range(1, len(ids) + 1):
         before, now = (_decode(tokenizer, ids[first:end]) for end in (shown, stop))

@@ -1,0 +1,152 @@
+"""The single tokens of many requests in one step: read together, where their rings and states lie.
+
+A request's token has its own place in its ring, and its own number of places to read. So nothing is turned or copied:
+one kernel call for each layer takes the blocks, and how full each is. As in `ahn.attention.decoding`, the tokens that
+leave update the states of all layers at the start of the step, and the gates of new tokens come at its end.
+
+Legend of shapes: L layers, B requests, T tokens of the batch, D hidden size, H query heads, G key/value heads, K key
+size, V value size, N gates per head, F numbers of a record, S sinks, A anchors, R rotated size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from ahn import native
+from ahn.attention.call import Call, LayerCall, Softmax
+from ahn.attention.function import softmax_of
+from ahn.attention.softmax import explicit_weights
+from ahn.backbone.rotary import Rotary
+from ahn.cache.record import TokenRecord
+from ahn.memories import Memory
+from ahn.native import Segment
+from ahn.serving.vllm.anchors import DecodedAnchors
+from ahn.serving.vllm.runtime import Rows, Runtime, ServedLayer
+
+
+class DecodedTokens:
+    """The tokens of requests that read one each, the first of the batch.
+
+    Args:
+        runtime: What all steps share.
+        rows: The requests.
+    """
+
+    def __init__(self, runtime: Runtime, rows: Sequence[Rows]) -> None:
+        self.runtime = runtime
+        self.count = len(rows)
+        self.call = Call(runtime.attachment, runtime.settings, None)
+        self.hidden: dict[int, torch.Tensor] = {}
+        exact = runtime.exact
+        self.blocks = torch.tensor([each.block for each in rows])
+        self.seen = torch.tensor([each.seen for each in rows])
+        beyond = self.seen - exact.sinks
+        self.places = torch.where(beyond < 0, self.seen, exact.sinks + beyond % exact.window)
+        self.used = (self.seen + 1).clamp(max=exact.sinks + exact.window)
+        self.longest = int(self.seen.max()) + 1
+        self.evicts = beyond >= exact.window
+        board = runtime.board
+        self.anchors = None if board is None else DecodedAnchors(runtime, board, self.blocks, self.seen)
+        if bool(self.evicts.any()):
+            self._update()
+
+    def _update(self) -> None:
+        """Updates the states and the anchors of all layers with the tokens that leave."""
+        pages, memory = self.runtime.pages, self._memories[0]
+        keys, values = (pages[name][:, self.blocks, :, self.places].transpose(0, 1) for name in ("keys", "values"))
+        if self.anchors is not None:
+            self.anchors.keep(keys, values)
+        record_LBF = pages["record"][:, self.blocks, 0, self.places]
+        gates = TokenRecord.unpack(record_LBF, memory.gate_count, memory.shape.query_heads).gates
+        # Gates of zero leave a state as it is: that of a request whose window is not full.
+        gates_LBNH = gates * self.evicts[:, None, None]
+        type(memory).update(keys, values, gates_LBNH, pages["state"], self.blocks)
+
+    @property
+    def _memories(self) -> list[Memory]:
+        return [served.memory for served in self.runtime.layers.values()]
+
+    def attend(
+        self,
+        served: ServedLayer,
+        module: nn.Module,
+        projected: Sequence[torch.Tensor],
+        inputs: Mapping[str, Any],
+        options: Mapping[str, Any],
+    ) -> torch.Tensor:
+        """Attention of the tokens in one layer, `[B, 1, H, V]`; see `Step.attend`."""
+        q_BH1K, k_BG1K, v_BG1V = (x[:, :, : self.count].transpose(0, 2) for x in projected)
+        hidden = inputs["hidden_states"][0, : self.count, None]
+        self.hidden[served.layer.index] = hidden
+        served.pages["keys"][self.blocks, :, self.places] = k_BG1K.squeeze(2)
+        served.pages["values"][self.blocks, :, self.places] = v_BG1V.squeeze(2)
+        call = LayerCall(served.layer, served.memory, self.call, hidden, None, self._rotary(served, inputs))
+        if self.anchors is not None:
+            self.anchors.score(served, call, (q_BH1K, k_BG1K, v_BG1V))
+        sink_q = call.sink_queries(q_BH1K, self.longest)
+        softmax = softmax_of(q_BH1K, options.get("scaling"), 0.0, dict(options))
+        local = self._attend_local(served, q_BH1K.contiguous(), sink_q, softmax)
+        return served.memory.decode_add(local, q_BH1K.transpose(1, 2), hidden, served.pages["state"], self.blocks)
+
+    def _rotary(self, served: ServedLayer, inputs: Mapping[str, Any]) -> Rotary | None:
+        tables = inputs.get("position_embeddings")
+        if served.layer.rotation is None or tables is None:
+            return None
+
+        def turned() -> tuple[tuple[torch.Tensor, ...], torch.Tensor]:
+            own = tuple(table[0, : self.count, None] for table in tables)
+            return own, inputs["position_ids"][0, : self.count, None]
+
+        (cos, sin), positions = self.call.shared("tables", tables[0], turned)
+        return Rotary(served.layer.rotation, (cos, sin), positions, False)
+
+    def _attend_local(
+        self, served: ServedLayer, q_BH1K: torch.Tensor, sink_q_BH1K: torch.Tensor | None, softmax: Softmax
+    ) -> torch.Tensor:
+        keys, values, sinks = served.pages["keys"], served.pages["values"], self.runtime.exact.sinks
+        if softmax.is_plain and native.ready(q_BH1K, keys, values, sizes=(keys.size(3), values.size(3))):
+            parts = [(q_BH1K, slice(0, None), self.used)]
+            if sink_q_BH1K is not None and sinks:
+                counts = self.used.clamp(max=sinks)
+                parts = [
+                    (sink_q_BH1K.contiguous(), slice(0, sinks), counts),
+                    (q_BH1K, slice(sinks, None), self.used - counts),
+                ]
+            segments = [
+                Segment(query, keys[:, :, span], values[:, :, span], rows=self.blocks, counts=counts)
+                for query, span, counts in parts
+            ]
+            if self.anchors is not None:
+                extra = served.pages["anchor_keys"], served.pages["anchor_values"]
+                segments.append(Segment(parts[0][0], *extra, rows=self.blocks, counts=self.anchors.counts))
+            return native.attend_one(segments, 0, softmax.scaling)
+        return self._attend_in_torch(served, q_BH1K, sink_q_BH1K, softmax)
+
+    def _attend_in_torch(
+        self, served: ServedLayer, q_BH1K: torch.Tensor, sink_q_BH1K: torch.Tensor | None, softmax: Softmax
+    ) -> torch.Tensor:
+        """The same in torch, on a copy of the rings."""
+        keys, values = (served.pages[name][self.blocks] for name in ("keys", "values"))
+        beyond, sinks = torch.arange(keys.size(2)) >= self.used[:, None], self.runtime.exact.sinks
+        if self.anchors is not None:
+            extra = (served.pages[name][self.blocks] for name in ("anchor_keys", "anchor_values"))
+            keys, values = (torch.cat(pair, dim=2) for pair in zip(extra, (keys, values), strict=True))
+            missing = torch.arange(self.anchors.board.anchors) >= self.anchors.counts[:, None]
+            beyond, sinks = torch.cat((missing, beyond), dim=1), sinks + missing.size(1)
+        mask_B11N = torch.zeros(beyond.shape).masked_fill_(beyond, float("-inf"))[:, None, None]
+        weights = explicit_weights(q_BH1K, sink_q_BH1K, keys, mask_B11N, slice(0, sinks), softmax)
+        return torch.matmul(weights.to(values.dtype), values).view(self.count, 1, -1, values.size(3))
+
+    def close(self) -> None:
+        """Stores the gates of the new tokens, which every layer has read."""
+        memories = self._memories
+        x_LBD = torch.stack([self.hidden[index] for index in self.runtime.layers]).squeeze(2)
+        gates_LBNH = type(memories[0]).gates_of_layers(memories, x_LBD)
+        record = self.runtime.pages["record"]
+        record[:, self.blocks, 0, self.places] = TokenRecord(gates_LBNH, None).pack().to(record.dtype)
+        if self.anchors is not None:
+            self.anchors.close()

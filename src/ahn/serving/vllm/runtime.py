@@ -1,0 +1,129 @@
+"""What the steps of the engine share: the layers of this process, with the pages of all requests.
+
+Legend of shapes: L layers.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+from typing import NamedTuple
+
+import torch
+
+from ahn.anchors.selection import Scoreboard
+from ahn.attachment import Attachment, AttentionLayer
+from ahn.cache.window import SinkWindow
+from ahn.config import RunSettings
+from ahn.memories import Memory
+from ahn.serving.vllm.layout import BlockTensor, empty_cache, memory_layer
+
+
+class Rows(NamedTuple):
+    """The tokens of one request in a step.
+
+    Attributes:
+        block: The request's block.
+        seen: Tokens that it has read before.
+        start: Its first token in the batch.
+        stop: Its last token in the batch + 1.
+    """
+
+    block: int
+    seen: int
+    start: int
+    stop: int
+
+
+@dataclasses.dataclass(eq=False)
+class ServedLayer:
+    """An attention layer of this process, with the pages of all requests.
+
+    Attributes:
+        layer: The layer.
+        tensors: What it keeps of a request.
+        pages: Each of them for all blocks, `[blocks, ...]`; empty before vLLM has bound them.
+    """
+
+    layer: AttentionLayer
+    tensors: list[BlockTensor]
+    pages: dict[str, torch.Tensor] = dataclasses.field(default_factory=dict)
+
+    @property
+    def memory(self) -> Memory:
+        """Its memory."""
+        if self.layer.memory is None:
+            raise TypeError(f"layer {self.layer.index} has no memory")
+        return self.layer.memory
+
+    def block(self, number: int) -> dict[str, torch.Tensor]:
+        """Views of one block, `[1, ...]` each."""
+        return {name: page[number : number + 1] for name, page in self.pages.items()}
+
+
+@dataclasses.dataclass(eq=False)
+class Runtime:
+    """What all steps share.
+
+    Attributes:
+        attachment: The memories, and all layers of the model.
+        settings: How texts are read.
+        layers: The layers of this process by their indices, in order.
+    """
+
+    attachment: Attachment
+    settings: RunSettings
+    layers: dict[int, ServedLayer]
+
+    @property
+    def first(self) -> int:
+        """Index of the first layer here, in whose blocks lies what all layers share."""
+        return next(iter(self.layers))
+
+    @property
+    def last(self) -> int:
+        """Index of the last layer here."""
+        return next(reversed(self.layers))
+
+    @functools.cached_property
+    def board(self) -> Scoreboard | None:
+        """The scoreboard of a text that begins, or `None` where there are no anchors."""
+        return empty_cache(self.attachment, self.settings).scoreboard
+
+    @functools.cached_property
+    def exact(self) -> SinkWindow:
+        """The sinks and the window of the first layer here, empty."""
+        return memory_layer(empty_cache(self.attachment, self.settings), self.first).exact
+
+    @functools.cached_property
+    def pages(self) -> dict[str, torch.Tensor]:
+        """The pages of all layers here, `[L, blocks, ...]`, which vLLM lays out at equal distances; else nothing."""
+        layers = [served.pages for served in self.layers.values()]
+        stacked = {name: _stacked([pages.get(name) for pages in layers]) for name in layers[0]}
+        return {name: tensor for name, tensor in stacked.items() if tensor is not None}
+
+    @functools.cached_property
+    def decodes_together(self) -> bool:
+        """Whether the single tokens of many requests can be read together."""
+        layers = list(self.layers.values())
+        kinds = {(type(each.memory), each.layer.shape, each.layer.sliding_window) for each in layers}
+        needed = {"keys", "values", "record", "state"}
+        is_alike = len(kinds) == 1 and self.attachment.config.memory_positions == "rope"
+        if self.board is not None:
+            needed |= {"anchor_keys", "anchor_values"}
+            is_alike = is_alike and not self.board.score.accumulates  # such a score looks at the weights of attention
+        return is_alike and needed <= set(self.pages) and all(each.memory.is_plain() for each in layers)
+
+
+def _stacked(pages: list[torch.Tensor | None]) -> torch.Tensor | None:
+    """Pages of several layers as one tensor, where they lie at equal distances in one storage."""
+    first = pages[0]
+    tensors = [page for page in pages if page is not None and first is not None and page.shape == first.shape]
+    if first is None or len(tensors) < len(pages):
+        return None
+    distances = {(b.data_ptr() - a.data_ptr()) // a.element_size() for a, b in itertools.pairwise(tensors)}
+    storages = {page.untyped_storage().data_ptr() for page in tensors}
+    if len(distances) > 1 or len(storages) > 1 or min(distances, default=1) < 1:
+        return None
+    return first.as_strided((len(tensors), *first.shape), (min(distances, default=1), *first.stride()))

@@ -1,0 +1,141 @@
+"""One step of the engine: which tokens of the batch are whose, and how a layer reads them.
+
+Legend of shapes: T tokens of the batch, D hidden size, H query heads, G key/value heads, K key size, V value size,
+R rotated size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from ahn.anchors.selection import Selection
+from ahn.attention.call import Call
+from ahn.attention.function import attention_function
+from ahn.attention.hooks import layer_call
+from ahn.cache.cache import HippocampalCache
+from ahn.serving.vllm.decode import DecodedTokens
+from ahn.serving.vllm.layout import (
+    close_board,
+    close_layer,
+    empty_cache,
+    memory_layer,
+    open_board,
+    open_layer,
+)
+from ahn.serving.vllm.runtime import Rows, Runtime, ServedLayer
+
+
+class Chunk:
+    """Some consecutive tokens of one request, read as `ahn` reads a call.
+
+    Args:
+        runtime: What all steps share.
+        rows: The tokens.
+    """
+
+    def __init__(self, runtime: Runtime, rows: Rows) -> None:
+        self.runtime = runtime
+        self.rows = rows
+        self.cache: HippocampalCache = empty_cache(runtime.attachment, runtime.settings)
+        if rows.seen == 0:
+            for served in runtime.layers.values():
+                for view in served.block(rows.block).values():
+                    view.zero_()
+        self.delay = 0 if self.cache.scoreboard is None else self.cache.scoreboard.delay
+        self.call = Call(runtime.attachment, runtime.settings, None, self.cache)
+        if self.cache.scoreboard is not None:
+            open_board(self.cache, self._shared_block(), rows.seen)
+            self.call.selection = Selection(self.cache.scoreboard, rows.seen, rows.stop - rows.start, None)
+
+    def attend(
+        self,
+        served: ServedLayer,
+        module: nn.Module,
+        projected: Sequence[torch.Tensor],
+        inputs: Mapping[str, Any],
+        options: Mapping[str, Any],
+    ) -> torch.Tensor:
+        """Attention of the tokens in one layer, `[1, tokens, H, V]`; see `Step.attend`."""
+        start, stop, index = self.rows.start, self.rows.stop, served.layer.index
+        tables = inputs.get("position_embeddings")
+        own = {"hidden_states": inputs["hidden_states"][:, start:stop]}
+        if tables is not None:
+            own["position_embeddings"] = self.call.shared(
+                "tables", tables[0], lambda: tuple(table[:, start:stop] for table in tables)
+            )
+            own["position_ids"] = inputs["position_ids"][:, start:stop]
+        views, store = served.block(self.rows.block), memory_layer(self.cache, index)
+        open_layer(store, views, self.rows.seen, self.delay)
+        ahn = layer_call(module, self.call, (), own)
+        query, key, value = (tensor[:, :, start:stop] for tensor in projected)
+        out, _ = attention_function(module, query, key, value, None, ahn=ahn, **options)
+        close_layer(store, views)
+        return out
+
+    def close(self) -> None:
+        """Ends the call, which every layer has read."""
+        if self.call.selection is not None:
+            self.call.selection.close()
+            close_board(self.cache, self._shared_block())
+
+    def _shared_block(self) -> dict[str, torch.Tensor]:
+        return self.runtime.layers[self.runtime.first].block(self.rows.block)
+
+
+class Step:
+    """One step of the engine.
+
+    Args:
+        runtime: What all steps share.
+        rows: The tokens of each request.
+    """
+
+    def __init__(self, runtime: Runtime, rows: Sequence[Rows]) -> None:
+        self.runtime = runtime
+        singles = []
+        if runtime.decodes_together:
+            for each in rows:
+                if each.seen == 0 or each.stop - each.start > 1 or each.start != len(singles):
+                    break
+                singles.append(each)
+        self.decoded = DecodedTokens(runtime, singles) if singles else None
+        self.chunks = [Chunk(runtime, each) for each in rows[len(singles) :]]
+
+    def attend(
+        self,
+        served: ServedLayer,
+        module: nn.Module,
+        projected: Sequence[torch.Tensor],
+        inputs: Mapping[str, Any],
+        options: Mapping[str, Any],
+    ) -> torch.Tensor:
+        """Attention of all tokens in one layer, `[1, T, H, V]`.
+
+        Args:
+            served: The layer.
+            module: The attention module.
+            projected: Queries `[1, H, T, K]`, keys `[1, G, T, K]` and values `[1, G, T, V]`, after norms and rotation.
+            inputs: What the module was called with: `hidden_states`, `[1, T, D]`, and, where it rotates,
+                `position_embeddings` and `position_ids`.
+            options: What the module passes to its attention function beside that: `scaling`, `softcap`, `s_aux`.
+        """
+        arguments = served, module, projected, inputs, options
+        parts = [] if self.decoded is None else [self.decoded.attend(*arguments).transpose(0, 1)]
+        parts += [chunk.attend(*arguments) for chunk in self.chunks]
+        if served.layer.index == self.runtime.last:
+            self._close()
+        read = sum(part.size(1) for part in parts)
+        if read < projected[0].size(2):  # vLLM pads a batch for some of its kernels
+            parts.append(parts[0].new_zeros(1, projected[0].size(2) - read, *parts[0].shape[2:]))
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+
+    def _close(self) -> None:
+        """Ends the step, which every layer has read."""
+        if self.decoded is not None:
+            self.decoded.close()
+        for chunk in self.chunks:
+            chunk.close()
