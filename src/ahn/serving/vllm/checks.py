@@ -37,6 +37,12 @@ def check(vllm_config: Any) -> None:
     cache.mamba_block_size = model.max_model_len
     memory = read_memory(getattr(model.hf_config, FIELD, {}), model.model, model.revision)
     attachment = survey_base(model.hf_config, memory.config)
+    found = next(layer.memory for layer in attachment.layers if layer.memory is not None)
+    require(
+        vllm_config.parallel_config.tensor_parallel_size == 1 or found.norm_per_head,
+        f"the memory {memory.config.memory} takes a norm over all heads, which lie in several processes",
+        "leave --tensor-parallel-size out, or use --pipeline-parallel-size",
+    )
     give_score_weights(attachment, memory, model.hf_config)
     scoreboard = empty_cache(attachment, RunSettings.like(memory.config)).scoreboard
     if scoreboard is not None:

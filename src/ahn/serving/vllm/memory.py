@@ -105,6 +105,17 @@ def give_score_weights(attachment: Attachment, memory: ServedMemory, base: PreTr
     attachment.check(RunSettings.like(memory.config))
 
 
+def own_heads(tensor: torch.Tensor, size: int, rank: int) -> torch.Tensor:
+    """The part of a memory's parameter that belongs to the heads of one process; all of it where all have the same.
+
+    Args:
+        tensor: The parameter, those of all heads one after the other.
+        size: Size of the part.
+        rank: Number of the process.
+    """
+    return tensor if tensor.size(0) == size else tensor.narrow(0, rank * size, size)
+
+
 def _check_constant(attachment: Attachment) -> None:
     """Checks that every layer keeps a number of bytes that does not depend on the text.
 
