@@ -37,6 +37,7 @@ def main() -> None:
     options = parser.parse_args()
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    os.environ.setdefault("VLLM_ALLOW_LONG_MAX_MODEL_LEN", "1")  # texts longer than the base was trained on
     if options.folder is not None:
         part: Any = {"one": one_request}.get(options.parts, many_requests)
         print("RESULT " + json.dumps(part(options)))
