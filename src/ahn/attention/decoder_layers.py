@@ -40,7 +40,7 @@ def speed_up(backbone: nn.Module, attachment: Attachment) -> None:
     served = [layer.module for layer in attachment.layers if layer.memory is not None]
     for layer, attention in decoder_layers(backbone, served):
         if "forward" not in vars(layer):
-            layer.forward = partial(_forward, layer, attention)  # type: ignore[method-assign]
+            layer.forward = partial(_forward, layer, attention)
 
 
 def restore(backbone: nn.Module) -> None:
@@ -59,7 +59,7 @@ def _forward(layer: Any, attention: Any, *args: Any, **kwargs: Any) -> Any:
     path = _PATHS.get(layer)
     if path is None or not path.is_of(call, attention):
         path = _PATHS[layer] = FastPath(layer, attention, call)
-    tables = kwargs.get("position_embeddings")
+    tables: Any = kwargs.get("position_embeddings")
     if not path.can_take(args[0], tables, call):
         return type(layer).forward(layer, *args, **kwargs)
     if path.is_verified:

@@ -52,8 +52,9 @@ class DemoSettings:
 
 @dataclasses.dataclass(frozen=True)
 class DemoModel(ModelSettings):
-    """Which model is shown, and with how many anchors."""
+    """Which model is shown, with which window and how many anchors; a small window soon has something to forget."""
 
+    window: int = same_setting(ModelSettings, "window", default=256)
     anchors: int | None = same_setting(AnchoredModel, "anchors", unset=str(USUAL_ANCHORS))
 
 

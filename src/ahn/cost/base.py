@@ -43,8 +43,14 @@ SHAPES: dict[str, dict[str, Any]] = {
         **_COMMON, "hidden_size": 5120, "num_hidden_layers": 48, "num_attention_heads": 40, "num_key_value_heads": 8,
         "intermediate_size": 13824, "vocab_size": 152064, "tie_word_embeddings": False,
     },
+    "qwen3-8b": {
+        **_COMMON, "model_type": "qwen3", "hidden_size": 4096, "num_hidden_layers": 36, "num_attention_heads": 32,
+        "num_key_value_heads": 8, "head_dim": 128, "intermediate_size": 12288, "vocab_size": 151936,
+        "max_position_embeddings": 40960, "tie_word_embeddings": False,
+    },
 }  # fmt: skip
-"""Configs of the models of the paper's tables, by name. Source: config.json of Qwen/Qwen2.5-3B, -7B and -14B."""
+"""Configs of the models of the paper's tables and of Qwen3-8B, by name. Source: config.json of Qwen/Qwen2.5-3B, -7B,
+-14B and Qwen/Qwen3-8B."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -22,6 +22,7 @@ from ahn.memories import MEMORIES
 from ahn.models import load_model, load_tokenizer
 from ahn.models.loading import is_gguf
 from ahn.models.text import evenly
+from ahn.training.anchors.joint import load_score_weights
 from ahn.training.batches import Pieces, PieceStream, collate
 from ahn.training.data import load_pieces, stream_pieces
 from ahn.training.distiller import Distiller
@@ -80,11 +81,10 @@ def train(settings: TrainSettings, resume: bool = False, say: Say | None = None,
     sequences, held_out = _data(settings, tokenizer, say)
     begun = any(_is_begun(Path(str(args.output_dir))) for args in arguments.values())
     model = _model(settings, sequences, say, begun)
-    if settings.anchor_weights is not None:
-        ahn.load_anchors(model, settings.anchor_weights)
     if settings.precision == "auto" and "distill" in settings.stages:
         settings = dataclasses.replace(settings, precision=_precision(model, say))
     _write_settings(settings, folder)  # only now, so that a training that is refused leaves no folder
+    has_anchors = load_score_weights(model, settings, say)
     curves = {}
     for stage, args in arguments.items():
         curves[stage] = _run_stage(model, settings, stage, args, (sequences, held_out), say)
@@ -92,7 +92,7 @@ def train(settings: TrainSettings, resume: bool = False, say: Say | None = None,
     report = None
     if arguments[settings.stages[-1]].should_save:
         report = _close(model, settings, held_out, curves, folder, say)
-        if settings.anchor_weights is not None and any(settings.anchors):
+        if has_anchors:
             ahn.save_anchors(model, folder)
         write_training_card(model, settings, report, folder)
     return Outcome(folder, report, curves)
@@ -357,11 +357,11 @@ def _close(
     distiller = Distiller(model, stage="transfer")
     if not settings.report_tokens or not len(held_out) or distiller.is_sharded():
         return None
-    say("reading held-out text in the modes full, window and ahn")
+    say("reading held-out text in the modes full, window and ahn" + (", with anchors" if any(settings.anchors) else ""))
     distiller.finish()
     chosen = held_out.spread(settings.report_tokens)
     sequences = [chosen[number]["input_ids"] for number in range(len(chosen))]
-    report = evaluate(model, sequences, settings.span, settings.report_tokens)
+    report = evaluate(model, sequences, settings.span, settings.report_tokens, settings.reported_anchors)
     if report is not None:
         seen = max((line.get("num_input_tokens_seen", 0) for lines in curves.values() for line in lines), default=0)
         write_report(report, folder / TABLE, {"base": settings.model, "memory": settings.memory, "tokens_seen": seen})

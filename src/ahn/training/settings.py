@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from ahn._home import write_text
 from ahn.config import (
+    USUAL_ANCHORS,
     AHNConfig,
     ExactTokens,
     MemoryPositions,
@@ -112,14 +113,18 @@ class TrainSettings(Settings):
         "its memory learns to be one.",
         factory=lambda: (4, *_published("SINKS")[1:]),
     )
-    anchors: tuple[int, ...] = file_setting(
+    anchors: tuple[int, ...] = setting(
         (0,),
-        "Numbers of anchors that the student of the stage distill reads; one is drawn for each sequence. With several, "
-        "one memory serves with and without anchors.",
+        "Numbers of anchors to train with, joined by commas; one is drawn for each sequence. With 0 among them the "
+        "memory serves alone too.",
+        joined=True,
     )
     anchor_weights: str | None = file_setting(
-        None, "Weights of the score learned, which chooses the anchors, as for `ahn.load_anchors`."
+        None,
+        "Weights of the score learned, which chooses the anchors, as for `ahn.load_anchors`. Left out, those that ship "
+        "for the base, or new ones that are made from the texts first.",
     )
+    anchor_documents: int = file_setting(120, "Texts that new weights of the score learned are made from.", least=6)
     average: float = file_setting(
         0.0,
         "Part of the steps of the stage distill that the saved weights are averaged over: 0.25 for about the last "
@@ -211,8 +216,7 @@ class TrainSettings(Settings):
             raise ConfigError("teacher_cache does not serve the loss attention; leave one of the two out")
         if self.average > 1:
             raise ConfigError(f"average must be a part of the steps from 0 to 1, not {self.average}")
-        if any(self.anchor_draw.counts) and self.anchor_weights is None:
-            raise ConfigError("anchors need anchor_weights, the weights of the score that chooses them")
+        _ = self.anchor_draw  # checks the numbers
         if self.scale_lr and "optim" in self.arguments:
             raise ConfigError("scale_lr is a setting of our own AdamW; leave it or the argument optim out")
         low, high = self.initial_decay or (0, 1)
@@ -262,6 +266,11 @@ class TrainSettings(Settings):
         from ahn.training.sampling import AnchorDraw
 
         return AnchorDraw(self.anchors, self.seed)
+
+    @property
+    def reported_anchors(self) -> int:
+        """Anchors of the closing table: the usual number where it was trained with, or the largest; 0 for none."""
+        return USUAL_ANCHORS if USUAL_ANCHORS in self.anchors else max(self.anchors)
 
     @property
     def query(self) -> DataQuery:
@@ -337,7 +346,7 @@ def _typed(name: str, value: Any, hint: Any) -> Any:
             return value
     elif origin is tuple:
         if isinstance(value, list | tuple) and (parts[-1] is ... or len(value) == len(parts)):
-            return tuple(_typed(name, each, parts[0]) for each in value)
+            return tuple(_typed(name, _whole(each) if parts[0] is int else each, parts[0]) for each in value)
     elif origin is dict or hint is dict:
         if isinstance(value, Mapping):
             return {
@@ -348,6 +357,11 @@ def _typed(name: str, value: Any, hint: Any) -> Any:
     kind = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}.get(hint, "a list")
     kind = "names with numbers" if origin is dict else kind
     raise ConfigError(f"{name} must be {kind}, not {value!r}")
+
+
+def _whole(value: Any) -> Any:
+    """A whole number that is joined to others in an option comes as text."""
+    return int(value) if isinstance(value, str) and value.isdecimal() else value
 
 
 def _number(value: Any, hint: type) -> Any:
