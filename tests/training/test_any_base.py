@@ -64,7 +64,7 @@ def test_several_processes_are_told_to_make_the_weights_first(
         load_score_weights(with_memory(), settings, print)
 
 
-LENGTH, WINDOW, SINKS, STEPS = 256, 16, 4, 200
+LENGTH, WINDOW, SINKS, STEPS = 256, 32, 4, 200
 TRAIN = f"""
 arguments: {{use_cpu: true}}
 dtype: float32
