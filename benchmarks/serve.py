@@ -34,10 +34,10 @@ from transformers.cache_utils import DynamicCache
 import ahn
 from ahn.cli.loading import ModelChoice, load
 from ahn.cli.texts import reference
-from ahn.generation import Reader, full_cache_bytes
+from ahn.generation import Reader, forward, full_cache_bytes
 from ahn.models import load_model, load_tokenizer
 from ahn.models.text import text_tokens
-from ahn.serving.batch import Batch, Row, forward
+from ahn.serving.batch import Batch, Row
 
 Table = list[tuple[str, str]]
 
@@ -138,7 +138,7 @@ def full_steps(model: Any, tokens: int, rows: int) -> Callable[[], int]:
 
     def step() -> int:
         with ahn.mode(model, "full"):
-            forward(model, ids, cache)  # type: ignore[arg-type]
+            forward(model, ids, cache)
         return rows
 
     return step

@@ -157,7 +157,8 @@ class Attachment:
     @property
     def tolerance(self) -> float:
         """Share of their mean by which outputs inside the window may differ from the base model's: rounding."""
-        return 1e-3 if all(layer.dtype == torch.float32 for layer in self.layers) else 5e-2
+        exact = self.config.cache_dtype is None and all(layer.dtype == torch.float32 for layer in self.layers)
+        return 1e-3 if exact else 5e-2
 
     @property
     def keeps_base_layers(self) -> bool:
@@ -269,8 +270,8 @@ def mode(
         model: A model with a memory attached.
         name: "full" is the base model itself. "window" reads sinks and window, and "ahn" adds the memory. "ct_max" and
             "ct_mean" read the slots of a Compressive Transformer instead of the memory, see `ahn.cache.compressive`.
-        **changes: `window`, `sinks`, `sink_positions`, `anchors`, `anchor_score` and `anchor_layers`, see
-            `ahn.config.ExactTokens`; what is left out or `None` is as before.
+        **changes: `window`, `sinks`, `sink_positions`, `anchors`, `anchor_score`, `anchor_layers` and
+            `cache_dtype`, see `ahn.config.ExactTokens`; what is left out or `None` is as before.
 
     Raises:
         ModelError: No memory is attached.

@@ -32,6 +32,7 @@ from ahn.cache import HippocampalCache
 from ahn.cache.cache import layer_tensors
 from ahn.errors import ConfigError, ShapeError
 from ahn.models.text import GrowingText
+from ahn.models.text import text_of as text_of
 
 if TYPE_CHECKING:
     from typing_extensions import Self

@@ -72,6 +72,13 @@ def as_before(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     (logging.enable_progress_bar if bars else logging.disable_progress_bar)()
 
 
+def write_tokenizer(folder: Path, chat: bool) -> None:
+    """A tokenizer of single bytes, with a chat template or without."""
+    tokenizer = byte_tokenizer()
+    tokenizer.model_max_length, tokenizer.chat_template = 64, tokenizer.chat_template if chat else None
+    tokenizer.save_pretrained(folder)
+
+
 @pytest.fixture(scope="session")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with models, adapters, a cache, and files that are wrong in every way."""
@@ -79,9 +86,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     sizes = {"vocab_size": 259, "head_dim": 8}
     for name, chat in (("model", False), ("chatty", True)):
         tiny("qwen3", **sizes).save_pretrained(place / name)
-        tokenizer = byte_tokenizer()
-        tokenizer.model_max_length, tokenizer.chat_template = 64, tokenizer.chat_template if chat else None
-        tokenizer.save_pretrained(place / name)
+        write_tokenizer(place / name, chat)
     ahn.save(with_memory("qwen3", model=sizes), place / "adapter")
     ahn.save(with_memory("qwen3", model={**sizes, "hidden_size": 16}), place / "misfit")
     both = with_memory("qwen3", model=sizes, window=64)

@@ -1,5 +1,6 @@
 """Every kernel in C computes what the plain loop or the spelled-out softmax does, in float64."""
 
+import contextlib
 import math
 
 import pytest
@@ -164,6 +165,35 @@ def test_a_decoded_token(memory: str, B: int) -> None:
     assert not torch.equal(got[1], local)
 
 
+def test_a_decoded_token_of_rows_that_lie_anywhere(memory: str) -> None:
+    """The states of some rows of larger tensors are written where they lie, and no other number is touched."""
+    torch.manual_seed(1)
+    shape, rows = MemoryShape(24, 6, 2, 32, 16), torch.tensor([4, 0, 3])
+    memories = [build_memory(memory, shape) for _ in range(2)]
+    for each in memories:
+        torch.nn.init.normal_(each.o_proj)
+    k, v = torch.randn(2, 3, 2, 32), torch.randn(2, 3, 2, 16)
+    gates = torch.stack([each.gates(torch.randn(3, 1, 24))[:, 0] for each in memories]).detach()
+    sizes = memories[0].state_shape()
+    pages = torch.randn(2, 6, math.prod(sizes) + 7)
+    q, x, local = torch.randn(3, 1, 6, 32), torch.randn(3, 1, 24), torch.randn(3, 1, 6, 16)
+    dense = pages[:, rows, :-7].unflatten(2, sizes).contiguous()
+    with torch.no_grad():
+        type(memories[0]).update(k, v, gates, dense)
+        expected = memories[1].decode_add(local.clone(), q, x, dense[1])
+        for off in (False, True):
+            after = pages.clone()
+            state = after[:, :, :-7].unflatten(2, sizes)
+            with native.switched_off() if off else contextlib.nullcontext():
+                type(memories[0]).update(k, v, gates, state, rows)
+                got = memories[1].decode_add(local.clone(), q, x, state[1], rows)
+            torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
+            torch.testing.assert_close(state[:, rows], dense, atol=1e-5, rtol=1e-5)
+            others = [row for row in range(6) if row not in rows]
+            assert torch.equal(after[:, others], pages[:, others])
+            assert torch.equal(after[..., -7:], pages[..., -7:])
+
+
 @pytest.mark.parametrize("per_head", [True, False], ids=["norm-per-head", "norm-over-heads"])
 @pytest.mark.parametrize("key_first", [True, False], ids=["key-first", "value-first"])
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no-bias"])
@@ -277,6 +307,27 @@ def test_a_single_query(heads: tuple[int, int], slots: int) -> None:
     allowed = [everything[..., :S], everything[..., S:], ((visible_from <= 60) & (visible_from + 30 > 60))[:, None]]
     torch.testing.assert_close(
         native.attend_one(segments, 60, 0.3), softmax(segments, allowed, 0.3).float(), atol=2e-5, rtol=2e-5
+    )
+
+
+@pytest.mark.parametrize("heads", [(1, 1), (6, 2), (10, 2)], ids=str)
+def test_a_single_query_of_rows_that_lie_anywhere(heads: tuple[int, int]) -> None:
+    """Each row of the batch has its own place and its own number of keys; what lies beyond them is never read."""
+    torch.manual_seed(3)
+    (H, G), K, V, S, N = heads, 32, 48, 5, 600
+    near, far = torch.randn(4, H, 1, K), torch.randn(4, H, 1, K)
+    rows, counts = torch.tensor([6, 0, 3, 4]), torch.tensor([600, 3, 257, 5])
+    pages = torch.full((7, G * N * (K + V) + 9), math.nan)  # as they lie in the block of a request
+    keys, values = pages[:, : G * N * K].view(7, G, N, K), pages[:, G * N * K : -9].view(7, G, N, V)
+    for row, count in zip(rows, counts, strict=True):
+        keys[row, :, :count], values[row, :, :count] = torch.randn(G, count, K), torch.randn(G, count, V)
+    sinks = counts.clamp(max=S)
+    parts = (far, slice(0, S), sinks), (near, slice(S, None), counts - sinks)
+    segments = [Segment(q, keys[:, :, p], values[:, :, p], rows=rows, counts=count) for q, p, count in parts]
+    own = [Segment(q, keys[rows][:, :, p].nan_to_num(), values[rows][:, :, p].nan_to_num()) for q, p, _ in parts]
+    allowed = [(torch.arange(part.keys.size(2)) < count[:, None])[:, None] for part, (*_, count) in zip(own, parts)]
+    torch.testing.assert_close(
+        native.attend_one(segments, 0, 0.3), softmax(own, allowed, 0.3).float(), atol=2e-5, rtol=2e-5
     )
 
 

@@ -9,6 +9,7 @@ Legend of shapes: D hidden size, G key/value heads, K size of keys and values, N
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -22,9 +23,11 @@ from ahn.attention.call import Call
 from ahn.attention.masks import CallMask
 from ahn.backbone.decoder import DecoderParts, decoder_layers
 from ahn.cache.layer import HippocampalLayer
+from ahn.cache.window import SinkWindow
 from ahn.errors import ShapeError
 from ahn.native.layer import DescribedLayer, Token
-from ahn.tokens import ExtraKV
+from ahn.native.segments import KINDS
+from ahn.tokens import ExtraKV, Tokens
 
 TOLERANCE = 1e-5
 """Of what a layer adds to its input: difference up to which the kernel gives what the layer gives."""
@@ -82,9 +85,10 @@ class FastPath:
         self._attention_layer: AttentionLayer = call.attachment.layers[attention.layer_idx]
         self._memory = attention._modules.get(MODULE)
         self._layer, self._parts = layer, _parts(layer, attention)
-        self._attachment = call.attachment
+        self._attachment, self._cache = call.attachment, id(call.cache)
         self.is_verified = False
         self._token = Token()
+        self._buffer: Tokens | None = None  # that the kernel can work on
         self._described: DescribedLayer | None = None
         if self._parts is not None:
             self._described = self._describe(attention)
@@ -92,7 +96,8 @@ class FastPath:
     def is_of(self, call: Call, attention: Any) -> bool:
         """Whether the layer still has its parts and the memory that it had."""
         same = self._attachment is call.attachment and attention._modules.get(MODULE) is self._memory
-        return same and (self._parts is None or self._parts.are_same())
+        # A layer that was built otherwise is looked at again with every new cache: an adapter may be gone.
+        return same and (self._parts.are_same() if self._parts is not None else self._cache == id(call.cache))
 
     def can_take(self, hidden: torch.Tensor, tables: _Tables | None, call: Call) -> bool:
         """Whether the kernel can take a token.
@@ -104,27 +109,31 @@ class FastPath:
         """
         if self._described is None or tables is None or call.step is None or not call.step.takes_kernels:
             return False
-        D, _, G, K, _ = self._attention_layer.shape
-        if hidden.shape != (1, 1, D) or tables[0].shape != (1, 1, K) or self._layer.training:
+        if self._parts is None or not self._parts.are_free():
             return False
-        selection, store = call.selection, self._store(call)
+        D, _, G, K, _ = self._attention_layer.shape
+        if hidden.shape != (1, 1, D) or self._layer.training or not hidden.is_contiguous() or not native.ready(hidden):
+            return False
+        selection, buffer = call.selection, self._store(call).exact.buffer
         if selection is not None and self._attention_layer.index in selection.scoreboard.layers:
             return False
-        buffer = store.exact.buffer
-        dense = buffer is not None and all(each.is_contiguous() for each in (hidden, *tables, *buffer[:2]))
-        return dense and buffer is not None and buffer.keys.size(1) == G and native.ready(hidden, *tables, *buffer[:2])
+        if buffer is not self._buffer:
+            if buffer is None or buffer.keys.shape[:2] != (1, G) or not _is_readable(buffer):
+                return False
+            self._buffer = buffer
+        return call.shared("tables of kernels", tables[0], lambda: _are_whole(tables, K))
 
     def run(self, hidden: torch.Tensor, tables: _Tables, call: Call) -> torch.Tensor:
         """Output of the layer, `[1, 1, D]`; arguments as for `can_take`."""
         store = self._store(call)
-        slot, old = store.exact.begin_key()
-        selection = call.selection
-        selected = None if selection is None else selection.selected.get(store.exact.window)
-        extra = None if selected is None or store.bank is None else store.bank.append(old, selected)
-        normed = torch.empty_like(hidden)
-        if call.step is not None:
-            call.step.hidden[self._attention_layer.index] = normed
-        return self._run(hidden, tables, call, slot, extra, normed)
+        step: Any = call.step
+        index = self._attention_layer.index
+        contents = step.contents(index)
+        selected = None if call.selection is None else call.selection.selected.get(store.exact.window)
+        extra = None
+        if selected is not None and store.bank is not None:
+            extra = store.bank.append(_evicted(store.exact, contents), selected)
+        return self._run(hidden, tables, call, store.exact.begin_key(contents), extra, step.row(index, hidden))
 
     def verify(self, hidden: torch.Tensor, tables: _Tables, call: Call, expected: torch.Tensor) -> None:
         """Compares the kernel with what the layer has given; the layer has stored the token already.
@@ -139,7 +148,11 @@ class FastPath:
         selected = None if call.selection is None else call.selection.selected.get(store.exact.window)
         if selected is not None:
             return  # a token without anchors is enough
-        got = self._run(hidden, tables, call, store.exact.last_slot(), None, torch.empty_like(hidden))
+        slot, buffer = store.exact.last_slot(), store.exact.last()
+        stored = buffer.map(torch.clone)
+        got = self._run(hidden, tables, call, slot, None, torch.empty_like(hidden))
+        for tensor, before in zip(buffer, stored, strict=True):
+            tensor.copy_(before)
         least = TOLERANCE * (expected - hidden).abs().max() + TOLERANCE / 10 * expected.abs().max()
         if bool((got - expected).abs().max() <= least):
             self.is_verified = True
@@ -164,6 +177,7 @@ class FastPath:
         token.cos, token.sin = tables[0].data_ptr(), tables[1].data_ptr()
         token.sink_cos, token.sink_sin = (None, None) if turned is None else (each.data_ptr() for each in turned)
         token.keys, token.values = buffer.keys.data_ptr(), buffer.values.data_ptr()
+        token.kind = KINDS[buffer.keys.dtype]
         token.places, token.slot, token.sinks = buffer.length, slot, exact.sinks
         token.used, token.seen = min(exact.seen, exact.sinks + exact.window), exact.seen - 1
         token.state = None if state is None else state.data_ptr()
@@ -212,6 +226,24 @@ def _parts(layer: nn.Module, attention: nn.Module) -> DecoderParts | None:
         return DecoderParts(layer, attention, (MODULE, SCORE_WEIGHTS))
     except LookupError:
         return None
+
+
+def _is_readable(buffer: Tokens) -> bool:
+    """Whether the kernel can read and write a ring."""
+    kinds = buffer.keys.dtype is buffer.values.dtype and buffer.keys.dtype in KINDS
+    return kinds and all(each.is_cpu and each.is_contiguous() and type(each) is torch.Tensor for each in buffer)
+
+
+def _are_whole(tables: _Tables, size: int) -> bool:
+    """Whether tables rotate whole heads of one token, and the kernel can read them."""
+    return all(table.shape == (1, 1, size) and table.is_contiguous() for table in tables) and native.ready(*tables)
+
+
+def _evicted(exact: SinkWindow, contents: Callable[[], Tokens] | None) -> Tokens:
+    """The token that leaves the window, or none."""
+    if contents is None:
+        return exact.leaving().span(0, 0)
+    return contents()
 
 
 def _dense(tables: _Tables) -> _Tables:

@@ -74,8 +74,8 @@ def _attend_one(local: LocalRead) -> torch.Tensor:
     if view.extra is None:
         return _attend(Reading(query, sink_query, keys, values, mask, slice(0, sinks)), softmax)
     extra, extra_one = view.extra, one_mask(call, view.extra, view.seen, query) if query.device.type == "cpu" else None
-    alone = mask is None and extra_one is not None
-    if alone and Reading(query, sink_query, keys, values, extra_one, slice(0, sinks)).can_merge(softmax):
+    one = Reading(query, sink_query, keys, values, extra_one, slice(0, sinks))
+    if mask is None and extra_one is not None and one.can_merge(softmax):
         # The window is large and lies apart: it is not copied to stand beside a few keys.
         sink_part = extra.keys, extra.values, extra_one
         if sink_query is None:

@@ -17,13 +17,36 @@ from ahn.tokens import VisibleKV
 def can_attend(local: LocalRead) -> bool:
     """Whether the kernels can do what `attend` does."""
     call, view, query, sink_query, softmax = local
-    tensors = [query, view.local.keys, view.local.values, view.sinks.keys, view.sinks.values]
-    tensors += [] if sink_query is None else [sink_query]
-    tensors += [] if view.extra is None else [view.extra.keys, view.extra.values]
-    if not softmax.is_plain or not native.ready(*tensors, sizes=(view.local.keys.size(3), view.local.values.size(3))):
+    kv = _keys_and_values(view)
+    if kv[0].dtype is not torch.float32:
+        return can_attend_halves(local)
+    tensors = [query, *kv, *([] if sink_query is None else [sink_query])]
+    if not softmax.is_plain or not native.ready(*tensors, sizes=_sizes(view)):
         return False
     padded = call.padding is not None and local.first < call.padding.most + view.sinks.length + view.window
     return not (view.ordered and padded)
+
+
+def can_attend_halves(local: LocalRead) -> bool:
+    """Whether the kernels can read keys and values that are stored in half precision: those of a single query."""
+    _, view, query, sink_query, softmax = local
+    if view.ordered or not softmax.is_plain:
+        return False
+    kv = _keys_and_values(view)
+    halved = kv[0].dtype in (torch.bfloat16, torch.float16)
+    alike = all(each.dtype is kv[0].dtype and each.is_cpu and type(each) is torch.Tensor for each in kv)
+    queries = [query, *([] if sink_query is None else [sink_query])]
+    gradients = torch.is_grad_enabled() and any(each.requires_grad for each in kv)
+    return halved and alike and not gradients and native.ready(*queries, sizes=_sizes(view))
+
+
+def _keys_and_values(view: VisibleKV) -> list[torch.Tensor]:
+    extra = [] if view.extra is None else [view.extra.keys, view.extra.values]
+    return [view.local.keys, view.local.values, view.sinks.keys, view.sinks.values, *extra]
+
+
+def _sizes(view: VisibleKV) -> tuple[int, int]:
+    return view.local.keys.size(3), view.local.values.size(3)
 
 
 def attend(local: LocalRead) -> torch.Tensor:

@@ -70,38 +70,52 @@ class DecoderParts:
         )
         parts = [*_children(attention, {*_ATTENTION.values(), *norms}), *_children(mlp, set(mlp._modules))]
         parts += _children(layer, {"self_attn", "mlp", *_NORMS.values()})
-        self._modules = [(parent._modules, name, child, *_added(child)) for parent, name, child in parts]
+        self._modules = [
+            (parent._modules, name, child, vars(child), _own_forward(child)) for parent, name, child in parts
+        ]
+        self._hooks = [(child._forward_pre_hooks, child._forward_hooks, child) for *_, child in parts]
         tensors = {id(tensor): (own, name, tensor) for *_, child in parts for own, name, tensor in _tensors(child)}
         self._tensors = [(own, name, tensor.data_ptr()) for own, name, tensor in tensors.values()]
 
     def are_same(self) -> bool:
-        """Whether no module was replaced, hooked or given other tensors since."""
-        for modules, name, module, forward, before in self._modules:
-            if modules.get(name) is not module or vars(module).get("forward") is not forward:
+        """Whether no module was replaced or given other tensors since."""
+        for modules, name, module, facts, forward in self._modules:
+            if modules.get(name) is not module or facts.get("forward") is not forward:
                 return False
-            if module._forward_pre_hooks.keys() != before or not compat.only_captures(module):
+        # A loop and no generator: this runs for every layer of every token.
+        for own, name, address in self._tensors:  # noqa: SIM110
+            if own[name].data_ptr() != address:
                 return False
-        return all(own[name].data_ptr() == address for own, name, address in self._tensors)
+        return True
+
+    def are_free(self) -> bool:
+        """Whether no hook of others is on a module."""
+        for before, after, module in self._hooks:
+            if before and not all(hook.__module__.startswith("ahn.") for hook in before.values()):
+                return False
+            if after and not compat.only_captures(module):
+                return False
+        return True
 
 
 def _children(parent: nn.Module, names: Collection[str]) -> list[tuple[nn.Module, str, nn.Module]]:
     return [(parent, name, child) for name, child in parent.named_children() if name in names]
 
 
-def _added(module: nn.Module) -> tuple[Any, set[int]]:
-    """The forward of its own that a module has, and the hooks that run before it."""
+def _own_forward(module: nn.Module) -> Any:
+    """The forward of its own that a module has, or `None`."""
     forward = vars(module).get("forward")
     if forward is not None and not linear.is_ours(module):
         raise LookupError("something else has changed how a module computes")
-    return forward, set(module._forward_pre_hooks)
+    return forward
 
 
 def _tensors(module: nn.Module) -> Iterator[tuple[dict[str, Any], str, torch.Tensor]]:
-    """The tensors that a module holds, with where it holds them."""
-    inner = [module, module.stored] if isinstance(module, QuantizedLinear) else [module]
-    for each in inner:
-        for own in (each._parameters, each._buffers):
-            yield from ((own, name, tensor) for name, tensor in own.items() if tensor is not None)
+    """The tensors that a module holds, with where it holds them; one of a stored weight, whose parts move together."""
+    yield from ((module._parameters, name, each) for name, each in module._parameters.items() if each is not None)
+    if isinstance(module, QuantizedLinear):
+        name, tensor = next(module.stored.named_buffers())
+        yield module.stored._buffers, name, tensor  # type: ignore[misc]
 
 
 def _require(module: Any, children: Collection[str]) -> None:

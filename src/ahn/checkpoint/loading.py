@@ -332,7 +332,7 @@ def _run_settings(content: Content, config: AHNConfig | None) -> AHNConfig:
             raise failure(content.where, f"its {name} is {theirs!r}, not {ours!r}", f"Set {name}={theirs!r}")
     if config.layers not in (None, saved.layers, content.layers):
         raise failure(content.where, f"it has a memory in layers {list(content.layers)}", "Leave layers out")
-    names = ("window", "sinks", "sink_positions", "anchors", "anchor_score", "anchor_layers")
+    names = ("window", "sinks", "sink_positions", "anchors", "anchor_score", "anchor_layers", "cache_dtype")
     return dataclasses.replace(saved, **{name: getattr(config, name) for name in names})
 
 

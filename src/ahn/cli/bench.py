@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,11 +22,15 @@ if TYPE_CHECKING:
     from ahn.cli.loading import Loaded
     from ahn.speed import Speed, Timing
 
+_LLAMA = "llama.cpp"
+
 EXAMPLES = """Examples:
 
 ahn bench  [dim]# some minutes[/dim]
 
 ahn bench --contexts 2048,32768 --arms full,window,ahn,ahn+64 --plot speed.png
+
+ahn bench --arms llama.cpp,ahn --quantize int4  [dim]# the same 4-bit weights in both[/dim]
 
 ahn bench --model ./my-model --adapter ./my-memory --window 4096 --json speed.json
 """
@@ -36,7 +41,9 @@ class BenchSettings:
     """What is timed, how often, and where the numbers go."""
 
     arms: tuple[str, ...] = setting(
-        ("full", "window", "ahn"), "Ways of reading, joined by commas; compared with the first.", joined=True
+        ("full", "window", "ahn"),
+        "Ways of reading, joined by commas, llama.cpp among them; compared with the first.",
+        joined=True,
     )
     contexts: str = setting("2048,8192", "Numbers of tokens read before, joined by commas.")
     rounds: int = setting(5, "How often each has its turn.", least=1)
@@ -56,7 +63,10 @@ def command(settings: BenchSettings, source: ModelSettings) -> None:
 
     loaded = loading.load(source)
     from ahn import native
-    from ahn.speed import measure
+    from ahn.speed import llama, measure
+
+    if llama.NAME in settings.arms:
+        llama.find_gguf(loaded.model)
 
     done, total = itertools.count(1), 2 * (settings.rounds + 1) * len(contexts)
     with work_bar(notes(), total, "rounds", "timed") as update:
@@ -95,7 +105,9 @@ def _write(path: Path, speed: Speed, loaded: Loaded, settings: BenchSettings, co
 def _check_arms(arms: Sequence[str]) -> None:
     from ahn.evaluation.arm_names import find_arm
 
-    for name in arms or [""]:
+    if _LLAMA in arms and find_spec("xllamacpp") is None:
+        raise UsageError("--arms llama.cpp needs a package that is not installed. Install it: pip install 'ahn[bench]'")
+    for name in [arm for arm in arms if arm != _LLAMA] or [""] * (not arms):
         if find_arm(name).method == "tail":
             raise UsageError(
                 "--arms: tail begins its text anew again and again, which has no time per token. Leave it out."

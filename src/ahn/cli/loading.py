@@ -35,6 +35,7 @@ class ModelChoice:
         unset="the adapter's, or bounded",
         kw_only=False,
     )
+    cache_dtype: str | None = same_setting(ExactTokens, "cache_dtype", kw_only=False)
     quantize: str | None = setting(
         None,
         "Store the base model's weights in fewer bits.",
@@ -132,7 +133,9 @@ def load(settings: ModelChoice, like: AHNConfig | None = None) -> Loaded:
         chosen = _adapter(name, settings.adapter)
         saved = _saved(name, chosen)
         config = like or (_config(saved) if saved else _USUAL)
-        changes: dict[str, Any] = {key: getattr(settings, key) for key in ("window", "sinks", "sink_positions")}
+        changes: dict[str, Any] = {
+            key: getattr(settings, key) for key in ("window", "sinks", "sink_positions", "cache_dtype")
+        }
         config = replace(config, **{key: value for key, value in changes.items() if value is not None})
         tokenizer = load_tokenizer(name)
         stored: dict[str, Any] = {} if settings.quantize is None else {"quantize": settings.quantize}

@@ -107,9 +107,9 @@ def opening_of(tokenizer: Any) -> list[int]:
     return [first] if first is not None and tokenizer("a")["input_ids"][:1] == [first] else []
 
 
-def text_of(tokenizer: Any, ids: Collection[int]) -> str:
-    """The text of an answer's tokens, without special tokens and with its white space as it is."""
-    return str(tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False))
+def text_of(tokenizer: Any, ids: Collection[int], special: bool = False) -> str:
+    """The text of an answer's tokens with its white space as it is, without special tokens if they are not wanted."""
+    return str(tokenizer.decode(list(ids), skip_special_tokens=not special, clean_up_tokenization_spaces=False))
 
 
 class GrowingText:
@@ -118,13 +118,14 @@ class GrowingText:
     Args:
         tokenizer: The model's tokenizer.
         stop: Sequences of characters that end the text; they are not part of it.
+        special: Whether special tokens are part of it.
 
     Attributes:
         has_stopped: Whether one of them came.
     """
 
-    def __init__(self, tokenizer: Any, stop: Sequence[str] = ()) -> None:
-        self._tokenizer = tokenizer
+    def __init__(self, tokenizer: Any, stop: Sequence[str] = (), special: bool = False) -> None:
+        self._tokenizer, self._special = tokenizer, special
         self._stop = stop
         self._ids: list[int] = []
         self._first = self._shown = 0  # tokens from `first` to `shown` are out and give the next ones their context
@@ -150,7 +151,9 @@ class GrowingText:
 
     def _more(self) -> str:
         """The text of the tokens that are not out yet."""
-        before, now = (text_of(self._tokenizer, self._ids[self._first : end]) for end in (self._shown, None))
+        before, now = (
+            text_of(self._tokenizer, self._ids[self._first : end], self._special) for end in (self._shown, None)
+        )
         return now[len(before) :]
 
     def _release(self, more: str) -> str:

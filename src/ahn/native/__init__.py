@@ -41,7 +41,6 @@ __all__ = [
     "scan_back",
     "scan_state_space",
     "switched_off",
-    "team",
     "why_not",
     "write_delta_",
     "write_state_space_",
@@ -96,11 +95,6 @@ def ready(*tensors: Tensor, sizes: Sequence[int] = ()) -> bool:
     if _off.get() or not isinstance(_kernels(), ctypes.CDLL):
         return False
     return all(size % _panel() == 0 for size in sizes)
-
-
-def team() -> int:
-    """Threads that a kernel of many steps works with: as many as torch does."""
-    return torch.get_num_threads()
 
 
 def why_not() -> str | None:

@@ -6,6 +6,7 @@
 #include "kernels.h"
 
 #define ROW_BLOCK 48  /* rows of queries that meet them: tokens times the query heads of a kv head */
+#define WIDENED 32    /* keys in half precision that are float32 at the same time */
 #define AHEAD 32      /* keys that are fetched ahead of those that a single query meets */
 
 /* Turns scores into weights exp(score - best), in place, and returns by how much earlier sums shrink. */
@@ -81,7 +82,7 @@ static void read_segment(const Call *call, const Segment *segment, const float *
     }
     span_of(segment, call->seen + token, &from, &first_to);
     span_of(segment, call->seen + token + tokens - 1, &last_from, &to);
-    const float *values = segment->values + b * segment->value_batch + g * segment->value_head;
+    const float *values = (const float *)segment->values + b * segment->value_batch + g * segment->value_head;
     for (index_t start = from / PANEL * PANEL; start < to; start += KEY_BLOCK) {
         index_t count = to - start < KEY_BLOCK ? to - start : KEY_BLOCK, width = rounded(count);
         product(rows, width, K, queries, K, panels + start * K, PANEL, K * PANEL, scores, KEY_BLOCK, 0);
@@ -124,7 +125,8 @@ int ahn_attend(index_t B, index_t T, index_t H, index_t G, index_t K, index_t V,
 #pragma omp for schedule(static)
             for (index_t unit = 0; unit < B * G * per_head; unit++) {
                 index_t pair = unit / per_head, place = unit % per_head * PANEL;
-                const float *keys = segment->keys + pair / G * segment->key_batch + pair % G * segment->key_head;
+                const float *keys =
+                    (const float *)segment->keys + pair / G * segment->key_batch + pair % G * segment->key_head;
                 pack_panel(panels + (pair * places + begin + place) * K, keys + place * segment->key_place,
                            segment->key_place, segment->count - place, K);
             }
@@ -156,11 +158,21 @@ int ahn_attend(index_t B, index_t T, index_t H, index_t G, index_t K, index_t V,
 
 /* --- a single query ------------------------------------------------------------------------------------------------*/
 
-/* sums[heads, V] = weights[heads, count] values[count, V]; `heads` is a constant where this is inlined. */
+/* sums[heads, V] = keep * sums + weights[heads, count] values[count, V]; `heads` is a constant where this is inlined. */
 INLINE void weigh(const int heads, const float *weights, const float *values, index_t step, index_t count, index_t V,
-                  float *sums)
+                  float *sums, float keep)
 {
-    for (index_t v = 0; v < V; v += PANEL) tile(heads, count, weights, KEY_BLOCK, values + v, step, sums + v, V, 0);
+    for (index_t v = 0; v < V; v += PANEL) tile(heads, count, weights, KEY_BLOCK, values + v, step, sums + v, V, keep);
+}
+
+/* Rows in half precision as float32, `size` numbers each, a multiple of PANEL_ROWS. */
+static void widen_rows(index_t kind, const uint16_t *from, index_t step, index_t count, index_t size, float *to)
+{
+    for (index_t j = 0; j < count; j++, from += step)
+        for (index_t d = 0; d < size; d += PANEL_ROWS, to += PANEL_ROWS) {
+            __builtin_prefetch(from + AHEAD * step + d);
+            *(loose_wide *)to = kind == BFLOAT16 ? widen_bfloat16(from + d) : widen(from + d);
+        }
 }
 
 /* A block of keys: the tallies and sums of the query heads of a kv head. */
@@ -168,13 +180,22 @@ INLINE void read_block(const int heads, const Segment *segment, index_t b, index
                        const Call *call, index_t head, Tally *tallies, float *sums)
 {
     index_t K = call->K, V = call->V, row = segment->rows ? segment->rows[b] : b;
-    const float *keys = segment->keys + row * segment->key_batch + g * segment->key_head + start * segment->key_place;
-    const float *values =
-        segment->values + row * segment->value_batch + g * segment->value_head + start * segment->value_place;
+    index_t first_key = row * segment->key_batch + g * segment->key_head + start * segment->key_place;
+    index_t first_value = row * segment->value_batch + g * segment->value_head + start * segment->value_place;
     const float *query = segment->query + (b * call->H + head) * K;
     float scores[MOST_VECTORS * KEY_BLOCK] __attribute__((aligned(ALIGNMENT)));
     index_t width = rounded(count);
-    products(heads, query, K, keys, segment->key_place, count, K, AHEAD, call->scaling, scores, KEY_BLOCK);
+    float room[WIDENED * (K > V ? K : V)] __attribute__((aligned(ALIGNMENT)));
+    if (segment->kind == FLOAT32)
+        products(heads, query, K, (const float *)segment->keys + first_key, segment->key_place, count, K, AHEAD,
+                 call->scaling, scores, KEY_BLOCK);
+    else
+        for (index_t j = 0; j < count; j += WIDENED) {
+            const uint16_t *keys = (const uint16_t *)segment->keys + first_key + j * segment->key_place;
+            index_t here = count - j < WIDENED ? count - j : WIDENED;
+            widen_rows(segment->kind, keys, segment->key_place, here, K, room);
+            products(heads, query, K, room, K, here, K, 0, call->scaling, scores + j, KEY_BLOCK);
+        }
     for (int i = 0; i < heads; i++) {
         float *mine = scores + i * KEY_BLOCK;
         if (segment->mask)
@@ -184,7 +205,17 @@ INLINE void read_block(const int heads, const Segment *segment, index_t b, index
         tallies[i] = (Tally){-INFINITY, 0};
         settle(mine, width, tallies + i);
     }
-    weigh(heads, scores, values, segment->value_place, count, V, sums);
+    if (segment->kind == FLOAT32) {
+        const float *values = (const float *)segment->values + first_value;
+        weigh(heads, scores, values, segment->value_place, count, V, sums, 0);
+        return;
+    }
+    for (index_t j = 0; j < count; j += WIDENED) {
+        const uint16_t *values = (const uint16_t *)segment->values + first_value + j * segment->value_place;
+        index_t here = count - j < WIDENED ? count - j : WIDENED;
+        widen_rows(segment->kind, values, segment->value_place, here, V, room);
+        weigh(heads, scores + j, room, V, here, V, sums, j > 0);
+    }
 }
 
 index_t key_blocks(const Segment *segments, index_t count)

@@ -18,15 +18,50 @@ typedef wide loose_wide __attribute__((aligned(4), may_alias));
 typedef words loose_words __attribute__((aligned(4), may_alias));
 typedef halves loose_halves __attribute__((aligned(2), may_alias));
 
+enum { FLOAT32, BFLOAT16, FLOAT16 };
+
 INLINE wide splat_wide(float x) { return x - (wide){0}; }
+
+/* Sixteen numbers of float16, exactly; the exponent is shifted by a product, which also brings subnormals along. */
+INLINE wide widen(const uint16_t *from)
+{
+    words bits = __builtin_convertvector(*(const loose_halves *)from, words);
+    wide size = (wide)((bits & 0x7fff) << 13) * splat_wide(0x1p112f);
+    return (wide)((words)size | (bits & 0x8000) << 16);
+}
+
+INLINE wide widen_bfloat16(const uint16_t *from)
+{
+    return (wide)(__builtin_convertvector(*(const loose_halves *)from, words) << 16);
+}
+
+/* Rounds to the nearest number of half precision, of two to the even one; what is too large for it is infinite. */
+INLINE uint16_t narrow(float x, index_t kind)
+{
+    uint32_t bits, half;
+    memcpy(&bits, &x, sizeof bits);
+    if (x != x) return kind == BFLOAT16 ? 0x7fc0 : 0x7e00;
+    if (kind == BFLOAT16) return (uint16_t)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+    uint32_t sign = bits >> 16 & 0x8000, size = bits & 0x7fffffff;
+    if (size >= 0x47800000) return (uint16_t)(sign | 0x7c00);
+    if (size < 0x38800000) { /* a sum with 1/2 rounds to the steps of subnormals */
+        float moved;
+        memcpy(&moved, &size, sizeof moved);
+        moved += 0.5f;
+        memcpy(&half, &moved, sizeof half);
+        return (uint16_t)(sign | (half - 0x3f000000));
+    }
+    return (uint16_t)(sign | (size - 0x38000000 + 0xfff + (size >> 13 & 1)) >> 13);
+}
 
 /* --- attention -----------------------------------------------------------------------------------------------------*/
 
 /* Keys [B, G, count, K] and values [B, G, count, V] of consecutive places, and who reads them. */
 typedef struct {
     const float *query; /* the queries that read them; their strides are those of the call */
-    const float *keys, *values;
-    index_t key_batch, key_head, key_place; /* strides in floats; the numbers of a key lie side by side */
+    const void *keys, *values; /* of `kind`, which is FLOAT32 where there are many queries */
+    index_t kind;
+    index_t key_batch, key_head, key_place; /* strides in numbers; those of a key lie side by side */
     index_t value_batch, value_head, value_place;
     index_t count;
     index_t first, window; /* token at the first place; a query reads as many tokens up to its own */

@@ -9,7 +9,7 @@
 
 #define UNIT PANEL_ROWS /* rows of a weight that a thread multiplies at once */
 
-enum { FLOAT32, BFLOAT16, PACKED };
+#define PACKED 3 /* a kind of weights beside those of numbers */
 
 /* A linear map [rows, columns] of one kind; `numbers` is a `packed` where it is PACKED. */
 typedef struct {
@@ -38,10 +38,10 @@ typedef struct {
     float *out, *normed;            /* [D]; what the attention layer reads */
     const float *cos, *sin;         /* [K] */
     const float *sink_cos, *sink_sin; /* that turn queries once more for sinks and anchors, or NULL */
-    float *keys, *values;           /* [G, places, K] */
-    float *old_keys, *old_values;   /* [G, K] that were in the slot, or NULL */
+    void *keys, *values;            /* [G, places, K] */
+    index_t kind;                   /* of their numbers and of those of the anchors */
     index_t places, slot, used, sinks, seen;
-    const float *anchor_keys, *anchor_values; /* [G, anchors, K] */
+    const void *anchor_keys, *anchor_values; /* [G, anchors, K] */
     const index_t *visible_from, *visible_until;
     index_t anchors;
     const float *state; /* [H, K, K], or NULL where nothing has left the window */
@@ -98,22 +98,33 @@ INLINE vec activate(vec x, int is_gelu)
     return x * share / (splat(1) + small);
 }
 
+/* x[K] as numbers of a kind, from place `at` of a ring on. */
+static void put(const float *x, index_t K, index_t kind, void *ring, index_t at)
+{
+    if (kind == FLOAT32) memcpy((float *)ring + at, x, (size_t)K * sizeof(float));
+    else
+        for (index_t d = 0; d < K; d++) ((uint16_t *)ring)[at + d] = narrow(x[d], kind);
+}
+
 /* Puts the key and the value of the token into its slot, those of kv head g. */
 static void store_token(const Layer *layer, const Token *token, index_t g, const float *keys, const float *values,
                         float *room)
 {
     index_t K = layer->size, at = (g * token->places + token->slot) * K;
     const float *key = keys + g * K;
-    if (token->old_keys) {
-        memcpy(token->old_keys + g * K, token->keys + at, (size_t)K * sizeof(float));
-        memcpy(token->old_values + g * K, token->values + at, (size_t)K * sizeof(float));
-    }
     if (layer->key_norm.weight) {
         normalize(&layer->key_norm, key, K, room);
         key = room;
     }
-    turn(key, token->cos, token->sin, K, token->keys + at);
-    memcpy(token->values + at, values + g * K, (size_t)K * sizeof(float));
+    turn(key, token->cos, token->sin, K, room + K);
+    put(room + K, K, token->kind, token->keys, at);
+    put(values + g * K, K, token->kind, token->values, at);
+}
+
+/* Where a place of a ring of some kind lies. */
+static const void *place(const void *ring, index_t kind, index_t at)
+{
+    return kind == FLOAT32 ? (const void *)((const float *)ring + at) : (const void *)((const uint16_t *)ring + at);
 }
 
 /* The segments that the token reads, with queries [H, K]; how many there are. */
@@ -121,7 +132,7 @@ static index_t lay_segments(const Layer *layer, const Token *token, const float 
                             Segment *segments)
 {
     index_t K = layer->size, first = token->sink_cos ? token->sinks : 0, count = 0;
-    Segment ring = {.query = query, .key_place = K, .value_place = K};
+    Segment ring = {.query = query, .kind = token->kind, .key_place = K, .value_place = K};
     ring.key_head = ring.value_head = token->places * K;
     if (first) {
         segments[count] = ring;
@@ -129,7 +140,8 @@ static index_t lay_segments(const Layer *layer, const Token *token, const float 
         segments[count].keys = token->keys, segments[count].values = token->values, segments[count++].count = first;
     }
     segments[count] = ring;
-    segments[count].keys = token->keys + first * K, segments[count].values = token->values + first * K;
+    segments[count].keys = place(token->keys, token->kind, first * K);
+    segments[count].values = place(token->values, token->kind, first * K);
     segments[count++].count = token->used - first;
     if (token->anchors) {
         Segment *anchors = segments + count++;

@@ -9,14 +9,17 @@ import ctypes
 from functools import lru_cache
 from typing import Any, Literal, NamedTuple
 
+import torch
 from torch import Tensor
 
 from ahn import native
 from ahn.errors import ShapeError
 from ahn.native.packed import PANEL_ROWS, DescribedWeight
+from ahn.native.team import Team
 
 _INT, _FLOAT, _POINTER = ctypes.c_int64, ctypes.c_float, ctypes.c_void_p
-_LANES = 8
+_LANES, _PACKED = 8, 3
+_TEAM = Team()
 
 
 class _Weight(ctypes.Structure):
@@ -72,8 +75,7 @@ class Token(ctypes.Structure):
         sink_sin: The same.
         keys: The ring, `[G, places, K]`.
         values: The same.
-        old_keys: Where to put what was in the slot, `[G, K]`, or `None`.
-        old_values: The same.
+        kind: What numbers they and the anchors are, a value of `ahn.native.segments.KINDS`.
         places: Places of the ring.
         slot: Where the token goes.
         used: Places that hold tokens, this one included.
@@ -89,8 +91,8 @@ class Token(ctypes.Structure):
 
     _fields_ = (
         *((name, _POINTER) for name in ("x", "out", "normed", "cos", "sin", "sink_cos", "sink_sin")),
-        *((name, _POINTER) for name in ("keys", "values", "old_keys", "old_values")),
-        *((name, _INT) for name in ("places", "slot", "used", "sinks", "seen")),
+        *((name, _POINTER) for name in ("keys", "values")),
+        *((name, _INT) for name in ("kind", "places", "slot", "used", "sinks", "seen")),
         *((name, _POINTER) for name in ("anchor_keys", "anchor_values", "visible_from", "visible_until")),
         ("anchors", _INT),
         ("state", _POINTER),
@@ -198,7 +200,8 @@ class DescribedLayer:
 
     def run(self, token: Token) -> None:
         """Takes a token through the layer: writes its output, its slot, and what its attention reads."""
-        if _function()(self._address, ctypes.addressof(token), native.team()):
+        address = ctypes.addressof(token)
+        if _TEAM.run(torch.get_num_threads(), lambda threads: _function()(self._address, address, threads)):
             raise MemoryError("ahn_decode_layer found no memory to work in")
 
     @staticmethod
@@ -234,7 +237,7 @@ def _norm(norm: NormWeight | None) -> _Norm:
 def _linear(linear: LinearWeight) -> _Weight:
     weight = linear.weight
     if isinstance(weight, DescribedWeight):
-        kind, address = 2, ctypes.addressof(weight.structure)
+        kind, address = _PACKED, ctypes.addressof(weight.structure)
     else:
         kind, address = int(weight.element_size() == 2), weight.data_ptr()
     return _Weight(kind, linear.rows, linear.columns, address, _address(linear.bias))

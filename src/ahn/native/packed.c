@@ -7,14 +7,6 @@
 
 #define FETCH_AHEAD 1024 /* words */
 
-/* Sixteen numbers of float16, exactly; the exponent is shifted by a product, which also brings subnormals along. */
-INLINE wide widen(const uint16_t *from)
-{
-    words bits = __builtin_convertvector(*(const loose_halves *)from, words);
-    wide size = (wide)((bits & 0x7fff) << 13) * splat_wide(0x1p112f);
-    return (wide)((words)size | (bits & 0x8000) << 16);
-}
-
 INLINE wide factors(const int halved, const void *from, index_t at)
 {
     if (halved) return widen((const uint16_t *)from + at);
@@ -143,7 +135,7 @@ INLINE void half_row(const int vectors, index_t D, const float *x, const uint16_
     wide sums[MOST_VECTORS];
     for (int i = 0; i < vectors; i++) sums[i] = (wide){0};
     for (index_t d = 0; d < D; d += PANEL_ROWS) {
-        wide part = (wide)(__builtin_convertvector(*(const loose_halves *)(row + d), words) << 16);
+        wide part = widen_bfloat16(row + d);
 #pragma GCC unroll 4
         for (int i = 0; i < vectors; i++) sums[i] += part * *(const loose_wide *)(x + i * D + d);
     }

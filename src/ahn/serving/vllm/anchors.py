@@ -56,7 +56,7 @@ class DecodedAnchors:
 
     def _open(self, seen: torch.Tensor) -> None:
         """Turns the scores of all requests to where those of the longest text are."""
-        place = torch.arange(self.board.length)
+        place = torch.arange(self.board.length, device=self.blocks.device)
         scores_BPR = self._pages[BOARD + "votes"][self.blocks]
         index = ((place - self._padding[:, None]) % self.board.length)[..., None].expand_as(scores_BPR)
         has_some = (seen > self.board.sinks + self.window)[:, None]
@@ -118,7 +118,7 @@ class DecodedAnchors:
             for name, tensor in state.items():
                 self.runtime.layers[index].pages[name][self.blocks] = tensor
         scores_BPR, tokens = self.board.stored["votes"], self._stored("tokens")
-        place = torch.arange(self.board.length)
+        place = torch.arange(self.board.length, device=self.blocks.device)
         index_BPR = ((place + self._padding[:, None]) % self.board.length)[..., None].expand_as(scores_BPR)
         self._pages[BOARD + "votes"][self.blocks] = scores_BPR.gather(1, index_BPR)
         self._pages[f"{BOARD}scores.{self.window}"][self.blocks] = self._stored("scores")

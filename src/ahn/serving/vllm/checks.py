@@ -32,11 +32,19 @@ def check(vllm_config: Any) -> None:
         "speculative decoding takes tokens back, which a memory cannot do",
         "leave --speculative-config out",
     )
-    model.enforce_eager = True  # a step looks at whose tokens it reads, which no graph can
+    # A step looks at whose tokens it reads, which no graph can. Yet vLLM 0.32 on a CPU gives the stages of a pipeline
+    # room for what they hand on only where it compiles (`CPUModelRunner.warming_up_model`).
+    model.enforce_eager = vllm_config.parallel_config.pipeline_parallel_size == 1
     cache.mamba_cache_mode = "none"
     cache.mamba_block_size = model.max_model_len
     memory = read_memory(getattr(model.hf_config, FIELD, {}), model.model, model.revision)
     attachment = survey_base(model.hf_config, memory.config)
+    found = next(layer.memory for layer in attachment.layers if layer.memory is not None)
+    require(
+        vllm_config.parallel_config.tensor_parallel_size == 1 or found.norm_per_head,
+        f"the memory {memory.config.memory} takes a norm over all heads, which lie in several processes",
+        "leave --tensor-parallel-size out, or use --pipeline-parallel-size",
+    )
     give_score_weights(attachment, memory, model.hf_config)
     scoreboard = empty_cache(attachment, RunSettings.like(memory.config)).scoreboard
     if scoreboard is not None:

@@ -19,7 +19,7 @@ from torch import nn
 from ahn import native
 from ahn.attention.call import Call, LayerCall, Softmax
 from ahn.attention.function import softmax_of
-from ahn.attention.softmax import explicit_weights
+from ahn.attention.softmax import Reading, explicit_weights
 from ahn.backbone.rotary import Rotary
 from ahn.cache.record import TokenRecord
 from ahn.memories import Memory
@@ -42,12 +42,13 @@ class DecodedTokens:
         self.call = Call(runtime.attachment, runtime.settings, None)
         self.hidden: dict[int, torch.Tensor] = {}
         exact = runtime.exact
-        self.blocks = torch.tensor([each.block for each in rows])
-        self.seen = torch.tensor([each.seen for each in rows])
+        device = runtime.pages["keys"].device
+        self.blocks = torch.tensor([each.block for each in rows], device=device)
+        self.seen = torch.tensor([each.seen for each in rows], device=device)
         beyond = self.seen - exact.sinks
         self.places = torch.where(beyond < 0, self.seen, exact.sinks + beyond % exact.window)
         self.used = (self.seen + 1).clamp(max=exact.sinks + exact.window)
-        self.longest = int(self.seen.max()) + 1
+        self.longest = max(each.seen for each in rows) + 1
         self.evicts = beyond >= exact.window
         board = runtime.board
         self.anchors = None if board is None else DecodedAnchors(runtime, board, self.blocks, self.seen)
@@ -131,14 +132,16 @@ class DecodedTokens:
     ) -> torch.Tensor:
         """The same in torch, on a copy of the rings."""
         keys, values = (served.pages[name][self.blocks] for name in ("keys", "values"))
-        beyond, sinks = torch.arange(keys.size(2)) >= self.used[:, None], self.runtime.exact.sinks
+        beyond, sinks = torch.arange(keys.size(2), device=keys.device) >= self.used[:, None], self.runtime.exact.sinks
         if self.anchors is not None:
             extra = (served.pages[name][self.blocks] for name in ("anchor_keys", "anchor_values"))
             keys, values = (torch.cat(pair, dim=2) for pair in zip(extra, (keys, values), strict=True))
-            missing = torch.arange(self.anchors.board.anchors) >= self.anchors.counts[:, None]
+            places = torch.arange(self.anchors.board.anchors, device=keys.device)
+            missing = places >= self.anchors.counts[:, None]
             beyond, sinks = torch.cat((missing, beyond), dim=1), sinks + missing.size(1)
-        mask_B11N = torch.zeros(beyond.shape).masked_fill_(beyond, float("-inf"))[:, None, None]
-        weights = explicit_weights(q_BH1K, sink_q_BH1K, keys, mask_B11N, slice(0, sinks), softmax)
+        mask_B11N = torch.zeros(beyond.shape, device=keys.device).masked_fill_(beyond, float("-inf"))[:, None, None]
+        reading = Reading(q_BH1K, sink_q_BH1K, keys, values, mask_B11N, slice(0, sinks))
+        weights = explicit_weights(reading, softmax)
         return torch.matmul(weights.to(values.dtype), values).view(self.count, 1, -1, values.size(3))
 
     def close(self) -> None:

@@ -75,6 +75,7 @@ def survey_base(base: PreTrainedConfig, config: AHNConfig) -> Attachment:
         ModelError: It cannot be given a memory.
         ConfigError: The settings do not fit it, or it would keep more of a text than a block of fixed size holds.
     """
+    _check_rotations(base)
     copied = copy.deepcopy(base)
     copied._attn_implementation = "eager"
     with torch.device("meta"):
@@ -105,6 +106,17 @@ def give_score_weights(attachment: Attachment, memory: ServedMemory, base: PreTr
     attachment.check(RunSettings.like(memory.config))
 
 
+def own_heads(tensor: torch.Tensor, size: int, rank: int) -> torch.Tensor:
+    """The part of a memory's parameter that belongs to the heads of one process; all of it where all have the same.
+
+    Args:
+        tensor: The parameter, those of all heads one after the other.
+        size: Size of the part.
+        rank: Number of the process.
+    """
+    return tensor if tensor.size(0) == size else tensor.narrow(0, rank * size, size)
+
+
 def _check_constant(attachment: Attachment) -> None:
     """Checks that every layer keeps a number of bytes that does not depend on the text.
 
@@ -117,7 +129,17 @@ def _check_constant(attachment: Attachment) -> None:
             f"layers {own} keep the base model's own attention, whose cache grows, and vLLM would need a second kind "
             "of block for them; serve this model by `ahn serve`, or give every layer a memory"
         )
-    if any(layer.rotation is not None and layer.rotation.changes_with_length for layer in attachment.layers):
+
+
+def _check_rotations(base: PreTrainedConfig) -> None:
+    """Checks that a token is rotated by its position alone.
+
+    Raises:
+        ConfigError: It is rotated by the length of the text too.
+    """
+    rope = getattr(base.get_text_config(), "rope_parameters", None) or {}
+    kinds = [each.get("rope_type") for each in (rope, *rope.values()) if isinstance(each, dict)]
+    if any(kind == "longrope" or "dynamic" in str(kind) for kind in kinds):
         raise ConfigError(
             "the rotary positions of this model change with the length of the text, and vLLM reads texts of different "
             "length together; serve it by `ahn serve`"

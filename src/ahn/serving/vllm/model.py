@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from transformers.modeling_utils import AttentionInterface
-from vllm.distributed import get_tensor_model_parallel_world_size
+from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
 from vllm.distributed.utils import get_pp_indices
 from vllm.model_executor.models.interfaces import HasInnerState, IsAttentionFree
 from vllm.model_executor.models.transformers.base import VLLM_ATTN_ATTR, Base
@@ -20,7 +20,7 @@ from ahn.config import RunSettings
 from ahn.memories import build_memory
 from ahn.serving.vllm.layer import MemoryAttention, StepHolder, served_attention
 from ahn.serving.vllm.layout import block_bytes, block_tensors, empty_cache
-from ahn.serving.vllm.memory import ServedMemory, give_score_weights, read_memory, survey_base
+from ahn.serving.vllm.memory import ServedMemory, give_score_weights, own_heads, read_memory, survey_base
 from ahn.serving.vllm.parsing import FIELD
 from ahn.serving.vllm.runtime import Runtime, ServedLayer
 from ahn.surgery import SCORE_WEIGHTS
@@ -96,10 +96,10 @@ class MemoryMixin(Base):  # type: ignore[misc]
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
         """Loads the base model's weights as the backend does, and the memory's."""
         loaded: set[str] = super().load_weights((name, tensor) for name, tensor in weights if ".ahn." not in name)
-        tensors = self.memory.content.tensors()
+        tensors, rank = self.memory.content.tensors(), get_tensor_model_parallel_rank()
         for served in self.runtime.layers.values():
             for name, parameter in served.memory.state_dict(keep_vars=True).items():
-                parameter.data.copy_(tensors[f"layers.{served.layer.index}.{name}"])
+                parameter.data.copy_(own_heads(tensors[f"layers.{served.layer.index}.{name}"], parameter.size(0), rank))
         ours = (f".{MODULE}.", f".{SCORE_WEIGHTS}.")
         return loaded | {name for name, _ in self.named_parameters() if any(mark in name for mark in ours)}
 

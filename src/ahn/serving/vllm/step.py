@@ -96,7 +96,7 @@ class Step:
 
     def __init__(self, runtime: Runtime, rows: Sequence[Rows]) -> None:
         self.runtime = runtime
-        singles = []
+        singles: list[Rows] = []
         if runtime.decodes_together:
             for each in rows:
                 if each.seen == 0 or each.stop - each.start > 1 or each.start != len(singles):

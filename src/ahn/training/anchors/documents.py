@@ -132,8 +132,10 @@ class Format(NamedTuple):
     def make(self, source: Source) -> Fact:
         """A new fact."""
         drawn = {part: _DRAW[part](source) for part in self.parts}
-        texts = (text.format(**drawn) for text in (self.sentence, self.question, self.answer or self.sentence))
-        return Fact(*texts, drawn[self.parts[-1]])
+        said, question, answer = (
+            text.format(**drawn) for text in (self.sentence, self.question, self.answer or self.sentence)
+        )
+        return Fact(said, question, answer, drawn[self.parts[-1]])
 
 
 FORMATS = {

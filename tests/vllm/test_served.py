@@ -1,0 +1,150 @@
+"""vLLM itself serves a memory: run by `make vllm`, skipped where vLLM is missing."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file
+
+pytest.importorskip("vllm")
+
+import ahn
+from tests import tiny
+from tests.vllm import serving
+
+FOLDERS = ("qwen2_GatedDeltaNet", "qwen2_DeltaNet", "qwen2_Mamba2", "qwen3_GatedDeltaNet")
+
+
+def prompts_of(name: str) -> list[list[int]]:
+    """Prompts shorter and longer than sinks and window together."""
+    ids = load_file(serving.GOLDEN / name / "io.safetensors")["input_ids"][0].tolist()
+    return [ids[:3], ids[:9], ids[10:47], ids, ids[::-1] * 3]
+
+
+@pytest.mark.parametrize("chunk", [512, 24])
+@pytest.mark.parametrize("name", FOLDERS)
+def test_golden_folders(name: str, chunk: int, tmp_path: Path) -> None:
+    prompts = prompts_of(name)
+    with serving.engine(serving.golden_folder(name, tmp_path), max_num_batched_tokens=chunk) as llm:
+        serving.check(ahn.from_pretrained(serving.GOLDEN / name), prompts, serving.answers(llm, prompts, n=2))
+
+
+class TestRequests:
+    """One engine for a few requests at a time, with two blocks that they share."""
+
+    name = "qwen2_GatedDeltaNet"
+
+    @pytest.fixture(scope="class")
+    def llm(self, tmp_path_factory: pytest.TempPathFactory) -> Any:
+        folder = serving.golden_folder(self.name, tmp_path_factory.mktemp("golden"))
+        with serving.engine(folder, num_gpu_blocks_override=3, max_num_batched_tokens=64) as llm:
+            yield llm
+
+    @pytest.fixture(scope="class")
+    def model(self) -> Any:
+        return ahn.from_pretrained(serving.GOLDEN / self.name)
+
+    def test_blocks_are_used_again(self, llm: Any, model: Any) -> None:
+        prompts = prompts_of(self.name)
+        serving.check(model, prompts, serving.answers(llm, prompts))
+
+    def test_preempted_and_resumed(self, llm: Any, model: Any) -> None:
+        prompts = prompts_of(self.name)[2:]
+        for number, prompt in enumerate(prompts):
+            llm.llm_engine.add_request(str(number), {"prompt_token_ids": prompt}, serving.sampling())
+        found, steps = {}, 0
+        while llm.llm_engine.has_unfinished_requests():
+            for output in llm.llm_engine.step():
+                if output.finished:
+                    found[int(output.request_id)] = serving.read_answer(output.outputs[0])
+            steps += 1
+            if steps % 7 == 0:
+                llm.llm_engine.reset_prefix_cache(reset_running_requests=True)
+        assert steps > 21
+        serving.check(model, prompts, [[found[number]] for number in range(len(prompts))])
+
+
+def with_adapter(tmp_path: Path, family: str = "llama:wide", **settings: Any) -> tuple[Any, Path, Path]:
+    """A tiny model with a memory, and the folders of its base and its adapter."""
+    model = tiny.with_memory(family, **settings)
+    ahn.save(model, tmp_path / "adapter")
+    ahn.detach(model)
+    model.save_pretrained(tmp_path / "base")
+    ahn.load(model, tmp_path / "adapter")
+    return model, tmp_path / "base", tmp_path / "adapter"
+
+
+@pytest.mark.parametrize("family", ["llama:wide", "qwen3_moe", "gemma2", "granite"])
+def test_a_base_and_an_adapter(family: str, tmp_path: Path) -> None:
+    model, base, adapter = with_adapter(tmp_path, family, layers=(0, 1, 2), sinks=3)
+    prompts = [tiny.text(tokens=count, seed=count)[0].tolist() for count in (4, 30, 90)]
+    with serving.engine(base, hf_overrides={"ahn": {"adapter": str(adapter)}}) as llm:
+        serving.check(model, prompts, serving.answers(llm, prompts))
+
+
+@pytest.mark.parametrize("score", ["key_diff", "learned", "window_attention"])
+def test_anchors(score: str, tmp_path: Path) -> None:
+    model, base, adapter = with_adapter(tmp_path, window=36, anchors=6, anchor_score=score)
+    tiny.give_score_weights(model)
+    ahn.checkpoint.save_anchors(model, tmp_path / "anchors")
+    prompts = [tiny.text(tokens=count, seed=count)[0].tolist() for count in (4, 30, 90, 200)]
+    settings = {"adapter": str(adapter), "anchor_weights": str(tmp_path / "anchors")}
+    with serving.engine(base, hf_overrides={"ahn": settings}) as llm:
+        serving.check(model, prompts, serving.answers(llm, prompts))
+
+
+def test_what_cannot_be_served_is_refused_by_one_line(tmp_path: Path) -> None:
+    folder = serving.golden_folder("qwen2_GatedDeltaNet", tmp_path)
+    ngram = {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 3}
+    for options, message in (
+        ({"enable_prefix_caching": True}, "prefix caching needs states at the ends of blocks"),
+        ({"speculative_config": ngram}, "speculative decoding takes tokens back"),
+        ({"hf_overrides": {"ahn": {"windows": 3}}}, 'hf_overrides: "ahn" names windows'),
+    ):
+        with pytest.raises(Exception, match=message), serving.engine(folder, **options):
+            pass
+
+
+def test_a_model_without_a_memory_is_served_as_before(tmp_path: Path) -> None:
+    tiny.tiny("llama:wide").save_pretrained(tmp_path)
+    with serving.engine(tmp_path, enforce_eager=True) as llm:
+        assert llm.llm_engine.model_config.architecture == "LlamaForCausalLM"
+        assert len(serving.answers(llm, [[3, 4, 5]])[0][0][0]) == serving.WRITTEN
+
+
+def test_the_server_answers_a_client_of_openai(tmp_path: Path) -> None:
+    openai = pytest.importorskip("openai")
+    folder = serving.golden_folder("qwen2_GatedDeltaNet", tmp_path)
+    prompt = prompts_of("qwen2_GatedDeltaNet")[3]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    options = ["--dtype", "float32", "--max-model-len", "512", "--skip-tokenizer-init", "--port", str(port)]
+    command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(folder), *options]
+    environment = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
+    server = subprocess.Popen([*command, "--max-num-seqs", "4"], env=environment)
+    try:
+        client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none")
+        for _ in range(280):
+            try:
+                assert client.models.list().data[0].id == str(folder)
+                break
+            except openai.APIConnectionError:
+                assert server.poll() is None
+                time.sleep(1)
+        asked = {"return_token_ids": True, "ignore_eos": True, "detokenize": False}
+        answer = client.completions.create(
+            model=str(folder), prompt=prompt, max_tokens=serving.WRITTEN, temperature=0, extra_body=asked
+        )
+        model = ahn.from_pretrained(serving.GOLDEN / "qwen2_GatedDeltaNet")
+        assert answer.choices[0].token_ids == serving.expected(model, prompt)[0]
+    finally:
+        server.terminate()
+        server.wait(60)
