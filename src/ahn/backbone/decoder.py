@@ -115,7 +115,7 @@ def _tensors(module: nn.Module) -> Iterator[tuple[dict[str, Any], str, torch.Ten
     yield from ((module._parameters, name, each) for name, each in module._parameters.items() if each is not None)
     if isinstance(module, QuantizedLinear):
         name, tensor = next(module.stored.named_buffers())
-        yield module.stored._buffers, name, tensor  # type: ignore[misc]
+        yield module.stored._buffers, name, tensor
 
 
 def _require(module: Any, children: Collection[str]) -> None:
