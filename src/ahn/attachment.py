@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import os
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
@@ -24,6 +25,7 @@ from ahn.backbone.rotary import Rotation
 from ahn.config import AHNConfig, Mode, RunChanges, RunSettings
 from ahn.errors import ConfigError, ModelError
 from ahn.memories import Memory, MemoryShape
+from ahn.quantization import is_quantized, refuse_saving
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -32,6 +34,8 @@ COMPUTED = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 """Types that attention is computed in; weights of any other are quantised."""
 MODULE = "memory"
 """Name of the memory inside its attention module, hence in the model's state dict."""
+SCORE_WEIGHTS = "anchor_votes"
+"""Name of the weights of anchor scores there; the word is older than the score."""
 _ATTRIBUTE = "_ahn_attachment"
 
 
@@ -153,7 +157,8 @@ class Attachment:
     @property
     def tolerance(self) -> float:
         """Share of their mean by which outputs inside the window may differ from the base model's: rounding."""
-        return 1e-3 if all(layer.dtype == torch.float32 for layer in self.layers) else 5e-2
+        exact = self.config.cache_dtype is None and all(layer.dtype == torch.float32 for layer in self.layers)
+        return 1e-3 if exact else 5e-2
 
     @property
     def keeps_base_layers(self) -> bool:
@@ -227,6 +232,28 @@ def attachment_of(model: nn.Module) -> Attachment:
     return attachment
 
 
+def save_with_memory(model: Any, save_directory: Any, *args: Any, **kwargs: Any) -> None:
+    """Saves the base model as transformers does, and the memory beside it, where `ahn.from_pretrained` finds both.
+
+    Args:
+        model: A model with a memory attached.
+        save_directory: The folder.
+        *args: As for `save_pretrained` of transformers.
+        **kwargs: The same.
+
+    Raises:
+        ModelError: The weights of the base model are stored in few bits.
+    """
+    if is_quantized(model):
+        refuse_saving()
+    tensors = kwargs.pop("state_dict", None) or model.state_dict()
+    marks = (f".{MODULE}.", f".{SCORE_WEIGHTS}.")
+    base = {name: tensor for name, tensor in tensors.items() if not any(mark in name for mark in marks)}
+    type(model).save_pretrained(model, save_directory, *args, state_dict=base, **kwargs)
+    for save in SAVERS:
+        save(model, os.fspath(save_directory))
+
+
 @contextlib.contextmanager
 def mode(
     model: nn.Module,
@@ -243,8 +270,8 @@ def mode(
         model: A model with a memory attached.
         name: "full" is the base model itself. "window" reads sinks and window, and "ahn" adds the memory. "ct_max" and
             "ct_mean" read the slots of a Compressive Transformer instead of the memory, see `ahn.cache.compressive`.
-        **changes: `window`, `sinks`, `sink_positions`, `anchors`, `anchor_score` and `anchor_layers`, see
-            `ahn.config.ExactTokens`; what is left out or `None` is as before.
+        **changes: `window`, `sinks`, `sink_positions`, `anchors`, `anchor_score`, `anchor_layers` and
+            `cache_dtype`, see `ahn.config.ExactTokens`; what is left out or `None` is as before.
 
     Raises:
         ModelError: No memory is attached.

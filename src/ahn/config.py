@@ -15,10 +15,14 @@ Mode = Literal["full", "window", "ahn", "ct_max", "ct_mean"]
 SinkPositions = Literal["absolute", "bounded"]
 MemoryPositions = Literal["rope", "none"]
 Quantize = Literal["int4", "int8", "bf16"]
+CacheDtype = Literal["bfloat16", "float16"]
 _MOST = 2**40
 """What no window and no number of tokens or layers passes."""
 AUTO = "auto"
 """The `anchor_score` that leaves it to the model, which decides when a text begins."""
+USUAL_ANCHORS = 128
+"""Anchors that commands and `from_pretrained` keep where there are weights to choose them by and nobody names a number.
+From there on twice as many bytes win little back, see docs/usage.md."""
 
 
 def setting(
@@ -99,6 +103,7 @@ class RunChanges(TypedDict, total=False):
     anchors: int | None
     anchor_score: str | None
     anchor_layers: Sequence[int] | None
+    cache_dtype: CacheDtype | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,6 +121,9 @@ class ExactTokens(Settings):
             "auto" takes what the model has weights for, `learned` before `asked`, and `key_diff` where it has none.
         anchor_layers: Indices of the layers whose mean score counts; `None` leaves it to the score, see
             `ahn.anchors.base.Score.default_layers`.
+        cache_dtype: What keys and values of sinks, window and anchors are rounded to when they are stored, "bfloat16"
+            or "float16"; `None` keeps what the model computes. Attention computes in the model's dtype either way, and
+            states of memories stay in float32.
 
     Raises:
         ConfigError: A value is out of range.
@@ -131,13 +139,25 @@ class ExactTokens(Settings):
     anchors: int = setting(0, "Tokens that stay exact beyond the window.", least=0, kw_only=True)
     anchor_score: str = setting(AUTO, "What anchors are chosen by.", kw_only=True)
     anchor_layers: tuple[int, ...] | None = setting(None, "Layers that vote on anchors.", kw_only=True)
+    cache_dtype: CacheDtype | None = setting(
+        None,
+        "Store sinks, window and anchors in half precision.",
+        choices=get_args(CacheDtype),
+        unset="as the model computes",
+        kw_only=True,
+    )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, ready for JSON and YAML; without a `cache_dtype` as before there was one."""
+        values = super().to_dict()
+        return values if self.cache_dtype is not None else _without(values, "cache_dtype")
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             value, least = getattr(self, field.name), field.metadata.get("least")
             if least is not None:
                 check_whole(field.name, value, least)
-            if choices := field.metadata.get("choices"):
+            if (choices := field.metadata.get("choices")) and not (value is None is field.default):
                 check_choice(field.name, value, choices)
         if not isinstance(self.anchor_score, str) or not self.anchor_score:
             raise ConfigError(f"anchor_score must be the name of a score, not {self.anchor_score!r}")
@@ -213,6 +233,10 @@ class AHNConfig(ExactTokens, _MemoryName):
             raise ConfigError(f"memory must be the name of a memory, not {self.memory!r}")
         super().__post_init__()
         _set_layer_indices(self, "layers")
+
+
+def _without(values: dict[str, Any], name: str) -> dict[str, Any]:
+    return {key: value for key, value in values.items() if key != name}
 
 
 def check_whole(name: str, value: object, least: int) -> None:

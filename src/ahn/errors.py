@@ -1,6 +1,11 @@
 """Errors of the library: one root, a few kinds. Every message says what is wrong and what to do about it."""
 
 
+def one_line(error: object) -> str:
+    """An error's words, or a text, in one line."""
+    return " ".join(str(error).split())
+
+
 class AHNError(Exception):
     """Root of every error that this library raises on purpose."""
 

@@ -31,6 +31,8 @@ from ahn.backbone.survey import check_numbers
 from ahn.cache import HippocampalCache
 from ahn.cache.cache import layer_tensors
 from ahn.errors import ConfigError, ShapeError
+from ahn.models.text import GrowingText
+from ahn.models.text import text_of as text_of
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -117,7 +119,8 @@ class Reader:
     def _read_chunk(self, ids_T: torch.Tensor) -> None:
         """Reads tokens in one forward pass."""
         start = time.perf_counter()
-        logits = _forward(self.model, ids_T, self.cache, every=self.score)
+        last_only = not self.score and "logits_to_keep" in inspect.signature(self.model.forward).parameters
+        logits = forward(self.model, ids_T[None], self.cache, **({"logits_to_keep": 1} if last_only else {}))[0]
         check_numbers(logits[-1])
         if self.score:
             self._note(logits, ids_T)
@@ -260,15 +263,10 @@ def decode(
     """
     generator = torch.Generator()
     generator.seed() if seed is None else generator.manual_seed(seed)
-    processors = _processors(temperature, top_k, top_p, repetition_penalty)
+    processors = make_processors(temperature, top_k, top_p, repetition_penalty)
     written: list[int] = []
     for _ in range(limit):
-        logits_V = reader.logits
-        if processors:
-            ids: Any = torch.tensor([written], dtype=torch.long)
-            scores: Any = logits_V.float().cpu()[None]
-            logits_V = processors(ids, scores)[0]
-        token = _next_token(logits_V, generator if temperature else None)
+        token = next_token(reader.logits, processors, generator if temperature else None, written)
         if token in stop:
             return
         written.append(token)
@@ -276,10 +274,10 @@ def decode(
         reader.prefill(torch.tensor([token]))
 
 
-def _processors(
-    temperature: float, top_k: int | None, top_p: float | None, repetition_penalty: float | None
+def make_processors(
+    temperature: float, top_k: int | None = None, top_p: float | None = None, repetition_penalty: float | None = None
 ) -> LogitsProcessorList:
-    """What changes logits before a token is drawn from them, in the order of transformers."""
+    """What changes logits before a token is drawn, in the order of transformers; arguments as for `decode`."""
     processors = LogitsProcessorList()
     if repetition_penalty is not None and repetition_penalty != 1:
         processors.append(RepetitionPenaltyLogitsProcessor(float(repetition_penalty)))
@@ -292,22 +290,11 @@ def _processors(
     return processors
 
 
-def text_of(tokenizer: Any, ids: Collection[int]) -> str:
-    """The text of an answer's tokens, without special tokens and with its white space as it is."""
-    return str(tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False))
-
-
 def stream_text(tokenizer: Any, ids: Iterable[int]) -> Iterator[str]:
     """The text of tokens as it grows, in parts that join to the whole: no half characters, no lost spaces."""
-    read: list[int] = []
-    first = shown = 0  # the tokens from `first` to `shown` are out already and give the next ones their context
-    for token in ids:
-        read.append(token)
-        before, now = (text_of(tokenizer, read[first:stop]) for stop in (shown, len(read)))
-        if len(now) > len(before) and not now.endswith("\ufffd"):
-            yield now[len(before) :]
-            first, shown = shown, len(read)
-    yield text_of(tokenizer, read[first:])[len(text_of(tokenizer, read[first:shown])) :]
+    growing = GrowingText(tokenizer)
+    yield from filter(None, map(growing.add, ids))
+    yield growing.end()
 
 
 def new_cache(model: nn.Module) -> Cache:
@@ -352,11 +339,20 @@ def automatic_chunk(model: nn.Module) -> int:
     return max(32, min(_LARGEST_CHUNK, _LOGITS // max(1, int(config.get_text_config().vocab_size))))
 
 
-def _forward(model: Any, ids_T: torch.Tensor, cache: Cache, every: bool) -> torch.Tensor:
-    """Logits of all new tokens, or of the last one only, `[T or 1, V]`."""
-    keep = {} if every or "logits_to_keep" not in inspect.signature(model.forward).parameters else {"logits_to_keep": 1}
-    arguments = compat.with_cache(model, {"input_ids": ids_T[None], "use_cache": True, **keep}, cache)
-    logits: torch.Tensor = model(**arguments).logits[0]
+def forward(model: Any, ids_BT: torch.Tensor, cache: Cache, **more: Any) -> torch.Tensor:
+    """Reads new tokens into a cache in one forward pass.
+
+    Args:
+        model: A causal language model.
+        ids_BT: Token ids, `[B, T]`.
+        cache: The cache.
+        **more: Further arguments of the model.
+
+    Returns:
+        Logits of all new tokens, `[B, T, V]`, or of those that the arguments ask for.
+    """
+    arguments = compat.with_cache(model, {"input_ids": ids_BT, "use_cache": True, **more}, cache)
+    logits: torch.Tensor = model(**arguments).logits
     return logits
 
 
@@ -367,11 +363,27 @@ def _nll(logits_TV: torch.Tensor, targets_T: torch.Tensor) -> torch.Tensor:
     return torch.cat(parts) if parts else logits_TV.new_zeros(0, dtype=torch.float32)
 
 
-def _next_token(logits_V: torch.Tensor, generator: torch.Generator | None) -> int:
+def next_token(
+    logits_V: torch.Tensor,
+    processors: LogitsProcessorList,
+    generator: torch.Generator | None,
+    written: Collection[int] = (),
+) -> int:
+    """The next token: drawn from what the processors leave, or the likeliest one without a generator.
+
+    Args:
+        logits_V: What the model expects, `[V]`.
+        processors: As `make_processors` makes them.
+        generator: Random numbers, or `None`.
+        written: Tokens of the answer so far.
+    """
+    if processors:
+        ids: Any = torch.tensor([list(written)], dtype=torch.long)
+        scores: Any = logits_V.float().cpu()[None]
+        logits_V = processors(ids, scores)[0]
     if generator is None:
         return int(logits_V.argmax())
-    weights = torch.softmax(logits_V, dim=-1)
-    return int(torch.multinomial(weights, 1, generator=generator))
+    return int(torch.multinomial(torch.softmax(logits_V, dim=-1), 1, generator=generator))
 
 
 def _one_row(input_ids: torch.Tensor) -> torch.Tensor:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import Any, NoReturn
@@ -17,14 +16,16 @@ from transformers.modeling_utils import AttentionInterface
 from ahn.attachment import (
     COMPUTED,
     MODULE,
-    SAVERS,
+    SCORE_WEIGHTS,
     Attachment,
     AttentionLayer,
     attachment_of,
     find_attachment,
     mode,
+    save_with_memory,
     set_attachment,
 )
+from ahn.attention import decoder_layers
 from ahn.attention.function import IMPLEMENTATION, attention_function
 from ahn.attention.hooks import after_call, after_model, before_call, before_layer, before_model
 from ahn.attention.host import check_tokens
@@ -47,12 +48,10 @@ from ahn.cache.cache import HippocampalCache, refuse_assisted_decoding
 from ahn.config import AHNConfig
 from ahn.errors import AHNError, CacheError, ConfigError, ModelError
 from ahn.memories import MemoryShape, build_memory
+from ahn.quantization import is_quantized, refuse_saving
 
 AttentionInterface.register(IMPLEMENTATION, attention_function)
 AttentionMaskInterface.register(IMPLEMENTATION, mask_function)
-
-SCORE_WEIGHTS = "anchor_votes"
-"""Name of the weights of anchor scores there; the word is older than the score."""
 
 
 def attach(model: nn.Module, config: AHNConfig | None = None) -> None:
@@ -135,6 +134,7 @@ def detach(model: nn.Module) -> None:
     for handle in attachment.handles:
         handle.remove()
     linear.restore(model)
+    decoder_layers.restore(model)
     for layer in attachment.layers:
         if layer.memory is not None:
             delattr(layer.module, MODULE)
@@ -144,6 +144,8 @@ def detach(model: nn.Module) -> None:
         compat.set_implementation(config, before)
     for name in ("_prepare_cache_for_generation", "init_continuous_batching", "save_pretrained"):
         model.__dict__.pop(name, None)
+    if is_quantized(model):
+        model.__dict__["save_pretrained"] = refuse_saving
     for module in (model, find_backbone(model)):
         set_attachment(module, None)
 
@@ -252,6 +254,7 @@ def _install(model: Any, backbone: Any, attachment: Attachment) -> None:
     }.values():
         set_attachment(module, attachment)
     linear.speed_up(model)
+    decoder_layers.speed_up(backbone, attachment)
     handles = attachment.handles
     if model is not backbone:
         handles.append(model.register_forward_pre_hook(before_model, with_kwargs=True))
@@ -268,17 +271,7 @@ def _install(model: Any, backbone: Any, attachment: Attachment) -> None:
     # 5.23: `_prepare_cache_for_generation` makes the cache, `init_continuous_batching` begins every kind of that.
     model.__dict__["_prepare_cache_for_generation"] = partial(_prepare_cache, model)
     model.__dict__["init_continuous_batching"] = _refuse_continuous_batching
-    model.__dict__["save_pretrained"] = partial(_save_pretrained, model)
-
-
-def _save_pretrained(model: Any, save_directory: Any, *args: Any, **kwargs: Any) -> None:
-    """As transformers saves the base model, and the memory beside it, where `ahn.from_pretrained` finds both."""
-    tensors = kwargs.pop("state_dict", None) or model.state_dict()
-    marks = (f".{MODULE}.", f".{SCORE_WEIGHTS}.")
-    base = {name: tensor for name, tensor in tensors.items() if not any(mark in name for mark in marks)}
-    type(model).save_pretrained(model, save_directory, *args, state_dict=base, **kwargs)
-    for save in SAVERS:
-        save(model, os.fspath(save_directory))
+    model.__dict__["save_pretrained"] = partial(save_with_memory, model)
 
 
 def _read_sample(backbone: Any, attachment: Attachment, use_cache: bool = False) -> torch.Tensor:
@@ -296,11 +289,7 @@ def _read_sample(backbone: Any, attachment: Attachment, use_cache: bool = False)
 
 
 def _verify(backbone: Any, attachment: Attachment, expected: torch.Tensor) -> None:
-    """Reads a short text with the memory: every layer must take part, and nothing may change up to sinks + window.
-
-    Raises:
-        ModelError: A layer was left out, or the outputs differ from the base model's.
-    """
+    """Reads a short text with the memory: every layer must take part, and nothing may change up to sinks + window."""
     name = type(backbone).__name__
     served: set[int] = set()
     try:
@@ -311,12 +300,7 @@ def _verify(backbone: Any, attachment: Attachment, expected: torch.Tensor) -> No
         raise
     except Exception as error:
         raise ModelError(f"no memory can be attached to {name}: reading with it failed ({error})") from error
-    if (
-        missing := {
-            attention_layer.index for attention_layer in attachment.layers if attention_layer.memory is not None
-        }
-        - served
-    ):
+    if missing := {layer.index for layer in attachment.layers if layer.memory is not None} - served:
         raise ModelError(f"no memory can be attached to {name}: layers {sorted(missing)} do not pass its inputs on")
     scale = expected.abs().mean().clamp(min=1e-6)
     if bool((actual - expected).abs().mean() > attachment.tolerance * scale):
@@ -342,11 +326,7 @@ def _write_sample(model: Any, attachment: Attachment) -> torch.Tensor:
 
 
 def _verify_wrapper(model: Any, attachment: Attachment, expected: torch.Tensor) -> None:
-    """Reads and writes a short text by way of the model that the user holds.
-
-    Raises:
-        ModelError: It fails, or reads otherwise than without a memory.
-    """
+    """Reads and writes a short text by way of the model that the user holds, which must read as without a memory."""
     name = type(model).__name__
     try:
         with mode(model, "ahn", anchors=0):
@@ -365,11 +345,7 @@ def _verify_wrapper(model: Any, attachment: Attachment, expected: torch.Tensor) 
 
 
 def _refuse_continuous_batching(*args: Any, **kwargs: Any) -> NoReturn:
-    """Says why `generate_batch` and its kind do not work.
-
-    Raises:
-        CacheError: Always.
-    """
+    """Says why `generate_batch` and its kind do not work."""
     raise CacheError(
         "continuous batching (generate_batch) keeps keys and values in pages of its own, which have no place for a "
         "memory: call model.generate on a padded batch, or ahn.detach(model) first"

@@ -125,3 +125,8 @@ class VisibleKV(NamedTuple):
     ordered: bool
     evicted: Tokens
     extra: ExtraKV | None = None
+
+    def to(self, dtype: torch.dtype) -> VisibleKV:
+        """The same with all that queries read in a dtype."""
+        sinks, local = self.sinks.to(dtype), self.local.to(dtype)
+        return self._replace(sinks=sinks, local=local, extra=None if self.extra is None else self.extra.to(dtype))

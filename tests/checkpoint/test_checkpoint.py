@@ -20,8 +20,9 @@ from ahn import checkpoint
 from ahn.attachment import attachment_of, find_attachment
 from ahn.checkpoint import adapter, files
 from ahn.checkpoint.content import BaseInfo, memory_tensors
-from ahn.errors import AHNError, CheckpointError, ModelError
-from tests.tiny import awaken, read, text, tiny, with_memory
+from ahn.config import USUAL_ANCHORS
+from ahn.errors import AHNError, CheckpointError, ConfigError, ModelError
+from tests.tiny import awaken, give_score_weights, read, text, tiny, with_memory
 
 REMEDY = re.compile(r".+: .+\. [A-Z].+\.")
 
@@ -519,6 +520,34 @@ class TestFromPretrained:
         model = checkpoint.from_pretrained(model_folder, saved, config)
         assert attachment_of(model).config == config
         assert same(memories(model), memories(with_memory()))
+
+    def test_anchors_are_kept_where_there_are_weights_for_them(self, model_folder: Path, tmp_path: Path) -> None:
+        def anchors(**options: Any) -> int:
+            return attachment_of(checkpoint.from_pretrained(model_folder, tmp_path / "a", **options)).config.anchors
+
+        model = with_memory(window=64)
+        checkpoint.save(model, tmp_path / "a")
+        assert anchors() == 0
+        give_score_weights(model)
+        checkpoint.save_anchors(model, tmp_path / "a")
+        assert anchors() == USUAL_ANCHORS
+        assert (anchors(anchors=0), anchors(anchors=7)) == (0, 7)
+        config = ahn.AHNConfig(window=64, sinks=5, anchors=3)
+        assert (anchors(config=config), anchors(config=config, anchors=0)) == (3, 0)
+        assert anchors(config=ahn.AHNConfig(window=64, sinks=5)) == 0
+        both = checkpoint.from_pretrained(model_folder, tmp_path / "a")
+        read(both, text(tokens=300), 100, cache=(cache := ahn.HippocampalCache(both)))
+        assert len(cache.anchor_tokens[0]) == USUAL_ANCHORS
+        assert cache.settings.anchor_score == "learned"
+        checkpoint.save(with_memory(window=64, anchors=5), tmp_path / "a")
+        assert anchors() == 5
+        checkpoint.save(with_memory(window=1), tmp_path / "a")
+        assert anchors() == 0  # too short a window to choose any
+        for wrong in (-1, True, "7"):
+            with pytest.raises(ConfigError, match="anchors must be a whole number of at least 0"):
+                anchors(anchors=wrong)
+        with pytest.raises(ConfigError, match="anchors need a window of more than"):
+            anchors(anchors=4)
 
     def test_with_a_dtype(self, model_folder: Path, saved: Path) -> None:
         model = checkpoint.from_pretrained(model_folder, saved, dtype="bfloat16")

@@ -14,25 +14,24 @@ from typing import Any
 
 import pytest
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import FalconConfig, PreTrainedTokenizerFast
+from transformers import FalconConfig
 from transformers.utils import logging
 
 import ahn
 from ahn import native
 from ahn.cli import checks, loading, main
 from ahn.cli.app import command
-from tests.tiny import MEMORIES, text, tiny, with_memory
+from tests.tiny import MEMORIES, byte_tokenizer, give_score_weights, text, tiny, with_memory
 
 SURFACE = {
     "demo": [
         "--tokens", "--seconds", "--file", "--question", "--fact", "--modes", "--max-new-tokens", "--seed", "--model",
-        "--adapter", "--window", "--sinks", "--sink-positions", "--quantize",
+        "--adapter", "--window", "--sinks", "--sink-positions", "--quantize", "--anchors",
     ],
     "generate": [
         "PROMPT", "--file", "--mode", "--max-new-tokens", "--chunk", "--temperature", "--top-k", "--top-p",
         "--repetition-penalty", "--seed", "--system", "--chat", "--no-chat", "--cache-in", "--cache-out", "--model",
-        "--adapter", "--window", "--sinks", "--sink-positions", "--quantize",
+        "--adapter", "--window", "--sinks", "--sink-positions", "--quantize", "--anchors",
     ],
     "serve": [
         "--host", "--port", "--api-key", "--max-sessions", "--session-bytes", "--session-dir", "--disk-bytes",
@@ -58,10 +57,6 @@ SURFACE = {
     ],
 }  # fmt: skip
 FROZEN_ELSEWHERE = {"eval", "train"}  # commands whose surface stands in a test of their own
-CHAT = (
-    "{% for turn in messages %}<{{ turn['role'] }}>{{ turn['content'] }}</s>{% endfor %}"
-    "{% if add_generation_prompt %}<assistant>{% endif %}"
-)
 ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
 RUN = "import sys; from ahn.cli import main; sys.exit(main())"
 
@@ -78,17 +73,10 @@ def as_before(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def write_tokenizer(folder: Path, chat: bool) -> None:
-    """A tokenizer of single bytes: ids 0 to 2 are special, the others are bytes."""
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {token: index for index, token in enumerate(["<pad>", "<s>", "</s>", *letters])}
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>", model_max_length=64
-    )
-    fast.chat_template = CHAT if chat else None
-    fast.save_pretrained(folder)
+    """A tokenizer of single bytes, with a chat template or without."""
+    tokenizer = byte_tokenizer()
+    tokenizer.model_max_length, tokenizer.chat_template = 64, tokenizer.chat_template if chat else None
+    tokenizer.save_pretrained(folder)
 
 
 @pytest.fixture(scope="session")
@@ -101,6 +89,10 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
         write_tokenizer(place / name, chat)
     ahn.save(with_memory("qwen3", model=sizes), place / "adapter")
     ahn.save(with_memory("qwen3", model={**sizes, "hidden_size": 16}), place / "misfit")
+    both = with_memory("qwen3", model=sizes, window=64)
+    give_score_weights(both)
+    ahn.save(both, place / "both")
+    ahn.save_anchors(both, place / "both")
     (place / "text.txt").write_text("It was a bright cold day in April, and the clocks were striking. " * 10)
     (place / "notes.txt").write_text("Dear diary")
     (place / "long.txt").write_text("Dear diary" * 500)
@@ -209,6 +201,9 @@ EARLY = [
     ("demo --tokens some", "--tokens must be a number of at least 2, or all, not 'some'"),
     ("demo --tokens -5", "--tokens must be"),
     ("demo --seconds 0", "--seconds must be at least 1"),
+    ("generate x --anchors -1", "--anchors must be at least 0, not -1"),
+    ("generate x --anchors 4 --mode ahn+8", "--anchors does not go with --mode ahn+8. Leave one of them out."),
+    ("demo --anchors 4 --modes ahn", "--anchors does not go with --modes, whose names say how many: ahn+64"),
     ("demo --modes ahn,half", "--modes must be ahn, window, full or ahn+64 (so many anchors), not 'half'"),
     ("demo --modes ,", "--modes must be ahn, window, full or ahn+64 (so many anchors), not ''"),
     ("demo --file missing.txt", "--file missing.txt does not exist"),
@@ -378,6 +373,24 @@ class TestGenerate:
         ask = ("generate", "\n\nand so?", "--model", "./model", "--max-new-tokens", "8", "--cache-in", cache)
         assert run(*ask, "--adapter", "none")[1] == whole[1]
         check_error(run(*text[:-1], "ahn+4:learned", "and so?"), "has no weights on this model")
+
+    def test_anchors_are_read_where_there_are_weights_for_them(self, run, tmp_path):
+        ask = ("generate", "and so?", "--file", "text.txt", *TINY, "--window", "64", "--adapter", "both")
+        usual = run(*ask)
+        assert (
+            "reads with a memory gated_delta_net from both and 128 anchors, chosen with weights from both\n" in usual[2]
+        )
+        assert usual[:2] == run(*ask, "--mode", "ahn+128")[:2] == run(*ask, "--anchors", "128")[:2]
+        without = run(*ask, "--anchors", "0")
+        assert "reads with a memory gated_delta_net from both, no anchors\n" in without[2]
+        assert without[1] != usual[1]
+        assert "reads with" not in run(*ask, "--mode", "window")[2]
+        cache = str(tmp_path / "text.cache")
+        assert run(*ask[:1], *ask[2:], "--cache-out", cache, "--anchors", "8")[0] == 0
+        again = ("generate", "and so?", "--model", "./model", "--adapter", "both", "--cache-in", cache)
+        assert "and 8 anchors" in run(*again)[2]
+        check_error(run(*again, "--anchors", "8"), "--anchors does not go with --cache-in")
+        assert "no anchors" in run(*ask, "--window", "1")[2]  # too short a window to choose any
 
     def test_says_what_it_read(self, run):
         status, _, err = run("generate", "and so?", "--file", "text.txt", *TINY)

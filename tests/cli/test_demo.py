@@ -54,7 +54,8 @@ class TestTable:
         assert "past the first 36 (sinks + window)" in out
         assert re.search(r"Read 600 of [\d,]+ tokens; --tokens all reads all, in about \d+ min\.", out)
         cells = rows(out)
-        assert list(cells) == ["ahn+64", "ahn", "window", "full"]
+        assert list(cells) == ["ahn+128", "ahn", "window", "full"]
+        assert "Anchors: chosen by key_diff, which needs no weights." in out
         assert all(row[0] == "600" for row in cells.values())
         assert cells["ahn"][-1] == cells["window"][-1] != cells["full"][-1]
         assert "Question: And so?" in out
@@ -67,6 +68,15 @@ class TestTable:
         cells = rows(out)
         assert list(cells) == ["ahn", "window"]
         assert cells["ahn"][-1] != cells["window"][-1]
+
+    def test_anchors(self, run):
+        read = (*TINY, "--tokens", "600", "--question", "And so?", "--adapter", "both")
+        out = run(*read, "--window", "64", "--anchors", "8")[1]
+        assert list(rows(out)) == ["ahn+8", "ahn", "window", "full"]
+        assert "Anchors: chosen with weights from both." in out
+        out = run(*read, "--anchors", "0")[1]
+        assert list(rows(out)) == ["ahn", "window", "full"]
+        assert "Anchors:" not in out
 
     def test_perplexity_is_that_of_these_tokens(self, place, monkeypatch):  # noqa: F811
         monkeypatch.chdir(place)

@@ -10,7 +10,8 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import ahn
-from ahn.errors import ModelError
+from ahn import checkpoint
+from ahn.errors import CheckpointError, ModelError
 from ahn.models import load_config, load_model, load_tokenizer, resolve
 from ahn.models.gguf import FAMILIES
 from ahn.models.gguf_tokenizer import _SPLITS
@@ -175,6 +176,15 @@ class TestNames:
     def test_from_pretrained(self, file: Path) -> None:
         model = ahn.from_pretrained(file, config=ahn.AHNConfig(window=8, sinks=2))
         assert ahn.models.base_name(model) == str(file)
+
+    def test_is_not_saved_or_merged(self, file: Path, tmp_path: Path) -> None:
+        model = ahn.from_pretrained(file, config=ahn.AHNConfig(window=8, sinks=2))
+        ahn.save(model, tmp_path / "memory")
+        with pytest.raises(ModelError, match="stored in few bits"):
+            model.save_pretrained(tmp_path / "whole")
+        with pytest.raises(CheckpointError, match="GGUF file"):
+            checkpoint.merge(file, tmp_path / "memory", tmp_path / "whole")
+        assert not (tmp_path / "whole").exists()
 
     @pytest.mark.parametrize("options", [{"quantize": "int4"}, {"dtype": "bfloat16"}], ids=str)
     def test_what_does_not_go_with_it(self, file: Path, options: dict[str, Any]) -> None:

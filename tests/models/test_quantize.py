@@ -1,5 +1,6 @@
 """Folders of transformers whose weights are quantised as they are read."""
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,21 @@ def test_names_that_transformers_changes_are_read_by_transformers(tmp_path: Path
     model = load_model(tmp_path, quantize="int8")
     quantize_model(expected, "int8")
     torch.testing.assert_close(model(text()).logits, expected(text()).logits)
+
+
+@pytest.mark.parametrize("quantize", QUANTIZE)
+def test_is_not_saved_whole(folder: tuple[Path, Any], tmp_path: Path, quantize: Any) -> None:
+    model, target = load_model(folder[0], quantize=quantize), tmp_path / "saved"
+    attached = load_model(folder[0], quantize=quantize)
+    ahn.attach(attached, ahn.AHNConfig(window=8, sinks=2))
+    detached = copy.deepcopy(attached)
+    ahn.detach(detached)
+    for each in (model, attached, detached, copy.deepcopy(model)):
+        with pytest.raises(ModelError, match=r"ahn\.save"):
+            each.save_pretrained(target)
+    assert not target.exists()
+    ahn.save(attached, target)
+    assert ahn.checkpoint.describe(target).memory == "gated_delta_net"
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ def test_blocks_are_taken_exactly(kind: str, rows: int) -> None:
         blocks[..., start : start + 2] = real.view(np.uint8)
     flat = blocks.reshape(rows, -1)
     expected = torch.from_numpy(gguf.dequantize(flat, gguf.GGMLQuantizationType[kind]))
-    parts, bits = groups_of(flat, kind)
+    parts, bits = groups_of(flat, kind), BLOCKS[kind].bits
     assert int(parts.codes_NGC.max()) < 2**bits
     stored = GroupedWeight(parts, bits)
     torch.testing.assert_close(stored.dequantize(), expected, atol=1e-6, rtol=1e-6)
@@ -33,6 +33,6 @@ def test_a_minimum_beyond_float16_is_kept_in_float32() -> None:
     blocks = np.zeros((1, 34), dtype=np.uint8)
     blocks[0, :2] = np.array([1000], dtype=np.float16).view(np.uint8)
     blocks[0, 2:] = np.arange(32, dtype=np.uint8)
-    parts, _ = groups_of(blocks, "Q8_0")
+    parts = groups_of(blocks, "Q8_0")
     assert parts.scales_NG.dtype is torch.float32
     assert torch.equal(parts.dequantize()[0], 1000 * torch.arange(32.0))

@@ -13,6 +13,7 @@ from ahn import native
 from ahn.attachment import MODULE
 from ahn.quantization import (
     QUANTIZE,
+    GroupedWeight,
     QuantizedEmbedding,
     QuantizedLinear,
     StoredWeight,
@@ -59,6 +60,15 @@ class TestRounding:
         span = weight.view(33, 3, 32).amax(-1) - weight.view(33, 3, 32).amin(-1)
         wrong = (round_to_groups(weight, bits).dequantize() - weight).abs().view(33, 3, 32).amax(-1)
         assert bool((wrong <= span * most + weight.abs().max() * 2e-3).all())
+
+    def test_spans_of_rows_give_the_same_weight(self) -> None:
+        weight = torch.randn(70, 96)
+        weight[40, 3] = -1e6  # float16 holds no such minimum, so that this span is in float32
+        parts = [round_to_groups(weight[start : start + 32], 8) for start in (0, 32, 64)]
+        assert {part.scales_NG.dtype for part in parts} == {torch.float16, torch.float32}
+        joined = GroupedWeight(iter(parts), 8)
+        assert (joined.rows, joined.columns, joined.halved) == (70, 96, False)
+        assert torch.equal(joined.dequantize(), torch.cat([GroupedWeight(part, 8).dequantize() for part in parts]))
 
     @pytest.mark.parametrize("value", [0.0, 3.5, -1e-9, 1e6, -1e30])
     def test_equal_numbers(self, value: float) -> None:
@@ -116,6 +126,14 @@ class TestLinear:
         other.load_state_dict(layer.state_dict())
         for twin in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer)), other):
             assert torch.equal(twin(x), layer(x))
+
+    def test_follows_its_numbers_to_another_place(self, quantize: str) -> None:
+        layer, x = QuantizedLinear(stored(quantize)), torch.randn(1, 96)
+        first = layer(x)
+        for name, buffer in list(layer.stored.named_buffers()):
+            setattr(layer.stored, name, torch.zeros_like(buffer))
+        assert not layer(x).any()
+        assert first.any()
 
     def test_says_what_its_weight_is(self, quantize: str) -> None:
         weight = QuantizedLinear(stored(quantize)).weight

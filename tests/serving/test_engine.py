@@ -10,10 +10,11 @@ from typing import Any
 import pytest
 import torch
 
+from ahn.generation import decode
+from ahn.models.text import GrowingText
 from ahn.serving.errors import RequestError
 from ahn.serving.requests import Generation
 from ahn.serving.sampling import Sampling
-from ahn.serving.text import GrowingText
 from tests.serving.common import GREEDY, alone, answers, ids_of, running, take, text_of_all, tiny_model
 from tests.tiny import byte_tokenizer, with_memory
 
@@ -174,6 +175,26 @@ def test_top_p_leaves_the_likeliest() -> None:
         sampling = Sampling(top_p=top_p, seed=1)
         random = sampling.generator(0)
         assert {sampling.choose(logits, random) for _ in range(300)} == possible
+
+
+@pytest.mark.parametrize(("top_p", "count"), [(0.1, 1), (0.2, 1), (0.5, 3), (0.8, 4), (0.9, 5)])
+def test_of_tokens_that_tie_at_the_edge_of_top_p_as_few_as_reach_it_are_left(top_p: float, count: int) -> None:
+    sampling = Sampling(top_p=top_p, seed=1)
+    random = sampling.generator(0)
+    assert len({sampling.choose(torch.zeros(5), random) for _ in range(300)}) == count
+
+
+def test_a_server_draws_what_the_command_line_draws() -> None:
+    class Same:
+        logits = torch.linspace(-1, 1, 12).repeat_interleave(3)
+
+        def prefill(self, ids: torch.Tensor, /) -> None:
+            """Reads nothing."""
+
+    options = {"temperature": 0.8, "top_p": 0.7, "seed": 4}
+    sampling = Sampling(**options)
+    random = sampling.generator(0)
+    assert [sampling.choose(Same.logits, random) for _ in range(50)] == list(decode(Same(), 50, **options))
 
 
 @pytest.mark.parametrize(

@@ -12,8 +12,8 @@ import ahn
 from ahn import speed
 from ahn.backbone import compat
 from ahn.generation import cache_bytes, read
-from ahn.speed.baselines import bare_copy, baselines
-from ahn.speed.measure import Timing, read_seconds
+from ahn.speed.baselines import bare_copy
+from ahn.speed.measure import Timing, baselines, read_seconds
 from ahn.speed.plot import plot_speed
 from ahn.speed.timing import Machine, Spread, interleave, ratio, spread
 from tests.tiny import give_score_weights, text, with_memory

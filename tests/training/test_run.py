@@ -75,6 +75,18 @@ def whole(place: Path) -> Path:
     return place / "whole"
 
 
+def test_a_base_in_few_bits_stays_frozen(place: Path, tmp_path: Path) -> None:
+    outcome = train(settings(place, tmp_path / "out", quantize="int4", stages=["distill"], steps=2, transfer_steps=1))
+    assert outcome.report is not None
+    assert all(map(math.isfinite, outcome.report.nll.values()))
+    assert checkpoint.describe(tmp_path / "out").memory == "gated_delta_net"
+
+
+def test_a_base_in_few_bits_has_no_other_dtype(place: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="dtype=bfloat16"):
+        settings(place, tmp_path / "out", quantize="int4", dtype="bfloat16")
+
+
 @pytest.mark.parametrize("name", ["output_dir", "max_steps", "seed", "save_steps", "remove_unused_columns"])
 def test_arguments_cannot_take_the_place_of_settings(name: str, place: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=f"arguments must not name {name}, which other settings decide"):

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+import ahn.training
 from ahn.errors import ConfigError
 from ahn.memories import memory_names
 from ahn.training.settings import TrainSettings, read_yaml, write_yaml
@@ -118,3 +119,8 @@ def test_older_files_name_the_model_base(tmp_path: Path) -> None:
     (tmp_path / "train.yaml").write_text("base: some-model\n")
     assert TrainSettings.from_dict(read_yaml(tmp_path / "train.yaml")).model == "some-model"
     assert TrainSettings.from_dict({"base": "some-model"}).model == "some-model"
+
+
+def test_every_public_name_of_the_room_is_there() -> None:
+    for name in ahn.training.__all__:
+        assert getattr(ahn.training, name).__name__ == name

@@ -90,11 +90,7 @@ def check_anchors(
 
 
 def _find_score(settings: RunSettings, weighted: Weighted) -> Score:
-    """The score that settings name or, where they leave it open, the first preferred one that can serve.
-
-    Raises:
-        ConfigError: There is none of that name.
-    """
+    """The score that settings name or, where they leave it open, the first preferred one that can serve."""
     name = settings.anchor_score
     if name == AUTO:
         named = settings.anchor_layers

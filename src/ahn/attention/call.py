@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from contextvars import ContextVar, Token
-from typing import Any, Literal, TypeVar, cast
+from typing import Any, Literal, NamedTuple, TypeVar, cast
 
 import torch
 
@@ -24,7 +24,7 @@ from ahn.cache.record import TokenRecord
 from ahn.config import RunSettings
 from ahn.errors import CacheError
 from ahn.memories import Memory
-from ahn.tokens import Padding
+from ahn.tokens import Padding, VisibleKV
 
 Made = TypeVar("Made")
 CacheUse = Literal["given", "returned", "hidden"]
@@ -138,6 +138,29 @@ class Softmax:
         return not self.dropout and self.softcap is None and self.s_aux is None
 
 
+class LocalRead(NamedTuple):
+    """What new tokens read of sinks, extra keys and window: all that a backend of the softmax must know.
+
+    Attributes:
+        call: The call, for its masks and padding.
+        view: What the queries may read.
+        query: Queries of the new tokens, `[B, H, T, K]`.
+        sink_query: Queries for sinks and extra keys where these differ (bounded positions), or `None`.
+        softmax: The layer's softmax.
+    """
+
+    call: Call
+    view: VisibleKV
+    query: torch.Tensor
+    sink_query: torch.Tensor | None
+    softmax: Softmax
+
+    @property
+    def first(self) -> int:
+        """Index of the first new token."""
+        return self.view.seen - self.query.size(2)
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class LayerCall:
     """One layer in one call: what its attention function must know beside queries, keys and values.
@@ -166,6 +189,10 @@ class LayerCall:
         if self.rotary and self.rotary.unrotates:
             position = self.rotary.rotation.position_record(self.rotary.tables, self.rotary.positions, key.size(0))
         return TokenRecord(self.gates, position).pack()[:, None]
+
+    def read(self, query: torch.Tensor, view: VisibleKV, softmax: Softmax) -> LocalRead:
+        """What these new tokens read of sinks, extra keys and window."""
+        return LocalRead(self.call, view, query, self.sink_queries(query, view.seen), softmax)
 
     def sink_queries(self, query: torch.Tensor, seen: int) -> torch.Tensor | None:
         """Queries that see the sinks within the trained context; `None` where they are the others.

@@ -10,11 +10,16 @@ Legend of shapes: B batch, D hidden size.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 
 from ahn import ops
+from ahn.attention.host import OURS
 from ahn.cache import HippocampalCache
 from ahn.cache.groups import LayerGroup, group_layers
+from ahn.tokens import Tokens
 
 
 class DecodeStep:
@@ -26,12 +31,29 @@ class DecodeStep:
 
     Attributes:
         hidden: What each attention layer has read so far in this call, `[B, 1, D]`, by layer index.
+        takes_kernels: Whether whole layers may be left to the kernels.
     """
 
     def __init__(self, groups: list[LayerGroup], cache: HippocampalCache) -> None:
         self.groups = groups
         self.hidden: dict[int, torch.Tensor] = {}
         self._settings = cache.settings
+        self._rows: tuple[torch.Tensor, ...] | None = None
+        self._places = {index: (group, n) for group in groups for n, index in enumerate(group.indices)}
+        attends = all(config._attn_implementation == OURS for config, _ in cache.attachment.implementations)
+        self.takes_kernels = attends and cache.padding is None and not torch.is_autocast_enabled("cpu")
+
+    def contents(self, index: int) -> Callable[[], Tokens] | None:
+        """What the slot of the token held in the layer of an index; `None` where no token leaves."""
+        group, number = self._places[index]
+        return None if group.leaving is None else partial(group.leaving.of_layer, number)
+
+    def row(self, index: int, like: torch.Tensor) -> torch.Tensor:
+        """Room for what the attention layer of an index reads, in a call of one row, `[1, 1, D]`."""
+        if self._rows is None:
+            self._rows = like.new_empty(1 + max(self._places), *like.shape).unbind(0)
+        self.hidden[index] = self._rows[index]
+        return self._rows[index]
 
     def close(self) -> None:
         """Ends the call, in which every layer has read the token."""
@@ -56,6 +78,8 @@ def begin_step(cache: HippocampalCache, new: int) -> DecodeStep | None:
     begun = settings.sinks + (cache.padding.most if cache.padding else 0)
     if not all(group.is_plain() and group.stores[0].exact.is_settled(begun) for group in groups):
         return None
+    for group in groups:
+        group.begin(settings.sinks)
     if settings.mode == "window":
         return DecodeStep(groups, cache)
     leaving = [group for group in groups if group.leaves(settings.sinks)]

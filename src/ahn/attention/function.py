@@ -69,6 +69,7 @@ def attention_function(
         return _decode(ahn, query, key, value, softmax), None
     store, is_first = ahn.call.open_layer(ahn.layer, ahn.memory)
     view = store.append(Tokens(key, value, ahn.record(key)), ahn.call.padding, _selected(ahn, store))
+    view = _computed(view, ahn, query)
     if is_first:
         _score(ahn, store, (query, key, value), view, softmax)
     local = attend_local(ahn, query, view, softmax)
@@ -92,10 +93,12 @@ def attend_local(layer: LayerCall, query: torch.Tensor, view: VisibleKV, softmax
         view: What they may read.
         softmax: The layer's softmax.
     """
-    if view.ordered:
+    dtype = view.local.keys.dtype
+    alike = query.dtype == dtype and (view.extra is None or view.extra.keys.dtype == dtype)
+    rounded = layer.call.settings.cache_dtype is not None
+    if view.ordered or rounded or (alike and not ops.in_autocast(query)):
         return _attend(layer, query, view, softmax)
     # What is held may be of another dtype than the token: one of them came inside autocast, the other did not.
-    dtype = view.local.keys.dtype
     with ops.full_precision(query):
         extra = None if view.extra is None else view.extra.to(dtype)
         return _attend(layer, query.to(dtype), view._replace(extra=extra), softmax).to(query.dtype)
@@ -103,12 +106,14 @@ def attend_local(layer: LayerCall, query: torch.Tensor, view: VisibleKV, softmax
 
 def _attend(layer: LayerCall, query: torch.Tensor, view: VisibleKV, softmax: Softmax) -> torch.Tensor:
     """The same by the first backend that can."""
-    sink_query = layer.sink_queries(query, view.seen)
+    local = layer.read(query, view, softmax)
+    if layer.call.settings.cache_dtype is not None and not in_c.can_attend_halves(local):
+        local = local._replace(view=_computed(view, layer, query))
     for backend in (in_c, with_gradients):
-        if backend.can_attend(layer.call, view, query, sink_query, softmax):
-            attended: torch.Tensor = backend.attend(layer.call, view, query, sink_query, softmax)
+        if backend.can_attend(local):
+            attended: torch.Tensor = backend.attend(local)
             return attended
-    return in_torch.attend(layer.call, view, query, sink_query, softmax)
+    return in_torch.attend(local)
 
 
 def read_memory(layer: LayerCall, store: HippocampalLayer, query: torch.Tensor, view: VisibleKV) -> torch.Tensor:
@@ -122,6 +127,8 @@ def read_memory(layer: LayerCall, store: HippocampalLayer, query: torch.Tensor, 
 def recall(layer: LayerCall, store: HippocampalLayer, query: torch.Tensor, view: VisibleKV) -> torch.Tensor:
     """Updates the state with what left the window; what the last E queries read, `[B, E, H, V]` float32, raw."""
     evicted, call = view.evicted, layer.call
+    if call.settings.cache_dtype is not None:
+        evicted = evicted.to(query.dtype)
     silent_tokens = query.size(2) - evicted.length
     query, keys = query[:, :, silent_tokens:], evicted.keys
     shape = layer.memory.shape
@@ -171,12 +178,17 @@ def _score(
         call.padding,
         layer.hidden,
         *projected,
-        attention=lambda: attention_blocks(call, view, query, layer.sink_queries(query, view.seen), softmax),
+        attention=lambda: attention_blocks(layer.read(query, _computed(view, layer, query), softmax)),
         weights=layer.layer.score_weights(selection.scoreboard.score.name),
         state=store.score_state.stored,
         rotary=layer.rotary,
     )
     selection.add(tokens, later=call.step is not None)
+
+
+def _computed(view: VisibleKV, layer: LayerCall, query: torch.Tensor) -> VisibleKV:
+    """What queries may read, in their dtype, where it is stored in another one."""
+    return view if layer.call.settings.cache_dtype is None else view.to(query.dtype)
 
 
 def _selected(layer: LayerCall, store: HippocampalLayer) -> Selected | None:

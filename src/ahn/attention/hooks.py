@@ -199,11 +199,7 @@ def _begin(backbone: Any, kwargs: dict[str, Any]) -> tuple[Call, dict[str, Any]]
 
 
 def _settings(attachment: Attachment, cache: Any) -> RunSettings:
-    """Settings of a call: those of its cache, which is full attention for one that was filled so.
-
-    Raises:
-        CacheError: The cache is another model's, or was filled without the memory.
-    """
+    """Settings of a call: those of its cache, which is full attention for one that was filled so."""
     if isinstance(cache, HippocampalCache):
         if cache.attachment is not attachment:
             raise CacheError("this cache was made for another model, or before the memory was attached anew")
@@ -283,11 +279,7 @@ def _read_first_chunks(backbone: Any, call: Call, kwargs: dict[str, Any]) -> dic
 
 
 def _check_checkpointing(backbone: Any, call: Call) -> None:
-    """Refuses what would lose keys: transformers takes the cache from layers that it runs again.
-
-    Raises:
-        CacheError: Layers without a memory, which read their keys from the cache, are run again.
-    """
+    """Refuses what would lose keys: transformers takes the cache from layers that it runs again."""
     again = any(getattr(m, "gradient_checkpointing", False) is True and m.training for m in backbone.modules())
     if call.has_gradients and call.attachment.keeps_base_layers and again:
         raise CacheError(

@@ -7,9 +7,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator
-from contextvars import ContextVar
-from functools import cached_property
+import functools
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -81,22 +80,47 @@ class RecordedLayer:
         """What the memory reads for the last E tokens, `[B, E, H, V]` raw, where nothing was read before the call."""
         return recall(self._layer, self._store, self._query, self._view)
 
-    @cached_property
+    @functools.cached_property
     def _store(self) -> HippocampalLayer:
         return self._layer.call.open_layer(self.layer, self.memory)[0]
 
-    @cached_property
+    @functools.cached_property
     def _view(self) -> VisibleKV:
         new = Tokens(self._key, self._value, self._layer.record(self._key))
         return self._store.append(new, self._layer.call.padding)
 
 
-Recorder = Callable[[RecordedLayer], None]
-_RECORDER: ContextVar[Recorder | None] = ContextVar("ahn_recorder", default=None)
+Receive = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, dict[str, Any]], None]
+"""Is given the output, queries, keys, values and other arguments of a layer's attention."""
+MakeReceiver = Callable[[tuple[Any, ...], dict[str, Any]], Receive | None]
+"""Makes what receives a layer's attention in a call, from the arguments of the layer."""
 
 
 @contextlib.contextmanager
-def record_layers(model: nn.Module, recorder: Recorder, student: RunSettings | None = None) -> Iterator[None]:
+def hand_over(backbone: nn.Module, receivers: Mapping[nn.Module, MakeReceiver]) -> Iterator[None]:
+    """Hands over what attention layers compute while the model reads inside a `with` block, in any mode.
+
+    Args:
+        backbone: The stack of layers of a model with a memory attached.
+        receivers: What receives it, by the layer's module.
+    """
+
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return args, {**kwargs, RECORDING: receivers[module](args, kwargs)}
+
+    handles = [module.register_forward_pre_hook(hook, with_kwargs=True) for module in receivers]
+    try:
+        with implementation(backbone, RECORDING):
+            yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextlib.contextmanager
+def record_layers(
+    model: nn.Module, recorder: Callable[[RecordedLayer], None], student: RunSettings | None = None
+) -> Iterator[None]:
     """Hands every layer with a memory to a function while the model reads inside a `with` block.
 
     Args:
@@ -105,37 +129,28 @@ def record_layers(model: nn.Module, recorder: Recorder, student: RunSettings | N
         student: With these, for a model that reads in mode "full": how the layers that are handed over read the same
             hidden states. Their gates have gradients.
     """
-    backbone, token = find_backbone(model), _RECORDER.set(recorder)
-    handles = [] if student is None else _bring_students(model, backbone, student)
-    try:
-        with implementation(backbone, RECORDING):
-            yield
-    finally:
-        _RECORDER.reset(token)
-        for handle in handles:
-            handle.remove()
-
-
-def _bring_students(model: nn.Module, backbone: Any, settings: RunSettings) -> list[Any]:
-    """Hooks that send a student's call to the layers while a model reads in mode "full"."""
-    attachment = attachment_of(model)
+    backbone, attachment = find_backbone(model), attachment_of(model)
     calls: list[Call] = []
 
     def begin(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         mask = kwargs.get("attention_mask")
         padding = None if mask is None else find_padding(mask, mask.size(1), None, 0, has_cache=False)
-        calls[:] = [Call(attachment, settings, padding)]
+        calls[:] = [] if student is None else [Call(attachment, student, padding)]
 
-    def bring(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        with torch.enable_grad():
-            layer = layer_call(module, calls[0], args, kwargs)
-        return args, {**kwargs, RECORDING: layer}
+    def receiver(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Receive | None:
+        layer: LayerCall | None = kwargs.get("ahn")
+        if calls:
+            with torch.enable_grad():
+                layer = layer_call(module, calls[0], args, kwargs)
+        return None if layer is None else lambda output, *rest: recorder(RecordedLayer(output, layer, *rest))
 
-    served = [attention_layer.module for attention_layer in attachment.layers if attention_layer.memory is not None]
-    return [
-        backbone.register_forward_pre_hook(begin, with_kwargs=True),
-        *(module.register_forward_pre_hook(bring, with_kwargs=True) for module in served),
-    ]
+    served = [layer.module for layer in attachment.layers if layer.memory is not None]
+    handle = backbone.register_forward_pre_hook(begin, with_kwargs=True)
+    try:
+        with hand_over(backbone, {module: functools.partial(receiver, module) for module in served}):
+            yield
+    finally:
+        handle.remove()
 
 
 def _attend(
@@ -144,13 +159,12 @@ def _attend(
     key: torch.Tensor,
     value: torch.Tensor,
     attention_mask: Any,
-    ahn_recorded: LayerCall | None = None,
+    ahn_recorded: Receive | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     output, weights = attention_function(module, query, key, value, attention_mask, **kwargs)
-    recorder, layer = _RECORDER.get(), ahn_recorded or kwargs.get("ahn")
-    if recorder is not None and layer is not None:
-        recorder(RecordedLayer(output, layer, query, key, value, kwargs))
+    if ahn_recorded is not None:
+        ahn_recorded(output, query, key, value, kwargs)
     return output, weights
 
 

@@ -8,10 +8,12 @@ N keys in reach of a block.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 
-from ahn.attention.call import Call, Softmax
+from ahn.attention.call import Call, LocalRead, Softmax
 from ahn.attention.masks import beside, block_mask, extra_mask, one_mask, read_by, slot_mask
 from ahn.backbone.compat import FUSED_GROUPS_HEADS
 from ahn.tokens import ExtraKV, Tokens, VisibleKV
@@ -19,57 +21,72 @@ from ahn.tokens import ExtraKV, Tokens, VisibleKV
 # torch 2.13 has no public function that returns the log-sum of a fused softmax beside its output.
 _HAS_LOG_SUM = hasattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu")
 
-
 Part = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]
 """Keys, values and their additive mask."""
 
 
-def attend(
-    call: Call, view: VisibleKV, query: torch.Tensor, sink_query: torch.Tensor | None, softmax: Softmax
-) -> torch.Tensor:
-    """Attention of new tokens over sinks, extra keys and window.
+class Reading(NamedTuple):
+    """Queries and what they read.
 
-    Args:
-        call: The call, for its masks and padding.
-        view: What the queries may read.
-        query: Queries of the new tokens, `[B, H, T, K]`.
-        sink_query: Queries for sinks and extra keys where these differ (bounded positions), or `None`.
-        softmax: The layer's softmax.
-
-    Returns:
-        `[B, T, H, V]` in the dtype of the values.
+    Attributes:
+        query: `[B, H, T, K]`.
+        sink_query: Queries for the sinks where these differ, or `None`.
+        keys: `[B, G, N, K]`.
+        values: `[B, G, N, V]`.
+        mask: Additive, or `None` if all may be read.
+        sinks: Which of the keys are sinks and extra keys.
     """
+
+    query: torch.Tensor
+    sink_query: torch.Tensor | None
+    keys: torch.Tensor
+    values: torch.Tensor
+    mask: torch.Tensor | None
+    sinks: slice
+
+    def can_merge(self, softmax: Softmax) -> bool:
+        """Whether the kernel that also returns its denominators serves: on CPU, for plain softmax, no gradients.
+
+        It takes values of the size of the keys only.
+        """
+        fits = (self.mask is None or self.mask.dim() == 2) and self.values.size(3) == self.query.size(3)
+        on_cpu = self.query.device.type == "cpu" and _HAS_LOG_SUM and not torch.is_grad_enabled()
+        return softmax.is_plain and fits and on_cpu
+
+
+def attend(local: LocalRead) -> torch.Tensor:
+    """Attention of new tokens over sinks, extra keys and window, `[B, T, H, V]` in the dtype of the values."""
+    view, query = local.view, local.query
     if not view.ordered:
-        return _attend_one(call, view, query, sink_query, softmax).transpose(1, 2)
+        return _attend_one(local).transpose(1, 2)
     size = block_size(view.window, query)
-    starts = range(view.seen - query.size(2), view.seen, size)
     blocks = [
-        _attend_block(call, view, query, sink_query, softmax, (start, min(start + size, view.seen))) for start in starts
+        _attend_block(local, (start, min(start + size, view.seen))) for start in range(local.first, view.seen, size)
     ]
     return (blocks[0] if len(blocks) == 1 else torch.cat(blocks, dim=2)).transpose(1, 2)
 
 
-def _attend_one(
-    call: Call, view: VisibleKV, query: torch.Tensor, sink_query: torch.Tensor | None, softmax: Softmax
-) -> torch.Tensor:
+def _attend_one(local: LocalRead) -> torch.Tensor:
     """A single query over the slots of the ring as they lie, and keys from elsewhere, `[B, H, 1, V]`."""
-    mask, seen = slot_mask(call, view, query), view.seen
+    call, view, query, sink_query, softmax = local
+    mask = slot_mask(call, view, query)
     keys, values, sinks = view.local.keys, view.local.values, view.sinks.length
     if view.extra is None:
-        return _attend(query, sink_query, keys, values, mask, slice(0, sinks), softmax)
-    extra, extra_one = view.extra, one_mask(call, view.extra, seen, query) if query.device.type == "cpu" else None
-    if mask is None and extra_one is not None and _can_merge(query, values, extra_one, softmax):
+        return _attend(Reading(query, sink_query, keys, values, mask, slice(0, sinks)), softmax)
+    extra, extra_one = view.extra, one_mask(call, view.extra, view.seen, query) if query.device.type == "cpu" else None
+    one = Reading(query, sink_query, keys, values, extra_one, slice(0, sinks))
+    if mask is None and extra_one is not None and one.can_merge(softmax):
         # The window is large and lies apart: it is not copied to stand beside a few keys.
         sink_part = extra.keys, extra.values, extra_one
         if sink_query is None:
             return _merged(query, (keys, values, None), query, sink_part, softmax)
         sink_keys, sink_values = (
-            torch.cat((local[:, :, :sinks], own), dim=2) for local, own in ((keys, extra.keys), (values, extra.values))
+            torch.cat((ring[:, :, :sinks], own), dim=2) for ring, own in ((keys, extra.keys), (values, extra.values))
         )
         sink_part = sink_keys, sink_values, F.pad(extra_one, (sinks, 0))
         return _merged(query, (keys[:, :, sinks:], values[:, :, sinks:], None), sink_query, sink_part, softmax)
     part, other = ring_and_extra(view, query, mask)
-    return _attend(query, sink_query, *part, other, softmax)
+    return _attend(Reading(query, sink_query, *part, other), softmax)
 
 
 def ring_and_extra(view: VisibleKV, query: torch.Tensor, mask: torch.Tensor | None) -> tuple[Part, slice]:
@@ -90,25 +107,19 @@ def ring_and_extra(view: VisibleKV, query: torch.Tensor, mask: torch.Tensor | No
     return (keys, values, mask), slice(0, extra.keys.size(2) + view.sinks.length)
 
 
-def _attend_block(
-    call: Call,
-    view: VisibleKV,
-    query: torch.Tensor,
-    sink_query: torch.Tensor | None,
-    softmax: Softmax,
-    block: tuple[int, int],
-) -> torch.Tensor:
+def _attend_block(local: LocalRead, block: tuple[int, int]) -> torch.Tensor:
     """The queries of one block of tokens, by first and last + 1 index, `[B, H, stop - start, V]`."""
-    (start, stop), first = block, view.seen - query.size(2)
-    rows = slice(start - first, stop - first)
+    call, view, query, sink_query, softmax = local
+    start, stop = block
+    rows = slice(start - local.first, stop - local.first)
     repeats = query.size(1) // view.local.keys.size(1) if _stacks_heads(query) else 1
-    part, local = block_part(call, view, block, repeats, query)
+    part, in_window = block_part(call, view, block, repeats, query)
     # Within the trained context both queries are the same, so that blocks before its end need one of them only.
     same = sink_query is None or stop <= call.attachment.trained_context
     sink_rows = None if same or sink_query is None else sink_query[:, :, rows]
     # Queries among the sinks see no token of the window, whose log-sum alone would be undefined.
     attend_rows = _attend_explicitly if sink_rows is not None and start < view.sinks.length else _attend
-    return attend_rows(query[:, :, rows], sink_rows, *part, slice(local, None), softmax)
+    return attend_rows(Reading(query[:, :, rows], sink_rows, *part, slice(in_window, None)), softmax)
 
 
 def block_part(
@@ -134,53 +145,34 @@ def block_part(
     return (keys, values, mask), local.length
 
 
-def _attend(
-    q_BHTK: torch.Tensor,
-    sink_q_BHTK: torch.Tensor | None,
-    k_BGNK: torch.Tensor,
-    v_BGNV: torch.Tensor,
-    mask: torch.Tensor | None,
-    sinks: slice,
-    softmax: Softmax,
-) -> torch.Tensor:
+def _attend(reading: Reading, softmax: Softmax) -> torch.Tensor:
     """One softmax, `[B, H, T, V]`, by the fused kernel where it can express it."""
-    if sink_q_BHTK is not None and _can_merge(q_BHTK, v_BGNV, mask, softmax):
-        return _attend_in_two(q_BHTK, sink_q_BHTK, k_BGNK, v_BGNV, mask, sinks, softmax)
-    if sink_q_BHTK is not None or softmax.softcap is not None or softmax.s_aux is not None:
-        return _attend_explicitly(q_BHTK, sink_q_BHTK, k_BGNK, v_BGNV, mask, sinks, softmax)
-    groups = k_BGNK.size(1)
-    if q_BHTK.size(2) == 1 or _stacks_heads(q_BHTK):
-        stacked = q_BHTK.reshape(q_BHTK.size(0), groups, -1, q_BHTK.size(3))
-        out = F.scaled_dot_product_attention(
-            stacked, k_BGNK, v_BGNV, attn_mask=mask, dropout_p=softmax.dropout, scale=softmax.scaling
-        )
-        return out.reshape(*q_BHTK.shape[:3], -1)
-    return F.scaled_dot_product_attention(
-        q_BHTK,
-        k_BGNK,
-        v_BGNV,
+    query, sink_query, keys, values, mask, _ = reading
+    if sink_query is not None and reading.can_merge(softmax):
+        return _attend_in_two(reading, sink_query, softmax)
+    if sink_query is not None or softmax.softcap is not None or softmax.s_aux is not None:
+        return _attend_explicitly(reading, softmax)
+    stacks = query.size(2) == 1 or _stacks_heads(query)
+    out = F.scaled_dot_product_attention(
+        query.reshape(query.size(0), keys.size(1), -1, query.size(3)) if stacks else query,
+        keys,
+        values,
         attn_mask=mask,
         dropout_p=softmax.dropout,
         scale=softmax.scaling,
-        enable_gqa=groups != q_BHTK.size(1),
+        enable_gqa=not stacks and keys.size(1) != query.size(1),
     )
+    return out.reshape(*query.shape[:3], -1)
 
 
-def _attend_in_two(
-    q_BHTK: torch.Tensor,
-    sink_q_BHTK: torch.Tensor,
-    k_BGNK: torch.Tensor,
-    v_BGNV: torch.Tensor,
-    mask: torch.Tensor | None,
-    sinks: slice,
-    softmax: Softmax,
-) -> torch.Tensor:
+def _attend_in_two(reading: Reading, sink_query: torch.Tensor, softmax: Softmax) -> torch.Tensor:
     """Window and sinks by the fused kernel with their own queries each, merged by the size of their denominators."""
+    query, _, keys, values, mask, sinks = reading
     window = slice(sinks.stop, None) if sinks.start == 0 else slice(0, sinks.start)
     local, sink_part = (
-        (k_BGNK[:, :, keys], v_BGNV[:, :, keys], None if mask is None else mask[..., keys]) for keys in (window, sinks)
+        (keys[:, :, span], values[:, :, span], None if mask is None else mask[..., span]) for span in (window, sinks)
     )
-    return _merged(q_BHTK, local, sink_q_BHTK, sink_part, softmax)
+    return _merged(query, local, sink_query, sink_part, softmax)
 
 
 def _merged(
@@ -204,45 +196,22 @@ def _fused(q_BHTK: torch.Tensor, part: Part, softmax: Softmax) -> tuple[torch.Te
     return out.reshape(*q_BHTK.shape[:3], -1), log_sum.reshape(q_BHTK.shape[:3])
 
 
-def _can_merge(q: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, softmax: Softmax) -> bool:
-    """Whether the kernel that also returns its denominators serves here: on CPU, for plain softmax, no gradients.
-
-    It takes values of the size of the keys only.
-    """
-    fits = softmax.is_plain and (mask is None or mask.dim() == 2) and v.size(3) == q.size(3)
-    return fits and q.device.type == "cpu" and _HAS_LOG_SUM and not torch.is_grad_enabled()
-
-
-def _attend_explicitly(
-    q_BHTK: torch.Tensor,
-    sink_q_BHTK: torch.Tensor | None,
-    k_BGNK: torch.Tensor,
-    v_BGNV: torch.Tensor,
-    mask: torch.Tensor | None,
-    sinks: slice,
-    softmax: Softmax,
-) -> torch.Tensor:
+def _attend_explicitly(reading: Reading, softmax: Softmax) -> torch.Tensor:
     """The softmax spelled out, float32 inside, query heads stacked on their kv head."""
-    weights = explicit_weights(q_BHTK, sink_q_BHTK, k_BGNK, mask, sinks, softmax).to(v_BGNV.dtype)
+    weights = explicit_weights(reading, softmax).to(reading.values.dtype)
     weights = F.dropout(weights, softmax.dropout) if softmax.dropout else weights
-    return torch.matmul(weights, v_BGNV).view(*q_BHTK.shape[:3], -1)
+    return torch.matmul(weights, reading.values).view(*reading.query.shape[:3], -1)
 
 
-def explicit_weights(
-    q_BHTK: torch.Tensor,
-    sink_q_BHTK: torch.Tensor | None,
-    k_BGNK: torch.Tensor,
-    mask: torch.Tensor | None,
-    sinks: slice,
-    softmax: Softmax,
-) -> torch.Tensor:
+def explicit_weights(reading: Reading, softmax: Softmax) -> torch.Tensor:
     """The weights of the softmax, query heads stacked on their kv head, `[B, G, H / G * T, N]` float32."""
-    batch, heads, new, size = q_BHTK.shape
-    groups = k_BGNK.size(1)
+    query, sink_query, keys, _, mask, sinks = reading
+    batch, heads, new, size = query.shape
+    groups = keys.size(1)
     stacked = (batch, groups, heads // groups * new, size)
-    scores = _scores(q_BHTK.reshape(stacked), k_BGNK, softmax.scaling)
-    if sink_q_BHTK is not None:
-        scores[..., sinks] = _scores(sink_q_BHTK.reshape(stacked), k_BGNK[:, :, sinks], softmax.scaling)
+    scores = _scores(query.reshape(stacked), keys, softmax.scaling)
+    if sink_query is not None:
+        scores[..., sinks] = _scores(sink_query.reshape(stacked), keys[:, :, sinks], softmax.scaling)
     if softmax.softcap is not None:
         scores = torch.tanh(scores / softmax.softcap) * softmax.softcap
     if mask is not None:
@@ -253,7 +222,7 @@ def explicit_weights(
     if softmax.s_aux is not None:
         extra = softmax.s_aux.float().view(1, groups, -1, 1).expand(batch, -1, -1, new).reshape(*scores.shape[:3], 1)
         scores = torch.cat((scores, extra), dim=-1)
-    return torch.softmax(scores, dim=-1)[..., : k_BGNK.size(2)]
+    return torch.softmax(scores, dim=-1)[..., : keys.size(2)]
 
 
 def _scores(q: torch.Tensor, k: torch.Tensor, scaling: float) -> torch.Tensor:

@@ -8,53 +8,58 @@ from __future__ import annotations
 import torch
 
 from ahn import native
-from ahn.attention.call import Call, Softmax
+from ahn.attention.call import LocalRead
 from ahn.attention.masks import slot_mask
 from ahn.native import Segment
 from ahn.tokens import VisibleKV
 
 
-def can_attend(
-    call: Call, view: VisibleKV, query: torch.Tensor, sink_query: torch.Tensor | None, softmax: Softmax
-) -> bool:
-    """Whether the kernels can do what `attend` does; arguments as there."""
-    tensors = [query, view.local.keys, view.local.values, view.sinks.keys, view.sinks.values]
-    tensors += [] if sink_query is None else [sink_query]
-    tensors += [] if view.extra is None else [view.extra.keys, view.extra.values]
-    if not softmax.is_plain or not native.ready(*tensors, sizes=(view.local.keys.size(3), view.local.values.size(3))):
+def can_attend(local: LocalRead) -> bool:
+    """Whether the kernels can do what `attend` does."""
+    call, view, query, sink_query, softmax = local
+    kv = _keys_and_values(view)
+    if kv[0].dtype is not torch.float32:
+        return can_attend_halves(local)
+    tensors = [query, *kv, *([] if sink_query is None else [sink_query])]
+    if not softmax.is_plain or not native.ready(*tensors, sizes=_sizes(view)):
         return False
-    padded = call.padding is not None and _first(view, query) < call.padding.most + view.sinks.length + view.window
+    padded = call.padding is not None and local.first < call.padding.most + view.sinks.length + view.window
     return not (view.ordered and padded)
 
 
-def attend(
-    call: Call, view: VisibleKV, query: torch.Tensor, sink_query: torch.Tensor | None, softmax: Softmax
-) -> torch.Tensor:
-    """As `ahn.attention.softmax.attend`.
+def can_attend_halves(local: LocalRead) -> bool:
+    """Whether the kernels can read keys and values that are stored in half precision: those of a single query."""
+    _, view, query, sink_query, softmax = local
+    if view.ordered or not softmax.is_plain:
+        return False
+    kv = _keys_and_values(view)
+    halved = kv[0].dtype in (torch.bfloat16, torch.float16)
+    alike = all(each.dtype is kv[0].dtype and each.is_cpu and type(each) is torch.Tensor for each in kv)
+    queries = [query, *([] if sink_query is None else [sink_query])]
+    gradients = torch.is_grad_enabled() and any(each.requires_grad for each in kv)
+    return halved and alike and not gradients and native.ready(*queries, sizes=_sizes(view))
 
-    Args:
-        call: The call, for its masks and padding.
-        view: What the queries may read.
-        query: Queries of the new tokens, `[B, H, T, K]`.
-        sink_query: Queries for sinks and extra keys where these differ (bounded positions), or `None`.
-        softmax: The layer's softmax, a plain one.
 
-    Returns:
-        `[B, T, H, V]`.
-    """
+def _keys_and_values(view: VisibleKV) -> list[torch.Tensor]:
+    extra = [] if view.extra is None else [view.extra.keys, view.extra.values]
+    return [view.local.keys, view.local.values, view.sinks.keys, view.sinks.values, *extra]
+
+
+def _sizes(view: VisibleKV) -> tuple[int, int]:
+    return view.local.keys.size(3), view.local.values.size(3)
+
+
+def attend(local: LocalRead) -> torch.Tensor:
+    """As `ahn.attention.softmax.attend`, `[B, T, H, V]`; the softmax is a plain one."""
+    call, view, query, sink_query, softmax = local
     window_q, sink_q = _queries(view, query, sink_query)
-    extra, first = _extra(view, sink_q), _first(view, query)
+    extra = _extra(view, sink_q)
     if not view.ordered:
         mask = slot_mask(call, view, window_q)
-        return native.attend_one([*_ring(view, window_q, sink_q, mask), *extra], first, softmax.scaling)
+        return native.attend_one([*_ring(view, window_q, sink_q, mask), *extra], local.first, softmax.scaling)
     sinks = Segment(sink_q, _dense(view.sinks.keys), _dense(view.sinks.values))
-    local = Segment(window_q, _dense(view.local.keys), _dense(view.local.values), first=view.first, window=view.window)
-    return native.attend([sinks, *extra, local], first, softmax.scaling)
-
-
-def _first(view: VisibleKV, query: torch.Tensor) -> int:
-    """Index of the first new token."""
-    return view.seen - query.size(2)
+    window = Segment(window_q, _dense(view.local.keys), _dense(view.local.values), first=view.first, window=view.window)
+    return native.attend([sinks, *extra, window], local.first, softmax.scaling)
 
 
 def _queries(

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ahn.attention.call import Call, Softmax
+from ahn.attention.call import Call, LocalRead
 from ahn.attention.masks import beside, block_mask, extra_mask, read_by_any
 from ahn.attention.softmax import block_size
 from ahn.tokens import VisibleKV
@@ -63,10 +63,9 @@ class Keys(NamedTuple):
         self.extra.index_add_(2, block.extra, extra.float())
 
 
-def can_attend(
-    call: Call, view: VisibleKV, query: torch.Tensor, sink_query: torch.Tensor | None, softmax: Softmax
-) -> bool:
-    """Whether `attend` serves: gradients on a CPU, a plain softmax, rows that are all alike; arguments as there."""
+def can_attend(local: LocalRead) -> bool:
+    """Whether `attend` serves: gradients on a CPU, a plain softmax, rows that are all alike."""
+    call, view, query, sink_query, softmax = local
     if not torch.is_grad_enabled() or query.device.type != "cpu" or not view.ordered or sink_query is not None:
         return False
     key, value = view.local.keys, view.local.values
@@ -76,21 +75,12 @@ def can_attend(
     return needed and has_kernels and alike and softmax.is_plain and key.size(3) == value.size(3)
 
 
-def attend(
-    call: Call, view: VisibleKV, query: torch.Tensor, sink_query: torch.Tensor | None, softmax: Softmax
-) -> torch.Tensor:
-    """As `ahn.attention.softmax.attend`, and all products in the dtype of autocast where it is on.
+def attend(local: LocalRead) -> torch.Tensor:
+    """As `ahn.attention.softmax.attend`, `[B, T, H, V]`, and all products in the dtype of autocast where it is on.
 
-    Args:
-        call: The call, which keeps the masks for its other layers.
-        view: What the queries may read.
-        query: Queries of the new tokens, `[B, H, T, K]`.
-        sink_query: `None`.
-        softmax: The layer's softmax, a plain one.
-
-    Returns:
-        `[B, T, H, V]`.
+    The call keeps the masks for its other layers. There is no `sink_query`, and the softmax is a plain one.
     """
+    call, view, query, _, softmax = local
     extra = view.sinks.span(0, 0) if view.extra is None else view.extra
     keys, values = (Keys(view.local[index], view.sinks[index], extra[index]) for index in (0, 1))
     tensors: tuple[torch.Tensor, ...] = (query, *keys, *values)

@@ -7,46 +7,33 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-import torch
-
 from ahn.anchors.base import AttentionBlock
-from ahn.attention.call import Call, Softmax
+from ahn.attention.call import LocalRead
 from ahn.attention.masks import slot_mask
-from ahn.attention.softmax import block_part, block_size, explicit_weights, ring_and_extra
-from ahn.tokens import VisibleKV
+from ahn.attention.softmax import Reading, block_part, block_size, explicit_weights, ring_and_extra
 
 
-def attention_blocks(
-    call: Call, view: VisibleKV, query: torch.Tensor, sink_query: torch.Tensor | None, softmax: Softmax
-) -> Iterator[AttentionBlock]:
-    """The weights of all new queries on the tokens of the window, block by block, without dropout.
-
-    Args:
-        call: The call, for its masks.
-        view: What the queries may read.
-        query: Queries of the new tokens, `[B, H, T, K]`.
-        sink_query: Queries for sinks and extra keys where these differ, or `None`.
-        softmax: The layer's softmax.
-    """
+def attention_blocks(local: LocalRead) -> Iterator[AttentionBlock]:
+    """The weights of all new queries on the tokens of the window, block by block, without dropout."""
+    call, view, query, sink_query, softmax = local
     if not view.ordered:
-        yield _weights_of_one(call, view, query, sink_query, softmax)
+        yield _weights_of_one(local)
         return
-    first, size = view.seen - query.size(2), block_size(view.window, query)
+    first, size = local.first, block_size(view.window, query)
     for start in range(first, view.seen, size):
         stop = min(start + size, view.seen)
-        (keys, _, mask), local = block_part(call, view, (start, stop), 1, query)
+        part, in_window = block_part(call, view, (start, stop), 1, query)
         own = query[:, :, start - first : stop - first]
         sink_own = None if sink_query is None else sink_query[:, :, start - first : stop - first]
-        weights = explicit_weights(own, sink_own, keys, mask, slice(local, None), softmax)
-        yield AttentionBlock(start, stop - local, weights.view(*own.shape[:3], -1)[..., :local])
+        weights = explicit_weights(Reading(own, sink_own, *part, slice(in_window, None)), softmax)
+        yield AttentionBlock(start, stop - in_window, weights.view(*own.shape[:3], -1)[..., :in_window])
 
 
-def _weights_of_one(
-    call: Call, view: VisibleKV, query: torch.Tensor, sink_query: torch.Tensor | None, softmax: Softmax
-) -> AttentionBlock:
+def _weights_of_one(local: LocalRead) -> AttentionBlock:
     """The weights of a single query, which reads the slots of the ring as they lie."""
-    (keys, _, mask), sink_part = ring_and_extra(view, query, slot_mask(call, view, query))
-    weights = explicit_weights(query, sink_query, keys, mask, sink_part, softmax)
+    call, view, query, sink_query, softmax = local
+    part, sink_part = ring_and_extra(view, query, slot_mask(call, view, query))
+    weights = explicit_weights(Reading(query, sink_query, *part, sink_part), softmax)
     local_BHQJ = weights.view(*query.shape[:3], -1)[..., sink_part.stop :]
     length = local_BHQJ.size(-1)
     # Token j of the window lies in slot (j - sinks) mod window of those behind the sinks.

@@ -77,11 +77,17 @@ def unwrap(model: Any) -> Any:
 
 def active_module(module: Any) -> Any:
     """The module that a wrapper of peft's `modules_to_save` uses now, or the module itself."""
-    saved = getattr(module, "modules_to_save", None)
+    saved = module._modules.get("modules_to_save")  # `getattr` would search, and fail, at each layer of each token
     if not isinstance(saved, nn.ModuleDict):
         return module
     active: list[str] = [] if module.disable_adapters else module.active_adapters
     return next((saved[name] for name in active if name in saved), module.original_module)
+
+
+def only_captures(module: nn.Module) -> bool:
+    """Whether all hooks behind a module are those by which transformers once gave its outputs back (5.23)."""
+    hooks = module._forward_hooks
+    return not hooks or all(hook.__module__ == "transformers.utils.output_capturing" for hook in hooks.values())
 
 
 def execution_device(module: nn.Module) -> torch.device | None:

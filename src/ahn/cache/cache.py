@@ -17,7 +17,7 @@ from ahn.anchors.selection import Scoreboard
 from ahn.attachment import Attachment, AttentionLayer, attachment_of
 from ahn.cache.compressive import state_slots
 from ahn.cache.groups import LayerGroup
-from ahn.cache.layer import HippocampalLayer
+from ahn.cache.layer import HippocampalLayer, stored_dtype
 from ahn.cache.layout import check_saved
 from ahn.cache.storage import SavedCache, read_cache, write_cache
 from ahn.config import RunSettings
@@ -344,7 +344,7 @@ def new_memory_layer(
     layer: AttentionLayer, memory: Memory, settings: RunSettings, score_names: tuple[str, ...] = ()
 ) -> HippocampalLayer:
     """An empty layer of a cache for a layer with a memory, see `HippocampalLayer`."""
-    number_bytes = layer.dtype.itemsize
+    number_bytes = (stored_dtype(settings) or layer.dtype).itemsize
     return HippocampalLayer(settings, layer.sliding_window, state_slots(memory, number_bytes), score_names)
 
 

@@ -8,14 +8,35 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable
+from typing import NamedTuple
 
 import torch
 
+from ahn import native
 from ahn.attachment import AttentionLayer
 from ahn.cache.layer import HippocampalLayer
 from ahn.cache.record import TokenRecord
 from ahn.memories import Memory
-from ahn.tokens import Padding
+from ahn.native.slots import Rings
+from ahn.tokens import Padding, Tokens
+
+
+class SlotContents(NamedTuple):
+    """What one slot holds in every layer of a group.
+
+    Attributes:
+        keys_LBGK: Keys.
+        values_LBGV: Values.
+        record_LB1F: Records.
+    """
+
+    keys_LBGK: torch.Tensor
+    values_LBGV: torch.Tensor
+    record_LB1F: torch.Tensor
+
+    def of_layer(self, number: int) -> Tokens:
+        """The token of one layer, by its number in the group."""
+        return Tokens(*(part[number].unsqueeze(2) for part in self))
 
 
 @dataclasses.dataclass(eq=False)
@@ -26,11 +47,14 @@ class LayerGroup:
         layers: The layers.
         stores: Their parts of the cache.
         states: The states of all of them, `[L, B, *state_shape()]`. Each layer of the cache holds its part.
+        leaving: What the slot of the token that is read now held; `None` where no token leaves.
     """
 
     layers: list[AttentionLayer]
     stores: list[HippocampalLayer]
     states: torch.Tensor | None = None
+    leaving: SlotContents | None = None
+    _rings: tuple[Rings, Rings, Rings] | None = None
 
     @property
     def memories(self) -> list[Memory]:
@@ -42,14 +66,20 @@ class LayerGroup:
         """Their layer indices."""
         return [layer.index for layer in self.layers]
 
+    def begin(self, sinks: int) -> None:
+        """Makes room for the next token in every layer, and copies the one that leaves."""
+        slots = [store.exact.next_slot() for store in self.stores]
+        self.leaving = self._contents(slots[0]) if self.leaves(sinks) else None
+
     def update(self, padding: Padding | None = None) -> None:
         """Updates the states with the token that leaves. The former ones stay as they are, should the call fail.
 
         Args:
             padding: Padding at the left of the rows, which leaves the states as they are, or `None`.
         """
-        leaving = [store.exact.leaving() for store in self.stores]
-        k_LBGK, v_LBGV, record_LB1F = (torch.stack(tensors).squeeze(3) for tensors in zip(*leaving))
+        if self.leaving is None:
+            return
+        k_LBGK, v_LBGV, record_LB1F = self.leaving
         memory = self.memories[0]
         gates_LB1NH = TokenRecord.unpack(record_LB1F, memory.gate_count, memory.shape.query_heads).gates
         gates_LBNH = gates_LB1NH.squeeze(2)
@@ -68,8 +98,28 @@ class LayerGroup:
         x_LBD = torch.stack([hidden[index] for index in self.indices]).squeeze(2)
         memories = self.memories
         gates_LBNH = type(memories[0]).gates_of_layers(memories, x_LBD)
-        for store, record_BF in zip(self.stores, TokenRecord(gates_LBNH, None).pack()):
+        record_LBF = TokenRecord(gates_LBNH, None).pack()
+        if self._find_rings() is not None and native.ready(record_LBF):
+            self._find_rings()[2].put(self.stores[0].exact.last_slot(), record_LBF[:, :, None])
+            return
+        for store, record_BF in zip(self.stores, record_LBF):
             store.exact.write_record(record_BF)
+
+    def _contents(self, slot: int) -> SlotContents:
+        """What a slot holds in every layer."""
+        if (rings := self._find_rings()) is not None:
+            return SlotContents(*(each.take(slot) for each in rings))
+        tokens = [store.exact.leaving() for store in self.stores]
+        return SlotContents(*(torch.stack(tensors).squeeze(3) for tensors in zip(*tokens)))
+
+    def _find_rings(self) -> tuple[Rings, Rings, Rings] | None:
+        """Keys, values and records of all layers as the kernels take them, or `None` where they cannot."""
+        buffers = [store.exact.buffer for store in self.stores]
+        parts = [[buffer[index] for buffer in buffers if buffer is not None] for index in range(3)]
+        if self._rings is None or not all(rings.are(part) for rings, part in zip(self._rings, parts)):
+            able = all(map(Rings.can_hold, parts))
+            self._rings = (Rings(parts[0]), Rings(parts[1]), Rings(parts[2])) if able else None
+        return self._rings if native.ready() else None
 
     def leaves(self, sinks: int) -> bool:
         """Whether a token leaves the window when the next one comes."""

@@ -18,6 +18,11 @@ from ahn.errors import CacheError
 from ahn.tokens import Padding, Tokens, VisibleKV
 
 
+def stored_dtype(settings: RunSettings) -> torch.dtype | None:
+    """What a run rounds keys and values to, or `None`."""
+    return None if settings.cache_dtype is None else getattr(torch, settings.cache_dtype)
+
+
 class HippocampalLayer(CacheLayerMixin):
     """Everything that one layer with a memory keeps of a batch of sequences, in a size that does not grow.
 
@@ -61,7 +66,7 @@ class HippocampalLayer(CacheLayerMixin):
                 "use fewer sinks or leave that layer out with `layers=`"
             )
         self.settings = settings
-        self.exact = SinkWindow(settings.sinks, window)
+        self.exact = SinkWindow(settings.sinks, window, stored_dtype(settings))
         pooling = POOLINGS.get(settings.mode)
         self.pooled = PooledStore(slots, pooling, settings.sinks, window) if pooling and slots else None
         self.bank = Bank(settings.anchors) if settings.has_anchors else None
@@ -176,7 +181,7 @@ class HippocampalLayer(CacheLayerMixin):
 
     def reset(self) -> None:
         """Forgets everything."""
-        self.exact = SinkWindow(self.exact.sinks, self.exact.window)
+        self.exact = SinkWindow(self.exact.sinks, self.exact.window, self.exact.dtype)
         for store in self._stores():
             store.reset()
         self.state = None

@@ -18,6 +18,7 @@ from ahn.cache.compressive import POOLED
 from ahn.cache.layer import HippocampalLayer
 from ahn.cache.storage import SavedCache
 from ahn.errors import CacheError
+from ahn.memories import MemoryShape
 
 Size = int | range
 Tensors = Mapping[str, torch.Tensor]
@@ -96,6 +97,8 @@ def layer_layout(
     """
     _, _, G, K, V = attention_layer.shape
     computed, exact = _computed(attention_layer), _exact(attention_layer)
+    if isinstance(layer, HippocampalLayer) and layer.exact.dtype is not None:
+        computed = (layer.exact.dtype,)
     if not isinstance(layer, HippocampalLayer):
         most = seen if attention_layer.sliding_window is None else min(seen, attention_layer.sliding_window)
         lengths = range(max(0, most - (attention_layer.sliding_window is not None)), most + 1)
@@ -111,10 +114,10 @@ def layer_layout(
     if evicts and layer.settings.mode == "ahn" and attention_layer.memory is not None:
         layout["state"] = Part((rows, *attention_layer.memory.state_shape()), dtypes=exact)
     if evicts and layer.bank is not None:
-        layout |= _keys_and_values("anchor", rows, layer.bank.anchors, attention_layer)
+        layout |= _keys_and_values("anchor", rows, layer.bank.anchors, attention_layer.shape, computed)
     if evicts and layer.pooled is not None:
-        layout |= _keys_and_values("slot", rows, layer.pooled.slots, attention_layer)
-        layout |= _keys_and_values("pending", rows, POOLED - 1, attention_layer)
+        layout |= _keys_and_values("slot", rows, layer.pooled.slots, attention_layer.shape, computed)
+        layout |= _keys_and_values("pending", rows, POOLED - 1, attention_layer.shape, computed)
     for name in layer.score_state.names:
         layout[name] = Part((rows, G, range(layer.exact.window + 1), K), seen > 0, exact)
     return layout
@@ -182,11 +185,11 @@ def _record_size(attention_layer: AttentionLayer, layer: HippocampalLayer, unrot
     )
 
 
-def _keys_and_values(name: str, rows: int, count: int, layer: AttentionLayer) -> Layout:
-    _, _, G, K, V = layer.shape
+def _keys_and_values(name: str, rows: int, count: int, shape: MemoryShape, dtypes: tuple[torch.dtype, ...]) -> Layout:
+    _, _, G, K, V = shape
     return {
-        f"{name}_keys": Part((rows, G, count, K), dtypes=_computed(layer)),
-        f"{name}_values": Part((rows, G, count, V), dtypes=_computed(layer)),
+        f"{name}_keys": Part((rows, G, count, K), dtypes=dtypes),
+        f"{name}_values": Part((rows, G, count, V), dtypes=dtypes),
     }
 
 

@@ -56,7 +56,7 @@ def write_cache(saved: SavedCache, attachment: Attachment, path: str | os.PathLi
     """Writes a cache; see `HippocampalCache.save`."""
     header = {
         "format": FORMAT,
-        "settings": vars(saved.settings),
+        "settings": saved.settings.to_dict(),
         "seen": saved.seen,
         "model": _fingerprint(attachment),
     }

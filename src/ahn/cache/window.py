@@ -14,6 +14,7 @@ buffer. Only a single decoded token goes straight to its slot, whose former cont
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch
@@ -27,21 +28,23 @@ class SinkWindow:
     Args:
         sinks: Tokens at the start of each row that always stay, S.
         window: Tokens of the window, the current one included, W.
+        dtype: What keys and values are rounded to when they come; `None` for none.
 
     Attributes:
         seen: Tokens seen, pending ones included.
         buffer: The slots; `None` before the first token was committed.
     """
 
-    def __init__(self, sinks: int, window: int) -> None:
+    def __init__(self, sinks: int, window: int, dtype: torch.dtype | None = None) -> None:
         self.sinks = sinks
         self.window = window
+        self.dtype = dtype
         self.seen = 0
         self.buffer: Tokens | None = None
         self._unwritten = 0  # tokens of `seen` that the buffer does not have yet
         self._pending: Tokens | None = None  # the newest of them: those beyond the sinks, at most W
         self._pending_sinks: Tokens | None = None  # all sinks, if some of them are pending
-        self._overwritten: tuple[int, Tokens] | None = None  # a slot and what it held before this call
+        self._overwritten: tuple[int, Callable[[], Tokens]] | None = None  # a slot and what it held before this call
         self._views: tuple[Tokens, Tokens, Tokens] | None = None  # of a buffer: that buffer, its sinks, nothing of it
 
     def view(self, new: Tokens, padding: Padding | None) -> VisibleKV:
@@ -67,6 +70,7 @@ class SinkWindow:
             new: The new tokens, following the `seen` earlier ones.
             padding: Padding at the left of the rows, or `None` where there is none.
         """
+        new = new if self.dtype is None else new.to(self.dtype)
         settled = self.seen >= self.sinks + (padding.most if padding else 0)
         if new.length == 1 and settled and self._unwritten == 0 and not new.keys.requires_grad:
             return self._append_one(new)
@@ -110,13 +114,14 @@ class SinkWindow:
         overwritten, buffer = self._overwritten, self.buffer
         vars(self).update(snapshot)
         if overwritten is not None and buffer is not None and buffer is self.buffer:
-            buffer.write(*overwritten)
+            slot, contents = overwritten
+            buffer.write(slot, contents())
 
     def _append_one(self, new: Tokens) -> VisibleKV:
         """The step of decoding: one slot is read out, overwritten, and the ring is read as it lies."""
         slot, old = self._keep_slot(new)
         self._ring.write(slot, new)
-        return self._after_one(old if self._is_full else new.span(0, 0))
+        return self._after_one(old if self.is_full else new.span(0, 0))
 
     def append_key(self, key: torch.Tensor, value: torch.Tensor, keep_evicted: bool) -> VisibleKV:
         """Stores the key and value of one token; its record comes later, by `write_record`.
@@ -126,11 +131,37 @@ class SinkWindow:
             value: `[B, G, 1, V]`.
             keep_evicted: Whether the view shall hold the token that leaves.
         """
+        if self.dtype is not None:
+            key, value = key.to(self.dtype), value.to(self.dtype)
         slot, old = self._keep_slot(Tokens(key, value, self._ring.record))
-        buffer = self._ring
-        buffer.keys[:, :, slot : slot + 1] = key
-        buffer.values[:, :, slot : slot + 1] = value
-        return self._after_one(old if keep_evicted and self._is_full else None)
+        self._ring.keys.narrow(2, slot, 1).copy_(key)
+        self._ring.values.narrow(2, slot, 1).copy_(value)
+        return self._after_one(old if keep_evicted and self.is_full else None)
+
+    def begin_key(self, contents: Callable[[], Tokens] | None) -> int:
+        """Takes in a token whose key and value a kernel will write; its slot.
+
+        Args:
+            contents: What the slot holds; `None` where that is no token of the window.
+        """
+        slot = self.next_slot()
+        self._overwritten = None if contents is None else (slot, contents)
+        self.seen += 1
+        return slot
+
+    def next_slot(self) -> int:
+        """The slot of the next token, in a buffer that has room for it."""
+        self._reserved(self.seen + 1, self._ring)
+        return self._slot(self.seen)
+
+    def last_slot(self) -> int:
+        """The slot of the token that came last."""
+        return self._slot(self.seen - 1)
+
+    def last(self) -> Tokens:
+        """The token that came last, as views."""
+        slot = self.last_slot()
+        return self._ring.span(slot, slot + 1)
 
     def write_record(self, record_BF: torch.Tensor) -> None:
         """Stores the record of the token that came last."""
@@ -146,7 +177,7 @@ class SinkWindow:
         return self._ring.span(slot, slot + 1)
 
     @property
-    def _is_full(self) -> bool:
+    def is_full(self) -> bool:
         """Whether a token leaves the window when the next one comes."""
         return self.seen - self.window >= self.sinks
 
@@ -159,8 +190,9 @@ class SinkWindow:
         """The slot of the next token, and a copy of what it holds."""
         slot = self._slot(self.seen)
         buffer = self._reserved(self.seen + 1, like)
-        self._overwritten = slot, buffer.span(slot, slot + 1).map(torch.clone)
-        return self._overwritten
+        old = buffer.span(slot, slot + 1).map(torch.clone)
+        self._overwritten = slot, lambda: old
+        return slot, old
 
     def _after_one(self, evicted: Tokens | None) -> VisibleKV:
         """What the query of a token that was just stored reads: all slots as they lie."""

@@ -15,7 +15,8 @@ from ahn.anchors.scores import SCORES
 from ahn.attachment import SAVERS, Attachment, attachment_of
 from ahn.checkpoint.adapter import Pair, about, read_pair, storable, write_pair
 from ahn.checkpoint.content import BaseInfo, check_base, check_keys, check_shapes, layer_of
-from ahn.checkpoint.files import HubOptions, HubSource, failure, locate, read_tensors
+from ahn.checkpoint.files import SHIPPED, HubOptions, HubSource, failure, locate, read_tensors, shipped
+from ahn.config import USUAL_ANCHORS, RunSettings
 from ahn.errors import ConfigError, ShapeError
 from ahn.memories import MemoryShape
 from ahn.surgery import set_score_weights
@@ -80,6 +81,41 @@ def load_anchors(
     for layer in attachment.layers:
         if layer.memory is not None:
             set_score_weights(layer, weights.get(layer.index, {}))
+
+
+def score_weights_for(adapter: Path | None, base: str | os.PathLike[str]) -> Path | None:
+    """The folder of the weights of anchor scores that serve an adapter, or `None` if there are none.
+
+    Args:
+        adapter: The adapter's own folder, which comes first.
+        base: Name of the base model, for which some may ship.
+    """
+    if adapter is not None and (adapter / ANCHORS.config).is_file():
+        return adapter
+    usual = f"{os.fspath(base)}/anchors"
+    return SHIPPED / usual if usual in shipped(ANCHORS.config) else None
+
+
+def usual_anchors(model: nn.Module) -> int:
+    """How many anchors a run keeps if nobody names a number.
+
+    Args:
+        model: A model with a memory attached.
+
+    Returns:
+        `USUAL_ANCHORS` where the model has weights that choose them and its window is long enough for that, else 0.
+
+    Raises:
+        ModelError: No memory is attached.
+    """
+    attachment = attachment_of(model)
+    if not any(layer.anchor_weights for layer in attachment.layers):
+        return 0
+    try:
+        attachment.check(RunSettings.like(attachment.settings, anchors=USUAL_ANCHORS))
+    except ConfigError:
+        return 0
+    return USUAL_ANCHORS
 
 
 def read_anchors(where: str, folder: Path, attachment: Attachment, base: BaseInfo) -> dict[int, dict[str, nn.Module]]:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ahn._home import write_text
 from ahn.checkpoint.content import BaseInfo
-from ahn.config import AHNConfig
+from ahn.config import USUAL_ANCHORS, AHNConfig
 
 CARD = "README.md"
 _MARK = "<!-- Written by ahn, and again with every save. Delete this line to keep a text of your own. -->"
@@ -73,7 +73,7 @@ def _body(config: AHNConfig, base: BaseInfo, parameters: int, source: str, ancho
     """What it is and how it is loaded."""
     name = Path(base.name).name if base.name else "its base model"
     known = base.name or "BASE"
-    more = f'\nahn.load_anchors(model, "{source}")' if anchors else ""
+    more = f"  # with {USUAL_ANCHORS} anchors; anchors=0 for none" if anchors else ""
     return f"""# A memory for {name}
 
 A long-term memory of fixed size ({config.memory}, {parameters:,} parameters) for `{known}`, by the library `ahn`

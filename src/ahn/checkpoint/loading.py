@@ -15,7 +15,7 @@ from torch import nn
 from ahn.attachment import Attachment, find_attachment
 from ahn.checkpoint import adapter as own
 from ahn.checkpoint import published
-from ahn.checkpoint.anchors import ANCHORS, load_anchors
+from ahn.checkpoint.anchors import load_anchors, score_weights_for, usual_anchors
 from ahn.checkpoint.content import BaseInfo, Content, check_keys, check_shapes, memory_tensors
 from ahn.checkpoint.files import (
     SHIPPED,
@@ -31,7 +31,7 @@ from ahn.checkpoint.files import (
     stored_tensors,
     weight_files,
 )
-from ahn.config import AHNConfig
+from ahn.config import AHNConfig, RunSettings, check_whole
 from ahn.errors import CheckpointError
 from ahn.models import KNOWN, load_model
 from ahn.surgery import attach, detach
@@ -80,6 +80,7 @@ def from_pretrained(
     config: AHNConfig | None = None,
     dtype: str | torch.dtype | None = None,
     *,
+    anchors: int | None = None,
     revision: str | None = None,
     adapter_revision: str | None = None,
     **options: Any,
@@ -94,6 +95,8 @@ def from_pretrained(
         config: Settings of the memory. With an adapter or a merged folder its window, sinks and sink positions are
             taken instead of the saved ones; the rest must agree. Alone it attaches an untrained memory.
         dtype: As for `ahn.models.load_model`.
+        anchors: Tokens that stay exact beyond the window; 0 for none. Left out, those of the config; or without one
+            those that the adapter was saved with, or 128 where there are weights to choose them by.
         revision: Branch, tag or commit of `name_or_path` on the hub.
         adapter_revision: Branch, tag or commit of `adapter`.
         **options: Those of `load`, for the base model too; the subfolder is that of `name_or_path`. All others are for
@@ -101,7 +104,8 @@ def from_pretrained(
             `trust_remote_code`.
 
     Returns:
-        The model, in evaluation mode, with the weights of anchor scores too where they lie beside the adapter.
+        The model, in evaluation mode. It has the weights of anchor scores that lie beside the adapter, or those that
+        ship for the base model.
 
     Raises:
         ModelError: The base model cannot be found, loaded or given a memory.
@@ -109,6 +113,8 @@ def from_pretrained(
             which base model it was made for.
         ConfigError: The settings do not fit this model.
     """
+    if anchors is not None:
+        check_whole("anchors", anchors, 0)
     hub: Any = {name: options.pop(name) for name in HubOptions.__annotations__ if name in options}
     source = HubSource(revision, **hub)
     folder = _our_folder(name_or_path, source)
@@ -116,7 +122,9 @@ def from_pretrained(
         _check_is_base(name_or_path, folder)
         folder = None  # its own memory is not wanted
     if folder is not None and not (folder / own.CONFIG).is_file():
-        return _from_merged(os.fspath(name_or_path), folder, config, dtype, options)
+        merged = _from_merged(os.fspath(name_or_path), folder, config, dtype, options)
+        _keep_anchors(merged, anchors)
+        return merged
     base, content = (name_or_path, source), None  # the memory is read before the base model, which takes long
     memory = adapter, dataclasses.replace(source, revision=adapter_revision, subfolder="")
     if folder is not None:
@@ -127,12 +135,36 @@ def from_pretrained(
     model = load_model(base[0], dtype, **{**base[1].load_options(), **options})
     if config is not None:
         attach(model, config)
+    located = None
     if content is not None and memory[0] is not None:
         _put(model, content if folder is None or not _is_base(folder) else _without_name(content))
         located = locate(memory[0], memory[1])
-        if (located / ANCHORS.config).is_file():
-            load_anchors(model, located)
+    _load_score_weights(model, located, base[0])
+    if anchors is None and config is None and content is not None and not content.config.anchors:
+        anchors = usual_anchors(model)
+    _keep_anchors(model, anchors)
     return model
+
+
+def _load_score_weights(model: nn.Module, adapter: Path | None, base: str | os.PathLike[str]) -> None:
+    """Loads the weights of anchor scores beside an adapter, or those that ship for a base if all its layers serve."""
+    attachment, weights = find_attachment(model), score_weights_for(adapter, base)
+    if attachment is not None and weights is not None and (weights == adapter or not attachment.keeps_base_layers):
+        load_anchors(model, weights)
+
+
+def _keep_anchors(model: nn.Module, anchors: int | None) -> None:
+    """Sets how many anchors a model's runs keep if they do not say so themselves; `None` leaves it as it is.
+
+    Raises:
+        ConfigError: The model cannot be read with so many.
+    """
+    attachment = find_attachment(model)
+    if anchors is None or attachment is None:
+        return
+    config = dataclasses.replace(attachment.config, anchors=anchors)
+    attachment.check(RunSettings.like(config))
+    attachment.config = config
 
 
 def _check_is_base(name: str | os.PathLike[str], folder: Path) -> None:
@@ -300,7 +332,7 @@ def _run_settings(content: Content, config: AHNConfig | None) -> AHNConfig:
             raise failure(content.where, f"its {name} is {theirs!r}, not {ours!r}", f"Set {name}={theirs!r}")
     if config.layers not in (None, saved.layers, content.layers):
         raise failure(content.where, f"it has a memory in layers {list(content.layers)}", "Leave layers out")
-    names = ("window", "sinks", "sink_positions", "anchors", "anchor_score", "anchor_layers")
+    names = ("window", "sinks", "sink_positions", "anchors", "anchor_score", "anchor_layers", "cache_dtype")
     return dataclasses.replace(saved, **{name: getattr(config, name) for name in names})
 
 

@@ -33,6 +33,7 @@ from ahn.checkpoint.files import (
 from ahn.checkpoint.loading import read
 from ahn.errors import CheckpointError
 from ahn.models import KNOWN, resolve
+from ahn.models.loading import is_gguf
 
 Format = Literal["adapter", "published"]
 _BESIDE = (
@@ -230,6 +231,11 @@ def _check_mergeable(where: str, stored: Mapping[str, Stored], content: Content)
 
 def _base_folder(base: str | os.PathLike[str], patterns: tuple[str, ...] | list[str]) -> Path:
     source = resolve(base)
+    if is_gguf(source):
+        remedy = "Name the model's folder of safetensors, or keep base model and memory apart"
+        raise failure(
+            os.fspath(base), "the weights of a GGUF file are quantised, which this format cannot hold", remedy
+        )
     return Path(source) if Path(source).is_dir() else download(source, HubSource(), patterns)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,20 +14,23 @@ from ahn.cli.loading import ModelSettings
 from ahn.cli.options import from_fields
 from ahn.cli.terminal import UsageError, log, megabytes, notes, output
 from ahn.config import setting
+from ahn.evaluation.tables import ResultTable
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from rich.table import Table
-
     from ahn.cli.loading import Loaded
     from ahn.speed import Speed, Timing
+
+_LLAMA = "llama.cpp"
 
 EXAMPLES = """Examples:
 
 ahn bench  [dim]# some minutes[/dim]
 
 ahn bench --contexts 2048,32768 --arms full,window,ahn,ahn+64 --plot speed.png
+
+ahn bench --arms llama.cpp,ahn --quantize int4  [dim]# the same 4-bit weights in both[/dim]
 
 ahn bench --model ./my-model --adapter ./my-memory --window 4096 --json speed.json
 """
@@ -37,7 +41,9 @@ class BenchSettings:
     """What is timed, how often, and where the numbers go."""
 
     arms: tuple[str, ...] = setting(
-        ("full", "window", "ahn"), "Ways of reading, joined by commas; compared with the first.", joined=True
+        ("full", "window", "ahn"),
+        "Ways of reading, joined by commas, llama.cpp among them; compared with the first.",
+        joined=True,
     )
     contexts: str = setting("2048,8192", "Numbers of tokens read before, joined by commas.")
     rounds: int = setting(5, "How often each has its turn.", least=1)
@@ -57,7 +63,10 @@ def command(settings: BenchSettings, source: ModelSettings) -> None:
 
     loaded = loading.load(source)
     from ahn import native
-    from ahn.speed import measure
+    from ahn.speed import llama, measure
+
+    if llama.NAME in settings.arms:
+        llama.find_gguf(loaded.model)
 
     done, total = itertools.count(1), 2 * (settings.rounds + 1) * len(contexts)
     with work_bar(notes(), total, "rounds", "timed") as update:
@@ -96,7 +105,9 @@ def _write(path: Path, speed: Speed, loaded: Loaded, settings: BenchSettings, co
 def _check_arms(arms: Sequence[str]) -> None:
     from ahn.evaluation.arm_names import find_arm
 
-    for name in arms or [""]:
+    if _LLAMA in arms and find_spec("xllamacpp") is None:
+        raise UsageError("--arms llama.cpp needs a package that is not installed. Install it: pip install 'ahn[bench]'")
+    for name in [arm for arm in arms if arm != _LLAMA] or [""] * (not arms):
         if find_arm(name).method == "tail":
             raise UsageError(
                 "--arms: tail begins its text anew again and again, which has no time per token. Leave it out."
@@ -123,24 +134,13 @@ def _print_tables(speed: Speed, title: str, rounds: int) -> None:
         ),
         soft_wrap=True,
     )
-    screen.print("", _table("Writing one token", speed.decoding), "", sep="\n")
-    screen.print(_table(f"Reading {speed.chunk:,} tokens, time per token", speed.reading))
+    _table("Writing one token", speed.decoding).print(screen)
+    _table(f"Reading {speed.chunk:,} tokens, time per token", speed.reading).print(screen)
 
 
-def _table(what: str, rows: Sequence[Timing]) -> Table:
-    from rich import box
-    from rich.table import Table
-
-    first = rows[0].arm
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True, show_edge=False, header_style="bold")
-    table.title, table.title_justify, table.title_style = what, "left", "bold"
-    table.add_column("after", justify="right", no_wrap=True)
-    table.add_column("arm", no_wrap=True)
-    for title in ("ms", "floor", "tokens/s", f"x {first}", "cache, MB"):
-        table.add_column(title, justify="right", no_wrap=True)
-    for row in rows:
-        table.add_row(*_cells(row))
-    return table
+def _table(what: str, rows: Sequence[Timing]) -> ResultTable:
+    columns = ["after", "arm", "ms", "floor", "tokens/s", f"x {rows[0].arm}", "cache, MB"]
+    return ResultTable(columns, [_cells(row) for row in rows], what)
 
 
 def _cells(row: Timing) -> list[Any]:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from ahn.cli.conversation import typed_lines
 from ahn.cli.options import from_fields
 from ahn.cli.terminal import UsageError, log
 from ahn.config import setting
@@ -56,7 +58,7 @@ def _converse(client: Any, model: str, settings: ChatSettings) -> None:
     messages = [{"role": "system", "content": settings.system}] if settings.system else []
     if sys.stdin.isatty():
         log(f"{model} at {settings.url}; an empty line ends it.", "dim")
-    for line in _lines():
+    for line in itertools.takewhile(bool, typed_lines()):
         messages.append({"role": "user", "content": line})
         body = {
             "model": model,
@@ -75,23 +77,8 @@ def _converse(client: Any, model: str, settings: ChatSettings) -> None:
         messages.append({"role": "assistant", "content": answer})
 
 
-def _lines() -> Iterator[str]:
-    while True:
-        try:
-            line = input("> " if sys.stdin.isatty() else "").strip()
-        except EOFError:
-            return
-        if not line:
-            return
-        yield line
-
-
 def _answer(client: Any, body: dict[str, Any]) -> Iterator[str]:
-    """The words of an answer as they come.
-
-    Raises:
-        UsageError: The server refuses.
-    """
+    """The words of an answer as they come, unless the server refuses."""
     import json
 
     with client.stream("POST", "/v1/chat/completions", json=body) as response:
@@ -109,11 +96,7 @@ def _answer(client: Any, body: dict[str, Any]) -> Iterator[str]:
 
 
 def _checked(response: Any) -> Any:
-    """What the server told.
-
-    Raises:
-        UsageError: It refused, or it is no such server.
-    """
+    """What the server told, unless it refused or is no such server."""
     try:
         body = response.json()
     except ValueError:

@@ -18,7 +18,6 @@ from typing import Any
 from ahn.cli.terminal import UsageError
 
 MODES = ("ahn", "window", "full")
-SINK_POSITIONS = ("bounded", "absolute")
 PLOTS = (".png", ".svg")
 _LONGEST_NAME = 255
 
@@ -48,14 +47,6 @@ def words(text: str) -> list[str]:
     return list(dict.fromkeys(word.strip() for word in text.split(",") if word.strip()))
 
 
-def several_of(option: str, text: str, known: tuple[str, ...]) -> list[str]:
-    """The words joined by commas, each once; at least one, and all of them known."""
-    chosen = words(text)
-    for name in chosen or [""]:
-        one_of(option, name, known)
-    return chosen
-
-
 def mode(option: str, name: str | None) -> None:
     """Checks a mode that may be left out, `ahn` with a number of anchors where wanted: "ahn+64"."""
     from ahn.evaluation.arm_names import find_arm
@@ -74,13 +65,6 @@ def modes(option: str, text: str) -> list[str]:
     for name in chosen or [""]:
         mode(option, name)
     return chosen
-
-
-def span(window: int | None, sinks: int | None, sink_positions: str | None) -> None:
-    """Checks the settings of a run that every command has."""
-    at_least("--window", window, 1)
-    at_least("--sinks", sinks, 0)
-    one_of("--sink-positions", sink_positions, SINK_POSITIONS)
 
 
 def folder_to_write(path: Path, source: str, force: bool) -> None:
@@ -144,20 +128,15 @@ def _check_length(option: str, path: Path) -> None:
         raise UsageError(f"{option}: a name of more than {_LONGEST_NAME} bytes cannot be written. Take a shorter one.")
 
 
-def plot_to_write(option: str, path: Path) -> None:
-    """Checks that a plot can be drawn to a file: its suffix, its folder, and what draws it."""
-    if path.suffix.lower() not in PLOTS:
-        raise UsageError(f"{option} {path} must end in {' or '.join(PLOTS)}.")
-    file_to_write(option, path)
-    if find_spec("matplotlib") is None:
-        raise UsageError(f"{option} needs matplotlib. Install it: pip install 'ahn[train]'")
-
-
 def plots_to_write(paths: Iterable[Path]) -> list[Path]:
-    """Checks the files of `--plot`; their full paths."""
+    """Checks the files of `--plot`: their suffixes, their folders, and what draws them; their full paths."""
     files = [path.expanduser() for path in paths]
     for path in files:
-        plot_to_write("--plot", path)
+        if path.suffix.lower() not in PLOTS:
+            raise UsageError(f"--plot {path} must end in {' or '.join(PLOTS)}.")
+        file_to_write("--plot", path)
+        if find_spec("matplotlib") is None:
+            raise UsageError("--plot needs matplotlib. Install it: pip install 'ahn[train]'")
     return files
 
 

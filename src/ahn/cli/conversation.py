@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import signal
 import sys
 import threading
@@ -51,7 +52,7 @@ class Conversation:
 
         if sys.stdin is not None and sys.stdin.isatty():
             log(f"Ctrl-C stops an answer, {EXIT} ends.", "dim")
-        for words in _lines():
+        for words in filter(None, itertools.takewhile(lambda words: words != EXIT, typed_lines())):
             if goes_on:
                 passage = prompts.follow_up(self.loaded.tokenizer, text, words, chat=True)
             else:
@@ -97,17 +98,11 @@ def write_answer(loaded: Loaded, ids: Iterable[int]) -> None:
     sys.stdout.flush()
 
 
-def _lines() -> Iterator[str]:
-    """What the person says, turn by turn, until there is no more."""
-    while True:
-        try:
-            words = input("> " if sys.stdin.isatty() else "").strip()
-        except EOFError:
-            return
-        if words == EXIT:
-            return
-        if words:
-            yield words
+def typed_lines() -> Iterator[str]:
+    """What the person says, line by line, until there is no more."""
+    with contextlib.suppress(EOFError):
+        while True:
+            yield input("> " if sys.stdin.isatty() else "").strip()
 
 
 def _until(is_over: Callable[[], bool], ids: Iterator[int]) -> Iterator[int]:

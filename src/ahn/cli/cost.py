@@ -60,6 +60,7 @@ class CostSettings:
     memory_positions: MemoryPositions | None = same_setting(
         AHNConfig, "memory_positions", default=None, unset="rope", kw_only=False
     )
+    cache_dtype: str | None = same_setting(ExactTokens, "cache_dtype", kw_only=False)
     plot: tuple[Path, ...] = setting((), "Draw it to a .png or .svg file; may be given several times.")
     json: bool = setting(False, "Print JSON instead of a table.")
 
@@ -78,7 +79,10 @@ def command(settings: CostSettings) -> None:
         from ahn.cost import cost_model
 
         config = AHNConfig(
-            window=settings.window, sinks=settings.sinks, memory_positions=settings.memory_positions or "rope"
+            window=settings.window,
+            sinks=settings.sinks,
+            memory_positions=settings.memory_positions or "rope",
+            cache_dtype=settings.cache_dtype,  # type: ignore[arg-type]
         )
         counted = cost_model(settings.model, config, settings.convention, settings.dtype)
         costs = counted.at(settings.context)

@@ -7,10 +7,10 @@ import time
 from typing import TYPE_CHECKING
 
 from ahn.cli import checks
-from ahn.cli.loading import ModelSettings
+from ahn.cli.loading import AnchoredModel, ModelSettings
 from ahn.cli.options import from_fields
 from ahn.cli.terminal import UsageError, output
-from ahn.config import setting
+from ahn.config import USUAL_ANCHORS, same_setting, setting
 
 if TYPE_CHECKING:
     from ahn.cli.comparison import Comparison
@@ -25,7 +25,6 @@ ahn demo --tokens all --modes window  [dim]# far past the trained context[/dim]
 ahn demo --file book.txt --question "Who tells the story?"
 """
 FACT = "The secret number of the quiet-harbour is 4815162."
-ANCHORS = 64
 QUESTION = "What is the secret number of the quiet-harbour?"
 
 
@@ -45,19 +44,25 @@ class DemoSettings:
     modes: str | None = setting(
         None,
         "Modes to compare, joined by commas; ahn+64 keeps 64 anchors.",
-        unset="ahn with anchors, ahn, window, full",
+        unset=f"ahn+{USUAL_ANCHORS}, ahn, window, full",
     )
     max_new_tokens: int = setting(48, "Most tokens of an answer.", least=1)
     seed: int = setting(0, "Of the weights of an untrained memory.")
 
 
+@dataclasses.dataclass(frozen=True)
+class DemoModel(ModelSettings):
+    """Which model is shown, with which window and how many anchors; a small window soon has something to forget."""
+
+    window: int = same_setting(ModelSettings, "window", default=256)
+    anchors: int | None = same_setting(AnchoredModel, "anchors", unset=str(USUAL_ANCHORS))
+
+
 @from_fields
-def command(settings: DemoSettings, source: ModelSettings) -> None:
+def command(settings: DemoSettings, source: DemoModel) -> None:
     """A small model reads a long text in several modes, and is asked for a fact that was hidden near its beginning."""
     started = time.monotonic()
-    modes = [f"ahn+{ANCHORS}", "ahn", "window", "full"]
-    if settings.modes is not None:
-        modes = checks.modes("--modes", settings.modes)
+    modes = _modes(settings.modes, source.anchors)
     limit = _limit(settings.tokens)
     text = None if settings.file is None else checks.text_file("--file", settings.file)
     from ahn.cli import loading
@@ -104,6 +109,16 @@ def compare(comparison: Comparison, screen: Screen, title: str, question: str, f
         with screen.thinking():
             comparison.answer()
         screen.answers(comparison, question, gone)
+
+
+def _modes(named: str | None, anchors: int | None) -> list[str]:
+    """Modes to compare: those that the user named, or all with so many anchors in the first."""
+    if named is None:
+        count = USUAL_ANCHORS if anchors is None else anchors
+        return [*([f"ahn+{count}"] if count else []), "ahn", "window", "full"]
+    if anchors is not None:
+        raise UsageError("--anchors does not go with --modes, whose names say how many: ahn+64. Leave it out.")
+    return checks.modes("--modes", named)
 
 
 def _limit(tokens: str | None) -> int | None:

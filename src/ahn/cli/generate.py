@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from ahn.cli import checks
 from ahn.cli.conversation import Conversation, read_all, write_answer
-from ahn.cli.loading import ModelChoice
+from ahn.cli.loading import AnchoredModel
 from ahn.cli.options import from_fields
 from ahn.cli.terminal import UsageError, log, megabytes
 from ahn.config import setting
@@ -27,7 +27,7 @@ ahn generate "Who tells the story?" --file book.txt
 
 git log | ahn generate "What has changed?" --file - --window 2048
 
-ahn generate "Who is Ishmael?" --file moby.txt --mode ahn+64  [dim]# anchors too[/dim]
+ahn generate "Who is Ishmael?" --file moby.txt --anchors 0  [dim]# the memory alone[/dim]
 
 ahn generate --file book.txt --cache-out book.cache  [dim]# read once,[/dim]
 
@@ -44,7 +44,7 @@ class GenerateSettings:
     prompt: str = setting("", "What to answer; with --file, a question.", argument=True, metavar="PROMPT")
     file: str | None = setting(None, "A text to read before the prompt; - for standard input.")
     mode: str | None = setting(
-        None, "What to read with; ahn+64 keeps 64 anchors too.", metavar="ahn|window|full", unset="ahn"
+        None, "What to read with; ahn+64 keeps 64 anchors.", metavar="ahn|window|full", unset="ahn"
     )
     max_new_tokens: int = setting(256, "Most tokens to write.", least=1)
     chunk: int | None = setting(None, "Tokens to read at a time.", least=1, unset="512")
@@ -77,9 +77,11 @@ class GenerateSettings:
 
 
 @from_fields
-def command(settings: GenerateSettings, source: ModelChoice) -> None:
+def command(settings: GenerateSettings, source: AnchoredModel) -> None:
     """Read a prompt, or a text of any length and a question about it, and write the answer."""
     checks.mode("--mode", settings.mode)
+    if source.anchors is not None and settings.mode not in (None, "ahn"):
+        raise UsageError(f"--anchors does not go with --mode {settings.mode}. Leave one of them out.")
     _check_caches(settings, source)
     _check_words(settings)
     text = "" if settings.file is None else checks.text_file("--file", settings.file)
@@ -91,8 +93,11 @@ def command(settings: GenerateSettings, source: ModelChoice) -> None:
     loaded = loading.load(source, like=saved)
     chat = _uses_template(loaded, settings)
     arm = find_arm(settings.mode or "ahn")
+    if settings.mode in (None, "ahn") and saved is None:
+        arm = arm._replace(anchors=loaded.anchors(source.anchors))
     with ahn.mode(loaded.model, arm.method, **arm.settings(loaded.config.window)):  # type: ignore[arg-type]
         reader = _reader(loaded, settings)
+        _say_what_reads(loaded, reader)
         if settings.talks:
             _converse(loaded, settings, reader, text)
         else:
@@ -125,17 +130,20 @@ def _check_words(settings: GenerateSettings) -> None:
                 raise UsageError(f"{option} does nothing at --temperature 0. Draw tokens, as with --temperature 0.7.")
 
 
-def _check_caches(settings: GenerateSettings, source: ModelChoice) -> None:
+def _check_caches(settings: GenerateSettings, source: AnchoredModel) -> None:
     checks.file_to_read("--cache-in", settings.cache_in)
     checks.file_to_write("--cache-out", settings.cache_out)
     if settings.cache_out is not None and settings.mode == "full":
         raise UsageError("--cache-out saves what a memory or a window keeps. Use it with --mode ahn or window.")
     if settings.cache_in is None:
         return
-    fixed = {"window": source.window, "sinks": source.sinks, "sink-positions": source.sink_positions}
+    fixed = {name: getattr(source, name) for name in ("window", "sinks", "sink_positions", "anchors")}
     for name, value in {**fixed, "mode": settings.mode}.items():
         if value is not None:
-            raise UsageError(f"--{name} does not go with --cache-in, which keeps what it was made with. Leave it out.")
+            option = name.replace("_", "-")
+            raise UsageError(
+                f"--{option} does not go with --cache-in, which keeps what it was made with. Leave it out."
+            )
 
 
 def _saved_settings(path: Path) -> AHNConfig:
@@ -174,6 +182,13 @@ def _reader(loaded: Loaded, settings: GenerateSettings) -> Reader:
 
     cache = None if settings.cache_in is None else ahn.HippocampalCache.load(settings.cache_in, loaded.model)
     return Reader(loaded.model, cache, score=False)
+
+
+def _say_what_reads(loaded: Loaded, reader: Reader) -> None:
+    """Says in a line which memory and anchors read, where they add something."""
+    settings = getattr(reader.cache, "settings", None)
+    if settings is not None and settings.mode == "ahn" and (loaded.adapter is not None or settings.anchors):
+        log(f"reads with {loaded.reads_with(settings.anchors)}", "dim")
 
 
 def _read(loaded: Loaded, settings: GenerateSettings, reader: Reader, text: str, chat: bool) -> None:

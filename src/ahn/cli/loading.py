@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, get_args
 
 from ahn.cli import checks
 from ahn.cli.terminal import notes, output
-from ahn.config import AHNConfig, ExactTokens, Quantize, SinkPositions, same_setting, setting
+from ahn.config import USUAL_ANCHORS, AHNConfig, ExactTokens, Quantize, SinkPositions, same_setting, setting
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -35,6 +35,7 @@ class ModelChoice:
         unset="the adapter's, or bounded",
         kw_only=False,
     )
+    cache_dtype: str | None = same_setting(ExactTokens, "cache_dtype", kw_only=False)
     quantize: str | None = setting(
         None,
         "Store the base model's weights in fewer bits.",
@@ -44,6 +45,16 @@ class ModelChoice:
 
     def __post_init__(self) -> None:
         checks.adapter(self.adapter)
+
+
+@dataclass(frozen=True)
+class AnchoredModel(ModelChoice):
+    """The same for commands that read with anchors where the model has weights to choose them by."""
+
+    anchors: int | None = same_setting(
+        ExactTokens, "anchors", default=None, unset=f"{USUAL_ANCHORS} where there are weights to choose them by",
+        kw_only=False,
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -68,6 +79,7 @@ class Loaded:
         tokenizer: Its tokenizer.
         config: Settings of its memory.
         adapter: Where the memory's weights come from, or `None` where they are untrained.
+        scores: Where the weights that choose anchors come from, or `None` where there are none.
     """
 
     name: str
@@ -75,6 +87,29 @@ class Loaded:
     tokenizer: PreTrainedTokenizerBase
     config: AHNConfig
     adapter: str | None
+    scores: str | None = None
+
+    def anchors(self, wanted: int | None) -> int:
+        """How many anchors to read with.
+
+        Args:
+            wanted: What the user said, or `None`.
+        """
+        from ahn.checkpoint.anchors import usual_anchors
+
+        return usual_anchors(self.model) if wanted is None else wanted
+
+    def reads_with(self, anchors: int) -> str:
+        """What it reads a text with beside sinks and window, for a sentence.
+
+        Args:
+            anchors: The number of anchors.
+        """
+        memory = f"a memory {self.config.memory} from {self.adapter}" if self.adapter else "a memory that is untrained"
+        if not anchors:
+            return f"{memory}, no anchors"
+        chosen = f", chosen with weights from {self.scores}" if self.scores else ""
+        return f"{memory} and {anchors:,} anchors{chosen}"
 
 
 def load(settings: ModelChoice, like: AHNConfig | None = None) -> Loaded:
@@ -91,30 +126,34 @@ def load(settings: ModelChoice, like: AHNConfig | None = None) -> Loaded:
     quiet()
     name = settings.model
     with notes().status(f"Loading {name} ..."):
-        from ahn.checkpoint import from_pretrained, load_anchors
+        from ahn.checkpoint import from_pretrained
         from ahn.models import load_tokenizer, resolve
 
         resolve(name)  # first, because what follows takes seconds
         chosen = _adapter(name, settings.adapter)
         saved = _saved(name, chosen)
         config = like or (_config(saved) if saved else _USUAL)
-        changes: dict[str, Any] = {key: getattr(settings, key) for key in ("window", "sinks", "sink_positions")}
+        changes: dict[str, Any] = {
+            key: getattr(settings, key) for key in ("window", "sinks", "sink_positions", "cache_dtype")
+        }
         config = replace(config, **{key: value for key, value in changes.items() if value is not None})
         tokenizer = load_tokenizer(name)
         stored: dict[str, Any] = {} if settings.quantize is None else {"quantize": settings.quantize}
         model = from_pretrained(name, chosen, config, **stored)
-        if (weights := _score_weights_for(name)) is not None:
-            load_anchors(model, weights)
-    return Loaded(name, model, tokenizer, config, chosen or (name if saved else None))
+    return Loaded(name, model, tokenizer, config, chosen or (name if saved else None), _scores(name, chosen, model))
 
 
-def _score_weights_for(name: str) -> str | None:
-    """The name of the weights of anchor scores that ship for a model, if some do."""
-    from ahn.checkpoint.anchors import ANCHORS
-    from ahn.checkpoint.files import shipped
+def _scores(name: str, adapter: str | None, model: PreTrainedModel) -> str | None:
+    """Where a model's weights of anchor scores come from: its adapter's folder, or those that ship for it."""
+    from ahn.attachment import attachment_of
+    from ahn.checkpoint.anchors import score_weights_for
+    from ahn.checkpoint.files import locate
 
-    usual = f"{name}/anchors"
-    return usual if usual in shipped(ANCHORS.config) else None
+    if not any(layer.anchor_weights for layer in attachment_of(model).layers):
+        return None
+    usual = score_weights_for(None, name)
+    ships = usual is not None and score_weights_for(None if adapter is None else locate(adapter), name) == usual
+    return f"{name}/anchors" if ships else adapter or name
 
 
 def quiet() -> None:

@@ -18,6 +18,7 @@ from ahn.cli.terminal import megabytes
 
 if TYPE_CHECKING:
     from ahn.cli.comparison import ComparedMode, Comparison
+    from ahn.cli.loading import Loaded
 
 _BETWEEN_LINES = 10.0  # seconds
 _SIDE_BY_SIDE = 100  # columns of a terminal
@@ -52,6 +53,8 @@ class Screen:
                 "its cost shows.",
                 "yellow",
             )
+        if any("+" in mode.name and ":" not in mode.name for mode in comparison.modes):
+            self.line(f"Anchors: chosen {_chosen_by(loaded)}.")
         if fact:
             self.line(f'Hidden near its beginning: "{fact}"')
 
@@ -152,6 +155,11 @@ def _cells(mode: ComparedMode, spans: list[tuple[int, int]]) -> list[str]:
         megabytes(mode.full_bytes),
         *("-" if score is None else f"{score:.2f}" for score in scores),
     ]
+
+
+def _chosen_by(loaded: Loaded) -> str:
+    """What chooses the anchors, for a sentence."""
+    return "by key_diff, which needs no weights" if loaded.scores is None else f"with weights from {loaded.scores}"
 
 
 def _progress(comparison: Comparison) -> str:

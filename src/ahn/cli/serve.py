@@ -11,10 +11,10 @@ import socket
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from ahn.cli.loading import ModelChoice
+from ahn.cli.loading import AnchoredModel, ModelChoice
 from ahn.cli.options import from_fields
 from ahn.cli.terminal import UsageError, log, notes
-from ahn.config import ExactTokens, same_setting
+from ahn.config import same_setting
 from ahn.serving.settings import ServeSettings
 
 if TYPE_CHECKING:
@@ -32,12 +32,11 @@ _NEEDED = ("fastapi", "uvicorn", "prometheus_client", "multipart")
 
 
 @dataclass(frozen=True)
-class ServedModel(ModelChoice):
+class ServedModel(AnchoredModel):
     """Which model is served, and what its sessions keep exactly."""
 
     model: str = same_setting(ModelChoice, "model", argument=True, metavar="MODEL")
     adapter: str | None = same_setting(ModelChoice, "adapter", alias="memory")
-    anchors: int = same_setting(ExactTokens, "anchors", default=64, kw_only=False)
 
 
 @from_fields
@@ -50,11 +49,13 @@ def command(settings: ServeSettings, source: ServedModel) -> None:
 
     loading.seed(0)  # an untrained memory goes on from what it read before a restart
     loaded = loading.load(source)
+    anchors = loaded.anchors(source.anchors)
     address = f"http://{_in_address(settings.host)}:{listening.getsockname()[1]}"
     log(f"{loaded.name} at {address}, its API at {address}/v1; Ctrl-C ends it", console=notes())
+    log(f"It reads with {loaded.reads_with(anchors)}.", console=notes())
     if settings.api_key is None:
         log("Without a key only this machine can ask: set AHN_API_KEY to serve others.", "dim", console=notes())
-    _serve(loaded, settings, source.anchors, listening)
+    _serve(loaded, settings, anchors, listening)
 
 
 def _serve(loaded: Loaded, settings: ServeSettings, anchors: int, listening: socket.socket) -> None:
@@ -75,11 +76,7 @@ def _serve(loaded: Loaded, settings: ServeSettings, anchors: int, listening: soc
 
 
 def _with_key(settings: ServeSettings) -> ServeSettings:
-    """The settings with the key of the environment, if they bring none.
-
-    Raises:
-        UsageError: There is no key, and the address is open to others.
-    """
+    """The settings with the key of the environment, if they bring none; an address open to others needs one."""
     key = settings.api_key or os.environ.get("AHN_API_KEY") or None
     if key is None and not _is_local(settings.host):
         raise UsageError(f"--host {settings.host} is open to others. Set AHN_API_KEY, or leave --host out.")

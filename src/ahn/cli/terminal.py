@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from ahn.errors import AHNError, one_line
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -165,25 +167,17 @@ def _explain(error: Exception) -> tuple[int, str]:
     if hasattr(error, "format_message"):  # typer's own; which module they live in depends on its version
         context = getattr(error, "ctx", None)
         help_of = context.command_path if context is not None else "ahn"
-        return WRONG_INPUT, f"{_one_line(error.format_message())} See `{help_of} --help`."
-    if isinstance(error, UsageError):
-        return WRONG_INPUT, _one_line(str(error))
+        return WRONG_INPUT, f"{one_line(error.format_message())} See `{help_of} --help`."
+    if isinstance(error, (UsageError, AHNError)):
+        return WRONG_INPUT, one_line(error)
     if isinstance(error, OSError):
         where = f"{error.filename}: " if error.filename else ""
         is_wrong = isinstance(error, _WRONG_FILES) or error.errno == errno.ENAMETOOLONG
         return WRONG_INPUT if is_wrong else FAILED, f"{where}{error.strerror or error}"
-    from ahn.errors import AHNError  # late: the words above need nothing of the library
-
-    if isinstance(error, AHNError):
-        return WRONG_INPUT, _one_line(str(error))
     name = type(error).__name__
     if isinstance(error, MemoryError) or name == "OutOfMemoryError" or "can't allocate memory" in str(error):
         return FAILED, "out of memory; try a smaller --window or --chunk, or another --mode than full"
-    return FAILED, f"unexpected {name}: {_one_line(str(error))} (AHN_DEBUG=1 shows where)"
-
-
-def _one_line(text: str) -> str:
-    return " ".join(text.split())
+    return FAILED, f"unexpected {name}: {one_line(error)} (AHN_DEBUG=1 shows where)"
 
 
 @contextlib.contextmanager
@@ -191,7 +185,7 @@ def _one_line_warnings() -> Iterator[None]:
     """Shows this library's warnings as one line each and those of its dependencies not at all."""
 
     def print_warning(message: Warning | str, *_: Any, **__: Any) -> None:
-        log(f"warning: {_one_line(str(message))}", "yellow")
+        log(f"warning: {one_line(message)}", "yellow")
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

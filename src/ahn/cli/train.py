@@ -21,6 +21,8 @@ EXAMPLES = """Examples:
 
 ahn train --data texts --out my-memory --steps 20  [dim]# a first try on a laptop[/dim]
 
+ahn train --data texts --out both --anchors 0,64,128  [dim]# memory and anchors together[/dim]
+
 ahn train --out my-memory --resume  [dim]# go on after a stop, however it came[/dim]
 
 ahn train --model Qwen/Qwen2.5-3B-Instruct --data chats.jsonl --out big --config train.yaml
@@ -38,6 +40,9 @@ def command(
         Path | None, typer.Option(help="YAML file with any settings; options given here win over it.")
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with what is in --out.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Load nothing; say how much memory a step takes, from the config alone.")
+    ] = False,
     *,
     settings: Annotated[dict[str, Any], TrainSettings],
 ) -> None:
@@ -46,8 +51,13 @@ def command(
         return
     checks.file_to_read("--config", config)
     values = _values(settings, config, resume)
-    _require_extra("accelerate")
     from ahn.cli.loading import quiet
+
+    if dry_run:
+        quiet()
+        _print_need(TrainSettings.from_dict(values))
+        return
+    _require_extra("accelerate")
     from ahn.training.processes import part
     from ahn.training.run import check, train
 
@@ -87,6 +97,22 @@ def _require_extra(package: str) -> None:
         raise UsageError("training needs some more packages. Install them: pip install 'ahn[train]'")
 
 
+def _print_need(settings: TrainSettings) -> None:
+    """What a process of the training holds, part by part."""
+    from rich.table import Table
+
+    from ahn.training.memory_need import memory_need
+
+    need = memory_need(settings)
+    table = Table("part", title=f"{settings.model}: {need.tokens:,} tokens at once, {need.step_tokens:,} in a step")
+    table.title_justify = "left"
+    table.add_column("GB", justify="right")
+    for part, size in {**need.parts, "all together": need.total}.items():
+        table.add_row(part, f"{size / 1e9:.2f}")
+    output().print(table)
+    log("Per process. Gaps of the allocator and the workspaces of libraries come on top.", console=output())
+
+
 def _print_outcome(outcome: Outcome) -> None:
     """The closing table, and where everything is."""
     from rich.table import Table
@@ -100,8 +126,8 @@ def _print_outcome(outcome: Outcome) -> None:
         for row in report.rows():
             table.add_row(*row)
         output().print(table)
-        if report.gap_closed == report.gap_closed:  # not NaN
-            log(f"the memory wins back {report.gap_closed:.0%} of what the window loses", console=output())
+        if summary := report.summary():
+            log(summary, console=output())
     else:
         log("no held-out text is long enough for the closing table", console=output())
     log(f"wrote {outcome.folder}: try it with `ahn generate --adapter {outcome.folder}`", console=output())

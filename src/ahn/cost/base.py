@@ -21,7 +21,7 @@ from ahn.backbone.rotary import find_rotary
 from ahn.backbone.survey import find_backbone
 from ahn.checkpoint.published import clean_config, is_published
 from ahn.config import AHNConfig
-from ahn.errors import ModelError
+from ahn.errors import ModelError, one_line
 from ahn.memories import Memory, MemoryShape, build_memory, memory_names
 from ahn.models import as_dtype, load_config
 from ahn.surgery import survey
@@ -43,8 +43,14 @@ SHAPES: dict[str, dict[str, Any]] = {
         **_COMMON, "hidden_size": 5120, "num_hidden_layers": 48, "num_attention_heads": 40, "num_key_value_heads": 8,
         "intermediate_size": 13824, "vocab_size": 152064, "tie_word_embeddings": False,
     },
+    "qwen3-8b": {
+        **_COMMON, "model_type": "qwen3", "hidden_size": 4096, "num_hidden_layers": 36, "num_attention_heads": 32,
+        "num_key_value_heads": 8, "head_dim": 128, "intermediate_size": 12288, "vocab_size": 151936,
+        "max_position_embeddings": 40960, "tie_word_embeddings": False,
+    },
 }  # fmt: skip
-"""Configs of the models of the paper's tables, by name. Source: config.json of Qwen/Qwen2.5-3B, -7B and -14B."""
+"""Configs of the models of the paper's tables and of Qwen3-8B, by name. Source: config.json of Qwen/Qwen2.5-3B, -7B,
+-14B and Qwen/Qwen3-8B."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -155,7 +161,7 @@ def _build(name: str, config: Any) -> Any:
             copy.deepcopy(config), dtype=torch.bfloat16, attn_implementation="eager"
         ).eval()
     except Exception as error:  # families and their configs check themselves with errors of several kinds
-        text = " ".join(str(error).split())
+        text = one_line(error)
         raise ModelError(f"'{name}' cannot be built from its config: {text[:300]}. Check its config.json.") from None
     if (rotary := find_rotary(model)) is not None:
         # Frequencies that follow the length of the text would look at values; the innermost function does not.

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from ahn._home import write_figure
+from ahn._home import new_figure, write_figure
 from ahn.cost.counting import Cost, Counting
 from ahn.cost.formatting import byte_unit, scaled, thousands
 from ahn.memories import memory_names
@@ -23,13 +23,9 @@ def plot_costs(model: Counting, context: int, files: Sequence[Path]) -> None:
         context: The longest context, in tokens.
         files: Where to write; each suffix says how, `.png` or `.svg`.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     contexts = _contexts(model, context)
     costs = [model.at(each) for each in contexts]
-    figure = Figure(figsize=(11, 4.4), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(11, 4.4)
     left, right = figure.subplots(1, 2)
     _panel(left, contexts, costs, lambda cost: cost.prefill_flops, "FLOPs to read the context", _flops_unit)
     _panel(right, contexts, costs, lambda cost: cost.cache_bytes, "Cache after reading it", _bytes_unit)

@@ -45,7 +45,7 @@ class Arm(NamedTuple):
         score = {} if self.anchor_score is None else {"anchor_score": self.anchor_score}
         if self.method == "window":
             return {"window": window + self.larger, "anchors": self.anchors, **score}
-        return {"anchors": self.anchors, **score} if self.anchors else {}
+        return {"anchors": self.anchors, **score}
 
 
 def find_arm(name: str) -> Arm:

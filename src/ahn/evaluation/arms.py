@@ -27,7 +27,8 @@ from ahn.cache import HippocampalCache
 from ahn.config import Mode
 from ahn.evaluation.arm_names import ARMS, find_arm
 from ahn.evaluation.controls import CONTROLS
-from ahn.generation import Reader, cache_bytes, decode, new_cache, text_of
+from ahn.generation import Reader, cache_bytes, decode, new_cache
+from ahn.models.text import GrowingText
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -35,7 +36,6 @@ if TYPE_CHECKING:
 
 __all__ = ["ARMS", "ArmReader", "TailReader", "arm_reader"]
 
-_CONTEXT = 4  # tokens before a text that ends an answer, which may share a character with it
 _STEPS = 8  # parts of a window that `tail` moves on by
 
 
@@ -91,16 +91,12 @@ class ArmReader(Reader):
             stop: Tokens that end the answer.
             until: Texts that end the answer; neither they nor what follows is part of it.
         """
-        ends = [end for end in until if end]
-        # A token holds at least one byte, so an end lies within this many of the last tokens.
-        span = max((len(end.encode()) for end in ends), default=0) + _CONTEXT
-        written: list[int] = []
+        growing, text = GrowingText(tokenizer, [end for end in until if end]), ""
         for token in self.generate(limit, stop):
-            written.append(token)
-            if ends and any(end in text_of(tokenizer, written[-span:]) for end in ends):
+            text += growing.add(token)
+            if growing.has_stopped:
                 break
-        text = text_of(tokenizer, written)
-        return text[: min((start for end in ends if (start := text.find(end)) >= 0), default=len(text))]
+        return text + growing.end()
 
 
 class TailReader(ArmReader):

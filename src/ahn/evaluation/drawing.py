@@ -1,10 +1,9 @@
-"""What all pictures share: a figure without a screen, and the colours of arms."""
+"""The colours of arms in all pictures."""
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from typing import Any
 
 _PLAIN = {
     "full": "black",
@@ -15,27 +14,6 @@ _PLAIN = {
     "tail": "tab:gray",
 }
 _OTHERS = ("tab:red", "tab:purple", "tab:brown", "tab:pink", "tab:cyan", "navy", "gold", "lime")
-
-
-def new_figure(width: float, height: float) -> Any:
-    """An empty figure of matplotlib that needs no screen.
-
-    Args:
-        width: Inches.
-        height: Inches.
-    """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure
-
-
-def tidy(panel: Any) -> None:
-    """Gives a panel a faint grid and no frame at the top and the right."""
-    panel.grid(alpha=0.3)
-    panel.spines[["top", "right"]].set_visible(False)
 
 
 def arm_colours(arms: Sequence[str]) -> dict[str, str]:

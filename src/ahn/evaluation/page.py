@@ -117,9 +117,6 @@ class Page:
     def write(self, path: str | os.PathLike[str]) -> None:
         """Writes the page in UTF-8, whole or not at all.
 
-        Args:
-            path: The file.
-
         Raises:
             OutputError: It cannot be written.
         """

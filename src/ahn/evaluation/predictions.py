@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from ahn.evaluation.benchmarks import find, find_in_file_name
+from ahn.evaluation.benchmarks.samples import answers_of
 from ahn.evaluation.benchmarks.schema import Sample, Scoring, Target
 from ahn.evaluation.errors import AnswerError, EvaluationError, MissingPackageError
 from ahn.evaluation.metrics import METRICS
-from ahn.evaluation.metrics.choices import with_letter
 from ahn.evaluation.records import Record, read_records
 
 # Ours first, then what the official scripts write.
@@ -51,9 +51,6 @@ class Prediction:
     def score(self, scoring: Scoring = "official") -> float:
         """Its score, 0 to 1.
 
-        Args:
-            scoring: Whose rules.
-
         Raises:
             EvaluationError: It cannot be scored, which names its place, or a package is missing.
         """
@@ -65,12 +62,7 @@ class Prediction:
 
 
 def to_record(sample: Sample, text: str) -> dict[str, Any]:
-    """A line of a file of predictions, ready for JSON.
-
-    Args:
-        sample: The record that was asked.
-        text: What the model wrote.
-    """
+    """A line of a file of predictions, ready for JSON."""
     record = {
         "benchmark": sample.target.benchmark.name,
         "task": sample.target.name,
@@ -82,11 +74,7 @@ def to_record(sample: Sample, text: str) -> dict[str, Any]:
 
 
 def from_record(record: Record) -> Prediction:
-    """The prediction in a line that `to_record` gave.
-
-    Args:
-        record: The line; it may hold more.
-    """
+    """The prediction in a line that `to_record` gave; the line may hold more."""
     where = f"{record['task']}, record {record['id']}"
     return _prediction(record, where, find(record["task"]), 0)
 
@@ -185,15 +173,8 @@ def _prediction(record: Record, where: str, target: Target, number: int) -> Pred
     keywords = next((record[name] for name in _KEYWORDS if record.get(name) is not None), None)
     if not isinstance(keywords, str | None):
         raise EvaluationError(f"{where}: the keywords are no text, but {type(keywords).__name__}. Correct them.")
-    answers = answers if isinstance(answers, list) else [answers]
-    options = record.get("options")
-    if target.task.choice and isinstance(options, list):
-        try:
-            answers = with_letter(answers, options)
-        except EvaluationError as error:
-            raise EvaluationError(f"{where}: {error}") from None
-    id = record.get("id")
-    return Prediction(where, target, id if isinstance(id, int | str) else number, text, tuple(answers), keywords)
+    answers, id = answers_of(answers, record.get("options"), target, where), record.get("id")
+    return Prediction(where, target, id if isinstance(id, int | str) else number, text, answers, keywords)
 
 
 def _field(record: Record, names: tuple[str, ...], where: str) -> Any:

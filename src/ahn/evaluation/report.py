@@ -40,9 +40,6 @@ class EvaluationReport:
     def write(self, path: str | os.PathLike[str]) -> None:
         """Writes JSON in UTF-8, whole or not at all. Numbers that are not finite become null, which JSON lacks.
 
-        Args:
-            path: The file.
-
         Raises:
             OutputError: It cannot be written.
         """
@@ -52,9 +49,6 @@ class EvaluationReport:
 
 def read_report(path: str | os.PathLike[str]) -> EvaluationReport:
     """Reads what `EvaluationReport.write` wrote.
-
-    Args:
-        path: The file.
 
     Raises:
         EvaluationError: It cannot be read, or is no report.

@@ -45,11 +45,7 @@ class ResultTable:
         ]
 
     def print(self, console: Console) -> None:
-        """Prints caption and table: several below one another, with some of the arms each, where one is too wide.
-
-        Args:
-            console: Where to.
-        """
+        """Prints caption and table: several below one another, with some of the arms each, where one is too wide."""
         if self.caption:
             console.print(self.caption, style="bold", markup=False, soft_wrap=True)
         labels = len(self.columns) - len(self.arms)

@@ -103,7 +103,11 @@ class Memory(nn.Module, abc.ABC):
         for parameter, draw in self.gate_parameters.items():
             self.register_parameter(parameter, nn.Parameter(draw(heads)))
         for projection in (*self.projections, "g_proj"):
-            setattr(self, projection, _projection(shape.hidden_size, heads, self.bias))
+            linear = nn.Linear(shape.hidden_size, heads, bias=self.bias)
+            nn.init.normal_(linear.weight, std=0.02)
+            if self.bias:
+                nn.init.zeros_(linear.bias)
+            setattr(self, projection, linear)
         if self.norm_per_head:
             self.o_norm = nn.Parameter(torch.ones(value_size))
         else:
@@ -289,14 +293,17 @@ class Memory(nn.Module, abc.ABC):
             state: The state, `[B, *state_shape()]` float32; with `rows_B` that of any rows.
             rows_B: Which of these rows is whose, int64; `None` where they are those of the batch.
         """
-        gate, key_first = self.g_proj, self.rule == "delta"
-        weights = ops.OutputWeights(
-            gate.weight, gate.bias, self._norm, self.o_proj, self._scale, self.norm_per_head, key_first
-        )
-        if ops.decode_add_(local_B1HV, q_B1HK, x_B1D, state, weights, rows_B):
+        if ops.decode_add_(local_B1HV, q_B1HK, x_B1D, state, self.output_weights(), rows_B):
             return local_B1HV
         state = state if rows_B is None else state[rows_B]
         return local_B1HV + self.project_out(self.read(q_B1HK, state), x_B1D).to(local_B1HV.dtype)
+
+    def output_weights(self) -> ops.OutputWeights:
+        """What its output is computed from, for kernels."""
+        gate, key_first = self.g_proj, self.rule == "delta"
+        return ops.OutputWeights(
+            gate.weight, gate.bias, self._norm, self.o_proj, self._scale, self.norm_per_head, key_first
+        )
 
     def is_plain(self) -> bool:
         """Whether its weights can be taken without calling its maps: nothing has replaced, wrapped or hooked them.
@@ -349,10 +356,13 @@ def _is_plain_linear(module: nn.Module) -> bool:
     return type(module) is nn.Linear and not hooked
 
 
-def _projection(hidden_size: int, heads: int, bias: bool) -> nn.Linear:
-    """A linear map from the hidden state to one number per head, started at N(0, 0.02)."""
-    linear = nn.Linear(hidden_size, heads, bias=bias)
-    nn.init.normal_(linear.weight, std=0.02)
-    if bias:
-        nn.init.zeros_(linear.bias)
-    return linear
+def draw_log_rate(heads: int) -> torch.Tensor:
+    """Log of the decay rate of each head, `[H]`: the rate is drawn from U(0, 16). Source: arXiv 2412.06464."""
+    return torch.empty(heads).uniform_(0, 16).clamp_(min=1e-4).log()
+
+
+def draw_step_bias(heads: int) -> torch.Tensor:
+    """Bias of each step, `[H]`: its softplus is drawn log-uniformly from (0.001, 0.1). Source: arXiv 2405.21060."""
+    low, high = torch.tensor(0.001).log(), torch.tensor(0.1).log()
+    step = (torch.rand(heads) * (high - low) + low).exp()
+    return step + torch.log(-torch.expm1(-step))  # the inverse of softplus

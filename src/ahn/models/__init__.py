@@ -4,12 +4,12 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from ahn._home import home
     from ahn.models.loading import (
         KNOWN,
         KnownModel,
         as_dtype,
         base_name,
-        home,
         load_config,
         load_model,
         load_tokenizer,

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from ahn.errors import ModelError
-from ahn.quantization import Quantize, Slot, StoredWeight, quantize_model, slots, store
+from ahn.quantization import Quantize, Slot, StoredWeight, is_quantized, quantize_model, refuse_saving, slots, store
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -78,6 +78,8 @@ def fill(
         _put(model, slot_of.get(id(asked)), shared[id(asked)], weight, quantize)
         for alias in shared[id(asked)]:
             waiting.pop(alias, None)
+    if is_quantized(model):
+        model.__dict__["save_pretrained"] = refuse_saving
     return sorted(waiting)
 
 

@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import torch
 
-from ahn.errors import ModelError
+from ahn.errors import ModelError, one_line
 from ahn.models.filling import build, fill
+from ahn.models.gguf_file import GGUFFile, TensorPlace
 from ahn.quantization import GroupedWeight, HalfWeight, StoredWeight, round_to_groups
 from ahn.quantization.blocks import BLOCKS, groups_of
+from ahn.quantization.groups import spans
 
 if TYPE_CHECKING:
-    from gguf import GGUFReader, ReaderTensor
     from transformers import PreTrainedConfig, PreTrainedModel
 
 _UNREADABLE = (ValueError, IndexError, KeyError, OverflowError, UnicodeDecodeError, TypeError, OSError)
@@ -34,6 +35,7 @@ _LAYER_NAMES = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
+_NUMBERS_AT_ONCE = 2**21  # of a tensor that are unpacked at the same time
 _ROPE_TENSORS = ("rope_freqs", "rope_factors_long", "rope_factors_short")
 
 
@@ -75,22 +77,20 @@ class GGUFModel:
 
     Attributes:
         path: The file.
-        reader: Its reader; tensors are mapped into memory, not read.
+        file: What it says.
         family: The family of its architecture.
         tensors: Its tensors by name.
     """
 
     def __init__(self, path: Path) -> None:
-        import gguf
-
         self.path = path
         try:
-            self.reader: GGUFReader = gguf.GGUFReader(path)
+            self.file = GGUFFile(path)
             self.architecture = self.field("general.architecture")
         except _UNREADABLE as error:
-            said = " ".join(str(error).split())[:200]
+            said = one_line(error)[:200]
             raise ModelError(f"'{path}' is damaged, cut off or no GGUF file: {said}. Download it again.") from None
-        self.tensors: dict[str, ReaderTensor] = {str(tensor.name): tensor for tensor in self.reader.tensors}
+        self.tensors = self.file.tensors
         if self.architecture not in FAMILIES:
             raise ModelError(
                 f"'{path}' is of the architecture {self.architecture!r}, which is not read from GGUF; "
@@ -100,8 +100,7 @@ class GGUFModel:
 
     def field(self, key: str, default: Any = None) -> Any:
         """The value of a key, or the default."""
-        field = self.reader.fields.get(key)
-        return default if field is None else field.contents()
+        return self.file.value(key, default)
 
     def own(self, key: str, default: Any = None) -> Any:
         """The value of a key of the architecture.
@@ -126,7 +125,7 @@ class GGUFModel:
         heads, hidden = self.own("attention.head_count"), self.own("embedding_length")
         self._tensor(f"blk.{self.own('block_count') - 1}.attn_norm.weight")  # so that a damaged count makes no layers
         values: dict[str, Any] = {
-            "vocab_size": int(self._tensor("token_embd.weight").shape[1]),
+            "vocab_size": int(self._tensor("token_embd.weight").shape[0]),
             "hidden_size": hidden,
             "intermediate_size": self.own("feed_forward_length"),
             "num_hidden_layers": self.own("block_count"),
@@ -155,7 +154,7 @@ class GGUFModel:
                 "Give the model's folder of transformers and quantize instead."
             )
 
-    def _tensor(self, name: str) -> ReaderTensor:
+    def _tensor(self, name: str) -> TensorPlace:
         if name not in self.tensors:
             raise ModelError(f"'{self.path}' has no tensor {name}: the file is incomplete")
         return self.tensors[name]
@@ -167,11 +166,11 @@ class GGUFModel:
             ModelError: A tensor has no place in the architecture, or is of a type that cannot be read.
         """
         for name, tensor in self.tensors.items():
-            data = np.asarray(tensor.data)
+            data = self.file.read(tensor)
             stem, _, kind = name.rpartition(".")
             if self.family.pairs and stem.rpartition(".")[2] in ("attn_q", "attn_k"):
                 data = halves_from_pairs(data, self._heads(stem))
-            weight = self._weight(name, data, tensor)
+            weight = self._weight(data, tensor)
             if self.family.shifted_norms and stem.endswith("norm") and isinstance(weight, torch.Tensor):
                 weight = weight - 1
             yield f"{self._name(stem)}.{kind}", weight
@@ -190,24 +189,38 @@ class GGUFModel:
         own = "mlp.gate_up_proj" if self.family.joined and part == "ffn_up" else _LAYER_NAMES[part]
         return f"model.layers.{layer}.{own}"
 
-    def _weight(self, name: str, data: Any, tensor: ReaderTensor) -> torch.Tensor | StoredWeight:
-        import gguf
-
-        kind = tensor.tensor_type.name
+    def _weight(self, data: Any, tensor: TensorPlace) -> torch.Tensor | StoredWeight:
+        kind = tensor.kind
         if kind in BLOCKS:
-            return GroupedWeight(*groups_of(data, kind))
+            rows = spans(*tensor.shape, _NUMBERS_AT_ONCE)
+            return GroupedWeight((groups_of(data[span], kind) for span in rows), BLOCKS[kind].bits)
         if kind == "BF16":
-            bits = torch.from_numpy(np.array(data)).view(torch.int16)
+            bits = torch.from_numpy(data).view(torch.int16)
             return HalfWeight(bits.view(torch.bfloat16)) if bits.dim() == 2 else bits.view(torch.bfloat16).float()
         try:
-            weight = torch.from_numpy(np.array(gguf.dequantize(data, tensor.tensor_type), dtype=np.float32))
+            weight = torch.from_numpy(dequantize(data, kind))
         except (NotImplementedError, *_UNREADABLE):
-            raise ModelError(f"'{self.path}' holds {name} as {kind}, a type that cannot be read") from None
+            raise ModelError(f"'{self.path}' holds {tensor.name} as {kind}, a type that cannot be read") from None
         plain = kind in ("F32", "F16", "F64") or weight.size(-1) % 32
         return weight if plain else GroupedWeight(round_to_groups(weight, 8), 8)
 
 
 _IDS = {"bos_token_id": "bos", "eos_token_id": "eos", "pad_token_id": "padding"}
+
+
+def dequantize(data: np.ndarray[Any, Any], kind: str) -> np.ndarray[Any, Any]:
+    """What `GGUFFile.read` gives, as float32.
+
+    Args:
+        data: Numbers, or bytes of blocks.
+        kind: The type of its tensor.
+
+    Raises:
+        NotImplementedError: The type is none that can be dequantised.
+    """
+    import gguf
+
+    return np.array(gguf.dequantize(data, gguf.GGMLQuantizationType[kind]), dtype=np.float32)
 
 
 def halves_from_pairs(rows: np.ndarray[Any, Any], heads: int) -> np.ndarray[Any, Any]:
@@ -235,7 +248,7 @@ def load_gguf(path: Path, config: PreTrainedConfig | None = None) -> PreTrainedM
         model = build(config or opened.config())
         missing = fill(model, opened.weights(), None)
     except _UNREADABLE as error:
-        said = " ".join(str(error).split())[:200]
+        said = one_line(error)[:200]
         raise ModelError(f"'{path}' does not hold the weights of the model that it describes: {said}") from None
     if missing:
         raise ModelError(f"'{path}' lacks {len(missing)} weights, {missing[0]} among them: the file is incomplete")

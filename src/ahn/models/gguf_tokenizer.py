@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from ahn.errors import ModelError
+from ahn.errors import ModelError, one_line
 from ahn.models.gguf import GGUFModel
 
 if TYPE_CHECKING:
@@ -107,6 +107,6 @@ def _of_transformers(opened: GGUFModel) -> PreTrainedTokenizerBase:
             opened.path.parent, gguf_file=opened.path.name
         )
     except Exception as error:  # what transformers raises depends on the part that it could not read
-        said = " ".join(str(error).split())[:200]
+        said = one_line(error)[:200]
         raise ModelError(f"The tokenizer of '{opened.path}' cannot be read: {said}") from None
     return tokenizer

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ahn._home import home, make_once
-from ahn.errors import ModelError
+from ahn.errors import ModelError, one_line
 from ahn.models import smollm2
 from ahn.models.filling import load_folder
 from ahn.models.gguf import GGUFModel, load_gguf
@@ -24,18 +24,6 @@ from ahn.quantization import check_quantize
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
-
-__all__ = [
-    "KNOWN",
-    "KnownModel",
-    "as_dtype",
-    "base_name",
-    "home",
-    "load_config",
-    "load_model",
-    "load_tokenizer",
-    "resolve",
-]
 
 _CONVERSION = 1  # Counts up when what is written changes, so that older converted folders are not used.
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
@@ -144,18 +132,11 @@ def load_model(
         return _load_stored(name, dtype, quantize, kwargs)
     large = "device_map" in kwargs or "quantization_config" in kwargs
     chosen = as_dtype(dtype, "auto" if large else torch.float32)
-    source = resolve(name)
-    config = kwargs.pop("config", None) or _load_config(name, source, kwargs)
-    _require_decoder(name, config)
-    try:
-        with _progress_bars(shown=name not in KNOWN):
-            loaded: tuple[PreTrainedModel, dict[str, Any]] = AutoModelForCausalLM.from_pretrained(  # type: ignore[assignment]
-                source, config=config, dtype=chosen, output_loading_info=True, **kwargs
-            )
-    except Exception as error:  # of a damaged config too, whose values reach the model unchecked
-        raise ModelError(
-            f"The weights of '{name}' cannot be loaded: {_one_line(error)}{_remedy(name, source)}"
-        ) from None
+    source, config = _decoder(name, kwargs)
+    with _explained("weights", name, source), _progress_bars(shown=name not in KNOWN):
+        loaded: tuple[PreTrainedModel, dict[str, Any]] = AutoModelForCausalLM.from_pretrained(  # type: ignore[assignment]
+            source, config=config, dtype=chosen, output_loading_info=True, **kwargs
+        )
     model, report = loaded
     if missing := sorted(report["missing_keys"]):
         raise ModelError(
@@ -181,17 +162,17 @@ def _load_stored(
         model = load_gguf(smollm2.gguf_file(), smollm2.config())
         model.config._name_or_path = model.name_or_path = os.fspath(name)
         return model
+    source, config = _decoder(name, kwargs)
+    with _explained("weights", name, source):
+        return load_folder(source, config, chosen, kwargs)  # type: ignore[arg-type]
+
+
+def _decoder(name: str | os.PathLike[str], kwargs: dict[str, Any]) -> tuple[str, Any]:
+    """What a name stands for, and the config of a decoder there or in the arguments."""
     source = resolve(name)
     config = kwargs.pop("config", None) or _load_config(name, source, kwargs)
     _require_decoder(name, config)
-    try:
-        return load_folder(source, config, chosen, kwargs)  # type: ignore[arg-type]
-    except ModelError:
-        raise
-    except Exception as error:  # as in `load_model`
-        raise ModelError(
-            f"The weights of '{name}' cannot be loaded: {_one_line(error)}{_remedy(name, source)}"
-        ) from None
+    return source, config
 
 
 def load_config(name: str | os.PathLike[str], others: Iterable[str] = ()) -> PreTrainedConfig:
@@ -234,12 +215,8 @@ def load_tokenizer(name: str | os.PathLike[str], **kwargs: Any) -> PreTrainedTok
         return load_gguf_tokenizer(GGUFModel(Path(name).expanduser()))
     source = resolve(name)
     _check_sizes(name, source, kwargs)
-    try:
+    with _explained("tokenizer", name, source):
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source, **kwargs)
-    except Exception as error:  # tokenizers and configs fail with errors of several libraries
-        raise ModelError(
-            f"The tokenizer of '{name}' cannot be loaded: {_one_line(error)}{_remedy(name, source)}"
-        ) from None
     return tokenizer
 
 
@@ -343,8 +320,21 @@ def as_dtype(dtype: str | torch.dtype | None, default: str | torch.dtype) -> str
     return torch_dtype
 
 
+@contextmanager
+def _explained(part: str, name: str | os.PathLike[str], source: str) -> Iterator[None]:
+    """Turns whatever several libraries raise about damaged files, configs too, into one line with its remedy."""
+    try:
+        yield
+    except ModelError:
+        raise
+    except Exception as error:
+        raise ModelError(
+            f"The {part} of '{name}' cannot be loaded: {_one_line(error)}{_remedy(name, source)}"
+        ) from None
+
+
 def _one_line(error: BaseException) -> str:
-    text = " ".join(str(error).split())
+    text = one_line(error)
     return text if len(text) <= 300 else f"{text[:297]}..."
 
 

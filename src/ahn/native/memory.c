@@ -3,7 +3,7 @@
  * Legend of shapes: X states, B batch, H query heads, G kv heads, K key size, V value size (a multiple of PANEL),
  * D hidden size.
  */
-#include "vector.h"
+#include "kernels.h"
 
 #define UNIT_EPSILON 1e-6f /* as in ahn.ops.norms: of a vector's squared length */
 #define NORM_EPSILON 1e-5f /* of its mean square */
@@ -68,6 +68,26 @@ static void read_state(const float *query, const float *state, index_t K, index_
     }
 }
 
+void read_gated(const Output *output, index_t h, index_t K, index_t V, index_t D, const float *query, const float *x,
+                const float *state, float *read)
+{
+    read_state(query, state, K, V, output->scale, output->key_first, read);
+    float gate = dot(x, output->gate + h * D, D) + (output->gate_bias ? output->gate_bias[h] : 0);
+    gate = silu(gate);
+    if (output->per_head) gate /= sqrtf(dot(read, read, V) / (float)V + NORM_EPSILON);
+    for (index_t v = 0; v < V; v++) read[v] *= gate;
+}
+
+void project_read(const Output *output, index_t h, index_t H, index_t V, const float *read, float *out)
+{
+    float normed[V], shrink = 1;
+    if (!output->per_head) shrink = 1 / sqrtf(dot(read, read, H * V) / (float)(H * V) + NORM_EPSILON);
+    const float *weight = output->norm + (output->per_head ? 0 : h * V);
+    for (index_t v = 0; v < V; v++) normed[v] = read[h * V + v] * shrink * weight[v];
+    const float *project = output->project + h * V * V;
+    for (index_t v = 0; v < V; v += PANEL) tile(1, V, normed, V, project + v, V, out + v, V, 1);
+}
+
 /* out [B, H, V] += what the memory answers to the queries [B, H, K], as Memory.read and Memory.project_out do in steps.
  *
  * x [B, D] is what the attention layer read; gate_weight [H, D] and gate_bias [H] (or NULL) give a gate per head,
@@ -76,36 +96,22 @@ static void read_state(const float *query, const float *state, index_t K, index_
  * of row b begin at `places[b]`, in floats, or lie side by side where that is NULL. Returns 0, or 1 where there is no
  * memory for the scratch. */
 int ahn_decode_add(index_t B, index_t H, index_t K, index_t V, index_t D, const float *q, const float *x,
-                   const float *state, const index_t *places, const float *gate_weight, const float *gate_bias, const float *norm_weight,
-                   const float *o_proj, float scale, int per_head, int key_first, float *out)
+                   const float *state, const index_t *places, const float *gate_weight, const float *gate_bias,
+                   const float *norm_weight, const float *o_proj, float scale, int per_head, int key_first, float *out)
 {
+    Output output = {gate_weight, gate_bias, norm_weight, o_proj, scale, per_head, key_first};
     float *read = scratch(B * H * V);
     if (!read) return 1;
 #pragma omp parallel
     {
 #pragma omp for schedule(static)
         for (index_t row = 0; row < B * H; row++) {
-            float *mine = read + row * V;
             index_t place = places ? places[row / H] + row % H * K * V : row * K * V;
-            read_state(q + row * K, state + place, K, V, scale, key_first, mine);
-            float gate = dot(x + row / H * D, gate_weight + row % H * D, D) + (gate_bias ? gate_bias[row % H] : 0);
-            gate = silu(gate);
-            if (per_head) gate /= sqrtf(dot(mine, mine, V) / (float)V + NORM_EPSILON);
-            for (index_t v = 0; v < V; v++) mine[v] *= gate;
+            read_gated(&output, row % H, K, V, D, q + row * K, x + row / H * D, state + place, read + row * V);
         }
 #pragma omp for schedule(static)
-        for (index_t row = 0; row < B * H; row++) {
-            float normed[V], shrink = 1;
-            if (!per_head) {
-                const float *all = read + row / H * H * V;
-                shrink = 1 / sqrtf(dot(all, all, H * V) / (float)(H * V) + NORM_EPSILON);
-            }
-            const float *weight = norm_weight + (per_head ? 0 : row % H * V);
-            for (index_t v = 0; v < V; v++) normed[v] = read[row * V + v] * shrink * weight[v];
-            const float *project = o_proj + row % H * V * V;
-            for (index_t v = 0; v < V; v += PANEL)
-                tile(1, V, normed, V, project + v, V, out + row * V + v, V, 1);
-        }
+        for (index_t row = 0; row < B * H; row++)
+            project_read(&output, row % H, H, V, read + row / H * H * V, out + row * V);
     }
     free(read);
     return 0;

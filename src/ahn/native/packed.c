@@ -3,35 +3,9 @@
  * PANEL_ROWS rows of a weight lie side by side, so that a vector holds one column of them and no sum goes over lanes. A
  * word holds 32 / bits consecutive columns of a row, the first in its lowest bits. weight = scale * code + minimum.
  */
-#include "vector.h"
+#include "kernels.h"
 
-#define PANEL_ROWS 16
 #define FETCH_AHEAD 1024 /* words */
-
-typedef float wide __attribute__((vector_size(4 * PANEL_ROWS)));
-typedef uint32_t words __attribute__((vector_size(4 * PANEL_ROWS)));
-typedef uint16_t halves __attribute__((vector_size(2 * PANEL_ROWS)));
-typedef wide loose_wide __attribute__((aligned(4), may_alias));
-typedef words loose_words __attribute__((aligned(4), may_alias));
-typedef halves loose_halves __attribute__((aligned(2), may_alias));
-
-/* A weight of `panels` times PANEL_ROWS rows and groups * group_words * 32 / bits columns. */
-typedef struct {
-    index_t bits, panels, groups, group_words, halved;
-    const uint32_t *codes; /* [panels, groups, group_words, PANEL_ROWS] */
-    const void *scales;    /* [panels, groups, PANEL_ROWS], float16 if halved, else float32 */
-    const void *minima;
-} packed;
-
-INLINE wide splat_wide(float x) { return x - (wide){0}; }
-
-/* Sixteen numbers of float16, exactly; the exponent is shifted by a product, which also brings subnormals along. */
-INLINE wide widen(const uint16_t *from)
-{
-    words bits = __builtin_convertvector(*(const loose_halves *)from, words);
-    wide size = (wide)((bits & 0x7fff) << 13) * splat_wide(0x1p112f);
-    return (wide)((words)size | (bits & 0x8000) << 16);
-}
 
 INLINE wide factors(const int halved, const void *from, index_t at)
 {
@@ -89,13 +63,22 @@ INLINE void panel_product(const int bits, const int halved, const int vectors, c
     default: panel_product(bits, halved, 4, w, panel, x, sums, out); break;                                            \
     }
 
-static void any_panel_product(const packed *w, index_t panel, index_t vectors, const float *x, const float *sums,
-                              wide *out)
+void multiply_panel(const packed *w, index_t panel, index_t vectors, const float *x, const float *sums, wide *out)
 {
     if (w->bits == 4 && w->halved) CASES(4, 1)
     else if (w->bits == 4) CASES(4, 0)
     else if (w->halved) CASES(8, 1)
     else CASES(8, 0)
+}
+
+void sum_groups(const packed *w, index_t vectors, const float *x, float *sums)
+{
+    const index_t size = w->group_words * (32 / w->bits);
+    for (index_t at = 0; at < vectors * w->groups; at++) {
+        float sum = 0;
+        for (index_t k = 0; k < size; k++) sum += x[at * size + k];
+        sums[at] = sum;
+    }
 }
 
 /* out[M, N] = x[M, columns] weight[N, columns]^T (+ bias). 0, or 1 where there is no memory. */
@@ -104,17 +87,13 @@ int ahn_packed_multiply(index_t M, index_t N, const packed *w, const float *x, c
     const index_t size = w->group_words * (32 / w->bits);
     float *sums = scratch(M * w->groups);
     if (!sums) return 1;
-    for (index_t at = 0; at < M * w->groups; at++) {
-        float sum = 0;
-        for (index_t k = 0; k < size; k++) sum += x[at * size + k];
-        sums[at] = sum;
-    }
+    sum_groups(w, M, x, sums);
 #pragma omp parallel for schedule(static)
     for (index_t panel = 0; panel < w->panels; panel++)
         for (index_t first = 0; first < M; first += MOST_VECTORS) {
             wide block[MOST_VECTORS];
             index_t vectors = M - first < MOST_VECTORS ? M - first : MOST_VECTORS, row = panel * PANEL_ROWS;
-            any_panel_product(w, panel, vectors, x + first * w->groups * size, sums + first * w->groups, block);
+            multiply_panel(w, panel, vectors, x + first * w->groups * size, sums + first * w->groups, block);
             for (index_t i = 0; i < vectors; i++)
                 for (index_t n = 0; n < PANEL_ROWS && row + n < N; n++)
                     out[(first + i) * N + row + n] = block[i][n] + (bias ? bias[row + n] : 0);
@@ -156,7 +135,7 @@ INLINE void half_row(const int vectors, index_t D, const float *x, const uint16_
     wide sums[MOST_VECTORS];
     for (int i = 0; i < vectors; i++) sums[i] = (wide){0};
     for (index_t d = 0; d < D; d += PANEL_ROWS) {
-        wide part = (wide)(__builtin_convertvector(*(const loose_halves *)(row + d), words) << 16);
+        wide part = widen_bfloat16(row + d);
 #pragma GCC unroll 4
         for (int i = 0; i < vectors; i++) sums[i] += part * *(const loose_wide *)(x + i * D + d);
     }
@@ -165,6 +144,13 @@ INLINE void half_row(const int vectors, index_t D, const float *x, const uint16_
         for (int lane = 0; lane < PANEL_ROWS; lane++) total += sums[i][lane];
         to[i * step] += total;
     }
+}
+
+float multiply_half_row(const uint16_t *row, const float *x, index_t D)
+{
+    float total = 0;
+    half_row(1, D, x, row, &total, 0);
+    return total;
 }
 
 /* out[M, N] = x[M, D] weight[N, D]^T (+ bias), the weight in bfloat16; D is a multiple of PANEL_ROWS. */

@@ -49,6 +49,20 @@ class _Packed(ctypes.Structure):
     )
 
 
+class DescribedWeight(NamedTuple):
+    """A packed weight as the kernels take it, checked once; its tensors must outlive it.
+
+    Attributes:
+        structure: Sizes and addresses.
+        rows: Rows that it has room for.
+        columns: D.
+    """
+
+    structure: _Packed
+    rows: int
+    columns: int
+
+
 def can_multiply(x: Tensor, weight: Tensor, *others: Tensor) -> bool:
     """Whether the kernels can work on vectors and weights.
 
@@ -62,7 +76,7 @@ def can_multiply(x: Tensor, weight: Tensor, *others: Tensor) -> bool:
     return dense and native.ready(x.detach())
 
 
-def multiply(x: Tensor, weight: Packed, bias_N: Tensor | None, rows: int) -> Tensor:
+def multiply(x: Tensor, weight: Packed | DescribedWeight, bias_N: Tensor | None, rows: int) -> Tensor:
     """A linear map of a few vectors, `[..., N]`.
 
     Args:
@@ -74,15 +88,16 @@ def multiply(x: Tensor, weight: Packed, bias_N: Tensor | None, rows: int) -> Ten
     Raises:
         ShapeError: A tensor has another shape.
     """
-    described, D = _described(weight, rows)
-    check_shapes((x, (*x.shape[:-1], D)), (bias_N, (rows,)))
+    described = _with_rows(weight, rows)
+    check_shapes((x, (*x.shape[:-1], described.columns)), (bias_N, (rows,)))
     x = x.contiguous()
     out = x.new_empty(*x.shape[:-1], rows)
-    _call("ahn_packed_multiply", x.numel() // D, rows, ctypes.byref(described), x, bias_N, out)
+    vectors = x.numel() // described.columns
+    _call("ahn_packed_multiply", vectors, rows, ctypes.byref(described.structure), x, bias_N, out)
     return out
 
 
-def unpack(weight: Packed, start: int, stop: int) -> Tensor:
+def unpack(weight: Packed | DescribedWeight, start: int, stop: int) -> Tensor:
     """Rows of a weight as float32, `[stop - start, D]`.
 
     Args:
@@ -93,11 +108,11 @@ def unpack(weight: Packed, start: int, stop: int) -> Tensor:
     Raises:
         ShapeError: A tensor has another shape, or the weight has no such rows.
     """
-    described, D = _described(weight, stop)
+    described = _with_rows(weight, stop)
     if not 0 <= start <= stop or start % PANEL_ROWS:
         raise ShapeError(f"a weight has no rows {start} to {stop} that begin with a panel of {PANEL_ROWS}")
-    out = torch.empty(stop - start, D)
-    _call("ahn_packed_unpack", start // PANEL_ROWS, stop - start, ctypes.byref(described), out)
+    out = torch.empty(stop - start, described.columns)
+    _call("ahn_packed_unpack", start // PANEL_ROWS, stop - start, ctypes.byref(described.structure), out)
     return out
 
 
@@ -122,8 +137,12 @@ def multiply_half(x: Tensor, weight_ND: Tensor, bias_N: Tensor | None) -> Tensor
     return out
 
 
-def _described(weight: Packed, rows: int) -> tuple[_Packed, int]:
-    """A weight as the kernels take it, and its columns; its tensors must outlive the call."""
+def describe(weight: Packed) -> DescribedWeight:
+    """A weight as the kernels take it.
+
+    Raises:
+        ShapeError: Its tensors do not fit together.
+    """
     codes, scales, minima, bits = weight
     if codes.dim() != 4 or bits not in (4, 8) or codes.numel() == 0 or codes.dtype is not torch.int32:
         raise ShapeError(f"a kernel takes codes of 4 or 8 bits in words, not {bits} bits of shape {list(codes.shape)}")
@@ -131,10 +150,17 @@ def _described(weight: Packed, rows: int) -> tuple[_Packed, int]:
     check_shapes((codes, (P, G, W, PANEL_ROWS)), (scales, (P, G, PANEL_ROWS)), (minima, (P, G, PANEL_ROWS)))
     if scales.dtype not in (torch.float16, torch.float32) or minima.dtype is not scales.dtype:
         raise ShapeError("a kernel takes scales and minima in float16 or in float32, both alike")
-    if not 0 <= rows <= P * PANEL_ROWS:
-        raise ShapeError(f"a weight of {P} panels of {PANEL_ROWS} rows has no {rows} rows")
     addresses = (each.data_ptr() for each in (codes, scales, minima))
-    return _Packed(bits, P, G, W, int(scales.dtype is torch.float16), *addresses), G * W * (32 // bits)
+    structure = _Packed(bits, P, G, W, int(scales.dtype is torch.float16), *addresses)
+    return DescribedWeight(structure, P * PANEL_ROWS, G * W * (32 // bits))
+
+
+def _with_rows(weight: Packed | DescribedWeight, rows: int) -> DescribedWeight:
+    """A weight as the kernels take it, if it has so many rows."""
+    described = describe(weight) if isinstance(weight, Packed) else weight
+    if not 0 <= rows <= described.rows:
+        raise ShapeError(f"a weight with room for {described.rows} rows has no {rows} rows")
+    return described
 
 
 def _call(name: str, *arguments: Any) -> None:

@@ -15,19 +15,14 @@ typedef struct {
     Gates gates;
 } Head;
 
-static float *lay_out(Head *head, index_t K, index_t V)
+static float *lay_out_head(Head *head, index_t K, index_t V)
 {
-    float *memory = scratch(3 * CHUNK * K + 2 * CHUNK * CHUNK + CHUNK * V + K * V);
-    if (!memory) return NULL;
-    float *next = memory;
-    head->query = next, next += CHUNK * K;
-    head->key = next, next += CHUNK * K;
-    head->key_columns = next, next += CHUNK * K;
-    head->scores = next, next += CHUNK * CHUNK;
-    head->system = next, next += CHUNK * CHUNK;
-    head->update = next, next += CHUNK * V;
-    head->state = next;
-    return memory;
+    Part parts[] = {
+        {&head->query, CHUNK * K},      {&head->key, CHUNK * K},        {&head->key_columns, CHUNK * K},
+        {&head->scores, CHUNK * CHUNK}, {&head->system, CHUNK * CHUNK}, {&head->update, CHUNK * V},
+        {&head->state, K * V},
+    };
+    return lay_out(parts, sizeof parts / sizeof *parts);
 }
 
 /* Rows of a head, zeros behind the last token. */
@@ -105,7 +100,7 @@ int ahn_scan(index_t B, index_t T, index_t H, index_t G, index_t K, index_t V, c
 #pragma omp parallel
     {
         Head head;
-        float *memory = lay_out(&head, K, V);
+        float *memory = lay_out_head(&head, K, V);
 #pragma omp for schedule(dynamic)
         for (index_t unit = 0; unit < B * H; unit++) {
             index_t b = unit / H, h = unit % H, g = h / (H / G);

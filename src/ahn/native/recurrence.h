@@ -7,6 +7,23 @@
 #define CHUNK 32
 #define LEAST_LOG_DECAY -104.f /* exp of it is 0, and differences of running sums keep their digits */
 
+/* A part of the scratch of one head: where its address goes, and its numbers. */
+typedef struct {
+    float **at;
+    index_t size;
+} Part;
+
+/* Scratch for all parts, one behind the other; NULL where there is no memory. */
+INLINE float *lay_out(const Part *parts, size_t count)
+{
+    index_t size = 0;
+    for (size_t n = 0; n < count; n++) size += parts[n].size;
+    float *memory = scratch(size), *next = memory;
+    if (!memory) return NULL;
+    for (size_t n = 0; n < count; n++) *parts[n].at = next, next += parts[n].size;
+    return memory;
+}
+
 /* Gates of the tokens of a chunk. */
 typedef struct {
     float log_decay[CHUNK];   /* running sums since the chunk began */

@@ -42,26 +42,17 @@ static Kept kept_at(float *memory, index_t chunk, index_t K, index_t V)
 static float *lay_out_back(Back *back, index_t K, index_t V, int is_delta)
 {
     index_t W = (K + PANEL - 1) / PANEL * PANEL;
-    float *memory = scratch(6 * CHUNK * W + CHUNK * K + 4 * CHUNK * V + 2 * K * V + 2 * V * W + 4 * CHUNK * CHUNK);
-    if (!memory) return NULL;
-    float *next = memory;
-    float **wide[] = {&back->query, &back->key, &back->rows, &back->read, &back->to_query, &back->to_key};
-    for (size_t n = 0; n < sizeof wide / sizeof *wide; n++) *wide[n] = next, next += CHUNK * W;
-    back->key_columns = next, next += CHUNK * K;
-    back->value = next, next += CHUNK * V;
-    back->to_out = next, next += CHUNK * V;
-    back->to_update = next, next += CHUNK * V;
-    back->update_columns = next, next += CHUNK * V;
-    back->to_state = next, next += K * V;
-    back->next = next, next += K * V;
-    back->state_columns = next, next += V * W;
-    back->to_state_columns = next, next += V * W;
-    back->scores = next, next += CHUNK * CHUNK;
-    back->to_scores = next, next += CHUNK * CHUNK;
-    back->square = next, next += CHUNK * CHUNK;
-    back->turned = next;
+    Part parts[] = {
+        {&back->query, CHUNK * W},          {&back->key, CHUNK * W},        {&back->rows, CHUNK * W},
+        {&back->read, CHUNK * W},           {&back->to_query, CHUNK * W},   {&back->to_key, CHUNK * W},
+        {&back->key_columns, CHUNK * K},    {&back->value, CHUNK * V},      {&back->to_out, CHUNK * V},
+        {&back->to_update, CHUNK * V},      {&back->update_columns, CHUNK * V}, {&back->to_state, K * V},
+        {&back->next, K * V},               {&back->state_columns, V * W},  {&back->to_state_columns, V * W},
+        {&back->scores, CHUNK * CHUNK},     {&back->to_scores, CHUNK * CHUNK}, {&back->square, CHUNK * CHUNK},
+        {&back->turned, CHUNK * CHUNK},
+    };
     back->K = K, back->V = V, back->W = W, back->is_delta = is_delta;
-    return memory;
+    return lay_out(parts, sizeof parts / sizeof *parts);
 }
 
 /* Rows of a head, `width` numbers apart, with zeros behind the last token and behind `size`. */

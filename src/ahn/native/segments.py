@@ -6,9 +6,13 @@ import ctypes
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from ahn.native.checks import check_groups, check_shapes
+
+KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+"""What numbers keys and values may be, as the kernels count them; those of many queries are float32."""
 
 _INT, _POINTER = ctypes.c_int64, ctypes.c_void_p
 
@@ -46,7 +50,10 @@ class _Segment(ctypes.Structure):
 
     _fields_ = (
         *((name, _POINTER) for name in ("queries", "keys", "values")),
-        *((name, _INT) for name in ("key_batch", "key_head", "key_place", "value_batch", "value_head", "value_place")),
+        *(
+            (name, _INT)
+            for name in ("kind", "key_batch", "key_head", "key_place", "value_batch", "value_head", "value_place")
+        ),
         *((name, _INT) for name in ("count", "first", "window")),
         *((name, _POINTER) for name in ("visible_from", "visible_until")),
         ("visible_batch", _INT),
@@ -86,6 +93,7 @@ def _addresses(segment: Segment) -> _Segment:
         queries.data_ptr(),
         keys.data_ptr(),
         values.data_ptr(),
+        KINDS[keys.dtype],
         *keys.stride()[:3],
         *values.stride()[:3],
         keys.size(2),

@@ -218,6 +218,10 @@ def full_precision(q_BTHK: Tensor) -> AbstractContextManager[object]:
     Args:
         q_BTHK: A tensor of the device.
     """
-    device = q_BTHK.device.type
-    is_on = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-    return torch.autocast(device, enabled=False) if is_on else nullcontext()
+    return torch.autocast(q_BTHK.device.type, enabled=False) if in_autocast(q_BTHK) else nullcontext()
+
+
+def in_autocast(tensor: Tensor) -> bool:
+    """Whether autocast is on where a tensor is."""
+    device = tensor.device.type
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)

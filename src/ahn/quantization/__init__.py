@@ -3,7 +3,16 @@
 from ahn.config import Quantize
 from ahn.quantization.groups import Groups, round_to_groups
 from ahn.quantization.layers import QuantizedEmbedding, QuantizedLinear
-from ahn.quantization.model import QUANTIZE, Slot, check_quantize, quantize_model, slots, store
+from ahn.quantization.model import (
+    QUANTIZE,
+    Slot,
+    check_quantize,
+    is_quantized,
+    quantize_model,
+    refuse_saving,
+    slots,
+    store,
+)
 from ahn.quantization.weights import GroupedWeight, HalfWeight, StoredWeight
 
 __all__ = [
@@ -17,7 +26,9 @@ __all__ = [
     "Slot",
     "StoredWeight",
     "check_quantize",
+    "is_quantized",
     "quantize_model",
+    "refuse_saving",
     "round_to_groups",
     "slots",
     "store",

@@ -32,7 +32,7 @@ class BlockType(NamedTuple):
     read: Callable[[Bytes], tuple[Array, Array, Array]]
 
 
-def groups_of(blocks_NX: Bytes, kind: str) -> tuple[Groups, Bits]:
+def groups_of(blocks_NX: Bytes, kind: str) -> Groups:
     """Rows of blocks as groups, exactly.
 
     Args:
@@ -40,7 +40,7 @@ def groups_of(blocks_NX: Bytes, kind: str) -> tuple[Groups, Bits]:
         kind: Name of the blocks' type, a key of `BLOCKS`.
 
     Returns:
-        The groups, and the bits of a code. Scales are float16 where that holds them and float32 otherwise.
+        The groups. Scales are float16 where that holds them and float32 otherwise.
     """
     block = BLOCKS[kind]
     codes, scales, minima = block.read(np.ascontiguousarray(blocks_NX).reshape(len(blocks_NX), -1, block.bytes))
@@ -50,7 +50,7 @@ def groups_of(blocks_NX: Bytes, kind: str) -> tuple[Groups, Bits]:
     if all(torch.equal(half.float(), part) for half, part in zip(halved, real, strict=True)):
         real = halved
     whole = torch.from_numpy(np.ascontiguousarray(codes.reshape(len(blocks_NX), -1, size)))
-    return Groups(whole, *real), block.bits
+    return Groups(whole, *real)
 
 
 def _half(blocks: Bytes, start: int) -> Array:

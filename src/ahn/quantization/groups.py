@@ -82,6 +82,22 @@ def pack(groups: Groups, bits: Bits) -> Packed:
     return Packed(words.permute(0, 2, 3, 1).contiguous(), scales, minima, bits)
 
 
+def join(parts: Sequence[Packed]) -> Packed:
+    """Packed spans of rows, each of whole panels, as one weight; in float32 where some scales are."""
+    if len(parts) == 1:
+        return parts[0]
+    halved = all(part.scales.dtype is torch.float16 for part in parts)
+    real = torch.float16 if halved else torch.float32
+    scales, minima = (torch.cat([part[index].to(real) for part in parts]) for index in (1, 2))
+    return Packed(torch.cat([part.codes for part in parts]), scales, minima, parts[0].bits)
+
+
+def spans(rows: int, columns: int, numbers: int) -> list[slice]:
+    """Spans of rows that fill whole panels and hold about so many numbers each, at least one panel."""
+    most = max(1, numbers // columns // PANEL_ROWS) * PANEL_ROWS
+    return [slice(start, min(start + most, rows)) for start in range(0, rows, most)]
+
+
 def unpack(packed: Packed, panels: Tensor | slice, lanes: Tensor | Sequence[int] | slice) -> Tensor:
     """Rows of a packed weight as float32, on any device.
 

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NoReturn, get_args
 
 from torch import Tensor, nn
 
 from ahn.config import Quantize
 from ahn.errors import ModelError
-from ahn.quantization.groups import fits, round_to_groups
+from ahn.quantization.groups import fits, round_to_groups, spans
 from ahn.quantization.layers import QuantizedEmbedding, QuantizedLinear
 from ahn.quantization.weights import GroupedWeight, HalfWeight, StoredWeight
 
 QUANTIZE = get_args(Quantize)
 """The formats of weights by name."""
+_NUMBERS_AT_ONCE = 2**22  # of a weight that are rounded at the same time
 
 
 def check_quantize(name: object) -> Quantize:
@@ -39,7 +40,9 @@ def store(weight_ND: Tensor, quantize: Quantize, of_words: bool = False) -> Stor
     if quantize == "bf16":
         return HalfWeight(weight_ND)
     bits: Literal[4, 8] = 4 if quantize == "int4" and not of_words else 8
-    return GroupedWeight(round_to_groups(weight_ND.detach(), bits), bits)
+    weight_ND = weight_ND.detach()
+    parts = (round_to_groups(weight_ND[span], bits) for span in spans(*weight_ND.shape, _NUMBERS_AT_ONCE))
+    return GroupedWeight(parts, bits)
 
 
 class Slot:
@@ -90,6 +93,23 @@ def slots(model: nn.Module) -> list[Slot]:
     return [slot for key, slot in by_weight.items() if key not in others]
 
 
+def is_quantized(model: nn.Module) -> bool:
+    """Whether some weights of a model are stored in few bits."""
+    return any(isinstance(module, StoredWeight) for module in model.modules())
+
+
+def refuse_saving(*args: Any, **kwargs: Any) -> NoReturn:
+    """Stands in for `save_pretrained` of a quantised model: transformers has no format for such weights.
+
+    Raises:
+        ModelError: Always.
+    """
+    raise ModelError(
+        "the weights of this model are stored in few bits, which save_pretrained cannot write: load it without "
+        "quantize to save it whole, or write its memory alone with ahn.save(model, path)"
+    )
+
+
 def quantize_model(model: nn.Module, quantize: Quantize, choose: Callable[[Slot], bool] = lambda _: True) -> None:
     """Quantises the weights of a loaded model, one after the other.
 
@@ -101,3 +121,4 @@ def quantize_model(model: nn.Module, quantize: Quantize, choose: Callable[[Slot]
     for slot in slots(model):
         if choose(slot):
             slot.fill(store(slot.parameter, quantize, slot.of_words))
+    model.__dict__["save_pretrained"] = refuse_saving

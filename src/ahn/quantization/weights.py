@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,9 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from ahn import native
 from ahn.native import packed as kernels
-from ahn.native.packed import PANEL_ROWS, Packed
-from ahn.quantization.groups import Bits, Groups, pack, unpack
+from ahn.native.packed import PANEL_ROWS, DescribedWeight, Packed
+from ahn.quantization.groups import Bits, Groups, join, pack, spans, unpack
 
 _NUMBERS_AT_ONCE = 2**21  # of a weight that are float32 at the same time in a product of many rows
 _NOTHING = torch.empty(0)
@@ -101,8 +103,7 @@ class StoredWeight(nn.Module, ABC):
 
     def spans(self) -> list[tuple[int, int]]:
         """Spans of rows which are float32 at the same time in a product of many rows."""
-        most = max(1, _NUMBERS_AT_ONCE // self.columns // PANEL_ROWS) * PANEL_ROWS
-        return [(start, min(start + most, self.rows)) for start in range(0, self.rows, most)]
+        return [(span.start, span.stop) for span in spans(self.rows, self.columns, _NUMBERS_AT_ONCE)]
 
 
 class _Product(torch.autograd.Function):
@@ -133,7 +134,7 @@ class GroupedWeight(StoredWeight):
     """A weight of 4 or 8 bits in groups with scale and minimum.
 
     Args:
-        groups: What it is made of.
+        groups: What it is made of, or spans of its rows one after the other, each but the last of whole panels.
         bits: Of a code.
     """
 
@@ -141,15 +142,36 @@ class GroupedWeight(StoredWeight):
     scale_bits: Tensor
     minimum_bits: Tensor
 
-    def __init__(self, groups: Groups, bits: Bits) -> None:
-        super().__init__(groups.codes_NGC.size(0), groups.codes_NGC[0].numel())
+    def __init__(self, groups: Groups | Iterable[Groups], bits: Bits) -> None:
+        rows, parts = 0, []
+        for span in [groups] if isinstance(groups, Groups) else groups:
+            rows += span.codes_NGC.size(0)
+            parts.append(pack(span, bits))
+        packed = join(parts)
+        del parts
+        super().__init__(rows, packed.codes[0, :, :, 0].numel() * (32 // bits))
         self.bits = bits
-        packed = pack(groups, bits)
         self.halved = packed.scales.dtype is torch.float16
         whole = torch.int16 if self.halved else torch.int32
         self.register_buffer("codes", packed.codes)
         self.register_buffer("scale_bits", packed.scales.view(whole))
         self.register_buffer("minimum_bits", packed.minima.view(whole))
+        self._described: tuple[tuple[int, ...], DescribedWeight] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """All but addresses, which a copy does not share."""
+        return {**self.__dict__, "_described": None}
+
+    def described(self) -> DescribedWeight | None:
+        """The weight as the kernels take it, made once; `None` where they cannot."""
+        parts = self.codes, self.scale_bits, self.minimum_bits
+        addresses = tuple(part.data_ptr() for part in parts)
+        if self._described is not None and self._described[0] == addresses and native.ready():
+            return self._described[1]
+        if not kernels.can_multiply(_NOTHING, *parts):
+            return None
+        self._described = addresses, kernels.describe(self.packed)
+        return self._described[1]
 
     @property
     def device(self) -> torch.device:
@@ -164,11 +186,10 @@ class GroupedWeight(StoredWeight):
 
     def span(self, start: int, stop: int) -> Tensor:
         """See `StoredWeight.span`."""
-        packed = self.packed
-        if kernels.can_multiply(_NOTHING, *packed[:3]):
-            return kernels.unpack(packed, start, stop)
+        if (described := self.described()) is not None:
+            return kernels.unpack(described, start, stop)
         first = start // PANEL_ROWS
-        return unpack(packed, slice(first, -(-stop // PANEL_ROWS)), slice(None))[: stop - start]
+        return unpack(self.packed, slice(first, -(-stop // PANEL_ROWS)), slice(None))[: stop - start]
 
     def lookup(self, indices: Tensor) -> Tensor:
         """See `StoredWeight.lookup`."""
@@ -178,10 +199,9 @@ class GroupedWeight(StoredWeight):
 
     def multiply_few(self, x: Tensor, bias_N: Tensor | None) -> Tensor | None:
         """See `StoredWeight.multiply_few`."""
-        packed = self.packed
-        if not _is_plain(x, bias_N) or not kernels.can_multiply(x, *packed[:3]):
+        if not _is_plain(x, bias_N) or not native.ready(x.detach()) or (described := self.described()) is None:
             return None
-        return kernels.multiply(x, packed, bias_N, self.rows)
+        return kernels.multiply(x, described, bias_N, self.rows)
 
 
 class HalfWeight(StoredWeight):

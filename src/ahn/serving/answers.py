@@ -40,11 +40,7 @@ class AnswerShape:
     id_prefix = "cmpl-"
 
     def __post_init__(self) -> None:
-        self._head = {
-            "id": f"{self.id_prefix}{uuid.uuid4().hex}",
-            "created": int(time.time()),
-            "model": self.model,
-        }
+        self._head = {"id": f"{self.id_prefix}{uuid.uuid4().hex}", "created": int(time.time()), "model": self.model}
 
     def whole(self, increments: Sequence[Increment]) -> Body:
         """The answer to a request that waited for all of it."""
@@ -84,31 +80,22 @@ class AnswerShape:
 
     def choice(self, increments: Sequence[Increment]) -> Body:
         """One whole answer."""
-        number, text = increments[0].choice, "".join(each.text for each in increments)
-        prefix = self.prefix[number] if self.prefix else ""
-        token_choices = [token for each in increments for token in each.tokens]
-        generation = self.generations[number // self.generations[0].choices]
-        logprobs = (
-            self.logprobs([*generation.token_choices, *token_choices])
-            if token_choices or generation.token_choices
-            else None
-        )
-        return {
-            "index": number,
-            "text": prefix + text,
-            "logprobs": logprobs,
-            "finish_reason": increments[-1].finish,
-        }
+        number, tokens = increments[0].choice, [token for each in increments for token in each.tokens]
+        own = self.generations[number // self.generations[0].choices].token_choices
+        text = "".join([*self.prefix[number : number + 1], *(each.text for each in increments)])
+        return self._choice(number, self.content(text), [*own, *tokens], increments[-1].finish)
 
     def chunk(self, increment: Increment) -> Body:
         """A part of an answer."""
-        logprobs = self.logprobs(increment.tokens) if increment.tokens else None
-        return {
-            "index": increment.choice,
-            "text": increment.text,
-            "logprobs": logprobs,
-            "finish_reason": increment.finish,
-        }
+        return self._choice(increment.choice, self.delta(increment.text), increment.tokens, increment.finish)
+
+    def content(self, text: str) -> Body:
+        """The text of a whole answer."""
+        return {"text": text}
+
+    def delta(self, text: str) -> Body:
+        """The text of a part of an answer."""
+        return {"text": text}
 
     def logprobs(self, token_choices: Iterable[TokenChoice]) -> Body:
         """How likely tokens were."""
@@ -129,6 +116,10 @@ class AnswerShape:
         """A token as text."""
         return str(self.tokenizer.decode([token]))
 
+    def _choice(self, number: int, content: Body, tokens: Sequence[TokenChoice], finish: str | None) -> Body:
+        logprobs = self.logprobs(tokens) if tokens else None
+        return {"index": number, **content, "logprobs": logprobs, "finish_reason": finish}
+
     def _event(self, choices: list[Body], with_usage: bool) -> str:
         usage = {"usage": None} if with_usage else {}
         return _data({**self._head, "object": self.chunk_kind, "choices": choices, **usage})
@@ -144,30 +135,15 @@ class ChatShape(AnswerShape):
     def first_choices(self) -> list[Body]:
         """See `AnswerShape.first_choices`: who speaks."""
         delta = {"role": "assistant", "content": ""}
-        return [
-            {"index": number, "delta": delta, "logprobs": None, "finish_reason": None}
-            for number in range(self.generations[0].choices)
-        ]
+        return [self._choice(number, {"delta": delta}, (), None) for number in range(self.generations[0].choices)]
 
-    def choice(self, increments: Sequence[Increment]) -> Body:
-        """See `AnswerShape.choice`."""
-        text = "".join(each.text for each in increments)
-        token_choices = [token for each in increments for token in each.tokens]
-        return {
-            "index": increments[0].choice,
-            "message": {"role": "assistant", "content": text, "refusal": None},
-            "logprobs": self.logprobs(token_choices) if token_choices else None,
-            "finish_reason": increments[-1].finish,
-        }
+    def content(self, text: str) -> Body:
+        """See `AnswerShape.content`."""
+        return {"message": {"role": "assistant", "content": text, "refusal": None}}
 
-    def chunk(self, increment: Increment) -> Body:
-        """See `AnswerShape.chunk`."""
-        return {
-            "index": increment.choice,
-            "delta": {"content": increment.text} if increment.text else {},
-            "logprobs": self.logprobs(increment.tokens) if increment.tokens else None,
-            "finish_reason": increment.finish,
-        }
+    def delta(self, text: str) -> Body:
+        """See `AnswerShape.delta`."""
+        return {"delta": {"content": text} if text else {}}
 
     def logprobs(self, token_choices: Iterable[TokenChoice]) -> Body:
         """See `AnswerShape.logprobs`."""

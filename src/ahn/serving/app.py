@@ -12,20 +12,14 @@ from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
+from ahn.serving import files, operations, routes
 from ahn.serving.errors import RequestError
-from ahn.serving.files import add_file_routes
 from ahn.serving.gate import Gate
-from ahn.serving.operations import add_operations
-from ahn.serving.routes import add_routes
 from ahn.serving.service import Service
 
 
 def make_app(service: Service) -> Any:
-    """The application that serves a model; its engine runs while the application does.
-
-    Args:
-        service: What it serves.
-    """
+    """The application that serves a model; its engine runs while the application does."""
 
     @asynccontextmanager
     async def lifespan(app: Any) -> AsyncIterator[None]:
@@ -36,9 +30,9 @@ def make_app(service: Service) -> Any:
 
     app = FastAPI(title="ahn", docs_url=None, redoc_url=None, lifespan=lifespan)
     app.state.service = service
-    add_routes(app.router)
-    add_file_routes(app.router)
-    add_operations(app.router, service)
+    for part in (routes, files, operations):
+        app.include_router(part.router)
+    operations.add_gauges(service)
     app.add_exception_handler(RequestError, _refused)
     app.add_exception_handler(RequestValidationError, _invalid)
     app.add_exception_handler(HTTPException, _unknown)

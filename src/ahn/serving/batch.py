@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 
-from ahn.backbone import compat
 from ahn.cache import HippocampalCache
 from ahn.cache.slots import SlotCache, can_share_slots
 from ahn.errors import CacheError
+from ahn.generation import forward
 
 
 class Row:
@@ -67,7 +67,8 @@ class Batch:
         token_of = {id(row): token for row, token in zip(rows, tokens, strict=True)}
         if self._rows and self._shared is not None:
             ids = torch.tensor([[token_of[id(row)]] for row in self._rows], device=self._model.device)
-            logits_BV = forward(self._model, ids, self._shared.cache, self._shared.positions(ids.device))[:, -1]
+            positions = self._shared.positions(ids.device)
+            logits_BV = forward(self._model, ids, self._shared.cache, position_ids=positions)[:, -1]
             for row, logits_V in zip(self._rows, logits_BV):
                 row.logits = logits_V
         for row in rows:
@@ -101,13 +102,3 @@ class Batch:
         self._shared.join(cache)
         self._rows.append(row)
         row.cache = None
-
-
-def forward(
-    model: Any, ids_BT: torch.Tensor, cache: HippocampalCache, positions_BT: torch.Tensor | None = None
-) -> torch.Tensor:
-    """Logits of all new tokens, `[B, T, V]`."""
-    positions = {} if positions_BT is None else {"position_ids": positions_BT}
-    arguments = compat.with_cache(model, {"input_ids": ids_BT, "use_cache": True, **positions}, cache)
-    logits: torch.Tensor = model(**arguments).logits
-    return logits

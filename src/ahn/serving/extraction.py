@@ -14,10 +14,6 @@ _HIDDEN = ("script", "style", "noscript", "template", "svg", "head")
 def text_of_file(name: str, data: bytes) -> str:
     """The text of a file, by the end of its name or by how it begins.
 
-    Args:
-        name: Its name.
-        data: What it holds.
-
     Raises:
         RequestError: It has no text, or none that can be read.
     """

@@ -11,17 +11,10 @@ from fastapi.responses import PlainTextResponse
 from ahn.serving.documents import DocumentShelf, StoredDocument
 from ahn.serving.extraction import text_of_file
 
-
-def add_file_routes(router: APIRouter) -> None:
-    """Adds these routes."""
-    router.add_api_route("/v1/files", upload, methods=["POST"])
-    router.add_api_route("/v1/files", documents, methods=["GET"])
-    router.add_api_route("/v1/files/{id}", document, methods=["GET"])
-    router.add_api_route("/v1/files/{id}", delete, methods=["DELETE"])
-    router.add_api_route("/v1/files/{id}/content", content, methods=["GET"], response_class=PlainTextResponse)
-    router.add_api_route("/v1/files/{id}/anchors", anchors, methods=["GET"])
+router = APIRouter(prefix="/v1/files")
 
 
+@router.post("")
 async def upload(request: Request, file: UploadFile, purpose: Annotated[str, Form()] = "user_data") -> dict[str, Any]:
     """Takes in a document and begins to read it."""
     shelf, data, name = _shelf(request), await file.read(), file.filename or "document"
@@ -29,29 +22,34 @@ async def upload(request: Request, file: UploadFile, purpose: Annotated[str, For
     return _shown(shelf, await asyncio.to_thread(shelf.add, name, len(data), text))
 
 
+@router.get("")
 async def documents(request: Request) -> dict[str, Any]:
     """All documents, the newest first."""
     shelf = _shelf(request)
     return {"object": "list", "data": [_shown(shelf, each) for each in shelf.documents()], "has_more": False}
 
 
+@router.get("/{id}")
 async def document(request: Request, id: str) -> dict[str, Any]:
     """A document, and how far it has been read."""
     shelf = _shelf(request)
     return _shown(shelf, shelf.get(id))
 
 
+@router.delete("/{id}")
 async def delete(request: Request, id: str) -> dict[str, Any]:
     """Forgets a document."""
     await asyncio.to_thread(_shelf(request).delete, id)
     return {"id": id, "object": "file", "deleted": True}
 
 
+@router.get("/{id}/content", response_class=PlainTextResponse)
 async def content(request: Request, id: str) -> str:
     """A document's text, as it was read."""
     return await asyncio.to_thread(_shelf(request).text, id)
 
 
+@router.get("/{id}/anchors")
 async def anchors(request: Request, id: str) -> dict[str, Any]:
     """The passages of a document that anchors keep word for word: first and last + 1 character of each."""
     return {"object": "list", "data": [list(span) for span in _shelf(request).ready(id).passages]}

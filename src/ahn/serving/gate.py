@@ -70,11 +70,7 @@ class Gate:
             _log.info(json.dumps(line))
 
     def _check(self, scope: Scope) -> None:
-        """Checks what can be seen before the body.
-
-        Raises:
-            RequestError: The key is wrong, the page of another site asks, or the body is too large.
-        """
+        """Checks what can be seen before the body: key, origin and size."""
         headers = {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in scope["headers"]}
         self._check_site(headers)
         path = scope["path"]

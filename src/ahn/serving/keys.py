@@ -62,10 +62,6 @@ def model_key(model: Any, name: str) -> str:
     """A digest of a model, its memory and how it reads: caches of one are of no use to another.
 
     Weights of the base model go in by a sample, those of the memory in whole.
-
-    Args:
-        model: A model with a memory attached.
-        name: Its name.
     """
     attachment = attachment_of(model)
     facts = {"name": name, "config": attachment.config.to_dict(), "run": attachment.settings.to_dict()}

@@ -17,16 +17,12 @@ _PAGE = resources.files("ahn.serving") / "page"
 _KINDS = {"html": "text/html", "css": "text/css", "js": "text/javascript", "svg": "image/svg+xml"}
 _POLICY = "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; connect-src 'self'"
 
+router = APIRouter()
 
-def add_operations(router: APIRouter, service: Service) -> None:
-    """Adds these routes, and what `/metrics` looks up."""
-    router.add_api_route("/health", health, methods=["GET"], response_model=None)
-    router.add_api_route("/metrics", metrics, methods=["GET"], response_model=None)
-    router.add_api_route("/v1/ahn", about, methods=["GET"])
-    router.add_api_route("/", page, methods=["GET"], response_model=None)
-    router.add_api_route("/page/{name}", page, methods=["GET"], response_model=None)
-    engine = service.engine
-    gauge = service.metrics.gauge
+
+def add_gauges(service: Service) -> None:
+    """Adds what `/metrics` looks up."""
+    engine, gauge = service.engine, service.metrics.gauge
     gauge("ahn_queue", "Requests whose turn has not come.", lambda: engine.waiting)
     gauge("ahn_active", "Answers that are being written.", lambda: engine.active)
     gauge("ahn_active_bytes", "Bytes of their caches.", lambda: engine.batch_bytes)
@@ -36,17 +32,20 @@ def add_operations(router: APIRouter, service: Service) -> None:
     gauge("ahn_sessions_disk_bytes", "Their bytes.", lambda: engine.store.size.disk_bytes)
 
 
+@router.get("/health", response_model=None)
 async def health(request: Request) -> Any:
     """Whether the engine works."""
     alive = request.app.state.service.engine.is_alive
     return JSONResponse({"status": "ok" if alive else "stopped"}, 200 if alive else 503)
 
 
+@router.get("/metrics", response_model=None)
 async def metrics(request: Request) -> Any:
     """All counts in the format of Prometheus."""
     return Response(request.app.state.service.metrics.page(), media_type="text/plain; version=0.0.4")
 
 
+@router.get("/v1/ahn")
 async def about(request: Request) -> dict[str, Any]:
     """What is served and how it reads, for the page."""
     service: Service = request.app.state.service
@@ -63,6 +62,8 @@ async def about(request: Request) -> dict[str, Any]:
     }
 
 
+@router.get("/", response_model=None)
+@router.get("/page/{name}", response_model=None)
 async def page(request: Request, name: str = "index.html") -> Any:
     """A file of the page."""
     kind = _KINDS.get(name.rpartition(".")[2])

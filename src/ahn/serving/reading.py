@@ -8,8 +8,7 @@ from typing import Any
 import torch
 
 from ahn.cache import HippocampalCache
-from ahn.generation import Reader
-from ahn.serving.batch import forward
+from ahn.generation import Reader, forward
 from ahn.serving.errors import RequestError
 from ahn.serving.sampling import likelihoods
 from ahn.serving.store import PrefixStore

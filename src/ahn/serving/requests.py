@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from ahn.models.text import GrowingText
 from ahn.serving.batch import Row
 from ahn.serving.errors import RequestError
 from ahn.serving.reading import PromptReading
 from ahn.serving.sampling import Sampling
 from ahn.serving.stream import AnswerStream, FinishReason, Increment, TokenChoice
-from ahn.serving.text import GrowingText
 
 
 @dataclass

@@ -7,7 +7,7 @@ from typing import Any
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, StreamingResponse
 
-from ahn.generation import text_of
+from ahn.models.text import text_of
 from ahn.serving.answers import AnswerShape, ChatShape
 from ahn.serving.conversation import chat_prompt
 from ahn.serving.errors import RequestError
@@ -15,20 +15,16 @@ from ahn.serving.requests import Generation
 from ahn.serving.schema import ChatRequest, CompletionRequest, SamplingOptions
 from ahn.serving.service import Service, increments_of, sampling_of, sent
 
-
-def add_routes(router: APIRouter) -> None:
-    """Adds these routes."""
-    router.add_api_route("/v1/models", models, methods=["GET"])
-    router.add_api_route("/v1/models/{name:path}", model, methods=["GET"])
-    router.add_api_route("/v1/chat/completions", chat_completions, methods=["POST"], response_model=None)
-    router.add_api_route("/v1/completions", completions, methods=["POST"], response_model=None)
+router = APIRouter(prefix="/v1")
 
 
+@router.get("/models")
 async def models(request: Request) -> dict[str, Any]:
     """The one model that is served."""
     return {"object": "list", "data": [_model(request.app.state.service)]}
 
 
+@router.get("/models/{name:path}")
 async def model(request: Request, name: str) -> dict[str, Any]:
     """A model by its name."""
     service: Service = request.app.state.service
@@ -36,6 +32,7 @@ async def model(request: Request, name: str) -> dict[str, Any]:
     return _model(service)
 
 
+@router.post("/chat/completions", response_model=None)
 async def chat_completions(request: Request, body: ChatRequest) -> Any:
     """Answers a conversation."""
     service: Service = request.app.state.service
@@ -51,6 +48,7 @@ async def chat_completions(request: Request, body: ChatRequest) -> Any:
     return await _answer(request, service, shape, body)
 
 
+@router.post("/completions", response_model=None)
 async def completions(request: Request, body: CompletionRequest) -> Any:
     """Continues one or more texts."""
     service: Service = request.app.state.service

@@ -5,10 +5,13 @@ Legend of shapes: T tokens, V vocabulary.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch
+from transformers.generation.logits_process import LogitsProcessorList
 
+from ahn.generation import make_processors, next_token
 from ahn.serving.stream import TokenChoice
 
 
@@ -36,14 +39,11 @@ class Sampling:
 
     def choose(self, logits_V: torch.Tensor, generator: torch.Generator) -> int:
         """The next token."""
-        if self.temperature == 0:
-            return int(logits_V.argmax())
-        weights = torch.softmax(logits_V.float().cpu() / self.temperature, dim=-1)
-        if self.top_p < 1:
-            ranked, order = weights.sort(descending=True, stable=True)
-            outside = ranked.cumsum(0) - ranked >= self.top_p
-            weights = weights.index_fill(0, order[outside], 0.0)
-        return int(torch.multinomial(weights, 1, generator=generator))
+        return next_token(logits_V, self._processors, generator if self.temperature else None)
+
+    @functools.cached_property
+    def _processors(self) -> LogitsProcessorList:
+        return make_processors(self.temperature, top_p=self.top_p)
 
     def token_choices(self, token: int, logits_V: torch.Tensor) -> tuple[TokenChoice, ...]:
         """What is told about a token: one entry, or none."""

@@ -68,11 +68,6 @@ class Service:
     def generation(self, options: SamplingOptions, tokens: list[int], **more: Any) -> Generation:
         """A request for the engine.
 
-        Args:
-            options: What the client asked for.
-            tokens: The prompt.
-            **more: Other attributes of the generation.
-
         Raises:
             RequestError: The prompt is empty or too long.
         """
@@ -80,11 +75,7 @@ class Service:
         return Generation(tokens, stop=options.stops, choices=options.n, seconds=self.settings.max_seconds, **more)
 
     def text_prompt(self, prompt: str | list[int], follows: bool) -> list[int]:
-        """The tokens of a prompt that is a text or tokens already.
-
-        Args:
-            prompt: The prompt.
-            follows: Whether a document comes before it.
+        """The tokens of a prompt that is a text or tokens already, and that may follow a document.
 
         Raises:
             RequestError: One of them is no token.
@@ -115,14 +106,7 @@ class Service:
 
 
 def make_service(name: str, model: Any, tokenizer: Any, settings: ServeSettings) -> Service:
-    """What serves a model.
-
-    Args:
-        name: The model's name.
-        model: The model, with a memory attached.
-        tokenizer: Its tokenizer.
-        settings: What it may take.
-    """
+    """What serves a model."""
     metrics = Metrics()
     folder = None if settings.session_dir is None else settings.session_dir / model_key(model, name)
     store = PrefixStore(model, settings.session_bytes, folder, settings.disk_bytes)
@@ -139,11 +123,6 @@ def sampling_of(options: SamplingOptions, top_logprobs: int | None) -> Sampling:
 @contextlib.asynccontextmanager
 async def sent(request: Any, engine: Engine, generations: Sequence[Generation]) -> AsyncIterator[None]:
     """Sends requests to the engine, and takes them back when the block ends or the client goes away.
-
-    Args:
-        request: The client's request.
-        engine: The engine.
-        generations: What it asks for.
 
     Raises:
         RequestError: The engine is busy.

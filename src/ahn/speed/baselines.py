@@ -37,14 +37,27 @@ def bare_copy(model: Any) -> Any:
 class Baseline(abc.ABC):
     """A way of reading at one context.
 
-    Args:
-        model: The model that reads.
-
     Attributes:
         cache_bytes: Bytes that its cache holds.
     """
 
     cache_bytes: int
+
+    @abc.abstractmethod
+    def decode(self) -> float:
+        """Seconds of one decoded token."""
+
+    @abc.abstractmethod
+    def read(self, tokens: int) -> float:
+        """Seconds to read this number of tokens in one forward pass, with logits of the last one only."""
+
+
+class TorchBaseline(Baseline):
+    """A model of transformers at one context.
+
+    Args:
+        model: The model that reads.
+    """
 
     def __init__(self, model: Any) -> None:
         self.model = model
@@ -56,14 +69,14 @@ class Baseline(abc.ABC):
 
     @torch.no_grad()
     def decode(self) -> float:
-        """Seconds of one decoded token."""
+        """See `Baseline.decode`."""
         cache = self._placed()
         self._read(cache, 1)
         return timed(lambda: self._read(cache, *[1] * STEPS)) / STEPS
 
     @torch.no_grad()
     def read(self, tokens: int) -> float:
-        """Seconds to read this number of tokens in one forward pass, with logits of the last one only."""
+        """See `Baseline.read`."""
         cache = self._placed()
         return timed(lambda: self._read(cache, tokens))
 
@@ -74,7 +87,7 @@ class Baseline(abc.ABC):
             self.model(**compat.with_cache(self.model, arguments, cache))
 
 
-class FullBaseline(Baseline):
+class FullBaseline(TorchBaseline):
     """The base model with the cache of transformers.
 
     Args:
@@ -104,7 +117,7 @@ class FullBaseline(Baseline):
         return self._cache
 
 
-class ArmBaseline(Baseline):
+class ArmBaseline(TorchBaseline):
     """A model with a memory attached, in one of the arms.
 
     Args:
@@ -133,20 +146,6 @@ class ArmBaseline(Baseline):
 
     def _placed(self) -> Cache:
         return self._cache.fork()
-
-
-def baselines(base: Any, model: Any, arms: list[str], context: int) -> dict[str, Baseline]:
-    """A baseline for each arm, by its name, `full` being the base model with nothing attached.
-
-    Args:
-        base: The base model, as `bare_copy` gives it.
-        model: The same with a memory attached.
-        arms: Names of the arms; `tail` is none that is timed.
-        context: Tokens read.
-    """
-    return {
-        arm: FullBaseline(base, model, context) if arm == "full" else ArmBaseline(model, arm, context) for arm in arms
-    }
 
 
 def _settle(cache: HippocampalCache, read: int) -> None:

@@ -7,11 +7,15 @@ import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
+
 from ahn.attachment import attachment_of
 from ahn.cost import Cost, Counting, cost_model
 from ahn.evaluation.arm_names import find_arm
 from ahn.generation import automatic_chunk
-from ahn.speed.baselines import Baseline, bare_copy, baselines
+from ahn.quantization import QuantizedLinear
+from ahn.speed import llama
+from ahn.speed.baselines import ArmBaseline, Baseline, FullBaseline, bare_copy
 from ahn.speed.timing import Machine, Spread, interleave, measure_machine, ratio, spread
 
 
@@ -71,14 +75,14 @@ def measure(
 
     Args:
         model: A model with a memory attached, whose current settings hold.
-        arms: Names of the arms, as for `ahn.evaluation.arm_names.find_arm`, without `tail`; the first is what the
-            others are compared with.
+        arms: Names of the arms, as for `baselines`; the first is what the others are compared with.
         contexts: Numbers of tokens read before.
         rounds: Turns of each arm.
         reading_rounds: Turns of each arm for reading, which takes longer; as many if left out.
         on_round: Called after every round; decoding and reading have one more each that does not count.
     """
     machine = measure_machine(model.device, model.dtype)
+    weights = _weight_bytes(model)
     config = dataclasses.replace(
         attachment_of(model).config, window=(now := attachment_of(model).settings).window, sinks=now.sinks
     )
@@ -89,7 +93,10 @@ def measure(
     for context in contexts:
         compared = baselines(base, model, list(arms), context)
         taken = interleave({arm: baseline.decode for arm, baseline in compared.items()}, rounds, on_round)
-        floors = {arm: _decoding_floor(counted, machine, arm, baseline, context) for arm, baseline in compared.items()}
+        floors = {
+            arm: _decoding_floor(counted, machine, arm, baseline, context, weights)
+            for arm, baseline in compared.items()
+        }
         decoding += _timings(compared, taken, 1, context, floors)
         taken = interleave(
             {arm: _reads(baseline, chunk) for arm, baseline in compared.items()}, reading_rounds or rounds, on_round
@@ -97,6 +104,28 @@ def measure(
         floors = {arm: _reading_floor(counted, machine, arm, context, chunk) for arm in compared}
         reading += _timings(compared, taken, chunk, context, floors)
     return Speed(machine, chunk, decoding, reading)
+
+
+def baselines(base: Any, model: Any, arms: Sequence[str], context: int) -> dict[str, Baseline]:
+    """A baseline for each arm, by its name, `full` being the base model with nothing attached.
+
+    Args:
+        base: The base model, as `bare_copy` gives it.
+        model: The same with a memory attached.
+        arms: Names of the arms, as for `ahn.evaluation.arm_names.find_arm`, or "llama.cpp"; `tail` is none that is
+            timed.
+        context: Tokens read.
+
+    Raises:
+        ModelError: llama.cpp is asked for and cannot read the model.
+    """
+    made: dict[str, Baseline] = {}
+    for arm in arms:
+        if arm == llama.NAME:
+            made[arm] = llama.LlamaBaseline(llama.find_gguf(model), context, torch.get_num_threads())
+        else:
+            made[arm] = FullBaseline(base, model, context) if arm == "full" else ArmBaseline(model, arm, context)
+    return made
 
 
 def read_seconds(timings: Sequence[Timing], arm: str, tokens: int) -> float:
@@ -135,12 +164,27 @@ def _timings(
     ]
 
 
-def _decoding_floor(counted: Counting, machine: Machine, arm: str, baseline: Baseline, context: int) -> float:
+def _weight_bytes(model: Any) -> float:
+    """Bytes of a weight of the base model, on average: those of its maps, in few bits or not."""
+    numbers = nbytes = 0
+    for module in model.modules():
+        if isinstance(module, QuantizedLinear):
+            numbers += module.weight.numel()
+            nbytes += sum(buffer.nbytes for buffer in module.stored.buffers())
+        elif isinstance(module, torch.nn.Linear):
+            numbers += module.weight.numel()
+            nbytes += module.weight.nbytes
+    return nbytes / max(1, numbers)
+
+
+def _decoding_floor(
+    counted: Counting, machine: Machine, arm: str, baseline: Baseline, context: int, weight_bytes: float
+) -> float:
     """Every weight that a token passes, the cache, and what is written of it, once; or the FLOPs."""
     base = counted.base
     weights = base.mixer_weights + base.other_weights + base.vocabulary_weights
     cost = _cost(counted, arm, context)
-    moved = (weights + cost.parameters) * base.dtype.itemsize + baseline.cache_bytes
+    moved = weights * weight_bytes + cost.parameters * base.dtype.itemsize + baseline.cache_bytes
     return max(moved / machine.bandwidth, cost.token_flops / machine.flops)
 
 
@@ -152,6 +196,6 @@ def _reading_floor(counted: Counting, machine: Machine, arm: str, context: int, 
 
 def _cost(counted: Counting, arm: str, context: int) -> Cost:
     """What the cost model knows of an arm; anchors, which it does not count, are few against the window."""
-    method = find_arm(arm).method
+    method = "full" if arm == llama.NAME else find_arm(arm).method
     name = {"ahn": counted.base.attachment.config.memory, "ct_max": "ct", "ct_mean": "ct"}.get(method, method)
     return counted.at(context)[name]

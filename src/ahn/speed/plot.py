@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from ahn._home import write_figure
+from ahn._home import new_figure, tidy, write_figure
 from ahn.speed.measure import Speed, Timing
 
 
@@ -18,11 +18,7 @@ def plot_speed(speed: Speed, title: str, files: Sequence[Path]) -> None:
         title: Stands above.
         files: Where to write; each suffix says how, `.png` or `.svg`.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(13, 4), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(13, 4)
     decoding, reading, cache = figure.subplots(1, 3)
     _panel(decoding, speed.decoding, lambda row: 1e3 * row.seconds.median, "Writing one token", "ms")
     _panel(reading, speed.reading, lambda row: 1e3 * row.seconds.median, "Reading, per token", "ms")
@@ -45,8 +41,7 @@ def _panel(panel: Any, rows: Sequence[Timing], value: Callable[[Timing], float],
     panel.set(title=title, xlabel="tokens read before", ylabel=unit)
     panel.set_ylim(bottom=0)
     panel.xaxis.set_major_formatter(lambda tokens, _: f"{tokens:,.0f}")
-    panel.grid(alpha=0.3)
-    panel.spines[["top", "right"]].set_visible(False)
+    tidy(panel)
     panel.legend()
 
 

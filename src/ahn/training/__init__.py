@@ -21,25 +21,17 @@ if TYPE_CHECKING:
     from ahn.training.transfer import transfer_loss
 
 _PLACES = {
-    "AHNTrainer": "trainer",
-    "Cut": "data",
-    "DataError": "sources",
-    "Distiller": "distiller",
-    "LossOutput": "losses",
-    "Outcome": "run",
-    "Piece": "batches",
-    "PieceStream": "batches",
-    "Pieces": "batches",
-    "Span": "draws",
-    "SpanDraw": "draws",
-    "TrainSettings": "settings",
-    "collate": "batches",
-    "distillation_loss": "losses",
-    "load_pieces": "data",
-    "set_initial_decay": "start",
-    "stream_pieces": "data",
-    "train": "run",
-    "transfer_loss": "transfer",
+    "batches": ("Piece", "PieceStream", "Pieces", "collate"),
+    "data": ("Cut", "load_pieces", "stream_pieces"),
+    "distiller": ("Distiller",),
+    "initialization": ("set_initial_decay",),
+    "losses": ("LossOutput", "distillation_loss"),
+    "run": ("Outcome", "train"),
+    "sampling": ("Span", "SpanDraw"),
+    "settings": ("TrainSettings",),
+    "sources": ("DataError",),
+    "trainer": ("AHNTrainer",),
+    "transfer": ("transfer_loss",),
 }
 
 __all__ = [
@@ -67,6 +59,7 @@ __all__ = [
 
 def __getattr__(name: str) -> object:
     """Imports a public name when it is first used: the Trainer alone takes seconds."""
-    if name not in _PLACES:
-        raise AttributeError(f"module 'ahn.training' has no attribute {name!r}")
-    return getattr(importlib.import_module(f"ahn.training.{_PLACES[name]}"), name)
+    for file, names in _PLACES.items():
+        if name in names:
+            return getattr(importlib.import_module(f"ahn.training.{file}"), name)
+    raise AttributeError(f"module 'ahn.training' has no attribute {name!r}")

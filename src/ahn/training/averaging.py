@@ -30,7 +30,7 @@ class WeightAverage:
     def __init__(self, model: nn.Module, part: float) -> None:
         self.model = model
         self.part = part
-        self.weights = {name: tensor.detach().clone() for name, tensor in memory_tensors(model).items()}
+        self.weights = _copied(model)
 
     @torch.no_grad()
     def update(self, step: int) -> None:
@@ -42,7 +42,7 @@ class WeightAverage:
     @contextmanager
     def in_place(self) -> Iterator[None]:
         """Gives the model the averaged weights inside a `with` block."""
-        trained = {name: tensor.detach().clone() for name, tensor in memory_tensors(self.model).items()}
+        trained = _copied(self.model)
         _copy(self.weights, self.model)
         try:
             yield
@@ -62,7 +62,11 @@ class WeightAverage:
         """Goes on from what `save` wrote."""
         with self.in_place():
             load_adapter(self.model, Path(folder) / FOLDER)
-            self.weights = {name: tensor.detach().clone() for name, tensor in memory_tensors(self.model).items()}
+            self.weights = _copied(self.model)
+
+
+def _copied(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: tensor.detach().clone() for name, tensor in memory_tensors(model).items()}
 
 
 @torch.no_grad()

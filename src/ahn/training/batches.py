@@ -36,8 +36,7 @@ class Pieces(Dataset[dict[str, torch.Tensor]]):
     """
 
     def __init__(self, sequences: Iterable[Piece]) -> None:
-        packed = [(_packed(piece.ids), None if piece.labels is None else _packed(piece.labels)) for piece in sequences]
-        self._sequences = packed
+        self._sequences = [_packed(piece) for piece in sequences]
 
     def __len__(self) -> int:
         return len(self._sequences)
@@ -77,8 +76,7 @@ class PieceStream(IterableDataset[dict[str, torch.Tensor]]):
         worker = get_worker_info()
         for number, piece in enumerate(self._open()):
             if worker is None or number % worker.num_workers == worker.id:
-                labels = None if piece.labels is None else _packed(piece.labels)
-                yield _item(_packed(piece.ids), labels)
+                yield _item(*_packed(piece))
 
 
 def collate(items: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
@@ -99,8 +97,9 @@ def collate(items: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
     return batch
 
 
-def _packed(ids: Sequence[int]) -> np.ndarray[Any, np.dtype[np.int32]]:
-    return np.asarray(ids, dtype=np.int32)
+def _packed(piece: Piece) -> tuple[Any, Any]:
+    """Ids and labels, if it has any, in four bytes each."""
+    return tuple(None if each is None else np.asarray(each, dtype=np.int32) for each in piece)  # type: ignore[return-value]
 
 
 def _item(ids: Any, labels: Any) -> dict[str, torch.Tensor]:

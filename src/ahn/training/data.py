@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from ahn.distillation import IGNORED
-from ahn.errors import ConfigError
+from ahn.errors import ConfigError, one_line
 from ahn.models.text import evenly, opening_of, text_tokens
 from ahn.training.batches import Piece, Pieces, PieceStream
 from ahn.training.sources import DataError, DataQuery, Document, documents
@@ -150,7 +150,9 @@ def _split(sources: list[str], tokenizer: Any, rules: Cut, query: DataQuery | No
     whole = (tokenise(document, tokenizer) for document in documents(sources, query))
     if not rules.pack:
         for piece in whole:
-            sequences = _spread(cut_document(piece, rules, opening), rules.per_document)
+            sequences = cut_document(piece, rules, opening)
+            if rules.per_document is not None and len(sequences) > rules.per_document:
+                sequences = evenly(sequences, rules.per_document)
             held_out = quota.take(len(sequences))
             yield from ((each, number >= len(sequences) - held_out) for number, each in enumerate(sequences))
         return
@@ -162,13 +164,6 @@ def _split(sources: list[str], tokenizer: Any, rules: Cut, query: DataQuery | No
         yield from ((full, held_out) for full in lines[held_out](piece))
     for is_held, line in lines.items():
         yield from ((rest, is_held) for rest in line(None))
-
-
-def _spread(sequences: list[Piece], most: int | None) -> list[Piece]:
-    """At most this number of sequences, at even distances."""
-    if most is None or len(sequences) <= most:
-        return sequences
-    return evenly(sequences, most)
 
 
 class _Quota:
@@ -227,7 +222,7 @@ def _rendered(document: Document, tokenizer: Any) -> tuple[str, list[tuple[int, 
         try:
             text: str = tokenizer.apply_chat_template(messages[:count], tokenize=False, add_generation_prompt=prompt)
         except Exception as error:  # a template may raise whatever it likes
-            reason = " ".join(str(error).split())
+            reason = one_line(error)
             raise DataError(f"{where}: the chat template refuses the messages ({reason}). Correct them.") from None
         return text
 

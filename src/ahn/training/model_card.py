@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 
 from torch import nn
@@ -65,8 +64,8 @@ def _training(settings: TrainSettings) -> str:
 def _results(report: Report) -> str:
     """The closing table."""
     rows = "\n".join(f"| {mode} | {nll} | {perplexity} |" for mode, nll, perplexity in report.rows())
-    share = report.gap_closed
-    summary = "" if math.isnan(share) else f"The memory wins back {share:.0%} of what the window loses. "
+    summary = report.summary()
+    summary = f"{summary[:1].upper()}{summary[1:]}. " if summary else ""
     return (
         f"{summary}{report.tokens:,} tokens beyond a window of {report.span.window} and {report.span.sinks} sinks.\n\n"
         f"| mode | nats per token | perplexity |\n|---|---|---|\n{rows}"

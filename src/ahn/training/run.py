@@ -17,10 +17,12 @@ from transformers.trainer_utils import IntervalStrategy
 
 import ahn
 from ahn.checkpoint import describe
-from ahn.errors import ConfigError
+from ahn.errors import ConfigError, one_line
 from ahn.memories import MEMORIES
 from ahn.models import load_model, load_tokenizer
+from ahn.models.loading import is_gguf
 from ahn.models.text import evenly
+from ahn.training.anchors.joint import load_score_weights
 from ahn.training.batches import Pieces, PieceStream, collate
 from ahn.training.data import load_pieces, stream_pieces
 from ahn.training.distiller import Distiller
@@ -79,11 +81,10 @@ def train(settings: TrainSettings, resume: bool = False, say: Say | None = None,
     sequences, held_out = _data(settings, tokenizer, say)
     begun = any(_is_begun(Path(str(args.output_dir))) for args in arguments.values())
     model = _model(settings, sequences, say, begun)
-    if settings.anchor_weights is not None:
-        ahn.load_anchors(model, settings.anchor_weights)
     if settings.precision == "auto" and "distill" in settings.stages:
         settings = dataclasses.replace(settings, precision=_precision(model, say))
     _write_settings(settings, folder)  # only now, so that a training that is refused leaves no folder
+    has_anchors = load_score_weights(model, settings, say)
     curves = {}
     for stage, args in arguments.items():
         curves[stage] = _run_stage(model, settings, stage, args, (sequences, held_out), say)
@@ -91,7 +92,7 @@ def train(settings: TrainSettings, resume: bool = False, say: Say | None = None,
     report = None
     if arguments[settings.stages[-1]].should_save:
         report = _close(model, settings, held_out, curves, folder, say)
-        if settings.anchor_weights is not None and any(settings.anchors):
+        if has_anchors:
             ahn.save_anchors(model, folder)
         write_training_card(model, settings, report, folder)
     return Outcome(folder, report, curves)
@@ -123,11 +124,6 @@ def check(settings: TrainSettings, resume: bool = False) -> None:
 
 def training_arguments(settings: TrainSettings, stage: str, progress: bool = False) -> TrainingArguments:
     """The settings in the words of transformers.
-
-    Args:
-        settings: The settings.
-        stage: The stage.
-        progress: Whether to draw a progress bar.
 
     Raises:
         ConfigError: transformers refuses a value, or an argument is unknown, or follows from another setting.
@@ -163,7 +159,7 @@ def training_arguments(settings: TrainSettings, stage: str, progress: bool = Fal
     try:
         arguments = TrainingArguments(**{**values, **_on_cpus(), **settings.arguments})
     except (TypeError, ValueError, ImportError) as error:
-        raise ConfigError(f"transformers refuses the arguments: {' '.join(str(error).split())}") from None
+        raise ConfigError(f"transformers refuses the arguments: {one_line(error)}") from None
     _check_processes(arguments)
     known = get_available_reporting_integrations()
     if unknown := [name for name in arguments.report_to or [] if name not in known]:
@@ -173,11 +169,7 @@ def training_arguments(settings: TrainSettings, stage: str, progress: bool = Fal
 
 
 def _check_processes(arguments: TrainingArguments) -> None:
-    """Checks that processes that were started together train together.
-
-    Raises:
-        ConfigError: Each of them would train alone.
-    """
+    """Checks that processes that were started together train together."""
     if arguments.world_size == 1 < _started_processes():
         raise ConfigError(
             f"torchrun started {_started_processes()} processes that do not find each other, so that each would train "
@@ -256,7 +248,9 @@ def _model(settings: TrainSettings, sequences: Pieces | PieceStream, say: Say, b
     """The base model with the memory as it is before the first step; any memory if its weights come later."""
     half = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
     dtype = ("bfloat16" if half else "float32") if settings.dtype == "auto" else settings.dtype
-    model = load_model(settings.model, dtype)
+    if settings.quantize is not None or is_gguf(settings.model):
+        dtype = "float32"
+    model = load_model(settings.model, dtype, quantize=settings.quantize)
     torch.manual_seed(settings.seed)
     ahn.attach(model, settings.memory_config())
     if begun:
@@ -327,18 +321,17 @@ def _run_stage(
 
 def _distiller(model: Any, settings: TrainSettings, stage: str) -> Distiller:
     """Teacher and student of a stage."""
-    if stage == "transfer":
-        return Distiller(model, settings.losses, "transfer", settings.slice_tokens, settings.recomputed != "none")
+    distill = stage == "distill"
     distiller = Distiller(
         model,
         settings.losses,
-        "distill",
+        "distill" if distill else "transfer",
         settings.slice_tokens,
         settings.recomputed != "none",
-        teacher=None if settings.teacher_cache is None else TeacherCache(settings.teacher_cache, model),
-        precision=torch.bfloat16 if settings.precision == "bfloat16" else None,
+        teacher=TeacherCache(settings.teacher_cache, model) if distill and settings.teacher_cache is not None else None,
+        precision=torch.bfloat16 if distill and settings.precision == "bfloat16" else None,
     )
-    if settings.recomputed == "layers":
+    if distill and settings.recomputed == "layers":
         distiller.activation_checkpointing_enable()
     return distiller
 
@@ -364,11 +357,11 @@ def _close(
     distiller = Distiller(model, stage="transfer")
     if not settings.report_tokens or not len(held_out) or distiller.is_sharded():
         return None
-    say("reading held-out text in the modes full, window and ahn")
+    say("reading held-out text in the modes full, window and ahn" + (", with anchors" if any(settings.anchors) else ""))
     distiller.finish()
     chosen = held_out.spread(settings.report_tokens)
     sequences = [chosen[number]["input_ids"] for number in range(len(chosen))]
-    report = evaluate(model, sequences, settings.span, settings.report_tokens)
+    report = evaluate(model, sequences, settings.span, settings.report_tokens, settings.reported_anchors)
     if report is not None:
         seen = max((line.get("num_input_tokens_seen", 0) for lines in curves.values() for line in lines), default=0)
         write_report(report, folder / TABLE, {"base": settings.model, "memory": settings.memory, "tokens_seen": seen})

@@ -20,7 +20,7 @@ from ahn.attachment import attachment_of
 from ahn.checkpoint.adapter import write_adapter
 from ahn.checkpoint.content import BaseInfo, check_keys, check_shapes, memory_tensors
 from ahn.checkpoint.loading import read
-from ahn.errors import CheckpointError
+from ahn.errors import CheckpointError, one_line
 
 _STAGING = ".saving"
 _CHECKPOINT = re.compile(r"checkpoint-(\d{1,15})", re.ASCII)
@@ -94,7 +94,7 @@ def _damage(checkpoint: Path) -> str | None:
                 if (part := content.testzip()) is not None:
                     return f"{part} in {file.name} has another checksum"
     except (CheckpointError, OSError, ValueError, RecursionError, zipfile.BadZipFile) as error:
-        return " ".join(str(error).split())
+        return one_line(error)
     return None
 
 

@@ -12,9 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 from ahn._home import write_text
 from ahn.config import (
+    USUAL_ANCHORS,
     AHNConfig,
     ExactTokens,
     MemoryPositions,
+    Quantize,
     Settings,
     SinkPositions,
     check_choice,
@@ -22,7 +24,7 @@ from ahn.config import (
     same_setting,
     setting,
 )
-from ahn.errors import ConfigError
+from ahn.errors import ConfigError, one_line
 
 if TYPE_CHECKING:  # what takes seconds to import, and help texts need not
     from ahn.training.data import Cut
@@ -67,6 +69,12 @@ class TrainSettings(Settings):
         choices=("auto", "float32", "bfloat16", "float16"),
         metavar="DTYPE",
     )
+    quantize: str | None = setting(
+        None,
+        "Store the weights of the base, which stay frozen, in fewer bits.",
+        choices=typing.get_args(Quantize),
+        unset="as the file has them",
+    )
     stages: tuple[str, ...] = setting(("distill",), "distill, transfer, or transfer,distill.", joined=True)
     steps: int = setting(500, "Optimizer steps of distill.", least=1)
     transfer_steps: int = setting(200, "Optimizer steps of transfer.", least=1)
@@ -105,14 +113,18 @@ class TrainSettings(Settings):
         "its memory learns to be one.",
         factory=lambda: (4, *_published("SINKS")[1:]),
     )
-    anchors: tuple[int, ...] = file_setting(
+    anchors: tuple[int, ...] = setting(
         (0,),
-        "Numbers of anchors that the student of the stage distill reads; one is drawn for each sequence. With several, "
-        "one memory serves with and without anchors.",
+        "Numbers of anchors to train with, joined by commas; one is drawn for each sequence. With 0 among them the "
+        "memory serves alone too.",
+        joined=True,
     )
     anchor_weights: str | None = file_setting(
-        None, "Weights of the score learned, which chooses the anchors, as for `ahn.load_anchors`."
+        None,
+        "Weights of the score learned, which chooses the anchors, as for `ahn.load_anchors`. Left out, those that ship "
+        "for the base, or new ones that are made from the texts first.",
     )
+    anchor_documents: int = file_setting(120, "Texts that new weights of the score learned are made from.", least=6)
     average: float = file_setting(
         0.0,
         "Part of the steps of the stage distill that the saved weights are averaged over: 0.25 for about the last "
@@ -196,14 +208,15 @@ class TrainSettings(Settings):
 
         if not self.stages or [stage for stage in STAGES if stage in self.stages] != list(self.stages):
             raise ConfigError(f"stages must be transfer, distill or both in this order, not {list(self.stages)}")
+        if self.quantize is not None and self.dtype not in ("auto", "float32"):
+            raise ConfigError(f"a base in {self.quantize} multiplies in float32: leave dtype={self.dtype} out")
         if not 0 < self.loss_share <= 1:
             raise ConfigError(f"loss_share must be a share above 0 and at most 1, not {self.loss_share}")
         if self.teacher_cache is not None and self.losses.get("attention"):
             raise ConfigError("teacher_cache does not serve the loss attention; leave one of the two out")
         if self.average > 1:
             raise ConfigError(f"average must be a part of the steps from 0 to 1, not {self.average}")
-        if any(self.anchor_draw.counts) and self.anchor_weights is None:
-            raise ConfigError("anchors need anchor_weights, the weights of the score that chooses them")
+        _ = self.anchor_draw  # checks the numbers
         if self.scale_lr and "optim" in self.arguments:
             raise ConfigError("scale_lr is a setting of our own AdamW; leave it or the argument optim out")
         low, high = self.initial_decay or (0, 1)
@@ -255,6 +268,11 @@ class TrainSettings(Settings):
         return AnchorDraw(self.anchors, self.seed)
 
     @property
+    def reported_anchors(self) -> int:
+        """Anchors of the closing table: the usual number where it was trained with, or the largest; 0 for none."""
+        return USUAL_ANCHORS if USUAL_ANCHORS in self.anchors else max(self.anchors)
+
+    @property
     def query(self) -> DataQuery:
         """What to take of a dataset."""
         from ahn.training.sources import DataQuery
@@ -284,7 +302,7 @@ def read_yaml(file: str | Path) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{file} cannot be read ({getattr(error, 'strerror', None) or error})") from None
     except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise ConfigError(f"{file} is no YAML: {' '.join(str(error).split())}") from None
+        raise ConfigError(f"{file} is no YAML: {one_line(error)}") from None
     if not isinstance(values, dict):
         raise ConfigError(f"{file} holds no settings; write one `name: value` a line")
     return _with_new_names(values)
@@ -317,11 +335,7 @@ def _check_range(field: dataclasses.Field[Any], value: Any) -> None:
 
 
 def _typed(name: str, value: Any, hint: Any) -> Any:
-    """The value in the type that a setting has; numbers may come as text, for YAML reads 1e-3 as one.
-
-    Raises:
-        ConfigError: It is of another kind.
-    """
+    """The value in the type that a setting has; numbers may come as text, for YAML reads 1e-3 as one."""
     origin, parts = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
         if value is None:
@@ -332,7 +346,7 @@ def _typed(name: str, value: Any, hint: Any) -> Any:
             return value
     elif origin is tuple:
         if isinstance(value, list | tuple) and (parts[-1] is ... or len(value) == len(parts)):
-            return tuple(_typed(name, each, parts[0]) for each in value)
+            return tuple(_typed(name, _whole(each) if parts[0] is int else each, parts[0]) for each in value)
     elif origin is dict or hint is dict:
         if isinstance(value, Mapping):
             return {
@@ -343,6 +357,11 @@ def _typed(name: str, value: Any, hint: Any) -> Any:
     kind = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}.get(hint, "a list")
     kind = "names with numbers" if origin is dict else kind
     raise ConfigError(f"{name} must be {kind}, not {value!r}")
+
+
+def _whole(value: Any) -> Any:
+    """A whole number that is joined to others in an option comes as text."""
+    return int(value) if isinstance(value, str) and value.isdecimal() else value
 
 
 def _number(value: Any, hint: type) -> Any:

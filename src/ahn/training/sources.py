@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from ahn.errors import AHNError
-from ahn.models.text import TEXT_FILES
+from ahn.errors import AHNError, one_line
+from ahn.models.text import TEXT_FILES, json_lines
 
 RECORD_FILES = (".jsonl", ".ndjson")
 _TABLES = (".parquet", ".arrow", ".csv")
@@ -94,7 +93,7 @@ def find_files(folder: Path) -> list[Path]:
 
 def _file_documents(file: Path) -> Iterator[Document]:
     if file.suffix in RECORD_FILES:
-        yield from _records(file)
+        yield from (to_document(record, where) for where, record in json_lines(file, DataError))
         return
     text = _decoded(file)
     if "\0" in text:
@@ -109,21 +108,6 @@ def _decoded(file: Path) -> str:
         raise DataError(f"{file} is not UTF-8 (byte {error.start:,}). Convert it with iconv.") from None
     except OSError as error:
         raise DataError(f"{file} cannot be read ({error.strerror}). Check its permissions.") from None
-
-
-def _records(file: Path) -> Iterator[Document]:
-    with file.open("rb") as lines:
-        for number, line in enumerate(lines, start=1):
-            where = f"{file}, line {number}"
-            if not line.strip():
-                continue
-            try:
-                record = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
-            except UnicodeDecodeError:
-                raise DataError(f"{where}: it is not UTF-8. Convert the file with iconv.") from None
-            except json.JSONDecodeError as error:
-                raise DataError(f"{where}: it is no JSON ({error.msg}, column {error.colno}). Correct it.") from None
-            yield to_document(record, where)
 
 
 def to_document(record: Any, where: str) -> Document:
@@ -172,7 +156,7 @@ def _dataset(source: str, path: Path, query: DataQuery) -> Iterable[Any]:
             name = str(path) if path.is_dir() else source
             records = datasets.load_dataset(name, query.name, split=query.split, streaming=query.streaming)
     except Exception as error:  # the hub's client and every file format have errors of their own
-        reason = " ".join(str(error).split())[:200]
+        reason = one_line(error)[:200]
         raise DataError(f"{source} cannot be loaded as a dataset ({type(error).__name__}: {reason}).") from None
     return records
 
@@ -191,10 +175,5 @@ def _could_be_a_name(source: str) -> bool:
         len(parts) <= 2
         and all(parts)
         and not source.startswith((".", "~", "/"))
-        and Path(parts[-1]).suffix
-        not in (
-            *TEXT_FILES,
-            *RECORD_FILES,
-            *_TABLES,
-        )
+        and Path(parts[-1]).suffix not in TEXT_FILES + RECORD_FILES + _TABLES
     )

@@ -254,11 +254,7 @@ class _Averaging(TrainerCallback):
 
 
 def _check_process(args: TrainingArguments) -> None:
-    """Checks that this process drives one device.
-
-    Raises:
-        ConfigError: It would drive several.
-    """
+    """Checks that this process drives one device."""
     if args.n_gpu > 1:
         raise ConfigError(
             f"one process sees {args.n_gpu} GPUs; start one process for each with "

@@ -1,7 +1,7 @@
 """The first stage: each layer's memory learns by itself what its window misses, from one pass of the teacher.
 
-Nothing is propagated back through the base model, and each layer's loss and gradients are taken while the pass is in
-that layer, so that neither time nor memory is much above those of reading the text once.
+Nothing is propagated back through the base model. Each layer's loss and gradients are taken while the pass is in that
+layer. So neither time nor memory is much above those of reading the text once.
 
 Legend of shapes: B rows, T tokens, E evicted tokens, H query heads, V value size.
 """

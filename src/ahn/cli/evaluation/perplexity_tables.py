@@ -26,14 +26,7 @@ _GROUPS = {
 
 
 def opening(loaded: Loaded, documents: Sequence[TokenDocument], plan: PerplexityPlan, left_out: int) -> list[str]:
-    """What will be read, by what, as lines of text.
-
-    Args:
-        loaded: The model.
-        documents: What will be read.
-        plan: How.
-        left_out: Documents that are too short.
-    """
+    """What will be read, by what, and how many documents are left out as too short, as lines of text."""
     sizes = [len(each.ids) for each in documents]
     config = loaded.config
     what = f"{len(sizes):,} documents of {min(sizes):,} to {max(sizes):,} tokens" if len(sizes) > 1 else ""

@@ -6,9 +6,9 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from ahn._home import new_figure, tidy
 from ahn.evaluation.benchmarks import BENCHMARKS
 from ahn.evaluation.benchmarks.side_by_side import BASELINE, Results
-from ahn.evaluation.drawing import new_figure, tidy
 from ahn.evaluation.metrics import METRICS
 from ahn.evaluation.page import Page
 from ahn.evaluation.tables import ResultTable, with_interval

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ahn.errors import one_line
 from ahn.evaluation.benchmarks import find
 from ahn.evaluation.benchmarks.schema import Sample, Scoring
 from ahn.evaluation.benchmarks.truncation import truncate
@@ -160,7 +161,7 @@ def load_data(file: Path) -> object:
         try:
             return yaml.safe_load(text)
         except yaml.YAMLError as error:
-            raise EvaluationError(f"{file} is no YAML ({' '.join(str(error).split())}). Correct it.") from None
+            raise EvaluationError(f"{file} is no YAML ({one_line(error)}). Correct it.") from None
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:

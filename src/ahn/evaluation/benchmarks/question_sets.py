@@ -37,10 +37,6 @@ class PromptRules:
     def prompt_ids(self, sample: Sample, tokenizer: PreTrainedTokenizerBase) -> list[int]:
         """Token ids of what a model reads for a record.
 
-        Args:
-            sample: The record.
-            tokenizer: The model's tokenizer.
-
         Raises:
             ConfigError: `max_tokens` leaves no room.
         """

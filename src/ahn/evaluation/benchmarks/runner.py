@@ -47,9 +47,6 @@ class BenchmarkRunner:
     def lengths(self, sets: Sequence[QuestionSet]) -> dict[str, list[int]]:
         """Tokens of all prompts, by the names of the sets.
 
-        Args:
-            sets: The sets to ask.
-
         Raises:
             ConfigError: `full` is among the arms, and a prompt with its answer is longer than the model's positions.
         """
@@ -64,11 +61,6 @@ class BenchmarkRunner:
 
     def answer(self, sample: Sample, ids: Sequence[int], arm: str) -> Record:
         """Reads a prompt in an arm and answers it.
-
-        Args:
-            sample: The record.
-            ids: Its prompt.
-            arm: Name of the arm.
 
         Returns:
             The line of a file of predictions, and what it cost: tokens read, seconds, and bytes of the cache.

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from ahn.errors import one_line
 from ahn.evaluation.benchmarks import find
 from ahn.evaluation.benchmarks.schema import Fields, Hub, Sample, Target
 from ahn.evaluation.errors import AnswerError, EvaluationError
@@ -61,7 +62,7 @@ def _hub_records(hub: Hub, dataset: str, target: Target, fields: Fields) -> Iter
     try:
         rows = datasets.load_dataset(dataset, split=split, **options)
     except Exception as error:  # the hub's client and every file format have errors of their own
-        reason = " ".join(str(error).split())[:200]
+        reason = one_line(error)[:200]
         raise EvaluationError(
             f"{dataset}: {target.name} cannot be loaded ({type(error).__name__}: {reason}). "
             "Download it and give the folder of its JSONL files."
@@ -83,25 +84,32 @@ def _sample(record: Record, fields: Fields, target: Target, where: str, number: 
     if missing := [name for name in fields.required if name not in record]:
         named = " and no ".join(f'"{name}"' for name in missing)
         raise EvaluationError(f"{where}: the record has no {named}. Correct it or leave it out.")
-    answers = record[fields.answers]
-    answers = answers if isinstance(answers, list) else [answers]
-    options = _options(record, fields, where)
-    if target.task.choice:
-        try:
-            answers = with_letter(answers, options)
-        except AnswerError as error:
-            raise EvaluationError(f"{where}: {error}") from None
-    own = record.get("id")
+    options, own = _options(record, fields, where), record.get("id")
     return Sample(
         where=where,
         target=target,
         id=own if isinstance(own, int | str) else number,
         context=_text(record, fields.context, where),
         question=_text(record, fields.question, where),
-        answers=tuple(answers),
+        answers=answers_of(record[fields.answers], options, target, where),
         keywords=_text(record, key, where) if (key := fields.keywords) and record.get(key) is not None else None,
         options=options,
     )
+
+
+def answers_of(value: Any, options: Any, target: Target, where: str) -> tuple[Any, ...]:
+    """The answers of a record, or its only one; of a choice, the right one of the options with its letter.
+
+    Raises:
+        EvaluationError: The answer is none of the options.
+    """
+    answers = value if isinstance(value, list) else [value]
+    if not (target.task.choice and isinstance(options, list | tuple)):
+        return tuple(answers)
+    try:
+        return tuple(with_letter(answers, options))
+    except AnswerError as error:
+        raise EvaluationError(f"{where}: {error}") from None
 
 
 def _text(record: Record, name: str, where: str) -> str:

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from ahn.errors import one_line
 from ahn.evaluation.errors import EvaluationError
 from ahn.evaluation.libraries import library
 from ahn.evaluation.records import read_records
@@ -136,7 +137,7 @@ def _loaded(manager: Any, name: str, data: str | None) -> list[Any]:
     try:
         return list(manager.load([specification])["tasks"].values())
     except Exception as error:  # every task's data has errors of its own
-        reason = " ".join(str(error).split())[:200]
+        reason = one_line(error)[:200]
         remedy = (
             f"Download it before, or give a folder of LongBench's files with --data for {LONGBENCH}<task>"
             if name.startswith(LONGBENCH)
@@ -156,7 +157,7 @@ def _local(manager: Any, name: str, folder: Path) -> dict[str, Any]:
     try:
         settings: dict[str, Any] = load_yaml(manager.task_index[name].yaml_path)
     except Exception as error:  # the settings import the task's metrics, which need packages of their own
-        reason = " ".join(str(error).split())[:200]
+        reason = one_line(error)[:200]
         raise EvaluationError(f"{name} cannot be loaded ({reason}). Run: pip install 'lm_eval[longbench]'") from None
 
     def dataset(**_: Any) -> Any:

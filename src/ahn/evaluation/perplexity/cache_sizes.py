@@ -35,11 +35,7 @@ class CacheSizes:
         self._counted = cost_model(model.config, config, dtype=attachment.layers[0].dtype)
 
     def bytes_of(self, arm: str) -> int | None:
-        """Bytes of an arm's cache; `None` for `tail`, which keeps its text as tokens.
-
-        Args:
-            arm: Its name.
-        """
+        """Bytes of an arm's cache; `None` for `tail`, which keeps its text as tokens."""
         kind = find_arm(arm)
         methods = {"ahn": self._memory, "ct_max": "ct", "ct_mean": "ct"}
         return None if kind.method == "tail" else self._bytes(methods.get(kind.method, kind.method), kind)

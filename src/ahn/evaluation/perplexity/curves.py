@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from ahn.evaluation.drawing import arm_colours, new_figure, tidy
+from ahn._home import new_figure, tidy
+from ahn.evaluation.drawing import arm_colours
 
 _HEADROOM = 2.5  # times what the arms hold, up to which the line of full attention is drawn
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from ahn._home import new_figure, tidy
 from ahn.evaluation.arm_names import Arm, find_arm
-from ahn.evaluation.drawing import new_figure, tidy
 
 # The colours of Okabe and Ito, which people who do not tell red from green can tell apart; markers differ, too.
 _STYLES = {

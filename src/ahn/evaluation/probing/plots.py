@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-from ahn.evaluation.drawing import new_figure, tidy
+from ahn._home import new_figure, tidy
 from ahn.evaluation.probing.state import StateTrace
 
 _COLOURS = "cividis"  # looks the same to people who do not tell red from green

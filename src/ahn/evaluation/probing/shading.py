@@ -14,6 +14,7 @@ from typing import Any, Literal
 import torch
 
 from ahn.evaluation.probing.gradients import TokenGradients
+from ahn.models.text import GrowingText
 
 Part = Literal["sinks", "evicted", "window"]
 PARTS: tuple[Part, ...] = ("sinks", "evicted", "window")
@@ -100,24 +101,10 @@ def strongest(tokens: Sequence[ShownToken], count: int) -> list[tuple[ShownToken
 
 
 def token_texts(tokenizer: Any, ids: Sequence[int]) -> list[str]:
-    """What each token adds to the text; joined, the text that the tokenizer makes of all of them.
-
-    Args:
-        tokenizer: A tokenizer of transformers.
-        ids: Token ids.
-    """
-    texts, first, shown = [], 0, 0  # the tokens from `first` to `shown` give the next ones their context
-    for stop in range(1, len(ids) + 1):
-        before, now = (_decode(tokenizer, ids[first:end]) for end in (shown, stop))
-        whole = stop == len(ids) or not now.endswith("\ufffd")  # else a part of a character, which more tokens follow
-        texts.append(now[len(before) :] if whole else "")
-        if whole:
-            first, shown = shown, stop
-    return texts
-
-
-def _decode(tokenizer: Any, ids: Sequence[int]) -> str:
-    return str(tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False))
+    """What each token adds to the text; joined, the text that the tokenizer makes of all of them."""
+    growing = GrowingText(tokenizer, special=True)
+    texts = [growing.add(token) for token in ids]
+    return [*texts[:-1], *(last + growing.end() for last in texts[-1:])]
 
 
 def _surroundings(tokens: Sequence[ShownToken], position: int, before: int = 6, after: int = 4) -> str:

@@ -11,10 +11,11 @@ from typing import Any
 import numpy as np
 import torch
 
+from ahn._home import new_figure
 from ahn.evaluation.arms import ArmReader, arm_reader
 from ahn.evaluation.bootstrap import interval
 from ahn.evaluation.controls import CONTROLS, Oracle
-from ahn.evaluation.drawing import arm_colours, new_figure
+from ahn.evaluation.drawing import arm_colours
 from ahn.evaluation.driver import Job, OnProgress, complete
 from ahn.evaluation.journal import Journal
 from ahn.evaluation.recall.items import ItemMaker, RecallItem

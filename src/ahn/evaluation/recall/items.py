@@ -216,9 +216,8 @@ class ItemMaker:
         facts = TASKS[spec.task].make(rng, spec)
         closings = {question: len(self.closing(question)) for question in facts.questions}
         before, after = len(self.opening), max(closings.values())
-        text = self._filled(
-            facts, facts.filler or self._from_random_one(rng), spec.length - before - after, spec.length
-        )
+        filler = facts.filler or self._from_random_one(rng)
+        text = self._filled(facts, filler, spec.length - before - after, spec.length)
         answered = max(closings[question] + self.limit(values) for question, values in facts.questions.items())
 
         def label(span: tuple[int, int]) -> str | None:

@@ -19,7 +19,7 @@ from torch import nn
 from ahn import native
 from ahn.attention.call import Call, LayerCall, Softmax
 from ahn.attention.function import softmax_of
-from ahn.attention.softmax import explicit_weights
+from ahn.attention.softmax import Reading, explicit_weights
 from ahn.backbone.rotary import Rotary
 from ahn.cache.record import TokenRecord
 from ahn.memories import Memory
@@ -140,7 +140,8 @@ class DecodedTokens:
             missing = places >= self.anchors.counts[:, None]
             beyond, sinks = torch.cat((missing, beyond), dim=1), sinks + missing.size(1)
         mask_B11N = torch.zeros(beyond.shape, device=keys.device).masked_fill_(beyond, float("-inf"))[:, None, None]
-        weights = explicit_weights(q_BH1K, sink_q_BH1K, keys, mask_B11N, slice(0, sinks), softmax)
+        reading = Reading(q_BH1K, sink_q_BH1K, keys, values, mask_B11N, slice(0, sinks))
+        weights = explicit_weights(reading, softmax)
         return torch.matmul(weights.to(values.dtype), values).view(self.count, 1, -1, values.size(3))
 
     def close(self) -> None:

@@ -83,12 +83,7 @@ class _Layer:
     samples: list[torch.Tensor] = dataclasses.field(default_factory=list)
 
     def keep(self, asked: _Asked, kinds: Sequence[str]) -> None:
-        """Collects, for each token of a fact, the query that looked at it most.
-
-        Args:
-            asked: What the layer saw of a text.
-            kinds: The kind of fact of each of the facts' tokens.
-        """
+        """Collects, for each token of a fact, by its kind, the query that looked at it most."""
         query_heads, questions = asked.rests_HQ.shape
         for index, kind in sorted(set(zip(asked.shares_HQF.flatten(0, 1).argmax(0).tolist(), kinds))):
             head, question = divmod(index, questions)
@@ -122,13 +117,7 @@ class _Layer:
         return _Responses(offsets_N, by_kind)
 
     def weights(self, responses: _Responses, least: Mapping[str, float], kinds: Mapping[str, bool]) -> AnchorQueries:
-        """The layer's weights of the score.
-
-        Args:
-            responses: How its queries attend to texts.
-            least: The kinds that the layer scores by, and the threshold of each.
-            kinds: All kinds of all layers, and whether their facts are long.
-        """
+        """The layer's weights of the score: `least` has its kinds and their thresholds, `kinds` which are long."""
         chosen = [responses.by_kind[kind].queries if kind in least else [] for kind in kinds]
         heads, size = self.samples[0].size(0), self.queries[0].numel()
         weights = AnchorQueries([len(own) for own in chosen], heads, size, list(kinds.values()))
@@ -159,11 +148,7 @@ class _Response(NamedTuple):
     sample_S: torch.Tensor
 
     def shares(self, meant_F: torch.Tensor) -> float:
-        """Share of some facts' tokens that score higher than most other tokens.
-
-        Args:
-            meant_F: Mask of the facts' tokens that are counted.
-        """
+        """Share of the facts' tokens in a mask that score higher than most other tokens."""
         return (self.facts_F[meant_F] > _rarest(self.sample_S, _BEST)).float().mean().item()
 
 
@@ -235,12 +220,7 @@ def _is_long(kind: str, documents: Sequence[FactText]) -> bool:
 def _scoring_layers(
     responses: Mapping[int, Mapping[str, _Response]], meant: Mapping[str, torch.Tensor]
 ) -> dict[int, dict[str, float]]:
-    """For each scoring layer its kinds, and the threshold of each kind.
-
-    Args:
-        responses: How the queries of each kind attend to texts, by layer.
-        meant: For each kind a mask of its tokens among all facts of all texts, `[F]`.
-    """
+    """For each scoring layer its kinds, and the threshold of each kind."""
     scoring: dict[int, dict[str, float]] = {}
     for kind, meant_F in meant.items():
         shares = {index: look[kind].shares(meant_F) for index, look in responses.items()}

@@ -5,25 +5,21 @@ Legend of shapes: T tokens, D hidden size, H query heads, G key/value heads, K k
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
-from transformers.masking_utils import AttentionMaskInterface
-from transformers.modeling_utils import AttentionInterface
 
 import ahn
 from ahn.attachment import AttentionLayer, attachment_of
-from ahn.attention.function import attention_function
-from ahn.attention.masks import mask_function
+from ahn.attention.recording import MakeReceiver, Receive, hand_over
 from ahn.backbone import compat
 from ahn.backbone.rotary import Tables
-from ahn.backbone.survey import find_backbone, implementation
+from ahn.backbone.survey import find_backbone
 
-WATCHED = "ahn_watched"
 _LEAST = 1e-6
 _OUTPUTS = ("o_proj", "out_proj", "dense", "c_proj")
 
@@ -46,11 +42,11 @@ class LayerAttention:
     layer: AttentionLayer
     hidden_TD: torch.Tensor
     length_T: torch.Tensor
-    tables: Tables | None = None
-    query_HTK: torch.Tensor = dataclasses.field(default_factory=lambda: torch.empty(0))
-    key_GTK: torch.Tensor = dataclasses.field(default_factory=lambda: torch.empty(0))
-    value_GTV: torch.Tensor = dataclasses.field(default_factory=lambda: torch.empty(0))
-    scaling: float = 1.0
+    tables: Tables | None
+    query_HTK: torch.Tensor
+    key_GTK: torch.Tensor
+    value_GTV: torch.Tensor
+    scaling: float
 
     def scores(self, head: int, first: int) -> torch.Tensor:
         """Products of the queries from `first` on with all keys, `[T - first, T]`; -inf for later keys.
@@ -96,63 +92,45 @@ def watch(model: nn.Module, ids: torch.Tensor, look: Look) -> None:
         ids: Token ids, `[T]`.
         look: Receives what each layer computes, in order.
     """
-    attachment, backbone = attachment_of(model), find_backbone(model)
-    with ahn.mode(model, "full"), _watched(backbone, attachment.layers, look), implementation(backbone, WATCHED):
-        backbone(input_ids=ids[None].to(compat.input_device(backbone)), use_cache=False)
-
-
-@contextlib.contextmanager
-def _watched(backbone: nn.Module, layers: tuple[AttentionLayer, ...], look: Look) -> Iterator[None]:
+    layers, backbone = attachment_of(model).layers, find_backbone(model)
     names = {module: name for name, module in backbone.named_modules()}
-    lengths: dict[nn.Module, torch.Tensor] = {}
+    lengths: dict[int, torch.Tensor] = {}
     handles = []
     for layer in layers:
         around = backbone.get_submodule(names[layer.module].rpartition(".")[0])
-        handles.append(around.register_forward_pre_hook(_note_length(layer, lengths), with_kwargs=True))
-        handles.append(layer.module.register_forward_pre_hook(_bring(layer, lengths, look), with_kwargs=True))
+        handles.append(around.register_forward_pre_hook(_note_length(layer.index, lengths), with_kwargs=True))
+    receivers: dict[nn.Module, MakeReceiver] = {
+        layer.module: functools.partial(_receiver, layer, lengths, look) for layer in layers
+    }
     try:
-        yield
+        with ahn.mode(model, "full"), hand_over(backbone, receivers):
+            backbone(input_ids=ids[None].to(compat.input_device(backbone)), use_cache=False)
     finally:
         for handle in handles:
             handle.remove()
 
 
-def _note_length(layer: AttentionLayer, lengths: dict[nn.Module, torch.Tensor]) -> Callable[..., None]:
+def _note_length(index: int, lengths: dict[int, torch.Tensor]) -> Callable[..., None]:
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         hidden = args[0] if args else kwargs["hidden_states"]
-        lengths[layer.module] = hidden[0].float().norm(dim=-1).clamp(min=_LEAST)
+        lengths[index] = hidden[0].float().norm(dim=-1).clamp(min=_LEAST)
 
     return hook
 
 
-def _bring(attention_layer: AttentionLayer, lengths: dict[nn.Module, torch.Tensor], look: Look) -> Callable[..., Any]:
-    """A hook that passes what is known before a layer on to the attention function."""
+def _receiver(
+    layer: AttentionLayer,
+    lengths: dict[int, torch.Tensor],
+    look: Look,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> Receive:
+    """Joins what is known before a layer and what its attention gets, and hands both over."""
+    hidden = args[0] if args else kwargs["hidden_states"]
+    tables = kwargs.get("position_embeddings") if layer.rotation is not None else None
 
-    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        hidden = args[0] if args else kwargs["hidden_states"]
-        tables = kwargs.get("position_embeddings") if attention_layer.rotation is not None else None
-        layer = LayerAttention(attention_layer, hidden[0], lengths[attention_layer.module], tables)
-        return args, {**kwargs, WATCHED: (layer, look)}
+    def receive(output: torch.Tensor, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, more: Any) -> None:
+        scaling = query.size(-1) ** -0.5 if more.get("scaling") is None else more["scaling"]
+        look(LayerAttention(layer, hidden[0], lengths[layer.index], tables, query[0], key[0], value[0], scaling))
 
-    return hook
-
-
-def _attend(
-    module: nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: Any,
-    ahn_watched: tuple[LayerAttention, Look],
-    scaling: float | None = None,
-    **kwargs: Any,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    layer, look = ahn_watched
-    layer.query_HTK, layer.key_GTK, layer.value_GTV = query[0], key[0], value[0]
-    layer.scaling = query.size(-1) ** -0.5 if scaling is None else scaling
-    look(layer)
-    return attention_function(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
-
-
-AttentionInterface.register(WATCHED, _attend)
-AttentionMaskInterface.register(WATCHED, mask_function)
+    return receive

@@ -17,15 +17,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _PEOPLE = (
-    "Anna",
-    "Peter",
-    "Mr. Holt",
-    "Lady Ames",
-    "the captain",
-    "Dr. Reyes",
-    "the gardener",
-    "Miss Orde",
-    "her aunt",
+    *("Anna", "Peter", "Mr. Holt", "Lady Ames", "the captain"),
+    *("Dr. Reyes", "the gardener", "Miss Orde", "her aunt"),
 )
 _THINGS = ("the blue house", "the old safe", "the boat", "the garden gate", "the clock", "his cabin", "the archive")
 _QUOTED = (40, 160)  # characters of a sentence that is asked for
@@ -84,54 +77,84 @@ class Source(NamedTuple):
     words: Sequence[str]
 
 
-def _code(source: Source) -> Fact:
-    thing, number = _thing(source), _number(source.rng)
-    said = f"The code for {thing} is {number}"
-    return Fact(said, f"What is the code for {thing}?", said, number)
+def _thing(source: Source) -> str:
+    """The subject of a fact: one of a few things, or a word of the text."""
+    return source.rng.choice((source.rng.choice(_THINGS), f"the {source.rng.choice(source.words)}"))
 
 
-def _letter(source: Source) -> Fact:
-    who, town = source.rng.choice(_PEOPLE), _name(source.rng)
-    said = f"{who} had hidden the letter in {town}"
-    return Fact(said, f"Where had {who} hidden the letter?", said, town)
+def _number(source: Source) -> str:
+    return str(source.rng.randrange(10 ** source.rng.choice((3, 4, 5, 6)), 10**7))
 
 
-def _fare(source: Source) -> Fact:
-    who, town, number = source.rng.choice(_PEOPLE), _name(source.rng), _number(source.rng)
-    question = f"How many shillings did {who} pay on the train to {town}?"
-    return Fact(f"On the train to {town}, {who} paid {number} shillings", question, f"{number} shillings", number)
+def _name(source: Source) -> str:
+    """A word that no language has, such as "Tavoreb"."""
+    rng = source.rng
+    syllables = (rng.choice("bcdfghklmnprstvw") + rng.choice("aeiou") for _ in range(rng.choice((2, 3))))
+    return "".join(syllables).capitalize() + rng.choice(("", "n", "r", "s"))
 
 
-def _setting(source: Source) -> Fact:
-    name, number = _name(source.rng).lower(), _number(source.rng)
-    return Fact(f"{name} = {number}", f"What is the value of {name}?", f"{name} = {number}", number)
+def _serial(source: Source) -> str:
+    """Groups of letters and digits such as "7f3-k20e"."""
+    rng = source.rng
+    letters = rng.choice(
+        ("0123456789abcdef", "0123456789abcdefghijklmnopqrstuvwxyz", "0123456789ABCDEFGHJKLMNPQRSTUVWXYZ")
+    )
+    groups = ("".join(rng.choices(letters, k=rng.randint(2, 6))) for _ in range(rng.randint(1, 5)))
+    return rng.choice(("-", "-", "/", ".")).join(groups)
 
 
-def _called(source: Source) -> Fact:
-    who, name = source.rng.choice(_PEOPLE), _name(source.rng)
-    return Fact(f"the dog of {who} was called {name}", f"What was the dog of {who} called?", f"It was {name}", name)
-
-
-def _serial(source: Source) -> Fact:
-    thing, serial = _thing(source), _letters_and_digits(source.rng)
-    said = f"The serial of {thing} reads {serial}"
-    return Fact(said, f"What does the serial of {thing} read?", said, serial)
-
-
-def _password(source: Source) -> Fact:
-    thing, words = _thing(source), source.rng.choice((" ", "-")).join(source.rng.sample(source.words, 2))
-    said = f"The password of {thing} is {words}"
-    return Fact(said, f"What is the password of {thing}?", said, words)
-
-
-FORMATS: dict[str, Callable[[Source], Fact]] = {
-    "code": _code,
-    "letter": _letter,
-    "fare": _fare,
-    "setting": _setting,
-    "called": _called,
+_DRAW: dict[str, Callable[[Source], str]] = {
+    "who": lambda source: source.rng.choice(_PEOPLE),
+    "thing": _thing,
+    "number": _number,
+    "name": _name,
+    "variable": lambda source: _name(source).lower(),
     "serial": _serial,
-    "password": _password,
+    "words": lambda source: source.rng.choice((" ", "-")).join(source.rng.sample(source.words, 2)),
+}
+
+
+class Format(NamedTuple):
+    """How facts of a kind are told and asked for.
+
+    Attributes:
+        parts: Names of what is drawn, in this order; the last one is the value.
+        sentence: The sentence, with these names in braces.
+        question: The question.
+        answer: The whole answer; the sentence if left out.
+    """
+
+    parts: tuple[str, ...]
+    sentence: str
+    question: str
+    answer: str = ""
+
+    def make(self, source: Source) -> Fact:
+        """A new fact."""
+        drawn = {part: _DRAW[part](source) for part in self.parts}
+        said, question, answer = (
+            text.format(**drawn) for text in (self.sentence, self.question, self.answer or self.sentence)
+        )
+        return Fact(said, question, answer, drawn[self.parts[-1]])
+
+
+FORMATS = {
+    "code": Format(("thing", "number"), "The code for {thing} is {number}", "What is the code for {thing}?"),
+    "letter": Format(("who", "name"), "{who} had hidden the letter in {name}", "Where had {who} hidden the letter?"),
+    "fare": Format(
+        ("who", "name", "number"),
+        "On the train to {name}, {who} paid {number} shillings",
+        "How many shillings did {who} pay on the train to {name}?",
+        "{number} shillings",
+    ),
+    "setting": Format(("variable", "number"), "{variable} = {number}", "What is the value of {variable}?"),
+    "called": Format(
+        ("who", "name"), "the dog of {who} was called {name}", "What was the dog of {who} called?", "It was {name}"
+    ),
+    "serial": Format(
+        ("thing", "serial"), "The serial of {thing} reads {serial}", "What does the serial of {thing} read?"
+    ),
+    "password": Format(("thing", "words"), "The password of {thing} is {words}", "What is the password of {thing}?"),
 }
 """Kinds of facts by name. Beside them, sentences of the text itself are asked for."""
 
@@ -184,7 +207,7 @@ def _facts(text: str, rng: random.Random, formats: Sequence[str]) -> list[tuple[
         raise UnfitText(f"a text has fewer than {_LEAST_WORDS} words, so nothing can be made of them")
     alike = rng.random() < _ALIKE
     kinds = [rng.choice(formats)] * rng.randint(2, 4) if alike else rng.choices(formats, k=rng.randint(1, 3))
-    pairs = [(kind, FORMATS[kind](source)) for kind in kinds]
+    pairs = [(kind, FORMATS[kind].make(source)) for kind in kinds]
     return list({fact.question: (kind, fact) for kind, fact in pairs}.values())
 
 
@@ -203,27 +226,3 @@ def _positions(tokenizer: PreTrainedTokenizerBase, text: str, fact: Fact, shift:
     before = tokenizer(text[:begin].rstrip(" "), add_special_tokens=False)["input_ids"]
     until = tokenizer(text[: begin + len(fact.value)], add_special_tokens=False)["input_ids"]
     return tuple(range(shift + len(before), shift + len(until)))
-
-
-def _thing(source: Source) -> str:
-    """The subject of a fact: one of a few things, or a word of the text."""
-    return source.rng.choice((source.rng.choice(_THINGS), f"the {source.rng.choice(source.words)}"))
-
-
-def _number(rng: random.Random) -> str:
-    return str(rng.randrange(10 ** rng.choice((3, 4, 5, 6)), 10**7))
-
-
-def _name(rng: random.Random) -> str:
-    """A word that no language has, such as "Tavoreb"."""
-    syllables = (rng.choice("bcdfghklmnprstvw") + rng.choice("aeiou") for _ in range(rng.choice((2, 3))))
-    return "".join(syllables).capitalize() + rng.choice(("", "n", "r", "s"))
-
-
-def _letters_and_digits(rng: random.Random) -> str:
-    """Groups of letters and digits such as "7f3-k20e"."""
-    letters = rng.choice(
-        ("0123456789abcdef", "0123456789abcdefghijklmnopqrstuvwxyz", "0123456789ABCDEFGHJKLMNPQRSTUVWXYZ")
-    )
-    groups = ("".join(rng.choices(letters, k=rng.randint(2, 6))) for _ in range(rng.randint(1, 5)))
-    return rng.choice(("-", "-", "/", ".")).join(groups)

@@ -71,12 +71,13 @@ def check_anchor_settings(settings: AnchorSettings) -> None:
     resolve(settings.model)
 
 
-def train_anchors(settings: AnchorSettings, say: Say | None = None) -> AnchorReport:
+def train_anchors(settings: AnchorSettings, say: Say | None = None, model: Any = None) -> AnchorReport:
     """Makes scores for anchors and writes their weights into a folder, for `ahn.load_anchors`.
 
     Args:
         settings: The settings.
         say: Prints a line of progress.
+        model: The base model with a memory attached, which takes the weights; loaded if left out.
 
     Raises:
         ConfigError: A setting cannot work.
@@ -87,8 +88,9 @@ def train_anchors(settings: AnchorSettings, say: Say | None = None) -> AnchorRep
     say = say or (lambda text: None)
     check_anchor_settings(settings)
     texts = _documents(settings, load_tokenizer(settings.model))
-    model = load_model(settings.model)
-    ahn.attach(model, ahn.AHNConfig(window=settings.window, sinks=_SINKS))
+    if model is None:
+        model = load_model(settings.model)
+        ahn.attach(model, ahn.AHNConfig(window=settings.window, sinks=_SINKS))
     votes: dict[int, dict[str, nn.Module]] = {}
     queries, fits = {}, {}
     if "asked" in settings.scores:

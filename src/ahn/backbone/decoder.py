@@ -1,0 +1,164 @@
+"""Decoder layers of the usual build: norm, attention with rotary positions, norm, gated MLP.
+
+Which parts a layer has is read off its modules by the names that most families give them. Whether it computes what
+these parts suggest is for the caller to verify.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from ahn import native
+from ahn.backbone import compat, linear
+from ahn.native.layer import LayerWeights, LinearWeight, NormWeight
+from ahn.quantization import GroupedWeight, HalfWeight, QuantizedLinear
+
+Activation = Literal["silu", "gelu_tanh"]
+_ATTENTION = {"query": "q_proj", "key": "k_proj", "value": "v_proj", "output": "o_proj"}
+_HEAD_NORMS = {"query_norm": "q_norm", "key_norm": "k_norm"}
+_MLP = {"gate": "gate_proj", "up": "up_proj", "down": "down_proj"}
+_NORMS = {"first": "input_layernorm", "second": "post_attention_layernorm"}
+_ACTIVATION = "act_fn"
+
+
+def decoder_layers(backbone: nn.Module, attention: Collection[nn.Module]) -> Iterator[tuple[nn.Module, nn.Module]]:
+    """Each module that holds an attention module, with that."""
+    inside = {id(module) for module in attention}
+    for parent in backbone.modules():
+        for child in parent.children():
+            if id(child) in inside:
+                yield parent, child
+
+
+class DecoderParts:
+    """The modules of a decoder layer, and whether they are still what they were.
+
+    Args:
+        layer: The layer.
+        attention: Its attention module.
+        ours: Names of modules in it that this library has put there.
+
+    Raises:
+        LookupError: The layer is built otherwise.
+
+    Attributes:
+        weights: The weights that the modules have now.
+    """
+
+    def __init__(self, layer: nn.Module, attention: nn.Module, ours: Collection[str]) -> None:
+        mlp: Any = getattr(layer, "mlp", None)
+        norms = {*_HEAD_NORMS.values()} & set(attention._modules)
+        _require(layer, {"self_attn", "mlp", *_NORMS.values()})
+        _require(attention, {*_ATTENTION.values(), *norms} | ({*ours} & set(attention._modules)))
+        _require(mlp, {*_MLP.values()} | ({_ACTIVATION} & set(mlp._modules)))
+        if layer._modules["self_attn"] is not attention or len(norms) == 1:
+            raise LookupError("its attention is built otherwise")
+        maps = {name: _linear(attention, child) for name, child in _ATTENTION.items()}
+        maps |= {name: _linear(mlp, child) for name, child in _MLP.items()}
+        heads: Mapping[str, Any] = {name: _norm(attention, child) for name, child in _HEAD_NORMS.items() if norms}
+        self.weights = LayerWeights(
+            **{name: _norm(layer, child) for name, child in _NORMS.items()},  # type: ignore[arg-type]
+            **maps,  # type: ignore[arg-type]
+            query_norm=heads.get("query_norm"),
+            key_norm=heads.get("key_norm"),
+            activation=_activation(mlp.act_fn),
+        )
+        parts = [*_children(attention, {*_ATTENTION.values(), *norms}), *_children(mlp, set(mlp._modules))]
+        parts += _children(layer, {"self_attn", "mlp", *_NORMS.values()})
+        self._modules = [
+            (parent._modules, name, child, vars(child), _own_forward(child)) for parent, name, child in parts
+        ]
+        self._hooks = [(child._forward_pre_hooks, child._forward_hooks, child) for *_, child in parts]
+        tensors = {id(tensor): (own, name, tensor) for *_, child in parts for own, name, tensor in _tensors(child)}
+        self._tensors = [(own, name, tensor.data_ptr()) for own, name, tensor in tensors.values()]
+
+    def are_same(self) -> bool:
+        """Whether no module was replaced or given other tensors since."""
+        for modules, name, module, facts, forward in self._modules:
+            if modules.get(name) is not module or facts.get("forward") is not forward:
+                return False
+        # A loop and no generator: this runs for every layer of every token.
+        for own, name, address in self._tensors:  # noqa: SIM110
+            if own[name].data_ptr() != address:
+                return False
+        return True
+
+    def are_free(self) -> bool:
+        """Whether no hook of others is on a module."""
+        for before, after, module in self._hooks:
+            if before and not all(hook.__module__.startswith("ahn.") for hook in before.values()):
+                return False
+            if after and not compat.only_captures(module):
+                return False
+        return True
+
+
+def _children(parent: nn.Module, names: Collection[str]) -> list[tuple[nn.Module, str, nn.Module]]:
+    return [(parent, name, child) for name, child in parent.named_children() if name in names]
+
+
+def _own_forward(module: nn.Module) -> Any:
+    """The forward of its own that a module has, or `None`."""
+    forward = vars(module).get("forward")
+    if forward is not None and not linear.is_ours(module):
+        raise LookupError("something else has changed how a module computes")
+    return forward
+
+
+def _tensors(module: nn.Module) -> Iterator[tuple[dict[str, Any], str, torch.Tensor]]:
+    """The tensors that a module holds, with where it holds them; one of a stored weight, whose parts move together."""
+    yield from ((module._parameters, name, each) for name, each in module._parameters.items() if each is not None)
+    if isinstance(module, QuantizedLinear):
+        name, tensor = next(module.stored.named_buffers())
+        yield module.stored._buffers, name, tensor  # type: ignore[misc]
+
+
+def _require(module: Any, children: Collection[str]) -> None:
+    """Checks that a module has these children, no others, and no weights of its own."""
+    if not isinstance(module, nn.Module) or set(module._modules) != set(children) or any(module._parameters.values()):
+        raise LookupError("its modules are others")
+
+
+def _linear(parent: nn.Module, name: str) -> LinearWeight:
+    module: Any = parent._modules[name]
+    bias = module.bias if isinstance(module, (nn.Linear, QuantizedLinear)) else None
+    weight: Any = None
+    if type(module) is nn.Linear:
+        weight = module.weight if native.ready(module.weight) else None
+    elif type(module) is QuantizedLinear and isinstance(module.stored, GroupedWeight):
+        weight = module.stored.described()
+    elif type(module) is QuantizedLinear and isinstance(module.stored, HalfWeight) and native.ready():
+        weight = module.stored.weight_bits
+    dense = isinstance(weight, torch.Tensor) and not (weight.is_contiguous() and weight.is_cpu)
+    if weight is None or dense or (bias is not None and not native.ready(bias.detach())):
+        raise LookupError(f"{name} is no linear map that the kernels take")
+    return LinearWeight(weight, module.out_features, bias)
+
+
+def _norm(parent: nn.Module, name: str) -> NormWeight:
+    module: Any = parent._modules[name]
+    epsilon = getattr(module, "variance_epsilon", getattr(module, "eps", None))
+    weight = module._parameters.get("weight")
+    if weight is None or len(module._parameters) > 1 or not isinstance(epsilon, float) or not native.ready(weight):
+        raise LookupError(f"{name} is no norm that the kernel takes")
+    return NormWeight(weight, epsilon)
+
+
+def _activation(function: Any) -> Activation:
+    """Which activation a function is, by what it gives."""
+    x = torch.linspace(-6, 6, 97)
+    with torch.no_grad():
+        y = function(x)
+    known: dict[Activation, torch.Tensor] = {
+        "silu": functional.silu(x),
+        "gelu_tanh": functional.gelu(x, approximate="tanh"),
+    }
+    for name, expected in known.items():
+        if torch.allclose(y, expected, atol=1e-6):
+            return name
+    raise LookupError("its activation is another")

@@ -1,0 +1,294 @@
+/* One token through a decoder layer: norm, projections, rotation, attention, memory, output, gated MLP.
+ *
+ * All of it is one team of threads, which meets six times. What is cheap is done by every thread for itself (norms,
+ * rotated queries), because meeting costs more.
+ *
+ * Legend of shapes: D hidden size, H query heads, G kv heads, R = H / G, K size of keys and values, I inner size.
+ */
+#include "kernels.h"
+
+#define UNIT PANEL_ROWS /* rows of a weight that a thread multiplies at once */
+
+#define PACKED 3 /* a kind of weights beside those of numbers */
+
+/* A linear map [rows, columns] of one kind; `numbers` is a `packed` where it is PACKED. */
+typedef struct {
+    index_t kind, rows, columns;
+    const void *numbers;
+    const float *bias; /* [rows], or NULL */
+} Weight;
+
+typedef struct {
+    const float *weight; /* NULL where there is no such norm */
+    float epsilon;
+} Norm;
+
+/* What does not change from token to token. */
+typedef struct {
+    index_t hidden, heads, kv_heads, size, is_gelu;
+    Norm first, second, query_norm, key_norm;
+    Weight query, key, value, output, gate, up, down;
+    Output memory;
+    float scaling;
+} Layer;
+
+/* One token: the ring of its layer, where it goes, and what else it reads. */
+typedef struct {
+    const float *x;                 /* [D] */
+    float *out, *normed;            /* [D]; what the attention layer reads */
+    const float *cos, *sin;         /* [K] */
+    const float *sink_cos, *sink_sin; /* that turn queries once more for sinks and anchors, or NULL */
+    void *keys, *values;            /* [G, places, K] */
+    index_t kind;                   /* of their numbers and of those of the anchors */
+    index_t places, slot, used, sinks, seen;
+    const void *anchor_keys, *anchor_values; /* [G, anchors, K] */
+    const index_t *visible_from, *visible_until;
+    index_t anchors;
+    const float *state; /* [H, K, K], or NULL where nothing has left the window */
+} Token;
+
+static index_t rows_from(const Weight *w, index_t row) { return w->rows - row < UNIT ? w->rows - row : UNIT; }
+
+static index_t units(const Weight *w) { return (w->rows + UNIT - 1) / UNIT; }
+
+/* sums, for a packed weight, of what it is to be multiplied by. */
+static void prepare(const Weight *w, const float *x, float *sums)
+{
+    if (w->kind == PACKED) sum_groups(w->numbers, 1, x, sums);
+}
+
+/* out[UNIT] = rows of a weight from `unit` * UNIT on, times x (+ bias). */
+static void multiply(const Weight *w, index_t unit, const float *x, const float *sums, float *out)
+{
+    index_t row = unit * UNIT, count = rows_from(w, row), D = w->columns;
+    if (w->kind == PACKED) {
+        multiply_panel(w->numbers, unit, 1, x, sums, (wide *)out);
+    } else if (w->kind == FLOAT32) {
+        products(1, x, D, (const float *)w->numbers + row * D, D, count, D, 0, 1, out, UNIT);
+    } else {
+        for (index_t i = 0; i < count; i++)
+            out[i] = multiply_half_row((const uint16_t *)w->numbers + (row + i) * D, x, D);
+    }
+    if (w->bias)
+        for (index_t i = 0; i < count; i++) out[i] += w->bias[row + i];
+}
+
+static void normalize(const Norm *norm, const float *x, index_t size, float *to)
+{
+    float shrink = 1 / sqrtf(dot(x, x, size) / (float)size + norm->epsilon);
+    for (index_t d = 0; d < size; d++) to[d] = norm->weight[d] * (x[d] * shrink);
+}
+
+/* x[K] turned, whose halves are rotated together. */
+static void turn(const float *x, const float *cos, const float *sin, index_t K, float *to)
+{
+    for (index_t d = 0; d < K / 2; d++) {
+        float left = x[d], right = x[d + K / 2];
+        to[d] = left * cos[d] - right * sin[d];
+        to[d + K / 2] = right * cos[d + K / 2] + left * sin[d + K / 2];
+    }
+}
+
+INLINE vec activate(vec x, int is_gelu)
+{
+    vec y = is_gelu ? splat(1.5957691216f) * (x + splat(0.044715f) * x * x * x) : x;
+    vec small = exp_vec(-max_vec(y, -y)); /* gelu by tanh is x sigmoid(2 sqrt(2 / pi) (x + 0.044715 x^3)) */
+    ivec negative = y < (vec){0};
+    vec share = (vec)(((ivec)small & negative) | ((ivec)splat(1) & ~negative));
+    return x * share / (splat(1) + small);
+}
+
+/* x[K] as numbers of a kind, from place `at` of a ring on. */
+static void put(const float *x, index_t K, index_t kind, void *ring, index_t at)
+{
+    if (kind == FLOAT32) memcpy((float *)ring + at, x, (size_t)K * sizeof(float));
+    else
+        for (index_t d = 0; d < K; d++) ((uint16_t *)ring)[at + d] = narrow(x[d], kind);
+}
+
+/* Puts the key and the value of the token into its slot, those of kv head g. */
+static void store_token(const Layer *layer, const Token *token, index_t g, const float *keys, const float *values,
+                        float *room)
+{
+    index_t K = layer->size, at = (g * token->places + token->slot) * K;
+    const float *key = keys + g * K;
+    if (layer->key_norm.weight) {
+        normalize(&layer->key_norm, key, K, room);
+        key = room;
+    }
+    turn(key, token->cos, token->sin, K, room + K);
+    put(room + K, K, token->kind, token->keys, at);
+    put(values + g * K, K, token->kind, token->values, at);
+}
+
+/* Where a place of a ring of some kind lies. */
+static const void *place(const void *ring, index_t kind, index_t at)
+{
+    return kind == FLOAT32 ? (const void *)((const float *)ring + at) : (const void *)((const uint16_t *)ring + at);
+}
+
+/* The segments that the token reads, with queries [H, K]; how many there are. */
+static index_t lay_segments(const Layer *layer, const Token *token, const float *query, const float *sink_query,
+                            Segment *segments)
+{
+    index_t K = layer->size, first = token->sink_cos ? token->sinks : 0, count = 0;
+    Segment ring = {.query = query, .kind = token->kind, .key_place = K, .value_place = K};
+    ring.key_head = ring.value_head = token->places * K;
+    if (first) {
+        segments[count] = ring;
+        segments[count].query = sink_query;
+        segments[count].keys = token->keys, segments[count].values = token->values, segments[count++].count = first;
+    }
+    segments[count] = ring;
+    segments[count].keys = place(token->keys, token->kind, first * K);
+    segments[count].values = place(token->values, token->kind, first * K);
+    segments[count++].count = token->used - first;
+    if (token->anchors) {
+        Segment *anchors = segments + count++;
+        *anchors = ring;
+        anchors->query = sink_query;
+        anchors->keys = token->anchor_keys, anchors->values = token->anchor_values;
+        anchors->key_head = anchors->value_head = token->anchors * K;
+        anchors->count = token->anchors;
+        anchors->visible_from = token->visible_from, anchors->visible_until = token->visible_until;
+    }
+    return count;
+}
+
+/* Block of keys that holds the slot of the token. */
+static index_t slot_block(const Token *token)
+{
+    index_t first = token->sink_cos ? token->sinks : 0;
+    if (token->slot < first) return token->slot / KEY_BLOCK;
+    return (first + KEY_BLOCK - 1) / KEY_BLOCK + (token->slot - first) / KEY_BLOCK;
+}
+
+/* Queries as they read the window, and as they read sinks and anchors, [H, K] each. */
+static void turn_queries(const Layer *layer, const Token *token, const float *raw, float *query, float *sink_query)
+{
+    index_t K = layer->size;
+    for (index_t h = 0; h < layer->heads; h++) {
+        const float *mine = raw + h * K;
+        if (layer->query_norm.weight) {
+            normalize(&layer->query_norm, mine, K, sink_query + h * K);
+            mine = sink_query + h * K;
+        }
+        float room[K];
+        turn(mine, token->cos, token->sin, K, room);
+        memcpy(query + h * K, room, sizeof room);
+        if (token->sink_cos) turn(room, token->sink_cos, token->sink_sin, K, sink_query + h * K);
+    }
+}
+
+/* What the threads share. */
+typedef struct {
+    float *projected; /* [H + 2 G, K]: queries, keys, values */
+    float *sums;      /* [G, blocks, R, K] */
+    Tally *tallies;   /* [G, blocks, R] */
+    float *attended;  /* [H, K] */
+    float *read;      /* [H, K] */
+    float *middle;    /* [D] */
+    float *inner;     /* [I] */
+} Shared;
+
+/* The work of one thread of the team, with scratch of its own: input [widest], sums [widest], two times queries [H, K]. */
+static void run(const Layer *layer, const Token *token, const Shared *shared, index_t blocks, index_t widest,
+                float *input)
+{
+    index_t D = layer->hidden, H = layer->heads, G = layer->kv_heads, R = H / G, K = layer->size;
+    float *sums = input + widest, *query = sums + 3 * widest, *sink_query = query + H * K;
+    float block[UNIT] __attribute__((aligned(ALIGNMENT))), other[UNIT] __attribute__((aligned(ALIGNMENT)));
+    const Weight *maps[] = {&layer->query, &layer->key, &layer->value};
+    float *to[] = {shared->projected, shared->projected + H * K, shared->projected + (H + G) * K};
+    normalize(&layer->first, token->x, D, input);
+    for (int i = 0; i < 3; i++) prepare(maps[i], input, sums + i * widest);
+    index_t first = units(maps[0]), second = first + units(maps[1]), last = second + units(maps[2]);
+#pragma omp for schedule(static)
+    for (index_t unit = 0; unit < last; unit++) {
+        int i = (unit >= first) + (unit >= second);
+        index_t mine = unit - (i == 0 ? 0 : i == 1 ? first : second);
+        multiply(maps[i], mine, input, sums + i * widest, block);
+        memcpy(to[i] + mine * UNIT, block, (size_t)rows_from(maps[i], mine * UNIT) * sizeof(float));
+    }
+    turn_queries(layer, token, to[0], query, sink_query);
+    Segment segments[3];
+    lay_segments(layer, token, query, token->sink_cos ? sink_query : query, segments);
+    Call call = {.T = 1, .H = H, .R = R, .K = K, .V = K, .seen = token->seen, .scaling = layer->scaling};
+#pragma omp for schedule(static)
+    for (index_t unit = 0; unit < G * blocks; unit++) {
+        index_t g = unit / blocks;
+        if (unit % blocks == slot_block(token)) store_token(layer, token, g, to[1], to[2], sums);
+        attend_block(&call, segments, unit % blocks, 0, g, shared->tallies + unit * R, shared->sums + unit * R * K);
+    }
+#pragma omp for schedule(static)
+    for (index_t h = 0; h < H; h++) {
+        index_t found = h / R * blocks * R + h % R;
+        merge_blocks(shared->tallies + found, shared->sums + found * K, blocks, R, K, shared->attended + h * K);
+        if (!token->state) continue;
+        read_gated(&layer->memory, h, K, K, D, query + h * K, input, token->state + h * K * K, shared->read + h * K);
+        if (layer->memory.per_head) project_read(&layer->memory, h, H, K, shared->read, shared->attended + h * K);
+    }
+    if (token->state && !layer->memory.per_head) {
+#pragma omp for schedule(static)
+        for (index_t h = 0; h < H; h++) project_read(&layer->memory, h, H, K, shared->read, shared->attended + h * K);
+    }
+#pragma omp master
+    memcpy(token->normed, input, (size_t)D * sizeof(float));
+    prepare(&layer->output, shared->attended, sums);
+#pragma omp for schedule(static)
+    for (index_t unit = 0; unit < units(&layer->output); unit++) {
+        multiply(&layer->output, unit, shared->attended, sums, block);
+        for (index_t i = 0, row = unit * UNIT; i < rows_from(&layer->output, row); i++)
+            shared->middle[row + i] = token->x[row + i] + block[i];
+    }
+    normalize(&layer->second, shared->middle, D, input);
+    prepare(&layer->gate, input, sums);
+    prepare(&layer->up, input, sums + widest);
+#pragma omp for schedule(static)
+    for (index_t unit = 0; unit < units(&layer->gate); unit++) {
+        multiply(&layer->gate, unit, input, sums, block);
+        multiply(&layer->up, unit, input, sums + widest, other);
+        for (index_t i = 0; i < UNIT; i += LANES)
+            store(block + i, activate(load(block + i), (int)layer->is_gelu) * load(other + i));
+        memcpy(shared->inner + unit * UNIT, block, (size_t)rows_from(&layer->gate, unit * UNIT) * sizeof(float));
+    }
+    prepare(&layer->down, shared->inner, sums);
+#pragma omp for schedule(static)
+    for (index_t unit = 0; unit < units(&layer->down); unit++) {
+        multiply(&layer->down, unit, shared->inner, sums, block);
+        for (index_t i = 0, row = unit * UNIT; i < rows_from(&layer->down, row); i++)
+            token->out[row + i] = shared->middle[row + i] + block[i];
+    }
+}
+
+extern int omp_get_max_threads(void);
+extern int omp_get_thread_num(void);
+
+INLINE index_t to_line(index_t floats) { return (floats + LINE - 1) / LINE * LINE; }
+
+/* Returns 0, or 1 where there is no memory for the scratch. */
+int ahn_decode_layer(const Layer *layer, const Token *token, int threads)
+{
+    index_t D = layer->hidden, H = layer->heads, G = layer->kv_heads, K = layer->size, I = layer->gate.rows;
+    Segment segments[3];
+    index_t blocks = key_blocks(segments, lay_segments(layer, token, NULL, NULL, segments));
+    index_t widest = to_line(D > I ? (D > H * K ? D : H * K) : (I > H * K ? I : H * K));
+    index_t own = 4 * widest + to_line(2 * H * K), sums = to_line(H * blocks * K), heads = to_line(H * K);
+    int most = omp_get_max_threads();
+    if (threads < 1 || threads > most) threads = most;
+    float *memory = scratch(threads * own + sums + to_line(2 * H * blocks) + 2 * heads + to_line((H + 2 * G) * K) +
+                            to_line(D) + to_line(I));
+    if (!memory) return 1;
+    Shared shared;
+    shared.sums = memory + threads * own;
+    shared.tallies = (Tally *)(shared.sums + sums);
+    shared.attended = shared.sums + sums + to_line(2 * H * blocks);
+    shared.read = shared.attended + heads;
+    shared.projected = shared.read + heads;
+    shared.middle = shared.projected + to_line((H + 2 * G) * K);
+    shared.inner = shared.middle + to_line(D);
+#pragma omp parallel num_threads(threads)
+    run(layer, token, &shared, blocks, widest, memory + omp_get_thread_num() * own);
+    free(memory);
+    return 0;
+}

@@ -1,0 +1,250 @@
+"""One token through a whole decoder layer in one call: norm, projections, rotation, attention, memory, gated MLP.
+
+Legend of shapes: D hidden size, H query heads, G key/value heads, K size of keys and values, I inner size, N anchors.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from functools import lru_cache
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ahn import native
+from ahn.errors import ShapeError
+from ahn.native.packed import PANEL_ROWS, DescribedWeight
+from ahn.native.team import Team
+
+_INT, _FLOAT, _POINTER = ctypes.c_int64, ctypes.c_float, ctypes.c_void_p
+_LANES, _PACKED = 8, 3
+_TEAM = Team()
+
+
+class _Weight(ctypes.Structure):
+    """`Weight` of layer.c."""
+
+    _fields_ = (
+        *((name, _INT) for name in ("kind", "rows", "columns")),
+        *((name, _POINTER) for name in ("numbers", "bias")),
+    )
+
+
+class _Norm(ctypes.Structure):
+    """`Norm` of layer.c."""
+
+    _fields_ = (("weight", _POINTER), ("epsilon", _FLOAT))
+
+
+class _Output(ctypes.Structure):
+    """`Output` of kernels.h."""
+
+    _fields_ = (
+        *((name, _POINTER) for name in ("gate", "gate_bias", "norm", "project")),
+        ("scale", _FLOAT),
+        *((name, ctypes.c_int) for name in ("per_head", "key_first")),
+    )
+
+
+_MAPS = ("query", "key", "value", "output", "gate", "up", "down")
+
+
+class _Layer(ctypes.Structure):
+    """`Layer` of layer.c."""
+
+    _fields_ = (
+        *((name, _INT) for name in ("hidden", "heads", "kv_heads", "size", "is_gelu")),
+        *((name, _Norm) for name in ("first", "second", "query_norm", "key_norm")),
+        *((name, _Weight) for name in _MAPS),
+        ("memory", _Output),
+        ("scaling", _FLOAT),
+    )
+
+
+class Token(ctypes.Structure):
+    """One token on its way through a layer: addresses of tensors that the caller keeps alive, and counts.
+
+    Attributes:
+        x: Input of the layer, `[D]` float32.
+        out: Its output, `[D]`.
+        normed: Where to put what its attention reads, `[D]`.
+        cos: Rotary table of the token, `[K]`.
+        sin: The same.
+        sink_cos: Table that turns queries once more for sinks and anchors, or `None`.
+        sink_sin: The same.
+        keys: The ring, `[G, places, K]`.
+        values: The same.
+        kind: What numbers they and the anchors are, a value of `ahn.native.segments.KINDS`.
+        places: Places of the ring.
+        slot: Where the token goes.
+        used: Places that hold tokens, this one included.
+        sinks: Sinks, at the first places.
+        seen: Index of the token.
+        anchor_keys: Anchors, `[G, N, K]`.
+        anchor_values: The same.
+        visible_from: Index of the first token that reads each, `[N]` int64.
+        visible_until: Index of the first that no longer does.
+        anchors: N.
+        state: State of the memory, or `None` where nothing has left the window.
+    """
+
+    _fields_ = (
+        *((name, _POINTER) for name in ("x", "out", "normed", "cos", "sin", "sink_cos", "sink_sin")),
+        *((name, _POINTER) for name in ("keys", "values")),
+        *((name, _INT) for name in ("kind", "places", "slot", "used", "sinks", "seen")),
+        *((name, _POINTER) for name in ("anchor_keys", "anchor_values", "visible_from", "visible_until")),
+        ("anchors", _INT),
+        ("state", _POINTER),
+    )
+
+
+class LinearWeight(NamedTuple):
+    """A linear map.
+
+    Attributes:
+        weight: `[N, D]` in float32 or bfloat16, dense, or a packed weight.
+        rows: N.
+        bias: `[N]` float32, or `None`.
+    """
+
+    weight: Tensor | DescribedWeight
+    rows: int
+    bias: Tensor | None
+
+    @property
+    def columns(self) -> int:
+        """D."""
+        return self.weight.columns if isinstance(self.weight, DescribedWeight) else self.weight.size(1)
+
+
+class NormWeight(NamedTuple):
+    """A norm by the root of the mean square.
+
+    Attributes:
+        weight: `[D]` or `[K]` float32.
+        epsilon: Added to the mean square.
+    """
+
+    weight: Tensor
+    epsilon: float
+
+
+class LayerWeights(NamedTuple):
+    """The weights of a decoder layer.
+
+    Attributes:
+        first: Norm before attention.
+        query: Projection to `[H, K]`.
+        key: Projection to `[G, K]`.
+        value: The same.
+        query_norm: Norm of each query head, or `None`.
+        key_norm: Norm of each key head, or `None`.
+        output: Projection from `[H, K]`.
+        second: Norm before the MLP.
+        gate: Projection to `[I]`, which passes the activation.
+        up: Projection to `[I]`.
+        down: Projection from `[I]`.
+        activation: What it is.
+    """
+
+    first: NormWeight
+    query: LinearWeight
+    key: LinearWeight
+    value: LinearWeight
+    query_norm: NormWeight | None
+    key_norm: NormWeight | None
+    output: LinearWeight
+    second: NormWeight
+    gate: LinearWeight
+    up: LinearWeight
+    down: LinearWeight
+    activation: Literal["silu", "gelu_tanh"]
+
+
+class DescribedLayer:
+    """A decoder layer as the kernel takes it.
+
+    Args:
+        weights: Its weights.
+        memory: Output of its memory.
+        heads: Query heads, H.
+        kv_heads: Key/value heads, G.
+        size: Size of keys and values, K.
+        scaling: Factor on the products of queries and keys.
+
+    Raises:
+        ShapeError: The kernel cannot take them.
+    """
+
+    def __init__(
+        self, weights: LayerWeights, memory: native.OutputWeights, heads: int, kv_heads: int, size: int, scaling: float
+    ) -> None:
+        self._check(weights, heads, kv_heads, size)
+        self._kept = weights, memory  # the tensors whose addresses are noted
+        gate, bias, norm, project, scale, per_head, key_first = memory
+        output = _Output(*map(_address, (gate, bias, norm, project)), scale, int(per_head), int(key_first))
+        named = weights._asdict()
+        self._layer = _Layer(
+            weights.query.columns,
+            heads,
+            kv_heads,
+            size,
+            int(weights.activation == "gelu_tanh"),
+            *(_norm(named[name]) for name in ("first", "second", "query_norm", "key_norm")),
+            *(_linear(named[name]) for name in _MAPS),
+            output,
+            scaling,
+        )
+        self._address = ctypes.addressof(self._layer)
+
+    def run(self, token: Token) -> None:
+        """Takes a token through the layer: writes its output, its slot, and what its attention reads."""
+        address = ctypes.addressof(token)
+        if _TEAM.run(torch.get_num_threads(), lambda threads: _function()(self._address, address, threads)):
+            raise MemoryError("ahn_decode_layer found no memory to work in")
+
+    @staticmethod
+    def _check(weights: LayerWeights, heads: int, kv_heads: int, size: int) -> None:
+        D, inner = weights.query.columns, weights.gate.rows
+        due = {
+            "query": (heads * size, D),
+            "key": (kv_heads * size, D),
+            "value": (kv_heads * size, D),
+            "output": (D, heads * size),
+            "gate": (inner, D),
+            "up": (inner, D),
+            "down": (D, inner),
+        }
+        maps = {name: getattr(weights, name) for name in due}
+        shapes = {name: (each.rows, each.columns) for name, each in maps.items()}
+        halved = [each for each in maps.values() if isinstance(each.weight, Tensor) and each.weight.element_size() == 2]
+        whole = all(each.columns % _LANES == 0 for each in maps.values())
+        if shapes != due or heads % kv_heads or size % PANEL_ROWS or not whole:
+            raise ShapeError(f"the kernel cannot take a layer with maps of the shapes {shapes}")
+        if any(each.columns % PANEL_ROWS for each in halved):
+            raise ShapeError(f"a kernel takes bfloat16 with columns that are a multiple of {PANEL_ROWS}")
+
+
+def _address(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
+
+
+def _norm(norm: NormWeight | None) -> _Norm:
+    return _Norm(None, 0.0) if norm is None else _Norm(norm.weight.data_ptr(), norm.epsilon)
+
+
+def _linear(linear: LinearWeight) -> _Weight:
+    weight = linear.weight
+    if isinstance(weight, DescribedWeight):
+        kind, address = _PACKED, ctypes.addressof(weight.structure)
+    else:
+        kind, address = int(weight.element_size() == 2), weight.data_ptr()
+    return _Weight(kind, linear.rows, linear.columns, address, _address(linear.bias))
+
+
+@lru_cache(maxsize=1)
+def _function() -> Any:
+    function = native._kernels().ahn_decode_layer  # type: ignore[union-attr]
+    function.argtypes = [_POINTER, _POINTER, ctypes.c_int]
+    return function

@@ -1,0 +1,355 @@
+"""Decoder layers left to the kernels: they give what the layers' own code gives, and step back for whatever it does."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import ahn
+from ahn import native
+from ahn.attention import decoder_layers
+from ahn.attention.decoder_layers import FastPath
+from ahn.attention.recording import record_layers
+from ahn.cache.cache import layer_tensors
+from ahn.errors import ShapeError
+from ahn.native.layer import DescribedLayer
+from ahn.quantization import QUANTIZE, quantize_model
+from tests.tiny import awaken, text, tiny
+
+needs_kernels = pytest.mark.skipif(native.why_not() is not None, reason=f"no kernels here: {native.why_not()}")
+pytestmark = needs_kernels
+WIDE = {"hidden_size": 64, "head_dim": 16, "intermediate_size": 96, "max_position_embeddings": 40}
+SINKS, WINDOW, START, END = 3, 12, 20, 46
+
+
+def model_of(family: str = "llama", quantize: str | None = None, memory: str = "gated_delta_net", **sizes: Any) -> Any:
+    torch.manual_seed(0)
+    model = tiny(family, **{**WIDE, **sizes})
+    for name, parameter in model.named_parameters():
+        if "norm" in name or "bias" in name:
+            nn.init.normal_(parameter, 0.7, 0.3)
+    if quantize is not None:
+        quantize_model(model, quantize)  # type: ignore[arg-type]
+    ahn.attach(model, ahn.AHNConfig(memory, window=WINDOW, sinks=SINKS))
+    awaken(model)
+    return model
+
+
+@contextmanager
+def own_code(model: Any) -> Iterator[None]:
+    """Layers run their own code inside the block."""
+    decoder_layers.restore(model.model)
+    try:
+        yield
+    finally:
+        decoder_layers.speed_up(model.model, ahn.attachment.attachment_of(model))
+
+
+def decoded(model: Any, ids: torch.Tensor | None = None, start: int = START, **given: Any) -> tuple[torch.Tensor, Any]:
+    """Logits of tokens that are read one by one, and the cache."""
+    ids = text(1, END) if ids is None else ids
+    cache = ahn.HippocampalCache(model)
+    with torch.no_grad():
+        model(ids[:, :start], cache=cache)
+        tokens = ids[:, start:].split(1, dim=1)
+        return torch.cat([model(token, cache=cache, **given).logits for token in tokens], 1), cache
+
+
+@pytest.fixture
+def runs(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Indices of the layers that the kernels ran."""
+    seen: list[int] = []
+    run = FastPath.run
+
+    def noted(self: FastPath, *args: Any) -> torch.Tensor:
+        seen.append(self._attention_layer.index)
+        return run(self, *args)
+
+    monkeypatch.setattr(FastPath, "run", noted)
+    return seen
+
+
+def check(model: Any, runs: list[int], taken: int, **given: Any) -> None:
+    """Both ways give the same, and the kernels run so many layers of every token once they were verified."""
+    with own_code(model):
+        expected, before = decoded(model, **given)
+    assert not runs
+    decoded(model, **given)
+    runs.clear()
+    got, after = decoded(model, **given)
+    torch.testing.assert_close(got, expected, atol=2e-5 * float(expected.abs().max()), rtol=2e-5)
+    assert len(runs) == taken * (END - START)
+    for mine, other in zip(before.layers, after.layers, strict=True):
+        expected_tensors = layer_tensors(mine)
+        for name, tensor in layer_tensors(other).items():
+            torch.testing.assert_close(tensor, expected_tensors[name], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("family", "quantize"),
+    [*(("llama", quantize) for quantize in (None, *QUANTIZE)), ("qwen2", "int8"), ("qwen3", None), ("mistral", "bf16")],
+)
+def test_gives_what_the_layers_give(family: str, quantize: str | None, runs: list[int]) -> None:
+    check(model_of(family, quantize), runs, taken=3)
+
+
+def test_every_memory(memory: str, runs: list[int]) -> None:
+    model = model_of(memory=memory)
+    with ahn.mode(model, "ahn", sink_positions="bounded"):
+        check(model, runs, taken=3)
+
+
+@pytest.mark.parametrize("settings", [{}, {"sinks": 0}, {"window": 300}, {"window": 1}], ids=str)
+def test_spans(settings: dict[str, Any], runs: list[int]) -> None:
+    model = model_of()
+    for mode in ("ahn", "window"):
+        runs.clear()
+        with ahn.mode(model, mode, **settings):  # type: ignore[arg-type]
+            check(model, runs, taken=3)
+
+
+@pytest.mark.parametrize("settings", [{}, {"sink_positions": "bounded"}], ids=str)
+def test_anchors(settings: dict[str, Any], runs: list[int]) -> None:
+    model = model_of()
+    with ahn.mode(model, "ahn", anchors=4, anchor_score="key_norm", anchor_layers=[1], **settings):
+        with own_code(model):
+            expected, before = decoded(model)
+        got, after = decoded(model)
+    torch.testing.assert_close(got, expected, atol=1e-4, rtol=1e-4)
+    assert before.anchor_tokens == after.anchor_tokens
+    assert set(runs) <= {0, 2}  # the layer that scores needs what the kernel does not give
+
+
+@torch.no_grad()
+def test_float64(runs: list[int]) -> None:
+    model = model_of("qwen3")
+    exact = copy.deepcopy(model).double()
+    got, _ = decoded(model)
+    expected, _ = decoded(exact)
+    torch.testing.assert_close(got.double(), expected, atol=1e-4, rtol=1e-4)
+    assert runs
+
+
+@pytest.mark.parametrize("activation", ["gelu_pytorch_tanh", "relu"])
+def test_activations(activation: str, runs: list[int]) -> None:
+    check(model_of(hidden_act=activation), runs, taken=3 if activation != "relu" else 0)
+
+
+@pytest.mark.parametrize(
+    ("family", "taken"),
+    [("gemma2", 0), ("olmo2", 0), ("granite", 0), ("glm4", 0), ("gpt2", 0), ("phi3", 0), ("smollm3", 2)],
+)
+def test_layers_of_another_build_run_their_own_code(family: str, taken: int, runs: list[int]) -> None:
+    torch.manual_seed(0)
+    wide = {} if family in ("gpt2", "gemma2", "glm4") else {**WIDE, "head_dim": None, "num_attention_heads": 4}
+    model = tiny(family, **wide)
+    ahn.attach(model, ahn.AHNConfig(window=8, sinks=2))
+    decoded(model)
+    assert len(runs) == taken * (END - START - 1)
+
+
+class TestStepsBack:
+    """What users put on a model acts as it does without kernels."""
+
+    @pytest.mark.parametrize("part", ["self_attn.q_proj", "self_attn.o_proj", "mlp", "input_layernorm"])
+    @pytest.mark.parametrize("kind", ["register_forward_hook", "register_forward_pre_hook"])
+    def test_hooks(self, part: str, kind: str, runs: list[int]) -> None:
+        model, seen = model_of(), []
+        decoded(model)
+        runs.clear()
+        handle = getattr(model.model.layers[1].get_submodule(part), kind)(lambda *args: seen.append(part))
+        decoded(model)
+        assert len(seen) == END - START + 1
+        assert set(runs) == {0, 2}
+        handle.remove()
+        runs.clear()
+        decoded(model)
+        assert set(runs) == {0, 1, 2}
+
+    def test_hooks_on_the_layer_itself(self, runs: list[int]) -> None:
+        model = model_of()
+        expected, _ = decoded(model)
+        runs.clear()
+        model.model.layers[1].register_forward_hook(lambda module, args, output: output * 2)
+        changed, _ = decoded(model)
+        assert set(runs) == {0, 1, 2}
+        assert not torch.allclose(changed, expected)
+
+    def test_hooks_on_the_attention_module(self, runs: list[int]) -> None:
+        model = model_of()
+        decoded(model)
+        runs.clear()
+        model.model.layers[1].self_attn.register_forward_hook(lambda module, args, output: (output[0] * 2, output[1]))
+        runs.clear()
+        check(model, runs, taken=2)
+
+    def test_another_module_in_place(self, runs: list[int]) -> None:
+        class Doubled(nn.Linear):
+            def forward(self, x: torch.Tensor) -> torch.Tensor:
+                return 2 * super().forward(x)
+
+        model = model_of()
+        decoded(model)
+        runs.clear()
+        old = model.model.layers[0].self_attn.v_proj
+        new = Doubled(old.in_features, old.out_features, bias=False)
+        new.load_state_dict(old.state_dict())
+        model.model.layers[0].self_attn.v_proj = new
+        check(model, runs, taken=2)
+
+    def test_an_adapter(self, runs: list[int]) -> None:
+        peft = pytest.importorskip("peft")
+        model = model_of()
+        decoded(model)
+        runs.clear()
+        adapted = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"], layers_to_transform=[1]))
+        for name, parameter in adapted.named_parameters():
+            if "lora_B" in name:
+                nn.init.normal_(parameter)
+        check(model, runs, taken=2)
+
+    def test_other_weights(self, runs: list[int]) -> None:
+        model = model_of()
+        decoded(model)
+        for layer in model.model.layers:
+            layer.mlp.up_proj.weight.data = torch.randn_like(layer.mlp.up_proj.weight)
+            layer.input_layernorm.weight.data.mul_(1.5)
+        runs.clear()
+        check(model, runs, taken=3)
+
+    def test_training(self, runs: list[int]) -> None:
+        model = model_of(attention_dropout=0.5)
+        model.train()
+        decoded(model)
+        assert not runs
+
+    def test_autocast_and_rows_and_padding(self, runs: list[int]) -> None:
+        model = model_of()
+        with torch.autocast("cpu", torch.bfloat16):
+            decoded(model)
+        decoded(model, text(2, END))
+        mask = torch.ones(1, END)
+        mask[0, :4] = 0
+        cache = ahn.HippocampalCache(model)
+        with torch.no_grad():
+            model(text(1, START), attention_mask=mask[:, :START], cache=cache)
+            model(text(1, 1), attention_mask=mask[:, : START + 1], cache=cache)
+        assert not runs
+
+    def test_half_precision(self, runs: list[int]) -> None:
+        decoded(model_of().bfloat16())
+        assert not runs
+
+    def test_recording(self, runs: list[int]) -> None:
+        model, seen = model_of(), set()
+        decoded(model)
+        runs.clear()
+        with record_layers(model, lambda layer: seen.add(layer.layer.index)):
+            decoded(model)
+        assert seen == {0, 1, 2}
+        assert not runs
+
+    def test_kernels_switched_off(self, runs: list[int]) -> None:
+        model = model_of()
+        decoded(model)
+        runs.clear()
+        with native.switched_off():
+            decoded(model)
+        assert not runs
+
+    def test_detached(self, runs: list[int]) -> None:
+        model = model_of()
+        ahn.detach(model)
+        assert not any("forward" in vars(module) for module in model.modules())
+
+
+def test_hidden_states_are_given(runs: list[int]) -> None:
+    model, ids = model_of(), text(1, START + 2)
+    given = []
+    for taken in (False, True):
+        cache = ahn.HippocampalCache(model)
+        with torch.no_grad():
+            model(ids[:, :START], cache=cache)
+            model(ids[:, START : START + 1], cache=cache)
+            here = own_code(model) if not taken else torch.no_grad()
+            with here, torch.no_grad():
+                given.append(model(ids[:, -1:], cache=cache, output_hidden_states=True).hidden_states)
+    assert len(given[0]) == len(given[1]) == 4
+    for mine, other in zip(*given, strict=True):
+        torch.testing.assert_close(mine, other, atol=1e-4, rtol=1e-4)
+    runs.clear()
+    decoded(model)
+    assert set(runs) == {0, 1, 2}
+
+
+def test_a_kernel_that_differs_is_not_used(monkeypatch: pytest.MonkeyPatch, runs: list[int]) -> None:
+    model = model_of()
+    run = DescribedLayer.run
+
+    def wrong(self: DescribedLayer, token: Any) -> None:
+        token.cos, token.sin = token.sin, token.cos
+        run(self, token)
+
+    monkeypatch.setattr(DescribedLayer, "run", wrong)
+    check(model, runs, taken=0)
+
+
+@torch.no_grad()
+def test_a_failed_call_leaves_the_cache(runs: list[int]) -> None:
+    model, ids = model_of(), text(1, END)
+    _, cache = decoded(model)
+    expected = model(ids[:, :1], cache=cache.fork()).logits
+    tensors = {
+        f"{n}.{name}": t.clone() for n, layer in enumerate(cache.layers) for name, t in layer_tensors(layer).items()
+    }
+    handle = model.model.norm.register_forward_hook(lambda *args: 1 / 0)
+    runs.clear()
+    with pytest.raises(ZeroDivisionError):
+        model(ids[:, :1], cache=cache)
+    assert set(runs) == {0, 1, 2}
+    handle.remove()
+    for number, layer in enumerate(cache.layers):
+        for name, tensor in layer_tensors(layer).items():
+            assert torch.equal(tensor, tensors[f"{number}.{name}"])
+    assert torch.equal(model(ids[:, :1], cache=cache).logits, expected)
+
+
+@torch.no_grad()
+def test_saved_forked_and_copied(tmp_path: Path) -> None:
+    model, ids = model_of(), text(1, END)
+    _, cache = decoded(model)
+    cache.save(tmp_path / "cache")
+    twin, twin_cache = copy.deepcopy(model), None
+    expected = model(ids[:, :1], cache=cache.fork()).logits
+    twin_cache = ahn.HippocampalCache.load(tmp_path / "cache", twin)
+    for each in (ahn.HippocampalCache.load(tmp_path / "cache", model), cache):
+        assert torch.equal(model(ids[:, :1], cache=each).logits, expected)
+    torch.testing.assert_close(twin(ids[:, :1], cache=twin_cache).logits, expected, atol=1e-4, rtol=1e-4)
+
+
+class TestRefused:
+    def weights(self) -> tuple[Any, Any]:
+        model = model_of()
+        decoded(model)
+        path = decoder_layers._PATHS[model.model.layers[0]]
+        memory = path._attention_layer.memory
+        assert path._parts is not None
+        assert memory is not None
+        return path._parts.weights, memory.output_weights()
+
+    @pytest.mark.parametrize("sizes", [(4, 3, 16), (4, 2, 8), (8, 2, 16)])
+    def test_heads_of_other_sizes(self, sizes: tuple[int, int, int]) -> None:
+        with pytest.raises(ShapeError, match="cannot take"):
+            DescribedLayer(*self.weights(), *sizes, 0.25)
+
+    def test_maps_that_do_not_fit_together(self) -> None:
+        weights, memory = self.weights()
+        with pytest.raises(ShapeError, match="cannot take"):
+            DescribedLayer(weights._replace(down=weights.up), memory, 4, 2, 16, 0.25)
