@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoConfig
 
 import ahn
 from ahn.attachment import attachment_of
@@ -59,9 +60,10 @@ def settings_of(folder: Path = GOLDEN, overrides: dict[str, Any] | None = None, 
 class TestRegistering:
     def test_all_that_vllm_needs(self, stub: Stub) -> None:
         register()
-        assert stub.models == {"AHNForCausalLM": "ahn.serving.vllm.model:AHNForCausalLM"}
+        names = ["AHNForCausalLM", "AHNMoEForCausalLM"]
+        assert stub.models == {name: f"ahn.serving.vllm.model:{name}" for name in names}
         assert list(stub.parsers) == ["hf"]
-        assert list(stub.checks) == ["AHNForCausalLM"]
+        assert list(stub.checks) == names
 
     @pytest.mark.parametrize("version", ["0.32.0", "0.32.4+cpu"])
     def test_versions_that_were_tested(self, version: str) -> None:
@@ -113,6 +115,11 @@ class TestConfigs:
         _, config = stub.parsers["hf"]().parse(tmp_path, trust_remote_code=False, hf_overrides=overrides)
         assert config.architectures == ["AHNForCausalLM"]
         assert config.ahn == overrides["ahn"]
+
+    def test_a_base_with_experts(self) -> None:
+        config = with_memory(tiny.tiny("qwen3_moe").config.to_dict(), {"ahn": {}}, "x")
+        assert config is not None
+        assert config.architectures == ["AHNMoEForCausalLM"]
 
     def test_a_model_without_a_memory(self, tmp_path: Path) -> None:
         assert with_memory({"model_type": "llama"}, None, "x") is None
@@ -187,6 +194,10 @@ class TestChecks:
         base = tiny.tiny(rope_parameters=rope).config
         with pytest.raises(ConfigError, match="rotary positions of this model change with the length"):
             survey_base(base, AHNConfig(window=16, sinks=2))
+
+    def test_a_wrapper_around_a_text_model(self) -> None:
+        with pytest.raises(ConfigError, match="llava wraps a text model"):
+            survey_base(AutoConfig.for_model("llava"), AHNConfig(window=16, sinks=2))
 
     def test_the_base_is_surveyed_without_its_weights(self) -> None:
         model = tiny.with_memory("granite")

@@ -8,7 +8,7 @@ from ahn.config import RunSettings
 from ahn.errors import ConfigError
 from ahn.serving.vllm.layout import empty_cache
 from ahn.serving.vllm.memory import give_score_weights, read_memory, survey_base
-from ahn.serving.vllm.parsing import ARCHITECTURE, FIELD
+from ahn.serving.vllm.parsing import ARCHITECTURE, FIELD, WITH_EXPERTS
 
 
 def check(vllm_config: Any) -> None:
@@ -80,7 +80,7 @@ def register_checks() -> None:
             """See vLLM's `VerifyAndUpdateConfig`."""
             check(vllm_config)
 
-    MODELS_CONFIG_MAP[ARCHITECTURE] = MemoryChecks
+    MODELS_CONFIG_MAP.update(dict.fromkeys((ARCHITECTURE, WITH_EXPERTS), MemoryChecks))
 
 
 def require(condition: bool, problem: str, remedy: str) -> None:

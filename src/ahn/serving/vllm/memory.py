@@ -75,6 +75,11 @@ def survey_base(base: PreTrainedConfig, config: AHNConfig) -> Attachment:
         ModelError: It cannot be given a memory.
         ConfigError: The settings do not fit it, or it would keep more of a text than a block of fixed size holds.
     """
+    if base.get_text_config() is not base:
+        raise ConfigError(
+            f"{base.model_type} wraps a text model, and a memory is served for models of text alone; "
+            "serve it by `ahn serve`, or its text model by itself"
+        )
     _check_rotations(base)
     copied = copy.deepcopy(base)
     copied._attn_implementation = "eager"

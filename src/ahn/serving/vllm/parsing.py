@@ -12,8 +12,8 @@ from transformers import CONFIG_MAPPING, PreTrainedConfig
 from ahn.checkpoint.published import clean_config, is_published
 from ahn.errors import ConfigError
 
-ARCHITECTURE = "AHNForCausalLM"
-"""The model class, by the name that vLLM finds it under."""
+ARCHITECTURE, WITH_EXPERTS = "AHNForCausalLM", "AHNMoEForCausalLM"
+"""The model classes, by the names that vLLM finds them under."""
 FIELD = "ahn"
 """Name of the overrides in a config: a mapping with the settings of a run, `adapter` and `anchor_weights`."""
 
@@ -42,7 +42,14 @@ def with_memory(values: Mapping[str, Any], overrides: Any, name: str) -> PreTrai
     base = clean_config(values) if is_published(values) else dict(values)
     config: PreTrainedConfig = CONFIG_MAPPING[kind].from_dict({**base, "name_or_path": name})
     setattr(config, FIELD, dict(own or {}))
+    config.architectures = [WITH_EXPERTS if _has_experts(config) else ARCHITECTURE]
     return config
+
+
+def _has_experts(config: PreTrainedConfig) -> bool:
+    """Whether a model has experts, by the names that vLLM looks for."""
+    names = ("num_experts", "moe_num_experts", "n_routed_experts", "num_local_experts")
+    return any(getattr(config.get_text_config(), name, None) for name in names)
 
 
 def register_parser(problem: str | None) -> None:
@@ -66,7 +73,6 @@ def register_parser(problem: str | None) -> None:
                 return super().parse(model, trust_remote_code, revision=revision, **kwargs)
             if problem is not None:
                 raise ConfigError(problem)
-            config.architectures = [ARCHITECTURE]
             return values, config
 
     with _without_warnings("vllm"):  # that the parser "hf" is replaced is meant
