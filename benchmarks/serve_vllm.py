@@ -76,9 +76,9 @@ def engine_of(options: Any, part: str, requests: int, shares: bool = False) -> A
     """An engine of vLLM with a memory or with full attention, which may share what prompts have in common."""
     import vllm
 
-    own = {"window": options.window, "sinks": options.sinks, "anchors": options.anchors}
+    own = {"ahn_window": options.window, "ahn_sinks": options.sinks, "ahn_anchors": options.anchors}
     if options.anchors:
-        own["anchor_weights"] = "smollm2-135m/anchors"
+        own["ahn_anchor_weights"] = "smollm2-135m/anchors"
     llm: Any = vllm.LLM(
         model=str(options.folder / part),
         dtype="float32",
@@ -89,7 +89,7 @@ def engine_of(options: Any, part: str, requests: int, shares: bool = False) -> A
         enable_prefix_caching=shares,
         enforce_eager=True,
         skip_tokenizer_init=True,
-        hf_overrides={"ahn": own} if part == "memory" else None,
+        hf_overrides=own if part == "memory" else None,
     )
     return llm.llm_engine
 

@@ -42,7 +42,7 @@ def stub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Stub]:
 def settings_of(folder: Path = GOLDEN, overrides: dict[str, Any] | None = None, **changes: Any) -> Any:
     """Settings as vLLM has them when it asks a model's hook."""
     values = json.loads((folder / "config.json").read_text())
-    config = with_memory(values, {"ahn": overrides or {}}, str(folder))
+    config = with_memory(values, {f"ahn_{name}": value for name, value in (overrides or {}).items()}, str(folder))
     scheduler = SimpleNamespace(long_prefill_token_threshold=0, long_prefill_token_threshold_adaptive=True)
     return SimpleNamespace(
         model_config=SimpleNamespace(
@@ -106,18 +106,18 @@ class TestConfigs:
         assert values["_ahn_implementation"] == "GatedDeltaNet"
         assert (config.model_type, config.architectures) == ("qwen2", ["AHNForCausalLM"])
         assert config.sliding_window is None
-        assert config.ahn == {}
+        assert config.ahn_settings == {}
 
     def test_a_base_and_what_the_overrides_name(self, stub: Stub, tmp_path: Path) -> None:
         tiny.tiny().save_pretrained(tmp_path)
         register()
-        overrides = {"ahn": {"adapter": "smollm2-135m/gated_delta_net"}}
+        overrides = {"ahn_adapter": "smollm2-135m/gated_delta_net", "ahn_window": 300, "max_position_embeddings": 9}
         _, config = stub.parsers["hf"]().parse(tmp_path, trust_remote_code=False, hf_overrides=overrides)
         assert config.architectures == ["AHNForCausalLM"]
-        assert config.ahn == overrides["ahn"]
+        assert config.ahn_settings == {"adapter": "smollm2-135m/gated_delta_net", "window": 300}
 
     def test_a_base_with_experts(self) -> None:
-        config = with_memory(tiny.tiny("qwen3_moe").config.to_dict(), {"ahn": {}}, "x")
+        config = with_memory(tiny.tiny("qwen3_moe").config.to_dict(), {"ahn_adapter": "x"}, "x")
         assert config is not None
         assert config.architectures == ["AHNMoEForCausalLM"]
 
@@ -128,8 +128,8 @@ class TestConfigs:
     @pytest.mark.parametrize(
         ("values", "overrides", "message"),
         [
-            ({"model_type": "llama"}, {"ahn": 256}, 'hf_overrides names "ahn" as 256; give settings'),
-            ({"model_type": "none"}, {"ahn": {}}, "transformers has no model 'none'"),
+            ({"model_type": "llama"}, {"ahn_window": 256}, "hf_overrides names ahn_window, but x has no memory"),
+            ({"model_type": "none"}, {"ahn_adapter": "y"}, "transformers has no model 'none'"),
         ],
     )
     def test_what_is_refused(self, values: dict[str, Any], overrides: dict[str, Any], message: str) -> None:
@@ -159,7 +159,10 @@ class TestChecks:
         [
             ({"prefix_caching": True}, "prefix caching needs states at the ends of blocks"),
             ({"speculative": object()}, "speculative decoding takes tokens back"),
-            ({"overrides": {"windows": 3}}, 'hf_overrides: "ahn" names windows; known are adapter, anchor_weights, wi'),
+            (
+                {"overrides": {"windows": 3}},
+                "hf_overrides names ahn_windows; known are ahn_adapter, ahn_anchor_",
+            ),
             ({"overrides": {"window": 0}}, "window must be a whole number of at least 1"),
             ({"overrides": {"window": 64, "anchors": 4}, "tensor": 2}, "anchors are chosen by scores of layers and"),
             ({"overrides": {"window": 64, "anchors": 4}, "pipeline": 2}, "anchors are chosen by scores of layers and"),
@@ -169,6 +172,12 @@ class TestChecks:
     def test_what_is_refused(self, changes: dict[str, Any], message: str) -> None:
         with pytest.raises(ConfigError, match=message):
             check(settings_of(**changes))
+
+    def test_overrides_that_no_plugin_sees(self) -> None:
+        settings = settings_of()
+        settings.model_config.hf_config.ahn = {"window": 64}  # as vLLM sets it afterwards
+        with pytest.raises(ConfigError, match='hf_overrides names "ahn" as a mapping'):
+            check(settings)
 
     def test_a_norm_over_all_heads_needs_them_in_one_process(self) -> None:
         folder = GOLDEN.with_name("qwen2_Mamba2")

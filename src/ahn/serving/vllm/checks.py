@@ -23,6 +23,11 @@ def check(vllm_config: Any) -> None:
     """
     model, cache = vllm_config.model_config, vllm_config.cache_config
     require(
+        not hasattr(model.hf_config, "ahn"),
+        'hf_overrides names "ahn" as a mapping, which vLLM does not show to plugins',
+        'name each setting by itself, as in {"ahn_window": 1024}',
+    )
+    require(
         not cache.enable_prefix_caching,
         "prefix caching needs states at the ends of blocks, and a block here holds a whole request",
         "leave --enable-prefix-caching out",
