@@ -118,7 +118,9 @@ def test_the_defaults_in_the_help_are_those_of_the_settings() -> None:
     for option in options:
         if shown := re.search(r"\[default: (\S+?)\]", option.help or ""):
             default = getattr(TrainSettings(), option.name)
-            assert shown[1] == (",".join(default) if isinstance(default, tuple) else str(default)), option.name
+            assert shown[1] == (",".join(map(str, default)) if isinstance(default, tuple) else str(default)), (
+                option.name
+            )
             checked += 1
     assert checked > 12
     assert isinstance(command(), typer.core.TyperGroup)
