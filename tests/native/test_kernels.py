@@ -11,7 +11,7 @@ from torch import Tensor
 from ahn import native, ops
 from ahn.errors import ShapeError
 from ahn.memories import MemoryShape, build_memory
-from ahn.native import Segment
+from ahn.native import Segment, recurrence
 
 pytestmark = pytest.mark.skipif(native.why_not() is not None, reason=f"no kernels here: {native.why_not()}")
 
@@ -434,7 +434,7 @@ def run_kernel(kernel: str, tensors: dict[str, Tensor]) -> None:
         first = (torch.rand(SHAPES[kernel][name]) for name in "qkv")
         native.attend([Segment(*first), segment], 7, 1.0)
     else:
-        getattr(native, kernel)(*given)
+        getattr(recurrence if kernel.startswith("scan") else native, kernel)(*given)
 
 
 @pytest.mark.parametrize(("kernel", "name"), [(kernel, name) for kernel in SHAPES for name in ["", *SHAPES[kernel]]])
