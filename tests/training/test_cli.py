@@ -21,7 +21,8 @@ SURFACE = [
     "--config", "--resume", "--dry-run", "--data", "--out", "--model", "--base", "--memory", "--adapter", "--dtype",
     "--quantize", "--stages", "--steps", "--transfer-steps", "--length", "--min-length", "--pack", "--cut",
     "--held-out", "--valid", "--streaming", "--download", "--window", "--sinks", "--draw", "--anchors", "--batch",
-    "--accumulation", "--lr", "--seed", "--checkpointing", "--loss-share", "--teacher-cache", "--log-every", "--save-every", "--report-to",
+    "--accumulation", "--lr", "--seed", "--checkpointing", "--loss-share", "--teacher-cache", "--log-every",
+    "--save-every", "--report-to",
 ]  # fmt: skip
 HIDDEN = ["--base"]  # the older spelling of --model
 SMALL = ["--stages", "transfer,distill", "--steps", "2", "--transfer-steps", "2", "--length", "128", "--window", "12"]
