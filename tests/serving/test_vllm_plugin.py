@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoConfig
 
 import ahn
 from ahn.attachment import attachment_of
@@ -41,7 +42,7 @@ def stub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Stub]:
 def settings_of(folder: Path = GOLDEN, overrides: dict[str, Any] | None = None, **changes: Any) -> Any:
     """Settings as vLLM has them when it asks a model's hook."""
     values = json.loads((folder / "config.json").read_text())
-    config = with_memory(values, {"ahn": overrides or {}}, str(folder))
+    config = with_memory(values, {f"ahn_{name}": value for name, value in (overrides or {}).items()}, str(folder))
     scheduler = SimpleNamespace(long_prefill_token_threshold=0, long_prefill_token_threshold_adaptive=True)
     return SimpleNamespace(
         model_config=SimpleNamespace(
@@ -59,9 +60,10 @@ def settings_of(folder: Path = GOLDEN, overrides: dict[str, Any] | None = None, 
 class TestRegistering:
     def test_all_that_vllm_needs(self, stub: Stub) -> None:
         register()
-        assert stub.models == {"AHNForCausalLM": "ahn.serving.vllm.model:AHNForCausalLM"}
+        names = ["AHNForCausalLM", "AHNMoEForCausalLM"]
+        assert stub.models == {name: f"ahn.serving.vllm.model:{name}" for name in names}
         assert list(stub.parsers) == ["hf"]
-        assert list(stub.checks) == ["AHNForCausalLM"]
+        assert list(stub.checks) == names
 
     @pytest.mark.parametrize("version", ["0.32.0", "0.32.4+cpu"])
     def test_versions_that_were_tested(self, version: str) -> None:
@@ -104,15 +106,20 @@ class TestConfigs:
         assert values["_ahn_implementation"] == "GatedDeltaNet"
         assert (config.model_type, config.architectures) == ("qwen2", ["AHNForCausalLM"])
         assert config.sliding_window is None
-        assert config.ahn == {}
+        assert config.ahn_settings == {}
 
     def test_a_base_and_what_the_overrides_name(self, stub: Stub, tmp_path: Path) -> None:
         tiny.tiny().save_pretrained(tmp_path)
         register()
-        overrides = {"ahn": {"adapter": "smollm2-135m/gated_delta_net"}}
+        overrides = {"ahn_adapter": "smollm2-135m/gated_delta_net", "ahn_window": 300, "max_position_embeddings": 9}
         _, config = stub.parsers["hf"]().parse(tmp_path, trust_remote_code=False, hf_overrides=overrides)
         assert config.architectures == ["AHNForCausalLM"]
-        assert config.ahn == overrides["ahn"]
+        assert config.ahn_settings == {"adapter": "smollm2-135m/gated_delta_net", "window": 300}
+
+    def test_a_base_with_experts(self) -> None:
+        config = with_memory(tiny.tiny("qwen3_moe").config.to_dict(), {"ahn_adapter": "x"}, "x")
+        assert config is not None
+        assert config.architectures == ["AHNMoEForCausalLM"]
 
     def test_a_model_without_a_memory(self, tmp_path: Path) -> None:
         assert with_memory({"model_type": "llama"}, None, "x") is None
@@ -121,8 +128,8 @@ class TestConfigs:
     @pytest.mark.parametrize(
         ("values", "overrides", "message"),
         [
-            ({"model_type": "llama"}, {"ahn": 256}, 'hf_overrides names "ahn" as 256; give settings'),
-            ({"model_type": "none"}, {"ahn": {}}, "transformers has no model 'none'"),
+            ({"model_type": "llama"}, {"ahn_window": 256}, "hf_overrides names ahn_window, but x has no memory"),
+            ({"model_type": "none"}, {"ahn_adapter": "y"}, "transformers has no model 'none'"),
         ],
     )
     def test_what_is_refused(self, values: dict[str, Any], overrides: dict[str, Any], message: str) -> None:
@@ -152,7 +159,10 @@ class TestChecks:
         [
             ({"prefix_caching": True}, "prefix caching needs states at the ends of blocks"),
             ({"speculative": object()}, "speculative decoding takes tokens back"),
-            ({"overrides": {"windows": 3}}, 'hf_overrides: "ahn" names windows; known are adapter, anchor_weights, wi'),
+            (
+                {"overrides": {"windows": 3}},
+                "hf_overrides names ahn_windows; known are ahn_adapter, ahn_anchor_",
+            ),
             ({"overrides": {"window": 0}}, "window must be a whole number of at least 1"),
             ({"overrides": {"window": 64, "anchors": 4}, "tensor": 2}, "anchors are chosen by scores of layers and"),
             ({"overrides": {"window": 64, "anchors": 4}, "pipeline": 2}, "anchors are chosen by scores of layers and"),
@@ -162,6 +172,12 @@ class TestChecks:
     def test_what_is_refused(self, changes: dict[str, Any], message: str) -> None:
         with pytest.raises(ConfigError, match=message):
             check(settings_of(**changes))
+
+    def test_overrides_that_no_plugin_sees(self) -> None:
+        settings = settings_of()
+        settings.model_config.hf_config.ahn = {"window": 64}  # as vLLM sets it afterwards
+        with pytest.raises(ConfigError, match='hf_overrides names "ahn" as a mapping'):
+            check(settings)
 
     def test_a_norm_over_all_heads_needs_them_in_one_process(self) -> None:
         folder = GOLDEN.with_name("qwen2_Mamba2")
@@ -187,6 +203,10 @@ class TestChecks:
         base = tiny.tiny(rope_parameters=rope).config
         with pytest.raises(ConfigError, match="rotary positions of this model change with the length"):
             survey_base(base, AHNConfig(window=16, sinks=2))
+
+    def test_a_wrapper_around_a_text_model(self) -> None:
+        with pytest.raises(ConfigError, match="llava wraps a text model"):
+            survey_base(AutoConfig.for_model("llava"), AHNConfig(window=16, sinks=2))
 
     def test_the_base_is_surveyed_without_its_weights(self) -> None:
         model = tiny.with_memory("granite")

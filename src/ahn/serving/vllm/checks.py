@@ -8,7 +8,7 @@ from ahn.config import RunSettings
 from ahn.errors import ConfigError
 from ahn.serving.vllm.layout import empty_cache
 from ahn.serving.vllm.memory import give_score_weights, read_memory, survey_base
-from ahn.serving.vllm.parsing import ARCHITECTURE, FIELD
+from ahn.serving.vllm.parsing import ARCHITECTURE, FIELD, WITH_EXPERTS
 
 
 def check(vllm_config: Any) -> None:
@@ -22,6 +22,11 @@ def check(vllm_config: Any) -> None:
         CheckpointError: The memory is missing or damaged.
     """
     model, cache = vllm_config.model_config, vllm_config.cache_config
+    require(
+        not hasattr(model.hf_config, "ahn"),
+        'hf_overrides names "ahn" as a mapping, which vLLM does not show to plugins',
+        'name each setting by itself, as in {"ahn_window": 1024}',
+    )
     require(
         not cache.enable_prefix_caching,
         "prefix caching needs states at the ends of blocks, and a block here holds a whole request",
@@ -80,7 +85,7 @@ def register_checks() -> None:
             """See vLLM's `VerifyAndUpdateConfig`."""
             check(vllm_config)
 
-    MODELS_CONFIG_MAP[ARCHITECTURE] = MemoryChecks
+    MODELS_CONFIG_MAP.update(dict.fromkeys((ARCHITECTURE, WITH_EXPERTS), MemoryChecks))
 
 
 def require(condition: bool, problem: str, remedy: str) -> None:

@@ -42,7 +42,7 @@ def read_memory(overrides: Mapping[str, Any], model: str, revision: str | None =
     """The memory of a model, by what its config and the overrides say.
 
     Args:
-        overrides: Settings of a run by the names of `ExactTokens`, and the names of files: "adapter" of a base without
+        overrides: Settings of a run by the names of `ExactTokens`, and the names of files: "adapter" for a base without
             a memory, "anchor_weights".
         model: A merged folder or hub id, or the base of the adapter.
         revision: Branch, tag or commit of `model` on the hub.
@@ -52,13 +52,12 @@ def read_memory(overrides: Mapping[str, Any], model: str, revision: str | None =
         CheckpointError: The memory is missing or damaged.
     """
     if unknown := sorted(set(overrides) - {*_FILES, *_SETTINGS}):
-        raise ConfigError(
-            f'hf_overrides: "ahn" names {", ".join(unknown)}; known are {", ".join((*_FILES, *_SETTINGS))}'
-        )
+        known = ", ".join(f"ahn_{name}" for name in (*_FILES, *_SETTINGS))
+        raise ConfigError(f"hf_overrides names ahn_{unknown[0]}; known are {known}")
     adapter = overrides.get("adapter")
     content = read(model, HubSource(revision)) if adapter is None else read(adapter)
     if adapter is None and content.kind != "merged":
-        raise ConfigError(f'{model} holds a memory without a base; serve the base with "adapter" in hf_overrides')
+        raise ConfigError(f"{model} holds a memory without a base; serve the base, with ahn_adapter in hf_overrides")
     changes = {name: overrides[name] for name in _SETTINGS if name in overrides}
     config = dataclasses.replace(content.config, **changes)
     return ServedMemory(content, config, overrides.get("anchor_weights"))
@@ -75,6 +74,11 @@ def survey_base(base: PreTrainedConfig, config: AHNConfig) -> Attachment:
         ModelError: It cannot be given a memory.
         ConfigError: The settings do not fit it, or it would keep more of a text than a block of fixed size holds.
     """
+    if base.get_text_config() is not base:
+        raise ConfigError(
+            f"{base.model_type} wraps a text model, and a memory is served for models of text alone; "
+            "serve it by `ahn serve`, or its text model by itself"
+        )
     _check_rotations(base)
     copied = copy.deepcopy(base)
     copied._attn_implementation = "eager"

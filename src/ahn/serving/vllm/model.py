@@ -13,8 +13,9 @@ from vllm.distributed.utils import get_pp_indices
 from vllm.model_executor.models.interfaces import HasInnerState, IsAttentionFree
 from vllm.model_executor.models.transformers.base import VLLM_ATTN_ATTR, Base
 from vllm.model_executor.models.transformers.causal import CausalMixin
+from vllm.model_executor.models.transformers.moe import MoEMixin
 
-from ahn.attachment import MODULE, Attachment, AttentionLayer
+from ahn.attachment import MODULE, SCORE_WEIGHTS, Attachment, AttentionLayer
 from ahn.backbone.rotary import Rotation, find_rotary
 from ahn.config import RunSettings
 from ahn.memories import build_memory
@@ -23,7 +24,6 @@ from ahn.serving.vllm.layout import block_bytes, block_tensors, empty_cache
 from ahn.serving.vllm.memory import ServedMemory, give_score_weights, own_heads, read_memory, survey_base
 from ahn.serving.vllm.parsing import FIELD
 from ahn.serving.vllm.runtime import Runtime, ServedLayer
-from ahn.surgery import SCORE_WEIGHTS
 
 IMPLEMENTATION = "ahn_vllm"
 """Name under which the attention function is registered with transformers."""
@@ -106,6 +106,13 @@ class MemoryMixin(Base):  # type: ignore[misc]
 
 class AHNForCausalLM(MemoryMixin, CausalMixin, HasInnerState, IsAttentionFree):  # type: ignore[misc]
     """A base model with a memory, served by vLLM."""
+
+    def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
+        super().__init__(vllm_config=vllm_config, prefix=prefix)
+
+
+class AHNMoEForCausalLM(MemoryMixin, MoEMixin, CausalMixin, HasInnerState, IsAttentionFree):  # type: ignore[misc]
+    """The same for a base model with experts."""
 
     def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
         super().__init__(vllm_config=vllm_config, prefix=prefix)

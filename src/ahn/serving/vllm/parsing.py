@@ -12,10 +12,12 @@ from transformers import CONFIG_MAPPING, PreTrainedConfig
 from ahn.checkpoint.published import clean_config, is_published
 from ahn.errors import ConfigError
 
-ARCHITECTURE = "AHNForCausalLM"
-"""The model class, by the name that vLLM finds it under."""
-FIELD = "ahn"
-"""Name of the overrides in a config: a mapping with the settings of a run, `adapter` and `anchor_weights`."""
+ARCHITECTURE, WITH_EXPERTS = "AHNForCausalLM", "AHNMoEForCausalLM"
+"""The model classes, by the names that vLLM finds them under."""
+FIELD = "ahn_settings"
+"""Name under which a config holds what the overrides say of a memory."""
+PREFIX = "ahn_"
+"""How the names of such overrides begin. They are plain values: vLLM shows its parsers no others."""
 
 
 def with_memory(values: Mapping[str, Any], overrides: Any, name: str) -> PreTrainedConfig | None:
@@ -27,22 +29,31 @@ def with_memory(values: Mapping[str, Any], overrides: Any, name: str) -> PreTrai
         name: Name or folder of the model.
 
     Raises:
-        ConfigError: The overrides are not a mapping.
+        ConfigError: The overrides name settings of a memory and no memory.
     """
-    own = overrides.get(FIELD) if isinstance(overrides, Mapping) else None
-    if not is_published(values) and own is None:
+    named = overrides.items() if isinstance(overrides, Mapping) else ()
+    own = {key.removeprefix(PREFIX): value for key, value in named if key.startswith(PREFIX)}
+    if not is_published(values) and not own:
         return None
-    if own is not None and not isinstance(own, Mapping):
+    if not is_published(values) and "adapter" not in own:
         raise ConfigError(
-            f'hf_overrides names "{FIELD}" as {own!r}; give settings, as {{"{FIELD}": {{"window": 256}}}}'
+            f"hf_overrides names {PREFIX}{min(own)}, but {name} has no memory; name one by {PREFIX}adapter, or serve a "
+            "folder that `ahn merge` wrote"
         )
     kind = str(values.get("model_type"))
     if kind not in CONFIG_MAPPING:
         raise ConfigError(f"transformers has no model {kind!r}; serve {name} by `ahn serve`, or update transformers")
     base = clean_config(values) if is_published(values) else dict(values)
     config: PreTrainedConfig = CONFIG_MAPPING[kind].from_dict({**base, "name_or_path": name})
-    setattr(config, FIELD, dict(own or {}))
+    setattr(config, FIELD, own)
+    config.architectures = [WITH_EXPERTS if _has_experts(config) else ARCHITECTURE]
     return config
+
+
+def _has_experts(config: PreTrainedConfig) -> bool:
+    """Whether a model has experts, by the names that vLLM looks for."""
+    names = ("num_experts", "moe_num_experts", "n_routed_experts", "num_local_experts")
+    return any(getattr(config.get_text_config(), name, None) for name in names)
 
 
 def register_parser(problem: str | None) -> None:
@@ -66,7 +77,6 @@ def register_parser(problem: str | None) -> None:
                 return super().parse(model, trust_remote_code, revision=revision, **kwargs)
             if problem is not None:
                 raise ConfigError(problem)
-            config.architectures = [ARCHITECTURE]
             return values, config
 
     with _without_warnings("vllm"):  # that the parser "hf" is replaced is meant

@@ -6,7 +6,7 @@ import logging
 import re
 
 from ahn.serving.vllm.checks import register_checks
-from ahn.serving.vllm.parsing import ARCHITECTURE, register_parser
+from ahn.serving.vllm.parsing import ARCHITECTURE, WITH_EXPERTS, register_parser
 
 OLDEST, NEWEST = (0, 32), (0, 32)
 """First two numbers of the oldest and newest version of vLLM that this was tested on."""
@@ -29,7 +29,8 @@ def register() -> None:
         return
     if problem is None:
         register_checks()
-        vllm.ModelRegistry.register_model(ARCHITECTURE, f"ahn.serving.vllm.model:{ARCHITECTURE}")
+        for name in (ARCHITECTURE, WITH_EXPERTS):
+            vllm.ModelRegistry.register_model(name, f"ahn.serving.vllm.model:{name}")
 
 
 def version_problem(version: str) -> str | None:
