@@ -13,6 +13,7 @@ import ahn
 from ahn.cli import main
 from ahn.errors import ModelError
 from ahn.models import load_model
+from ahn.models.gguf_file import GGUFFile
 from ahn.speed import llama, measure
 from ahn.speed.llama import LlamaBaseline, find_gguf
 from tests.models.test_gguf import HEAD, KV_HEADS, write
@@ -31,6 +32,7 @@ class Server:
     asked: ClassVar[list[dict[str, Any]]] = []
 
     def __init__(self, parameters: Any) -> None:
+        assert parameters.n_ctx <= GGUFFile(Path(parameters.model.path)).value("llama.context_length")
         if parameters.n_ctx > 5000:
             raise RuntimeError("failed to\n allocate")
 

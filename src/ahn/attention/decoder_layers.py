@@ -20,8 +20,8 @@ from torch import nn
 from ahn import native
 from ahn.attachment import MODULE, SCORE_WEIGHTS, Attachment, AttentionLayer
 from ahn.attention.call import Call
+from ahn.attention.decoder_parts import DecoderParts, decoder_layers
 from ahn.attention.masks import CallMask
-from ahn.backbone.decoder import DecoderParts, decoder_layers
 from ahn.cache.layer import HippocampalLayer
 from ahn.cache.window import SinkWindow
 from ahn.errors import ShapeError

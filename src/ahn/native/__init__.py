@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from ahn.native import build
-from ahn.native.checks import check_groups, check_shapes
+from ahn.native.checks import check_shapes
 from ahn.native.segments import Segment, describe
 
 __all__ = [
@@ -37,9 +37,6 @@ __all__ = [
     "linear",
     "linear_each",
     "ready",
-    "scan",
-    "scan_back",
-    "scan_state_space",
     "switched_off",
     "why_not",
     "write_delta_",
@@ -101,93 +98,6 @@ def why_not() -> str | None:
     """Why there are no kernels on this machine, or `None` where there are; compiles them if need be."""
     kernels = _kernels()
     return None if isinstance(kernels, ctypes.CDLL) else kernels
-
-
-def scan(
-    q_BTHK: Tensor, k_BTGK: Tensor, v_BTGV: Tensor, log_decay_BTH: Tensor | None, write_BTH: Tensor, state: Tensor
-) -> tuple[Tensor, Tensor]:
-    """The (gated) delta rule over tokens; see `ahn.ops.gated_delta_rule`.
-
-    Args:
-        q_BTHK: Queries.
-        k_BTGK: Keys.
-        v_BTGV: Values.
-        log_decay_BTH: Log decay per token; `None` where nothing decays.
-        write_BTH: Writing strength per token.
-        state: State before the first token, `[B, H, K, V]`. It is not changed.
-
-    Returns:
-        The outputs, `[B, T, H, V]`, and the state after the last token.
-    """
-    return _scan(q_BTHK, k_BTGK, v_BTGV, log_decay_BTH, write_BTH, state, is_delta=True)
-
-
-def scan_state_space(
-    q_BTHK: Tensor, k_BTGK: Tensor, v_BTGV: Tensor, log_decay_BTH: Tensor, step_BTH: Tensor, state: Tensor
-) -> tuple[Tensor, Tensor]:
-    """The state space recurrence over tokens, state `[B, H, V, K]`; see `ahn.ops.state_space`."""
-    return _scan(q_BTHK, k_BTGK, v_BTGV, log_decay_BTH, step_BTH, state, is_delta=False)
-
-
-def _scan(
-    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, write: Tensor, state: Tensor, *, is_delta: bool
-) -> tuple[Tensor, Tensor]:
-    B, T, H, K = q.shape
-    G, V = v.shape[2:]
-    check_groups(H, G)
-    check_shapes((k, (B, T, G, K)), (v, (B, T, G, V)), (log_decay, (B, T, H)), (write, (B, T, H)))
-    check_shapes((state, (B, H, K, V) if is_delta else (B, H, V, K)))
-    after = state.clone(memory_format=torch.contiguous_format)
-    out = q.new_empty(B, T, H, V)
-    q, k, v, write = (x.contiguous() for x in (q, k, v, write))
-    log_decay = None if log_decay is None else log_decay.contiguous()
-    _run("ahn_scan", B, T, H, G, K, V, q, k, v, log_decay, write, after, out, int(is_delta))
-    return out, after
-
-
-def scan_back(
-    q_BTHK: Tensor,
-    k_BTGK: Tensor,
-    v_BTGV: Tensor,
-    log_decay_BTH: Tensor | None,
-    write_BTH: Tensor,
-    state: Tensor,
-    to_out_BTHV: Tensor,
-    to_state: Tensor,
-    *,
-    is_delta: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor, Tensor]:
-    """Gradients of `scan` (`is_delta`) or `scan_state_space`; states are in the layout of that function.
-
-    Args:
-        q_BTHK: Queries.
-        k_BTGK: Keys.
-        v_BTGV: Values.
-        log_decay_BTH: Log decay per token; `None` where nothing decays.
-        write_BTH: Writing strength per token.
-        state: State before the first token.
-        to_out_BTHV: Gradient of the outputs.
-        to_state: Gradient of the state after the last token.
-        is_delta: Which recurrence it is.
-
-    Returns:
-        Gradients of the first six arguments, in their order.
-    """
-    B, T, H, K = q_BTHK.shape
-    G, V = v_BTGV.shape[2:]
-    tensors = q_BTHK, k_BTGK, v_BTGV, write_BTH, state, to_out_BTHV
-    q, k, v, write, state, to_out = (x.contiguous() for x in tensors)
-    log_decay = None if log_decay_BTH is None else log_decay_BTH.contiguous()
-    check_groups(H, G)
-    check_shapes((k, (B, T, G, K)), (v, (B, T, G, V)), (log_decay, (B, T, H)), (write, (B, T, H)))
-    check_shapes(*((x, (B, H, K, V) if is_delta else (B, H, V, K)) for x in (state, to_state)), (to_out, (B, T, H, V)))
-    to_first = to_state.clone(memory_format=torch.contiguous_format)
-    to_q, to_write = torch.empty_like(q), torch.empty_like(write)
-    to_k, to_v = torch.zeros_like(k), torch.zeros_like(v)
-    to_decay = None if log_decay is None else torch.empty_like(log_decay)
-    slopes = to_first, to_q, to_k, to_v, to_decay, to_write
-    _run("ahn_scan_back", B, T, H, G, K, V, q, k, v, log_decay, write, state, to_out, *slopes, int(is_delta))
-    return to_q, to_k, to_v, to_decay, to_write, to_first
 
 
 def attend(segments: Sequence[Segment], seen: int, scaling: float) -> Tensor:

@@ -37,7 +37,7 @@ class _Norm(ctypes.Structure):
     _fields_ = (("weight", _POINTER), ("epsilon", _FLOAT))
 
 
-class _Output(ctypes.Structure):
+class _MemoryOutput(ctypes.Structure):
     """`Output` of kernels.h."""
 
     _fields_ = (
@@ -50,14 +50,14 @@ class _Output(ctypes.Structure):
 _MAPS = ("query", "key", "value", "output", "gate", "up", "down")
 
 
-class _Layer(ctypes.Structure):
+class _DecoderLayer(ctypes.Structure):
     """`Layer` of layer.c."""
 
     _fields_ = (
         *((name, _INT) for name in ("hidden", "heads", "kv_heads", "size", "is_gelu")),
         *((name, _Norm) for name in ("first", "second", "query_norm", "key_norm")),
         *((name, _Weight) for name in _MAPS),
-        ("memory", _Output),
+        ("memory", _MemoryOutput),
         ("scaling", _FLOAT),
     )
 
@@ -183,9 +183,9 @@ class DescribedLayer:
         self._check(weights, heads, kv_heads, size)
         self._kept = weights, memory  # the tensors whose addresses are noted
         gate, bias, norm, project, scale, per_head, key_first = memory
-        output = _Output(*map(_address, (gate, bias, norm, project)), scale, int(per_head), int(key_first))
+        output = _MemoryOutput(*map(_address, (gate, bias, norm, project)), scale, int(per_head), int(key_first))
         named = weights._asdict()
-        self._layer = _Layer(
+        self._layer = _DecoderLayer(
             weights.query.columns,
             heads,
             kv_heads,

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from ahn import native
+from ahn.native import recurrence
 from ahn.ops._shared import first_state
 
 
@@ -39,7 +40,7 @@ def state_space(
 ) -> tuple[Tensor, Tensor]:
     """State space recurrence in C; see `ahn.ops.state_space` for the arguments."""
     S_BHVK = first_state(state_BHVK, q_BTHK, v_BTGV.shape[3], q_BTHK.shape[3])
-    return native.scan_state_space(q_BTHK, k_BTGK, v_BTGV, g_BTH, dt_BTH, S_BHVK)
+    return recurrence.scan_state_space(q_BTHK, k_BTGK, v_BTGV, g_BTH, dt_BTH, S_BHVK)
 
 
 def backward(
@@ -59,7 +60,9 @@ def backward(
     """
     q_BTHK, k_BTGK, v_BTGV, *log_decay, write_BTH = inputs
     g_BTH, is_delta = log_decay[0] if log_decay else None, rule != "state_space"
-    slopes = native.scan_back(q_BTHK, k_BTGK, v_BTGV, g_BTH, write_BTH, state, to_out_BTHV, to_state, is_delta=is_delta)
+    slopes = recurrence.scan_back(
+        q_BTHK, k_BTGK, v_BTGV, g_BTH, write_BTH, state, to_out_BTHV, to_state, is_delta=is_delta
+    )
     return tuple(slope for slope in slopes if slope is not None)
 
 
@@ -67,4 +70,4 @@ def _delta(
     q_BTHK: Tensor, k_BTGK: Tensor, v_BTGV: Tensor, g_BTH: Tensor | None, beta_BTH: Tensor, state_BHKV: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     S_BHKV = first_state(state_BHKV, q_BTHK, q_BTHK.shape[3], v_BTGV.shape[3])
-    return native.scan(q_BTHK, k_BTGK, v_BTGV, g_BTH, beta_BTH, S_BHKV)
+    return recurrence.scan(q_BTHK, k_BTGK, v_BTGV, g_BTH, beta_BTH, S_BHKV)

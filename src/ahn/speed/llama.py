@@ -7,11 +7,14 @@ while when they have nothing to do.
 from __future__ import annotations
 
 import importlib
+import mmap
 import os
 import random
+import shutil
 import time
 from importlib.util import find_spec
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from ahn.errors import ModelError
@@ -25,6 +28,7 @@ INSTALL = "pip install 'ahn[bench]'"
 
 _REST = 0.3  # seconds
 _BATCH = 512
+_KIND_BYTES = 4  # between a key and its value
 _HALF = 2  # bytes of a number in its cache
 
 
@@ -69,7 +73,11 @@ class LlamaBaseline(Baseline):
         words = len(file.value("tokenizer.ggml.tokens"))
         self._ids = [draw.randrange(3, words) for _ in range(context + _BATCH)]
         self._context = context
-        self._server = _serve(path, context, threads)
+        room = context + _BATCH + 8 * STEPS
+        self._folder = TemporaryDirectory()
+        if room > file.value(f"{kind}.context_length", room):
+            path = _with_context(path, f"{kind}.context_length", room, Path(self._folder.name))
+        self._server = _serve(path, room, threads)
 
     def decode(self) -> float:
         """See `Baseline.decode`."""
@@ -100,11 +108,23 @@ class LlamaBaseline(Baseline):
         return timings
 
 
-def _serve(path: Path, context: int, threads: int) -> Any:
+def _with_context(path: Path, key: str, room: int, folder: Path) -> Path:
+    """A copy of a file whose trained context is said to be larger: llama.cpp reads no text beyond it."""
+    copied = folder / path.name
+    shutil.copyfile(path, copied)
+    with copied.open("r+b") as file, mmap.mmap(file.fileno(), 0) as mapped:
+        at = mapped.find(key.encode()) + len(key.encode()) + _KIND_BYTES
+        mapped[at : at + 4] = room.to_bytes(4, "little")
+    if GGUFFile(copied).value(key) != room:
+        raise ModelError(f"llama.cpp cannot read {room} tokens with '{path}', which says its context in another way")
+    return copied
+
+
+def _serve(path: Path, room: int, threads: int) -> Any:
     xllamacpp: Any = importlib.import_module(PACKAGE)
     parameters = xllamacpp.CommonParams()
     parameters.model.path = str(path)
-    parameters.n_ctx = context + _BATCH + 8 * STEPS
+    parameters.n_ctx = room
     parameters.n_parallel, parameters.n_batch, parameters.n_ubatch = 1, _BATCH, _BATCH
     parameters.cpuparams.n_threads = parameters.cpuparams_batch.n_threads = threads
     parameters.warmup, parameters.fit_params, parameters.verbosity = False, False, -1
