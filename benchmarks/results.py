@@ -87,12 +87,12 @@ draws all of it, on texts that no memory was trained on.
 """
 
 
-def measure_gaps(texts: Path, gaps: Sequence[Gap] = GAPS) -> None:
+def measure_gaps(texts: Path, gaps: Sequence[Gap] = GAPS, precision: str = "float32") -> None:
     """The share of the gap that each arm closes, beside windows of the same bytes."""
     for gap in gaps:
         out = WORK / gap.file.removesuffix(".json")
         cut = ("--length", str(gap.length), "--pieces", str(gap.pieces), "--window", str(gap.window), "--sinks", "32")
-        arms = ("--sink-positions", gap.sink_positions, "--arms", GAP_ARMS, "--equal-bytes")
+        arms = ("--sink-positions", gap.sink_positions, "--arms", GAP_ARMS, "--equal-bytes", "--precision", precision)
         _run(*_AHN, "perplexity", str(texts), *cut, *arms, "--out", str(out))
         _keep(out / "report.json", KEPT / gap.file, texts)
         _take_picture(out / "gap.png", gap.picture)
@@ -158,6 +158,7 @@ def _gap_part(report: dict) -> str:
         "`full`. The equal window is enlarged to the bytes of\nthe arm, states and anchors counted. Intervals are 95 % "
         f"bootstraps over excerpts\n({_where(report['environment'])}).\n",
         *_read_in_full(report),
+        *(["Products of the model were rounded to bfloat16.\n"] if settings["precision"] == "bfloat16" else []),
         f"![share of the gap against bytes of cache](images/{gap.picture})\n",
         "| arm | cache, MB | nats per token | share of the gap | equal window | nats better than it |",
         "|---|---|---|---|---|---|",
@@ -319,12 +320,13 @@ def main() -> None:
     arguments.add_argument("--only", nargs="*", choices=STEPS, default=STEPS)
     for name in ("lengths", "windows"):
         arguments.add_argument(f"--{name}", nargs="*", type=int, help="of the gaps, these alone")
+    arguments.add_argument("--precision", default="float32", help="of the gaps; bfloat16 is quick where a CPU has AMX")
     options = arguments.parse_args()
     if not any(options.texts.rglob("*.txt")):
         raise SystemExit(f"{options.texts}: there are no .txt files in it; name a folder of texts")
     lengths, windows = (set(chosen or ()) for chosen in (options.lengths, options.windows))
     gaps = [gap for gap in GAPS if gap.length in (lengths or {gap.length}) and gap.window in (windows or {gap.window})]
-    measure_these = partial(measure_gaps, gaps=gaps)
+    measure_these = partial(measure_gaps, gaps=gaps, precision=options.precision)
     steps = dict(zip(STEPS, (measure_these, measure_memories, measure_book, measure_recall, write_page), strict=True))
     for name in options.only:
         steps[name](options.texts)

@@ -6,7 +6,8 @@
 All that is compared takes turns within one run; ratios are medians of the ratios of each round. Parts: `model` (writing
 and reading in every arm and context), `long` (a token after 8,192 tokens and after 100,000), `layer` (what a memory
 adds to layers of the shape of Qwen2.5-3B), `ops` (the recurrences against those in transformers), `memory` (peak
-memory of reading 32,768 tokens). On a machine with a GPU the first three run there, in bfloat16, and are kept apart.
+memory of reading 32,768 tokens), `llama` (4-bit weights against llama.cpp, see llama.py). On a machine with a GPU the
+first three run there, in bfloat16, and are kept apart.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import llama
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -41,7 +43,7 @@ BEGIN, END = "<!-- measured by make bench -->", "<!-- end of what was measured -
 SPAN = {"window": 2048, "sinks": 32}
 ARMS = ["full", "window", "ahn", "ahn+64:learned", "ahn+64:key_diff"]
 CONTEXTS = [32, 2048, 8192, 32768]
-PARTS = ("model", "long", "layer") if ON_GPU else ("model", "long", "layer", "ops", "memory")
+PARTS = ("model", "long", "layer") if ON_GPU else ("model", "long", "layer", "ops", "memory", "llama")
 DEVICE, DTYPE = ("cuda", torch.bfloat16) if ON_GPU else ("cpu", torch.float32)
 
 
@@ -95,7 +97,20 @@ def watch_memory() -> dict[str, Any]:
     return {"end_to_fifth": float(lines[-1].rpartition(":")[2]), "constant_cache": lines[-2].endswith("yes")}
 
 
-MEASURES = {"model": time_model, "long": time_long, "layer": time_layer, "ops": time_ops, "memory": watch_memory}
+def time_llama() -> dict[str, Any]:
+    """What `llama.py` measures."""
+    _run("llama.py")
+    return llama.kept()
+
+
+MEASURES = {
+    "model": time_model,
+    "long": time_long,
+    "layer": time_layer,
+    "ops": time_ops,
+    "memory": watch_memory,
+    "llama": time_llama,
+}
 
 
 def speed_of(found: dict[str, Any]) -> Speed:
@@ -203,6 +218,8 @@ def part_of_page(found: dict[str, Any]) -> str:
                 cells = [_cell(row) for arm in ARMS for row in rows if (row.arm, row.context) == (arm, context)]
                 text.append(f"| {context:,} | {' | '.join(cells)} |")
             text.append("")
+    if "llama" in found:
+        text += [*llama.tables(found["llama"]), ""]
     return "\n".join(text)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -332,6 +333,17 @@ def test_saved_forked_and_copied(tmp_path: Path) -> None:
     for each in (ahn.HippocampalCache.load(tmp_path / "cache", model), cache):
         assert torch.equal(model(ids[:, :1], cache=each).logits, expected)
     torch.testing.assert_close(twin(ids[:, :1], cache=twin_cache).logits, expected, atol=1e-4, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_threads_share_a_model() -> None:
+    model = model_of()
+    texts = [text(1, END, seed=seed) for seed in range(4)]
+    expected = [decoded(model, ids)[0] for ids in texts]
+    with ThreadPoolExecutor(4) as pool:
+        got = list(pool.map(lambda ids: decoded(model, ids)[0], texts * 2))
+    for mine, other in zip(got, expected * 2, strict=True):
+        assert torch.equal(mine, other)
 
 
 class TestRefused:

@@ -26,34 +26,34 @@ from tests.tiny import MEMORIES, byte_tokenizer, give_score_weights, text, tiny,
 SURFACE = {
     "demo": [
         "--tokens", "--seconds", "--file", "--question", "--fact", "--modes", "--max-new-tokens", "--seed", "--model",
-        "--adapter", "--window", "--sinks", "--sink-positions", "--quantize", "--anchors",
+        "--adapter", "--window", "--sinks", "--sink-positions", "--cache-dtype", "--quantize", "--anchors",
     ],
     "generate": [
         "PROMPT", "--file", "--mode", "--max-new-tokens", "--chunk", "--temperature", "--top-k", "--top-p",
         "--repetition-penalty", "--seed", "--system", "--chat", "--no-chat", "--cache-in", "--cache-out", "--model",
-        "--adapter", "--window", "--sinks", "--sink-positions", "--quantize", "--anchors",
+        "--adapter", "--window", "--sinks", "--sink-positions", "--cache-dtype", "--quantize", "--anchors",
     ],
     "serve": [
         "--host", "--port", "--api-key", "--max-sessions", "--session-bytes", "--session-dir", "--disk-bytes",
         "--cors-origin", "--max-queue", "--max-body-bytes", "--max-prompt-tokens", "--max-seconds", "--chunk",
         "--chunk-between-steps", "MODEL", "--adapter", "--memory", "--window", "--sinks", "--sink-positions",
-        "--quantize", "--anchors",
+        "--cache-dtype", "--quantize", "--anchors",
     ],
     "chat": ["--url", "--api-key", "--document", "--system", "--max-tokens", "--temperature"],
     "inspect": ["PATH", "--json"],
     "cost": [
-        "MODEL", "--context", "--window", "--sinks", "--convention", "--dtype", "--memory-positions", "--plot",
-        "--json",
+        "MODEL", "--context", "--window", "--sinks", "--convention", "--dtype", "--memory-positions",
+        "--cache-dtype", "--plot", "--json",
     ],
     "bench": [
         "--arms", "--contexts", "--rounds", "--plot", "--json", "--model", "--adapter", "--window", "--sinks",
-        "--sink-positions", "--quantize",
+        "--sink-positions", "--cache-dtype", "--quantize",
     ],
     "convert": ["SOURCE", "TARGET", "--to", "--model", "--base", "--force"],
     "merge": ["MODEL", "ADAPTER", "TARGET", "--force"],
     "probe": [
-        "--model", "--adapter", "--window", "--sinks", "--quantize", "FILE", "--tokens", "--positions", "--top",
-        "--html", "--json", "--memory-figures", "--seed",
+        "--model", "--adapter", "--window", "--sinks", "--cache-dtype", "--quantize", "FILE", "--tokens",
+        "--positions", "--top", "--html", "--json", "--memory-figures", "--seed",
     ],
 }  # fmt: skip
 FROZEN_ELSEWHERE = {"eval", "train"}  # commands whose surface stands in a test of their own

@@ -22,6 +22,7 @@ RUN = [
     "--window",
     "--sinks",
     "--sink-positions",
+    "--cache-dtype",
     "--quantize",
     "--out",
     "--seed",

@@ -153,7 +153,7 @@ def test_a_copy_multiplies_with_its_own_weights(calls: list[str]) -> None:
     for parameter in model.parameters():
         parameter.mul_(0.5)
     torch.testing.assert_close(read(twin, ids), expected, atol=0, rtol=0)
-    assert "ahn_linear" in calls
+    assert "ahn_linear" in calls  # of the head
 
 
 @needs_kernels

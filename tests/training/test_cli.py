@@ -19,8 +19,8 @@ from tests.training.common import write_base
 
 SURFACE = [
     "--config", "--resume", "--dry-run", "--data", "--out", "--model", "--base", "--memory", "--adapter", "--dtype",
-    "--stages", "--steps", "--transfer-steps", "--length", "--min-length", "--pack", "--cut", "--held-out", "--valid",
-    "--streaming", "--download", "--window", "--sinks", "--draw", "--anchors", "--batch", "--accumulation", "--lr",
+    "--quantize", "--stages", "--steps", "--transfer-steps", "--length", "--min-length", "--pack", "--cut", "--held-out",
+    "--valid", "--streaming", "--download", "--window", "--sinks", "--draw", "--anchors", "--batch", "--accumulation", "--lr",
     "--seed", "--checkpointing", "--loss-share", "--teacher-cache", "--log-every", "--save-every", "--report-to",
 ]  # fmt: skip
 HIDDEN = ["--base"]  # the older spelling of --model
@@ -117,7 +117,9 @@ def test_the_defaults_in_the_help_are_those_of_the_settings() -> None:
     for option in options:
         if shown := re.search(r"\[default: (\S+?)\]", option.help or ""):
             default = getattr(TrainSettings(), option.name)
-            assert shown[1] == (",".join(default) if isinstance(default, tuple) else str(default)), option.name
+            assert shown[1] == (",".join(map(str, default)) if isinstance(default, tuple) else str(default)), (
+                option.name
+            )
             checked += 1
     assert checked > 12
     assert isinstance(command(), typer.core.TyperGroup)

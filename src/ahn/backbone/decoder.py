@@ -115,12 +115,16 @@ def _tensors(module: nn.Module) -> Iterator[tuple[dict[str, Any], str, torch.Ten
     yield from ((module._parameters, name, each) for name, each in module._parameters.items() if each is not None)
     if isinstance(module, QuantizedLinear):
         name, tensor = next(module.stored.named_buffers())
-        yield module.stored._buffers, name, tensor  # type: ignore[misc]
+        yield module.stored._buffers, name, tensor
 
 
 def _require(module: Any, children: Collection[str]) -> None:
     """Checks that a module has these children, no others, and no weights of its own."""
-    if not isinstance(module, nn.Module) or set(module._modules) != set(children) or any(module._parameters.values()):
+    if (
+        not isinstance(module, nn.Module)
+        or set(module._modules) != set(children)
+        or any(map(torch.is_tensor, module._parameters.values()))
+    ):
         raise LookupError("its modules are others")
 
 

@@ -99,8 +99,8 @@ class LayerGroup:
         memories = self.memories
         gates_LBNH = type(memories[0]).gates_of_layers(memories, x_LBD)
         record_LBF = TokenRecord(gates_LBNH, None).pack()
-        if self._find_rings() is not None and native.ready(record_LBF):
-            self._find_rings()[2].put(self.stores[0].exact.last_slot(), record_LBF[:, :, None])
+        if (rings := self._find_rings()) is not None and native.ready(record_LBF):
+            rings[2].put(self.stores[0].exact.last_slot(), record_LBF[:, :, None])
             return
         for store, record_BF in zip(self.stores, record_LBF):
             store.exact.write_record(record_BF)

@@ -42,7 +42,7 @@ class CostSettings:
     """Which model is counted, how, and for how long a text."""
 
     model: str = setting(
-        help="A built-in name, qwen2.5-3b, -7b or -14b, a folder, or a hub id.", argument=True, metavar="MODEL"
+        help="A built-in name, qwen2.5-3b, -7b, -14b, qwen3-8b, a folder, or a hub id.", argument=True, metavar="MODEL"
     )
     context: int = setting(128000, "Tokens that are read.", least=1)
     window: int = same_setting(ExactTokens, "window")

@@ -192,7 +192,7 @@ class GGUFModel:
     def _weight(self, data: Any, tensor: TensorPlace) -> torch.Tensor | StoredWeight:
         kind = tensor.kind
         if kind in BLOCKS:
-            rows = spans(*tensor.shape, _NUMBERS_AT_ONCE)
+            rows = spans(tensor.shape[0], tensor.shape[1], _NUMBERS_AT_ONCE)
             return GroupedWeight((groups_of(data[span], kind) for span in rows), BLOCKS[kind].bits)
         if kind == "BF16":
             bits = torch.from_numpy(data).view(torch.int16)

@@ -29,6 +29,7 @@ class Team:
 
     def __init__(self, clock: Callable[[], int] = time.perf_counter_ns) -> None:
         self._clock = clock
+        self._taken = self._calls = 0
         self._begin(1)
 
     def run(self, most: int, work: Callable[[int], int]) -> int:

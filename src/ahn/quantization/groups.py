@@ -88,7 +88,8 @@ def join(parts: Sequence[Packed]) -> Packed:
         return parts[0]
     halved = all(part.scales.dtype is torch.float16 for part in parts)
     real = torch.float16 if halved else torch.float32
-    scales, minima = (torch.cat([part[index].to(real) for part in parts]) for index in (1, 2))
+    scales = torch.cat([part.scales.to(real) for part in parts])
+    minima = torch.cat([part.minima.to(real) for part in parts])
     return Packed(torch.cat([part.codes for part in parts]), scales, minima, parts[0].bits)
 
 

@@ -41,7 +41,9 @@ def store(weight_ND: Tensor, quantize: Quantize, of_words: bool = False) -> Stor
         return HalfWeight(weight_ND)
     bits: Literal[4, 8] = 4 if quantize == "int4" and not of_words else 8
     weight_ND = weight_ND.detach()
-    parts = (round_to_groups(weight_ND[span], bits) for span in spans(*weight_ND.shape, _NUMBERS_AT_ONCE))
+    parts = (
+        round_to_groups(weight_ND[span], bits) for span in spans(weight_ND.size(0), weight_ND.size(1), _NUMBERS_AT_ONCE)
+    )
     return GroupedWeight(parts, bits)
 
 

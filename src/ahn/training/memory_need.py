@@ -1,7 +1,8 @@
 """How much memory a training takes per process, from the base model's config alone: nothing is loaded.
 
 The base model is built on torch's meta device, where tensors have shapes and no values. What a step keeps is counted
-from these shapes; an allocator's gaps and libraries' workspaces are not.
+from these shapes; an allocator's gaps and libraries' workspaces are not. How many tensors of a kind live at the peak
+was found by tracking all tensors of steps of small models. A test holds the count to that.
 """
 
 from __future__ import annotations
@@ -16,13 +17,14 @@ from ahn.errors import ConfigError
 from ahn.training.settings import TrainSettings
 
 _FLOAT = 4  # bytes of a number in float32
-_LOGITS = 32 * 2**20  # bytes of a slice of logits, see `ahn.distillation.vocabulary`
-_OF_LOGITS = 4  # slices at the same time: teacher, student, their difference, its gradient
+_SLICE = 32 * 2**20  # bytes of a slice of logits, see `ahn.distillation.vocabulary`
+_FEWEST = 16  # positions of a slice
+_OF_LOGITS = 6  # slices at the same time
 _OF_ADAM = 4  # weights, gradients, and two averages of AdamW
-_RECURRENCE = 6  # tensors of a layer's heads in float32: query, key, value, output, gated output, their gradient
-_SOFTMAX = 5  # in the base's dtype: query, output, gradients of both, and keys with values
-_PERCEPTRON = 4  # of a layer's wide side: gate, up, their product, its gradient
-_OF_HIDDEN = 6  # of a layer's narrow side: input, norms, residuals, gradients
+_KEPT = 2  # hidden states of a layer that wait for the backward pass
+_OF_HIDDEN = 9  # tensors of a layer that is computed again: as wide as hidden states,
+_OF_HEADS = 9  # as wide as all heads, in float32,
+_OF_PERCEPTRON = 7  # and as wide as the perceptron, after those of the heads are gone
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,43 +54,38 @@ def memory_need(settings: TrainSettings) -> MemoryNeed:
         settings: Settings of the training.
 
     Raises:
-        ConfigError: There is no anchors-free or layer-wise count for these settings, or they do not fit the model.
+        ConfigError: Layers are not computed again, for which alone this is counted; or the settings do not fit the
+            model.
         ModelError: There is no base model of this name, or it cannot be given a memory.
     """
     if settings.recomputed != "layers":
         raise ConfigError("the need of memory is counted for checkpointing: layers; set it, or train a step to see")
     base = read_base(_name(settings.model), settings.memory_config(), _dtype(settings))
-    served = [layer for layer in base.attachment.layers if layer.memory is not None]
-    memories = sum(_parameters(base, settings.memory, layer) for layer in served)
+    layers = base.attachment.layers
+    memories = sum(_parameters(base, settings.memory, layer) for layer in layers if layer.memory is not None)
     tokens, size = settings.batch * settings.length, base.dtype.itemsize
-    hidden = base.layers[0][0].shape.hidden_size
-    layers = len(base.attachment.layers)
+    hidden = layers[0].shape.hidden_size
+    positions = settings.slice_tokens or max(_FEWEST, _SLICE // (_FLOAT * base.vocabulary_weights // hidden))
     parts = {
         "base model": base.parameters * size,
         "memories, gradients, AdamW": memories * _FLOAT * _OF_ADAM,
-        "input of every layer": layers * tokens * hidden * size,
-        "one layer, computed again": max(_layer_bytes(base, layer, tokens, size) for layer in base.attachment.layers),
-        "last hidden states": 3 * tokens * hidden * size,  # teacher, student, gradient
-        "logits": _OF_LOGITS * max(_LOGITS, _FLOAT * (settings.slice_tokens or 16) * _vocabulary(base)),
+        "hidden states of all layers": _KEPT * len(layers) * tokens * hidden * size,
+        "one layer, computed again": tokens * max(_token_bytes(base, layer, size) for layer in layers),
+        "logits": _OF_LOGITS * _FLOAT * min(positions, tokens) * (base.vocabulary_weights // hidden),
     }
     return MemoryNeed(parts, tokens, tokens * settings.accumulation)
 
 
-def _layer_bytes(base: Base, layer: AttentionLayer, tokens: int, size: int) -> int:
-    """What a layer holds while its part of the backward pass runs."""
-    shape = layer.shape
-    heads = shape.query_heads * shape.value_size
-    wide = (base.other_weights // max(1, len(base.attachment.layers))) // (3 * shape.hidden_size)
-    recurrence = _RECURRENCE * heads * _FLOAT if layer.memory is not None else 0
-    return tokens * (recurrence + size * (_SOFTMAX * heads + _PERCEPTRON * wide + _OF_HIDDEN * shape.hidden_size))
+def _token_bytes(base: Base, layer: AttentionLayer, size: int) -> int:
+    """What a layer holds of a token while its part of the backward pass runs: of attention or of its perceptron."""
+    hidden = layer.shape.hidden_size
+    heads = layer.shape.query_heads * layer.shape.value_size
+    perceptron = base.other_weights // len(base.attachment.layers) // (3 * hidden)
+    return _OF_HIDDEN * hidden * size + max(_OF_HEADS * heads * _FLOAT, _OF_PERCEPTRON * perceptron * size)
 
 
 def _parameters(base: Base, memory: str, layer: AttentionLayer) -> int:
     return sum(parameter.numel() for parameter in base.memories[memory, layer.shape].parameters())
-
-
-def _vocabulary(base: Base) -> int:
-    return base.vocabulary_weights // base.layers[0][0].shape.hidden_size
 
 
 def _dtype(settings: TrainSettings) -> str:

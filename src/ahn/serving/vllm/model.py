@@ -15,7 +15,7 @@ from vllm.model_executor.models.transformers.base import VLLM_ATTN_ATTR, Base
 from vllm.model_executor.models.transformers.causal import CausalMixin
 from vllm.model_executor.models.transformers.moe import MoEMixin
 
-from ahn.attachment import MODULE, Attachment, AttentionLayer
+from ahn.attachment import MODULE, SCORE_WEIGHTS, Attachment, AttentionLayer
 from ahn.backbone.rotary import Rotation, find_rotary
 from ahn.config import RunSettings
 from ahn.memories import build_memory
@@ -24,7 +24,6 @@ from ahn.serving.vllm.layout import block_bytes, block_tensors, empty_cache
 from ahn.serving.vllm.memory import ServedMemory, give_score_weights, own_heads, read_memory, survey_base
 from ahn.serving.vllm.parsing import FIELD
 from ahn.serving.vllm.runtime import Runtime, ServedLayer
-from ahn.surgery import SCORE_WEIGHTS
 
 IMPLEMENTATION = "ahn_vllm"
 """Name under which the attention function is registered with transformers."""
