@@ -208,8 +208,9 @@ class TestChecks:
         with pytest.raises(ConfigError, match="llava wraps a text model"):
             survey_base(AutoConfig.for_model("llava"), AHNConfig(window=16, sinks=2))
 
-    def test_the_base_is_surveyed_without_its_weights(self) -> None:
-        model = tiny.with_memory("granite")
+    @pytest.mark.parametrize("family", ["granite", "qwen3_moe"])
+    def test_the_base_is_surveyed_without_its_weights(self, family: str) -> None:
+        model = tiny.with_memory(family)
         found = survey_base(model.config, attachment_of(model).config)
         assert [layer.shape for layer in found.layers] == [layer.shape for layer in attachment_of(model).layers]
         assert all(layer.module.q_proj.weight.is_meta for layer in found.layers)

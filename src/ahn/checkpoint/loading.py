@@ -122,9 +122,7 @@ def from_pretrained(
         _check_is_base(name_or_path, folder)
         folder = None  # its own memory is not wanted
     if folder is not None and not (folder / own.CONFIG).is_file():
-        merged = _from_merged(os.fspath(name_or_path), folder, config, dtype, options)
-        _keep_anchors(merged, anchors)
-        return merged
+        return _keep_anchors(_from_merged(os.fspath(name_or_path), folder, config, dtype, options), anchors)
     base, content = (name_or_path, source), None  # the memory is read before the base model, which takes long
     memory = adapter, dataclasses.replace(source, revision=adapter_revision, subfolder="")
     if folder is not None:
@@ -140,10 +138,9 @@ def from_pretrained(
         _put(model, content if folder is None or not _is_base(folder) else _without_name(content))
         located = locate(memory[0], memory[1])
     _load_score_weights(model, located, base[0])
-    if anchors is None and config is None and content is not None and not content.config.anchors:
-        anchors = usual_anchors(model)
-    _keep_anchors(model, anchors)
-    return model
+    if config is None and content is not None and not content.config.anchors:
+        anchors = usual_anchors(model) if anchors is None else anchors
+    return _keep_anchors(model, anchors)
 
 
 def _load_score_weights(model: nn.Module, adapter: Path | None, base: str | os.PathLike[str]) -> None:
@@ -153,18 +150,18 @@ def _load_score_weights(model: nn.Module, adapter: Path | None, base: str | os.P
         load_anchors(model, weights)
 
 
-def _keep_anchors(model: nn.Module, anchors: int | None) -> None:
-    """Sets how many anchors a model's runs keep if they do not say so themselves; `None` leaves it as it is.
+def _keep_anchors(model: PreTrainedModel, anchors: int | None) -> PreTrainedModel:
+    """The model, whose runs keep so many anchors if they do not say so themselves; `None` leaves it as it is.
 
     Raises:
         ConfigError: The model cannot be read with so many.
     """
     attachment = find_attachment(model)
-    if anchors is None or attachment is None:
-        return
-    config = dataclasses.replace(attachment.config, anchors=anchors)
-    attachment.check(RunSettings.like(config))
-    attachment.config = config
+    if anchors is not None and attachment is not None:
+        config = dataclasses.replace(attachment.config, anchors=anchors)
+        attachment.check(RunSettings.like(config))
+        attachment.config = config
+    return model
 
 
 def _check_is_base(name: str | os.PathLike[str], folder: Path) -> None:

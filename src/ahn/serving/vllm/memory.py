@@ -82,6 +82,7 @@ def survey_base(base: PreTrainedConfig, config: AHNConfig) -> Attachment:
     _check_rotations(base)
     copied = copy.deepcopy(base)
     copied._attn_implementation = "eager"
+    copied._experts_implementation = "batched_mm"  # the others look at values, which there are none of
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(copied)
     attachment = survey(model, config)
