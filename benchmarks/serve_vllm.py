@@ -2,7 +2,7 @@
 
     python benchmarks/serve_vllm.py                                     # 16 requests of 8,192 tokens, window 1,024
     python benchmarks/serve_vllm.py --tokens 2048 --window 256          # the same, shorter
-    python benchmarks/serve_vllm.py --parts writing,one                 # without the time that reading takes
+    python benchmarks/serve_vllm.py --parts whole,writing,one           # with the time that reading takes: an hour
 
 Needs the environment of `make vllm`. `whole` runs each engine in a process of its own, one after the other, with the
 same bytes for keys and values. In `writing`, both engines take turns in one process. There full attention has read one
@@ -36,7 +36,7 @@ def main() -> None:
     parser.add_argument("--sinks", type=int, default=32)
     parser.add_argument("--anchors", type=int, default=0)
     parser.add_argument("--gigabytes", type=float, default=2.0, help="room for keys, values and states of an engine")
-    parser.add_argument("--parts", default="whole,writing,one")
+    parser.add_argument("--parts", default="writing,one")
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
