@@ -158,7 +158,7 @@ def _gap_part(report: dict) -> str:
         "`full`. The equal window is enlarged to the bytes of\nthe arm, states and anchors counted. Intervals are 95 % "
         f"bootstraps over excerpts\n({_where(report['environment'])}).\n",
         *_read_in_full(report),
-        *(["Products of the model were rounded to bfloat16.\n"] if settings["precision"] == "bfloat16" else []),
+        *(["Products of the model were rounded to bfloat16.\n"] if settings.get("precision") == "bfloat16" else []),
         f"![share of the gap against bytes of cache](images/{gap.picture})\n",
         "| arm | cache, MB | nats per token | share of the gap | equal window | nats better than it |",
         "|---|---|---|---|---|---|",
