@@ -56,7 +56,23 @@ _ARGUMENTS = {
     "ahn_linear": [*[_INT] * 3, *[_POINTER] * 4],
     "ahn_linear_each": [*[_INT] * 5, *[_POINTER] * 3],
     "ahn_decode_add": [*[_INT] * 5, *[_POINTER] * 8, _FLOAT, ctypes.c_int, ctypes.c_int, _POINTER],
+    "ahn_decode_layer": [_POINTER, _POINTER, ctypes.c_int],
+    "ahn_packed_multiply": [*[_INT] * 2, *[_POINTER] * 4],
+    "ahn_packed_unpack": [*[_INT] * 2, *[_POINTER] * 2],
+    "ahn_half_multiply": [*[_INT] * 3, *[_POINTER] * 4],
+    "ahn_take_slots": [*[_INT] * 5, *[_POINTER] * 2],
+    "ahn_put_slots": [*[_INT] * 5, *[_POINTER] * 2],
 }
+_CANNOT_FAIL = (
+    "ahn_write_delta",
+    "ahn_write_state_space",
+    "ahn_linear",
+    "ahn_linear_each",
+    "ahn_packed_unpack",
+    "ahn_half_multiply",
+    "ahn_take_slots",
+    "ahn_put_slots",
+)
 
 MOST_VECTORS = 4
 """Vectors that `linear` multiplies at once."""
@@ -330,7 +346,7 @@ def _kernels() -> ctypes.CDLL | str:
         return str(error)
     for name, arguments in _ARGUMENTS.items():
         getattr(kernels, name).argtypes = arguments
-    for name in ("ahn_write_delta", "ahn_write_state_space", "ahn_linear", "ahn_linear_each"):
+    for name in _CANNOT_FAIL:
         getattr(kernels, name).restype = None
     return kernels
 

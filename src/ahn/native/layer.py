@@ -6,8 +6,7 @@ Legend of shapes: D hidden size, H query heads, G key/value heads, K size of key
 from __future__ import annotations
 
 import ctypes
-from functools import lru_cache
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -201,8 +200,9 @@ class DescribedLayer:
     def run(self, token: Token) -> None:
         """Takes a token through the layer: writes its output, its slot, and what its attention reads."""
         address = ctypes.addressof(token)
-        if _TEAM.run(torch.get_num_threads(), lambda threads: _function()(self._address, address, threads)):
-            raise MemoryError("ahn_decode_layer found no memory to work in")
+        _TEAM.run(
+            torch.get_num_threads(), lambda threads: native._run("ahn_decode_layer", self._address, address, threads)
+        )
 
     @staticmethod
     def _check(weights: LayerWeights, heads: int, kv_heads: int, size: int) -> None:
@@ -241,10 +241,3 @@ def _linear(linear: LinearWeight) -> _Weight:
     else:
         kind, address = int(weight.element_size() == 2), weight.data_ptr()
     return _Weight(kind, linear.rows, linear.columns, address, _address(linear.bias))
-
-
-@lru_cache(maxsize=1)
-def _function() -> Any:
-    function = native._kernels().ahn_decode_layer  # type: ignore[union-attr]
-    function.argtypes = [_POINTER, _POINTER, ctypes.c_int]
-    return function

@@ -6,8 +6,7 @@ Legend of shapes: N rows of a weight, D columns, P panels of `PANEL_ROWS` rows, 
 from __future__ import annotations
 
 import ctypes
-from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -93,7 +92,7 @@ def multiply(x: Tensor, weight: Packed | DescribedWeight, bias_N: Tensor | None,
     x = x.contiguous()
     out = x.new_empty(*x.shape[:-1], rows)
     vectors = x.numel() // described.columns
-    _call("ahn_packed_multiply", vectors, rows, ctypes.byref(described.structure), x, bias_N, out)
+    native._run("ahn_packed_multiply", vectors, rows, ctypes.byref(described.structure), x, bias_N, out)
     return out
 
 
@@ -112,7 +111,7 @@ def unpack(weight: Packed | DescribedWeight, start: int, stop: int) -> Tensor:
     if not 0 <= start <= stop or start % PANEL_ROWS:
         raise ShapeError(f"a weight has no rows {start} to {stop} that begin with a panel of {PANEL_ROWS}")
     out = torch.empty(stop - start, described.columns)
-    _call("ahn_packed_unpack", start // PANEL_ROWS, stop - start, ctypes.byref(described.structure), out)
+    native._run("ahn_packed_unpack", start // PANEL_ROWS, stop - start, ctypes.byref(described.structure), out)
     return out
 
 
@@ -133,7 +132,7 @@ def multiply_half(x: Tensor, weight_ND: Tensor, bias_N: Tensor | None) -> Tensor
     check_shapes((x, (*x.shape[:-1], D)), (bias_N, (N,)))
     x = x.contiguous()
     out = x.new_empty(*x.shape[:-1], N)
-    _call("ahn_half_multiply", x.numel() // D, N, D, x, weight_ND, bias_N, out)
+    native._run("ahn_half_multiply", x.numel() // D, N, D, x, weight_ND, bias_N, out)
     return out
 
 
@@ -161,19 +160,3 @@ def _with_rows(weight: Packed | DescribedWeight, rows: int) -> DescribedWeight:
     if not 0 <= rows <= described.rows:
         raise ShapeError(f"a weight with room for {described.rows} rows has no {rows} rows")
     return described
-
-
-def _call(name: str, *arguments: Any) -> None:
-    plain = (x.data_ptr() if isinstance(x, Tensor) else x for x in arguments)
-    if getattr(_with_types(native._kernels()), name)(*plain):
-        raise MemoryError(f"{name} found no memory to work in")
-
-
-@lru_cache(maxsize=1)
-def _with_types(library: Any) -> Any:
-    """The library, with what these kernels take."""
-    library.ahn_packed_multiply.argtypes = [*[_INT] * 2, *[_POINTER] * 4]
-    library.ahn_packed_unpack.argtypes = [*[_INT] * 2, *[_POINTER] * 2]
-    library.ahn_half_multiply.argtypes = [*[_INT] * 3, *[_POINTER] * 4]
-    library.ahn_packed_unpack.restype = library.ahn_half_multiply.restype = None
-    return library

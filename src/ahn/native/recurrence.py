@@ -5,6 +5,8 @@ Legend of shapes: B batch, T tokens, H query heads, G key/value heads, K key siz
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -43,15 +45,30 @@ def _scan(
 ) -> tuple[Tensor, Tensor]:
     B, T, H, K = q.shape
     G, V = v.shape[2:]
-    check_groups(H, G)
-    check_shapes((k, (B, T, G, K)), (v, (B, T, G, V)), (log_decay, (B, T, H)), (write, (B, T, H)))
-    check_shapes((state, (B, H, K, V) if is_delta else (B, H, V, K)))
+    _check(q, k, v, log_decay, write, (state,), is_delta)
     after = state.clone(memory_format=torch.contiguous_format)
     out = q.new_empty(B, T, H, V)
     q, k, v, write = (x.contiguous() for x in (q, k, v, write))
     log_decay = None if log_decay is None else log_decay.contiguous()
     native._run("ahn_scan", B, T, H, G, K, V, q, k, v, log_decay, write, after, out, int(is_delta))
     return out, after
+
+
+def _check(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor | None,
+    write: Tensor,
+    states: Sequence[Tensor],
+    is_delta: bool,
+) -> None:
+    """Checks the shapes of what a recurrence is given."""
+    B, T, H, K = q.shape
+    G, V = v.shape[2:]
+    check_groups(H, G)
+    check_shapes((k, (B, T, G, K)), (v, (B, T, G, V)), (log_decay, (B, T, H)), (write, (B, T, H)))
+    check_shapes(*((state, (B, H, K, V) if is_delta else (B, H, V, K)) for state in states))
 
 
 def scan_back(
@@ -87,9 +104,8 @@ def scan_back(
     tensors = q_BTHK, k_BTGK, v_BTGV, write_BTH, state, to_out_BTHV
     q, k, v, write, state, to_out = (x.contiguous() for x in tensors)
     log_decay = None if log_decay_BTH is None else log_decay_BTH.contiguous()
-    check_groups(H, G)
-    check_shapes((k, (B, T, G, K)), (v, (B, T, G, V)), (log_decay, (B, T, H)), (write, (B, T, H)))
-    check_shapes(*((x, (B, H, K, V) if is_delta else (B, H, V, K)) for x in (state, to_state)), (to_out, (B, T, H, V)))
+    _check(q, k, v, log_decay, write, (state, to_state), is_delta)
+    check_shapes((to_out, (B, T, H, V)))
     to_first = to_state.clone(memory_format=torch.contiguous_format)
     to_q, to_write = torch.empty_like(q), torch.empty_like(write)
     to_k, to_v = torch.zeros_like(k), torch.zeros_like(v)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
-from functools import lru_cache
 from typing import Any
 
 from torch import Tensor
@@ -15,7 +14,7 @@ from torch import Tensor
 from ahn import native
 from ahn.native.checks import check_shapes
 
-_INT, _POINTER = ctypes.c_int64, ctypes.c_void_p
+_POINTER = ctypes.c_void_p
 
 
 class Rings:
@@ -26,6 +25,7 @@ class Rings:
     """
 
     def __init__(self, rings: Sequence[Tensor]) -> None:
+        self._kernels: Any = native._kernels()
         self._rings = list(rings)
         self._shape = rings[0].shape
         self._addresses = (_POINTER * len(rings))(*(ring.data_ptr() for ring in rings))
@@ -47,7 +47,7 @@ class Rings:
         B, G, N, K = self._shape
         out = self._rings[0].new_empty(len(self._rings), B, G, K)
         arguments = len(self._rings), B * G, N, slot, K * out.element_size()
-        _function("ahn_take_slots")(*arguments, ctypes.addressof(self._addresses), out.data_ptr())
+        self._kernels.ahn_take_slots(*arguments, ctypes.addressof(self._addresses), out.data_ptr())
         return out
 
     def put(self, slot: int, values: Tensor) -> None:
@@ -61,11 +61,4 @@ class Rings:
         check_shapes((values, (len(self._rings), B, G, K)))
         values = values.to(self._rings[0].dtype).contiguous()
         arguments = len(self._rings), B * G, N, slot, K * values.element_size()
-        _function("ahn_put_slots")(*arguments, values.data_ptr(), ctypes.addressof(self._addresses))
-
-
-@lru_cache(maxsize=2)
-def _function(name: str) -> Any:
-    function = getattr(native._kernels(), name)
-    function.argtypes, function.restype = [*[_INT] * 5, *[_POINTER] * 2], None
-    return function
+        self._kernels.ahn_put_slots(*arguments, values.data_ptr(), ctypes.addressof(self._addresses))

@@ -9,6 +9,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from typing import TypeVar
+
+Result = TypeVar("Result")
 
 WINDOW = 32
 """Calls whose time is taken together; about one token of a small model."""
@@ -32,7 +35,7 @@ class Team:
         self._taken = self._calls = 0
         self._begin(1)
 
-    def run(self, most: int, work: Callable[[int], int]) -> int:
+    def run(self, most: int, work: Callable[[int], Result]) -> Result:
         """Calls a kernel with a number of threads, and learns from the time that it takes.
 
         Args:
