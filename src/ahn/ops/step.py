@@ -84,18 +84,13 @@ def write_delta_(
         state_BHKV: The state, `[B, H, K, V]`, contiguous.
         places_X: What `state_places` gave for states that lie elsewhere, in a tensor that is `state_BHKV` then.
     """
-    if places_X is not None:
-        H, decay_X = beta_BH.size(1), None if decay_BH is None else decay_BH.reshape(-1)
-        k_X1K, v_X1V = _rows(k_BGK.unsqueeze(1), H), _rows(v_BGV.unsqueeze(1), H)
-        native.write_delta_(k_X1K[:, 0], v_X1V[:, 0], decay_X, beta_BH.reshape(-1), state_BHKV, places_X)
-        return
-    B, H, K, V = state_BHKV.shape
-    S_XKV = state_BHKV.view(B * H, K, V)
+    B, H = beta_BH.shape
     k_X1K, v_X1V = _rows(k_BGK.unsqueeze(1), H), _rows(v_BGV.unsqueeze(1), H)
+    S_XKV = state_BHKV if places_X is not None else state_BHKV.view(B * H, *state_BHKV.shape[2:])
     gates = [beta_BH] if decay_BH is None else [beta_BH, decay_BH]
-    if S_XKV.is_contiguous() and native.ready(k_X1K, v_X1V, S_XKV, *gates, sizes=(V,)):
+    if places_X is not None or _kernels_take(S_XKV, k_X1K, v_X1V, *gates):
         decay_X = None if decay_BH is None else decay_BH.reshape(-1)
-        native.write_delta_(k_X1K[:, 0], v_X1V[:, 0], decay_X, beta_BH.reshape(-1), S_XKV)
+        native.write_delta_(k_X1K[:, 0], v_X1V[:, 0], decay_X, beta_BH.reshape(-1), S_XKV, places_X)
         return
     if decay_BH is not None:
         S_XKV.mul_(decay_BH.reshape(B * H, 1, 1))
@@ -121,16 +116,12 @@ def write_state_space_(
         state_BHVK: The state, `[B, H, V, K]`, contiguous.
         places_X: As for `write_delta_`.
     """
-    if places_X is not None:
-        k_X1K, v_X1V = (_rows(x.unsqueeze(1), dt_BH.size(1)) for x in (k_BGK, v_BGV))
-        steps = decay_BH.reshape(-1), dt_BH.reshape(-1)
-        native.write_state_space_(k_X1K[:, 0], v_X1V[:, 0], *steps, state_BHVK, places_X)
-        return
-    B, H, V, K = state_BHVK.shape
-    S_XVK = state_BHVK.view(B * H, V, K)
+    B, H = dt_BH.shape
     k_X1K, v_X1V = _rows(k_BGK.unsqueeze(1), H), _rows(v_BGV.unsqueeze(1), H)
-    if S_XVK.is_contiguous() and native.ready(k_X1K, v_X1V, S_XVK, decay_BH, dt_BH, sizes=(K,)):
-        native.write_state_space_(k_X1K[:, 0], v_X1V[:, 0], decay_BH.reshape(-1), dt_BH.reshape(-1), S_XVK)
+    S_XVK = state_BHVK if places_X is not None else state_BHVK.view(B * H, *state_BHVK.shape[2:])
+    if places_X is not None or _kernels_take(S_XVK, k_X1K, v_X1V, decay_BH, dt_BH):
+        steps = decay_BH.reshape(-1), dt_BH.reshape(-1)
+        native.write_state_space_(k_X1K[:, 0], v_X1V[:, 0], *steps, S_XVK, places_X)
         return
     S_XVK.mul_(decay_BH.reshape(B * H, 1, 1))
     S_XVK.baddbmm_(v_X1V.mT * dt_BH.reshape(B * H, 1, 1), k_X1K)
@@ -199,6 +190,11 @@ def _delta(q_BTHK: Tensor, k_BTGK: Tensor, v_BTGV: Tensor, beta_BTH: Tensor, S_B
     u_X1V = torch.baddbmm(v_X1V, k_X1K, S_XKV, alpha=-1) * beta_BTH.reshape(B * H, 1, 1)
     S_XKV = torch.baddbmm(S_XKV, k_X1K.mT, u_X1V)
     return torch.bmm(q_BTHK.reshape(B * H, 1, K), S_XKV).view(B, 1, H, V), S_XKV.view(B, H, K, V)
+
+
+def _kernels_take(states: Tensor, *others: Tensor) -> bool:
+    """Whether the kernels can write tokens into states that lie side by side, whose last axis they go along."""
+    return states.is_contiguous() and native.ready(states, *others, sizes=(states.size(-1),))
 
 
 def _rows(x_BTGD: Tensor, heads: int) -> Tensor:
