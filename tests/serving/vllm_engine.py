@@ -14,7 +14,7 @@ from ahn.attachment import attachment_of
 from ahn.backbone.survey import find_backbone
 from ahn.config import RunSettings
 from ahn.serving.vllm.layout import block_bytes, block_tensors, empty_cache
-from ahn.serving.vllm.runtime import Rows, Runtime, ServedLayer
+from ahn.serving.vllm.runtime import Rows, Runtime, ServedCall, ServedLayer
 from ahn.serving.vllm.step import Step
 
 NAME = "ahn_fake_engine"
@@ -77,7 +77,8 @@ class Engine:
         """The attention function of the model while it is read so."""
         assert self.step is not None
         served = self.runtime.layers[module.layer_idx]
-        return self.step.attend(served, module, (q, k, v), self.inputs.pop(module.layer_idx), options), None
+        asked = ServedCall(served, module, (q, k, v), self.inputs.pop(module.layer_idx), options)
+        return self.step.attend(asked), None
 
     def read(self, texts: list[list[int]], seed: int = 0, longest: int = 40) -> list[torch.Tensor]:
         """Last hidden states of texts that are read together in random chunks, many of one token."""

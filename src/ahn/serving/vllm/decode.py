@@ -14,7 +14,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import nn
 
 from ahn import native
 from ahn.attention.call import Call, LayerCall, Softmax
@@ -25,7 +24,7 @@ from ahn.cache.record import TokenRecord
 from ahn.memories import Memory
 from ahn.native import Segment
 from ahn.serving.vllm.anchors import DecodedAnchors
-from ahn.serving.vllm.runtime import Rows, Runtime, ServedLayer
+from ahn.serving.vllm.runtime import Rows, Runtime, ServedCall, ServedLayer
 
 
 class DecodedTokens:
@@ -71,15 +70,9 @@ class DecodedTokens:
     def _memories(self) -> list[Memory]:
         return [served.memory for served in self.runtime.layers.values()]
 
-    def attend(
-        self,
-        served: ServedLayer,
-        module: nn.Module,
-        projected: Sequence[torch.Tensor],
-        inputs: Mapping[str, Any],
-        options: Mapping[str, Any],
-    ) -> torch.Tensor:
+    def attend(self, asked: ServedCall) -> torch.Tensor:
         """Attention of the tokens in one layer, `[B, 1, H, V]`; see `Step.attend`."""
+        served, _, projected, inputs, options = asked
         q_BH1K, k_BG1K, v_BG1V = (x[:, :, : self.count].transpose(0, 2) for x in projected)
         hidden = inputs["hidden_states"][0, : self.count, None]
         self.hidden[served.layer.index] = hidden

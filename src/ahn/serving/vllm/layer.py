@@ -17,7 +17,7 @@ from vllm.v1.attention.backend import AttentionBackend, AttentionMetadataBuilder
 from vllm.v1.attention.backends.registry import MambaAttentionBackendEnum
 from vllm.v1.kv_cache_interface import MambaSpec
 
-from ahn.serving.vllm.runtime import Rows, Runtime, ServedLayer
+from ahn.serving.vllm.runtime import Rows, Runtime, ServedCall, ServedLayer
 from ahn.serving.vllm.step import Step
 
 
@@ -162,7 +162,7 @@ class MemoryAttention(nn.Module, MambaBase):  # type: ignore[misc]
         step = self.holder.find(self.prefix)
         if step is None:
             return value.new_zeros(1, query.size(2), query.size(1), value.size(3))
-        return step.attend(self.served, module, projected, inputs, options)
+        return step.attend(ServedCall(self.served, module, projected, inputs, options))
 
 
 def served_attention(

@@ -1,6 +1,7 @@
 """What the steps of the engine share: the layers of this process, with the pages of all requests.
 
-Legend of shapes: L layers.
+Legend of shapes: L layers, T tokens of the batch, D hidden size, H query heads, G key/value heads, K key size, V value
+size.
 """
 
 from __future__ import annotations
@@ -8,9 +9,11 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
+from torch import nn
 
 from ahn.anchors.selection import Scoreboard
 from ahn.attachment import Attachment, AttentionLayer
@@ -60,6 +63,25 @@ class ServedLayer:
     def block(self, number: int) -> dict[str, torch.Tensor]:
         """Views of one block, `[1, ...]` each."""
         return {name: page[number : number + 1] for name, page in self.pages.items()}
+
+
+class ServedCall(NamedTuple):
+    """A layer that is to read the tokens of the batch.
+
+    Attributes:
+        served: The layer.
+        module: Its attention module.
+        projected: Queries `[1, H, T, K]`, keys `[1, G, T, K]` and values `[1, G, T, V]`, after norms and rotation.
+        inputs: What the module was called with: `hidden_states`, `[1, T, D]`, and, where it rotates,
+            `position_embeddings` and `position_ids`.
+        options: What the module passes to its attention function beside that: `scaling`, `softcap`, `s_aux`.
+    """
+
+    served: ServedLayer
+    module: nn.Module
+    projected: Sequence[torch.Tensor]
+    inputs: Mapping[str, Any]
+    options: Mapping[str, Any]
 
 
 @dataclasses.dataclass(eq=False)

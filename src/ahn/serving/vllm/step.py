@@ -6,11 +6,9 @@ R rotated size.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
-from torch import nn
 
 from ahn.anchors.selection import Selection
 from ahn.attention.call import Call
@@ -26,7 +24,7 @@ from ahn.serving.vllm.layout import (
     open_board,
     open_layer,
 )
-from ahn.serving.vllm.runtime import Rows, Runtime, ServedLayer
+from ahn.serving.vllm.runtime import Rows, Runtime, ServedCall
 
 
 class Chunk:
@@ -51,15 +49,9 @@ class Chunk:
             open_board(self.cache, self._shared_block(), rows.seen)
             self.call.selection = Selection(self.cache.scoreboard, rows.seen, rows.stop - rows.start, None)
 
-    def attend(
-        self,
-        served: ServedLayer,
-        module: nn.Module,
-        projected: Sequence[torch.Tensor],
-        inputs: Mapping[str, Any],
-        options: Mapping[str, Any],
-    ) -> torch.Tensor:
+    def attend(self, asked: ServedCall) -> torch.Tensor:
         """Attention of the tokens in one layer, `[1, tokens, H, V]`; see `Step.attend`."""
+        served, module, projected, inputs, options = asked
         start, stop, index = self.rows.start, self.rows.stop, served.layer.index
         tables = inputs.get("position_embeddings")
         own = {"hidden_states": inputs["hidden_states"][:, start:stop]}
@@ -105,32 +97,19 @@ class Step:
         self.decoded = DecodedTokens(runtime, singles) if singles else None
         self.chunks = [Chunk(runtime, each) for each in rows[len(singles) :]]
 
-    def attend(
-        self,
-        served: ServedLayer,
-        module: nn.Module,
-        projected: Sequence[torch.Tensor],
-        inputs: Mapping[str, Any],
-        options: Mapping[str, Any],
-    ) -> torch.Tensor:
+    def attend(self, asked: ServedCall) -> torch.Tensor:
         """Attention of all tokens in one layer, `[1, T, H, V]`.
 
         Args:
-            served: The layer.
-            module: The attention module.
-            projected: Queries `[1, H, T, K]`, keys `[1, G, T, K]` and values `[1, G, T, V]`, after norms and rotation.
-            inputs: What the module was called with: `hidden_states`, `[1, T, D]`, and, where it rotates,
-                `position_embeddings` and `position_ids`.
-            options: What the module passes to its attention function beside that: `scaling`, `softcap`, `s_aux`.
+            asked: The layer, and what it is to read.
         """
-        arguments = served, module, projected, inputs, options
-        parts = [] if self.decoded is None else [self.decoded.attend(*arguments).transpose(0, 1)]
-        parts += [chunk.attend(*arguments) for chunk in self.chunks]
-        if served.layer.index == self.runtime.last:
+        parts = [] if self.decoded is None else [self.decoded.attend(asked).transpose(0, 1)]
+        parts += [chunk.attend(asked) for chunk in self.chunks]
+        if asked.served.layer.index == self.runtime.last:
             self._close()
         read = sum(part.size(1) for part in parts)
-        if read < projected[0].size(2):  # vLLM pads a batch for some of its kernels
-            parts.append(parts[0].new_zeros(1, projected[0].size(2) - read, *parts[0].shape[2:]))
+        if (tokens := asked.projected[0].size(2)) > read:  # vLLM pads a batch for some of its kernels
+            parts.append(parts[0].new_zeros(1, tokens - read, *parts[0].shape[2:]))
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
     def _close(self) -> None:
