@@ -58,8 +58,12 @@ def main() -> None:
     parser.add_argument("--parts", default="writing,document,load,peer")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    known: dict[str, Callable[[Any], Table]] = {"writing": writing, "document": document, "load": loaded_server}
-    known["peer"] = beside_transformers
+    known: dict[str, Callable[[Any], Table]] = {
+        "writing": writing,
+        "document": document,
+        "load": loaded_server,
+        "peer": beside_transformers,
+    }
     rows: Table = []
     for part in options.parts.split(","):
         for row in known[part](options):
@@ -69,13 +73,17 @@ def main() -> None:
         options.json.write_text(json.dumps(dict(rows), indent=2) + "\n")
 
 
+def long_text(tokenizer: Any, tokens: int) -> list[int]:
+    """Tokens of Python's reference, from its beginning again where it is too short."""
+    return list(itertools.islice(itertools.cycle(text_tokens(reference(), tokenizer)), tokens))
+
+
 @torch.no_grad()
 def writing(options: Any) -> Table:
     """Tokens per second of one session, of several, and of the base model with a cache that grows."""
     loaded = load(ModelChoice(options.model, window=options.window))
     model: Any = loaded.model.eval()
-    ids = torch.tensor(text_tokens(reference(), loaded.tokenizer))
-    ids = ids.repeat(-(-options.tokens // ids.numel()))[: options.tokens]
+    ids = torch.tensor(long_text(loaded.tokenizer, options.tokens))
     with ahn.mode(model, "ahn", anchors=options.anchors):
         early = Reader(model, score=False)
         early.prefill(ids[: options.tokens // 2])
@@ -202,8 +210,8 @@ def transformers_server(options: Any, folder: Path) -> Iterator[str]:
 
 def beside_transformers(options: Any) -> Table:
     """Tokens per second of one and of several conversations about a long text, and of `transformers serve`."""
-    ids = text_tokens(reference(), load_tokenizer(options.model))
-    text = load_tokenizer(options.model).decode(list(itertools.islice(itertools.cycle(ids), options.tokens)))
+    tokenizer = load_tokenizer(options.model)
+    text = tokenizer.decode(long_text(tokenizer, options.tokens))
     with tempfile.TemporaryDirectory() as folder, server(options, Path(folder)) as (_, address):
         written_per_second(address, options, options.model, text, 1)  # reads the text, which all others share
         one, several = (written_per_second(address, options, options.model, text, n) for n in (1, options.sessions))
@@ -240,8 +248,7 @@ def document(options: Any) -> Table:
     import httpx
 
     tokenizer = load_tokenizer(options.model)
-    ids = text_tokens(reference(), tokenizer)
-    text = tokenizer.decode(list(itertools.islice(itertools.cycle(ids), options.document)))
+    text = tokenizer.decode(long_text(tokenizer, options.document))
     with tempfile.TemporaryDirectory() as folder, server(options, Path(folder)) as (_, address):
         client = httpx.Client(base_url=address, timeout=None)
         file = client.post("/v1/files", files={"file": ("document.txt", text.encode())}).json()
