@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
@@ -17,6 +18,8 @@ from ahn.serving import files, operations, routes
 from ahn.serving.errors import RequestError
 from ahn.serving.gate import Gate
 from ahn.serving.service import Service
+
+_log = logging.getLogger("ahn.serving")
 
 
 def make_app(service: Service) -> Any:
@@ -49,7 +52,9 @@ async def _refused(request: Request, error: Any) -> Any:
 
 
 async def _full(request: Request, error: Any) -> Any:
-    return await _refused(request, RequestError(f"the server {error}", 503, code="disk"))
+    _log.warning("a request found no space: %s", error)
+    message = "the server cannot write what it should keep; ask whoever runs it to make space"
+    return await _refused(request, RequestError(message, 503, code="disk"))
 
 
 async def _failed(request: Request, error: Any) -> Any:
