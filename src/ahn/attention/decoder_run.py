@@ -265,7 +265,8 @@ def run_paths(paths: list[FastPath], given: Given, call: Call) -> list[LayerRun]
     begun = [path.begin(given, output, call) for path, output in zip(paths, outputs, strict=True)]
     for each, x in zip(begun, (given.hidden, *outputs), strict=False):
         each.token.x = x.data_ptr()
-    run_layers([each.path.described for each in begun], [each.token for each in begun])
+    described = [layer for path in paths if (layer := path.described) is not None]
+    run_layers(described, [each.token for each in begun])
     return [
         LayerRun(
             each.path.index,
