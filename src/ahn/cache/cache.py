@@ -195,11 +195,7 @@ class HippocampalCache(Cache):
                 vars(layer).update(layer_snapshot)
 
     def take_back(self, index: int) -> None:
-        """Takes back what one layer has stored since `begin_call`. Its state stays: it holds earlier tokens only.
-
-        Args:
-            index: Index of the layer, one with a memory.
-        """
+        """Takes back what the layer of an index has stored since `begin_call`; its state holds earlier tokens only."""
         layer = self.layers[index]
         if self._snapshot is not None and isinstance(layer, HippocampalLayer):
             layer.restore({**self._snapshot.layers[index], "state": layer.state})
