@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from ahn.errors import ModelError, one_line
-from ahn.models.gguf import GGUFModel
+from ahn.models.gguf_model import GGUFModel
+from ahn.models.heap import trim_heap
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -43,6 +44,8 @@ def load_gguf_tokenizer(opened: GGUFModel) -> PreTrainedTokenizerBase:
     if template := opened.field("tokenizer.chat_template"):
         tokenizer.chat_template = template
     tokenizer.model_max_length = 10**30  # a memory reads past the trained context
+    del tokens
+    trim_heap()
     return tokenizer
 
 
@@ -50,9 +53,10 @@ def _byte_pairs(opened: GGUFModel, tokens: list[str]) -> PreTrainedTokenizerBase
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
+    vocab = {token: index for index, token in enumerate(tokens)}
     merges = [tuple(merge.split(" ")) for merge in opened.field("tokenizer.ggml.merges", [])]
     try:
-        raw = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(tokens)}, merges=merges))
+        raw = Tokenizer(models.BPE(vocab=vocab, merges=merges))
     except Exception as error:  # tokenizers raises nothing narrower
         raise ModelError(f"The tokenizer of '{opened.path}' does not fit together: {error}") from None
     raw.pre_tokenizer = pre_tokenizers.Sequence(_split(opened))
@@ -70,7 +74,21 @@ def _byte_pairs(opened: GGUFModel, tokens: list[str]) -> PreTrainedTokenizerBase
         raw.post_processor = processors.TemplateProcessing(
             single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=pair
         )
-    return PreTrainedTokenizerFast(tokenizer_object=raw, clean_up_tokenization_spaces=False, **words)
+    return PreTrainedTokenizerFast(tokenizer_object=_Whole(raw), clean_up_tokenization_spaces=False, **words)
+
+
+class _Whole:
+    """Stands for a tokenizer that nobody else has: transformers takes a deep copy, of which two would be one too many.
+
+    Args:
+        raw: The tokenizer.
+    """
+
+    def __init__(self, raw: Any) -> None:
+        self.raw = raw
+
+    def __deepcopy__(self, memo: Any) -> Any:
+        return self.raw
 
 
 def _split(opened: GGUFModel) -> list[Any]:
