@@ -9,18 +9,17 @@ import gguf
 import numpy as np
 import pytest
 import torch
+from tokenizers.pre_tokenizers import ByteLevel
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import ahn
 from ahn import checkpoint
 from ahn.errors import CheckpointError, ModelError
-from ahn.models import load_config, load_model, load_tokenizer, resolve
+from ahn.models import load_config, load_model, resolve
 from ahn.models.gguf_model import FAMILIES
-from ahn.models.gguf_tokenizer import _SPLITS
 from ahn.quantization import QuantizedLinear
 
 HIDDEN, HEADS, KV_HEADS, HEAD, INNER, WORDS = 64, 4, 2, 16, 96, 300
-TEXT = "It's 1234 words,\n\n  don't  you\tsee? Ünïcode 你好"
 
 
 def pairs_from_halves(rows: np.ndarray[Any, Any], heads: int) -> np.ndarray[Any, Any]:
@@ -145,13 +144,12 @@ def write_weights(writer: Any, model: Any, architecture: str, kind: str) -> None
             writer.add_tensor(f"{names.get_name(stem)}.{suffix}", np.ascontiguousarray(data))
 
 
-def write_tokenizer(writer: Any, pre: str, merges: list[str]) -> None:
-    from tokenizers.pre_tokenizers import ByteLevel
-
+def write_tokenizer(writer: Any, pre: str | None, merges: list[str]) -> None:
     tokens = ["<s>", "</s>", "12", *sorted(ByteLevel.alphabet())]
     tokens += [f"unused{number}" for number in range(WORDS - len(tokens))]
     writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre(pre)
+    if pre is not None:
+        writer.add_tokenizer_pre(pre)
     writer.add_token_list(tokens)
     writer.add_token_types([3, 3, *[1] * (WORDS - 2)])
     writer.add_token_merges(merges)
@@ -278,33 +276,6 @@ def test_types_of_weights(tmp_path: Path, kind: str) -> None:
     ids = torch.randint(2, WORDS, (1, 20))
     got = load_model(tmp_path / "m.gguf")(ids).logits
     torch.testing.assert_close(got, expected(ids).logits, atol=2e-4, rtol=1e-4)
-
-
-class TestTokenizer:
-    @pytest.mark.parametrize("pre", _SPLITS)
-    def test_round_trip(self, tmp_path: Path, pre: str) -> None:
-        write(tmp_path / "m.gguf", pre=pre)
-        tokenizer = load_tokenizer(tmp_path / "m.gguf")
-        ids = tokenizer(TEXT)["input_ids"]
-        assert tokenizer.decode(ids) == TEXT
-        assert tokenizer.eos_token_id == tokenizer.pad_token_id == 1
-        # "1 2" is a merge, which only rules that keep digits together may apply.
-        assert (len(ids) == len(TEXT.encode()) - 1) == (pre not in ("smollm", "qwen2"))
-
-    def test_merges_of_tokens_that_are_not_there(self, tmp_path: Path) -> None:
-        write(tmp_path / "m.gguf", merges=["1 3"])
-        with pytest.raises(ModelError, match="does not fit together"):
-            load_tokenizer(tmp_path / "m.gguf")
-
-    def test_none(self, tmp_path: Path) -> None:
-        write(tmp_path / "m.gguf", tokenizer=False)
-        with pytest.raises(ModelError, match="no tokenizer"):
-            load_tokenizer(tmp_path / "m.gguf")
-
-    def test_unknown_rule(self, tmp_path: Path) -> None:
-        write(tmp_path / "m.gguf", pre="runes")
-        with pytest.raises(ModelError, match="'runes'"):
-            load_tokenizer(tmp_path / "m.gguf")
 
 
 class TestNames:
