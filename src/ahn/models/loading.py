@@ -18,7 +18,9 @@ from ahn._home import home, make_once
 from ahn.errors import ModelError, one_line
 from ahn.models import smollm2
 from ahn.models.filling import load_folder
-from ahn.models.gguf import GGUFModel, load_gguf
+from ahn.models.gguf import load_gguf
+from ahn.models.gguf_config import read_config
+from ahn.models.gguf_model import GGUFModel
 from ahn.models.gguf_tokenizer import load_gguf_tokenizer
 from ahn.quantization import check_quantize
 
@@ -189,7 +191,7 @@ def load_config(name: str | os.PathLike[str], others: Iterable[str] = ()) -> Pre
         ModelError: As `resolve`; or the config cannot be found or read, or is no decoder language model's.
     """
     if is_gguf(name):
-        return GGUFModel(Path(name).expanduser()).config()
+        return read_config(GGUFModel(Path(name).expanduser()))
     config = _load_config(name, resolve(name, others), {"trust_remote_code": False})
     _require_decoder(name, config)
     return config
