@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from ahn.cli.loading import AnchoredModel, ModelChoice
 from ahn.cli.options import from_fields
 from ahn.cli.terminal import UsageError, log, megabytes, notes
-from ahn.config import same_setting
+from ahn.config import SinkPositions, same_setting
 from ahn.errors import AHNError
 from ahn.serving.settings import ServeSettings
 
@@ -43,6 +43,8 @@ class ServedModel(AnchoredModel):
 
     model: str = same_setting(ModelChoice, "model", argument=True, metavar="MODEL")
     adapter: str | None = same_setting(ModelChoice, "adapter", alias="memory")
+    # A session has no end, and absolute positions carry no further than the base model was trained.
+    sink_positions: SinkPositions = same_setting(ModelChoice, "sink_positions", default="bounded", unset=None)
 
 
 @from_fields
@@ -75,7 +77,8 @@ def _introduce(loaded: Loaded, settings: ServeSettings, anchors: int, address: s
     kept = "in memory" if settings.session_dir is None else f"in memory, all of it in {settings.session_dir}"
     lines = [
         f"{loaded.name}: page at {address}/, API at {address}/v1; Ctrl-C ends it",
-        f"It reads with a window of {config.window:,} tokens, {config.sinks:,} sinks, {loaded.reads_with(anchors)}.",
+        f"It reads with a window of {config.window:,} tokens, {config.sinks:,} {config.sink_positions} sinks, "
+        f"{loaded.reads_with(anchors)}.",
         f"It writes up to {settings.max_sessions:,} answers together{each}.",
         f"Of what was read before it keeps {megabytes(settings.session_bytes)} MB {kept}.",
     ]
