@@ -281,6 +281,7 @@ class TestStepsBack:
         model.model.layers[0].self_attn.v_proj = new
         check(model, runs, taken=2)
 
+    @pytest.mark.filterwarnings("ignore")  # peft asks for names that are deprecated
     def test_an_adapter(self, runs: list[int]) -> None:
         peft = pytest.importorskip("peft")
         model = model_of()

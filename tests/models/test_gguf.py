@@ -90,6 +90,8 @@ def write(path: Path, architecture: str = "llama", kind: str = "Q8_0", **changes
     write_keys(writer, architecture, changes)
     if changes.get("tokenizer", True):
         write_tokenizer(writer, changes.get("pre", "gpt-2"), changes.get("merges", ["1 2"]))
+    if "parts" in changes:
+        writer.add_uint16("split.count", changes["parts"])
     if "pad" in changes:
         writer.add_pad_token_id(changes["pad"])
     write_weights(writer, model, architecture, kind)
@@ -318,13 +320,35 @@ class TestBadFiles:
         with pytest.raises(ModelError, match="damaged, cut off"):
             load_model(tmp_path / "count.gguf")
 
-    def test_unknown_type(self, file: Path, tmp_path: Path) -> None:
+    @pytest.mark.parametrize(
+        ("offset", "wrong", "says"),
+        [
+            (12, 99, "holds output_norm.weight as type 99"),
+            (16, 2**40, "ends within output_norm.weight"),
+            (4, 0, "output_norm.weight has no numbers"),
+        ],
+        ids=["type", "beyond the file", "empty"],
+    )
+    def test_a_tensor_that_cannot_be(self, file: Path, tmp_path: Path, offset: int, wrong: int, says: str) -> None:
         data = bytearray(file.read_bytes())
-        at = data.index(b"output_norm.weight") + len("output_norm.weight") + 4 + 8
-        data[at : at + 4] = (99).to_bytes(4, "little")
-        (tmp_path / "type.gguf").write_bytes(data)
-        with pytest.raises(ModelError, match="99"):
-            load_model(tmp_path / "type.gguf")
+        at = data.index(b"output_norm.weight") + len("output_norm.weight") + offset
+        size = 4 if offset == 12 else 8
+        data[at : at + size] = wrong.to_bytes(size, "little")
+        (tmp_path / "bad.gguf").write_bytes(data)
+        with pytest.raises(ModelError, match=says) as caught:
+            load_model(tmp_path / "bad.gguf")
+        assert "\n" not in str(caught.value)
+
+    def test_a_folder(self, file: Path, tmp_path: Path) -> None:
+        (tmp_path / "model.gguf").mkdir()
+        with pytest.raises(ModelError, match=r"model\.gguf' has no config.json, so it is no model"):
+            load_model(tmp_path / "model.gguf")
+        with pytest.raises(ModelError, match=r"but a GGUF file: give '.*small\.gguf'"):
+            load_model(file.parent)
+
+    def test_nothing_there(self, tmp_path: Path) -> None:
+        with pytest.raises(ModelError, match="There is no file at"):
+            load_model(tmp_path / "nowhere.gguf")
 
     def test_more_layers_than_the_file_holds(self, file: Path, tmp_path: Path) -> None:
         data = bytearray(file.read_bytes())
@@ -343,6 +367,7 @@ class TestBadFiles:
             ({"keys": {"attention.head_count_kv": [1, 2]}}, "[1, 2] as llama.attention.head_count_kv"),
             ({"keys": {"rope.dimension_count": 8}}, "rotates 8 numbers of 16"),
             ({"keys": {"rope.scaling.type": "yarn"}}, "scales its positions"),
+            ({"parts": 3}, "one of 3 parts"),
             ({"extra": {"blk.0.runes.weight": np.ones(8, dtype=np.float32)}}, "blk.0.runes"),
             ({"extra": {"rope_freqs.weight": np.full(8, 3, dtype=np.float32)}}, "not known here"),
             ({"extra": {"rope_factors_long.weight": np.ones(8, dtype=np.float32)}}, "scales its positions"),

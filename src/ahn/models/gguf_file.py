@@ -24,6 +24,10 @@ _LEAST_STRING, _LEAST_TENSOR = 8, 24  # bytes
 _PLAIN = {"F32": np.float32, "F16": np.float16, "F64": np.float64}
 
 
+class UnknownFormatError(ValueError):
+    """A file is whole, as far as can be told, and of a form that cannot be read; says so behind the file's name."""
+
+
 class TensorPlace(NamedTuple):
     """A tensor of a file.
 
@@ -49,7 +53,8 @@ class GGUFFile:
         path: The file.
 
     Raises:
-        ValueError: It is no GGUF file, cut off, or of a version or with types that are not known.
+        UnknownFormatError: It is of a version or byte order, or has types, that are not known.
+        ValueError: It is no GGUF file, or cut off.
         OSError: It cannot be read.
 
     Attributes:
@@ -195,8 +200,12 @@ def _read_counts(reader: _Reader) -> tuple[int, int]:
     start = reader.skip(len(_MAGIC))
     if reader.mapped[start : reader.at] != _MAGIC:
         raise ValueError("it does not begin with GGUF")
-    if (version := reader.number("<I")) not in _VERSIONS:
-        raise ValueError(f"its version is {version}, and those that can be read are {_VERSIONS}")
+    version = reader.number("<I")
+    if int.from_bytes(version.to_bytes(4, "little"), "big") in _VERSIONS:
+        raise UnknownFormatError("is big-endian, which is not read. Convert the model anew without --bigendian.")
+    if version not in _VERSIONS:
+        known = " and ".join(map(str, _VERSIONS))
+        raise UnknownFormatError(f"has version {version}; read are {known}. Convert the model anew with llama.cpp.")
     tensors, values = reader.number("<Q"), reader.number("<Q")
     return reader.expect(tensors, _LEAST_TENSOR), reader.expect(values, _LEAST_STRING)
 
@@ -207,7 +216,12 @@ def _read_place(reader: _Reader) -> TensorPlace:
 
     name = reader.string()
     sizes = [reader.number("<Q") for _ in range(reader.expect(reader.number("<I"), 8))]
-    kind, start = GGMLQuantizationType(reader.number("<I")), reader.number("<Q")
+    number, start = reader.number("<I"), reader.number("<Q")
+    if number not in {kind.value for kind in GGML_QUANT_SIZES}:
+        raise UnknownFormatError(
+            f"holds {name} as type {number}, which is not known here. Upgrade the package gguf, or take another file."
+        )
+    kind = GGMLQuantizationType(number)
     numbers, nbytes = GGML_QUANT_SIZES[kind]
     if not math.prod(sizes):
         raise ValueError(f"{name} has no numbers")

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ahn.errors import ModelError, one_line
-from ahn.models.gguf_file import GGUFFile, TensorPlace
+from ahn.models.gguf_file import GGUFFile, TensorPlace, UnknownFormatError
 
 UNREADABLE = (ValueError, IndexError, KeyError, OverflowError, TypeError, OSError)
 """What readers of damaged files raise."""
@@ -85,7 +85,7 @@ class GGUFModel:
         path: The file.
 
     Raises:
-        ModelError: It is damaged or cut off, or of an architecture that cannot be read.
+        ModelError: It is damaged, cut off, part of a file, or of an architecture or form that cannot be read.
 
     Attributes:
         path: The file.
@@ -99,8 +99,15 @@ class GGUFModel:
         self.path = path
         try:
             self.file = GGUFFile(path)
+        except UnknownFormatError as error:
+            raise ModelError(f"'{path}' {error}") from None
         except UNREADABLE as error:
             raise self._damaged(error) from None
+        if (parts := self.field("split.count", 1)) != 1:
+            raise ModelError(
+                f"'{path}' is one of {parts} parts of a model, which are not read apart. "
+                "Join them: llama-gguf-split --merge FIRST_PART WHOLE_FILE"
+            )
         self.tensors = self.file.tensors
         self.architecture = str(self.field("general.architecture"))
         if self.architecture not in FAMILIES:

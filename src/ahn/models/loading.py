@@ -87,6 +87,8 @@ def resolve(name: str | os.PathLike[str], others: Iterable[str] = ()) -> str:
         raise ModelError(f"'{name}' is a file. Give the folder that holds config.json and the weights.")
     if _HUB_ID.fullmatch(name) and not name.endswith((".safetensors", ".gguf", ".bin", ".json")):
         return name
+    if name.endswith(".gguf"):
+        raise ModelError(f"There is no file at '{name}'. Check the path.")
     if path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1 or name.endswith("/"):
         raise ModelError(f"There is no folder at '{name}'. Check the path: it must hold config.json and the weights.")
     known = [*KNOWN, *others]
@@ -246,6 +248,8 @@ def _checked_folder(path: Path) -> str:
         return str(path)
     if (path / "ahn_config.json").is_file():
         raise ModelError(f"'{path}' holds an adapter, not a base model. Name the base model, and this as its adapter.")
+    if files := sorted(path.glob("*.gguf")):
+        raise ModelError(f"'{path}' has no config.json, but a GGUF file: give '{files[0]}' to read that.")
     raise ModelError(
         f"'{path}' has no config.json, so it is no model. Give the folder that holds config.json and weights."
     )

@@ -5,14 +5,14 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from ahn import native
-from ahn.errors import ShapeError
+from ahn.errors import ModelError, ShapeError
 from ahn.native import packed as kernels
 from ahn.native.packed import PANEL_ROWS, DescribedWeight, Packed
 from ahn.quantization.groups import Bits, Groups, pack_spans, spans, unpack
@@ -34,6 +34,18 @@ class WeightFacts:
     shape: torch.Size
     device: torch.device
     dtype: torch.dtype = torch.float32
+
+    @property
+    def data(self) -> NoReturn:
+        """Its numbers, which can be neither changed nor merged with those of an adapter.
+
+        Raises:
+            ModelError: Always.
+        """
+        raise ModelError(
+            "a weight that is stored in few bits cannot be changed: keep the adapter beside the model, or load the "
+            "model without quantize to merge them"
+        )
 
     @property
     def is_cuda(self) -> bool:
