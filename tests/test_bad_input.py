@@ -28,6 +28,7 @@ from ahn.backbone.compat import CACHE
 from ahn.cli import main
 from ahn.evaluation.journal import Journal
 from ahn.evaluation.report import EvaluationReport
+from tests.models.bad_gguf import BAD_FILES, write_bad_files
 from tests.serving import wrong_requests
 from tests.tiny import text, tiny, with_memory
 
@@ -77,6 +78,8 @@ def prepare() -> None:
     sizes |= {"bos_token_id": 1, "eos_token_id": 2}
     Path("odd").mkdir()
     Path("odd/config.json").write_text('{"model_type": "llama", "hidden_size": -1}')
+    Path("ggufs").mkdir()
+    write_bad_files(Path("ggufs"))
     transformers.FalconConfig(**sizes).save_pretrained("falcon")
     transformers.GPT2Config(**sizes, n_positions=1024).save_pretrained("gpt2")
 
@@ -102,6 +105,10 @@ COMMANDS = (
     "generate Hello --model smollm2-135",
     "generate Hello --model ./nowhere",
     "generate Hello --model ./notes",
+    *(f"generate Hello --model ggufs/{name}.gguf" for name in BAD_FILES),
+    "generate Hello --model ggufs/good.gguf --quantize int4",
+    "generate Hello --model ggufs",
+    "generate Hello --model nowhere.gguf",
     "generate Hello --adapter ./nowhere",
     "generate Hello --adapter ./broken",
     "generate Hello --cache-in nowhere.cache",

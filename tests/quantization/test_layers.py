@@ -2,6 +2,8 @@
 
 import copy
 import pickle
+import weakref
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -11,9 +13,11 @@ from torch import nn
 import ahn
 from ahn import native
 from ahn.attachment import MODULE
+from ahn.errors import ShapeError
 from ahn.quantization import (
     QUANTIZE,
     GroupedWeight,
+    Groups,
     QuantizedEmbedding,
     QuantizedLinear,
     StoredWeight,
@@ -66,9 +70,26 @@ class TestRounding:
         weight[40, 3] = -1e6  # float16 holds no such minimum, so that this span is in float32
         parts = [round_to_groups(weight[start : start + 32], 8) for start in (0, 32, 64)]
         assert {part.scales_NG.dtype for part in parts} == {torch.float16, torch.float32}
-        joined = GroupedWeight(iter(parts), 8)
+        joined = GroupedWeight(iter(parts), 8, 70)
         assert (joined.rows, joined.columns, joined.halved) == (70, 96, False)
         assert torch.equal(joined.dequantize(), torch.cat([GroupedWeight(part, 8).dequantize() for part in parts]))
+
+    def test_spans_are_gone_when_the_next_one_is_made(self) -> None:
+        earlier: list[weakref.ref[torch.Tensor]] = []
+
+        def spans() -> Iterator[Groups]:
+            for _ in range(4):
+                assert not any(span() is not None for span in earlier[:-1])
+                part = round_to_groups(torch.randn(16, 96), 4)
+                earlier.append(weakref.ref(part.codes_NGC))
+                yield part
+
+        assert GroupedWeight(spans(), 4, 64).rows == len(earlier) * 16
+
+    @pytest.mark.parametrize("rows", [33, 100, None])
+    def test_spans_that_are_not_all_of_the_weight(self, rows: int | None) -> None:
+        with pytest.raises(ShapeError, match="rows"):
+            GroupedWeight(iter([round_to_groups(torch.randn(32, 96), 4)]), 4, rows)
 
     @pytest.mark.parametrize("value", [0.0, 3.5, -1e-9, 1e6, -1e30])
     def test_equal_numbers(self, value: float) -> None:

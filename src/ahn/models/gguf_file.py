@@ -1,7 +1,7 @@
 """Reads GGUF files: what they say of a model, and their tensors one at a time.
 
-Strings are found when a file is opened, and decoded when they are asked for: a tokenizer has 100,000 of them. Tensors
-are read from the file, not mapped, so that no page of it stays in memory beside what is made of it.
+Arrays of strings are found when a file is opened, and read when they are asked for: a tokenizer has 100,000 of them.
+Tensors are read from the file, not mapped, so that no page of it stays in memory beside what is made of it.
 
 Layout of a file: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md.
 """
@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import mmap
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,6 +22,10 @@ _STRING, _ARRAY = 8, 9
 _NUMBERS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q", 11: "<q", 12: "<d"}
 _LEAST_STRING, _LEAST_TENSOR = 8, 24  # bytes
 _PLAIN = {"F32": np.float32, "F16": np.float16, "F64": np.float64}
+
+
+class UnknownFormatError(ValueError):
+    """A file is whole, as far as can be told, and of a form that cannot be read; says so behind the file's name."""
 
 
 class TensorPlace(NamedTuple):
@@ -49,7 +53,8 @@ class GGUFFile:
         path: The file.
 
     Raises:
-        ValueError: It is no GGUF file, cut off, or of a version or with types that are not known.
+        UnknownFormatError: It is of a version or byte order, or has types, that are not known.
+        ValueError: It is no GGUF file, or cut off.
         OSError: It cannot be read.
 
     Attributes:
@@ -65,7 +70,7 @@ class GGUFFile:
             if self._size < len(_MAGIC) + 20:
                 raise ValueError(f"it has {self._size} bytes")
             with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
-                reader = _Reader(mapped)
+                reader = _Reader(mapped, path)
                 tensors, values = _read_counts(reader)
                 for _ in range(values):
                     key = reader.string()
@@ -85,17 +90,23 @@ class GGUFFile:
         found = self._values.get(key)
         return default if found is None else found()
 
-    def read(self, place: TensorPlace) -> np.ndarray[Any, Any]:
+    def read(self, place: TensorPlace, rows: slice | None = None) -> np.ndarray[Any, Any]:
         """A tensor: its numbers, or bytes of blocks `[..., bytes of a row]` for types other than F16, F32 and F64.
 
+        Args:
+            place: The tensor.
+            rows: A span of its rows to read alone.
+
         Raises:
-            ValueError: The file has become shorter, or its rows do not fill whole blocks.
+            ValueError: The file has become shorter.
         """
-        kind = np.dtype(_PLAIN.get(place.kind, np.uint8))
-        found = np.fromfile(self.path, kind, place.nbytes // kind.itemsize, offset=place.start)
-        if found.nbytes != place.nbytes:
+        kind, height = np.dtype(_PLAIN.get(place.kind, np.uint8)), place.shape[0]
+        rows = rows or slice(0, height)
+        start, stop = (place.nbytes * row // height for row in (rows.start, rows.stop))
+        found = np.fromfile(self.path, kind, (stop - start) // kind.itemsize, offset=place.start + start)
+        if found.nbytes != stop - start:
             raise ValueError(f"it ends within {place.name}")
-        return found.reshape(*place.shape[:-1], -1)
+        return found if len(place.shape) == 1 else found.reshape(rows.stop - rows.start, *place.shape[1:-1], -1)
 
 
 class _Reader:
@@ -103,13 +114,14 @@ class _Reader:
 
     Args:
         mapped: The file.
+        path: Its path, from which arrays of strings are read again when they are asked for.
 
     Attributes:
         at: The next byte.
     """
 
-    def __init__(self, mapped: mmap.mmap) -> None:
-        self.mapped = mapped
+    def __init__(self, mapped: mmap.mmap, path: Path) -> None:
+        self.mapped, self.path = mapped, path
         self.at = 0
 
     def number(self, form: str) -> Any:
@@ -157,28 +169,30 @@ class _Reader:
         return lambda: [value() for value in values]
 
     def _strings(self, count: int) -> Callable[[], list[str]]:
-        """An array of strings, of which only the places are found."""
-        begin, ends = self.at, []
+        """An array of strings, of which only the place is found."""
+        begin, path = self.at, self.path
         length_at = struct.Struct("<Q").unpack_from
         mapped, at, size = self.mapped, self.at, len(self.mapped)
         for _ in range(count):
             if at + _LEAST_STRING > size:
-                break
+                raise ValueError(f"it ends at byte {size}")
             at += _LEAST_STRING + length_at(mapped, at)[0]
-            ends.append(at)
         self.skip(at - begin)
-        if len(ends) < count:
-            raise ValueError(f"it ends at byte {size}")
-        data = mapped[begin:at]
+        return lambda: list(_read_strings(path, begin, at - begin))
 
-        def strings() -> list[str]:
-            starts = [begin, *ends[:-1]]
-            return [
-                str(data[start + _LEAST_STRING - begin : end - begin], "utf-8")
-                for start, end in zip(starts, ends, strict=True)
-            ]
 
-        return strings if count else list
+def _read_strings(path: Path, start: int, nbytes: int) -> Iterator[str]:
+    """The strings that lie one behind the other in a part of a file."""
+    with path.open("rb") as file:
+        file.seek(start)
+        data = file.read(nbytes)
+    if len(data) < nbytes:
+        raise ValueError(f"it ends at byte {start + len(data)}")
+    at, length_at = 0, struct.Struct("<Q").unpack_from
+    while at < nbytes:
+        end = at + _LEAST_STRING + length_at(data, at)[0]
+        yield str(data[at + _LEAST_STRING : end], "utf-8")
+        at = end
 
 
 def _read_counts(reader: _Reader) -> tuple[int, int]:
@@ -186,8 +200,12 @@ def _read_counts(reader: _Reader) -> tuple[int, int]:
     start = reader.skip(len(_MAGIC))
     if reader.mapped[start : reader.at] != _MAGIC:
         raise ValueError("it does not begin with GGUF")
-    if (version := reader.number("<I")) not in _VERSIONS:
-        raise ValueError(f"its version is {version}, and those that can be read are {_VERSIONS}")
+    version = reader.number("<I")
+    if int.from_bytes(version.to_bytes(4, "little"), "big") in _VERSIONS:
+        raise UnknownFormatError("is big-endian, which is not read. Convert the model anew without --bigendian.")
+    if version not in _VERSIONS:
+        known = " and ".join(map(str, _VERSIONS))
+        raise UnknownFormatError(f"has version {version}; read are {known}. Convert the model anew with llama.cpp.")
     tensors, values = reader.number("<Q"), reader.number("<Q")
     return reader.expect(tensors, _LEAST_TENSOR), reader.expect(values, _LEAST_STRING)
 
@@ -198,8 +216,15 @@ def _read_place(reader: _Reader) -> TensorPlace:
 
     name = reader.string()
     sizes = [reader.number("<Q") for _ in range(reader.expect(reader.number("<I"), 8))]
-    kind, start = GGMLQuantizationType(reader.number("<I")), reader.number("<Q")
+    number, start = reader.number("<I"), reader.number("<Q")
+    if number not in {kind.value for kind in GGML_QUANT_SIZES}:
+        raise UnknownFormatError(
+            f"holds {name} as type {number}, which is not known here. Upgrade the package gguf, or take another file."
+        )
+    kind = GGMLQuantizationType(number)
     numbers, nbytes = GGML_QUANT_SIZES[kind]
+    if not math.prod(sizes):
+        raise ValueError(f"{name} has no numbers")
     if not sizes or sizes[0] % numbers:
         raise ValueError(f"rows of {name} do not fill blocks of {numbers}")
     return TensorPlace(name, kind.name, tuple(reversed(sizes)), start, math.prod(sizes) // numbers * nbytes)

@@ -1,30 +1,21 @@
-"""Tokenizers of GGUF files."""
+"""Tokenizers of GGUF files: byte-level pairs (GPT-2 and its heirs), and SentencePiece (Llama 2, Gemma, Phi-3)."""
 
 from __future__ import annotations
 
+import reprlib
 from typing import TYPE_CHECKING, Any
 
 from ahn.errors import ModelError, one_line
-from ahn.models.gguf import GGUFModel
+from ahn.models.gguf_model import GGUFModel
+from ahn.models.gguf_splits import SPLIT_RULES, SplitRule
+from ahn.models.heap import trim_heap
 
 if TYPE_CHECKING:
+    from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerBase
 
-_CONTROL_TOKEN, _USER_TOKEN = 3, 4  # gguf.TokenType
-_DIGITS = "digits"
-_LLAMA3 = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
-    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-# How a text is split before its parts are merged, by tokenizer.ggml.pre: GPT-2's way, that after every digit, or a
-# pattern. The patterns are those of the models' own tokenizer.json.
-_SPLITS = {
-    "gpt-2": "",
-    "smollm": _DIGITS,
-    "llama-bpe": _LLAMA3,
-    "llama3": _LLAMA3,
-    "qwen2": _LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}"),
-}
+_NORMAL, _UNKNOWN, _CONTROL, _USER = 1, 2, 3, 4  # gguf.TokenType
+_SPACE = "\u2581"  # as which SentencePiece writes a space
 
 
 def load_gguf_tokenizer(opened: GGUFModel) -> PreTrainedTokenizerBase:
@@ -36,59 +27,126 @@ def load_gguf_tokenizer(opened: GGUFModel) -> PreTrainedTokenizerBase:
     Raises:
         ModelError: The file has none, or one that cannot be read.
     """
+    from transformers import PreTrainedTokenizerFast
+
     kind, tokens = opened.field("tokenizer.ggml.model"), opened.field("tokenizer.ggml.tokens")
     if not kind or not tokens:
         raise ModelError(f"'{opened.path}' has no tokenizer: take another file, or a folder of transformers")
-    tokenizer = _byte_pairs(opened, tokens) if kind == "gpt2" else _of_transformers(opened)
+    makers = {"gpt2": _byte_pairs, "llama": _sentencepiece}
+    if kind not in makers:
+        raise ModelError(
+            f"'{opened.path}' has a tokenizer of the kind {reprlib.repr(kind)}, which is not read from GGUF; those "
+            f"that are: {', '.join(makers)}. Give the model's folder of transformers and quantize instead."
+        )
+    raw, adds_bos = makers[kind](opened, tokens)
+    words = _special_words(opened, tokens)
+    _add_ends(raw, opened, words, adds_bos)
+    del tokens
+    trim_heap()
+    tokenizer: PreTrainedTokenizerBase = PreTrainedTokenizerFast(
+        tokenizer_object=_Whole(raw), clean_up_tokenization_spaces=False, **words
+    )
     if template := opened.field("tokenizer.chat_template"):
         tokenizer.chat_template = template
     tokenizer.model_max_length = 10**30  # a memory reads past the trained context
     return tokenizer
 
 
-def _byte_pairs(opened: GGUFModel, tokens: list[str]) -> PreTrainedTokenizerBase:
-    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
-    from transformers import PreTrainedTokenizerFast
+class _Whole:
+    """Stands for a tokenizer that nobody else has: transformers takes a deep copy, of which two would be one too many.
 
+    Args:
+        raw: The tokenizer.
+    """
+
+    def __init__(self, raw: Any) -> None:
+        self.raw = raw
+
+    def __deepcopy__(self, memo: Any) -> Any:
+        return self.raw
+
+
+def _byte_pairs(opened: GGUFModel, tokens: list[str]) -> tuple[Tokenizer, bool]:
+    """A tokenizer of byte-level pairs, and whether a text begins with a token of its own by default."""
+    from tokenizers import Regex, decoders, normalizers, pre_tokenizers
+
+    rule = _split_rule(opened)
     merges = [tuple(merge.split(" ")) for merge in opened.field("tokenizer.ggml.merges", [])]
-    try:
-        raw = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(tokens)}, merges=merges))
-    except Exception as error:  # tokenizers raises nothing narrower
-        raise ModelError(f"The tokenizer of '{opened.path}' does not fit together: {error}") from None
-    raw.pre_tokenizer = pre_tokenizers.Sequence(_split(opened))
+    raw = _pairs(opened, tokens, merges, ignore_merges=rule.whole_words)
+    splits = [pre_tokenizers.Split(Regex(pattern), behavior="isolated") for pattern in rule.patterns]
+    to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    raw.pre_tokenizer = pre_tokenizers.Sequence([*splits, to_bytes])
+    if rule.composed:
+        raw.normalizer = normalizers.NFC()
     raw.decoder = decoders.ByteLevel()
-    kinds = opened.field("tokenizer.ggml.token_type", [])
-    added = {token: kind for token, kind in zip(tokens, kinds, strict=False) if kind in (_CONTROL_TOKEN, _USER_TOKEN)}
-    raw.add_special_tokens(
-        [AddedToken(t, normalized=False, special=True) for t, k in added.items() if k == _CONTROL_TOKEN]
-    )
-    raw.add_tokens([AddedToken(t, normalized=False) for t, k in added.items() if k == _USER_TOKEN])
-    words = _special_words(opened, tokens)
-    if opened.field("tokenizer.ggml.add_bos_token", False) and "bos_token" in words:
-        bos = words["bos_token"]
-        pair = [(bos, tokens.index(bos))]
-        raw.post_processor = processors.TemplateProcessing(
-            single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=pair
-        )
-    return PreTrainedTokenizerFast(tokenizer_object=raw, clean_up_tokenization_spaces=False, **words)
+    _add_whole_tokens(raw, opened, tokens, (_CONTROL,))
+    return raw, rule.adds_bos
 
 
-def _split(opened: GGUFModel) -> list[Any]:
-    """How a text is split before its parts are merged."""
-    from tokenizers import Regex, pre_tokenizers
-
-    name = opened.field("tokenizer.ggml.pre", "gpt-2")
-    if name not in _SPLITS:
+def _split_rule(opened: GGUFModel) -> SplitRule:
+    name = opened.field("tokenizer.ggml.pre", "default")
+    if name not in SPLIT_RULES:
         raise ModelError(
-            f"'{opened.path}' splits texts by the rule {name!r}, which is not known here; known are "
-            f"{', '.join(_SPLITS)}. Give the model's folder of transformers and quantize instead."
+            f"'{opened.path}' splits texts by the rule {reprlib.repr(name)}, which is not known here; known are "
+            f"{', '.join(SPLIT_RULES)}. Give the model's folder of transformers and quantize instead."
         )
-    rule = _SPLITS[name]
-    if rule in ("", _DIGITS):
-        digits = [pre_tokenizers.Digits(individual_digits=True)] if rule else []
-        return [*digits, pre_tokenizers.ByteLevel(add_prefix_space=False)]
-    by_rule = pre_tokenizers.Split(Regex(rule), behavior="isolated")
-    return [by_rule, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    return SPLIT_RULES[name]
+
+
+def _sentencepiece(opened: GGUFModel, tokens: list[str]) -> tuple[Tokenizer, bool]:
+    """As `_byte_pairs`, of a SentencePiece model, which joins the neighbours whose token has the highest score."""
+    from tokenizers import decoders, normalizers
+
+    scores = opened.field("tokenizer.ggml.scores", [])
+    if len(scores) != len(tokens):
+        raise ModelError(f"The tokenizer of '{opened.path}' does not fit together: it has {len(scores)} scores")
+    unknown = opened.field("tokenizer.ggml.unknown_token_id", 0)
+    options = {"unk_token": tokens[unknown]} if 0 <= unknown < len(tokens) else {}
+    raw = _pairs(opened, tokens, _merges(opened, tokens, scores), fuse_unk=True, byte_fallback=True, **options)
+    begins = bool(opened.field("tokenizer.ggml.add_space_prefix", True))
+    prefix = [normalizers.Prepend(_SPACE)] if begins else []
+    raw.normalizer = normalizers.Sequence([*prefix, normalizers.Replace(" ", _SPACE)])
+    steps = [decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
+    raw.decoder = decoders.Sequence([*steps, *([decoders.Strip(" ", 1, 0)] if begins else [])])
+    _add_whole_tokens(raw, opened, tokens, (_CONTROL, _UNKNOWN))
+    return raw, True
+
+
+def _merges(opened: GGUFModel, tokens: list[str], scores: list[float]) -> list[tuple[str, str]]:
+    """The merges that SentencePiece's scores stand for: every way to make a token of two, the best token first."""
+    kinds = opened.field("tokenizer.ggml.token_type") or [_NORMAL] * len(tokens)
+    pieces = {token for token, kind in zip(tokens, kinds, strict=False) if kind == _NORMAL}
+    order = sorted(range(len(tokens)), key=lambda index: -scores[index])
+    return [
+        (token[:cut], token[cut:])
+        for token in (tokens[index] for index in order)
+        if token in pieces
+        for cut in range(1, len(token))
+        if token[:cut] in pieces and token[cut:] in pieces
+    ]
+
+
+def _pairs(opened: GGUFModel, tokens: list[str], merges: list[Any], **options: Any) -> Tokenizer:
+    from tokenizers import Tokenizer, models
+
+    vocabulary = {token: index for index, token in enumerate(tokens)}
+    try:
+        return Tokenizer(models.BPE(vocab=vocabulary, merges=merges, **options))
+    except Exception as error:  # tokenizers raises nothing narrower
+        said = one_line(error)[:200]
+        raise ModelError(f"The tokenizer of '{opened.path}' does not fit together: {said}") from None
+
+
+def _add_whole_tokens(raw: Tokenizer, opened: GGUFModel, tokens: list[str], special: tuple[int, ...]) -> None:
+    """Tokens that are found in a text before it is split: special ones, and those of users."""
+    from tokenizers import AddedToken
+
+    found: dict[bool, list[Any]] = {True: [], False: []}
+    for token, kind in zip(tokens, opened.field("tokenizer.ggml.token_type", []), strict=False):
+        if kind in special or kind == _USER:
+            found[kind in special].append(AddedToken(token, normalized=False, special=kind in special))
+    raw.add_special_tokens(found[True])
+    raw.add_tokens(found[False])
 
 
 def _special_words(opened: GGUFModel, tokens: list[str]) -> dict[str, str]:
@@ -98,15 +156,19 @@ def _special_words(opened: GGUFModel, tokens: list[str]) -> dict[str, str]:
     return {"pad_token": words["eos_token"], **words} if "eos_token" in words else words
 
 
-def _of_transformers(opened: GGUFModel) -> PreTrainedTokenizerBase:
-    """The tokenizer as transformers reads it, for all kinds but byte-level pairs."""
-    from transformers import AutoTokenizer
+def _add_ends(raw: Tokenizer, opened: GGUFModel, words: dict[str, str], adds_bos: bool) -> None:
+    """Tokens that every text begins and ends with."""
+    from tokenizers import processors
 
-    try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-            opened.path.parent, gguf_file=opened.path.name
+    def end(name: str, default: bool) -> list[str]:
+        wanted = opened.field(f"tokenizer.ggml.add_{name}_token", default)
+        return [words[f"{name}_token"]] if wanted and f"{name}_token" in words else []
+
+    before, after = end("bos", adds_bos), end("eos", False)
+    if before or after:
+        first, second = [*before, "$A", *after], [*before, "$B", *after]
+        raw.post_processor = processors.TemplateProcessing(
+            single=first,
+            pair=[*first, *second],
+            special_tokens=[(token, raw.token_to_id(token)) for token in {*before, *after}],
         )
-    except Exception as error:  # what transformers raises depends on the part that it could not read
-        said = one_line(error)[:200]
-        raise ModelError(f"The tokenizer of '{opened.path}' cannot be read: {said}") from None
-    return tokenizer

@@ -18,7 +18,9 @@ from ahn._home import home, make_once
 from ahn.errors import ModelError, one_line
 from ahn.models import smollm2
 from ahn.models.filling import load_folder
-from ahn.models.gguf import GGUFModel, load_gguf
+from ahn.models.gguf import load_gguf
+from ahn.models.gguf_config import read_config
+from ahn.models.gguf_model import GGUFModel
 from ahn.models.gguf_tokenizer import load_gguf_tokenizer
 from ahn.quantization import check_quantize
 
@@ -85,6 +87,8 @@ def resolve(name: str | os.PathLike[str], others: Iterable[str] = ()) -> str:
         raise ModelError(f"'{name}' is a file. Give the folder that holds config.json and the weights.")
     if _HUB_ID.fullmatch(name) and not name.endswith((".safetensors", ".gguf", ".bin", ".json")):
         return name
+    if name.endswith(".gguf"):
+        raise ModelError(f"There is no file at '{name}'. Check the path.")
     if path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1 or name.endswith("/"):
         raise ModelError(f"There is no folder at '{name}'. Check the path: it must hold config.json and the weights.")
     known = [*KNOWN, *others]
@@ -189,7 +193,7 @@ def load_config(name: str | os.PathLike[str], others: Iterable[str] = ()) -> Pre
         ModelError: As `resolve`; or the config cannot be found or read, or is no decoder language model's.
     """
     if is_gguf(name):
-        return GGUFModel(Path(name).expanduser()).config()
+        return read_config(GGUFModel(Path(name).expanduser()))
     config = _load_config(name, resolve(name, others), {"trust_remote_code": False})
     _require_decoder(name, config)
     return config
@@ -244,6 +248,8 @@ def _checked_folder(path: Path) -> str:
         return str(path)
     if (path / "ahn_config.json").is_file():
         raise ModelError(f"'{path}' holds an adapter, not a base model. Name the base model, and this as its adapter.")
+    if files := sorted(path.glob("*.gguf")):
+        raise ModelError(f"'{path}' has no config.json, but a GGUF file: give '{files[0]}' to read that.")
     raise ModelError(
         f"'{path}' has no config.json, so it is no model. Give the folder that holds config.json and weights."
     )

@@ -5,12 +5,13 @@ Legend of shapes: N rows of a weight, D columns, G groups of a row, P panels of 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
+from ahn.errors import ShapeError
 from ahn.native.packed import PANEL_ROWS, Packed
 
 Bits = Literal[4, 8]
@@ -73,24 +74,44 @@ def pack(groups: Groups, bits: Bits) -> Packed:
         bits: Of a code.
     """
     codes, scales, minima = (_panels(part) for part in groups)
-    per_word = 32 // bits
-    P, rows, G, _ = codes.shape
-    words = torch.zeros(P, rows, G, codes.size(3) // per_word, dtype=torch.int32, device=codes.device)
-    for index in range(per_word):
-        words |= codes[..., index::per_word].int() << (index * bits)
+    if bits == 4:
+        codes = codes[..., ::2] | codes[..., 1::2] << 4
+    words = codes.contiguous().view(torch.int32)
     scales, minima = (part.transpose(1, 2).contiguous() for part in (scales, minima))
     return Packed(words.permute(0, 2, 3, 1).contiguous(), scales, minima, bits)
 
 
-def join(parts: Sequence[Packed]) -> Packed:
-    """Packed spans of rows, each of whole panels, as one weight; in float32 where some scales are."""
-    if len(parts) == 1:
-        return parts[0]
-    halved = all(part.scales.dtype is torch.float16 for part in parts)
-    real = torch.float16 if halved else torch.float32
-    scales = torch.cat([part.scales.to(real) for part in parts])
-    minima = torch.cat([part.minima.to(real) for part in parts])
-    return Packed(torch.cat([part.codes for part in parts]), scales, minima, parts[0].bits)
+def pack_spans(parts: Iterable[Groups], rows: int, bits: Bits) -> Packed:
+    """Packs spans of rows one after the other into one weight, so that no second copy of it is ever there.
+
+    Args:
+        parts: The spans in order, each but the last of whole panels.
+        rows: Rows of all spans.
+        bits: Of a code.
+
+    Returns:
+        The weight; its scales and minima are float32 where those of some spans are.
+    """
+    panels, whole = 0, None
+    for part in parts:
+        packed = pack(part, bits)
+        if whole is None:
+            codes, scales, minima = (_room(each, rows) for each in packed[:3])
+            whole = Packed(codes, scales, minima, bits)
+        if whole.scales.dtype is torch.float16 and packed.scales.dtype is torch.float32:
+            whole = whole._replace(scales=whole.scales.float(), minima=whole.minima.float())
+        span = slice(panels, panels + packed.codes.size(0))
+        for room, each in zip(whole[:3], packed[:3], strict=True):
+            room[span] = each
+        panels = span.stop
+    if whole is None or panels != whole.codes.size(0):
+        raise ShapeError(f"spans of {panels * PANEL_ROWS} rows are no weight of {rows} rows")
+    return whole
+
+
+def _room(part: Tensor, rows: int) -> Tensor:
+    """Room for a part of a packed weight, for all of its rows."""
+    return part.new_empty(-(-rows // PANEL_ROWS), *part.shape[1:])
 
 
 def spans(rows: int, columns: int, numbers: int) -> list[slice]:

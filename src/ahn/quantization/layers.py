@@ -8,8 +8,10 @@ from torch import Tensor, nn
 from ahn.quantization.weights import StoredWeight, WeightFacts
 
 
-class QuantizedLinear(nn.Module):
+class QuantizedLinear(nn.Linear):
     """A linear map with a frozen weight in few bits; what it gives is float32 work in the dtype of its input.
+
+    It is a kind of `nn.Linear`, so that peft puts its adapters on it.
 
     Args:
         stored: The weight; several modules may hold the same one.
@@ -17,13 +19,13 @@ class QuantizedLinear(nn.Module):
     """
 
     def __init__(self, stored: StoredWeight, bias: Tensor | None = None) -> None:
-        super().__init__()
+        nn.Module.__init__(self)  # that of nn.Linear would make the weight
         self.stored = stored
         self.in_features, self.out_features = stored.columns, stored.rows
         self.bias = None if bias is None else nn.Parameter(bias.detach().float(), requires_grad=False)
 
     @property
-    def weight(self) -> WeightFacts:
+    def weight(self) -> WeightFacts:  # type: ignore[override]
         """What is known of the weight; `dequantize` makes it."""
         return self.stored.facts
 

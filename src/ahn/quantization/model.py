@@ -44,7 +44,7 @@ def store(weight_ND: Tensor, quantize: Quantize, of_words: bool = False) -> Stor
     parts = (
         round_to_groups(weight_ND[span], bits) for span in spans(weight_ND.size(0), weight_ND.size(1), _NUMBERS_AT_ONCE)
     )
-    return GroupedWeight(parts, bits)
+    return GroupedWeight(parts, bits, weight_ND.size(0))
 
 
 class Slot:

@@ -5,16 +5,17 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from ahn import native
+from ahn.errors import ModelError, ShapeError
 from ahn.native import packed as kernels
 from ahn.native.packed import PANEL_ROWS, DescribedWeight, Packed
-from ahn.quantization.groups import Bits, Groups, join, pack, spans, unpack
+from ahn.quantization.groups import Bits, Groups, pack_spans, spans, unpack
 
 _NUMBERS_AT_ONCE = 2**21  # of a weight that are float32 at the same time in a product of many rows
 _NOTHING = torch.empty(0)
@@ -33,6 +34,18 @@ class WeightFacts:
     shape: torch.Size
     device: torch.device
     dtype: torch.dtype = torch.float32
+
+    @property
+    def data(self) -> NoReturn:
+        """Its numbers, which can be neither changed nor merged with those of an adapter.
+
+        Raises:
+            ModelError: Always.
+        """
+        raise ModelError(
+            "a weight that is stored in few bits cannot be changed: keep the adapter beside the model, or load the "
+            "model without quantize to merge them"
+        )
 
     @property
     def is_cuda(self) -> bool:
@@ -136,19 +149,22 @@ class GroupedWeight(StoredWeight):
     Args:
         groups: What it is made of, or spans of its rows one after the other, each but the last of whole panels.
         bits: Of a code.
+        rows: N, for spans of rows.
+
+    Raises:
+        ShapeError: There are more or fewer spans than rows, or nothing says how many rows there are.
     """
 
     codes: Tensor
     scale_bits: Tensor
     minimum_bits: Tensor
 
-    def __init__(self, groups: Groups | Iterable[Groups], bits: Bits) -> None:
-        rows, parts = 0, []
-        for span in [groups] if isinstance(groups, Groups) else groups:
-            rows += span.codes_NGC.size(0)
-            parts.append(pack(span, bits))
-        packed = join(parts)
-        del parts
+    def __init__(self, groups: Groups | Iterable[Groups], bits: Bits, rows: int | None = None) -> None:
+        if isinstance(groups, Groups):
+            rows, groups = groups.codes_NGC.size(0), [groups]
+        if rows is None:
+            raise ShapeError("spans of a weight need its number of rows")
+        packed = pack_spans(groups, rows, bits)
         super().__init__(rows, packed.codes[0, :, :, 0].numel() * (32 // bits))
         self.bits = bits
         self.halved = packed.scales.dtype is torch.float16

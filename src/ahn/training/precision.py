@@ -8,6 +8,8 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from ahn.quantization import QuantizedLinear
+
 _TOKENS = 1024
 _SECONDS = 0.5  # for each precision
 _WORTH = 1.3  # times as fast half precision must be: it also rounds, and turns its inputs around
@@ -22,7 +24,7 @@ def fastest_precision(model: nn.Module, seconds: float = _SECONDS) -> torch.dtyp
         model: The base model; its largest linear map of a layer is what is measured.
         seconds: Time to measure each precision for.
     """
-    linears = [module for module in model.modules() if isinstance(module, nn.Linear)]
+    linears = [m for m in model.modules() if isinstance(m, nn.Linear) and not isinstance(m, QuantizedLinear)]
     inner = [each.weight for each in linears if each.out_features < 8 * each.in_features] or [linears[0].weight]
     weight = max(inner, key=torch.numel).detach()
     slow, fast = (_rate(weight.to(dtype), seconds) for dtype in (torch.float32, torch.bfloat16))

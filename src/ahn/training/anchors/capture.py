@@ -19,6 +19,7 @@ from ahn.attention.recording import MakeReceiver, Receive, hand_over
 from ahn.backbone import compat
 from ahn.backbone.rotary import Tables
 from ahn.backbone.survey import find_backbone
+from ahn.quantization import QuantizedLinear
 
 _LEAST = 1e-6
 _OUTPUTS = ("o_proj", "out_proj", "dense", "c_proj")
@@ -74,7 +75,8 @@ class LayerAttention:
         for name in _OUTPUTS:
             output = getattr(self.layer.module, name, None)
             if isinstance(output, nn.Linear) and output.in_features == heads * size:
-                parts: torch.Tensor = output.weight.float().view(-1, heads, size)
+                weight = output.dequantize() if isinstance(output, QuantizedLinear) else output.weight
+                parts: torch.Tensor = weight.float().view(-1, heads, size)
                 return torch.stack([(value_HTV[head] @ parts[:, head].T).norm(dim=-1) for head in range(heads)])
         lengths: torch.Tensor = value_HTV.norm(dim=-1)
         return lengths
