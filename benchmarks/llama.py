@@ -4,10 +4,11 @@
     python benchmarks/llama.py --only peer --contexts 64 2048 8192 16384 32768   # half an hour: llama.cpp reads slowly
     python benchmarks/llama.py --only formats loading       # the figures on weights in fewer bits
 
-Parts: `peer` (llama.cpp and ahn from the very same GGUF file, in turns), `base` (ahn in 4 bits against the base model
-in torch float32), `shape` (Qwen2.5-3B's config with random weights in 4 bits: six and three layers are timed, and their
-difference is taken for each of the other thirty), `formats` (processor time of a token and of 512 tokens, and the loss,
-in every format), `loading` (seconds and peak memory of loading the GGUF file, in a process of its own).
+Parts: `peer` (llama.cpp and ahn from the very same GGUF file, with caches in float16, in turns), `base` (ahn in 4 bits
+against the base model in torch float32), `shape` (Qwen2.5-3B's config with random weights in 4 bits: six and three
+layers are timed, and their difference is taken for each of the other thirty), `formats` (processor time of a token and
+of 512 tokens, and the loss, in every format), `load` (a core that something else takes, against the base model),
+`loading` (seconds and peak memory of loading the GGUF file, in a process of its own).
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ from ahn.speed.timing import interleave, measure_machine, ratio, spread
 
 KEPT = Path(__file__).parent / "results" / "llama.json"
 TEXT = Path(__file__).parents[1] / "docs" / "design.md"
-SPAN = {"window": 2048, "sinks": 32}
+SPAN: dict[str, Any] = {"window": 2048, "sinks": 32, "cache_dtype": "float16"}  # of llama.cpp's cache
 PEER_ARMS = ("llama.cpp", "window", "ahn", "ahn+64:learned")
 CONTEXTS = (64, 2048, 8192, 16384)
 SHAPE, LAYERS, TIMED = "qwen2.5-3b", 36, (6, 3)
@@ -121,7 +122,7 @@ def _random_model(layers: int) -> Any:
     config = AutoConfig.for_model(**{**SHAPES[SHAPE], "num_hidden_layers": layers, "dtype": "float32"})
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     quantize_model(model, "int4")
-    ahn.attach(model, ahn.AHNConfig("gated_delta_net", **SPAN))
+    ahn.attach(model, ahn.AHNConfig("gated_delta_net", window=SPAN["window"], sinks=SPAN["sinks"]))
     return model
 
 
@@ -180,6 +181,23 @@ def _dequantized(model: Any) -> Any:
     return plain_model
 
 
+def time_under_load(options: argparse.Namespace) -> dict[str, Any]:
+    """A token after 2,048 tokens while another program spins on a core, and the base model's in torch float32."""
+    base, model = load_model("smollm2-135m"), smollm2()
+    with ahn.mode(model, "ahn", **SPAN):
+        cases = {"base": FullBaseline(base, model, 2048).decode, "ahn": ArmBaseline(model, "ahn", 2048).decode}
+    spinner = [sys.executable, "-c", "import os; os.sched_setaffinity(0, {0})\nwhile True: pass"]
+    found: dict[str, Any] = {}
+    for state, command in (("quiet", [sys.executable, "-c", ""]), ("busy", spinner)):
+        with subprocess.Popen(command) as process:
+            try:
+                taken = interleave(cases, options.rounds, _dot)
+            finally:
+                process.kill()
+        found[state] = {name: spread(seconds).median for name, seconds in taken.items()}
+    return {**environment(model), **found}
+
+
 def time_loading(options: argparse.Namespace) -> dict[str, Any]:
     """Seconds and peak memory of loading the GGUF file with its tokenizer, in a process of its own."""
     done = subprocess.run([sys.executable, __file__, "--load"], capture_output=True, text=True, check=True)
@@ -191,11 +209,11 @@ def load_once() -> None:
     """What the process of `time_loading` does."""
     from ahn.models.smollm2 import gguf_file
 
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = _peak_kib()
     start = time.process_time()
     load_tokenizer(gguf_file())
     load_model(gguf_file())
-    seconds, after = time.process_time() - start, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    seconds, after = time.process_time() - start, _peak_kib()
     facts = {
         "seconds": seconds,
         "imports_kib": before,
@@ -205,11 +223,20 @@ def load_once() -> None:
     print(json.dumps(facts))
 
 
+def _peak_kib() -> int:
+    """Most memory that this program has held; that of the process that started it does not count."""
+    status = Path("/proc/self/status")
+    if not status.is_file():
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return next(int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+
+
 MEASURES = {
     "peer": time_peer,
     "base": time_base,
     "shape": time_shape,
     "formats": time_formats,
+    "load": time_under_load,
     "loading": time_loading,
 }
 
@@ -237,6 +264,10 @@ def lines(found: dict[str, Any]) -> list[tuple[str, str, str]]:
         rows.append((what, due_base, f"{faster:.1f}"))
     if "shape" in found:
         rows.append(("a token of the 3B shape, over its floor", "1.4", f"{found['shape']['over_floor']:.2f}"))
+    if "load" in found:
+        busy = found["load"]["busy"]
+        what = "speed of writing with one of two cores taken, against the base in torch float32"
+        rows.append((what, "1", f"{busy['base'] / busy['ahn']:.1f}"))
     if "loading" in found:
         own = found["loading"]
         peak = (own["peak_kib"] - own["imports_kib"]) / own["file_kib"]

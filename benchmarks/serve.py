@@ -40,6 +40,8 @@ from ahn.models.text import text_tokens
 from ahn.serving.batch import Batch, Row
 
 Table = list[tuple[str, str]]
+EARLY = 5_000
+"""Tokens after which the bytes of sessions are counted for the first time."""
 
 
 def main() -> None:
@@ -84,11 +86,12 @@ def writing(options: Any) -> Table:
     loaded = load(ModelChoice(options.model, window=options.window))
     model: Any = loaded.model.eval()
     ids = torch.tensor(long_text(loaded.tokenizer, options.tokens))
+    first = min(EARLY, options.tokens // 2)
     with ahn.mode(model, "ahn", anchors=options.anchors):
         early = Reader(model, score=False)
-        early.prefill(ids[: options.tokens // 2])
+        early.prefill(ids[:first])
         reader = Reader(model, fork_of(early), score=False)
-        reader.prefill(ids[options.tokens // 2 :])
+        reader.prefill(ids[first:])
         steps = {
             "one session": steps_of(model, reader, 1),
             f"{options.sessions} sessions": steps_of(model, reader, options.sessions),
@@ -105,7 +108,7 @@ def writing(options: Any) -> Table:
         *table,
         (f"{options.sessions} sessions against one", f"{one / many:.2f} times"),
         (f"{options.sessions} sessions against the best batch of full attention", f"{min(others) / many:.1f} times"),
-        (f"bytes of {options.sessions} sessions after {options.tokens // 2:,} tokens each", f"{sizes[0]:,}"),
+        (f"bytes of {options.sessions} sessions after {first:,} tokens each", f"{sizes[0]:,}"),
         (f"bytes of {options.sessions} sessions after {options.tokens:,} tokens each", f"{sizes[1]:,}"),
         (f"bytes of full attention for {options.sessions} sessions of {full:,} tokens", f"{whole:,}"),
     ]

@@ -19,6 +19,9 @@ import pytest
 import torch
 import transformers
 
+pytest.importorskip("fastapi", reason="wrong requests need the extra serve")
+pytest.importorskip("httpx", reason="wrong requests need the extra serve")
+
 import ahn
 from ahn import native
 from ahn.backbone.compat import CACHE
@@ -26,6 +29,7 @@ from ahn.cli import main
 from ahn.evaluation.journal import Journal
 from ahn.evaluation.report import EvaluationReport
 from tests.models.bad_gguf import BAD_FILES, write_bad_files
+from tests.serving import wrong_requests
 from tests.tiny import text, tiny, with_memory
 
 PAGE = Path(__file__).parents[1] / "docs" / "bad_input.md"
@@ -34,6 +38,13 @@ INTRODUCTION = """# Wrong input
 Every mistake below gets one line that says what is wrong and what to do, before any work is lost. The command line
 prints it after `error:` and ends with status 2; the API raises a kind of `ahn.AHNError`. This page is written by
 `python -m tests.test_bad_input > docs/bad_input.md`, and a test tries every line of it.
+"""
+
+REQUESTS = """
+## Wrong requests
+
+A server answers a wrong request in OpenAI's shape, `{"error": {"message", "type", "param", "code"}}`. Its model is
+called `tiny` here and has 259 tokens; `--max-sessions` is 4.
 """
 
 
@@ -298,6 +309,7 @@ def page() -> str:
             lines.append(row(f"ahn {line}", message.removeprefix("error: ")))
         lines += ["", "| Python | says |", "|---|---|"]
         lines += [row(code, said_by_call(call)) for code, call in calls().items()]
+    lines += [REQUESTS, "| request | status | message |", "|---|---|---|", *wrong_requests.rows()]
     return "\n".join(lines) + "\n"
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import gc
+import weakref
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -15,8 +17,8 @@ from torch import nn
 
 import ahn
 from ahn import native
-from ahn.attention import decoder_layers
-from ahn.attention.decoder_layers import FastPath
+from ahn.attention import decoder_layers, decoder_run
+from ahn.attention.decoder_run import FastPath
 from ahn.attention.recording import record_layers
 from ahn.cache.cache import layer_tensors
 from ahn.errors import ShapeError
@@ -67,13 +69,27 @@ def decoded(model: Any, ids: torch.Tensor | None = None, start: int = START, **g
 def runs(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Indices of the layers that the kernels ran."""
     seen: list[int] = []
-    run = FastPath.run
+    run = decoder_layers.run_paths
 
-    def noted(self: FastPath, *args: Any) -> torch.Tensor:
-        seen.append(self._attention_layer.index)
-        return run(self, *args)
+    def noted(paths: list[FastPath], *args: Any) -> Any:
+        seen.extend(path.index for path in paths if path.is_verified)
+        return run(paths, *args)
 
-    monkeypatch.setattr(FastPath, "run", noted)
+    monkeypatch.setattr(decoder_layers, "run_paths", noted)
+    return seen
+
+
+@pytest.fixture
+def spans(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
+    """Indices of the layers of each call of the kernels."""
+    seen: list[list[int]] = []
+    run = decoder_layers.run_paths
+
+    def noted(paths: list[FastPath], *args: Any) -> Any:
+        seen.append([path.index for path in paths])
+        return run(paths, *args)
+
+    monkeypatch.setattr(decoder_layers, "run_paths", noted)
     return seen
 
 
@@ -125,7 +141,7 @@ def test_anchors(settings: dict[str, Any], runs: list[int]) -> None:
         got, after = decoded(model)
     torch.testing.assert_close(got, expected, atol=1e-4, rtol=1e-4)
     assert before.anchor_tokens == after.anchor_tokens
-    assert set(runs) <= {0, 2}  # the layer that scores needs what the kernel does not give
+    assert set(runs) == {0, 1, 2}
 
 
 @torch.no_grad()
@@ -154,6 +170,66 @@ def test_layers_of_another_build_run_their_own_code(family: str, taken: int, run
     ahn.attach(model, ahn.AHNConfig(window=8, sinks=2))
     decoded(model)
     assert len(runs) == taken * (END - START - 1)
+
+
+class TestRunAhead:
+    """Layers that follow each other run in one call, and only what the model then really gives them counts."""
+
+    def test_all_layers_at_once(self, spans: list[list[int]]) -> None:
+        decoded(model_of())
+        assert spans[-1] == [0, 1, 2]
+
+    @pytest.mark.parametrize("inference", [False, True], ids=["no_grad", "inference_mode"])
+    @pytest.mark.parametrize("change", ["replaced", "in place"])
+    def test_something_comes_between(self, change: str, inference: bool, spans: list[list[int]]) -> None:
+        def hook(module: nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor:
+            return output * 1.5 if change == "replaced" else output.mul_(1.5)
+
+        model = model_of()
+        decoded(model)
+        assert spans[-1] == [0, 1, 2]
+        model.model.layers[1].register_forward_hook(hook)
+        with torch.inference_mode() if inference else torch.no_grad():
+            with own_code(model):
+                expected, before = decoded(model)
+            got, after = decoded(model)
+        torch.testing.assert_close(got, expected, atol=1e-4, rtol=1e-4)
+        for mine, other in zip(before.layers, after.layers, strict=True):
+            for name, tensor in layer_tensors(other).items():
+                torch.testing.assert_close(tensor, layer_tensors(mine)[name], atol=1e-4, rtol=1e-4)
+
+    @torch.no_grad()
+    def test_a_call_that_fails_in_the_middle(self) -> None:
+        model, ids = model_of(), text(1, END)
+        _, cache = decoded(model)
+        expected = model(ids[:, :1], cache=cache.fork()).logits
+        handle = model.model.layers[0].register_forward_hook(lambda *args: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            model(ids[:, :1], cache=cache)
+        handle.remove()
+        assert torch.equal(model(ids[:, :1], cache=cache).logits, expected)
+
+    @pytest.mark.parametrize("score", ["key_norm", "value_norm", "key_diff", "window_attention"])
+    @pytest.mark.parametrize("prompt", [4, 30], ids=lambda n: f"{n} read before")
+    def test_layers_that_score(self, score: str, prompt: int, spans: list[list[int]]) -> None:
+        model = model_of()
+        with ahn.mode(model, "ahn", anchors=4, anchor_score=score, anchor_layers=[0, 2]):
+            with own_code(model):
+                expected, before = decoded(model, start=prompt)
+            got, after = decoded(model, start=prompt)
+        assert spans[-1] == [0, 1, 2]
+        torch.testing.assert_close(got, expected, atol=1e-4, rtol=1e-4)
+        assert before.anchor_tokens == after.anchor_tokens
+        for name, tensor in after.scoreboard.stored.items():
+            torch.testing.assert_close(tensor, before.scoreboard.stored[name], atol=1e-4, rtol=1e-4)
+
+    def test_a_model_that_is_gone_takes_its_layers_along(self) -> None:
+        model = model_of()
+        decoded(model)
+        layer = weakref.ref(model.model.layers[1])
+        del model
+        gc.collect()
+        assert layer() is None
 
 
 class TestStepsBack:
@@ -293,13 +369,14 @@ def test_hidden_states_are_given(runs: list[int]) -> None:
 
 def test_a_kernel_that_differs_is_not_used(monkeypatch: pytest.MonkeyPatch, runs: list[int]) -> None:
     model = model_of()
-    run = DescribedLayer.run
+    run = decoder_run.run_layers
 
-    def wrong(self: DescribedLayer, token: Any) -> None:
-        token.cos, token.sin = token.sin, token.cos
-        run(self, token)
+    def wrong(layers: Any, tokens: Any) -> None:
+        for token in tokens:
+            token.cos, token.sin = token.sin, token.cos
+        run(layers, tokens)
 
-    monkeypatch.setattr(DescribedLayer, "run", wrong)
+    monkeypatch.setattr(decoder_run, "run_layers", wrong)
     check(model, runs, taken=0)
 
 
@@ -351,7 +428,7 @@ class TestRefused:
     def weights(self) -> tuple[Any, Any]:
         model = model_of()
         decoded(model)
-        path = decoder_layers._PATHS[model.model.layers[0]]
+        path = model.model.layers[0].forward.path
         memory = path._attention_layer.memory
         assert path._parts is not None
         assert memory is not None

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import logging
+import re
 import socket
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,7 @@ from typing import Any
 import pytest
 
 from ahn.cli import main
+from ahn.serving.settings import ServeSettings
 from tests.serving.common import alone, ids_of, serving
 
 httpx = pytest.importorskip("httpx", reason="the server needs the extra serve")
@@ -84,3 +87,11 @@ def test_examples_name_what_there_is() -> None:
     docker, unit = ((ROOT / "examples" / name).read_text() for name in ("Dockerfile", "ahn.service"))
     assert 'ENTRYPOINT ["ahn", "serve"]' in docker
     assert "ahn serve smollm2-135m --session-dir" in unit
+    known = {f"--{field.name.replace('_', '-')}" for field in dataclasses.fields(ServeSettings)}
+    commands = [line for line in (docker + unit).splitlines() if line.startswith(("CMD", "ExecStart"))]
+    assert {word for line in commands for word in re.findall(r"--[a-z-]+", line)} <= known
+    copied = [word for line in docker.splitlines() if line.startswith("COPY") for word in line.split()[1:-1]]
+    assert copied
+    assert all((ROOT / name).exists() for name in copied)
+    ignored = (ROOT / "examples" / "Dockerfile.dockerignore").read_text().split()
+    assert {f"!{name}" for name in copied} <= set(ignored)

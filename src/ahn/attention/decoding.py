@@ -10,8 +10,11 @@ Legend of shapes: B batch, D hidden size.
 
 from __future__ import annotations
 
+import dataclasses
+from collections import deque
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 
@@ -20,6 +23,59 @@ from ahn.attention.host import OURS
 from ahn.cache import HippocampalCache
 from ahn.cache.groups import LayerGroup, group_layers
 from ahn.tokens import Tokens
+
+
+@dataclasses.dataclass(eq=False)
+class LayerRun:
+    """A layer that the kernels took the token through.
+
+    Attributes:
+        index: Index of its attention layer.
+        output: What it gave, `[B, 1, D]`.
+        finish: What remains to be done once the model has come to it, or `None`.
+    """
+
+    index: int
+    output: torch.Tensor
+    finish: Callable[[], None] | None = None
+
+    def __post_init__(self) -> None:
+        self._version = self.output._version
+
+    def is_given(self, hidden: torch.Tensor) -> bool:
+        """Whether the input of another layer is what this one gave, unchanged."""
+        return hidden is self.output and hidden._version == self._version
+
+
+class Ahead:
+    """Layers that the kernels ran before the model came to them, on what the layer before gave.
+
+    Args:
+        runs: The layers in their order. The model has come to the first.
+        tables: The rotary tables that all of them read.
+    """
+
+    def __init__(self, runs: list[LayerRun], tables: object) -> None:
+        self._last, *rest = runs
+        self._rest, self._tables = deque(rest), tables
+
+    def take(self, index: int, hidden: torch.Tensor, tables: object) -> LayerRun | None:
+        """The layer that the model has come to, if it is the next one and is given what was foreseen.
+
+        Args:
+            index: Index of its attention layer.
+            hidden: What it is given.
+            tables: Its rotary tables.
+        """
+        foreseen = tables is self._tables and self._last.is_given(hidden)
+        if not foreseen or not self._rest or self._rest[0].index != index:
+            return None
+        self._last = self._rest.popleft()
+        return self._last
+
+    def left(self) -> list[int]:
+        """Indices of the layers that the model has not come to."""
+        return [run.index for run in self._rest]
 
 
 class DecodeStep:
@@ -32,12 +88,16 @@ class DecodeStep:
     Attributes:
         hidden: What each attention layer has read so far in this call, `[B, 1, D]`, by layer index.
         takes_kernels: Whether whole layers may be left to the kernels.
+        ahead: The layers that were run ahead of the model, or `None`.
+        last: The last layer that the kernels have run, what it gave, and its rotary tables; `None` before the first.
     """
 
     def __init__(self, groups: list[LayerGroup], cache: HippocampalCache) -> None:
         self.groups = groups
         self.hidden: dict[int, torch.Tensor] = {}
-        self._settings = cache.settings
+        self.ahead: Ahead | None = None
+        self.last: tuple[Any, LayerRun, object] | None = None
+        self._cache = cache
         self._rows: tuple[torch.Tensor, ...] | None = None
         self._places = {index: (group, n) for group in groups for n, index in enumerate(group.indices)}
         attends = all(config._attn_implementation == OURS for config, _ in cache.attachment.implementations)
@@ -55,9 +115,15 @@ class DecodeStep:
         self.hidden[index] = self._rows[index]
         return self._rows[index]
 
+    def take_back(self) -> None:
+        """Takes back what layers have stored that were run ahead, where the model gave one of them something else."""
+        ahead, self.ahead = self.ahead, None
+        for index in () if ahead is None else ahead.left():
+            self._cache.take_back(index)
+
     def close(self) -> None:
         """Ends the call, in which every layer has read the token."""
-        if self._settings.mode == "ahn":
+        if self._cache.settings.mode == "ahn":
             for group in self.groups:
                 group.write_gates(self.hidden)
 

@@ -71,7 +71,7 @@ def attention_function(
     view = store.append(Tokens(key, value, ahn.record(key)), ahn.call.padding, _selected(ahn, store))
     view = _computed(view, ahn, query)
     if is_first:
-        _score(ahn, store, (query, key, value), view, softmax)
+        score(ahn, store, (query, key, value), view, softmax)
     local = attend_local(ahn, query, view, softmax)
     if ahn.gates is None or not view.evicted.length:
         return local, None
@@ -153,21 +153,29 @@ def _decode(
     if layer.call.step is not None:
         layer.call.step.hidden[layer.layer.index] = layer.hidden
     view = store.append_key(key, value, _selected(layer, store))
-    _score(layer, store, (query, key, value), view, softmax)
+    score(layer, store, (query, key, value), view, softmax)
     local = attend_local(layer, query, view, softmax)
     if store.state is None:
         return local
     return layer.memory.decode_add(local, query.transpose(1, 2), layer.hidden, store.state)
 
 
-def _score(
+def score(
     layer: LayerCall,
     store: HippocampalLayer,
     projected: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
     view: VisibleKV,
     softmax: Softmax,
 ) -> None:
-    """Scores the new tokens, by their queries, keys and values, where the layer takes part in the choice of anchors."""
+    """Scores the new tokens where the layer takes part in the choice of anchors.
+
+    Args:
+        layer: The layer in this call.
+        store: Its part of the cache.
+        projected: Queries, keys and values of the new tokens, `[B, H or G, T, K or V]`.
+        view: What the queries read.
+        softmax: The layer's softmax.
+    """
     selection, call = layer.call.selection, layer.call
     if selection is None or layer.layer.index not in selection.scoreboard.layers:
         return

@@ -194,6 +194,12 @@ class HippocampalCache(Cache):
                 vars(layer).clear()
                 vars(layer).update(layer_snapshot)
 
+    def take_back(self, index: int) -> None:
+        """Takes back what the layer of an index has stored since `begin_call`; its state holds earlier tokens only."""
+        layer = self.layers[index]
+        if self._snapshot is not None and isinstance(layer, HippocampalLayer):
+            layer.restore({**self._snapshot.layers[index], "state": layer.state})
+
     def snapshots(self) -> list[dict[str, Any]]:
         """For each layer all that a call changes, by reference: calls replace tensors and do not write to them."""
         return [layer.snapshot() if isinstance(layer, HippocampalLayer) else dict(vars(layer)) for layer in self.layers]

@@ -94,14 +94,14 @@ class SinkWindow:
     def commit(self) -> None:
         """Writes the pending tokens to the buffer, without their gradients."""
         if self._pending_sinks is not None:
-            self._ring.write(0, self._pending_sinks)
+            self.ring.write(0, self._pending_sinks)
         if self._pending is not None:
             first = self.seen - self._pending.length
             while first < self.seen:
                 slot = self._slot(first)
                 count = min(self.seen - first, self.sinks + self.window - slot)
                 start = first - self.seen + self._pending.length
-                self._ring.write(slot, self._pending.span(start, start + count))
+                self.ring.write(slot, self._pending.span(start, start + count))
                 first += count
         self._unwritten, self._pending, self._pending_sinks, self._overwritten = 0, None, None, None
 
@@ -120,8 +120,10 @@ class SinkWindow:
     def _append_one(self, new: Tokens) -> VisibleKV:
         """The step of decoding: one slot is read out, overwritten, and the ring is read as it lies."""
         slot, old = self._keep_slot(new)
-        self._ring.write(slot, new)
-        return self._after_one(old if self.is_full else new.span(0, 0))
+        self.ring.write(slot, new)
+        evicted = old if self.is_full else new.span(0, 0)
+        self.seen += 1
+        return self.as_it_lies(evicted)
 
     def append_key(self, key: torch.Tensor, value: torch.Tensor, keep_evicted: bool) -> VisibleKV:
         """Stores the key and value of one token; its record comes later, by `write_record`.
@@ -133,10 +135,12 @@ class SinkWindow:
         """
         if self.dtype is not None:
             key, value = key.to(self.dtype), value.to(self.dtype)
-        slot, old = self._keep_slot(Tokens(key, value, self._ring.record))
-        self._ring.keys.narrow(2, slot, 1).copy_(key)
-        self._ring.values.narrow(2, slot, 1).copy_(value)
-        return self._after_one(old if keep_evicted and self.is_full else None)
+        slot, old = self._keep_slot(Tokens(key, value, self.ring.record))
+        self.ring.keys.narrow(2, slot, 1).copy_(key)
+        self.ring.values.narrow(2, slot, 1).copy_(value)
+        evicted = old if keep_evicted and self.is_full else None
+        self.seen += 1
+        return self.as_it_lies(evicted)
 
     def begin_key(self, contents: Callable[[], Tokens] | None) -> int:
         """Takes in a token whose key and value a kernel will write; its slot.
@@ -151,7 +155,7 @@ class SinkWindow:
 
     def next_slot(self) -> int:
         """The slot of the next token, in a buffer that has room for it."""
-        self._reserved(self.seen + 1, self._ring)
+        self._reserved(self.seen + 1, self.ring)
         return self._slot(self.seen)
 
     def last_slot(self) -> int:
@@ -161,11 +165,11 @@ class SinkWindow:
     def last(self) -> Tokens:
         """The token that came last, as views."""
         slot = self.last_slot()
-        return self._ring.span(slot, slot + 1)
+        return self.ring.span(slot, slot + 1)
 
     def write_record(self, record_BF: torch.Tensor) -> None:
         """Stores the record of the token that came last."""
-        self._ring.record[:, 0, self._slot(self.seen - 1)] = record_BF
+        self.ring.record[:, 0, self._slot(self.seen - 1)] = record_BF
 
     def is_settled(self, begun: int) -> bool:
         """Whether the next token can go straight to its slot: all before it are there, as many as `begun` at least."""
@@ -174,7 +178,7 @@ class SinkWindow:
     def leaving(self) -> Tokens:
         """The token that leaves a full window when the next one comes, as views."""
         slot = self._slot(self.seen)
-        return self._ring.span(slot, slot + 1)
+        return self.ring.span(slot, slot + 1)
 
     @property
     def is_full(self) -> bool:
@@ -182,9 +186,23 @@ class SinkWindow:
         return self.seen - self.window >= self.sinks
 
     @property
-    def _ring(self) -> Tokens:
+    def ring(self) -> Tokens:
         """The buffer, once tokens have come."""
         return cast("Tokens", self.buffer)
+
+    def as_it_lies(self, evicted: Tokens | None = None) -> VisibleKV:
+        """What the query of the token that came last reads: all slots in the order in which they lie.
+
+        Args:
+            evicted: The token that left when it came, if that is wanted.
+        """
+        if self._views is None or self._views[0] is not self.buffer:
+            self._views = self.ring, self.ring.span(0, self.sinks), self.ring.span(0, 0)
+        _, sinks, nothing = self._views
+        used = min(self.seen, self.sinks + self.window)
+        local = self.ring if used == self.ring.length else self.ring.span(0, used)
+        first = max(self.sinks, self.seen - self.window)
+        return VisibleKV(sinks, local, first, self.seen, self.window, False, nothing if evicted is None else evicted)
 
     def _keep_slot(self, like: Tokens) -> tuple[int, Tokens]:
         """The slot of the next token, and a copy of what it holds."""
@@ -193,17 +211,6 @@ class SinkWindow:
         old = buffer.span(slot, slot + 1).map(torch.clone)
         self._overwritten = slot, lambda: old
         return slot, old
-
-    def _after_one(self, evicted: Tokens | None) -> VisibleKV:
-        """What the query of a token that was just stored reads: all slots as they lie."""
-        self.seen += 1
-        if self._views is None or self._views[0] is not self.buffer:
-            self._views = self._ring, self._ring.span(0, self.sinks), self._ring.span(0, 0)
-        _, sinks, nothing = self._views
-        used = min(self.seen, self.sinks + self.window)
-        local = self._ring if used == self._ring.length else self._ring.span(0, used)
-        first = max(self.sinks, self.seen - self.window)
-        return VisibleKV(sinks, local, first, self.seen, self.window, False, nothing if evicted is None else evicted)
 
     def _slot(self, position: int) -> int:
         return position if position < self.sinks else self.sinks + (position - self.sinks) % self.window

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -55,6 +55,9 @@ def command(settings: ChatSettings) -> None:
 
 def _converse(client: Any, model: str, settings: ChatSettings) -> None:
     """Sends each line, and shows its answer as it comes."""
+    from ahn.cli.console import printable
+
+    shown: Callable[[str], str] = printable if sys.stdout.isatty() else str
     messages = [{"role": "system", "content": settings.system}] if settings.system else []
     if sys.stdin.isatty():
         log(f"{model} at {settings.url}; an empty line ends it.", "dim")
@@ -70,7 +73,7 @@ def _converse(client: Any, model: str, settings: ChatSettings) -> None:
         }
         answer = ""
         for words in _answer(client, body):
-            sys.stdout.write(words)
+            sys.stdout.write(shown(words))
             sys.stdout.flush()
             answer += words
         sys.stdout.write("\n")
@@ -85,7 +88,7 @@ def _answer(client: Any, body: dict[str, Any]) -> Iterator[str]:
         if response.status_code != 200:
             response.read()
             _checked(response)
-        for line in response.iter_lines():
+        for line in _lines(response.iter_text()):
             if not line.startswith("data: ") or line == "data: [DONE]":
                 continue
             event = json.loads(line.removeprefix("data: "))
@@ -93,6 +96,15 @@ def _answer(client: Any, body: dict[str, Any]) -> Iterator[str]:
                 raise UsageError(f"the server says: {event['error']['message']}")
             for choice in event["choices"]:
                 yield choice["delta"].get("content") or ""
+
+
+def _lines(parts: Iterable[str]) -> Iterator[str]:
+    """Lines that end where the protocol ends them: httpx also cuts at the separators of Unicode, which are words."""
+    waiting = ""
+    for part in parts:
+        *whole, waiting = (waiting + part).split("\n")
+        yield from (line.rstrip("\r") for line in whole)
+    yield waiting
 
 
 def _checked(response: Any) -> Any:

@@ -6,7 +6,7 @@
 #include "kernels.h"
 
 #define ROW_BLOCK 48  /* rows of queries that meet them: tokens times the query heads of a kv head */
-#define WIDENED 32    /* keys in half precision that are float32 at the same time */
+#define ROWS_LAID 32  /* keys that a single query meets in float32 at the same time */
 #define AHEAD 32      /* keys that are fetched ahead of those that a single query meets */
 
 /* Turns scores into weights exp(score - best), in place, and returns by how much earlier sums shrink. */
@@ -165,13 +165,23 @@ INLINE void weigh(const int heads, const float *weights, const float *values, in
     for (index_t v = 0; v < V; v += PANEL) tile(heads, count, weights, KEY_BLOCK, values + v, step, sums + v, V, keep);
 }
 
-/* Rows in half precision as float32, `size` numbers each, a multiple of PANEL_ROWS. */
-static void widen_rows(index_t kind, const uint16_t *from, index_t step, index_t count, index_t size, float *to)
+/* Rows as float32 side by side, `size` numbers each, a multiple of PANEL_ROWS.
+ *
+ * Float32 is copied too: rows that pass in their order come from memory 1.6 times as fast as column by
+ * column or eight at a time. */
+static void lay_rows(index_t kind, const void *rows, index_t first, index_t step, index_t count, index_t size, float *to)
 {
-    for (index_t j = 0; j < count; j++, from += step)
+    const float *whole = (const float *)rows + first;
+    const uint16_t *half = (const uint16_t *)rows + first;
+    for (index_t j = 0; j < count; j++, whole += step, half += step)
         for (index_t d = 0; d < size; d += PANEL_ROWS, to += PANEL_ROWS) {
-            __builtin_prefetch(from + AHEAD * step + d);
-            *(loose_wide *)to = kind == BFLOAT16 ? widen_bfloat16(from + d) : widen(from + d);
+            if (kind == FLOAT32) {
+                __builtin_prefetch(whole + AHEAD * step + d);
+                *(loose_wide *)to = *(const loose_wide *)(whole + d);
+            } else {
+                __builtin_prefetch(half + AHEAD * step + d);
+                *(loose_wide *)to = kind == BFLOAT16 ? widen_bfloat16(half + d) : widen(half + d);
+            }
         }
 }
 
@@ -180,22 +190,17 @@ INLINE void read_block(const int heads, const Segment *segment, index_t b, index
                        const Call *call, index_t head, Tally *tallies, float *sums)
 {
     index_t K = call->K, V = call->V, row = segment->rows ? segment->rows[b] : b;
-    index_t first_key = row * segment->key_batch + g * segment->key_head + start * segment->key_place;
-    index_t first_value = row * segment->value_batch + g * segment->value_head + start * segment->value_place;
+    index_t key = row * segment->key_batch + g * segment->key_head + start * segment->key_place;
+    index_t value = row * segment->value_batch + g * segment->value_head + start * segment->value_place;
     const float *query = segment->query + (b * call->H + head) * K;
     float scores[MOST_VECTORS * KEY_BLOCK] __attribute__((aligned(ALIGNMENT)));
     index_t width = rounded(count);
-    float room[WIDENED * (K > V ? K : V)] __attribute__((aligned(ALIGNMENT)));
-    if (segment->kind == FLOAT32)
-        products(heads, query, K, (const float *)segment->keys + first_key, segment->key_place, count, K, AHEAD,
-                 call->scaling, scores, KEY_BLOCK);
-    else
-        for (index_t j = 0; j < count; j += WIDENED) {
-            const uint16_t *keys = (const uint16_t *)segment->keys + first_key + j * segment->key_place;
-            index_t here = count - j < WIDENED ? count - j : WIDENED;
-            widen_rows(segment->kind, keys, segment->key_place, here, K, room);
-            products(heads, query, K, room, K, here, K, 0, call->scaling, scores + j, KEY_BLOCK);
-        }
+    float room[ROWS_LAID * (K > V ? K : V)] __attribute__((aligned(ALIGNMENT)));
+    for (index_t j = 0; j < count; j += ROWS_LAID, key += ROWS_LAID * segment->key_place) {
+        index_t here = count - j < ROWS_LAID ? count - j : ROWS_LAID;
+        lay_rows(segment->kind, segment->keys, key, segment->key_place, here, K, room);
+        products(heads, query, K, room, K, here, K, 0, call->scaling, scores + j, KEY_BLOCK);
+    }
     for (int i = 0; i < heads; i++) {
         float *mine = scores + i * KEY_BLOCK;
         if (segment->mask)
@@ -205,15 +210,9 @@ INLINE void read_block(const int heads, const Segment *segment, index_t b, index
         tallies[i] = (Tally){-INFINITY, 0};
         settle(mine, width, tallies + i);
     }
-    if (segment->kind == FLOAT32) {
-        const float *values = (const float *)segment->values + first_value;
-        weigh(heads, scores, values, segment->value_place, count, V, sums, 0);
-        return;
-    }
-    for (index_t j = 0; j < count; j += WIDENED) {
-        const uint16_t *values = (const uint16_t *)segment->values + first_value + j * segment->value_place;
-        index_t here = count - j < WIDENED ? count - j : WIDENED;
-        widen_rows(segment->kind, values, segment->value_place, here, V, room);
+    for (index_t j = 0; j < count; j += ROWS_LAID, value += ROWS_LAID * segment->value_place) {
+        index_t here = count - j < ROWS_LAID ? count - j : ROWS_LAID;
+        lay_rows(segment->kind, segment->values, value, segment->value_place, here, V, room);
         weigh(heads, scores + j, room, V, here, V, sums, j > 0);
     }
 }

@@ -1,6 +1,6 @@
-/* One token through a decoder layer: norm, projections, rotation, attention, memory, output, gated MLP.
+/* One token through decoder layers: norm, projections, rotation, attention, memory, output, gated MLP.
  *
- * All of it is one team of threads, which meets six times. What is cheap is done by every thread for itself (norms,
+ * All of it is one team of threads, which meets six times in a layer. What is cheap is done by every thread for itself (norms,
  * rotated queries), because meeting costs more.
  *
  * Legend of shapes: D hidden size, H query heads, G kv heads, R = H / G, K size of keys and values, I inner size.
@@ -36,6 +36,7 @@ typedef struct {
 typedef struct {
     const float *x;                 /* [D] */
     float *out, *normed;            /* [D]; what the attention layer reads */
+    float *projected;               /* [H + 2 G, K]: queries and keys, rotated, and values; or NULL */
     const float *cos, *sin;         /* [K] */
     const float *sink_cos, *sink_sin; /* that turn queries once more for sinks and anchors, or NULL */
     void *keys, *values;            /* [G, places, K] */
@@ -119,6 +120,11 @@ static void store_token(const Layer *layer, const Token *token, index_t g, const
     turn(key, token->cos, token->sin, K, room + K);
     put(room + K, K, token->kind, token->keys, at);
     put(values + g * K, K, token->kind, token->values, at);
+    if (token->projected) {
+        float *to = token->projected + (layer->heads + g) * K;
+        memcpy(to, room + K, (size_t)K * sizeof(float));
+        memcpy(to + layer->kv_heads * K, values + g * K, (size_t)K * sizeof(float));
+    }
 }
 
 /* Where a place of a ring of some kind lies. */
@@ -233,7 +239,10 @@ static void run(const Layer *layer, const Token *token, const Shared *shared, in
         for (index_t h = 0; h < H; h++) project_read(&layer->memory, h, H, K, shared->read, shared->attended + h * K);
     }
 #pragma omp master
-    memcpy(token->normed, input, (size_t)D * sizeof(float));
+    {
+        memcpy(token->normed, input, (size_t)D * sizeof(float));
+        if (token->projected) memcpy(token->projected, query, (size_t)(H * K) * sizeof(float));
+    }
     prepare(&layer->output, shared->attended, sums);
 #pragma omp for schedule(static)
     for (index_t unit = 0; unit < units(&layer->output); unit++) {
@@ -266,29 +275,60 @@ extern int omp_get_thread_num(void);
 
 INLINE index_t to_line(index_t floats) { return (floats + LINE - 1) / LINE * LINE; }
 
-/* Returns 0, or 1 where there is no memory for the scratch. */
-int ahn_decode_layer(const Layer *layer, const Token *token, int threads)
+INLINE index_t larger(index_t a, index_t b) { return a > b ? a : b; }
+
+/* Scratch of a layer, in floats. */
+typedef struct {
+    index_t blocks, widest;
+    index_t own;    /* of each thread */
+    index_t shared; /* of all together */
+} Room;
+
+static Room room_of(const Layer *layer, const Token *token)
 {
     index_t D = layer->hidden, H = layer->heads, G = layer->kv_heads, K = layer->size, I = layer->gate.rows;
     Segment segments[3];
     index_t blocks = key_blocks(segments, lay_segments(layer, token, NULL, NULL, segments));
-    index_t widest = to_line(D > I ? (D > H * K ? D : H * K) : (I > H * K ? I : H * K));
-    index_t own = 4 * widest + to_line(2 * H * K), sums = to_line(H * blocks * K), heads = to_line(H * K);
-    int most = omp_get_max_threads();
-    if (threads < 1 || threads > most) threads = most;
-    float *memory = scratch(threads * own + sums + to_line(2 * H * blocks) + 2 * heads + to_line((H + 2 * G) * K) +
-                            to_line(D) + to_line(I));
-    if (!memory) return 1;
-    Shared shared;
-    shared.sums = memory + threads * own;
-    shared.tallies = (Tally *)(shared.sums + sums);
-    shared.attended = shared.sums + sums + to_line(2 * H * blocks);
-    shared.read = shared.attended + heads;
-    shared.projected = shared.read + heads;
+    index_t widest = to_line(larger(larger(D, I), H * K));
+    return (Room){.blocks = blocks,
+                  .widest = widest,
+                  .own = 4 * widest + to_line(2 * H * K),
+                  .shared = to_line(H * blocks * K) + to_line(2 * H * blocks) + 2 * to_line(H * K) +
+                            to_line((H + 2 * G) * K) + to_line(D) + to_line(I)};
+}
+
+static Shared lay_shared(const Layer *layer, index_t blocks, float *memory)
+{
+    index_t D = layer->hidden, H = layer->heads, G = layer->kv_heads, K = layer->size;
+    Shared shared = {.sums = memory};
+    shared.tallies = (Tally *)(memory + to_line(H * blocks * K));
+    shared.attended = (float *)shared.tallies + to_line(2 * H * blocks);
+    shared.read = shared.attended + to_line(H * K);
+    shared.projected = shared.read + to_line(H * K);
     shared.middle = shared.projected + to_line((H + 2 * G) * K);
     shared.inner = shared.middle + to_line(D);
+    return shared;
+}
+
+/* Takes a token through `count` layers, of which each reads what the one before gave. Returns 0, or 1 where there is
+ * no memory for the scratch. */
+int ahn_decode_layers(index_t count, const Layer *const *layers, const Token *tokens, int threads)
+{
+    index_t own = 0, shared = 0;
+    for (index_t i = 0; i < count; i++) {
+        Room room = room_of(layers[i], tokens + i);
+        own = larger(own, room.own), shared = larger(shared, room.shared);
+    }
+    int most = omp_get_max_threads();
+    if (threads < 1 || threads > most) threads = most;
+    float *memory = scratch(threads * own + shared);
+    if (!memory) return 1;
 #pragma omp parallel num_threads(threads)
-    run(layer, token, &shared, blocks, widest, memory + omp_get_thread_num() * own);
+    for (index_t i = 0; i < count; i++) {
+        Room room = room_of(layers[i], tokens + i);
+        Shared mine = lay_shared(layers[i], room.blocks, memory + threads * own);
+        run(layers[i], tokens + i, &mine, room.blocks, room.widest, memory + omp_get_thread_num() * own);
+    }
     free(memory);
     return 0;
 }

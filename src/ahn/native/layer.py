@@ -1,4 +1,4 @@
-"""One token through a whole decoder layer in one call: norm, projections, rotation, attention, memory, gated MLP.
+"""One token through whole decoder layers in one call: norm, projections, rotation, attention, memory, gated MLP.
 
 Legend of shapes: D hidden size, H query heads, G key/value heads, K size of keys and values, I inner size, N anchors.
 """
@@ -6,6 +6,7 @@ Legend of shapes: D hidden size, H query heads, G key/value heads, K size of key
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 import torch
@@ -68,6 +69,7 @@ class Token(ctypes.Structure):
         x: Input of the layer, `[D]` float32.
         out: Its output, `[D]`.
         normed: Where to put what its attention reads, `[D]`.
+        projected: Where to put queries and keys after their rotation, and values, `[H + 2 G, K]`, or `None`.
         cos: Rotary table of the token, `[K]`.
         sin: The same.
         sink_cos: Table that turns queries once more for sinks and anchors, or `None`.
@@ -89,7 +91,8 @@ class Token(ctypes.Structure):
     """
 
     _fields_ = (
-        *((name, _POINTER) for name in ("x", "out", "normed", "cos", "sin", "sink_cos", "sink_sin")),
+        *((name, _POINTER) for name in ("x", "out", "normed", "projected")),
+        *((name, _POINTER) for name in ("cos", "sin", "sink_cos", "sink_sin")),
         *((name, _POINTER) for name in ("keys", "values")),
         *((name, _INT) for name in ("kind", "places", "slot", "used", "sinks", "seen")),
         *((name, _POINTER) for name in ("anchor_keys", "anchor_values", "visible_from", "visible_until")),
@@ -174,6 +177,9 @@ class DescribedLayer:
 
     Raises:
         ShapeError: The kernel cannot take them.
+
+    Attributes:
+        address: Where the kernel finds it.
     """
 
     def __init__(
@@ -195,14 +201,7 @@ class DescribedLayer:
             output,
             scaling,
         )
-        self._address = ctypes.addressof(self._layer)
-
-    def run(self, token: Token) -> None:
-        """Takes a token through the layer: writes its output, its slot, and what its attention reads."""
-        address = ctypes.addressof(token)
-        _TEAM.run(
-            torch.get_num_threads(), lambda threads: native._run("ahn_decode_layer", self._address, address, threads)
-        )
+        self.address = ctypes.addressof(self._layer)
 
     @staticmethod
     def _check(weights: LayerWeights, heads: int, kv_heads: int, size: int) -> None:
@@ -224,6 +223,19 @@ class DescribedLayer:
             raise ShapeError(f"the kernel cannot take a layer with maps of the shapes {shapes}")
         if any(each.columns % PANEL_ROWS for each in halved):
             raise ShapeError(f"a kernel takes bfloat16 with columns that are a multiple of {PANEL_ROWS}")
+
+
+def run_layers(layers: Sequence[DescribedLayer], tokens: Sequence[Token]) -> None:
+    """Takes a token through consecutive layers: writes their outputs, their slots, and what their attention reads.
+
+    Args:
+        layers: The layers.
+        tokens: The token on its way through each; what a layer gives is the input of the next.
+    """
+    count = len(layers)
+    laid, addresses = (Token * count)(*tokens), (_POINTER * count)(*(layer.address for layer in layers))
+    arguments = count, ctypes.addressof(addresses), ctypes.addressof(laid)
+    _TEAM.run(torch.get_num_threads(), lambda threads: native._run("ahn_decode_layers", *arguments, threads))
 
 
 def _address(tensor: Tensor | None) -> int | None:

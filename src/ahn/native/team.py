@@ -1,8 +1,8 @@
 """With how many threads a kernel of many steps works.
 
 Its threads wait for each other several times in every layer. Where something else takes a core, one of them is late
-every time, and fewer threads are faster. Nothing says so but the time itself: now and then a few calls run with one
-thread more or fewer, and the faster number stays.
+every time, and fewer threads are faster by far. The system counts how often it has taken a core away from this process;
+on a quiet machine that is nearly never.
 """
 
 from __future__ import annotations
@@ -11,32 +11,43 @@ import time
 from collections.abc import Callable
 from typing import TypeVar
 
+try:
+    import resource
+except ImportError:  # Windows, where there are no kernels
+    resource = None  # type: ignore[assignment]
+
 Result = TypeVar("Result")
 
-WINDOW = 32
-"""Calls whose time is taken together; about one token of a small model."""
-_SELDOM, _OFTEN, _SOON = 256, 16, 2  # windows between trials: with all threads, with fewer, after one that was faster
-_SLOW = 1.5  # times as slow as the fastest window: then something else must be running
-_GAIN = 0.95
+USUAL_RATE = 50.0
+"""Times a second that a core may be taken away: a quiet machine stays far below, a busy one goes far beyond."""
+FIRST_PAUSE, LONGEST_PAUSE = 16, 256
+"""Calls with fewer threads before one more is tried again; the pause doubles each time that this fails."""
+
+
+def times_interrupted() -> int:
+    """How often the system took a core away from this process while it had work to do."""
+    return 0 if resource is None else resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw
 
 
 class Team:
     """The number of threads.
 
     Args:
-        clock: Nanoseconds.
+        interrupted: How often a core was taken away so far.
+        clock: Seconds.
 
     Attributes:
         count: Threads of the next call.
     """
 
-    def __init__(self, clock: Callable[[], int] = time.perf_counter_ns) -> None:
-        self._clock = clock
-        self._taken = self._calls = 0
+    def __init__(
+        self, interrupted: Callable[[], int] = times_interrupted, clock: Callable[[], float] = time.perf_counter
+    ) -> None:
+        self._interrupted, self._clock = interrupted, clock
         self._begin(1)
 
     def run(self, most: int, work: Callable[[int], Result]) -> Result:
-        """Calls a kernel with a number of threads, and learns from the time that it takes.
+        """Calls a kernel with a number of threads, and notes whether all of them could work.
 
         Args:
             most: Threads that there may be.
@@ -49,38 +60,25 @@ class Team:
             self._begin(most)
         if most == 1:
             return work(1)
-        start = self._clock()
+        times, start = self._interrupted(), self._clock()
         result = work(self.count)
-        self._taken += self._clock() - start
-        self._calls += 1
-        if self._calls == WINDOW:
-            self._judge(self._taken)
-            self._taken = self._calls = 0
+        times, seconds = self._interrupted() - times, self._clock() - start
+        self._judge(times > 1 + USUAL_RATE * seconds)
         return result
 
     def _begin(self, most: int) -> None:
         self._most = self.count = most
-        self._settled: int | None = None  # the number to go back to, during a trial
-        self._usual, self._fastest = 0, 0
-        self._taken = self._calls = 0
-        self._wait, self._step = _SOON, -1
+        self._pause = self._left = FIRST_PAUSE
 
-    def _judge(self, taken: int) -> None:
-        """Ends a window."""
-        if self._settled is not None:
-            self._wait = _SELDOM if self._settled == self._most else _OFTEN
-            if taken > _GAIN * self._usual:
-                self.count, self._step = self._settled, -self._step
-            else:
-                self._wait = _SOON
-            self._settled = None
+    def _judge(self, is_disturbed: bool) -> None:
+        """Takes one thread fewer where one was late; tries one more after a pause without."""
+        if is_disturbed and self.count > 1:
+            self.count -= 1
+            self._left, self._pause = self._pause, min(2 * self._pause, LONGEST_PAUSE)
             return
-        self._usual = taken
-        self._fastest = min(self._fastest or taken, taken) + self._fastest // 1000  # what was fast once is forgotten
-        self._wait -= 1
-        is_slow = self.count == self._most and taken > _SLOW * self._fastest and self._wait < _SELDOM - _OFTEN
-        if self._wait <= 0 or is_slow:
-            self._settled = self.count
-            if not 1 <= self.count + self._step <= self._most:
-                self._step = -self._step
-            self.count += self._step
+        self._left -= 1
+        if self._left == 0 and self.count < self._most:
+            self.count += 1
+            self._left = FIRST_PAUSE
+        elif self._left == 0:
+            self._pause = self._left = FIRST_PAUSE

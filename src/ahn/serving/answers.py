@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import time
 import uuid
@@ -101,7 +102,7 @@ class AnswerShape:
         """How likely tokens were."""
         tokens = list(token_choices)
         words = [self.word(each.token) for each in tokens]
-        offsets = [sum(map(len, words[:count])) for count in range(len(words))] if len(words) < 1000 else None
+        offsets = [0, *itertools.accumulate(map(len, words))][: len(words)]
         return {
             "tokens": words,
             "token_logprobs": [each.logprob for each in tokens],
@@ -162,4 +163,5 @@ class ChatShape(AnswerShape):
 
 
 def _data(body: Body) -> str:
-    return f"data: {json.dumps(body, ensure_ascii=False)}\n\n"
+    # In ASCII, because many clients also end a line at the separators of Unicode.
+    return f"data: {json.dumps(body)}\n\n"

@@ -9,20 +9,25 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import logging
 import threading
 import time
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
+
 from ahn._home import write_text
-from ahn.errors import OutputError
+from ahn.errors import OutputError, one_line
 from ahn.generation import full_cache_bytes
 from ahn.models import prompts
 from ahn.models.text import text_offsets, text_tokens
 from ahn.serving.engine import Engine
 from ahn.serving.errors import RequestError
 from ahn.serving.reading import PromptReading
+
+_log = logging.getLogger("ahn.serving")
 
 Status = Literal["uploaded", "processed", "error"]
 
@@ -64,15 +69,18 @@ class DocumentJob:
     Args:
         shelf: Where it stands.
         document: The document.
-        text: Its text.
+        offsets: First and last + 1 character of each token of its text, `[T, 2]`. They are found before it is read,
+            because the engine's thread writes answers too.
         reading: The reading of its tokens.
     """
 
-    def __init__(self, shelf: DocumentShelf, document: StoredDocument, text: str, reading: PromptReading) -> None:
+    def __init__(
+        self, shelf: DocumentShelf, document: StoredDocument, offsets: np.ndarray, reading: PromptReading
+    ) -> None:
         self.reading = reading
         self._shelf = shelf
         self._document = document
-        self._text = text
+        self._offsets = offsets
         self._begun: float | None = None
 
     @property
@@ -82,7 +90,7 @@ class DocumentJob:
 
     def fail(self, error: Exception) -> None:
         """Notes that it cannot be read."""
-        self._document.status, self._document.problem = "error", str(error)
+        self._document.status, self._document.problem = "error", one_line(error)
         self._shelf.save(self._document)
 
     def noted(self, tokens: int) -> None:
@@ -94,7 +102,7 @@ class DocumentJob:
         document.cache_bytes = cache.nbytes
         if self.reading.is_done:
             document.passages = self._shelf.passages(
-                self._text, [token for row in cache.anchor_tokens for token in row]
+                self._offsets, [token for row in cache.anchor_tokens for token in row]
             )
             self._shelf.engine.store.keep(document.id, [], cache)
             document.status = "processed"
@@ -147,6 +155,8 @@ class DocumentShelf:
             RequestError: There is none, or it has not been read.
         """
         document = self.get(id)
+        if self._is_lost(document):
+            self._read_again(document)
         if document.status == "error":
             raise RequestError(f"the document {id} could not be read: {document.problem}", 409, "document")
         if document.status != "processed":
@@ -167,7 +177,8 @@ class DocumentShelf:
         """Takes in a document and begins to read it; one that was read before is only named.
 
         Raises:
-            RequestError: It is too long.
+            RequestError: It is too long, or too many are waiting.
+            OutputError: It cannot be kept.
         """
         tokens = self._tokens(text)
         if len(tokens) > self._most:
@@ -177,16 +188,20 @@ class DocumentShelf:
         id = f"file-{hashlib.sha256(text.encode()).hexdigest()[:24]}"
         with self._lock:
             known = self._documents.get(id)
-            if known is not None and known.status != "error":
+            if known is not None and known.status != "error" and not self._is_lost(known):
                 return known
             document = StoredDocument(id, name, size, int(time.time()), len(tokens))
-            self._documents[id] = document
             if self._folder is None:
                 self._texts[id] = text
             else:
                 write_text(self._text_file(id), text)
-            self.save(document)
-        self._read(document, text, tokens)
+                write_text(self._facts_file(id), json.dumps(dataclasses.asdict(document)))
+            self._documents[id] = document
+        try:
+            self._read(document, text, tokens)
+        except RequestError:
+            self.delete(id)
+            raise
         return document
 
     def delete(self, id: str) -> None:
@@ -210,13 +225,13 @@ class DocumentShelf:
             try:
                 facts = json.loads(file.read_text(encoding="utf-8"))
                 document = StoredDocument(**facts)
-                text = self._text_file(document.id).read_text(encoding="utf-8")
             except (OSError, ValueError, TypeError):
-                continue  # half of it was deleted
+                continue  # it was deleted meanwhile
             self._documents[document.id] = document
-            if document.status != "error" and not self.engine.store.has(document.id, []):
-                document.status, document.read_tokens = "uploaded", 0
-                self._read(document, text, self._tokens(text))
+            if document.status == "uploaded" or self._is_lost(document):
+                self._read_again(document)
+        for id in self.engine.store.roots() - self._documents.keys():
+            self.engine.store.forget(id)  # deleted while it was being read
 
     def save(self, document: StoredDocument) -> None:
         """Writes the facts of a document, if they are kept and it was not deleted."""
@@ -225,17 +240,17 @@ class DocumentShelf:
                 try:
                     write_text(self._facts_file(document.id), json.dumps(dataclasses.asdict(document)))
                 except OutputError as error:
-                    raise RequestError(str(error), 500) from None
+                    _log.warning("a document is not kept over a restart: %s", error)
 
     def full_bytes(self, tokens: int) -> int:
         """Bytes that full attention would hold after so many tokens."""
         return full_cache_bytes(self.engine.model, tokens)
 
-    def passages(self, text: str, anchors: Iterable[int]) -> list[tuple[int, int]]:
+    def passages(self, offsets: np.ndarray, anchors: Iterable[int]) -> list[tuple[int, int]]:
         """First and last + 1 character of the passages that anchors keep, in their order, touching ones joined."""
-        offsets = text_offsets(text, self.engine.tokenizer)
         before = len(self._opening())
-        spans = sorted(offsets[token - before] for token in anchors if 0 <= token - before < len(offsets))
+        kept = [token - before for token in anchors if 0 <= token - before < len(offsets)]
+        spans = sorted((int(start), int(end)) for start, end in offsets[kept])
         joined: list[tuple[int, int]] = []
         for start, end in spans:
             if joined and start <= joined[-1][1] + 1:
@@ -244,9 +259,24 @@ class DocumentShelf:
                 joined.append((start, end))
         return joined
 
+    def _is_lost(self, document: StoredDocument) -> bool:
+        """Whether it was read, but its cache is gone: damaged on the disk, or never written there."""
+        return document.status == "processed" and not self.engine.store.has(document.id, [])
+
+    def _read_again(self, document: StoredDocument) -> None:
+        document.status, document.read_tokens = "uploaded", 0
+        try:
+            text = self.text(document.id)
+            self._read(document, text, self._tokens(text))
+        except (OSError, ValueError):
+            document.status, document.problem = "error", "its text is gone; upload it again"
+        except RequestError as error:
+            document.status, document.problem = "error", str(error)
+
     def _read(self, document: StoredDocument, text: str, tokens: list[int]) -> None:
         reading = PromptReading(self.engine.model, self.engine.store, tokens)
-        self.engine.read(DocumentJob(self, document, text, reading))
+        offsets = np.asarray(text_offsets(text, self.engine.tokenizer), dtype=np.int32).reshape(-1, 2)
+        self.engine.read(DocumentJob(self, document, offsets, reading))
 
     def _tokens(self, text: str) -> list[int]:
         return [*self._opening(), *text_tokens(text, self.engine.tokenizer)]

@@ -102,35 +102,36 @@ class Engine:
         """Bytes of the caches of all answers that are being written together."""
         return self._batch.nbytes
 
-    def submit(self, generation: Generation) -> None:
-        """Takes in a request, whose answers will come by its stream.
+    def submit(self, *generations: Generation) -> None:
+        """Takes in requests, all or none, whose answers will come by their streams.
 
         Raises:
             RequestError: Too many are waiting, or the server is shutting down.
         """
-        if generation.choices > self._settings.max_sessions:
+        if any(each.choices > self._settings.max_sessions for each in generations):
             raise RequestError(f"n must be at most {self._settings.max_sessions} on this server", param="n")
         with self._changed:
-            self._check_open()
-            if len(self._waiting) >= self._settings.max_queue:
-                raise RequestError("the server is busy: its queue is full; try again in a moment", 503, code="busy")
-            self._waiting.append(generation)
+            self._check_room(len(self._waiting) + len(generations))
+            self._waiting += generations
             self._changed.notify()
 
     def read(self, job: ReadingJob) -> None:
         """Takes in something to read between the steps.
 
         Raises:
-            RequestError: The server is shutting down.
+            RequestError: Too many are waiting, or the server is shutting down.
         """
         with self._changed:
-            self._check_open()
+            self._check_room(1 + sum(not isinstance(each, PromptJob) for each in self._reading))
             self._reading.append(job)
             self._changed.notify()
 
-    def _check_open(self) -> None:
+    def _check_room(self, waiting: int) -> None:
+        """Checks that so many may wait."""
         if self._is_closing:
             raise RequestError("the server is shutting down; send the request again later", 503)
+        if waiting > self._settings.max_queue:
+            raise RequestError("the server is busy: its queue is full; try again in a moment", 503, code="busy")
 
     def _run(self) -> None:
         while self._wait():
@@ -142,9 +143,9 @@ class Engine:
         try:
             turn()
         except Exception as error:
-            _log.exception("an unexpected error ends %d answers", len(self._choices))
+            failure = _unforeseen(error, f"an unexpected error ends {len(self._choices)} answers")
             for choice in self._choices:
-                choice.generation.fail(RequestError(f"the server failed: {type(error).__name__}", 500))
+                choice.generation.fail(failure)
 
     def _wait(self) -> bool:
         """Waits for work; false when there will be none."""
@@ -192,7 +193,12 @@ class Engine:
         going: list[tuple[Choice, int]] = []
         before = sum(choice.count for choice in ready)
         for choice in ready:
-            if (token := choice.advance()) is None:
+            try:
+                token = choice.advance()
+            except Exception as error:
+                choice.generation.fail(_unforeseen(error, "writing failed"))
+                continue
+            if token is None:
                 self._finish(choice)
             else:
                 going.append((choice, token))
@@ -216,27 +222,36 @@ class Engine:
         """Reads one chunk of what has waited longest."""
         if not self._reading:
             return
-        job, size = self._reading[0], self._settings.chunk
+        job, size = self._next_job(), self._settings.chunk
         size = min(size, self._settings.chunk_between_steps) if self._choices else size
         try:
             tokens = job.reading.read(size) if not job.reading.is_done else 0
             self.metrics.read.inc(tokens)
             job.noted(tokens)
-            self._reading.rotate(-1)
-            if job.reading.is_done:
-                self._reading.remove(job)
-                if isinstance(job, PromptJob):
-                    self._begin(job)
+            self._reading.remove(job)
+            if not job.reading.is_done:
+                self._reading.append(job)
+            elif isinstance(job, PromptJob):
+                self._begin(job)
         except Exception as error:
-            known = isinstance(error, RequestError)
-            if not known:
-                _log.exception("reading failed")
             if job in self._reading:
                 self._reading.remove(job)
-            job.fail(error if known else RequestError(f"the server failed: {type(error).__name__}", 500))
+            job.fail(error if isinstance(error, RequestError) else _unforeseen(error, "reading failed"))
+
+    def _next_job(self) -> ReadingJob:
+        """What is read next: prompts take turns with one document at a time, so that few caches are held."""
+        documents = [job for job in self._reading if not isinstance(job, PromptJob)]
+        current = min(documents, key=lambda job: not job.reading.done, default=None)
+        return next(job for job in self._reading if job is current or isinstance(job, PromptJob))
 
     def _begin(self, job: PromptJob) -> None:
         self.metrics.first_token_seconds.observe(time.monotonic() - job.generation.begun)
         self._choices += [
             Choice(job.generation, number, row, self.tokenizer, self._ends) for number, row in enumerate(job.rows())
         ]
+
+
+def _unforeseen(error: Exception, what: str) -> RequestError:
+    """What is answered after an error that nobody foresaw; where it came from is in the log."""
+    _log.error(what, exc_info=error)
+    return RequestError(f"the server failed: {type(error).__name__}", 500)

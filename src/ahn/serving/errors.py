@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from ahn.errors import AHNError
+from ahn.errors import AHNError, one_line
+
+_LONGEST = 1000  # characters of a message, which may quote the request
 
 
 class RequestError(AHNError):
@@ -30,4 +32,4 @@ class RequestError(AHNError):
         """The answer in OpenAI's shape."""
         kinds = {401: "authentication_error", 404: "not_found_error", 500: "server_error", 503: "server_error"}
         kind = kinds.get(self.status, "invalid_request_error")
-        return {"error": {"message": str(self), "type": kind, "param": self.param, "code": self.code}}
+        return {"error": {"message": one_line(self)[:_LONGEST], "type": kind, "param": self.param, "code": self.code}}

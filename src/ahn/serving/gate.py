@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hmac
 import json
 import logging
@@ -41,7 +42,7 @@ class Gate:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        start, status, taken = time.monotonic(), 500, 0
+        start, status, taken, is_whole = time.monotonic(), 500, 0, False
 
         async def counted_send(message: Scope) -> None:
             nonlocal status
@@ -49,8 +50,15 @@ class Gate:
             await send(message)
 
         async def bounded_receive() -> Scope:
-            nonlocal taken
-            message = await receive()
+            nonlocal taken, is_whole
+            if is_whole:
+                return await receive()
+            left = start + self._settings.max_seconds - time.monotonic()
+            try:
+                message = await asyncio.wait_for(receive(), left)
+            except asyncio.TimeoutError:
+                raise RequestError(f"the body took longer than {self._settings.max_seconds} seconds", 408) from None
+            is_whole = not message.get("more_body", False)
             taken += len(message.get("body", b""))
             if taken > self._settings.max_body_bytes:
                 raise self._too_large()

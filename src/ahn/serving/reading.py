@@ -97,7 +97,7 @@ class PromptReading:
     def _begin(self) -> Reader:
         prefix = self._store.find(self._root, self._tokens) if self._top is None else None
         if prefix is None and self._root:
-            raise RequestError(f"the document {self._root} is not there any more; upload it again", 404, "document")
+            raise RequestError(f"the document {self._root} has to be read again; ask again later", 409, "document")
         if prefix is not None:
             self.done = self.cached = prefix.length
         return Reader(self._model, None if prefix is None else prefix.cache, score=False)

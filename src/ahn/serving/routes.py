@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -39,7 +40,10 @@ async def chat_completions(request: Request, body: ChatRequest) -> Any:
     service.check_model(body.model)
     if body.top_logprobs is not None and not body.logprobs:
         raise RequestError("top_logprobs needs logprobs: true", param="top_logprobs")
-    prompt = chat_prompt(service.engine.tokenizer, body.messages, body.ahn.document is not None)
+    # In a thread, as what follows in `completions`: nobody's stream waits while a long prompt is tokenised.
+    prompt = await asyncio.to_thread(
+        chat_prompt, service.engine.tokenizer, body.messages, body.ahn.document is not None
+    )
     sampling = sampling_of(body, (body.top_logprobs or 0) if body.logprobs else None)
     generation = service.generation(
         body, prompt.tokens, limit=body.limit, sampling=sampling, marks=prompt.marks, root=body.ahn.document or ""
@@ -57,10 +61,15 @@ async def completions(request: Request, body: CompletionRequest) -> Any:
         raise RequestError("echo goes neither with stream nor with a document; leave one out", param="echo")
     if body.max_tokens == 0 and not body.echo:
         raise RequestError("max_tokens must be at least 1 without echo", param="max_tokens")
-    root = body.ahn.document or ""
-    generations = [_completion(service, body, service.text_prompt(prompt, bool(root))) for prompt in body.prompts]
-    if not generations:
+    prompts, most = body.prompts, service.settings.max_queue
+    if not prompts:
         raise RequestError("the prompt is empty; send one token at least", param="prompt")
+    if len(prompts) > most:
+        raise RequestError(f"{len(prompts):,} prompts at once, but this server takes {most:,}", param="prompt")
+    root = body.ahn.document or ""
+    generations = await asyncio.to_thread(
+        lambda: [_completion(service, body, service.text_prompt(each, bool(root))) for each in prompts]
+    )
     tokenizer: Any = service.engine.tokenizer
     prefix = [text_of(tokenizer, each.tokens) for each in generations for _ in range(body.n)] if body.echo else []
     shape = AnswerShape(service.name, tokenizer, generations, service.document_tokens(root), prefix)

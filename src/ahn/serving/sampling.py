@@ -14,6 +14,8 @@ from transformers.generation.logits_process import LogitsProcessorList
 from ahn.generation import make_processors, next_token
 from ahn.serving.stream import TokenChoice
 
+_COLDEST = 1e-30  # below, logits over it are no float32
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -39,11 +41,15 @@ class Sampling:
 
     def choose(self, logits_V: torch.Tensor, generator: torch.Generator) -> int:
         """The next token."""
-        return next_token(logits_V, self._processors, generator if self.temperature else None)
+        return next_token(logits_V, self._processors, generator if self._draws else None)
 
     @functools.cached_property
     def _processors(self) -> LogitsProcessorList:
-        return make_processors(self.temperature, top_p=self.top_p)
+        return make_processors(self.temperature if self._draws else 0, top_p=self.top_p)
+
+    @property
+    def _draws(self) -> bool:
+        return self.temperature > _COLDEST
 
     def token_choices(self, token: int, logits_V: torch.Tensor) -> tuple[TokenChoice, ...]:
         """What is told about a token: one entry, or none."""

@@ -4,8 +4,20 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic_core import PydanticCustomError
 
+
+def _whole_characters(text: str) -> str:
+    """The text, unless JSON's escapes made half of a character, which no tokenizer takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise PydanticCustomError("surrogate", f"Character {error.start} is half of a surrogate pair") from None
+    return text
+
+
+_Text = Annotated[str, AfterValidator(_whole_characters)]
 _Zero = Annotated[float, Field(ge=0, le=0)]
 _Stop = Annotated[str, Field(min_length=1, max_length=1000)]
 
@@ -35,7 +47,7 @@ class Extension(_Strict):
         document: Id of a document that the request is about.
     """
 
-    document: str | None = None
+    document: str | None = Field(None, min_length=1)
 
 
 class SamplingOptions(_Strict):
@@ -75,14 +87,14 @@ class TextPart(_Strict):
     """A part of a message."""
 
     type: Literal["text"]
-    text: str
+    text: _Text
 
 
 class Message(_Strict):
     """A message of a conversation."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[TextPart]
+    content: _Text | list[TextPart]
     name: str | None = None
     refusal: None = None
 
@@ -117,7 +129,7 @@ class ChatRequest(SamplingOptions):
 class CompletionRequest(SamplingOptions):
     """Body of `/v1/completions`."""
 
-    prompt: str | list[int] | list[str] | list[list[int]]
+    prompt: _Text | list[int] | list[_Text] | list[list[int]]
     max_tokens: int = Field(16, ge=0)
     logprobs: int | None = Field(None, ge=0, le=20)
     echo: bool = False

@@ -129,8 +129,7 @@ async def sent(request: Any, engine: Engine, generations: Sequence[Generation]) 
     """
     watch = asyncio.create_task(_watch(request, generations))
     try:
-        for generation in generations:
-            engine.submit(generation)
+        engine.submit(*generations)
         yield
     finally:
         for generation in generations:

@@ -7,6 +7,7 @@ With a folder all of them are files too, written by a thread of its own: a serve
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import queue
 import threading
@@ -16,10 +17,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from filelock import FileLock, Timeout
+
 from ahn.cache import HippocampalCache
 from ahn.errors import CacheError, OutputError
 from ahn.serving.keys import PrefixKey, prefix_keys
 
+_log = logging.getLogger("ahn.serving")
 _WAITING_FILES = 8
 
 
@@ -62,6 +66,9 @@ class PrefixStore:
         most_bytes: Bytes of all caches in memory.
         folder: Where to write them, or `None`.
         disk_bytes: Bytes of all files, those of documents apart.
+
+    Raises:
+        OutputError: Another server uses the folder, whose files it would not count.
     """
 
     def __init__(self, model: Any, most_bytes: int, folder: Path | None = None, disk_bytes: int = 0) -> None:
@@ -75,8 +82,10 @@ class PrefixStore:
         self._lock = threading.RLock()
         self._writing: queue.Queue[tuple[PrefixKey, HippocampalCache] | None] = queue.Queue(_WAITING_FILES)
         self._writer: threading.Thread | None = None
+        self._claim: list[FileLock] = []
         if folder is not None:
             folder.mkdir(parents=True, exist_ok=True)
+            self._claim.append(_claimed(folder))
             self._find_files(folder)
             self._writer = threading.Thread(target=self._write, name="ahn-store", daemon=True)
             self._writer.start()
@@ -121,11 +130,17 @@ class PrefixStore:
         with self._lock:
             return key in self._known()
 
+    def roots(self) -> set[str]:
+        """Documents of which it holds anything."""
+        with self._lock:
+            return {key.root for key in self._known() if key.root}
+
     def forget(self, root: str) -> None:
         """Drops a document's caches and those of every conversation about it."""
         with self._lock:
-            for key in [key for key in self._memory if key.root == root]:
-                del self._memory[key]
+            for held in (self._memory, self._unwritten):
+                for key in [key for key in held if key.root == root]:
+                    del held[key]
             for key in [key for key in self._files if key.root == root]:
                 self._remove_file(key)
 
@@ -140,6 +155,8 @@ class PrefixStore:
             self._writing.put(None)
             self._writer.join()
             self._writer = None
+        while self._claim:
+            self._claim.pop().release()
 
     def _known(self) -> set[PrefixKey]:
         return {*self._memory, *self._files, *self._unwritten}
@@ -171,9 +188,9 @@ class PrefixStore:
             total = sum(size for _, size in self._memory.values())
             for other in list(self._memory):
                 # A document without a file would be lost.
-                if total > self._most and (other.length or self._folder is not None) and other != key:
+                if total > self._most and (other.length or other in self._files) and other != key:
                     total -= self._memory.pop(other)[1]
-            if total > self._most and (key.length or self._folder is not None):
+            if total > self._most and (key.length or key in self._files):
                 del self._memory[key]
 
     def _path(self, key: PrefixKey) -> Path:
@@ -187,17 +204,25 @@ class PrefixStore:
         while (item := self._writing.get()) is not None:
             key, cache = item
             try:
-                cache.save(self._path(key))
-                with self._lock:
-                    self._files[key] = self._path(key).stat().st_size
-                    self._drop_old_files()
-            except (CacheError, OutputError, OSError):
-                pass  # it stays in memory; a full disk is no reason to stop answering
+                if key in self._unwritten:
+                    self._write_file(key, cache)
+            except (CacheError, OutputError, OSError) as error:
+                # It stays in memory: a full disk is no reason to stop answering.
+                _log.warning("a session is not kept over a restart: %s", error)
             finally:
                 with self._lock:
                     self._unwritten.pop(key, None)
                 self._writing.task_done()
         self._writing.task_done()
+
+    def _write_file(self, key: PrefixKey, cache: HippocampalCache) -> None:
+        cache.save(self._path(key))
+        with self._lock:
+            self._files[key] = self._path(key).stat().st_size
+            if key in self._unwritten:
+                self._drop_old_files()
+            else:  # forgotten meanwhile
+                self._remove_file(key)
 
     def _drop_old_files(self) -> None:
         total = sum(size for key, size in self._files.items() if key.length)
@@ -211,3 +236,13 @@ class PrefixStore:
         with self._lock, contextlib.suppress(OSError):
             self._files.pop(key, None)
             self._path(key).unlink()
+
+
+def _claimed(folder: Path) -> FileLock:
+    """A lock on a folder, which the operating system frees when the process dies, however it dies."""
+    lock = FileLock(f"{folder}.lock", thread_local=False)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise OutputError(f"another server uses {folder}; end it, or name another --session-dir") from None
+    return lock

@@ -23,8 +23,9 @@ from ahn.evaluation.arm_names import find_arm
 from ahn.generation import automatic_chunk, cache_bytes
 from ahn.speed.timing import timed
 
-STEPS = 2
+FEWEST, MOST = 2, 32
 """Tokens that are decoded in a turn, after one that is not timed."""
+_TURN = 0.25  # seconds that a turn takes, where that many tokens are enough: threads and caches get warm first
 
 
 def bare_copy(model: Any) -> Any:
@@ -42,10 +43,17 @@ class Baseline(abc.ABC):
     """
 
     cache_bytes: int
+    _steps = FEWEST
+
+    def decode(self) -> float:
+        """Seconds of one decoded token, the mean of those of a turn."""
+        seconds = self.decode_tokens(self._steps)
+        self._steps = max(FEWEST, min(MOST, round(_TURN / seconds)))
+        return seconds
 
     @abc.abstractmethod
-    def decode(self) -> float:
-        """Seconds of one decoded token."""
+    def decode_tokens(self, tokens: int) -> float:
+        """Seconds of one of so many decoded tokens, the mean of them."""
 
     @abc.abstractmethod
     def read(self, tokens: int) -> float:
@@ -68,11 +76,11 @@ class TorchBaseline(Baseline):
         """A cache that has read the context."""
 
     @torch.no_grad()
-    def decode(self) -> float:
-        """See `Baseline.decode`."""
+    def decode_tokens(self, tokens: int) -> float:
+        """See `Baseline.decode_tokens`."""
         cache = self._placed()
         self._read(cache, 1)
-        return timed(lambda: self._read(cache, *[1] * STEPS)) / STEPS
+        return timed(lambda: self._read(cache, *[1] * tokens)) / tokens
 
     @torch.no_grad()
     def read(self, tokens: int) -> float:

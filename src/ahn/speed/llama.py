@@ -19,7 +19,7 @@ from typing import Any
 
 from ahn.errors import ModelError
 from ahn.models.gguf_file import GGUFFile
-from ahn.speed.baselines import STEPS, Baseline
+from ahn.speed.baselines import MOST, Baseline
 
 NAME = "llama.cpp"
 """The arm."""
@@ -73,15 +73,15 @@ class LlamaBaseline(Baseline):
         words = len(file.value("tokenizer.ggml.tokens"))
         self._ids = [draw.randrange(3, words) for _ in range(context + _BATCH)]
         self._context = context
-        room = context + _BATCH + 8 * STEPS
+        room = context + _BATCH + 2 * MOST
         self._folder = TemporaryDirectory()
         if room > file.value(f"{kind}.context_length", room):
             path = _with_context(path, f"{kind}.context_length", room, Path(self._folder.name))
         self._server = _serve(path, room, threads)
 
-    def decode(self) -> float:
-        """See `Baseline.decode`."""
-        return float(self._run(self._ids[: self._context], STEPS + 1)["predicted_per_token_ms"]) / 1e3
+    def decode_tokens(self, tokens: int) -> float:
+        """See `Baseline.decode_tokens`."""
+        return float(self._run(self._ids[: self._context], tokens + 1)["predicted_per_token_ms"]) / 1e3
 
     def read(self, tokens: int) -> float:
         """See `Baseline.read`."""

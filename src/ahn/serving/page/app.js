@@ -8,7 +8,7 @@ function listen() {
   find("ask").addEventListener("submit", (event) => {
     event.preventDefault();
     const question = find("question").value.trim();
-    if (!question || state.answering || !state.about) return;
+    if (!question || state.answering || !state.about || find("send").disabled) return;
     find("question").value = "";
     find("question").rows = 1;
     send(question);
