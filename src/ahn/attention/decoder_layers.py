@@ -22,8 +22,8 @@ from torch import nn
 from ahn.attachment import Attachment
 from ahn.attention.call import Call
 from ahn.attention.decoder_parts import decoder_layers
-from ahn.attention.decoder_run import FastPath, Given, run_paths
-from ahn.attention.decoding import Ahead, DecodeStep, LayerRun
+from ahn.attention.decoder_run import FastPath, LayerInput, run_paths
+from ahn.attention.decoding import DecodeStep, LayerRun, Precomputed
 from ahn.attention.masks import CallMask
 
 
@@ -70,29 +70,29 @@ class FastForward:
         call = mask.call if type(mask) is CallMask else None
         if call is None or call.step is None or not args or torch.compiler.is_compiling():
             return own()
-        given = Given(args[0], tables, kwargs.get("position_ids"))  # type: ignore[arg-type]
-        run = self._foreseen(call.step, given)
+        inputs = LayerInput(args[0], tables, kwargs.get("position_ids"))  # type: ignore[arg-type]
+        run = self._foreseen(call.step, inputs)
         if run is None:
             call.step.take_back()
             path = self._find_path(call)
-            if tables is None or not path.can_take(call) or not path.can_read(given, call):
+            if tables is None or not path.can_take(call) or not path.can_read(inputs, call):
                 return own()
             if not path.is_verified:
-                return path.verify(given, call, own)
-            run = self._run_ahead(path, given, call)
+                return path.verify(inputs, call, own)
+            run = self._run_span(path, inputs, call)
         call.step.last = self, run, tables
         if run.finish is not None:
             run.finish()
         return run.output
 
-    def _foreseen(self, step: DecodeStep, given: Given) -> LayerRun | None:
+    def _foreseen(self, step: DecodeStep, inputs: LayerInput) -> LayerRun | None:
         """What the layer has given already, where it was run ahead; notes whose output it is given."""
         run = None
-        if step.ahead is not None and self.path is not None:
-            run = step.ahead.take(self.path.index, given.hidden, given.tables)
+        if step.precomputed is not None and self.path is not None:
+            run = step.precomputed.take(self.path.index, inputs.hidden, inputs.tables)
         if run is None and step.last is not None:
             before, gave, tables = step.last
-            before.follower = self if gave.is_given(given.hidden) and tables is given.tables else None
+            before.follower = self if gave.is_given(inputs.hidden) and tables is inputs.tables else None
         return run
 
     def _find_path(self, call: Call) -> FastPath:
@@ -100,15 +100,15 @@ class FastForward:
             self.path = FastPath(self._layer, self._attention, call)
         return self.path
 
-    def _run_ahead(self, path: FastPath, given: Given, call: Call) -> LayerRun:
+    def _run_span(self, path: FastPath, inputs: LayerInput, call: Call) -> LayerRun:
         """Runs the layer, and those behind it that the kernel can take too."""
         paths, forward = [path], self.follower
         while forward is not None and (after := forward._ready(call)) is not None and after not in paths:
             paths.append(after)
             forward = forward.follower
-        runs = run_paths(paths, given, call)
+        runs = run_paths(paths, inputs, call)
         if len(runs) > 1 and call.step is not None:
-            call.step.ahead = Ahead(runs, given.tables)
+            call.step.precomputed = Precomputed(runs, inputs.tables)
         return runs[0]
 
     def _ready(self, call: Call) -> FastPath | None:

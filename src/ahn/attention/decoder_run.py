@@ -33,7 +33,7 @@ TOLERANCE = 1e-5
 _Tables = tuple[torch.Tensor, torch.Tensor]
 
 
-class Given(NamedTuple):
+class LayerInput(NamedTuple):
     """What the model gives a decoder layer for one token.
 
     Attributes:
@@ -96,21 +96,21 @@ class FastPath:
             self._buffer = buffer
         return True
 
-    def can_read(self, given: Given, call: Call) -> bool:
+    def can_read(self, inputs: LayerInput, call: Call) -> bool:
         """Whether the kernel can read what the layer is given."""
         D, _, _, K, _ = self._attention_layer.shape
-        hidden, tables, positions = given
+        hidden, tables, positions = inputs
         if hidden.shape != (1, 1, D) or not hidden.is_contiguous() or not native.ready(hidden):
             return False
         if call.selection is not None and positions is None and self._attention_layer.rotation is not None:
             return False
         return call.shared("tables of kernels", tables[0], lambda: _are_whole(tables, K))
 
-    def verify(self, given: Given, call: Call, own: Callable[[], Any]) -> Any:
+    def verify(self, inputs: LayerInput, call: Call, own: Callable[[], Any]) -> Any:
         """Compares what the kernel gives with what the layer gives, which is what the cache then holds.
 
         Args:
-            given: What the layer is given.
+            inputs: What the layer is given.
             call: The call.
             own: The layer's own forward.
 
@@ -118,12 +118,12 @@ class FastPath:
             The output to go on with: the kernel's where it is right, so that a text gives the same bits the first time
             and later.
         """
-        run, exact, step = run_paths([self], given, call)[0], self._store(call).exact, call.step
+        run, exact, step = run_paths([self], inputs, call)[0], self._store(call).exact, call.step
         stored, read = exact.last().map(torch.clone), None if step is None else step.hidden[self.index]
         if call.cache is not None:
             call.cache.take_back(self.index)
         expected = own()
-        added = (expected - given.hidden).abs().max()
+        added = (expected - inputs.hidden).abs().max()
         if bool((run.output - expected).abs().max() > TOLERANCE * (added + expected.abs().max() / 10)):
             self.described = None
             return expected
@@ -134,11 +134,11 @@ class FastPath:
             step.hidden[self.index] = read
         return run.output
 
-    def begin(self, given: Given, output: torch.Tensor, call: Call) -> _Begun:
+    def begin(self, inputs: LayerInput, output: torch.Tensor, call: Call) -> _Begun:
         """Takes the token into the layer's part of the cache, and describes it to the kernel.
 
         Args:
-            given: What the first layer of a run is given.
+            inputs: What the first layer of a run is given.
             output: Where the kernel puts what the layer gives.
             call: The call.
         """
@@ -146,11 +146,11 @@ class FastPath:
         exact, contents = store.exact, None if step is None else step.contents(self.index)
         slot = exact.begin_key(contents)
         extra = self._extra(call, store, contents)
-        normed = given.hidden if step is None else step.row(self.index, given.hidden)
+        normed = inputs.hidden if step is None else step.row(self.index, inputs.hidden)
         state = None if store.state is None else store.state.contiguous()
-        turned, buffer = self._sink_tables(call, given.tables, exact.seen), exact.ring
+        turned, buffer = self._sink_tables(call, inputs.tables, exact.seen), exact.ring
         token.out, token.normed = output.data_ptr(), normed.data_ptr()
-        token.cos, token.sin = (table.data_ptr() for table in given.tables)
+        token.cos, token.sin = (table.data_ptr() for table in inputs.tables)
         token.sink_cos, token.sink_sin = (None, None) if turned is None else (each.data_ptr() for each in turned)
         token.keys, token.values = buffer.keys.data_ptr(), buffer.values.data_ptr()
         token.kind = KINDS[buffer.keys.dtype]
@@ -165,13 +165,13 @@ class FastPath:
             begun.add_projected(self._attention_layer)
         return begun
 
-    def finish(self, begun: _Begun, given: Given, call: Call) -> None:
+    def finish(self, begun: _Begun, inputs: LayerInput, call: Call) -> None:
         """Scores the token, whose queries, keys and values the kernel has noted."""
         projected = begun.projected
         if projected is None:
             return
         _, H, G, _, _ = self._attention_layer.shape
-        known = {"position_embeddings": given.tables, "position_ids": given.positions}
+        known = {"position_embeddings": inputs.tables, "position_ids": inputs.positions}
         layer = layer_call(self._attention, call, (begun.normed,), known)
         if layer is not None:
             store, heads = self._store(call), projected[None, :, None]
@@ -252,18 +252,18 @@ class _Begun:
         self.token.projected = self.projected.data_ptr()
 
 
-def run_paths(paths: list[FastPath], given: Given, call: Call) -> list[LayerRun]:
+def run_paths(paths: list[FastPath], inputs: LayerInput, call: Call) -> list[LayerRun]:
     """Takes the token of a call through layers of which each reads what the one before gives.
 
     Args:
         paths: The layers.
-        given: What the first is given.
+        inputs: What the first is given.
         call: The call.
     """
     with torch.inference_mode(False):  # outputs keep count of changes
-        outputs = torch.empty((len(paths), *given.hidden.shape), dtype=given.hidden.dtype).unbind(0)
-    begun = [path.begin(given, output, call) for path, output in zip(paths, outputs, strict=True)]
-    for each, x in zip(begun, (given.hidden, *outputs), strict=False):
+        outputs = torch.empty((len(paths), *inputs.hidden.shape), dtype=inputs.hidden.dtype).unbind(0)
+    begun = [path.begin(inputs, output, call) for path, output in zip(paths, outputs, strict=True)]
+    for each, x in zip(begun, (inputs.hidden, *outputs), strict=False):
         each.token.x = x.data_ptr()
     described = [layer for path in paths if (layer := path.described) is not None]
     run_layers(described, [each.token for each in begun])
@@ -271,7 +271,7 @@ def run_paths(paths: list[FastPath], given: Given, call: Call) -> list[LayerRun]
         LayerRun(
             each.path.index,
             each.output,
-            None if each.projected is None else partial(each.path.finish, each, given, call),
+            None if each.projected is None else partial(each.path.finish, each, inputs, call),
         )
         for each in begun
     ]

@@ -47,7 +47,7 @@ class LayerRun:
         return hidden is self.output and hidden._version == self._version
 
 
-class Ahead:
+class Precomputed:
     """Layers that the kernels ran before the model came to them, on what the layer before gave.
 
     Args:
@@ -88,14 +88,14 @@ class DecodeStep:
     Attributes:
         hidden: What each attention layer has read so far in this call, `[B, 1, D]`, by layer index.
         takes_kernels: Whether whole layers may be left to the kernels.
-        ahead: The layers that were run ahead of the model, or `None`.
+        precomputed: The layers that were run ahead of the model, or `None`.
         last: The last layer that the kernels have run, what it gave, and its rotary tables; `None` before the first.
     """
 
     def __init__(self, groups: list[LayerGroup], cache: HippocampalCache) -> None:
         self.groups = groups
         self.hidden: dict[int, torch.Tensor] = {}
-        self.ahead: Ahead | None = None
+        self.precomputed: Precomputed | None = None
         self.last: tuple[Any, LayerRun, object] | None = None
         self._cache = cache
         self._rows: tuple[torch.Tensor, ...] | None = None
@@ -117,8 +117,8 @@ class DecodeStep:
 
     def take_back(self) -> None:
         """Takes back what layers have stored that were run ahead, where the model gave one of them something else."""
-        ahead, self.ahead = self.ahead, None
-        for index in () if ahead is None else ahead.left():
+        precomputed, self.precomputed = self.precomputed, None
+        for index in () if precomputed is None else precomputed.left():
             self._cache.take_back(index)
 
     def close(self) -> None:
