@@ -88,7 +88,9 @@ def write(path: Path, architecture: str = "llama", kind: str = "Q8_0", **changes
     model = small_model(architecture, **changes.get("config", {}))
     writer = gguf.GGUFWriter(path, changes.get("named", architecture))
     write_keys(writer, architecture, changes)
-    if changes.get("tokenizer", True):
+    if add := changes.get("add_tokenizer"):
+        add(writer)
+    elif changes.get("tokenizer", True):
         write_tokenizer(writer, changes.get("pre", "gpt-2"), changes.get("merges", ["1 2"]))
     if "parts" in changes:
         writer.add_uint16("split.count", changes["parts"])

@@ -193,6 +193,14 @@ SCORES = [*[0.0] * 261, *(-float(rank) for rank in range(len(PIECES))), *[-1e6] 
 
 def write_sentencepiece(path: Path, kind: str = "llama", **changes: Any) -> None:
     writer = gguf.GGUFWriter(path, "llama")
+    add_sentencepiece(writer, kind, **changes)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def add_sentencepiece(writer: gguf.GGUFWriter, kind: str = "llama", **changes: Any) -> None:
     writer.add_tokenizer_model(kind)
     writer.add_token_list(TOKENS)
     writer.add_token_types(KINDS)
@@ -202,10 +210,6 @@ def write_sentencepiece(path: Path, kind: str = "llama", **changes: Any) -> None
     for key in ("add_space_prefix", "add_bos_token", "add_eos_token"):
         if key in changes:
             writer.add_bool(f"tokenizer.ggml.{key}", changes[key])
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
 
 
 def greedy(text: str) -> list[str]:

@@ -25,6 +25,7 @@ from ahn.quantization import (
     round_to_groups,
     store,
 )
+from ahn.training.anchors.capture import watch
 from tests.tiny import awaken, text, tiny
 
 QUANTIZED = (QuantizedLinear, QuantizedEmbedding)
@@ -206,6 +207,15 @@ class TestModel:
             with torch.no_grad():
                 losses.append(float(each(ids, labels=ids).loss))
         assert abs(losses[0] - losses[1]) < 1e-4
+
+    def test_the_anchors_training_sees_the_output_projection(self, quantize: str) -> None:
+        model, ids = quantized_tiny(quantize), text(1, 20)
+        moved: list[list[torch.Tensor]] = []
+        for each in (model, dequantized(model)):
+            ahn.attach(each, ahn.AHNConfig(window=12, sinks=3))
+            moved.append([])
+            watch(each, ids, lambda layer: moved[-1].append(layer.moved()))
+        torch.testing.assert_close(moved[0], moved[1], atol=1e-5, rtol=1e-4)
 
     def test_a_memory_trains_on_a_frozen_base(self, quantize: str) -> None:
         model, ids = quantized_tiny(quantize), text(2, 60)

@@ -150,9 +150,10 @@ def _names(file: Path) -> list[str]:
 
 
 def _tensors(files: Iterable[Path]) -> Iterator[tuple[str, Tensor]]:
+    """Each file is opened for each tensor anew: what was read of it is mapped, and stays in memory as long as that."""
     for file in files:
-        with safe_open(file, framework="pt") as opened:
-            for name in opened.keys():  # noqa: SIM118, it is no dict
+        for name in _names(file):
+            with safe_open(file, framework="pt") as opened:
                 yield name, opened.get_tensor(name)
 
 

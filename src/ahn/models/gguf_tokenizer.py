@@ -71,7 +71,11 @@ def _byte_pairs(opened: GGUFModel, tokens: list[str]) -> tuple[Tokenizer, bool]:
     from tokenizers import Regex, decoders, normalizers, pre_tokenizers
 
     rule = _split_rule(opened)
-    merges = [tuple(merge.split(" ")) for merge in opened.field("tokenizer.ggml.merges", [])]
+    same = {token: token for token in tokens}  # so that a merge takes no memory for strings that are there already
+    merges = [
+        tuple(same.get(part, part) for part in merge.split(" ")) for merge in opened.field("tokenizer.ggml.merges", [])
+    ]
+    del same
     raw = _pairs(opened, tokens, merges, ignore_merges=rule.whole_words)
     splits = [pre_tokenizers.Split(Regex(pattern), behavior="isolated") for pattern in rule.patterns]
     to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)

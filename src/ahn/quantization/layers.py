@@ -22,7 +22,7 @@ class QuantizedLinear(nn.Linear):
         nn.Module.__init__(self)  # that of nn.Linear would make the weight
         self.stored = stored
         self.in_features, self.out_features = stored.columns, stored.rows
-        self.bias = None if bias is None else nn.Parameter(bias.detach().float(), requires_grad=False)
+        self.bias = None if bias is None else nn.Parameter(bias.detach().float(), requires_grad=False)  # type: ignore[assignment]
 
     @property
     def weight(self) -> WeightFacts:  # type: ignore[override]
