@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -90,6 +90,8 @@ def command(settings: GenerateSettings, source: AnchoredModel) -> None:
     from ahn.cli import loading
     from ahn.evaluation.arm_names import find_arm
 
+    if saved is None and source.sink_positions is None:
+        source = replace(source, sink_positions="bounded")  # a text may be longer than those of the base's training
     loaded = loading.load(source, like=saved)
     chat = _uses_template(loaded, settings)
     arm = find_arm(settings.mode or "ahn")

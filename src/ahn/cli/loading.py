@@ -49,8 +49,9 @@ class ModelChoice:
 
 @dataclass(frozen=True)
 class AnchoredModel(ModelChoice):
-    """The same for commands that read with anchors where the model has weights to choose them by."""
+    """The same for commands that read texts of any length, with anchors where the model has weights to choose them."""
 
+    sink_positions: SinkPositions | None = same_setting(ModelChoice, "sink_positions", unset="bounded")
     anchors: int | None = same_setting(
         ExactTokens, "anchors", default=None, unset=f"{USUAL_ANCHORS} where there are weights to choose them by",
         kw_only=False,
