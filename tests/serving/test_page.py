@@ -133,6 +133,7 @@ def test_everything_has_a_name_and_is_reached_by_keys(page: Any) -> None:
     page.find_element(By.ID, "open-settings").send_keys(Keys.ENTER)
     assert unnamed("dialog") == []
     page.switch_to.active_element.send_keys(Keys.ESCAPE)
+    wait(page, lambda: page.switch_to.active_element.get_attribute("id") == "open-settings")
     page.execute_script("document.activeElement.blur(); window.scrollTo(0, 0)")
     reached = set()
     for _ in range(12):

@@ -81,7 +81,6 @@ class DocumentJob:
         self._shelf = shelf
         self._document = document
         self._offsets = offsets
-        self._begun: float | None = None
 
     @property
     def is_cancelled(self) -> bool:
@@ -96,9 +95,8 @@ class DocumentJob:
     def noted(self, tokens: int) -> None:
         """Notes how far it is, and keeps its cache at the end."""
         document, cache = self._document, self.reading.cache
-        self._begun = self._begun or time.monotonic() - 1e-3
         document.read_tokens = self.reading.done
-        document.seconds = time.monotonic() - self._begun
+        document.seconds = time.monotonic() - self.reading.begun
         document.cache_bytes = cache.nbytes
         if self.reading.is_done:
             document.passages = self._shelf.passages(

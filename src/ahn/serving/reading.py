@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -30,6 +31,7 @@ class PromptReading:
     Attributes:
         done: Tokens that need no more reading.
         cached: Those of them that had been read before.
+        begun: When the first of them was taken up, by `time.monotonic`.
         logits: What the model expects next, `[V]`; `None` before anything was read.
         token_choices: How likely each token was, where that was asked for.
     """
@@ -51,6 +53,7 @@ class PromptReading:
         self._top = alternatives
         self._reader: Reader | None = None
         self.done = self.cached = 0
+        self.begun = 0.0
         self.logits: torch.Tensor | None = None
         self.token_choices: list[TokenChoice] = []
 
@@ -95,6 +98,7 @@ class PromptReading:
         self.logits = logits_TV[-1].clone()
 
     def _begin(self) -> Reader:
+        self.begun = time.monotonic()
         prefix = self._store.find(self._root, self._tokens) if self._top is None else None
         if prefix is None and self._root:
             raise RequestError(f"the document {self._root} has to be read again; ask again later", 409, "document")

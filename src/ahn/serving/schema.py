@@ -47,7 +47,7 @@ class Extension(_Strict):
         document: Id of a document that the request is about.
     """
 
-    document: str | None = Field(None, min_length=1)
+    document: str | None = Field(default=None, min_length=1)
 
 
 class SamplingOptions(_Strict):

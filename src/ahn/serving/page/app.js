@@ -56,10 +56,11 @@ function listenForSettings() {
   find("open-settings").addEventListener("click", () => find("settings").showModal());
   find("settings").addEventListener("close", () => {
     const values = Object.fromEntries([...fields].map((field) => [field.name, field.value]));
+    const isOtherKey = values.key !== (sessionStorage.getItem("ahn.key") ?? "");
     sessionStorage.setItem("ahn.key", values.key);
     delete values.key;
     store("settings", values);
-    start();
+    if (isOtherKey || !state.about) start(); // else the focus would leave the button that it returns to
   });
   find("settings").addEventListener("click", (event) => event.target === find("settings") && find("settings").close());
 }

@@ -75,7 +75,7 @@ export function drawReading() {
   const each = state.documents.find((one) => one.id === state.document);
   find("reading").hidden = !each;
   find("send").disabled = Boolean(each) && each.status !== "processed";
-  find("question").placeholder = each?.status === "uploaded" ? "Write a question, and send it once all is read" : "Ask a question";
+  find("question").placeholder = each?.status === "uploaded" ? "Ask once it is read" : "Ask a question";
   if (!each) return;
   find("reading-title").textContent = each.filename;
   find("reading-state").textContent = stateOf(each);
