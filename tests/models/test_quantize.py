@@ -9,7 +9,7 @@ import torch
 
 import ahn
 from ahn.errors import ModelError
-from ahn.models import load_model
+from ahn.models import filling, load_model
 from ahn.quantization import QUANTIZE, QuantizedEmbedding, QuantizedLinear, quantize_model
 from tests.tiny import text, tiny
 
@@ -35,6 +35,34 @@ def test_is_the_model_quantised_after_loading(folder: tuple[Path, Any], quantize
     assert isinstance(model.lm_head, QuantizedLinear)
     assert not model.training
     assert ahn.models.base_name(model) == str(path)
+
+
+def test_no_file_stays_open_for_a_second_tensor(folder: tuple[Path, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """An open file is mapped, and what was read of it stays in memory."""
+    real, taken = filling.safe_open, []
+
+    class Counted:
+        def __init__(self, *args: Any, **options: Any) -> None:
+            self.opened = real(*args, **options)
+
+        def __enter__(self) -> Any:
+            taken.append(0)
+            return self
+
+        def __exit__(self, *args: Any) -> None:
+            self.opened.__exit__(*args)
+
+        def keys(self) -> Any:
+            return self.opened.keys()
+
+        def get_tensor(self, name: str) -> torch.Tensor:
+            taken[-1] += 1
+            return self.opened.get_tensor(name)
+
+    monkeypatch.setattr(filling, "safe_open", Counted)
+    load_model(folder[0], quantize="int8")
+    assert max(taken) == 1
+    assert sum(taken) > 10
 
 
 @torch.no_grad()
