@@ -19,6 +19,7 @@ from transformers.utils import logging
 
 import ahn
 from ahn import native
+from ahn.cache.storage import describe_cache
 from ahn.cli import checks, loading, main
 from ahn.cli.app import command
 from tests.tiny import MEMORIES, byte_tokenizer, give_score_weights, text, tiny, with_memory
@@ -391,6 +392,14 @@ class TestGenerate:
         assert "and 8 anchors" in run(*again)[2]
         check_error(run(*again, "--anchors", "8"), "--anchors does not go with --cache-in")
         assert "no anchors" in run(*ask, "--window", "1")[2]  # too short a window to choose any
+
+    @pytest.mark.parametrize(("options", "expected"), [((), "bounded"), (("--sink-positions", "absolute"), "absolute")])
+    def test_positions_that_a_long_text_stays_readable_at(self, run, tmp_path, options, expected):
+        cache = tmp_path / "text.cache"
+        ask = ("generate", "--file", "text.txt", *TINY, "--adapter", "adapter", "--cache-out", str(cache), *options)
+        assert run(*ask)[0] == 0
+        assert json.loads(Path("adapter/ahn_config.json").read_text())["sink_positions"] == "absolute"
+        assert describe_cache(cache)["settings"]["sink_positions"] == expected
 
     def test_says_what_it_read(self, run):
         status, _, err = run("generate", "and so?", "--file", "text.txt", *TINY)
