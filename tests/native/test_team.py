@@ -48,7 +48,7 @@ def test_a_core_that_is_taken_costs_a_thread_and_its_return_brings_it_back() -> 
 
 
 def test_several_cores_that_are_taken() -> None:
-    seen = counts(lambda call, threads: max(0, threads - 5) * 3, 2000, 8)
+    seen = counts(lambda call, threads: max(0, threads - 5) * 5, 2000, 8)
     assert seen[1000:].count(5) > 0.9 * 1000
     assert max(seen[1000:]) == 6
 
