@@ -398,7 +398,6 @@ class TestGenerate:
         cache = tmp_path / "text.cache"
         ask = ("generate", "--file", "text.txt", *TINY, "--adapter", "adapter", "--cache-out", str(cache), *options)
         assert run(*ask)[0] == 0
-        assert json.loads(Path("adapter/ahn_config.json").read_text())["sink_positions"] == "absolute"
         assert describe_cache(cache)["settings"]["sink_positions"] == expected
 
     def test_says_what_it_read(self, run):
