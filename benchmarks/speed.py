@@ -218,8 +218,8 @@ def part_of_page(found: dict[str, Any]) -> str:
                 cells = [_cell(row) for arm in ARMS for row in rows if (row.arm, row.context) == (arm, context)]
                 text.append(f"| {context:,} | {' | '.join(cells)} |")
             text.append("")
-    if "llama" in found:
-        text += [*llama.tables(found["llama"]), ""]
+    if fewer_bits := llama.kept():
+        text += [*llama.tables(fewer_bits), ""]
     return "\n".join(text)
 
 
