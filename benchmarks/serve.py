@@ -176,7 +176,7 @@ def server(options: Any, folder: Path) -> Iterator[tuple[subprocess.Popen[str], 
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
         try:
             lines: Any = process.stderr
-            address = next(word for line in lines for word in line.split() if word.startswith("http://")).rstrip(",")
+            address = next(word for line in lines for word in line.split() if word.startswith("http://")).rstrip(",/")
             ThreadPoolExecutor(1).submit(lines.read)  # or it would wait for its log to be read
             wait_for(address)
             yield process, address
