@@ -122,7 +122,7 @@ def _random_model(layers: int) -> Any:
     config = AutoConfig.for_model(**{**SHAPES[SHAPE], "num_hidden_layers": layers, "dtype": "float32"})
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     quantize_model(model, "int4")
-    ahn.attach(model, ahn.AHNConfig("gated_delta_net", window=SPAN["window"], sinks=SPAN["sinks"]))
+    ahn.attach(model, ahn.AHNConfig("gated_delta_net", **SPAN))
     return model
 
 

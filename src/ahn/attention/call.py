@@ -14,7 +14,7 @@ from typing import Any, Literal, NamedTuple, TypeVar, cast
 
 import torch
 
-from ahn.anchors.selection import Selection
+from ahn.anchors.selection import Selected, Selection
 from ahn.attachment import Attachment, AttentionLayer
 from ahn.attention.decoding import DecodeStep
 from ahn.backbone.rotary import Rotary
@@ -76,6 +76,10 @@ class Call:
     def chunk(self) -> Call:
         """A call of its own for a chunk of this one."""
         return Call(self.attachment, self.settings, self.padding, self.cache, self.cache_use, is_chunk=True)
+
+    def selected(self, store: HippocampalLayer) -> Selected | None:
+        """Which of the tokens that leave a layer's window become anchors; `None` where there are no anchors."""
+        return None if self.selection is None else self.selection.selected.get(store.exact.window)
 
     def shared(self, name: str, source: object, make: Callable[[], Made]) -> Made:
         """What is made of one thing, once for all layers of the call.

@@ -96,7 +96,7 @@ class FastForward:
         return run
 
     def _find_path(self, call: Call) -> FastPath:
-        if self.path is None or not self.path.is_of(call, self._attention):
+        if self.path is None or not self.path.is_of(call):
             self.path = FastPath(self._layer, self._attention, call)
         return self.path
 
@@ -115,6 +115,6 @@ class FastForward:
         """The layer as the kernel takes it, if it can take the token of a call."""
         is_ours = vars(self._layer).get("forward") is self
         path = self.path
-        if path is None or not is_ours or not path.is_of(call, self._attention):
+        if path is None or not is_ours or not path.is_of(call):
             return None
         return path if path.is_verified and path.can_take(call) else None

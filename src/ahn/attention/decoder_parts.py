@@ -130,7 +130,7 @@ def _require(module: Any, children: Collection[str]) -> None:
 
 def _linear(parent: nn.Module, name: str) -> LinearWeight:
     module: Any = parent._modules[name]
-    bias = module.bias if isinstance(module, (nn.Linear, QuantizedLinear)) else None
+    bias = module.bias if isinstance(module, nn.Linear) else None
     weight: Any = None
     if type(module) is nn.Linear:
         weight = module.weight if native.ready(module.weight) else None

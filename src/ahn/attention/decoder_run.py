@@ -68,16 +68,16 @@ class FastPath:
         self._buffer: Tokens | None = None  # that the kernel can work on
         self.described: DescribedLayer | None = None
         if self._parts is not None:
-            self.described = self._describe(attention)
+            self.described = self._describe()
 
     @property
     def index(self) -> int:
         """Index of the attention layer."""
         return self._attention_layer.index
 
-    def is_of(self, call: Call, attention: Any) -> bool:
+    def is_of(self, call: Call) -> bool:
         """Whether the layer still has its parts and the memory that it had."""
-        same = self._attachment is call.attachment and attention._modules.get(MODULE) is self._memory
+        same = self._attachment is call.attachment and self._attention._modules.get(MODULE) is self._memory
         # A layer that was built otherwise is looked at again with every new cache: an adapter may be gone.
         return same and (self._parts.are_same() if self._parts is not None else self._cache == id(call.cache))
 
@@ -180,7 +180,7 @@ class FastPath:
             score(layer, store, split, view, Softmax(self._attention.scaling))
 
     def _extra(self, call: Call, store: HippocampalLayer, contents: Callable[[], Tokens] | None) -> ExtraKV | None:
-        selected = None if call.selection is None else call.selection.selected.get(store.exact.window)
+        selected = call.selected(store)
         if selected is None or store.bank is None:
             return None
         return store.bank.append(_evicted(store.exact, contents), selected)
@@ -200,9 +200,9 @@ class FastPath:
         store: HippocampalLayer = cache.layers[self._attention_layer.index]
         return store
 
-    def _describe(self, attention: Any) -> DescribedLayer | None:
+    def _describe(self) -> DescribedLayer | None:
         memory, parts = self._attention_layer.memory, self._parts
-        scaling = getattr(attention, "scaling", None)
+        scaling = getattr(self._attention, "scaling", None)
         _, H, G, K, V = self._attention_layer.shape
         if memory is None or parts is None or K != V or not isinstance(scaling, float):
             return None

@@ -15,7 +15,6 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ahn import ops
 from ahn.anchors.base import LayerTokens
-from ahn.anchors.selection import Selected
 from ahn.attachment import find_attachment
 from ahn.attention import softmax as in_torch
 from ahn.attention import softmax_native as in_c
@@ -68,7 +67,7 @@ def attention_function(
     if ahn.call.step is not None:
         return _decode(ahn, query, key, value, softmax), None
     store, is_first = ahn.call.open_layer(ahn.layer, ahn.memory)
-    view = store.append(Tokens(key, value, ahn.record(key)), ahn.call.padding, _selected(ahn, store))
+    view = store.append(Tokens(key, value, ahn.record(key)), ahn.call.padding, ahn.call.selected(store))
     view = _computed(view, ahn, query)
     if is_first:
         score(ahn, store, (query, key, value), view, softmax)
@@ -152,7 +151,7 @@ def _decode(
     store, _ = layer.call.open_layer(layer.layer, layer.memory)
     if layer.call.step is not None:
         layer.call.step.hidden[layer.layer.index] = layer.hidden
-    view = store.append_key(key, value, _selected(layer, store))
+    view = store.append_key(key, value, layer.call.selected(store))
     score(layer, store, (query, key, value), view, softmax)
     local = attend_local(layer, query, view, softmax)
     if store.state is None:
@@ -197,12 +196,6 @@ def score(
 def _computed(view: VisibleKV, layer: LayerCall, query: torch.Tensor) -> VisibleKV:
     """What queries may read, in their dtype, where it is stored in another one."""
     return view if layer.call.settings.cache_dtype is None else view.to(query.dtype)
-
-
-def _selected(layer: LayerCall, store: HippocampalLayer) -> Selected | None:
-    """Which of the tokens that leave the window become anchors; `None` where there are no anchors."""
-    selection = layer.call.selection
-    return None if selection is None else selection.selected.get(store.exact.window)
 
 
 def _without_padding(gates_BENH: torch.Tensor, first: int, sinks: int, padding: Padding) -> torch.Tensor:
