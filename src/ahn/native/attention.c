@@ -165,7 +165,7 @@ INLINE void weigh(const int heads, const float *weights, const float *values, in
     for (index_t v = 0; v < V; v += PANEL) tile(heads, count, weights, KEY_BLOCK, values + v, step, sums + v, V, keep);
 }
 
-/* Rows as float32 side by side, `size` numbers each, a multiple of PANEL_ROWS.
+/* Rows as float32 side by side, `size` numbers each, a multiple of WIDE.
  *
  * Float32 is copied too: rows that pass in their order come from memory 1.6 times as fast as column by
  * column or eight at a time. */
@@ -174,7 +174,7 @@ static void lay_rows(index_t kind, const void *rows, index_t first, index_t step
     const float *whole = (const float *)rows + first;
     const uint16_t *half = (const uint16_t *)rows + first;
     for (index_t j = 0; j < count; j++, whole += step, half += step)
-        for (index_t d = 0; d < size; d += PANEL_ROWS, to += PANEL_ROWS) {
+        for (index_t d = 0; d < size; d += WIDE, to += WIDE) {
             if (kind == FLOAT32) {
                 __builtin_prefetch(whole + AHEAD * step + d);
                 *(loose_wide *)to = *(const loose_wide *)(whole + d);

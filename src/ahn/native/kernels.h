@@ -7,13 +7,24 @@
 
 #include "vector.h"
 
+#if defined(__AVX512F__) || defined(__F16C__)
+#include <immintrin.h>
+#endif
+
 #define WITHIN __attribute__((visibility("hidden")))
 #define KEY_BLOCK 256 /* keys that a row of queries meets at once */
 #define PANEL_ROWS 16 /* rows of a packed weight that lie side by side */
 
-typedef float wide __attribute__((vector_size(4 * PANEL_ROWS)));
-typedef uint32_t words __attribute__((vector_size(4 * PANEL_ROWS)));
-typedef uint16_t halves __attribute__((vector_size(2 * PANEL_ROWS)));
+/* The widest vector of the machine: compilers keep what is wider in memory instead of in registers. */
+#ifdef __AVX512F__
+#define WIDE 16
+#else
+#define WIDE 8
+#endif
+
+typedef float wide __attribute__((vector_size(4 * WIDE)));
+typedef uint32_t words __attribute__((vector_size(4 * WIDE)));
+typedef uint16_t halves __attribute__((vector_size(2 * WIDE)));
 typedef wide loose_wide __attribute__((aligned(4), may_alias));
 typedef words loose_words __attribute__((aligned(4), may_alias));
 typedef halves loose_halves __attribute__((aligned(2), may_alias));
@@ -22,12 +33,18 @@ enum { FLOAT32, BFLOAT16, FLOAT16 };
 
 INLINE wide splat_wide(float x) { return x - (wide){0}; }
 
-/* Sixteen numbers of float16, exactly; the exponent is shifted by a product, which also brings subnormals along. */
+/* Numbers of float16, exactly. */
 INLINE wide widen(const uint16_t *from)
 {
+#if defined(__AVX512F__)
+    return (wide)_mm512_cvtph_ps(_mm256_loadu_si256((const void *)from));
+#elif defined(__F16C__)
+    return (wide)_mm256_cvtph_ps(_mm_loadu_si128((const void *)from));
+#else /* the exponent is shifted by a product, which also brings subnormals along */
     words bits = __builtin_convertvector(*(const loose_halves *)from, words);
     wide size = (wide)((bits & 0x7fff) << 13) * splat_wide(0x1p112f);
     return (wide)((words)size | (bits & 0x8000) << 16);
+#endif
 }
 
 INLINE wide widen_bfloat16(const uint16_t *from)
@@ -123,7 +140,7 @@ typedef struct {
 WITHIN void sum_groups(const packed *w, index_t vectors, const float *x, float *sums);
 /* One panel times some vectors, at most MOST_VECTORS: out[vectors][PANEL_ROWS]. */
 WITHIN void multiply_panel(const packed *w, index_t panel, index_t vectors, const float *x, const float *sums,
-                           wide *out);
+                           float *out);
 /* row . x, the row in bfloat16; D is a multiple of PANEL_ROWS. */
 WITHIN float multiply_half_row(const uint16_t *row, const float *x, index_t D);
 

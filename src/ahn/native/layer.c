@@ -63,7 +63,7 @@ static void multiply(const Weight *w, index_t unit, const float *x, const float 
 {
     index_t row = unit * UNIT, count = rows_from(w, row), D = w->columns;
     if (w->kind == PACKED) {
-        multiply_panel(w->numbers, unit, 1, x, sums, (wide *)out);
+        multiply_panel(w->numbers, unit, 1, x, sums, out);
     } else if (w->kind == FLOAT32) {
         products(1, x, D, (const float *)w->numbers + row * D, D, count, D, 0, 1, out, UNIT);
     } else {

@@ -6,6 +6,7 @@
 #include "kernels.h"
 
 #define FETCH_AHEAD 1024 /* words */
+#define PARTS (PANEL_ROWS / WIDE)
 
 INLINE wide factors(const int halved, const void *from, index_t at)
 {
@@ -21,38 +22,60 @@ INLINE wide code_in_mantissa(const int bits, words word, const int j)
     return (wide)((moved & (((1u << bits) - 1) << (23 - bits))) | 0x3f800000u);
 }
 
-/* One panel times some vectors: out[vectors][PANEL_ROWS]. Bits, halved and vectors are constants where it is inlined.
- * x[vectors, columns]; sums[vectors, groups] are those of x over the columns of each group. */
-INLINE void panel_product(const int bits, const int halved, const int vectors, const packed *w, index_t panel,
-                          const float *x, const float *sums, wide *out)
+/* Some vectors of the rows of a panel, from vector `part` on, times some vectors x: out[vectors][PANEL_ROWS].
+ *
+ * Bits, halved, vectors and parts are constants where it is inlined; sums are even and odd, because each waits for the
+ * one before. x[vectors, columns]; sums[vectors, groups] are those of x over the columns of each group. */
+INLINE void part_product(const int bits, const int halved, const int vectors, const int parts, const packed *w,
+                         index_t panel, int part, const float *x, const float *sums, float *out)
 {
     const int per_word = 32 / bits;
     const index_t columns = w->groups * w->group_words * per_word;
-    const uint32_t *codes = w->codes + panel * w->groups * w->group_words * PANEL_ROWS;
-    for (int i = 0; i < vectors; i++) out[i] = (wide){0};
+    const uint32_t *codes = w->codes + panel * w->groups * w->group_words * PANEL_ROWS + part * WIDE;
+    wide total[MOST_VECTORS][PARTS];
+    for (int i = 0; i < vectors; i++)
+        for (int p = 0; p < parts; p++) total[i][p] = (wide){0};
     for (index_t group = 0; group < w->groups; group++) {
-        wide even[MOST_VECTORS], odd[MOST_VECTORS];
-        for (int i = 0; i < vectors; i++) even[i] = odd[i] = (wide){0};
+        wide even[MOST_VECTORS][PARTS], odd[MOST_VECTORS][PARTS];
+        for (int i = 0; i < vectors; i++)
+            for (int p = 0; p < parts; p++) even[i][p] = odd[i][p] = (wide){0};
         for (index_t n = 0; n < w->group_words; n++, codes += PANEL_ROWS, x += per_word) {
-            words word = *(const loose_words *)codes;
-            __builtin_prefetch(codes + FETCH_AHEAD);
+            words word[PARTS];
+            for (int p = 0; p < parts; p++) word[p] = *(const loose_words *)(codes + p * WIDE);
+            if (part == 0) __builtin_prefetch(codes + FETCH_AHEAD);
 #pragma GCC unroll 8
-            for (int j = 0; j < per_word; j += 2) {
-                wide first = code_in_mantissa(bits, word, j), second = code_in_mantissa(bits, word, j + 1);
+            for (int j = 0; j < per_word; j += 2)
+#pragma GCC unroll 2
+                for (int p = 0; p < parts; p++) {
+                    wide first = code_in_mantissa(bits, word[p], j), second = code_in_mantissa(bits, word[p], j + 1);
 #pragma GCC unroll 4
-                for (int i = 0; i < vectors; i++) {
-                    even[i] += first * splat_wide(x[i * columns + j]);
-                    odd[i] += second * splat_wide(x[i * columns + j + 1]);
+                    for (int i = 0; i < vectors; i++) {
+                        even[i][p] += first * splat_wide(x[i * columns + j]);
+                        odd[i][p] += second * splat_wide(x[i * columns + j + 1]);
+                    }
                 }
+        }
+        for (int p = 0; p < parts; p++) {
+            index_t at = (panel * w->groups + group) * PANEL_ROWS + (part + p) * WIDE;
+            wide scale = factors(halved, w->scales, at) * splat_wide(1 << bits), minimum = factors(halved, w->minima, at);
+            for (int i = 0; i < vectors; i++) {
+                wide sum = splat_wide(sums[i * w->groups + group]);
+                total[i][p] += scale * (even[i][p] + odd[i][p] - sum) + minimum * sum;
             }
         }
-        index_t at = (panel * w->groups + group) * PANEL_ROWS;
-        wide scale = factors(halved, w->scales, at) * splat_wide(1 << bits), minimum = factors(halved, w->minima, at);
-        for (int i = 0; i < vectors; i++) {
-            wide sum = splat_wide(sums[i * w->groups + group]);
-            out[i] += scale * (even[i] + odd[i] - sum) + minimum * sum;
-        }
     }
+    for (int i = 0; i < vectors; i++)
+        for (int p = 0; p < parts; p++) *(loose_wide *)(out + i * PANEL_ROWS + (part + p) * WIDE) = total[i][p];
+}
+
+/* One vector leaves registers for the sums of a whole panel, several only for those of a part. */
+INLINE void panel_product(const int bits, const int halved, const int vectors, const packed *w, index_t panel,
+                          const float *x, const float *sums, float *out)
+{
+    if (vectors == 1) part_product(bits, halved, 1, PARTS, w, panel, 0, x, sums, out);
+    else
+        for (int part = 0; part < PARTS; part++)
+            part_product(bits, halved, vectors, 1, w, panel, part, x, sums, out);
 }
 
 #define CASES(bits, halved)                                                                                            \
@@ -63,7 +86,7 @@ INLINE void panel_product(const int bits, const int halved, const int vectors, c
     default: panel_product(bits, halved, 4, w, panel, x, sums, out); break;                                            \
     }
 
-void multiply_panel(const packed *w, index_t panel, index_t vectors, const float *x, const float *sums, wide *out)
+void multiply_panel(const packed *w, index_t panel, index_t vectors, const float *x, const float *sums, float *out)
 {
     if (w->bits == 4 && w->halved) CASES(4, 1)
     else if (w->bits == 4) CASES(4, 0)
@@ -91,12 +114,12 @@ int ahn_packed_multiply(index_t M, index_t N, const packed *w, const float *x, c
 #pragma omp parallel for schedule(static)
     for (index_t panel = 0; panel < w->panels; panel++)
         for (index_t first = 0; first < M; first += MOST_VECTORS) {
-            wide block[MOST_VECTORS];
+            float block[MOST_VECTORS * PANEL_ROWS] __attribute__((aligned(ALIGNMENT)));
             index_t vectors = M - first < MOST_VECTORS ? M - first : MOST_VECTORS, row = panel * PANEL_ROWS;
             multiply_panel(w, panel, vectors, x + first * w->groups * size, sums + first * w->groups, block);
             for (index_t i = 0; i < vectors; i++)
                 for (index_t n = 0; n < PANEL_ROWS && row + n < N; n++)
-                    out[(first + i) * N + row + n] = block[i][n] + (bias ? bias[row + n] : 0);
+                    out[(first + i) * N + row + n] = block[i * PANEL_ROWS + n] + (bias ? bias[row + n] : 0);
         }
     free(sums);
     return 0;
@@ -112,14 +135,17 @@ void ahn_packed_unpack(index_t first, index_t rows, const packed *w, float *out)
         index_t panel = first + row / PANEL_ROWS, lanes = rows - row < PANEL_ROWS ? rows - row : PANEL_ROWS;
         for (index_t group = 0; group < w->groups; group++) {
             index_t at = panel * w->groups + group;
-            wide scale = factors((int)w->halved, w->scales, at * PANEL_ROWS);
-            wide minimum = factors((int)w->halved, w->minima, at * PANEL_ROWS);
             for (index_t n = 0; n < w->group_words; n++) {
                 float block[8][PANEL_ROWS] __attribute__((aligned(ALIGNMENT)));
-                words word = *(const loose_words *)(w->codes + (at * w->group_words + n) * PANEL_ROWS);
-                for (index_t j = 0; j < per_word; j++) {
-                    words code = (word >> (uint32_t)(j * w->bits)) & mask;
-                    *(loose_wide *)block[j] = __builtin_convertvector(code, wide) * scale + minimum;
+                const uint32_t *codes = w->codes + (at * w->group_words + n) * PANEL_ROWS;
+                for (index_t lane = 0; lane < PANEL_ROWS; lane += WIDE) {
+                    wide scale = factors((int)w->halved, w->scales, at * PANEL_ROWS + lane);
+                    wide minimum = factors((int)w->halved, w->minima, at * PANEL_ROWS + lane);
+                    words word = *(const loose_words *)(codes + lane);
+                    for (index_t j = 0; j < per_word; j++) {
+                        words code = (word >> (uint32_t)(j * w->bits)) & mask;
+                        *(loose_wide *)(block[j] + lane) = __builtin_convertvector(code, wide) * scale + minimum;
+                    }
                 }
                 float *to = out + row * columns + group * size + n * per_word;
                 for (index_t lane = 0; lane < lanes; lane++)
@@ -132,16 +158,21 @@ void ahn_packed_unpack(index_t first, index_t rows, const packed *w, float *out)
 /* bfloat16: one row of a weight times some vectors, at most MOST_VECTORS. */
 INLINE void half_row(const int vectors, index_t D, const float *x, const uint16_t *row, float *to, index_t step)
 {
-    wide sums[MOST_VECTORS];
-    for (int i = 0; i < vectors; i++) sums[i] = (wide){0};
-    for (index_t d = 0; d < D; d += PANEL_ROWS) {
-        wide part = widen_bfloat16(row + d);
+    wide sums[MOST_VECTORS][PARTS];
+    for (int i = 0; i < vectors; i++)
+        for (int p = 0; p < PARTS; p++) sums[i][p] = (wide){0};
+    for (index_t d = 0; d < D; d += PANEL_ROWS)
+#pragma GCC unroll 2
+        for (int p = 0; p < PARTS; p++) {
+            wide part = widen_bfloat16(row + d + p * WIDE);
 #pragma GCC unroll 4
-        for (int i = 0; i < vectors; i++) sums[i] += part * *(const loose_wide *)(x + i * D + d);
-    }
+            for (int i = 0; i < vectors; i++)
+                sums[i][p] += part * *(const loose_wide *)(x + i * D + d + p * WIDE);
+        }
     for (int i = 0; i < vectors; i++) {
         float total = 0;
-        for (int lane = 0; lane < PANEL_ROWS; lane++) total += sums[i][lane];
+        for (int p = 0; p < PARTS; p++)
+            for (int lane = 0; lane < WIDE; lane++) total += sums[i][p][lane];
         to[i * step] += total;
     }
 }
