@@ -163,7 +163,7 @@ class Attachment:
     @property
     def keeps_base_layers(self) -> bool:
         """Whether some layers have no memory."""
-        return any(layer.memory is None for layer in self.layers)
+        return any(layer.built is None for layer in self.layers)
 
     @property
     def weighted_layers(self) -> dict[int, frozenset[str]]:

@@ -212,6 +212,8 @@ def select(old: _Anchors, new: _Anchors, window: int) -> tuple[Selected, _Anchor
     Returns:
         What was selected, and the anchors after it; `None` where they are those of before.
     """
+    if (selected := _unchanged(old, new, window)) is not None:
+        return selected, None
     anchors, leaving = old.scores.size(1), new.scores.size(1)
     scores, tokens = torch.cat((old.scores, new.scores), 1), torch.cat((old.tokens, new.tokens), 1)
     is_token = (tokens >= 0) & (scores > float("-inf"))
@@ -234,6 +236,17 @@ def select(old: _Anchors, new: _Anchors, window: int) -> tuple[Selected, _Anchor
     end = new.tokens.gather(1, out.to(torch.uint8).argmax(-1)) + window
     visible_from, visible_until = torch.where(came, visible_from, NEVER), torch.where(came & falls, end, visible_until)
     return _settled(visible_from, visible_until, came & ~falls, came, scores, tokens, anchors)
+
+
+def _unchanged(old: _Anchors, new: _Anchors, window: int) -> Selected | None:
+    """What was selected where every place is taken and no token is better than any anchor, as for nearly all tokens."""
+    if old.tokens.size(1) == 0 or new.tokens.size(1) == 0:
+        return None
+    worst_B, best_B = old.scores.amin(1), new.scores.amax(1)
+    if not bool(((worst_B > float("-inf")) & (best_B <= worst_B)).all() & (old.tokens >= 0).all()):
+        return None
+    visible_from = old.tokens + window
+    return Selected(new.tokens[0, :0], visible_from, torch.full_like(visible_from, NEVER), None)
 
 
 def _settled(

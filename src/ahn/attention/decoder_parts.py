@@ -70,32 +70,47 @@ class DecoderParts:
         )
         parts = [*_children(attention, {*_ATTENTION.values(), *norms}), *_children(mlp, set(mlp._modules))]
         parts += _children(layer, {"self_attn", "mlp", *_NORMS.values()})
-        self._modules = [
-            (parent._modules, name, child, vars(child), _own_forward(child)) for parent, name, child in parts
-        ]
-        self._hooks = [(child._forward_pre_hooks, child._forward_hooks, child) for *_, child in parts]
         tensors = {id(tensor): (own, name, tensor) for *_, child in parts for own, name, tensor in _tensors(child)}
-        self._tensors = [(own, name, tensor.data_ptr()) for own, name, tensor in tensors.values()]
+        self._modules = _Places([(parent._modules, name) for parent, name, _ in parts])
+        self._forwards = _Places([(vars(child), "forward") for *_, child in parts])
+        self._tensors = _Places([(own, name) for own, name, _ in tensors.values()])
+        self._found = self._modules.held(), [_own_forward(child) for *_, child in parts]
+        self._addresses = [tensor.data_ptr() for *_, tensor in tensors.values()]
+        self._hooks = [(child._forward_pre_hooks, child._forward_hooks, child) for *_, child in parts]
+        self._hook_lists = [hooks for before, after, _ in self._hooks for hooks in (before, after)]
 
     def are_same(self) -> bool:
         """Whether no module was replaced or given other tensors since."""
-        for modules, name, module, facts, forward in self._modules:
-            if modules.get(name) is not module or facts.get("forward") is not forward:
-                return False
-        # A loop and no generator: this runs for every layer of every token.
-        for own, name, address in self._tensors:  # noqa: SIM110
-            if own[name].data_ptr() != address:
-                return False
-        return True
+        if (self._modules.held(), self._forwards.held()) != self._found:
+            return False
+        tensors = self._tensors.held()
+        return None not in tensors and list(map(torch.Tensor.data_ptr, tensors)) == self._addresses
 
     def are_free(self) -> bool:
         """Whether no hook of others is on a module."""
+        if not any(self._hook_lists):
+            return True
         for before, after, module in self._hooks:
             if before and not all(hook.__module__.startswith("ahn.") for hook in before.values()):
                 return False
             if after and not compat.only_captures(module):
                 return False
         return True
+
+
+class _Places:
+    """Places in dictionaries, which are looked at together: this happens in every layer for every token.
+
+    Args:
+        places: Each dictionary with a name in it.
+    """
+
+    def __init__(self, places: list[tuple[dict[str, Any], str]]) -> None:
+        self._holders, self._names = [holder for holder, _ in places], [name for _, name in places]
+
+    def held(self) -> list[Any]:
+        """What they hold, `None` where that is nothing."""
+        return list(map(dict.get, self._holders, self._names))
 
 
 def _children(parent: nn.Module, names: Collection[str]) -> list[tuple[nn.Module, str, nn.Module]]:

@@ -183,7 +183,8 @@ class FastPath:
         selected = call.selected(store)
         if selected is None or store.bank is None:
             return None
-        return store.bank.append(_evicted(store.exact, contents), selected)
+        held = store.bank.held(selected)
+        return store.bank.append(_evicted(store.exact, contents), selected) if held is None else held
 
     def _sink_tables(self, call: Call, tables: _Tables, seen: int) -> _Tables | None:
         """Tables that turn queries once more for sinks and anchors; `None` where these read as the window does."""

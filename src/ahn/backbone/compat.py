@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -24,7 +25,13 @@ FUSED_GROUPS_HEADS = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 13
 
 def cache_name(model: Any) -> str:
     """Name by which a model takes a cache (5.24: code that comes from the hub with its model may keep the old one)."""
-    parameters = inspect.signature(type(model).forward).parameters
+    return _cache_name(type(model))
+
+
+@functools.lru_cache
+def _cache_name(kind: type) -> str:
+    """The name for every model of a class: looking at a signature takes as long as a layer of a token."""
+    parameters = inspect.signature(kind.forward).parameters  # type: ignore[attr-defined]
     return next((name for name in CACHE_NAMES if name in parameters), CACHE)
 
 

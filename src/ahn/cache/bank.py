@@ -24,6 +24,17 @@ class Bank(Store):
         super().__init__("anchor_keys", "anchor_values")
         self.anchors = anchors
 
+    def held(self, selected: Selected) -> ExtraKV | None:
+        """What the queries of a call read in which no token enters; `None` where one does, or nothing was stored yet.
+
+        Args:
+            selected: What was chosen.
+        """
+        if not self.stored or selected.entering.numel() or selected.source is not None:
+            return None
+        keys, values = self.stored["anchor_keys"], self.stored["anchor_values"]
+        return ExtraKV(keys, values, selected.visible_from.to(keys.device), selected.visible_until.to(keys.device))
+
     def append(self, evicted: Tokens, selected: Selected) -> ExtraKV:
         """Takes in what was chosen; what the queries of the call read.
 

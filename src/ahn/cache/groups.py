@@ -48,18 +48,15 @@ class LayerGroup:
         stores: Their parts of the cache.
         states: The states of all of them, `[L, B, *state_shape()]`. Each layer of the cache holds its part.
         leaving: What the slot of the token that is read now held; `None` where no token leaves.
+        memories: Their memories, which other libraries may wrap at any time, as `is_plain` found them last.
     """
 
     layers: list[AttentionLayer]
     stores: list[HippocampalLayer]
     states: torch.Tensor | None = None
     leaving: SlotContents | None = None
+    memories: list[Memory] = dataclasses.field(default_factory=list)
     _rings: tuple[Rings, Rings, Rings] | None = None
-
-    @property
-    def memories(self) -> list[Memory]:
-        """Their memories, which other libraries may wrap at any time."""
-        return [memory for layer in self.layers if (memory := layer.memory) is not None]
 
     @property
     def indices(self) -> list[int]:
@@ -87,17 +84,17 @@ class LayerGroup:
         if padding is not None and (token := exact.seen - exact.window) < padding.most + exact.sinks:
             real_B = token >= padding.counts.to(gates_LBNH.device) + exact.sinks
             gates_LBNH = gates_LBNH * real_B[:, None, None]
-        states = self._copied()
-        type(memory).update(k_LBGK, v_LBGV, gates_LBNH, states)
+        former = self._joined()
+        states = torch.empty_like(former)
+        type(memory).update(k_LBGK, v_LBGV, gates_LBNH, states, former_LB=former)
         self.states = states
         for store, state in zip(self.stores, states):
             store.state = state
 
     def write_gates(self, hidden: dict[int, torch.Tensor]) -> None:
         """Stores the gates of the new token, from what each attention layer read, `[B, 1, D]` by layer index."""
-        x_LBD = torch.stack([hidden[index] for index in self.indices]).squeeze(2)
-        memories = self.memories
-        gates_LBNH = type(memories[0]).gates_of_layers(memories, x_LBD)
+        x_LBD = torch.stack([hidden[layer.index] for layer in self.layers]).squeeze(2)
+        gates_LBNH = type(self.memories[0]).gates_of_layers(self.memories, x_LBD)
         record_LBF = TokenRecord(gates_LBNH, None).pack()
         if (rings := self._find_rings()) is not None and native.ready(record_LBF):
             rings[2].put(self.stores[0].exact.last_slot(), record_LBF[:, :, None])
@@ -127,18 +124,19 @@ class LayerGroup:
 
     def is_plain(self) -> bool:
         """Whether the memories can be used without calling their parts."""
+        self.memories = [memory for layer in self.layers if (memory := layer.memory) is not None]
         return all(memory.is_plain() for memory in self.memories)
 
     def has_states(self) -> bool:
         """Whether every layer has a state."""
         return all(store.state is not None for store in self.stores)
 
-    def _copied(self) -> torch.Tensor:
-        """A copy of the states in one tensor, from where they lie together or from wherever each of them lies."""
+    def _joined(self) -> torch.Tensor:
+        """The states in one tensor: where they lie together, or a copy of them from wherever each of them lies."""
         states = [store.state for store in self.stores if store.state is not None]
         if self.states is None or not all(map(_is_same, self.states, states)):
             return torch.stack(states)
-        return self.states.clone()
+        return self.states
 
 
 def group_layers(layers: Iterable[AttentionLayer], stores: Iterable[object]) -> list[LayerGroup]:

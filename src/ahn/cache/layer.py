@@ -114,7 +114,8 @@ class HippocampalLayer(CacheLayerMixin):
         if self.state is not None and self.state.requires_grad:
             self.state = self.state.detach()
         for store in self._stores():
-            store.map_tensors(torch.Tensor.detach)
+            if any(tensor.requires_grad for tensor in store.stored.values()):
+                store.map_tensors(torch.Tensor.detach)
 
     def snapshot(self) -> dict[str, Any]:
         """All that a call changes, by reference, for `restore`."""

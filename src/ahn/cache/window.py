@@ -90,9 +90,14 @@ class SinkWindow:
             if torch.is_grad_enabled():  # a backward pass may still compute from the buffer as it was
                 self.buffer = buffer.map(torch.clone)
 
-    @torch.no_grad()
     def commit(self) -> None:
         """Writes the pending tokens to the buffer, without their gradients."""
+        if self._pending is not None or self._pending_sinks is not None:
+            self._write_pending()
+        self._unwritten, self._pending, self._pending_sinks, self._overwritten = 0, None, None, None
+
+    @torch.no_grad()
+    def _write_pending(self) -> None:
         if self._pending_sinks is not None:
             self.ring.write(0, self._pending_sinks)
         if self._pending is not None:
@@ -103,7 +108,6 @@ class SinkWindow:
                 start = first - self.seen + self._pending.length
                 self.ring.write(slot, self._pending.span(start, start + count))
                 first += count
-        self._unwritten, self._pending, self._pending_sinks, self._overwritten = 0, None, None, None
 
     def snapshot(self) -> dict[str, Any]:
         """All that a call changes, by reference, for `restore`."""
@@ -155,7 +159,9 @@ class SinkWindow:
 
     def next_slot(self) -> int:
         """The slot of the next token, in a buffer that has room for it."""
-        self._reserved(self.seen + 1, self.ring)
+        length = self.ring.length
+        if length <= self.seen and length < self.sinks + self.window:
+            self._reserved(self.seen + 1, self.ring)
         return self._slot(self.seen)
 
     def last_slot(self) -> int:

@@ -154,7 +154,7 @@ class Memory(nn.Module, abc.ABC):
         Returns:
             Gates, `[L, B, N, H]`, float32 (float64 for a float64 model).
         """
-        linears = [[getattr(memory, name) for name in cls.projections] for memory in memories]
+        linears = [[memory._modules[name] for name in cls.projections] for memory in memories]
         parameters = (
             at_least_float32(torch.stack([getattr(memory, name) for memory in memories])[:, None])
             for name in cls.gate_parameters
@@ -211,8 +211,9 @@ class Memory(nn.Module, abc.ABC):
         gates_LBNH: torch.Tensor,
         state_LB: torch.Tensor,
         rows_B: torch.Tensor | None = None,
+        former_LB: torch.Tensor | None = None,
     ) -> None:
-        """Writes one evicted token into the states of several layers at once, in place; for decoding, no gradients.
+        """Writes one evicted token into the states of several layers at once; for decoding, no gradients.
 
         Args:
             k_LBGK: The token's keys, `[L, B, G, K]`.
@@ -221,6 +222,8 @@ class Memory(nn.Module, abc.ABC):
             state_LB: The states, `[L, B, *state_shape()]` float32, contiguous; with `rows_B` those of any rows, and as
                 they lie.
             rows_B: Which of these rows is whose, int64; `None` where they are those of the batch.
+            former_LB: The states before the token, contiguous, which stay as they are; `None` where `state_LB` holds
+                them, as it does with `rows_B`.
         """
         places = None if rows_B is None else ops.state_places(state_LB, rows_B)
         if rows_B is not None and places is None:
@@ -232,12 +235,13 @@ class Memory(nn.Module, abc.ABC):
         k, v, strength = (x.flatten(0, 1) for x in (unit(k_LBGK), at_least_float32(v_LBGV), write_LBH))
         decay = None if decay_LBH is None else decay_LBH.flatten(0, 1)
         state = state_LB.flatten(0, 1) if places is None else state_LB
+        former = None if former_LB is None else former_LB.flatten(0, 1)
         with ops.full_precision(state):
             if cls.rule == "delta":
-                ops.write_delta_(k, v, decay, strength, state, places)
+                ops.write_delta_(k, v, decay, strength, state, places, former)
             else:
                 decay = torch.ones_like(strength) if decay is None else decay
-                ops.write_state_space_(k, v, decay, strength, state, places)
+                ops.write_state_space_(k, v, decay, strength, state, places, former)
 
     def read(self, q_BTHK: torch.Tensor, state: torch.Tensor) -> torch.Tensor:
         """What queries read from a state as it is, `[B, T, H, V]` in the dtype of the state; for decoding.
@@ -310,8 +314,14 @@ class Memory(nn.Module, abc.ABC):
 
         Adapters of other libraries, quantised or offloaded weights and hooks act where a module is called.
         """
-        maps = (getattr(self, name) for name in (*self.projections, "g_proj"))
-        return type(self.o_proj) is nn.Parameter and not self.o_proj.is_meta and all(map(_is_plain_linear, maps))
+        weight, modules = self._parameters.get("o_proj"), self._modules
+        if type(weight) is not nn.Parameter or weight.is_meta or not _is_plain_linear(modules.get("g_proj")):
+            return False
+        # A loop and no generator: this runs for every layer of every token.
+        for name in self.projections:  # noqa: SIM110
+            if not _is_plain_linear(modules.get(name)):
+                return False
+        return True
 
     @property
     def state_products(self) -> int:
@@ -350,10 +360,11 @@ def _stacked(gates: Iterable[torch.Tensor | None], shape: tuple[int, ...]) -> to
     return torch.stack([at_least_float32(gate).expand(shape) for gate in gates if gate is not None], dim=-2)
 
 
-def _is_plain_linear(module: nn.Module) -> bool:
+def _is_plain_linear(module: nn.Module | None) -> bool:
     """Whether a module is a linear map of torch and no more."""
-    hooked = module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module)
-    return type(module) is nn.Linear and not hooked
+    if type(module) is not nn.Linear:
+        return False
+    return not (module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__)
 
 
 def draw_log_rate(heads: int) -> torch.Tensor:

@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ahn.errors import ShapeError
 from ahn.native import build
 from ahn.native.checks import check_shapes
 from ahn.native.segments import Segment, describe
@@ -51,8 +52,8 @@ _ARGUMENTS = {
     "ahn_scan_back": [*[_INT] * 6, *[_POINTER] * 13, ctypes.c_int],
     "ahn_attend": [*[_INT] * 10, _FLOAT, _POINTER, _INT, _POINTER],
     "ahn_attend_one": [*[_INT] * 6, _FLOAT, _POINTER, _INT, _POINTER],
-    "ahn_write_delta": [*[_INT] * 3, *[_POINTER] * 6],
-    "ahn_write_state_space": [*[_INT] * 3, *[_POINTER] * 6],
+    "ahn_write_delta": [*[_INT] * 3, *[_POINTER] * 7],
+    "ahn_write_state_space": [*[_INT] * 3, *[_POINTER] * 7],
     "ahn_linear": [*[_INT] * 3, *[_POINTER] * 4],
     "ahn_linear_each": [*[_INT] * 5, *[_POINTER] * 3],
     "ahn_decode_add": [*[_INT] * 5, *[_POINTER] * 8, _FLOAT, ctypes.c_int, ctypes.c_int, _POINTER],
@@ -164,8 +165,9 @@ def write_delta_(
     write_X: Tensor,
     state: Tensor,
     places_X: Tensor | None = None,
+    former: Tensor | None = None,
 ) -> None:
-    """Writes one token into states of the (gated) delta rule, in place; see `ahn.ops.write_delta_`.
+    """Writes one token into states of the (gated) delta rule; see `ahn.ops.write_delta_`.
 
     Args:
         k_XK: Keys.
@@ -174,19 +176,26 @@ def write_delta_(
         write_X: Writing strengths.
         state: The states, `[X, K, V]`, dense; with `places_X` of any shape `[..., K, V]`, each of them dense.
         places_X: Where each state begins, in numbers from the first of `state`, int64.
+        former: The states before the token, of the shape of `state`, dense; `None` where `state` holds them.
     """
     (X, K), V = k_XK.shape, v_XV.size(1)
-    _check_states(state, (X, K, V), places_X)
+    _check_states(state, (X, K, V), places_X, former)
     check_shapes((v_XV, (X, V)), (decay_X, (X,)), (write_X, (X,)))
     k, v, write = k_XK.contiguous(), v_XV.contiguous(), write_X.contiguous()
     decay = None if decay_X is None else decay_X.contiguous()
-    _run("ahn_write_delta", X, K, V, k, v, decay, write, places_X, state)
+    _run("ahn_write_delta", X, K, V, k, v, decay, write, places_X, former, state)
 
 
 def write_state_space_(
-    k_XK: Tensor, v_XV: Tensor, decay_X: Tensor, step_X: Tensor, state: Tensor, places_X: Tensor | None = None
+    k_XK: Tensor,
+    v_XV: Tensor,
+    decay_X: Tensor,
+    step_X: Tensor,
+    state: Tensor,
+    places_X: Tensor | None = None,
+    former: Tensor | None = None,
 ) -> None:
-    """Writes one token into states of the state space recurrence, in place; see `ahn.ops.write_state_space_`.
+    """Writes one token into states of the state space recurrence; see `ahn.ops.write_state_space_`.
 
     Args:
         k_XK: Keys.
@@ -195,17 +204,20 @@ def write_state_space_(
         step_X: Step sizes.
         state: The states, `[X, V, K]`, dense; with `places_X` of any shape `[..., V, K]`, each of them dense.
         places_X: As for `write_delta_`.
+        former: The same.
     """
     (X, K), V = k_XK.shape, v_XV.size(1)
-    _check_states(state, (X, V, K), places_X)
+    _check_states(state, (X, V, K), places_X, former)
     check_shapes((v_XV, (X, V)), (decay_X, (X,)), (step_X, (X,)))
     k, v, decay, step = (x.contiguous() for x in (k_XK, v_XV, decay_X, step_X))
-    _run("ahn_write_state_space", X, K, V, k, v, decay, step, places_X, state)
+    _run("ahn_write_state_space", X, K, V, k, v, decay, step, places_X, former, state)
 
 
-def _check_states(state: Tensor, shape: tuple[int, int, int], places_X: Tensor | None) -> None:
+def _check_states(
+    state: Tensor, shape: tuple[int, int, int], places_X: Tensor | None, former: Tensor | None
+) -> None:
     if places_X is None:
-        check_shapes((state, shape))
+        check_shapes((state, shape), (former, shape))
     else:
         check_shapes((places_X, shape[:1]), (state[(0,) * (state.dim() - 2)], shape[1:]))
 
@@ -319,8 +331,8 @@ def linear_each(x_LMD: Tensor, weights: Sequence[Tensor]) -> Tensor:
     L, M, D = x_LMD.shape
     N = weights[0].size(0)
     maps = len(weights) // L
-    check_shapes(*((weight, (N, D)) for weight in weights))
-    weights = [weight.contiguous() for weight in weights]
+    if any(weight.shape != (N, D) or not weight.is_contiguous() for weight in weights):
+        raise ShapeError(f"a kernel takes dense maps that are alike, of shape {[N, D]}")
     x, out = x_LMD.contiguous(), x_LMD.new_empty(L, maps, M, N)
     addresses = (_POINTER * len(weights))(*(weight.data_ptr() for weight in weights))
     _run("ahn_linear_each", L, maps, M, N, D, x, ctypes.addressof(addresses), out)

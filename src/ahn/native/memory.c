@@ -10,45 +10,62 @@
 
 int ahn_panel(void) { return PANEL; }
 
+#define MOST_PANELS 4 /* of a state that are written together: their sums stay in registers */
+
+/* Columns of one state: what it holds for the key is taken out, then the value is written. Row by row, as it lies. */
+INLINE void write_columns(const int panels, index_t K, index_t V, const float *k, const float *v, float decay,
+                          float write, const float *old, float *state)
+{
+    vec sums[2 * MOST_PANELS];
+#pragma GCC unroll 8
+    for (int i = 0; i < 2 * panels; i++) sums[i] = (vec){0};
+    for (index_t d = 0; d < K; d++)
+#pragma GCC unroll 8
+        for (int i = 0; i < 2 * panels; i++) sums[i] += splat(k[d]) * load(old + d * V + i * LANES);
+#pragma GCC unroll 8
+    for (int i = 0; i < 2 * panels; i++) sums[i] = splat(write) * (load(v + i * LANES) - splat(decay) * sums[i]);
+    for (index_t d = 0; d < K; d++)
+#pragma GCC unroll 8
+        for (int i = 0; i < 2 * panels; i++)
+            store(state + d * V + i * LANES, splat(decay) * load(old + d * V + i * LANES) + splat(k[d]) * sums[i]);
+}
+
 /* S <- decay S + k (write (v - decay S^T k))^T for each state [K, V]; see ahn.ops.write_delta_.
  *
- * State x begins at `places[x]`, in floats, or the states lie side by side where that is NULL. */
+ * State x begins at `places[x]`, in floats, or the states lie side by side where that is NULL. The former states are
+ * those of `former`, which stay as they are, or of `state` where that is NULL. */
 void ahn_write_delta(index_t states, index_t K, index_t V, const float *k, const float *v, const float *decay,
-                     const float *write, const index_t *places, float *state)
+                     const float *write, const index_t *places, const float *former, float *state)
 {
 #pragma omp parallel for schedule(static)
     for (index_t x = 0; x < states; x++) {
+        const float *key = k + x * K, *value = v + x * V;
         float factor = decay ? decay[x] : 1;
-        for (index_t column = 0; column < V; column += PANEL) {
-            float *mine = state + (places ? places[x] : x * K * V) + column;
-            vec left = {0}, right = {0};
-            for (index_t d = 0; d < K; d++) {
-                vec key = splat(k[x * K + d]);
-                left += key * load(mine + d * V);
-                right += key * load(mine + d * V + LANES);
-            }
-            const float *value = v + x * V + column;
-            left = splat(write[x]) * (load(value) - splat(factor) * left);
-            right = splat(write[x]) * (load(value + LANES) - splat(factor) * right);
-            for (index_t d = 0; d < K; d++) {
-                vec key = splat(k[x * K + d]);
-                store(mine + d * V, splat(factor) * load(mine + d * V) + key * left);
-                store(mine + d * V + LANES, splat(factor) * load(mine + d * V + LANES) + key * right);
+        for (index_t column = 0; column < V; column += MOST_PANELS * PANEL) {
+            index_t place = (places ? places[x] : x * K * V) + column;
+            const float *old = (former ? former : state) + place;
+            switch ((V - column) / PANEL) {
+            case 1: write_columns(1, K, V, key, value + column, factor, write[x], old, state + place); break;
+            case 2: write_columns(2, K, V, key, value + column, factor, write[x], old, state + place); break;
+            case 3: write_columns(3, K, V, key, value + column, factor, write[x], old, state + place); break;
+            default: write_columns(4, K, V, key, value + column, factor, write[x], old, state + place); break;
             }
         }
     }
 }
 
-/* S <- decay S + step v k^T for each state [V, K]; see ahn.ops.write_state_space_, and for `places` above. */
+/* S <- decay S + step v k^T for each state [V, K]; see ahn.ops.write_state_space_, and above. */
 void ahn_write_state_space(index_t states, index_t K, index_t V, const float *k, const float *v, const float *decay,
-                           const float *step, const index_t *places, float *state)
+                           const float *step, const index_t *places, const float *former, float *state)
 {
 #pragma omp parallel for schedule(static)
     for (index_t x = 0; x < states; x++)
         for (index_t row = 0; row < V; row++) {
-            float *mine = state + (places ? places[x] : x * V * K) + row * K, factor = step[x] * v[x * V + row];
+            index_t place = (places ? places[x] : x * V * K) + row * K;
+            const float *old = (former ? former : state) + place;
+            float factor = step[x] * v[x * V + row];
             for (index_t d = 0; d < K; d += LANES)
-                store(mine + d, splat(decay[x]) * load(mine + d) + splat(factor) * load(k + x * K + d));
+                store(state + place + d, splat(decay[x]) * load(old + d) + splat(factor) * load(k + x * K + d));
         }
 }
 

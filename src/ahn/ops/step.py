@@ -73,8 +73,9 @@ def write_delta_(
     beta_BH: Tensor,
     state_BHKV: Tensor,
     places_X: Tensor | None = None,
+    former_BHKV: Tensor | None = None,
 ) -> None:
-    """Write one token into a state of the (gated) delta rule, in place and without reading it.
+    """Write one token into a state of the (gated) delta rule, without reading it.
 
     Args:
         k_BGK: Keys, `[B, G, K]`.
@@ -83,6 +84,7 @@ def write_delta_(
         beta_BH: Writing strength, `[B, H]`.
         state_BHKV: The state, `[B, H, K, V]`, contiguous.
         places_X: What `state_places` gave for states that lie elsewhere, in a tensor that is `state_BHKV` then.
+        former_BHKV: The state before the token, contiguous, which stays as it is; `None` where `state_BHKV` holds it.
     """
     B, H = beta_BH.shape
     k_X1K, v_X1V = _rows(k_BGK.unsqueeze(1), H), _rows(v_BGV.unsqueeze(1), H)
@@ -90,8 +92,11 @@ def write_delta_(
     gates = [beta_BH] if decay_BH is None else [beta_BH, decay_BH]
     if places_X is not None or _kernels_take(S_XKV, k_X1K, v_X1V, *gates):
         decay_X = None if decay_BH is None else decay_BH.reshape(-1)
-        native.write_delta_(k_X1K[:, 0], v_X1V[:, 0], decay_X, beta_BH.reshape(-1), S_XKV, places_X)
+        before_XKV = None if former_BHKV is None else former_BHKV.view(S_XKV.shape)
+        native.write_delta_(k_X1K[:, 0], v_X1V[:, 0], decay_X, beta_BH.reshape(-1), S_XKV, places_X, before_XKV)
         return
+    if former_BHKV is not None:
+        state_BHKV.copy_(former_BHKV)
     if decay_BH is not None:
         S_XKV.mul_(decay_BH.reshape(B * H, 1, 1))
     u_X1V = torch.baddbmm(v_X1V, k_X1K, S_XKV, alpha=-1).mul_(beta_BH.reshape(B * H, 1, 1))
@@ -105,8 +110,9 @@ def write_state_space_(
     dt_BH: Tensor,
     state_BHVK: Tensor,
     places_X: Tensor | None = None,
+    former_BHVK: Tensor | None = None,
 ) -> None:
-    """Write one token into a state of the state space recurrence, in place and without reading it.
+    """Write one token into a state of the state space recurrence, without reading it.
 
     Args:
         k_BGK: Keys, `[B, G, K]`.
@@ -115,14 +121,18 @@ def write_state_space_(
         dt_BH: Step size, `[B, H]`, at least 0.
         state_BHVK: The state, `[B, H, V, K]`, contiguous.
         places_X: As for `write_delta_`.
+        former_BHVK: The same.
     """
     B, H = dt_BH.shape
     k_X1K, v_X1V = _rows(k_BGK.unsqueeze(1), H), _rows(v_BGV.unsqueeze(1), H)
     S_XVK = state_BHVK if places_X is not None else state_BHVK.view(B * H, *state_BHVK.shape[2:])
     if places_X is not None or _kernels_take(S_XVK, k_X1K, v_X1V, decay_BH, dt_BH):
         steps = decay_BH.reshape(-1), dt_BH.reshape(-1)
-        native.write_state_space_(k_X1K[:, 0], v_X1V[:, 0], *steps, S_XVK, places_X)
+        before_XVK = None if former_BHVK is None else former_BHVK.view(S_XVK.shape)
+        native.write_state_space_(k_X1K[:, 0], v_X1V[:, 0], *steps, S_XVK, places_X, before_XVK)
         return
+    if former_BHVK is not None:
+        state_BHVK.copy_(former_BHVK)
     S_XVK.mul_(decay_BH.reshape(B * H, 1, 1))
     S_XVK.baddbmm_(v_X1V.mT * dt_BH.reshape(B * H, 1, 1), k_X1K)
 
@@ -139,7 +149,7 @@ def linear_each(x_LBD: Tensor, linears: Sequence[Sequence[nn.Linear]]) -> Sequen
     """
     if not linears[0]:
         return ()
-    weights = [linear.weight for row in linears for linear in row]
+    weights = [linear._parameters["weight"] for row in linears for linear in row]
     if native.can_multiply(*x_LBD.shape[1:]) and native.ready(x_LBD, *weights):
         outputs = native.linear_each(x_LBD, weights).unbind(1)
     else:

@@ -210,6 +210,10 @@ class GroupedWeight(StoredWeight):
     def lookup(self, indices: Tensor) -> Tensor:
         """See `StoredWeight.lookup`."""
         flat = indices.flatten()
+        if flat.numel() == 1 and flat.is_cpu:
+            first = int(flat) // PANEL_ROWS * PANEL_ROWS
+            row = self.span(first, min(first + PANEL_ROWS, self.rows))[int(flat) - first]
+            return row.view(*indices.shape, self.columns)
         rows = unpack(self.packed, flat // PANEL_ROWS, flat % PANEL_ROWS)
         return rows.view(*indices.shape, self.columns)
 
