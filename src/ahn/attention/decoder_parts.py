@@ -83,8 +83,10 @@ class DecoderParts:
         """Whether no module was replaced or given other tensors since."""
         if (self._modules.held(), self._forwards.held()) != self._found:
             return False
-        tensors = self._tensors.held()
-        return None not in tensors and list(map(torch.Tensor.data_ptr, tensors)) == self._addresses
+        try:
+            return list(map(torch.Tensor.data_ptr, self._tensors.held())) == self._addresses
+        except TypeError:  # of a tensor that is there no more
+            return False
 
     def are_free(self) -> bool:
         """Whether no hook of others is on a module."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -25,13 +25,13 @@ FUSED_GROUPS_HEADS = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 13
 
 def cache_name(model: Any) -> str:
     """Name by which a model takes a cache (5.24: code that comes from the hub with its model may keep the old one)."""
-    return _cache_name(type(model))
+    return _cache_name(type(model).forward)
 
 
 @functools.lru_cache
-def _cache_name(kind: type) -> str:
+def _cache_name(forward: Callable[..., Any]) -> str:
     """The name for every model of a class: looking at a signature takes as long as a layer of a token."""
-    parameters = inspect.signature(kind.forward).parameters  # type: ignore[attr-defined]
+    parameters = inspect.signature(forward).parameters
     return next((name for name in CACHE_NAMES if name in parameters), CACHE)
 
 

@@ -154,7 +154,7 @@ class Memory(nn.Module, abc.ABC):
         Returns:
             Gates, `[L, B, N, H]`, float32 (float64 for a float64 model).
         """
-        linears = [[memory._modules[name] for name in cls.projections] for memory in memories]
+        linears = [[getattr(memory, name) for name in cls.projections] for memory in memories]
         parameters = (
             at_least_float32(torch.stack([getattr(memory, name) for memory in memories])[:, None])
             for name in cls.gate_parameters

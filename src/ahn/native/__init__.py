@@ -213,9 +213,7 @@ def write_state_space_(
     _run("ahn_write_state_space", X, K, V, k, v, decay, step, places_X, former, state)
 
 
-def _check_states(
-    state: Tensor, shape: tuple[int, int, int], places_X: Tensor | None, former: Tensor | None
-) -> None:
+def _check_states(state: Tensor, shape: tuple[int, int, int], places_X: Tensor | None, former: Tensor | None) -> None:
     if places_X is None:
         check_shapes((state, shape), (former, shape))
     else:

@@ -149,7 +149,7 @@ def linear_each(x_LBD: Tensor, linears: Sequence[Sequence[nn.Linear]]) -> Sequen
     """
     if not linears[0]:
         return ()
-    weights = [linear._parameters["weight"] for row in linears for linear in row]
+    weights = [linear.weight for row in linears for linear in row]
     if native.can_multiply(*x_LBD.shape[1:]) and native.ready(x_LBD, *weights):
         outputs = native.linear_each(x_LBD, weights).unbind(1)
     else:
