@@ -24,6 +24,7 @@
 
 typedef float wide __attribute__((vector_size(4 * WIDE)));
 typedef uint32_t words __attribute__((vector_size(4 * WIDE)));
+typedef int32_t signed_words __attribute__((vector_size(4 * WIDE)));
 typedef uint16_t halves __attribute__((vector_size(2 * WIDE)));
 typedef wide loose_wide __attribute__((aligned(4), may_alias));
 typedef words loose_words __attribute__((aligned(4), may_alias));
@@ -136,9 +137,10 @@ typedef struct {
     const void *minima;
 } packed;
 
-/* sums[vectors, groups]: the sums of x[vectors, columns] over the columns of each group. */
-WITHIN void sum_groups(const packed *w, index_t vectors, const float *x, float *sums);
-/* One panel times some vectors, at most MOST_VECTORS: out[vectors][PANEL_ROWS]. */
+/* Vectors x[vectors, columns] as a weight is multiplied by them: `laid` of the same shape, in which each number is as
+ * much smaller as its code is larger in its word; and sums[vectors, groups] of x over the columns of each group. */
+WITHIN void lay_vectors(const packed *w, index_t vectors, const float *x, float *sums, float *laid);
+/* One panel times some vectors that were laid, at most MOST_VECTORS: out[vectors][PANEL_ROWS]. */
 WITHIN void multiply_panel(const packed *w, index_t panel, index_t vectors, const float *x, const float *sums,
                            float *out);
 /* row . x, the row in bfloat16; D is a multiple of PANEL_ROWS. */

@@ -52,18 +52,18 @@ static index_t rows_from(const Weight *w, index_t row) { return w->rows - row < 
 
 static index_t units(const Weight *w) { return (w->rows + UNIT - 1) / UNIT; }
 
-/* sums, for a packed weight, of what it is to be multiplied by. */
-static void prepare(const Weight *w, const float *x, float *sums)
+/* What a packed weight is to be multiplied by, as it takes it: x laid, [columns], and the sums of its groups. */
+static void prepare(const Weight *w, const float *x, float *laid)
 {
-    if (w->kind == PACKED) sum_groups(w->numbers, 1, x, sums);
+    if (w->kind == PACKED) lay_vectors(w->numbers, 1, x, laid + w->columns, laid);
 }
 
-/* out[UNIT] = rows of a weight from `unit` * UNIT on, times x (+ bias). */
-static void multiply(const Weight *w, index_t unit, const float *x, const float *sums, float *out)
+/* out[UNIT] = rows of a weight from `unit` * UNIT on, times x (+ bias), which `prepare` has laid. */
+static void multiply(const Weight *w, index_t unit, const float *x, const float *laid, float *out)
 {
     index_t row = unit * UNIT, count = rows_from(w, row), D = w->columns;
     if (w->kind == PACKED) {
-        multiply_panel(w->numbers, unit, 1, x, sums, out);
+        multiply_panel(w->numbers, unit, 1, laid, laid + D, out);
     } else if (w->kind == FLOAT32) {
         products(1, x, D, (const float *)w->numbers + row * D, D, count, D, 0, 1, out, UNIT);
     } else {
@@ -197,23 +197,24 @@ typedef struct {
     float *inner;     /* [I] */
 } Shared;
 
-/* The work of one thread of the team, with scratch of its own: input [widest], sums [widest], two times queries [H, K]. */
+/* The work of one thread of the team, with scratch of its own: input [widest], three times an input and its sums
+ * [2 widest], two times queries [H, K]. */
 static void run(const Layer *layer, const Token *token, const Shared *shared, index_t blocks, index_t widest,
                 float *input)
 {
     index_t D = layer->hidden, H = layer->heads, G = layer->kv_heads, R = H / G, K = layer->size;
-    float *sums = input + widest, *query = sums + 3 * widest, *sink_query = query + H * K;
+    float *laid = input + widest, *query = laid + 6 * widest, *sink_query = query + H * K;
     float block[UNIT] __attribute__((aligned(ALIGNMENT))), other[UNIT] __attribute__((aligned(ALIGNMENT)));
     const Weight *maps[] = {&layer->query, &layer->key, &layer->value};
     float *to[] = {shared->projected, shared->projected + H * K, shared->projected + (H + G) * K};
     normalize(&layer->first, token->x, D, input);
-    for (int i = 0; i < 3; i++) prepare(maps[i], input, sums + i * widest);
+    for (int i = 0; i < 3; i++) prepare(maps[i], input, laid + 2 * i * widest);
     index_t first = units(maps[0]), second = first + units(maps[1]), last = second + units(maps[2]);
 #pragma omp for schedule(static)
     for (index_t unit = 0; unit < last; unit++) {
         int i = (unit >= first) + (unit >= second);
         index_t mine = unit - (i == 0 ? 0 : i == 1 ? first : second);
-        multiply(maps[i], mine, input, sums + i * widest, block);
+        multiply(maps[i], mine, input, laid + 2 * i * widest, block);
         memcpy(to[i] + mine * UNIT, block, (size_t)rows_from(maps[i], mine * UNIT) * sizeof(float));
     }
     turn_queries(layer, token, to[0], query, sink_query);
@@ -223,7 +224,7 @@ static void run(const Layer *layer, const Token *token, const Shared *shared, in
 #pragma omp for schedule(static)
     for (index_t unit = 0; unit < G * blocks; unit++) {
         index_t g = unit / blocks;
-        if (unit % blocks == slot_block(token)) store_token(layer, token, g, to[1], to[2], sums);
+        if (unit % blocks == slot_block(token)) store_token(layer, token, g, to[1], to[2], laid);
         attend_block(&call, segments, unit % blocks, 0, g, shared->tallies + unit * R, shared->sums + unit * R * K);
     }
 #pragma omp for schedule(static)
@@ -243,28 +244,28 @@ static void run(const Layer *layer, const Token *token, const Shared *shared, in
         memcpy(token->normed, input, (size_t)D * sizeof(float));
         if (token->projected) memcpy(token->projected, query, (size_t)(H * K) * sizeof(float));
     }
-    prepare(&layer->output, shared->attended, sums);
+    prepare(&layer->output, shared->attended, laid);
 #pragma omp for schedule(static)
     for (index_t unit = 0; unit < units(&layer->output); unit++) {
-        multiply(&layer->output, unit, shared->attended, sums, block);
+        multiply(&layer->output, unit, shared->attended, laid, block);
         for (index_t i = 0, row = unit * UNIT; i < rows_from(&layer->output, row); i++)
             shared->middle[row + i] = token->x[row + i] + block[i];
     }
     normalize(&layer->second, shared->middle, D, input);
-    prepare(&layer->gate, input, sums);
-    prepare(&layer->up, input, sums + widest);
+    prepare(&layer->gate, input, laid);
+    prepare(&layer->up, input, laid + 2 * widest);
 #pragma omp for schedule(static)
     for (index_t unit = 0; unit < units(&layer->gate); unit++) {
-        multiply(&layer->gate, unit, input, sums, block);
-        multiply(&layer->up, unit, input, sums + widest, other);
+        multiply(&layer->gate, unit, input, laid, block);
+        multiply(&layer->up, unit, input, laid + 2 * widest, other);
         for (index_t i = 0; i < UNIT; i += LANES)
             store(block + i, activate(load(block + i), (int)layer->is_gelu) * load(other + i));
         memcpy(shared->inner + unit * UNIT, block, (size_t)rows_from(&layer->gate, unit * UNIT) * sizeof(float));
     }
-    prepare(&layer->down, shared->inner, sums);
+    prepare(&layer->down, shared->inner, laid);
 #pragma omp for schedule(static)
     for (index_t unit = 0; unit < units(&layer->down); unit++) {
-        multiply(&layer->down, unit, shared->inner, sums, block);
+        multiply(&layer->down, unit, shared->inner, laid, block);
         for (index_t i = 0, row = unit * UNIT; i < rows_from(&layer->down, row); i++)
             token->out[row + i] = shared->middle[row + i] + block[i];
     }
@@ -292,7 +293,7 @@ static Room room_of(const Layer *layer, const Token *token)
     index_t widest = to_line(larger(larger(D, I), H * K));
     return (Room){.blocks = blocks,
                   .widest = widest,
-                  .own = 4 * widest + to_line(2 * H * K),
+                  .own = 7 * widest + to_line(2 * H * K),
                   .shared = to_line(H * blocks * K) + to_line(2 * H * blocks) + 2 * to_line(H * K) +
                             to_line((H + 2 * G) * K) + to_line(D) + to_line(I)};
 }

@@ -14,18 +14,19 @@ INLINE wide factors(const int halved, const void *from, index_t at)
     return *(const loose_wide *)((const float *)from + at);
 }
 
-/* Code j of each word as 1 + code / 2^bits: bits of a mantissa, which takes no conversion. */
-INLINE wide code_in_mantissa(const int bits, words word, const int j)
+/* Code j of each word times 2^(bits * j), exactly: it stays where it lies, and what it is multiplied by is smaller by
+ * as much (`lay_vectors`). The last one is moved down, off the sign. */
+INLINE wide code_in_place(const int bits, words word, const int j)
 {
-    const int up = 23 - bits - j * bits;
-    words moved = up >= 0 ? word << up : word >> -up;
-    return (wide)((moved & (((1u << bits) - 1) << (23 - bits))) | 0x3f800000u);
+    const uint32_t mask = ((1u << bits) - 1) << (j * bits);
+    if ((j + 1) * bits == 32) return __builtin_convertvector((signed_words)(word >> (32 - bits)), wide);
+    return __builtin_convertvector((signed_words)(word & mask), wide);
 }
 
 /* Some vectors of the rows of a panel, from vector `part` on, times some vectors x: out[vectors][PANEL_ROWS].
  *
  * Bits, halved, vectors and parts are constants where it is inlined; sums are even and odd, because each waits for the
- * one before. x[vectors, columns]; sums[vectors, groups] are those of x over the columns of each group. */
+ * one before. x[vectors, columns] and sums[vectors, groups] are as `lay_vectors` makes them. */
 INLINE void part_product(const int bits, const int halved, const int vectors, const int parts, const packed *w,
                          index_t panel, int part, const float *x, const float *sums, float *out)
 {
@@ -47,7 +48,7 @@ INLINE void part_product(const int bits, const int halved, const int vectors, co
             for (int j = 0; j < per_word; j += 2)
 #pragma GCC unroll 2
                 for (int p = 0; p < parts; p++) {
-                    wide first = code_in_mantissa(bits, word[p], j), second = code_in_mantissa(bits, word[p], j + 1);
+                    wide first = code_in_place(bits, word[p], j), second = code_in_place(bits, word[p], j + 1);
 #pragma GCC unroll 4
                     for (int i = 0; i < vectors; i++) {
                         even[i][p] += first * splat_wide(x[i * columns + j]);
@@ -57,10 +58,10 @@ INLINE void part_product(const int bits, const int halved, const int vectors, co
         }
         for (int p = 0; p < parts; p++) {
             index_t at = (panel * w->groups + group) * PANEL_ROWS + (part + p) * WIDE;
-            wide scale = factors(halved, w->scales, at) * splat_wide(1 << bits), minimum = factors(halved, w->minima, at);
+            wide scale = factors(halved, w->scales, at), minimum = factors(halved, w->minima, at);
             for (int i = 0; i < vectors; i++) {
                 wide sum = splat_wide(sums[i * w->groups + group]);
-                total[i][p] += scale * (even[i][p] + odd[i][p] - sum) + minimum * sum;
+                total[i][p] += scale * (even[i][p] + odd[i][p]) + minimum * sum;
             }
         }
     }
@@ -94,34 +95,44 @@ void multiply_panel(const packed *w, index_t panel, index_t vectors, const float
     else CASES(8, 0)
 }
 
-void sum_groups(const packed *w, index_t vectors, const float *x, float *sums)
+void lay_vectors(const packed *w, index_t vectors, const float *x, float *sums, float *laid)
 {
-    const index_t size = w->group_words * (32 / w->bits);
-    for (index_t at = 0; at < vectors * w->groups; at++) {
-        float sum = 0;
-        for (index_t k = 0; k < size; k++) sum += x[at * size + k];
-        sums[at] = sum;
+    const index_t per_word = 32 / w->bits, size = w->group_words * per_word;
+    float shrink[LANES];
+    for (index_t j = 0; j < LANES; j++) shrink[j] = (j + 1) % per_word ? ldexpf(1, -(int)(j % per_word * w->bits)) : 1;
+    for (index_t at = 0; at < vectors * w->groups; at++, x += size, laid += size) {
+        vec total = {0};
+        index_t k = 0;
+        for (; k + LANES <= size; k += LANES) {
+            total += load(x + k);
+            store(laid + k, load(x + k) * load(shrink));
+        }
+        sums[at] = sum_lanes(total);
+        for (; k < size; k++) {
+            sums[at] += x[k];
+            laid[k] = x[k] * shrink[k % per_word];
+        }
     }
 }
 
 /* out[M, N] = x[M, columns] weight[N, columns]^T (+ bias). 0, or 1 where there is no memory. */
 int ahn_packed_multiply(index_t M, index_t N, const packed *w, const float *x, const float *bias, float *out)
 {
-    const index_t size = w->group_words * (32 / w->bits);
-    float *sums = scratch(M * w->groups);
-    if (!sums) return 1;
-    sum_groups(w, M, x, sums);
+    const index_t columns = w->groups * w->group_words * (32 / w->bits);
+    float *laid = scratch(M * (columns + w->groups)), *sums = laid + M * columns;
+    if (!laid) return 1;
+    lay_vectors(w, M, x, sums, laid);
 #pragma omp parallel for schedule(static)
     for (index_t panel = 0; panel < w->panels; panel++)
         for (index_t first = 0; first < M; first += MOST_VECTORS) {
             float block[MOST_VECTORS * PANEL_ROWS] __attribute__((aligned(ALIGNMENT)));
             index_t vectors = M - first < MOST_VECTORS ? M - first : MOST_VECTORS, row = panel * PANEL_ROWS;
-            multiply_panel(w, panel, vectors, x + first * w->groups * size, sums + first * w->groups, block);
+            multiply_panel(w, panel, vectors, laid + first * columns, sums + first * w->groups, block);
             for (index_t i = 0; i < vectors; i++)
                 for (index_t n = 0; n < PANEL_ROWS && row + n < N; n++)
                     out[(first + i) * N + row + n] = block[i * PANEL_ROWS + n] + (bias ? bias[row + n] : 0);
         }
-    free(sums);
+    free(laid);
     return 0;
 }
 
