@@ -245,7 +245,9 @@ class TestLayers:
             compilation_config=SimpleNamespace(static_forward_context={}),
             cache_config=SimpleNamespace(mamba_block_size=512),
         )
-        attention = layer.MemoryAttention(runtime.layers[0], layer.StepHolder(runtime), page, "layers.0.attn", config)
+        attention = layer.MemoryAttention(
+            runtime.layers[0], layer.StepHolder(runtime, "layers.0.attn"), page, "layers.0.attn", config
+        )
         assert config.compilation_config.static_forward_context == {"layers.0.attn": attention}
         spec = attention.get_kv_cache_spec(config)
         assert (spec.block_size, spec.page_size_padded, spec.mamba_type) == (512, page, "custom")
@@ -261,7 +263,7 @@ class TestLayers:
         assert not attention.forward(None, (query, key, key), {}).any()  # vLLM only profiles: there is no metadata
         metadata = {"layers.0.attn": layer.RequestMetadata([Rows(2, 0, 0, 3)])}
         stub.context = SimpleNamespace(attn_metadata=metadata)
-        step = attention.holder.find("layers.0.attn")
-        assert step is attention.holder.find("layers.0.attn")
+        step = attention.holder.find()
+        assert step is attention.holder.find()
         stub.context = SimpleNamespace(attn_metadata=metadata)
-        assert step is not attention.holder.find("layers.0.attn")
+        assert step is not attention.holder.find()

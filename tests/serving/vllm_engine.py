@@ -11,8 +11,10 @@ from transformers.masking_utils import AttentionMaskInterface, eager_mask
 from transformers.modeling_utils import AttentionInterface
 
 from ahn.attachment import attachment_of
+from ahn.attention.decoder_parts import PartReader, decoder_layers
 from ahn.backbone.survey import find_backbone
 from ahn.config import RunSettings
+from ahn.serving.vllm.decoder import leave_to_kernels
 from ahn.serving.vllm.layout import block_bytes, block_tensors, empty_cache
 from ahn.serving.vllm.runtime import Rows, Runtime, ServedCall, ServedLayer
 from ahn.serving.vllm.step import Step
@@ -33,7 +35,7 @@ class Request:
 class Engine:
     """A model with a memory attached, read as vLLM reads one: all tokens of a step side by side in one row."""
 
-    def __init__(self, model: Any, blocks: int = 6, together: bool = True) -> None:
+    def __init__(self, model: Any, blocks: int = 6, together: bool = True, kernels: bool = True) -> None:
         attachment = attachment_of(model)
         self.backbone = find_backbone(model)
         settings = RunSettings.like(attachment.settings)
@@ -54,6 +56,13 @@ class Engine:
             self.runtime.__dict__["decodes_together"] = False
         self.step: Step | None = None
         self.inputs: dict[int, dict[str, Any]] = {}
+        self.own_forwards = {
+            layer: vars(layer).pop("forward", None)
+            for layer, _ in decoder_layers(self.backbone, [each.module for each in attachment.layers])
+        }
+        self.fast = leave_to_kernels(self.backbone, self.runtime, lambda: self.step, PartReader()) if kernels else []
+        self.forwards = {layer: vars(layer).pop("forward", None) for layer in self.own_forwards}
+        _set_forwards(self.own_forwards)
 
     @torch.no_grad()
     def run(self, parts: list[tuple[Request, int]]) -> None:
@@ -94,6 +103,14 @@ class Engine:
         return [torch.cat(request.hidden) for request in requests]
 
 
+def _set_forwards(forwards: dict[Any, Any]) -> None:
+    """Gives decoder layers forwards of their own, or takes them away."""
+    for layer, forward in forwards.items():
+        vars(layer).pop("forward", None)
+        if forward is not None:
+            layer.forward = forward
+
+
 class _Hooked:
     """Sends the attention of the model to an engine inside a `with` block, past the hooks of the memory."""
 
@@ -110,6 +127,7 @@ class _Hooked:
             module._forward_pre_hooks, module._forward_hooks = type(module._forward_pre_hooks)(), {}
         for config, _ in attachment.implementations:
             config._attn_implementation = NAME
+        _set_forwards(engine.forwards)
         self.handles = [
             layer.module.register_forward_pre_hook(
                 lambda module, args, kwargs: engine.inputs.update(
@@ -121,6 +139,7 @@ class _Hooked:
         ]
 
     def __exit__(self, *error: object) -> None:
+        _set_forwards(self.engine.own_forwards)
         for handle in self.handles:
             handle.remove()
         for module, (before, after) in self.hooks.items():

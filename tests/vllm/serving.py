@@ -16,6 +16,7 @@ os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
 import torch
 
 from ahn.attachment import attachment_of
+from ahn.serving.vllm.decoder import ServedForward
 
 GOLDEN = Path(__file__).parents[1] / "fixtures" / "golden"
 WRITTEN = 24
@@ -45,6 +46,14 @@ def engine(folder: Path | str, **options: Any) -> Iterator[Any]:
         del llm
         gc.collect()
         cleanup_dist_env_and_memory()
+
+
+def layers_by_kernels(llm: Any) -> list[bool]:
+    """For each decoder layer that the kernels look at, whether they take it; for an engine in this process."""
+    model = llm.llm_engine.model_executor.driver_worker.model_runner.model
+    forwards = [vars(module).get("forward") for module in model.model.modules()]
+    paths = [each.path for each in forwards if isinstance(each, ServedForward)]
+    return [path is not None and path.is_verified for path in paths]
 
 
 def sampling(**options: Any) -> Any:

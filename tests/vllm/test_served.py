@@ -82,12 +82,25 @@ def with_adapter(tmp_path: Path, family: str = "llama:wide", **settings: Any) ->
     return model, tmp_path / "base", tmp_path / "adapter"
 
 
-@pytest.mark.parametrize("family", ["llama:wide", "qwen3_moe", "gemma2", "granite"])
-def test_a_base_and_an_adapter(family: str, tmp_path: Path) -> None:
-    model, base, adapter = with_adapter(tmp_path, family, layers=(0, 1, 2), sinks=3)
+WIDE = {"head_dim": 16}  # heads that the kernels take
+
+
+@pytest.mark.parametrize(
+    ("family", "sizes", "by_kernels"),
+    [
+        ("llama:wide", {}, [True] * 3),
+        ("qwen3", WIDE, [True] * 3),
+        ("granite", WIDE, [False] * 3),  # of the usual build, but its layers scale what they add
+        ("qwen3_moe", {}, []),
+        ("gemma2", {}, []),
+    ],
+)
+def test_a_base_and_an_adapter(family: str, sizes: dict[str, int], by_kernels: list[bool], tmp_path: Path) -> None:
+    model, base, adapter = with_adapter(tmp_path, family, layers=(0, 1, 2), sinks=3, model=sizes)
     prompts = [tiny.text(tokens=count, seed=count)[0].tolist() for count in (4, 30, 90)]
     with serving.engine(base, hf_overrides={"ahn_adapter": str(adapter)}) as llm:
         serving.check(model, prompts, serving.answers(llm, prompts))
+        assert serving.layers_by_kernels(llm) == by_kernels
 
 
 @pytest.mark.parametrize("score", ["key_diff", "learned", "window_attention"])

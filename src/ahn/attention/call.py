@@ -17,7 +17,7 @@ import torch
 from ahn.anchors.selection import Selected, Selection
 from ahn.attachment import Attachment, AttentionLayer
 from ahn.attention.decoding import DecodeStep
-from ahn.backbone.rotary import Rotary
+from ahn.backbone.rotary import Rotary, Tables
 from ahn.cache.cache import HippocampalCache, new_memory_layer
 from ahn.cache.layer import HippocampalLayer
 from ahn.cache.record import TokenRecord
@@ -205,10 +205,18 @@ class LayerCall:
             query: Queries of the new tokens, `[B, H, T, K]`.
             seen: Tokens seen, the new ones included.
         """
+        turn = self.sink_turn(seen)
+        return None if turn is None or self.rotary is None else self.rotary.rotation.apply(query, turn)
+
+    def sink_turn(self, seen: int) -> Tables | None:
+        """Rotary tables that turn queries once more for sinks; `None` where sinks are read by the same queries.
+
+        Args:
+            seen: Tokens seen, the new ones included.
+        """
         call = self.call
         within_context = seen <= call.attachment.trained_context or call.settings.sinks == 0
         if within_context or call.settings.sink_positions != "bounded" or self.rotary is None:
             return None
         rotation, tables, positions, _ = self.rotary
-        turn = call.shared("clamped", tables[0], lambda: rotation.clamped(tables, positions))
-        return rotation.apply(query, turn)
+        return call.shared("clamped", tables[0], lambda: rotation.clamped(tables, positions))

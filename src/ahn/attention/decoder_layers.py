@@ -23,7 +23,7 @@ from ahn.attachment import Attachment
 from ahn.attention.call import Call
 from ahn.attention.decoder_parts import decoder_layers
 from ahn.attention.decoder_run import FastPath, LayerInput, run_paths
-from ahn.attention.decoding import DecodeStep, LayerRun, Precomputed
+from ahn.attention.decoding import Ahead, LayerRun, Precomputed
 from ahn.attention.masks import CallMask
 
 
@@ -38,12 +38,15 @@ def speed_up(backbone: nn.Module, attachment: Attachment) -> None:
 def restore(backbone: nn.Module) -> None:
     """Takes back what `speed_up` did."""
     for module in backbone.modules():
-        if isinstance(vars(module).get("forward"), FastForward):
+        if isinstance(vars(module).get("forward"), KernelForward):
             del module.forward
 
 
-class FastForward:
-    """The forward of a decoder layer: by the kernel where that can take the token, else the layer's own.
+class KernelForward:
+    """The forward of a decoder layer: by the kernel where that can take the tokens, else the layer's own.
+
+    A subclass says in which calls that may be, and how the kernel is called. What such a call is told to the layer by
+    is its own; a `FastPath` or what works alike is the layer as the kernel takes it.
 
     Args:
         layer: The decoder layer.
@@ -55,8 +58,8 @@ class FastForward:
     """
 
     def __init__(self, layer: Any, attention: Any) -> None:
-        self.path: FastPath | None = None
-        self.follower: FastForward | None = None
+        self.path: Any = None
+        self.follower: KernelForward | None = None
         self._layer, self._attention = layer, attention
 
     def __getstate__(self) -> dict[str, Any]:
@@ -66,55 +69,91 @@ class FastForward:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """What the layer's forward gives."""
         own = partial(type(self._layer).forward, self._layer, *args, **kwargs)
-        mask, tables = kwargs.get("attention_mask"), kwargs.get("position_embeddings")
-        call = mask.call if type(mask) is CallMask else None
-        if call is None or call.step is None or not args or torch.compiler.is_compiling():
+        call, tables = self._find_call(kwargs), kwargs.get("position_embeddings")
+        if call is None or not args or torch.compiler.is_compiling():
             return own()
+        ahead = self._ahead(call)
         inputs = LayerInput(args[0], tables, kwargs.get("position_ids"))  # type: ignore[arg-type]
-        run = self._foreseen(call.step, inputs)
+        run = self._foreseen(ahead, inputs)
         if run is None:
-            call.step.take_back()
+            ahead.take_back()
             path = self._find_path(call)
             if tables is None or not path.can_take(call) or not path.can_read(inputs, call):
                 return own()
             if not path.is_verified:
                 return path.verify(inputs, call, own)
             run = self._run_span(path, inputs, call)
-        call.step.last = self, run, tables
+        ahead.last = self, run, tables
         if run.finish is not None:
             run.finish()
         return run.output
 
-    def _foreseen(self, step: DecodeStep, inputs: LayerInput) -> LayerRun | None:
+    def _find_call(self, kwargs: dict[str, Any]) -> Any:
+        """The call that the layer is in, if the kernel may take part; else `None`."""
+        raise NotImplementedError
+
+    def _ahead(self, call: Any) -> Ahead:
+        """What the kernel has done of a call."""
+        raise NotImplementedError
+
+    def _new_path(self, call: Any) -> Any:
+        """The layer as the kernel takes it."""
+        raise NotImplementedError
+
+    def _run_paths(self, paths: list[Any], inputs: LayerInput, call: Any) -> list[LayerRun]:
+        """Takes the tokens of a call through layers of which each reads what the one before gives."""
+        raise NotImplementedError
+
+    def _foreseen(self, ahead: Ahead, inputs: LayerInput) -> LayerRun | None:
         """What the layer has given already, where it was run ahead; notes whose output it is given."""
         run = None
-        if step.precomputed is not None and self.path is not None:
-            run = step.precomputed.take(self.path.index, inputs.hidden, inputs.tables)
-        if run is None and step.last is not None:
-            before, gave, tables = step.last
+        if ahead.precomputed is not None and self.path is not None:
+            run = ahead.precomputed.take(self.path.index, inputs.hidden, inputs.tables)
+        if run is None and ahead.last is not None:
+            before, gave, tables = ahead.last
             before.follower = self if gave.is_given(inputs.hidden) and tables is inputs.tables else None
         return run
 
-    def _find_path(self, call: Call) -> FastPath:
+    def _find_path(self, call: Any) -> Any:
         if self.path is None or not self.path.is_of(call):
-            self.path = FastPath(self._layer, self._attention, call)
+            self.path = self._new_path(call)
         return self.path
 
-    def _run_span(self, path: FastPath, inputs: LayerInput, call: Call) -> LayerRun:
+    def _run_span(self, path: Any, inputs: LayerInput, call: Any) -> LayerRun:
         """Runs the layer, and those behind it that the kernel can take too."""
         paths, forward = [path], self.follower
         while forward is not None and (after := forward._ready(call)) is not None and after not in paths:
             paths.append(after)
             forward = forward.follower
-        runs = run_paths(paths, inputs, call)
-        if len(runs) > 1 and call.step is not None:
-            call.step.precomputed = Precomputed(runs, inputs.tables)
+        runs = self._run_paths(paths, inputs, call)
+        if len(runs) > 1:
+            self._ahead(call).precomputed = Precomputed(runs, inputs.tables)
         return runs[0]
 
-    def _ready(self, call: Call) -> FastPath | None:
-        """The layer as the kernel takes it, if it can take the token of a call."""
+    def _ready(self, call: Any) -> Any:
+        """The layer as the kernel takes it, if it can take the tokens of a call; else `None`."""
         is_ours = vars(self._layer).get("forward") is self
         path = self.path
         if path is None or not is_ours or not path.is_of(call):
             return None
         return path if path.is_verified and path.can_take(call) else None
+
+
+class FastForward(KernelForward):
+    """The forward of a decoder layer that reads a token into a cache."""
+
+    def _find_call(self, kwargs: dict[str, Any]) -> Call | None:
+        mask = kwargs.get("attention_mask")
+        call = mask.call if type(mask) is CallMask else None
+        return None if call is None or call.step is None else call
+
+    def _ahead(self, call: Call) -> Ahead:
+        if call.step is None:
+            raise TypeError("the call reads no single token")
+        return call.step
+
+    def _new_path(self, call: Call) -> FastPath:
+        return FastPath(self._layer, self._attention, call)
+
+    def _run_paths(self, paths: list[FastPath], inputs: LayerInput, call: Call) -> list[LayerRun]:
+        return run_paths(paths, inputs, call)

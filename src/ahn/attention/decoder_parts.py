@@ -35,6 +35,30 @@ def decoder_layers(backbone: nn.Module, attention: Collection[nn.Module]) -> Ite
                 yield parent, child
 
 
+class PartReader:
+    """How the weights of a decoder layer are read off its modules; this one takes those of transformers.
+
+    All methods raise `LookupError` for what the kernels do not take.
+    """
+
+    def maps(self, parent: nn.Module, names: Mapping[str, str]) -> tuple[dict[str, LinearWeight], set[str]]:
+        """Linear maps, and which children of a module they were read from.
+
+        Args:
+            parent: The module.
+            names: Its children by the names of their maps in `LayerWeights`.
+        """
+        return {name: _linear(parent, child) for name, child in names.items()}, set(names.values())
+
+    def knows(self, module: nn.Module) -> bool:
+        """Whether a module that has a forward of its own still computes what its class says."""
+        return linear.is_ours(module)
+
+    def activation(self, mlp: Any) -> Activation:
+        """The activation of a gated MLP."""
+        return activation_of(mlp.act_fn)
+
+
 class DecoderParts:
     """The modules of a decoder layer, and whether they are still what they were.
 
@@ -42,6 +66,7 @@ class DecoderParts:
         layer: The layer.
         attention: Its attention module.
         ours: Names of modules in it that this library has put there.
+        reader: How weights are read.
 
     Raises:
         LookupError: The layer is built otherwise.
@@ -50,31 +75,35 @@ class DecoderParts:
         weights: The weights that the modules have now.
     """
 
-    def __init__(self, layer: nn.Module, attention: nn.Module, ours: Collection[str]) -> None:
+    def __init__(
+        self, layer: nn.Module, attention: nn.Module, ours: Collection[str], reader: PartReader | None = None
+    ) -> None:
+        reader = reader or PartReader()
         mlp: Any = getattr(layer, "mlp", None)
         norms = {*_HEAD_NORMS.values()} & set(attention._modules)
         _require(layer, {"self_attn", "mlp", *_NORMS.values()})
-        _require(attention, {*_ATTENTION.values(), *norms} | ({*ours} & set(attention._modules)))
-        _require(mlp, {*_MLP.values()} | ({_ACTIVATION} & set(mlp._modules)))
         if layer._modules["self_attn"] is not attention or len(norms) == 1:
             raise LookupError("its attention is built otherwise")
-        maps = {name: _linear(attention, child) for name, child in _ATTENTION.items()}
-        maps |= {name: _linear(mlp, child) for name, child in _MLP.items()}
+        maps, projections = reader.maps(attention, _ATTENTION)
+        _require(attention, projections | norms | ({*ours} & set(attention._modules)))
+        inner, mlp_maps = reader.maps(mlp, _MLP)
+        _require(mlp, mlp_maps | ({_ACTIVATION} & set(mlp._modules)))
         heads: Mapping[str, Any] = {name: _norm(attention, child) for name, child in _HEAD_NORMS.items() if norms}
         self.weights = LayerWeights(
             **{name: _norm(layer, child) for name, child in _NORMS.items()},  # type: ignore[arg-type]
-            **maps,  # type: ignore[arg-type]
+            **maps,
+            **inner,
             query_norm=heads.get("query_norm"),
             key_norm=heads.get("key_norm"),
-            activation=_activation(mlp.act_fn),
+            activation=reader.activation(mlp),
         )
-        parts = [*_children(attention, {*_ATTENTION.values(), *norms}), *_children(mlp, set(mlp._modules))]
+        parts = [*_children(attention, projections | norms), *_children(mlp, set(mlp._modules))]
         parts += _children(layer, {"self_attn", "mlp", *_NORMS.values()})
         tensors = {id(tensor): (own, name, tensor) for *_, child in parts for own, name, tensor in _tensors(child)}
         self._modules = _Places([(parent._modules, name) for parent, name, _ in parts])
         self._forwards = _Places([(vars(child), "forward") for *_, child in parts])
         self._tensors = _Places([(own, name) for own, name, _ in tensors.values()])
-        self._found = self._modules.held(), [_own_forward(child) for *_, child in parts]
+        self._found = self._modules.held(), [_own_forward(child, reader) for *_, child in parts]
         self._addresses = [tensor.data_ptr() for *_, tensor in tensors.values()]
         self._hooks = [(child._forward_pre_hooks, child._forward_hooks, child) for *_, child in parts]
         self._hook_lists = [hooks for before, after, _ in self._hooks for hooks in (before, after)]
@@ -119,10 +148,10 @@ def _children(parent: nn.Module, names: Collection[str]) -> list[tuple[nn.Module
     return [(parent, name, child) for name, child in parent.named_children() if name in names]
 
 
-def _own_forward(module: nn.Module) -> Any:
+def _own_forward(module: nn.Module, reader: PartReader) -> Any:
     """The forward of its own that a module has, or `None`."""
     forward = vars(module).get("forward")
-    if forward is not None and not linear.is_ours(module):
+    if forward is not None and not reader.knows(module):
         raise LookupError("something else has changed how a module computes")
     return forward
 
@@ -146,7 +175,7 @@ def _require(module: Any, children: Collection[str]) -> None:
 
 
 def _linear(parent: nn.Module, name: str) -> LinearWeight:
-    module: Any = parent._modules[name]
+    module: Any = parent._modules.get(name)
     bias = module.bias if isinstance(module, nn.Linear) else None
     weight: Any = None
     if type(module) is nn.Linear:
@@ -170,8 +199,15 @@ def _norm(parent: nn.Module, name: str) -> NormWeight:
     return NormWeight(weight, epsilon)
 
 
-def _activation(function: Any) -> Activation:
-    """Which activation a function is, by what it gives."""
+def activation_of(function: Any) -> Activation:
+    """Which activation a function is, by what it gives.
+
+    Args:
+        function: Takes a vector.
+
+    Raises:
+        LookupError: It is none that the kernel knows.
+    """
     x = torch.linspace(-6, 6, 97)
     with torch.no_grad():
         y = function(x)

@@ -20,6 +20,7 @@ from ahn.attention.decoder_parts import DecoderParts
 from ahn.attention.decoding import LayerRun
 from ahn.attention.function import score
 from ahn.attention.hooks import layer_call
+from ahn.backbone.rotary import Tables
 from ahn.cache.layer import HippocampalLayer
 from ahn.cache.window import SinkWindow
 from ahn.errors import ShapeError
@@ -29,8 +30,6 @@ from ahn.tokens import ExtraKV, Tokens
 
 TOLERANCE = 1e-5
 """Of what a layer adds to its input: difference up to which the kernel gives what the layer gives."""
-
-_Tables = tuple[torch.Tensor, torch.Tensor]
 
 
 class LayerInput(NamedTuple):
@@ -43,7 +42,7 @@ class LayerInput(NamedTuple):
     """
 
     hidden: torch.Tensor
-    tables: _Tables
+    tables: Tables
     positions: torch.Tensor | None
 
 
@@ -68,7 +67,7 @@ class FastPath:
         self._buffer: Tokens | None = None  # that the kernel can work on
         self.described: DescribedLayer | None = None
         if self._parts is not None:
-            self.described = self._describe()
+            self.described = describe(self._attention_layer, attention, self._parts)
 
     @property
     def index(self) -> int:
@@ -123,8 +122,7 @@ class FastPath:
         if call.cache is not None:
             call.cache.take_back(self.index)
         expected = own()
-        added = (expected - inputs.hidden).abs().max()
-        if bool((run.output - expected).abs().max() > TOLERANCE * (added + expected.abs().max() / 10)):
+        if not is_same(run.output, expected, inputs.hidden):
             self.described = None
             return expected
         self.is_verified = True
@@ -186,34 +184,20 @@ class FastPath:
         held = store.bank.held(selected)
         return store.bank.append(_evicted(store.exact, contents), selected) if held is None else held
 
-    def _sink_tables(self, call: Call, tables: _Tables, seen: int) -> _Tables | None:
+    def _sink_tables(self, call: Call, tables: Tables, seen: int) -> Tables | None:
         """Tables that turn queries once more for sinks and anchors; `None` where these read as the window does."""
         rotation, settings = self._attention_layer.rotation, call.settings
         within = seen <= call.attachment.trained_context or settings.sinks == 0
         if within or settings.sink_positions != "bounded" or rotation is None:
             return None
         positions = torch.full((1, 1), seen - 1)
-        turned: _Tables = call.shared("turn of sinks", tables[0], lambda: _dense(rotation.clamped(tables, positions)))
+        turned: Tables = call.shared("turn of sinks", tables[0], lambda: _dense(rotation.clamped(tables, positions)))
         return turned
 
     def _store(self, call: Call) -> HippocampalLayer:
         cache: Any = call.cache
         store: HippocampalLayer = cache.layers[self._attention_layer.index]
         return store
-
-    def _describe(self) -> DescribedLayer | None:
-        memory, parts = self._attention_layer.memory, self._parts
-        scaling = getattr(self._attention, "scaling", None)
-        _, H, G, K, V = self._attention_layer.shape
-        if memory is None or parts is None or K != V or not isinstance(scaling, float):
-            return None
-        weights = memory.output_weights()
-        if not native.ready(*(each.detach() for each in weights[:4] if each is not None)):
-            return None
-        try:
-            return DescribedLayer(parts.weights, weights, H, G, K, scaling)
-        except ShapeError:
-            return None
 
 
 @dataclasses.dataclass(eq=False)
@@ -251,6 +235,39 @@ class _Begun:
         _, H, G, K, _ = layer.shape
         self.projected = self.output.new_empty(H + 2 * G, K)
         self.token.projected = self.projected.data_ptr()
+
+
+def describe(layer: AttentionLayer, attention: Any, parts: DecoderParts) -> DescribedLayer | None:
+    """A decoder layer for the kernel; `None` where it cannot take it.
+
+    Args:
+        layer: Its attention layer.
+        attention: Its attention module.
+        parts: Its parts.
+    """
+    memory, scaling = layer.memory, getattr(attention, "scaling", None)
+    _, H, G, K, V = layer.shape
+    if memory is None or K != V or not isinstance(scaling, float):
+        return None
+    weights = memory.output_weights()
+    if not native.ready(*(each.detach() for each in weights[:4] if each is not None)):
+        return None
+    try:
+        return DescribedLayer(parts.weights, weights, H, G, K, scaling)
+    except ShapeError:
+        return None
+
+
+def is_same(output: torch.Tensor, expected: torch.Tensor, hidden: torch.Tensor) -> bool:
+    """Whether the kernel gives what a layer gives.
+
+    Args:
+        output: What the kernel gives.
+        expected: What the layer gives, of the same shape.
+        hidden: What both were given.
+    """
+    added = (expected - hidden).abs().max()
+    return bool((output - expected).abs().max() <= TOLERANCE * (added + expected.abs().max() / 10))
 
 
 def run_paths(paths: list[FastPath], inputs: LayerInput, call: Call) -> list[LayerRun]:
@@ -291,7 +308,7 @@ def _is_readable(buffer: Tokens) -> bool:
     return kinds and all(each.is_cpu and each.is_contiguous() and type(each) is torch.Tensor for each in buffer)
 
 
-def _are_whole(tables: _Tables, size: int) -> bool:
+def _are_whole(tables: Tables, size: int) -> bool:
     """Whether tables rotate whole heads of one token, and the kernel can read them."""
     return all(table.shape == (1, 1, size) and table.is_contiguous() for table in tables) and native.ready(*tables)
 
@@ -303,5 +320,5 @@ def _evicted(exact: SinkWindow, contents: Callable[[], Tokens] | None) -> Tokens
     return contents()
 
 
-def _dense(tables: _Tables) -> _Tables:
+def _dense(tables: Tables) -> Tables:
     return tables[0].contiguous(), tables[1].contiguous()

@@ -78,7 +78,24 @@ class Precomputed:
         return [run.index for run in self._rest]
 
 
-class DecodeStep:
+class Ahead:
+    """What the kernels have done of a call before the model came to it.
+
+    Attributes:
+        precomputed: The layers that were run ahead of the model, or `None`.
+        last: The last layer that the kernels have run, what it gave, and its rotary tables; `None` before the first.
+    """
+
+    def __init__(self) -> None:
+        self.precomputed: Precomputed | None = None
+        self.last: tuple[Any, LayerRun, object] | None = None
+
+    def take_back(self) -> None:
+        """Takes back what layers have done that were run ahead, where the model gave one of them something else."""
+        self.precomputed = None
+
+
+class DecodeStep(Ahead):
     """The call that reads one token into a cache.
 
     Args:
@@ -88,15 +105,12 @@ class DecodeStep:
     Attributes:
         hidden: What each attention layer has read so far in this call, `[B, 1, D]`, by layer index.
         takes_kernels: Whether whole layers may be left to the kernels.
-        precomputed: The layers that were run ahead of the model, or `None`.
-        last: The last layer that the kernels have run, what it gave, and its rotary tables; `None` before the first.
     """
 
     def __init__(self, groups: list[LayerGroup], cache: HippocampalCache) -> None:
+        super().__init__()
         self.groups = groups
         self.hidden: dict[int, torch.Tensor] = {}
-        self.precomputed: Precomputed | None = None
-        self.last: tuple[Any, LayerRun, object] | None = None
         self._cache = cache
         self._rows: tuple[torch.Tensor, ...] | None = None
         self._places = {index: (group, n) for group in groups for n, index in enumerate(group.indices)}
@@ -116,8 +130,9 @@ class DecodeStep:
         return self._rows[index]
 
     def take_back(self) -> None:
-        """Takes back what layers have stored that were run ahead, where the model gave one of them something else."""
-        precomputed, self.precomputed = self.precomputed, None
+        """See `Ahead.take_back`: the tokens that layers have stored."""
+        precomputed = self.precomputed
+        super().take_back()
         for index in () if precomputed is None else precomputed.left():
             self._cache.take_back(index)
 

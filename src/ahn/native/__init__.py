@@ -57,7 +57,7 @@ _ARGUMENTS = {
     "ahn_linear": [*[_INT] * 3, *[_POINTER] * 4],
     "ahn_linear_each": [*[_INT] * 5, *[_POINTER] * 3],
     "ahn_decode_add": [*[_INT] * 5, *[_POINTER] * 8, _FLOAT, ctypes.c_int, ctypes.c_int, _POINTER],
-    "ahn_decode_layers": [_INT, _POINTER, _POINTER, ctypes.c_int],
+    "ahn_decode_layers": [_INT, _INT, _POINTER, _POINTER, ctypes.c_int],
     "ahn_packed_multiply": [*[_INT] * 2, *[_POINTER] * 4],
     "ahn_packed_unpack": [*[_INT] * 2, *[_POINTER] * 2],
     "ahn_half_multiply": [*[_INT] * 3, *[_POINTER] * 4],

@@ -143,6 +143,10 @@ WITHIN void lay_vectors(const packed *w, index_t vectors, const float *x, float 
 /* One panel times some vectors that were laid, at most MOST_VECTORS: out[vectors][PANEL_ROWS]. */
 WITHIN void multiply_panel(const packed *w, index_t panel, index_t vectors, const float *x, const float *sums,
                            float *out);
+/* out[M, N], `out_step` apart, = x[M, D] rows[N, D]^T; M is at most MOST_VECTORS, D a multiple of LANES. Each out[i]
+ * has room for N rounded up to LANES. */
+WITHIN void multiply_rows(index_t M, index_t N, index_t D, const float *x, const float *rows, float *out,
+                          index_t out_step);
 /* row . x, the row in bfloat16; D is a multiple of PANEL_ROWS. */
 WITHIN float multiply_half_row(const uint16_t *row, const float *x, index_t D);
 

@@ -1,9 +1,9 @@
-/* One token through decoder layers: norm, projections, rotation, attention, memory, output, gated MLP.
+/* Decoded tokens through decoder layers: norm, projections, rotation, attention, memory, output, gated MLP.
  *
  * All of it is one team of threads, which meets six times in a layer. What is cheap is done by every thread for itself (norms,
  * rotated queries), because meeting costs more.
  *
- * Legend of shapes: D hidden size, H query heads, G kv heads, R = H / G, K size of keys and values, I inner size.
+ * Legend of shapes: B tokens, each of a text of its own, D hidden size, H query heads, G kv heads, R = H / G, K size of keys and values, I inner size.
  */
 #include "kernels.h"
 
@@ -52,26 +52,34 @@ static index_t rows_from(const Weight *w, index_t row) { return w->rows - row < 
 
 static index_t units(const Weight *w) { return (w->rows + UNIT - 1) / UNIT; }
 
-/* What a packed weight is to be multiplied by, as it takes it: x laid, [columns], and the sums of its groups. */
-static void prepare(const Weight *w, const float *x, float *laid)
+/* What a packed weight is to be multiplied by, as it takes it: x laid, [B, columns], and the sums of its groups. */
+static void prepare(const Weight *w, index_t B, const float *x, float *laid)
 {
-    if (w->kind == PACKED) lay_vectors(w->numbers, 1, x, laid + w->columns, laid);
+    if (w->kind == PACKED) lay_vectors(w->numbers, B, x, laid + B * w->columns, laid);
 }
 
-/* out[UNIT] = rows of a weight from `unit` * UNIT on, times x (+ bias), which `prepare` has laid. */
-static void multiply(const Weight *w, index_t unit, const float *x, const float *laid, float *out)
+/* out[B, UNIT] = rows of a weight from `unit` * UNIT on, times each x[B, columns] (+ bias), which `prepare` has laid. */
+static void multiply(const Weight *w, index_t B, index_t unit, const float *x, const float *laid, float *out)
 {
     index_t row = unit * UNIT, count = rows_from(w, row), D = w->columns;
-    if (w->kind == PACKED) {
-        multiply_panel(w->numbers, unit, 1, laid, laid + D, out);
-    } else if (w->kind == FLOAT32) {
-        products(1, x, D, (const float *)w->numbers + row * D, D, count, D, 0, 1, out, UNIT);
-    } else {
-        for (index_t i = 0; i < count; i++)
-            out[i] = multiply_half_row((const uint16_t *)w->numbers + (row + i) * D, x, D);
+    for (index_t b = 0; b < B; b += MOST_VECTORS) {
+        index_t vectors = B - b < MOST_VECTORS ? B - b : MOST_VECTORS;
+        const float *mine = x + b * D;
+        float *to = out + b * UNIT;
+        if (w->kind == PACKED) {
+            const packed *numbers = w->numbers;
+            multiply_panel(numbers, unit, vectors, laid + b * D, laid + B * D + b * numbers->groups, to);
+        } else if (w->kind == FLOAT32) {
+            multiply_rows(vectors, count, D, mine, (const float *)w->numbers + row * D, to, UNIT);
+        } else {
+            for (index_t i = 0; i < vectors * count; i++)
+                to[i / count * UNIT + i % count] = multiply_half_row(
+                    (const uint16_t *)w->numbers + (row + i % count) * D, mine + i / count * D, D);
+        }
     }
     if (w->bias)
-        for (index_t i = 0; i < count; i++) out[i] += w->bias[row + i];
+        for (index_t b = 0; b < B; b++)
+            for (index_t i = 0; i < count; i++) out[b * UNIT + i] += w->bias[row + i];
 }
 
 static void normalize(const Norm *norm, const float *x, index_t size, float *to)
@@ -188,86 +196,119 @@ static void turn_queries(const Layer *layer, const Token *token, const float *ra
 
 /* What the threads share. */
 typedef struct {
-    float *projected; /* [H + 2 G, K]: queries, keys, values */
-    float *sums;      /* [G, blocks, R, K] */
-    Tally *tallies;   /* [G, blocks, R] */
-    float *attended;  /* [H, K] */
-    float *read;      /* [H, K] */
-    float *middle;    /* [D] */
-    float *inner;     /* [I] */
+    float *projected[3]; /* queries [B, H, K], keys and values [B, G, K] */
+    float *sums;         /* [B, G, blocks, R, K] */
+    Tally *tallies;      /* [B, G, blocks, R] */
+    float *attended;     /* [B, H, K] */
+    float *read;         /* [B, H, K] */
+    float *middle;       /* [B, D] */
+    float *inner;        /* [B, I] */
 } Shared;
 
-/* The work of one thread of the team, with scratch of its own: input [widest], three times an input and its sums
- * [2 widest], two times queries [H, K]. */
-static void run(const Layer *layer, const Token *token, const Shared *shared, index_t blocks, index_t widest,
-                float *input)
+/* Puts what a unit of a weight gave, block[B, UNIT], to its rows of out[B, rows]. */
+static void lay_unit(const Weight *w, index_t B, index_t unit, const float *block, float *out)
+{
+    index_t row = unit * UNIT, count = rows_from(w, row);
+    for (index_t b = 0; b < B; b++)
+        memcpy(out + b * w->rows + row, block + b * UNIT, (size_t)count * sizeof(float));
+}
+
+/* What the tokens read of their rings, their anchors and the states, added up: attended[B, H, K]. `input` [B, D] is
+ * what the layer reads, `query` and `sink_query` are [B, H, K], and `blocks` are those of the token that reads most. */
+static void attend_tokens(const Layer *layer, index_t B, const Token *tokens, const Shared *shared, index_t blocks,
+                          const float *input, const float *query, const float *sink_query, float *room)
 {
     index_t D = layer->hidden, H = layer->heads, G = layer->kv_heads, R = H / G, K = layer->size;
-    float *laid = input + widest, *query = laid + 6 * widest, *sink_query = query + H * K;
-    float block[UNIT] __attribute__((aligned(ALIGNMENT))), other[UNIT] __attribute__((aligned(ALIGNMENT)));
+#pragma omp for schedule(static)
+    for (index_t unit = 0; unit < B * G * blocks; unit++) {
+        index_t b = unit / blocks / G, g = unit / blocks % G, block = unit % blocks;
+        const Token *token = tokens + b;
+        Segment segments[3];
+        index_t count = lay_segments(layer, token, query + b * H * K,
+                                     (token->sink_cos ? sink_query : query) + b * H * K, segments);
+        if (block >= key_blocks(segments, count)) continue;
+        Call call = {.T = 1, .H = H, .R = R, .K = K, .V = K, .seen = token->seen, .scaling = layer->scaling};
+        if (block == slot_block(token))
+            store_token(layer, token, g, shared->projected[1] + b * G * K, shared->projected[2] + b * G * K, room);
+        attend_block(&call, segments, block, 0, g, shared->tallies + unit * R, shared->sums + unit * R * K);
+    }
+#pragma omp for schedule(static)
+    for (index_t unit = 0; unit < B * H; unit++) {
+        index_t b = unit / H, h = unit % H, found = (b * G + h / R) * blocks * R + h % R;
+        const Token *token = tokens + b;
+        Segment segments[3];
+        index_t own = key_blocks(segments, lay_segments(layer, token, NULL, NULL, segments));
+        float *attended = shared->attended + unit * K;
+        merge_blocks(shared->tallies + found, shared->sums + found * K, own, R, K, attended);
+        if (!token->state) continue;
+        read_gated(&layer->memory, h, K, K, D, query + unit * K, input + b * D, token->state + h * K * K,
+                   shared->read + unit * K);
+        if (layer->memory.per_head) project_read(&layer->memory, h, H, K, shared->read + b * H * K, attended);
+    }
+    if (!layer->memory.per_head) {
+#pragma omp for schedule(static)
+        for (index_t unit = 0; unit < B * H; unit++)
+            if (tokens[unit / H].state)
+                project_read(&layer->memory, unit % H, H, K, shared->read + unit / H * H * K,
+                             shared->attended + unit * K);
+    }
+}
+
+/* The work of one thread of the team, with scratch of its own: input [B, widest], three times an input and its sums
+ * [2, B, widest], two times queries [B, H, K]. */
+static void run(const Layer *layer, index_t B, const Token *tokens, const Shared *shared, index_t blocks,
+                index_t widest, float *input)
+{
+    index_t D = layer->hidden, H = layer->heads, K = layer->size, step = B * widest;
+    float *laid = input + step, *query = laid + 6 * step, *sink_query = query + B * H * K;
+    float block[B * UNIT] __attribute__((aligned(ALIGNMENT))), other[B * UNIT] __attribute__((aligned(ALIGNMENT)));
     const Weight *maps[] = {&layer->query, &layer->key, &layer->value};
-    float *to[] = {shared->projected, shared->projected + H * K, shared->projected + (H + G) * K};
-    normalize(&layer->first, token->x, D, input);
-    for (int i = 0; i < 3; i++) prepare(maps[i], input, laid + 2 * i * widest);
+    for (index_t b = 0; b < B; b++) normalize(&layer->first, tokens[b].x, D, input + b * D);
+    for (int i = 0; i < 3; i++) prepare(maps[i], B, input, laid + 2 * i * step);
     index_t first = units(maps[0]), second = first + units(maps[1]), last = second + units(maps[2]);
 #pragma omp for schedule(static)
     for (index_t unit = 0; unit < last; unit++) {
         int i = (unit >= first) + (unit >= second);
         index_t mine = unit - (i == 0 ? 0 : i == 1 ? first : second);
-        multiply(maps[i], mine, input, laid + 2 * i * widest, block);
-        memcpy(to[i] + mine * UNIT, block, (size_t)rows_from(maps[i], mine * UNIT) * sizeof(float));
+        multiply(maps[i], B, mine, input, laid + 2 * i * step, block);
+        lay_unit(maps[i], B, mine, block, shared->projected[i]);
     }
-    turn_queries(layer, token, to[0], query, sink_query);
-    Segment segments[3];
-    lay_segments(layer, token, query, token->sink_cos ? sink_query : query, segments);
-    Call call = {.T = 1, .H = H, .R = R, .K = K, .V = K, .seen = token->seen, .scaling = layer->scaling};
-#pragma omp for schedule(static)
-    for (index_t unit = 0; unit < G * blocks; unit++) {
-        index_t g = unit / blocks;
-        if (unit % blocks == slot_block(token)) store_token(layer, token, g, to[1], to[2], laid);
-        attend_block(&call, segments, unit % blocks, 0, g, shared->tallies + unit * R, shared->sums + unit * R * K);
-    }
-#pragma omp for schedule(static)
-    for (index_t h = 0; h < H; h++) {
-        index_t found = h / R * blocks * R + h % R;
-        merge_blocks(shared->tallies + found, shared->sums + found * K, blocks, R, K, shared->attended + h * K);
-        if (!token->state) continue;
-        read_gated(&layer->memory, h, K, K, D, query + h * K, input, token->state + h * K * K, shared->read + h * K);
-        if (layer->memory.per_head) project_read(&layer->memory, h, H, K, shared->read, shared->attended + h * K);
-    }
-    if (token->state && !layer->memory.per_head) {
-#pragma omp for schedule(static)
-        for (index_t h = 0; h < H; h++) project_read(&layer->memory, h, H, K, shared->read, shared->attended + h * K);
-    }
+    for (index_t b = 0; b < B; b++)
+        turn_queries(layer, tokens + b, shared->projected[0] + b * H * K, query + b * H * K, sink_query + b * H * K);
+    attend_tokens(layer, B, tokens, shared, blocks, input, query, sink_query, laid);
 #pragma omp master
-    {
-        memcpy(token->normed, input, (size_t)D * sizeof(float));
-        if (token->projected) memcpy(token->projected, query, (size_t)(H * K) * sizeof(float));
+    for (index_t b = 0; b < B; b++) {
+        memcpy(tokens[b].normed, input + b * D, (size_t)D * sizeof(float));
+        if (tokens[b].projected) memcpy(tokens[b].projected, query + b * H * K, (size_t)(H * K) * sizeof(float));
     }
-    prepare(&layer->output, shared->attended, laid);
+    prepare(&layer->output, B, shared->attended, laid);
 #pragma omp for schedule(static)
     for (index_t unit = 0; unit < units(&layer->output); unit++) {
-        multiply(&layer->output, unit, shared->attended, laid, block);
-        for (index_t i = 0, row = unit * UNIT; i < rows_from(&layer->output, row); i++)
-            shared->middle[row + i] = token->x[row + i] + block[i];
+        index_t row = unit * UNIT;
+        multiply(&layer->output, B, unit, shared->attended, laid, block);
+        for (index_t b = 0; b < B; b++)
+            for (index_t i = 0; i < rows_from(&layer->output, row); i++)
+                shared->middle[b * D + row + i] = tokens[b].x[row + i] + block[b * UNIT + i];
     }
-    normalize(&layer->second, shared->middle, D, input);
-    prepare(&layer->gate, input, laid);
-    prepare(&layer->up, input, laid + 2 * widest);
+    for (index_t b = 0; b < B; b++) normalize(&layer->second, shared->middle + b * D, D, input + b * D);
+    prepare(&layer->gate, B, input, laid);
+    prepare(&layer->up, B, input, laid + 2 * step);
 #pragma omp for schedule(static)
     for (index_t unit = 0; unit < units(&layer->gate); unit++) {
-        multiply(&layer->gate, unit, input, laid, block);
-        multiply(&layer->up, unit, input, laid + 2 * widest, other);
-        for (index_t i = 0; i < UNIT; i += LANES)
+        multiply(&layer->gate, B, unit, input, laid, block);
+        multiply(&layer->up, B, unit, input, laid + 2 * step, other);
+        for (index_t i = 0; i < B * UNIT; i += LANES)
             store(block + i, activate(load(block + i), (int)layer->is_gelu) * load(other + i));
-        memcpy(shared->inner + unit * UNIT, block, (size_t)rows_from(&layer->gate, unit * UNIT) * sizeof(float));
+        lay_unit(&layer->gate, B, unit, block, shared->inner);
     }
-    prepare(&layer->down, shared->inner, laid);
+    prepare(&layer->down, B, shared->inner, laid);
 #pragma omp for schedule(static)
     for (index_t unit = 0; unit < units(&layer->down); unit++) {
-        multiply(&layer->down, unit, shared->inner, laid, block);
-        for (index_t i = 0, row = unit * UNIT; i < rows_from(&layer->down, row); i++)
-            token->out[row + i] = shared->middle[row + i] + block[i];
+        index_t row = unit * UNIT;
+        multiply(&layer->down, B, unit, shared->inner, laid, block);
+        for (index_t b = 0; b < B; b++)
+            for (index_t i = 0; i < rows_from(&layer->down, row); i++)
+                tokens[b].out[row + i] = shared->middle[b * D + row + i] + block[b * UNIT + i];
     }
 }
 
@@ -285,39 +326,43 @@ typedef struct {
     index_t shared; /* of all together */
 } Room;
 
-static Room room_of(const Layer *layer, const Token *token)
+static Room room_of(const Layer *layer, index_t B, const Token *tokens)
 {
-    index_t D = layer->hidden, H = layer->heads, G = layer->kv_heads, K = layer->size, I = layer->gate.rows;
-    Segment segments[3];
-    index_t blocks = key_blocks(segments, lay_segments(layer, token, NULL, NULL, segments));
+    index_t D = layer->hidden, H = layer->heads, G = layer->kv_heads, K = layer->size, I = layer->gate.rows, blocks = 0;
+    for (index_t b = 0; b < B; b++) {
+        Segment segments[3];
+        blocks = larger(blocks, key_blocks(segments, lay_segments(layer, tokens + b, NULL, NULL, segments)));
+    }
     index_t widest = to_line(larger(larger(D, I), H * K));
     return (Room){.blocks = blocks,
                   .widest = widest,
-                  .own = 7 * widest + to_line(2 * H * K),
-                  .shared = to_line(H * blocks * K) + to_line(2 * H * blocks) + 2 * to_line(H * K) +
-                            to_line((H + 2 * G) * K) + to_line(D) + to_line(I)};
+                  .own = 7 * B * widest + to_line(2 * B * H * K),
+                  .shared = to_line(B * H * blocks * K) + to_line(2 * B * H * blocks) + 3 * to_line(B * H * K) +
+                            2 * to_line(B * G * K) + to_line(B * D) + to_line(B * I)};
 }
 
-static Shared lay_shared(const Layer *layer, index_t blocks, float *memory)
+static Shared lay_shared(const Layer *layer, index_t B, index_t blocks, float *memory)
 {
     index_t D = layer->hidden, H = layer->heads, G = layer->kv_heads, K = layer->size;
     Shared shared = {.sums = memory};
-    shared.tallies = (Tally *)(memory + to_line(H * blocks * K));
-    shared.attended = (float *)shared.tallies + to_line(2 * H * blocks);
-    shared.read = shared.attended + to_line(H * K);
-    shared.projected = shared.read + to_line(H * K);
-    shared.middle = shared.projected + to_line((H + 2 * G) * K);
-    shared.inner = shared.middle + to_line(D);
+    shared.tallies = (Tally *)(memory + to_line(B * H * blocks * K));
+    shared.attended = (float *)shared.tallies + to_line(2 * B * H * blocks);
+    shared.read = shared.attended + to_line(B * H * K);
+    shared.projected[0] = shared.read + to_line(B * H * K);
+    shared.projected[1] = shared.projected[0] + to_line(B * H * K);
+    shared.projected[2] = shared.projected[1] + to_line(B * G * K);
+    shared.middle = shared.projected[2] + to_line(B * G * K);
+    shared.inner = shared.middle + to_line(B * D);
     return shared;
 }
 
-/* Takes a token through `count` layers, of which each reads what the one before gave. Returns 0, or 1 where there is
- * no memory for the scratch. */
-int ahn_decode_layers(index_t count, const Layer *const *layers, const Token *tokens, int threads)
+/* Takes B tokens of as many texts through `count` layers, of which each reads what the one before gave: tokens
+ * [count, B]. Returns 0, or 1 where there is no memory for the scratch. */
+int ahn_decode_layers(index_t count, index_t B, const Layer *const *layers, const Token *tokens, int threads)
 {
     index_t own = 0, shared = 0;
     for (index_t i = 0; i < count; i++) {
-        Room room = room_of(layers[i], tokens + i);
+        Room room = room_of(layers[i], B, tokens + i * B);
         own = larger(own, room.own), shared = larger(shared, room.shared);
     }
     int most = omp_get_max_threads();
@@ -326,9 +371,9 @@ int ahn_decode_layers(index_t count, const Layer *const *layers, const Token *to
     if (!memory) return 1;
 #pragma omp parallel num_threads(threads)
     for (index_t i = 0; i < count; i++) {
-        Room room = room_of(layers[i], tokens + i);
-        Shared mine = lay_shared(layers[i], room.blocks, memory + threads * own);
-        run(layers[i], tokens + i, &mine, room.blocks, room.widest, memory + omp_get_thread_num() * own);
+        Room room = room_of(layers[i], B, tokens + i * B);
+        Shared mine = lay_shared(layers[i], B, room.blocks, memory + threads * own);
+        run(layers[i], B, tokens + i * B, &mine, room.blocks, room.widest, memory + omp_get_thread_num() * own);
     }
     free(memory);
     return 0;

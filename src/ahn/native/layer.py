@@ -1,13 +1,14 @@
-"""One token through whole decoder layers in one call: norm, projections, rotation, attention, memory, gated MLP.
+"""Decoded tokens through whole decoder layers in one call: norm, projections, rotation, attention, memory, gated MLP.
 
-Legend of shapes: D hidden size, H query heads, G key/value heads, K size of keys and values, I inner size, N anchors.
+Legend of shapes: L layers, B tokens, each of a text of its own, D hidden size, H query heads, G key/value heads,
+K size of keys and values, I inner size, N anchors.
 """
 
 from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from typing import ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,6 +21,9 @@ from ahn.native.team import Team
 _INT, _FLOAT, _POINTER = ctypes.c_int64, ctypes.c_float, ctypes.c_void_p
 _LANES, _PACKED = 8, 3
 _TEAM = Team()
+
+MOST_TOKENS = 32
+"""Tokens that are worth taking through layers together: the products of more are faster in libraries."""
 
 
 class _Weight(ctypes.Structure):
@@ -63,7 +67,7 @@ class _DecoderLayer(ctypes.Structure):
 
 
 class Token(ctypes.Structure):
-    """One token on its way through a layer: addresses of tensors that the caller keeps alive, and counts.
+    """One token on its way through a layer: addresses of tensors that the caller keeps alive, and counts; 8 bytes each.
 
     Attributes:
         x: Input of the layer, `[D]` float32.
@@ -225,6 +229,42 @@ class DescribedLayer:
             raise ShapeError(f"a kernel takes bfloat16 with columns that are a multiple of {PANEL_ROWS}")
 
 
+class TokenTable:
+    """Tokens of several texts on their way through layers: a column for each field of `Token`.
+
+    Args:
+        numbers: `[L, B, fields]` int64; zeros to begin with, which are the `None` of an address.
+    """
+
+    _columns: ClassVar = {name: number for number, (name, _) in enumerate(Token._fields_)}
+
+    def __init__(self, numbers: Tensor) -> None:
+        self.numbers = numbers
+        self._kept: list[Tensor] = []  # whose addresses are noted
+
+    def set(self, **fields: Tensor | int) -> None:
+        """Sets fields.
+
+        Args:
+            **fields: Numbers or addresses, `[L, B]` or what spreads to that.
+        """
+        for name, value in fields.items():
+            self.numbers[..., self._columns[name]] = value
+
+    def point(self, **fields: Tensor | None) -> None:
+        """Sets fields to addresses.
+
+        Args:
+            **fields: Tensors `[L, B, ...]` whose entries lie dense; nothing is set for `None`.
+        """
+        for name, tensor in fields.items():
+            if tensor is not None:
+                steps = torch.arange(tensor.size(0))[:, None] * tensor.stride(0)
+                steps = steps + torch.arange(tensor.size(1)) * tensor.stride(1)
+                self.set(**{name: tensor.data_ptr() + tensor.element_size() * steps})
+                self._kept.append(tensor)
+
+
 def run_layers(layers: Sequence[DescribedLayer], tokens: Sequence[Token]) -> None:
     """Takes a token through consecutive layers: writes their outputs, their slots, and what their attention reads.
 
@@ -232,9 +272,23 @@ def run_layers(layers: Sequence[DescribedLayer], tokens: Sequence[Token]) -> Non
         layers: The layers.
         tokens: The token on its way through each; what a layer gives is the input of the next.
     """
-    count = len(layers)
-    laid, addresses = (Token * count)(*tokens), (_POINTER * count)(*(layer.address for layer in layers))
-    arguments = count, ctypes.addressof(addresses), ctypes.addressof(laid)
+    laid = (Token * len(layers))(*tokens)
+    _run(layers, 1, ctypes.addressof(laid))
+
+
+def run_table(layers: Sequence[DescribedLayer], table: TokenTable) -> None:
+    """Takes the tokens of several texts through consecutive layers, as `run_layers` takes one.
+
+    Args:
+        layers: The layers.
+        table: The tokens on their way through each.
+    """
+    _run(layers, table.numbers.size(1), table.numbers.data_ptr())
+
+
+def _run(layers: Sequence[DescribedLayer], tokens: int, laid: int) -> None:
+    addresses = (_POINTER * len(layers))(*(layer.address for layer in layers))
+    arguments = len(layers), tokens, ctypes.addressof(addresses), laid
     _TEAM.run(torch.get_num_threads(), lambda threads: native._run("ahn_decode_layers", *arguments, threads))
 
 

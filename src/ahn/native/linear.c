@@ -1,19 +1,24 @@
 /* Linear maps of a few vectors, at the speed at which memory brings the weights. */
-#include "vector.h"
+#include "kernels.h"
 
 #define ROWS_AT_ONCE 64
+
+void multiply_rows(index_t M, index_t N, index_t D, const float *x, const float *rows, float *out, index_t out_step)
+{
+    switch (M) {
+    case 1: products(1, x, D, rows, D, N, D, 0, 1, out, out_step); break;
+    case 2: products(2, x, D, rows, D, N, D, 0, 1, out, out_step); break;
+    case 3: products(3, x, D, rows, D, N, D, 0, 1, out, out_step); break;
+    default: products(4, x, D, rows, D, N, D, 0, 1, out, out_step); break;
+    }
+}
 
 /* out[M, N], `out_step` apart, = x[M, D] rows[N, D]^T (+ bias); N is at most ROWS_AT_ONCE. */
 static void multiply(index_t M, index_t N, index_t D, const float *x, const float *rows, const float *bias, float *out,
                      index_t out_step)
 {
     float block[MOST_VECTORS * ROWS_AT_ONCE] __attribute__((aligned(ALIGNMENT)));
-    switch (M) {
-    case 1: products(1, x, D, rows, D, N, D, 0, 1, block, ROWS_AT_ONCE); break;
-    case 2: products(2, x, D, rows, D, N, D, 0, 1, block, ROWS_AT_ONCE); break;
-    case 3: products(3, x, D, rows, D, N, D, 0, 1, block, ROWS_AT_ONCE); break;
-    default: products(4, x, D, rows, D, N, D, 0, 1, block, ROWS_AT_ONCE); break;
-    }
+    multiply_rows(M, N, D, x, rows, block, ROWS_AT_ONCE);
     for (index_t i = 0; i < M; i++)
         for (index_t j = 0; j < N; j++) out[i * out_step + j] = block[i * ROWS_AT_ONCE + j] + (bias ? bias[j] : 0);
 }

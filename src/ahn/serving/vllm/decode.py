@@ -17,6 +17,7 @@ import torch
 
 from ahn import native
 from ahn.attention.call import Call, LayerCall, Softmax
+from ahn.attention.decoding import Ahead
 from ahn.attention.function import softmax_of
 from ahn.attention.softmax import Reading, explicit_weights
 from ahn.backbone.rotary import Rotary
@@ -27,15 +28,29 @@ from ahn.serving.vllm.anchors import DecodedAnchors
 from ahn.serving.vllm.runtime import Rows, Runtime, ServedCall, ServedLayer
 
 
-class DecodedTokens:
+class DecodedTokens(Ahead):
     """The tokens of requests that read one each, the first of the batch.
 
     Args:
         runtime: What all steps share.
         rows: The requests.
+
+    Attributes:
+        runtime: What all steps share.
+        count: B.
+        call: What all layers share in this step.
+        hidden: What each attention layer has read so far, `[B, 1, D]`, by layer index.
+        blocks: The requests' blocks, `[B]`.
+        seen: Tokens that each has read before, `[B]`.
+        places: Places of the new tokens in the rings, `[B]`.
+        used: Places that hold tokens, the new ones included, `[B]`.
+        longest: Tokens of the longest text.
+        evicts: Whether something has left the window of each, `[B]`.
+        anchors: Their anchors, or `None` where there are none.
     """
 
     def __init__(self, runtime: Runtime, rows: Sequence[Rows]) -> None:
+        super().__init__()
         self.runtime = runtime
         self.count = len(rows)
         self.call = Call(runtime.attachment, runtime.settings, None)
@@ -75,16 +90,38 @@ class DecodedTokens:
         served, _, projected, inputs, options = asked
         q_BH1K, k_BG1K, v_BG1V = (x[:, :, : self.count].transpose(0, 2) for x in projected)
         hidden = inputs["hidden_states"][0, : self.count, None]
-        self.hidden[served.layer.index] = hidden
         served.pages["keys"][self.blocks, :, self.places] = k_BG1K.squeeze(2)
         served.pages["values"][self.blocks, :, self.places] = v_BG1V.squeeze(2)
-        call = LayerCall(served.layer, served.memory, self.call, hidden, None, self._rotary(served, inputs))
-        if self.anchors is not None:
-            self.anchors.score(served, call, (q_BH1K, k_BG1K, v_BG1V))
+        call = self.layer_call(served, hidden, inputs)
+        self.note(call, served, (q_BH1K, k_BG1K, v_BG1V))
         sink_q = call.sink_queries(q_BH1K, self.longest)
         softmax = softmax_of(q_BH1K, options.get("scaling"), 0.0, dict(options))
         local = self._attend_local(served, q_BH1K.contiguous(), sink_q, softmax)
         return served.memory.decode_add(local, q_BH1K.transpose(1, 2), hidden, served.pages["state"], self.blocks)
+
+    def layer_call(self, served: ServedLayer, hidden: torch.Tensor, inputs: Mapping[str, Any]) -> LayerCall:
+        """A layer in this step.
+
+        Args:
+            served: The layer.
+            hidden: What its attention reads, `[B, 1, D]`.
+            inputs: Its rotary tables and the positions of the tokens, as in `ServedCall`.
+        """
+        return LayerCall(served.layer, served.memory, self.call, hidden, None, self._rotary(served, inputs))
+
+    def note(
+        self, call: LayerCall, served: ServedLayer, projected: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None
+    ) -> None:
+        """Keeps what a layer has read, for the gates of the tokens, and scores the tokens.
+
+        Args:
+            call: The layer in this step.
+            served: The layer.
+            projected: Queries, keys and values of the tokens, `[B, ?, 1, ?]` each; `None` where nothing scores them.
+        """
+        self.hidden[served.layer.index] = call.hidden
+        if self.anchors is not None and projected is not None:
+            self.anchors.score(served, call, projected)
 
     def _rotary(self, served: ServedLayer, inputs: Mapping[str, Any]) -> Rotary | None:
         tables = inputs.get("position_embeddings")

@@ -81,23 +81,21 @@ class StepHolder:
 
     Args:
         runtime: What all steps share.
+        prefix: Name of one of these layers in vLLM; its metadata is that of all.
     """
 
-    def __init__(self, runtime: Runtime) -> None:
+    def __init__(self, runtime: Runtime, prefix: str) -> None:
         self.runtime = runtime
+        self._prefix = prefix
         self._context: ForwardContext | None = None
         self._step: Step | None = None
 
-    def find(self, prefix: str) -> Step | None:
-        """The step of the current forward call, or `None` where vLLM only profiles.
-
-        Args:
-            prefix: Name of the layer that asks.
-        """
+    def find(self) -> Step | None:
+        """The step of the current forward call, or `None` where vLLM only profiles."""
         context = get_forward_context()
         if context is not self._context:
             metadata = context.attn_metadata
-            own = metadata.get(prefix) if isinstance(metadata, Mapping) else None
+            own = metadata.get(self._prefix) if isinstance(metadata, Mapping) else None
             self._context, self._step = context, None if own is None else Step(self.runtime, own.rows)
         return self._step
 
@@ -117,7 +115,6 @@ class MemoryAttention(nn.Module, MambaBase):  # type: ignore[misc]
         super().__init__()
         self.served = served
         self.holder = holder
-        self.prefix = prefix
         self.kv_cache: tuple[torch.Tensor, ...] = ()
         self._page_bytes = page_bytes
         self._inputs: Mapping[str, Any] = {}
@@ -159,7 +156,7 @@ class MemoryAttention(nn.Module, MambaBase):  # type: ignore[misc]
         """Attention of all tokens of the batch, `[1, T, H, V]`; see `Step.attend`."""
         query, _, value = projected
         inputs, self._inputs = self._inputs, {}
-        step = self.holder.find(self.prefix)
+        step = self.holder.find()
         if step is None:
             return value.new_zeros(1, query.size(2), query.size(1), value.size(3))
         return step.attend(ServedCall(self.served, module, projected, inputs, options))

@@ -19,8 +19,10 @@ from ahn.attachment import MODULE, SCORE_WEIGHTS, Attachment, AttentionLayer
 from ahn.backbone.rotary import Rotation, find_rotary
 from ahn.config import RunSettings
 from ahn.memories import build_memory
+from ahn.serving.vllm.decoder import leave_to_kernels
 from ahn.serving.vllm.layer import MemoryAttention, StepHolder, served_attention
 from ahn.serving.vllm.layout import block_bytes, block_tensors, empty_cache
+from ahn.serving.vllm.linear import ServedReader, keep_weights
 from ahn.serving.vllm.memory import ServedMemory, give_score_weights, own_heads, read_memory, survey_base
 from ahn.serving.vllm.parsing import FIELD
 from ahn.serving.vllm.runtime import Runtime, ServedLayer
@@ -35,6 +37,7 @@ class MemoryMixin(Base):  # type: ignore[misc]
     memory: ServedMemory
     attachment: Attachment
     runtime: Runtime
+    holder: StepHolder
 
     def _patch_config(self) -> None:
         """As the backend does, and looks at the base before its modules are replaced."""
@@ -59,11 +62,11 @@ class MemoryMixin(Base):  # type: ignore[misc]
         cache = empty_cache(self.attachment, settings)
         served = {i: ServedLayer(layers[i], block_tensors(cache, i)) for i in range(start, end)}
         self.runtime = Runtime(self.attachment, settings, served)
-        holder = StepHolder(self.runtime)
+        names = {i: f"{prefix}.{self.attention_fusers[i][0]}.{VLLM_ATTN_ATTR}".lstrip(".") for i in served}
+        self.holder = StepHolder(self.runtime, names[start])
         page_bytes = max(block_bytes(each.tensors) for each in served.values())
         for each in served.values():
-            name = f"{prefix}.{self.attention_fusers[each.layer.index][0]}".lstrip(".")
-            attention = MemoryAttention(each, holder, page_bytes, f"{name}.{VLLM_ATTN_ATTR}", self.vllm_config)
+            attention = MemoryAttention(each, self.holder, page_bytes, names[each.layer.index], self.vllm_config)
             setattr(each.layer.module, VLLM_ATTN_ATTR, attention)
             each.layer.module.register_forward_pre_hook(attention.note, with_kwargs=True)
         AttentionInterface.register(IMPLEMENTATION, served_attention)
@@ -94,12 +97,14 @@ class MemoryMixin(Base):  # type: ignore[misc]
         )
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
-        """Loads the base model's weights as the backend does, and the memory's."""
+        """Loads the base model's weights as the backend does, and the memory's; then the kernels look at the layers."""
         loaded: set[str] = super().load_weights((name, tensor) for name, tensor in weights if ".ahn." not in name)
         tensors, rank = self.memory.content.tensors(), get_tensor_model_parallel_rank()
         for served in self.runtime.layers.values():
             for name, parameter in served.memory.state_dict(keep_vars=True).items():
                 parameter.data.copy_(own_heads(tensors[f"layers.{served.layer.index}.{name}"], parameter.size(0), rank))
+        fast = leave_to_kernels(self.model, self.runtime, self.holder.find, ServedReader())
+        keep_weights(fast, getattr(self, "lm_head", None))
         ours = (f".{MODULE}.", f".{SCORE_WEIGHTS}.")
         return loaded | {name for name, _ in self.named_parameters() if any(mark in name for mark in ours)}
 

@@ -15,12 +15,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from ahn import native
 from ahn.anchors.selection import Scoreboard
 from ahn.attachment import Attachment, AttentionLayer
 from ahn.cache.window import SinkWindow
 from ahn.config import RunSettings
 from ahn.memories import Memory
 from ahn.serving.vllm.layout import BlockTensor, empty_cache, memory_layer
+
+_OF_KERNELS = ("keys", "values", "state", "anchor_keys", "anchor_values")
+"""Tensors of a block that the kernels of whole decoder layers read."""
 
 
 class Rows(NamedTuple):
@@ -136,6 +140,23 @@ class Runtime:
             needed |= {"anchor_keys", "anchor_values"}
             is_alike = is_alike and not self.board.score.accumulates  # such a score looks at the weights of attention
         return is_alike and needed <= set(self.pages) and all(each.memory.is_plain() for each in layers)
+
+    @functools.cached_property
+    def takes_kernels(self) -> bool:
+        """Whether the kernels of whole decoder layers can read and write the pages."""
+        named = [tensor for name, tensor in self.pages.items() if name in _OF_KERNELS]
+        return self.decodes_together and all(native.ready(each) and each[0, 0].is_contiguous() for each in named)
+
+    def addresses(self, name: str, blocks: torch.Tensor) -> torch.Tensor:
+        """Where a tensor of some blocks lies, in every layer, `[L, B]` int64.
+
+        Args:
+            name: Its name.
+            blocks: The blocks, `[B]`.
+        """
+        pages = self.pages[name]
+        layers = torch.arange(pages.size(0))[:, None] * pages.stride(0)
+        return pages.data_ptr() + pages.element_size() * (layers + blocks * pages.stride(1))
 
 
 def _stacked(pages: list[torch.Tensor | None]) -> torch.Tensor | None:

@@ -15,6 +15,7 @@ from ahn.attention.call import Call
 from ahn.attention.function import attention_function
 from ahn.attention.hooks import layer_call
 from ahn.cache.cache import HippocampalCache
+from ahn.native.layer import MOST_TOKENS
 from ahn.serving.vllm.decode import DecodedTokens
 from ahn.serving.vllm.layout import (
     close_board,
@@ -96,6 +97,14 @@ class Step:
                 singles.append(each)
         self.decoded = DecodedTokens(runtime, singles) if singles else None
         self.chunks = [Chunk(runtime, each) for each in rows[len(singles) :]]
+
+    @property
+    def kernel_tokens(self) -> DecodedTokens | None:
+        """The tokens of the step, if the kernels can take all of them through whole decoder layers; else `None`."""
+        tokens = self.decoded
+        if tokens is None or self.chunks or tokens.count > MOST_TOKENS or not self.runtime.takes_kernels:
+            return None
+        return tokens
 
     def attend(self, asked: ServedCall) -> torch.Tensor:
         """Attention of all tokens in one layer, `[1, T, H, V]`.
