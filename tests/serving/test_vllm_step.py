@@ -157,18 +157,20 @@ class TestKernels:
         assert seen
         assert max(layers for layers, _ in spans) == 1
 
+    @pytest.mark.parametrize("inference", [False, True], ids=["no_grad", "inference_mode"])
     @pytest.mark.parametrize("change", ["replaced", "in place"])
-    def test_something_comes_between(self, change: str, spans: list[tuple[int, int]]) -> None:
+    def test_something_comes_between(self, change: str, inference: bool, spans: list[tuple[int, int]]) -> None:
         def hook(module: nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor:
             return output * 1.5 if change == "replaced" else output.mul_(1.5)
 
         model = tiny.with_memory("llama:wide")
         engine = Engine(model)
-        self.check(model, engine)
-        assert spans[-1] == (3, 1)
-        model.model.layers[1].register_forward_hook(hook)
-        self.check(model, engine)
-        assert spans[-1] != (3, 1)
+        with torch.inference_mode() if inference else torch.no_grad():
+            self.check(model, engine)
+            assert spans[-1] == (3, 1)
+            model.model.layers[1].register_forward_hook(hook)
+            self.check(model, engine)
+            assert spans[-1] != (3, 1)
 
     def test_too_many_requests(self, spans: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr("ahn.serving.vllm.step.MOST_TOKENS", 2)

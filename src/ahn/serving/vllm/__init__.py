@@ -14,9 +14,10 @@ How a layer with constant state is registered in vLLM 0.32, and what this packag
 10. The builder says which rows of the batch are whose: `step.py` reads them, a chunk of a prompt or one token each.
 11. A chunk goes through the attention function of `ahn` itself, on a cache whose tensors are views of the block.
 12. Single tokens of all requests are read together (`decode.py`), as their rings lie in the blocks.
-13. There is no metadata in a profiling run; the layers then answer zeros.
-14. A new request finds in its block what another one left, which is overwritten by zeros at its first token.
-15. A preempted request loses its block and is read again from its first token: vLLM does that by itself.
+13. Where all tokens of a step are such, whole decoder layers are left to the kernels (`decoder.py`, `linear.py`).
+14. There is no metadata in a profiling run; the layers then answer zeros.
+15. A new request finds in its block what another one left, which is overwritten by zeros at its first token.
+16. A preempted request loses its block and is read again from its first token: vLLM does that by itself.
 """
 
 from ahn.serving.vllm.plugin import register

@@ -182,6 +182,7 @@ def run_served(paths: Sequence[ServedPath], inputs: LayerInput, tokens: DecodedT
     _, H, G, K, _ = paths[0].served.layer.shape
     with torch.inference_mode(False):  # outputs keep count of changes
         outputs_L1BD = torch.empty(L, 1, B, D)
+        outputs = outputs_L1BD.unbind(0)
     normed_LB1D = torch.empty(L, B, 1, D)
     heads_LBXK = None if tokens.anchors is None else torch.empty(L, B, H + 2 * G, K)
     rotary = {"position_embeddings": inputs.tables, "position_ids": inputs.positions}
@@ -197,7 +198,7 @@ def run_served(paths: Sequence[ServedPath], inputs: LayerInput, tokens: DecodedT
     noted = [None] * L if heads_LBXK is None else heads_LBXK[..., None, :].unbind(0)
     return [
         LayerRun(path.index, output, partial(_finish, tokens, call, path.served, heads))
-        for path, output, call, heads in zip(paths, outputs_L1BD.unbind(0), calls, noted, strict=True)
+        for path, output, call, heads in zip(paths, outputs, calls, noted, strict=True)
     ]
 
 
