@@ -91,8 +91,8 @@ class DecoderParts:
         heads: Mapping[str, Any] = {name: _norm(attention, child) for name, child in _HEAD_NORMS.items() if norms}
         self.weights = LayerWeights(
             **{name: _norm(layer, child) for name, child in _NORMS.items()},  # type: ignore[arg-type]
-            **maps,
-            **inner,
+            **maps,  # type: ignore[arg-type]
+            **inner,  # type: ignore[arg-type]
             query_norm=heads.get("query_norm"),
             key_norm=heads.get("key_norm"),
             activation=reader.activation(mlp),

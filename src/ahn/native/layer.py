@@ -236,7 +236,7 @@ class TokenTable:
         numbers: `[L, B, fields]` int64; zeros to begin with, which are the `None` of an address.
     """
 
-    _columns: ClassVar = {name: number for number, (name, _) in enumerate(Token._fields_)}
+    _columns: ClassVar = {field[0]: number for number, field in enumerate(Token._fields_)}
 
     def __init__(self, numbers: Tensor) -> None:
         self.numbers = numbers

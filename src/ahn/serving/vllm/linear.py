@@ -26,11 +26,11 @@ _MERGED = {"qkv_proj": ("query", "key", "value"), "gate_up_proj": ("gate", "up")
 class LoadedWeights(UnquantizedLinearMethod):  # type: ignore[misc]
     """How vLLM multiplies by a weight that stays as it was loaded."""
 
-    def process_weights_after_loading(self, layer: nn.Module) -> None:
+    def process_weights_after_loading(self, layer: Any) -> None:
         """See vLLM's `QuantizeMethodBase`: packs nothing."""
         layer.weight = nn.Parameter(layer.weight.data, requires_grad=False)
 
-    def apply(self, layer: nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """See vLLM's `LinearMethodBase`."""
         few = _by_kernel(layer, x, bias)
         return functional.linear(x, layer.weight, bias) if few is None else few
@@ -39,13 +39,13 @@ class LoadedWeights(UnquantizedLinearMethod):  # type: ignore[misc]
 class LoadedHead(UnquantizedEmbeddingMethod):  # type: ignore[misc]
     """How vLLM multiplies by the weight of a head, which it keeps beside a packed one."""
 
-    def apply(self, layer: nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """See vLLM's `QuantizeMethodBase`."""
         few = _by_kernel(layer, x, bias)
         return super().apply(layer, x, bias) if few is None else few
 
 
-def _by_kernel(layer: nn.Module, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor | None:
+def _by_kernel(layer: Any, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor | None:
     """The product with a few vectors; `None` where the kernels do not take it."""
     size = x.size(-1)
     tensors = (x, layer.weight) if bias is None else (x, layer.weight, bias)
