@@ -30,7 +30,8 @@ class Texts:
         self.projected = torch.zeros(L, count, H + 2 * G, K)
         self.ring = {name: torch.randn(L, count, G, PLACES, K) for name in ("keys", "values")}
         self.table = TokenTable(torch.zeros(L, count, len(Token._fields_), dtype=torch.int64))
-        TokenTable(self.table.numbers[:1]).point(x=torch.randn(1, count, D))
+        self.x = torch.randn(1, count, D)
+        TokenTable(self.table.numbers[:1]).point(x=self.x)
         TokenTable(self.table.numbers[1:]).point(x=self.out[:-1])
         self.table.point(out=self.out, normed=self.normed, projected=self.projected, **self.ring)
         self.table.point(state=torch.randn(L, count, H, K, K))
