@@ -43,7 +43,7 @@ class Texts:
         seen = torch.randint(0, 2 * PLACES, (count,))
         seen[0], seen[-1] = 2 * PLACES, 0
         used = (seen + 1).clamp(max=PLACES)
-        self.table.set(places=PLACES, slot=torch.where(seen < PLACES, seen, PLACES - 1), used=used, seen=seen)
+        self.table.set(capacity=PLACES, slot=torch.where(seen < PLACES, seen, PLACES - 1), used=used, seen=seen)
         self.table.set(sinks=used.clamp(max=SINKS), anchors=ANCHORS)
         for name, texts in (
             ("state", slice(0, None, 2)),

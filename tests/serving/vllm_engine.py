@@ -17,7 +17,7 @@ from ahn.config import RunSettings
 from ahn.serving.vllm.decoder import leave_to_kernels
 from ahn.serving.vllm.layout import block_bytes, block_tensors, empty_cache
 from ahn.serving.vllm.runtime import Rows, Runtime, ServedCall, ServedLayer
-from ahn.serving.vllm.step import Step
+from ahn.serving.vllm.step import ServedStep
 
 NAME = "ahn_fake_engine"
 
@@ -54,7 +54,7 @@ class Engine:
         self.board = cache.scoreboard
         if not together:
             self.runtime.__dict__["decodes_together"] = False
-        self.step: Step | None = None
+        self.step: ServedStep | None = None
         self.inputs: dict[int, dict[str, Any]] = {}
         self.own_forwards = {
             layer: vars(layer).pop("forward", None)
@@ -73,7 +73,7 @@ class Engine:
             rows.append(Rows(request.block, request.seen, len(ids), len(ids) + count))
             ids += request.tokens[request.seen : request.seen + count]
             positions += range(request.seen, request.seen + count)
-        self.step = Step(self.runtime, rows)
+        self.step = ServedStep(self.runtime, rows)
         with _Hooked(self):
             out = self.backbone(
                 input_ids=torch.tensor([ids]), position_ids=torch.tensor([positions]), use_cache=False

@@ -23,7 +23,7 @@ from ahn.attachment import Attachment
 from ahn.attention.call import Call
 from ahn.attention.decoder_parts import decoder_layers
 from ahn.attention.decoder_run import FastPath, LayerInput, run_paths
-from ahn.attention.decoding import Ahead, LayerRun, Precomputed
+from ahn.attention.decoding import LayerRun, Precomputed, Progress
 from ahn.attention.masks import CallMask
 
 
@@ -72,18 +72,18 @@ class KernelForward:
         call, tables = self._find_call(kwargs), kwargs.get("position_embeddings")
         if call is None or not args or torch.compiler.is_compiling():
             return own()
-        ahead = self._ahead(call)
+        progress = self._progress(call)
         inputs = LayerInput(args[0], tables, kwargs.get("position_ids"))  # type: ignore[arg-type]
-        run = self._foreseen(ahead, inputs)
+        run = self._foreseen(progress, inputs)
         if run is None:
-            ahead.take_back()
+            progress.take_back()
             path = self._find_path(call)
             if tables is None or not path.can_take(call) or not path.can_read(inputs, call):
                 return own()
             if not path.is_verified:
                 return path.verify(inputs, call, own)
             run = self._run_span(path, inputs, call)
-        ahead.last = self, run, tables
+        progress.last = self, run, tables
         if run.finish is not None:
             run.finish()
         return run.output
@@ -92,7 +92,7 @@ class KernelForward:
         """The call that the layer is in, if the kernel may take part; else `None`."""
         raise NotImplementedError
 
-    def _ahead(self, call: Any) -> Ahead:
+    def _progress(self, call: Any) -> Progress:
         """What the kernel has done of a call."""
         raise NotImplementedError
 
@@ -104,14 +104,14 @@ class KernelForward:
         """Takes the tokens of a call through layers of which each reads what the one before gives."""
         raise NotImplementedError
 
-    def _foreseen(self, ahead: Ahead, inputs: LayerInput) -> LayerRun | None:
+    def _foreseen(self, progress: Progress, inputs: LayerInput) -> LayerRun | None:
         """What the layer has given already, where it was run ahead; notes whose output it is given."""
         run = None
-        if ahead.precomputed is not None and self.path is not None:
-            run = ahead.precomputed.take(self.path.index, inputs.hidden, inputs.tables)
-        if run is None and ahead.last is not None:
-            before, gave, tables = ahead.last
-            before.follower = self if gave.is_given(inputs.hidden) and tables is inputs.tables else None
+        if progress.precomputed is not None and self.path is not None:
+            run = progress.precomputed.take(self.path.index, inputs.hidden, inputs.tables)
+        if run is None and progress.last is not None:
+            previous, gave, tables = progress.last
+            previous.follower = self if gave.is_given(inputs.hidden) and tables is inputs.tables else None
         return run
 
     def _find_path(self, call: Any) -> Any:
@@ -127,7 +127,7 @@ class KernelForward:
             forward = forward.follower
         runs = self._run_paths(paths, inputs, call)
         if len(runs) > 1:
-            self._ahead(call).precomputed = Precomputed(runs, inputs.tables)
+            self._progress(call).precomputed = Precomputed(runs, inputs.tables)
         return runs[0]
 
     def _ready(self, call: Any) -> Any:
@@ -147,7 +147,7 @@ class FastForward(KernelForward):
         call = mask.call if type(mask) is CallMask else None
         return None if call is None or call.step is None else call
 
-    def _ahead(self, call: Call) -> Ahead:
+    def _progress(self, call: Call) -> Progress:
         if call.step is None:
             raise TypeError("the call reads no single token")
         return call.step

@@ -100,20 +100,20 @@ class DecoderParts:
         parts = [*_children(attention, projections | norms), *_children(mlp, set(mlp._modules))]
         parts += _children(layer, {"self_attn", "mlp", *_NORMS.values()})
         tensors = {id(tensor): (own, name, tensor) for *_, child in parts for own, name, tensor in _tensors(child)}
-        self._modules = _Places([(parent._modules, name) for parent, name, _ in parts])
-        self._forwards = _Places([(vars(child), "forward") for *_, child in parts])
-        self._tensors = _Places([(own, name) for own, name, _ in tensors.values()])
-        self._found = self._modules.held(), [_own_forward(child, reader) for *_, child in parts]
+        self._modules = _Entries([(parent._modules, name) for parent, name, _ in parts])
+        self._forwards = _Entries([(vars(child), "forward") for *_, child in parts])
+        self._tensors = _Entries([(own, name) for own, name, _ in tensors.values()])
+        self._originals = self._modules.contents(), [_own_forward(child, reader) for *_, child in parts]
         self._addresses = [tensor.data_ptr() for *_, tensor in tensors.values()]
         self._hooks = [(child._forward_pre_hooks, child._forward_hooks, child) for *_, child in parts]
-        self._hook_lists = [hooks for before, after, _ in self._hooks for hooks in (before, after)]
+        self._hook_lists = [hooks for pre_hooks, post_hooks, _ in self._hooks for hooks in (pre_hooks, post_hooks)]
 
     def are_same(self) -> bool:
         """Whether no module was replaced or given other tensors since."""
-        if (self._modules.held(), self._forwards.held()) != self._found:
+        if (self._modules.contents(), self._forwards.contents()) != self._originals:
             return False
         try:
-            return list(map(torch.Tensor.data_ptr, self._tensors.held())) == self._addresses
+            return list(map(torch.Tensor.data_ptr, self._tensors.contents())) == self._addresses
         except TypeError:  # of a tensor that is there no more
             return False
 
@@ -121,25 +121,25 @@ class DecoderParts:
         """Whether no hook of others is on a module."""
         if not any(self._hook_lists):
             return True
-        for before, after, module in self._hooks:
-            if before and not all(hook.__module__.startswith("ahn.") for hook in before.values()):
+        for pre_hooks, post_hooks, module in self._hooks:
+            if pre_hooks and not all(hook.__module__.startswith("ahn.") for hook in pre_hooks.values()):
                 return False
-            if after and not compat.only_captures(module):
+            if post_hooks and not compat.only_captures(module):
                 return False
         return True
 
 
-class _Places:
+class _Entries:
     """Places in dictionaries, which are looked at together: this happens in every layer for every token.
 
     Args:
-        places: Each dictionary with a name in it.
+        entries: Each dictionary with a name in it.
     """
 
-    def __init__(self, places: list[tuple[dict[str, Any], str]]) -> None:
-        self._holders, self._names = [holder for holder, _ in places], [name for _, name in places]
+    def __init__(self, entries: list[tuple[dict[str, Any], str]]) -> None:
+        self._holders, self._names = [holder for holder, _ in entries], [name for _, name in entries]
 
-    def held(self) -> list[Any]:
+    def contents(self) -> list[Any]:
         """What they hold, `None` where that is nothing."""
         return list(map(dict.get, self._holders, self._names))
 

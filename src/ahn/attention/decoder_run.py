@@ -152,7 +152,7 @@ class FastPath:
         token.sink_cos, token.sink_sin = (None, None) if turned is None else (each.data_ptr() for each in turned)
         token.keys, token.values = buffer.keys.data_ptr(), buffer.values.data_ptr()
         token.kind = KINDS[buffer.keys.dtype]
-        token.places, token.slot, token.sinks = buffer.length, slot, exact.sinks
+        token.capacity, token.slot, token.sinks = buffer.length, slot, exact.sinks
         token.used, token.seen = min(exact.seen, exact.sinks + exact.window), exact.seen - 1
         token.state = None if state is None else state.data_ptr()
         begun = _Begun(self, token, output, normed, (state, buffer, turned))
@@ -181,8 +181,8 @@ class FastPath:
         selected = call.selected(store)
         if selected is None or store.bank is None:
             return None
-        held = store.bank.held(selected)
-        return store.bank.append(_evicted(store.exact, contents), selected) if held is None else held
+        extra = store.bank.unchanged(selected)
+        return store.bank.append(_evicted(store.exact, contents), selected) if extra is None else extra
 
     def _sink_tables(self, call: Call, tables: Tables, seen: int) -> Tables | None:
         """Tables that turn queries once more for sinks and anchors; `None` where these read as the window does."""
@@ -209,7 +209,7 @@ class _Begun:
         token: The token as the kernel takes it.
         output: What the layer will give, `[1, 1, D]`.
         normed: What its attention will read, `[1, 1, D]`.
-        kept: Tensors whose addresses the token has.
+        tensors: Tensors whose addresses the token has.
         extra: The anchors that it reads, or `None`.
         projected: Its queries, keys and values, `[H + 2 G, K]`, in a layer that scores; else `None`.
     """
@@ -218,7 +218,7 @@ class _Begun:
     token: Token
     output: torch.Tensor
     normed: torch.Tensor
-    kept: tuple[object, ...]
+    tensors: tuple[object, ...]
     extra: ExtraKV | None = None
     projected: torch.Tensor | None = None
 

@@ -78,7 +78,7 @@ class Precomputed:
         return [run.index for run in self._rest]
 
 
-class Ahead:
+class Progress:
     """What the kernels have done of a call before the model came to it.
 
     Attributes:
@@ -95,7 +95,7 @@ class Ahead:
         self.precomputed = None
 
 
-class DecodeStep(Ahead):
+class DecodeStep(Progress):
     """The call that reads one token into a cache.
 
     Args:
@@ -113,24 +113,24 @@ class DecodeStep(Ahead):
         self.hidden: dict[int, torch.Tensor] = {}
         self._cache = cache
         self._rows: tuple[torch.Tensor, ...] | None = None
-        self._places = {index: (group, n) for group in groups for n, index in enumerate(group.indices)}
+        self._group_of = {index: (group, n) for group in groups for n, index in enumerate(group.indices)}
         attends = all(config._attn_implementation == OURS for config, _ in cache.attachment.implementations)
         self.takes_kernels = attends and cache.padding is None and not torch.is_autocast_enabled("cpu")
 
     def contents(self, index: int) -> Callable[[], Tokens] | None:
         """What the slot of the token held in the layer of an index; `None` where no token leaves."""
-        group, number = self._places[index]
+        group, number = self._group_of[index]
         return None if group.leaving is None else partial(group.leaving.of_layer, number)
 
     def row(self, index: int, like: torch.Tensor) -> torch.Tensor:
         """Room for what the attention layer of an index reads, in a call of one row, `[1, 1, D]`."""
         if self._rows is None:
-            self._rows = like.new_empty(1 + max(self._places), *like.shape).unbind(0)
+            self._rows = like.new_empty(1 + max(self._group_of), *like.shape).unbind(0)
         self.hidden[index] = self._rows[index]
         return self._rows[index]
 
     def take_back(self) -> None:
-        """See `Ahead.take_back`: the tokens that layers have stored."""
+        """See `Progress.take_back`: the tokens that layers have stored."""
         precomputed = self.precomputed
         super().take_back()
         for index in () if precomputed is None else precomputed.left():

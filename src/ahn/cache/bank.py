@@ -24,7 +24,7 @@ class Bank(Store):
         super().__init__("anchor_keys", "anchor_values")
         self.anchors = anchors
 
-    def held(self, selected: Selected) -> ExtraKV | None:
+    def unchanged(self, selected: Selected) -> ExtraKV | None:
         """What the queries of a call read in which no token enters; `None` where one does, or nothing was stored yet.
 
         Args:

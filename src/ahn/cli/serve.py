@@ -74,13 +74,13 @@ def _introduce(loaded: Loaded, settings: ServeSettings, anchors: int, address: s
     with contextlib.suppress(AHNError):  # of a model that is not built from its config
         costs = cost_model(loaded.model.config, config).with_run(anchors=anchors)
         each = f" in {megabytes(costs.cache_bytes(config.memory, 10**6))} MB each, whatever they have read"
-    kept = "in memory" if settings.session_dir is None else f"in memory, all of it in {settings.session_dir}"
+    where = "in memory" if settings.session_dir is None else f"in memory, all of it in {settings.session_dir}"
     lines = [
         f"{loaded.name}: page at {address}/, API at {address}/v1; Ctrl-C ends it",
         f"It reads with a window of {config.window:,} tokens, {config.sinks:,} {config.sink_positions} sinks, "
         f"{loaded.reads_with(anchors)}.",
         f"It writes up to {settings.max_sessions:,} answers together{each}.",
-        f"Of what was read before it keeps {megabytes(settings.session_bytes)} MB {kept}.",
+        f"Of what was read before it keeps {megabytes(settings.session_bytes)} MB {where}.",
     ]
     for line in lines:
         log(line, console=notes())

@@ -225,8 +225,8 @@ class Memory(nn.Module, abc.ABC):
             former_LB: The states before the token, contiguous, which stay as they are; `None` where `state_LB` holds
                 them, as it does with `rows_B`.
         """
-        places = None if rows_B is None else ops.state_places(state_LB, rows_B)
-        if rows_B is not None and places is None:
+        starts = None if rows_B is None else ops.state_places(state_LB, rows_B)
+        if rows_B is not None and starts is None:
             own = state_LB[:, rows_B]
             cls.update(k_LBGK, v_LBGV, gates_LBNH, own)
             state_LB[:, rows_B] = own
@@ -234,14 +234,14 @@ class Memory(nn.Module, abc.ABC):
         write_LBH, decay_LBH = cls.gating(gates_LBNH)
         k, v, strength = (x.flatten(0, 1) for x in (unit(k_LBGK), at_least_float32(v_LBGV), write_LBH))
         decay = None if decay_LBH is None else decay_LBH.flatten(0, 1)
-        state = state_LB.flatten(0, 1) if places is None else state_LB
+        state = state_LB.flatten(0, 1) if starts is None else state_LB
         former = None if former_LB is None else former_LB.flatten(0, 1)
         with ops.full_precision(state):
             if cls.rule == "delta":
-                ops.write_delta_(k, v, decay, strength, state, places, former)
+                ops.write_delta_(k, v, decay, strength, state, starts, former)
             else:
                 decay = torch.ones_like(strength) if decay is None else decay
-                ops.write_state_space_(k, v, decay, strength, state, places, former)
+                ops.write_state_space_(k, v, decay, strength, state, starts, former)
 
     def read(self, q_BTHK: torch.Tensor, state: torch.Tensor) -> torch.Tensor:
         """What queries read from a state as it is, `[B, T, H, V]` in the dtype of the state; for decoding.

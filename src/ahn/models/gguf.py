@@ -60,24 +60,24 @@ def weights(opened: GGUFModel) -> Iterator[tuple[str, torch.Tensor | StoredWeigh
     Raises:
         ModelError: A tensor has no place in the architecture, or is of a type that cannot be read.
     """
-    for name, place in opened.tensors.items():
+    for name, entry in opened.tensors.items():
         if name == ROPE_FACTORS:
             continue  # the config has them
         stem, _, kind = name.rpartition(".")
-        for module, rows in _modules(opened, stem, place):
-            weight = _Rows(opened, place, rows, _paired_heads(opened, stem)).weight()
+        for module, rows in _modules(opened, stem, entry):
+            weight = _Rows(opened, entry, rows, _paired_heads(opened, stem)).weight()
             if opened.family.shifted_norms and stem.endswith("norm") and isinstance(weight, torch.Tensor):
                 weight = weight - 1
             yield f"{module}.{kind}", weight
 
 
-def _modules(opened: GGUFModel, stem: str, place: TensorPlace) -> Iterator[tuple[str, slice]]:
+def _modules(opened: GGUFModel, stem: str, entry: TensorPlace) -> Iterator[tuple[str, slice]]:
     """The modules that a tensor is of, and their rows of it. Phi-2's first files join queries, keys and values."""
     module = opened.module(stem)
     if opened.architecture != "phi2" or not stem.endswith("attn_qkv"):
-        yield module, slice(0, place.shape[0])
+        yield module, slice(0, entry.shape[0])
         return
-    third = place.shape[0] // 3
+    third = entry.shape[0] // 3
     for number, part in enumerate(("q_proj", "k_proj", "v_proj")):
         yield module.replace("qkv_proj", part), slice(number * third, (number + 1) * third)
 
@@ -96,17 +96,17 @@ class _Rows:
 
     Args:
         opened: The file.
-        place: The tensor.
+        entry: The tensor.
         rows: A span of its rows.
         paired_heads: Heads whose rows lie in pairs, or 0.
     """
 
-    def __init__(self, opened: GGUFModel, place: TensorPlace, rows: slice, paired_heads: int) -> None:
-        self.opened, self.place, self.rows, self.paired_heads = opened, place, rows, paired_heads
+    def __init__(self, opened: GGUFModel, entry: TensorPlace, rows: slice, paired_heads: int) -> None:
+        self.opened, self.entry, self.rows, self.paired_heads = opened, entry, rows, paired_heads
 
     def weight(self) -> torch.Tensor | StoredWeight:
         """The weight: in few bits, or float32 where the file has plain numbers or rows do not fill groups."""
-        kind, shape = self.place.kind, self.place.shape
+        kind, shape = self.entry.kind, self.entry.shape
         if kind == "BF16" and len(shape) == 2:
             return HalfWeight(torch.from_numpy(self._read(self.rows)).view(torch.bfloat16))
         if kind in _FLOATS or len(shape) != 2 or not (kind in BLOCKS or fits(shape[1])):
@@ -126,17 +126,17 @@ class _Rows:
         return GroupedWeight((round_to_groups(self._numbers(rows), 8) for rows in data), 8, height)
 
     def _read(self, rows: slice) -> np.ndarray[Any, Any]:
-        data = self.opened.file.read(self.place, rows)
+        data = self.opened.file.read(self.entry, rows)
         return halves_from_pairs(data, self.paired_heads) if self.paired_heads else data
 
     def _float32(self, rows: slice) -> torch.Tensor:
-        return self._numbers(self._read(rows)).view(rows.stop - rows.start, *self.place.shape[1:])
+        return self._numbers(self._read(rows)).view(rows.stop - rows.start, *self.entry.shape[1:])
 
     def _numbers(self, data: np.ndarray[Any, Any]) -> torch.Tensor:
         try:
-            return torch.from_numpy(dequantize(data, self.place.kind))
+            return torch.from_numpy(dequantize(data, self.entry.kind))
         except (NotImplementedError, *UNREADABLE):
-            name, kind = self.place.name, self.place.kind
+            name, kind = self.entry.name, self.entry.kind
             raise ModelError(f"'{self.opened.path}' holds {name} as {kind}, a type that cannot be read") from None
 
 

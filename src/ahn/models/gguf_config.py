@@ -90,17 +90,17 @@ def _llama3_rotations(opened: GGUFModel, rotated: int, theta: float) -> dict[str
     Source: the model's own code, https://github.com/meta-llama/llama-models (`apply_scaling`).
     """
     try:
-        found = opened.file.read(opened.tensors[ROPE_FACTORS]).astype(np.float64)
+        factors = opened.file.read(opened.tensors[ROPE_FACTORS]).astype(np.float64)
     except UNREADABLE as error:
         raise ModelError(f"'{opened.path}' is damaged: {one_line(error)[:200]}. Download it again.") from None
-    factor = float(found.max())
+    factor = float(factors.max())
     turns = _LLAMA3_ROPE["original_max_position_embeddings"] / (
         2 * math.pi * theta ** (np.arange(0, rotated, 2) / rotated)
     )
     low, high = _LLAMA3_ROPE["low_freq_factor"], _LLAMA3_ROPE["high_freq_factor"]
     share = np.clip((turns - low) / (high - low), 0, 1)
     expected = 1 / ((1 - share) / factor + share)
-    if found.shape != expected.shape or not np.allclose(found, expected, rtol=1e-4):
+    if factors.shape != expected.shape or not np.allclose(factors, expected, rtol=1e-4):
         raise ModelError(f"'{opened.path}' scales its positions in a way that is not known here. {_REMEDY}")
     return {"rope_type": "llama3", "factor": factor, **_LLAMA3_ROPE}
 

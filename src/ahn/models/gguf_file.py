@@ -75,38 +75,38 @@ class GGUFFile:
                 for _ in range(values):
                     key = reader.string()
                     self._values[key] = reader.value(reader.number("<I"))
-                places = [_read_place(reader) for _ in range(tensors)]
+                entries = [_read_place(reader) for _ in range(tensors)]
         alignment = int(self.value("general.alignment", 32))
         if alignment < 1 or alignment & (alignment - 1):
             raise ValueError(f"its alignment is {alignment}")
         data = -(-reader.at // alignment) * alignment
-        self.tensors = {place.name: place._replace(start=data + place.start) for place in places}
-        for place in self.tensors.values():
-            if place.start + place.nbytes > self._size:
-                raise ValueError(f"it ends within {place.name}")
+        self.tensors = {entry.name: entry._replace(start=data + entry.start) for entry in entries}
+        for entry in self.tensors.values():
+            if entry.start + entry.nbytes > self._size:
+                raise ValueError(f"it ends within {entry.name}")
 
     def value(self, key: str, default: Any = None) -> Any:
         """The value of a key, or the default where the file does not say it."""
-        found = self._values.get(key)
-        return default if found is None else found()
+        stored = self._values.get(key)
+        return default if stored is None else stored()
 
-    def read(self, place: TensorPlace, rows: slice | None = None) -> np.ndarray[Any, Any]:
+    def read(self, entry: TensorPlace, rows: slice | None = None) -> np.ndarray[Any, Any]:
         """A tensor: its numbers, or bytes of blocks `[..., bytes of a row]` for types other than F16, F32 and F64.
 
         Args:
-            place: The tensor.
+            entry: The tensor.
             rows: A span of its rows to read alone.
 
         Raises:
             ValueError: The file has become shorter.
         """
-        kind, height = np.dtype(_PLAIN.get(place.kind, np.uint8)), place.shape[0]
+        kind, height = np.dtype(_PLAIN.get(entry.kind, np.uint8)), entry.shape[0]
         rows = rows or slice(0, height)
-        start, stop = (place.nbytes * row // height for row in (rows.start, rows.stop))
-        found = np.fromfile(self.path, kind, (stop - start) // kind.itemsize, offset=place.start + start)
-        if found.nbytes != stop - start:
-            raise ValueError(f"it ends within {place.name}")
-        return found if len(place.shape) == 1 else found.reshape(rows.stop - rows.start, *place.shape[1:-1], -1)
+        start, stop = (entry.nbytes * row // height for row in (rows.start, rows.stop))
+        stored = np.fromfile(self.path, kind, (stop - start) // kind.itemsize, offset=entry.start + start)
+        if stored.nbytes != stop - start:
+            raise ValueError(f"it ends within {entry.name}")
+        return stored if len(entry.shape) == 1 else stored.reshape(rows.stop - rows.start, *entry.shape[1:-1], -1)
 
 
 class _Reader:

@@ -119,14 +119,14 @@ def _sentencepiece(opened: GGUFModel, tokens: list[str]) -> tuple[Tokenizer, boo
 def _merges(opened: GGUFModel, tokens: list[str], scores: list[float]) -> list[tuple[str, str]]:
     """The merges that SentencePiece's scores stand for: every way to make a token of two, the best token first."""
     kinds = opened.field("tokenizer.ggml.token_type") or [_NORMAL] * len(tokens)
-    pieces = {token for token, kind in zip(tokens, kinds, strict=False) if kind == _NORMAL}
+    normal = {token for token, kind in zip(tokens, kinds, strict=False) if kind == _NORMAL}
     order = sorted(range(len(tokens)), key=lambda index: -scores[index])
     return [
         (token[:cut], token[cut:])
         for token in (tokens[index] for index in order)
-        if token in pieces
+        if token in normal
         for cut in range(1, len(token))
-        if token[:cut] in pieces and token[cut:] in pieces
+        if token[:cut] in normal and token[cut:] in normal
     ]
 
 
@@ -145,12 +145,12 @@ def _add_whole_tokens(raw: Tokenizer, opened: GGUFModel, tokens: list[str], spec
     """Tokens that are found in a text before it is split: special ones, and those of users."""
     from tokenizers import AddedToken
 
-    found: dict[bool, list[Any]] = {True: [], False: []}
+    added: dict[bool, list[Any]] = {True: [], False: []}
     for token, kind in zip(tokens, opened.field("tokenizer.ggml.token_type", []), strict=False):
         if kind in special or kind == _USER:
-            found[kind in special].append(AddedToken(token, normalized=False, special=kind in special))
-    raw.add_special_tokens(found[True])
-    raw.add_tokens(found[False])
+            added[kind in special].append(AddedToken(token, normalized=False, special=kind in special))
+    raw.add_special_tokens(added[True])
+    raw.add_tokens(added[False])
 
 
 def _special_words(opened: GGUFModel, tokens: list[str]) -> dict[str, str]:

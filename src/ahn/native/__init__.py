@@ -270,8 +270,8 @@ def decode_add_(
     B, _, H, K = q_B1HK.shape
     V, D = local_B1HV.size(3), x_B1D.size(2)
     check_shapes((local_B1HV, (B, 1, H, V)), (x_B1D, (B, 1, D)), (weights.gate_HD, (H, D)))
-    held = B if rows_B is None else state.size(0)
-    check_shapes((state, (held, H, K, V) if weights.key_first else (held, H, V, K)), (weights.gate_bias_H, (H,)))
+    rows = B if rows_B is None else state.size(0)
+    check_shapes((state, (rows, H, K, V) if weights.key_first else (rows, H, V, K)), (weights.gate_bias_H, (H,)))
     check_shapes(
         (weights.norm, (V,) if weights.per_head else (H * V,)), (weights.o_proj_HVV, (H, V, V)), (rows_B, (B,))
     )

@@ -78,10 +78,10 @@ class Token(ctypes.Structure):
         sin: The same.
         sink_cos: Table that turns queries once more for sinks and anchors, or `None`.
         sink_sin: The same.
-        keys: The ring, `[G, places, K]`.
+        keys: The ring, `[G, capacity, K]`.
         values: The same.
         kind: What numbers they and the anchors are, a value of `ahn.native.segments.KINDS`.
-        places: Places of the ring.
+        capacity: Places of the ring.
         slot: Where the token goes.
         used: Places that hold tokens, this one included.
         sinks: Sinks, at the first places.
@@ -98,7 +98,7 @@ class Token(ctypes.Structure):
         *((name, _POINTER) for name in ("x", "out", "normed", "projected")),
         *((name, _POINTER) for name in ("cos", "sin", "sink_cos", "sink_sin")),
         *((name, _POINTER) for name in ("keys", "values")),
-        *((name, _INT) for name in ("kind", "places", "slot", "used", "sinks", "seen")),
+        *((name, _INT) for name in ("kind", "capacity", "slot", "used", "sinks", "seen")),
         *((name, _POINTER) for name in ("anchor_keys", "anchor_values", "visible_from", "visible_until")),
         ("anchors", _INT),
         ("state", _POINTER),
@@ -190,7 +190,7 @@ class DescribedLayer:
         self, weights: LayerWeights, memory: native.OutputWeights, heads: int, kv_heads: int, size: int, scaling: float
     ) -> None:
         self._check(weights, heads, kv_heads, size)
-        self._kept = weights, memory  # the tensors whose addresses are noted
+        self._tensors = weights, memory  # the tensors whose addresses are noted
         gate, bias, norm, project, scale, per_head, key_first = memory
         output = _MemoryOutput(*map(_address, (gate, bias, norm, project)), scale, int(per_head), int(key_first))
         named = weights._asdict()
@@ -240,7 +240,7 @@ class TokenTable:
 
     def __init__(self, numbers: Tensor) -> None:
         self.numbers = numbers
-        self._kept: list[Tensor] = []  # whose addresses are noted
+        self._tensors: list[Tensor] = []  # whose addresses are noted
 
     def set(self, **fields: Tensor | int) -> None:
         """Sets fields.
@@ -262,7 +262,7 @@ class TokenTable:
                 steps = torch.arange(tensor.size(0))[:, None] * tensor.stride(0)
                 steps = steps + torch.arange(tensor.size(1)) * tensor.stride(1)
                 self.set(**{name: tensor.data_ptr() + tensor.element_size() * steps})
-                self._kept.append(tensor)
+                self._tensors.append(tensor)
 
 
 def run_layers(layers: Sequence[DescribedLayer], tokens: Sequence[Token]) -> None:

@@ -78,8 +78,8 @@ def describe(segments: Sequence[Segment], queries: tuple[int, int, int, int], G:
     B, H, _, K = queries
     check_groups(H, G)
     for segment in segments:
-        N, held = segment.keys.size(2), B if segment.rows is None else segment.keys.size(0)
-        check_shapes((segment.queries, queries), (segment.keys, (held, G, N, K)), (segment.values, (held, G, N, V)))
+        N, rows = segment.keys.size(2), B if segment.rows is None else segment.keys.size(0)
+        check_shapes((segment.queries, queries), (segment.keys, (rows, G, N, K)), (segment.values, (rows, G, N, V)))
         check_shapes((segment.rows, (B,)), (segment.counts, (B,)))
         for per_row in (*(segment.visible or ()), segment.mask):
             check_shapes((per_row, (1 if per_row is not None and per_row.size(0) == 1 else B, N)))

@@ -247,8 +247,8 @@ class DocumentShelf:
     def passages(self, offsets: np.ndarray, anchors: Iterable[int]) -> list[tuple[int, int]]:
         """First and last + 1 character of the passages that anchors keep, in their order, touching ones joined."""
         before = len(self._opening())
-        kept = [token - before for token in anchors if 0 <= token - before < len(offsets)]
-        spans = sorted((int(start), int(end)) for start, end in offsets[kept])
+        inside = [token - before for token in anchors if 0 <= token - before < len(offsets)]
+        spans = sorted((int(start), int(end)) for start, end in offsets[inside])
         joined: list[tuple[int, int]] = []
         for start, end in spans:
             if joined and start <= joined[-1][1] + 1:

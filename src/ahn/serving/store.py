@@ -138,9 +138,9 @@ class PrefixStore:
     def forget(self, root: str) -> None:
         """Drops a document's caches and those of every conversation about it."""
         with self._lock:
-            for held in (self._memory, self._unwritten):
-                for key in [key for key in held if key.root == root]:
-                    del held[key]
+            for entries in (self._memory, self._unwritten):
+                for key in [key for key in entries if key.root == root]:
+                    del entries[key]
             for key in [key for key in self._files if key.root == root]:
                 self._remove_file(key)
 

@@ -119,13 +119,13 @@ def baselines(base: Any, model: Any, arms: Sequence[str], context: int) -> dict[
     Raises:
         ModelError: llama.cpp is asked for and cannot read the model.
     """
-    made: dict[str, Baseline] = {}
+    by_arm: dict[str, Baseline] = {}
     for arm in arms:
         if arm == llama.NAME:
-            made[arm] = llama.LlamaBaseline(llama.find_gguf(model), context, torch.get_num_threads())
+            by_arm[arm] = llama.LlamaBaseline(llama.find_gguf(model), context, torch.get_num_threads())
         else:
-            made[arm] = FullBaseline(base, model, context) if arm == "full" else ArmBaseline(model, arm, context)
-    return made
+            by_arm[arm] = FullBaseline(base, model, context) if arm == "full" else ArmBaseline(model, arm, context)
+    return by_arm
 
 
 def read_seconds(timings: Sequence[Timing], arm: str, tokens: int) -> float:

@@ -56,9 +56,9 @@ class DecodedAnchors:
 
     def _open(self, seen: torch.Tensor) -> None:
         """Turns the scores of all requests to where those of the longest text are."""
-        place = torch.arange(self.board.length, device=self.blocks.device)
+        slot = torch.arange(self.board.length, device=self.blocks.device)
         scores_BPR = self._pages[BOARD + "votes"][self.blocks]
-        index = ((place - self._padding[:, None]) % self.board.length)[..., None].expand_as(scores_BPR)
+        index = ((slot - self._padding[:, None]) % self.board.length)[..., None].expand_as(scores_BPR)
         has_some = (seen > self.board.sinks + self.window)[:, None]
         scores = self._pages[f"{BOARD}scores.{self.window}"][self.blocks].masked_fill(~has_some, float("-inf"))
         tokens = self._pages[f"{BOARD}tokens.{self.window}"][self.blocks].masked_fill(~has_some, -1)
@@ -77,9 +77,9 @@ class DecodedAnchors:
         """
         source = self.selection.selected[self.window].source
         if source is not None:
-            rows, places = (source >= self.board.anchors).nonzero().unbind(1)
+            rows, slots = (source >= self.board.anchors).nonzero().unbind(1)
             for name, leaving in (("anchor_keys", keys_LBGK), ("anchor_values", values_LBGV)):
-                self.runtime.pages[name][:, self.blocks[rows], :, places] = leaving[:, rows].transpose(0, 1)
+                self.runtime.pages[name][:, self.blocks[rows], :, slots] = leaving[:, rows].transpose(0, 1)
 
     def score(
         self, served: ServedLayer, call: LayerCall, projected: tuple[torch.Tensor, torch.Tensor, torch.Tensor]
@@ -118,8 +118,8 @@ class DecodedAnchors:
             for name, tensor in state.items():
                 self.runtime.layers[index].pages[name][self.blocks] = tensor
         scores_BPR, tokens = self.board.stored["votes"], self._stored("tokens")
-        place = torch.arange(self.board.length, device=self.blocks.device)
-        index_BPR = ((place + self._padding[:, None]) % self.board.length)[..., None].expand_as(scores_BPR)
+        slot = torch.arange(self.board.length, device=self.blocks.device)
+        index_BPR = ((slot + self._padding[:, None]) % self.board.length)[..., None].expand_as(scores_BPR)
         self._pages[BOARD + "votes"][self.blocks] = scores_BPR.gather(1, index_BPR)
         self._pages[f"{BOARD}scores.{self.window}"][self.blocks] = self._stored("scores")
         own = torch.where(tokens >= 0, tokens - self._padding[:, None], tokens)

@@ -17,7 +17,7 @@ import torch
 
 from ahn import native
 from ahn.attention.call import Call, LayerCall, Softmax
-from ahn.attention.decoding import Ahead
+from ahn.attention.decoding import Progress
 from ahn.attention.function import softmax_of
 from ahn.attention.softmax import Reading, explicit_weights
 from ahn.backbone.rotary import Rotary
@@ -28,7 +28,7 @@ from ahn.serving.vllm.anchors import DecodedAnchors
 from ahn.serving.vllm.runtime import Rows, Runtime, ServedCall, ServedLayer
 
 
-class DecodedTokens(Ahead):
+class DecodedTokens(Progress):
     """The tokens of requests that read one each, the first of the batch.
 
     Args:
@@ -42,7 +42,7 @@ class DecodedTokens(Ahead):
         hidden: What each attention layer has read so far, `[B, 1, D]`, by layer index.
         blocks: The requests' blocks, `[B]`.
         seen: Tokens that each has read before, `[B]`.
-        places: Places of the new tokens in the rings, `[B]`.
+        slots: Places of the new tokens in the rings, `[B]`.
         used: Places that hold tokens, the new ones included, `[B]`.
         longest: Tokens of the longest text.
         evicts: Whether something has left the window of each, `[B]`.
@@ -60,7 +60,7 @@ class DecodedTokens(Ahead):
         self.blocks = torch.tensor([each.block for each in rows], device=device)
         self.seen = torch.tensor([each.seen for each in rows], device=device)
         beyond = self.seen - exact.sinks
-        self.places = torch.where(beyond < 0, self.seen, exact.sinks + beyond % exact.window)
+        self.slots = torch.where(beyond < 0, self.seen, exact.sinks + beyond % exact.window)
         self.used = (self.seen + 1).clamp(max=exact.sinks + exact.window)
         self.longest = max(each.seen for each in rows) + 1
         self.evicts = beyond >= exact.window
@@ -72,10 +72,10 @@ class DecodedTokens(Ahead):
     def _update(self) -> None:
         """Updates the states and the anchors of all layers with the tokens that leave."""
         pages, memory = self.runtime.pages, self._memories[0]
-        keys, values = (pages[name][:, self.blocks, :, self.places].transpose(0, 1) for name in ("keys", "values"))
+        keys, values = (pages[name][:, self.blocks, :, self.slots].transpose(0, 1) for name in ("keys", "values"))
         if self.anchors is not None:
             self.anchors.keep(keys, values)
-        record_LBF = pages["record"][:, self.blocks, 0, self.places]
+        record_LBF = pages["record"][:, self.blocks, 0, self.slots]
         gates = TokenRecord.unpack(record_LBF, memory.gate_count, memory.shape.query_heads).gates
         # Gates of zero leave a state as it is: that of a request whose window is not full.
         gates_LBNH = gates * self.evicts[:, None, None]
@@ -90,8 +90,8 @@ class DecodedTokens(Ahead):
         served, _, projected, inputs, options = asked
         q_BH1K, k_BG1K, v_BG1V = (x[:, :, : self.count].transpose(0, 2) for x in projected)
         hidden = inputs["hidden_states"][0, : self.count, None]
-        served.pages["keys"][self.blocks, :, self.places] = k_BG1K.squeeze(2)
-        served.pages["values"][self.blocks, :, self.places] = v_BG1V.squeeze(2)
+        served.pages["keys"][self.blocks, :, self.slots] = k_BG1K.squeeze(2)
+        served.pages["values"][self.blocks, :, self.slots] = v_BG1V.squeeze(2)
         call = self.layer_call(served, hidden, inputs)
         self.note(call, served, (q_BH1K, k_BG1K, v_BG1V))
         sink_q = call.sink_queries(q_BH1K, self.longest)
@@ -166,8 +166,8 @@ class DecodedTokens(Ahead):
         if self.anchors is not None:
             extra = (served.pages[name][self.blocks] for name in ("anchor_keys", "anchor_values"))
             keys, values = (torch.cat(pair, dim=2) for pair in zip(extra, (keys, values), strict=True))
-            places = torch.arange(self.anchors.board.anchors, device=keys.device)
-            missing = places >= self.anchors.counts[:, None]
+            slots = torch.arange(self.anchors.board.anchors, device=keys.device)
+            missing = slots >= self.anchors.counts[:, None]
             beyond, sinks = torch.cat((missing, beyond), dim=1), sinks + missing.size(1)
         mask_B11N = torch.zeros(beyond.shape, device=keys.device).masked_fill_(beyond, float("-inf"))[:, None, None]
         reading = Reading(q_BH1K, sink_q_BH1K, keys, values, mask_B11N, slice(0, sinks))
@@ -180,6 +180,6 @@ class DecodedTokens(Ahead):
         x_LBD = torch.stack([self.hidden[index] for index in self.runtime.layers]).squeeze(2)
         gates_LBNH = type(memories[0]).gates_of_layers(memories, x_LBD)
         record = self.runtime.pages["record"]
-        record[:, self.blocks, 0, self.places] = TokenRecord(gates_LBNH, None).pack().to(record.dtype)
+        record[:, self.blocks, 0, self.slots] = TokenRecord(gates_LBNH, None).pack().to(record.dtype)
         if self.anchors is not None:
             self.anchors.close()

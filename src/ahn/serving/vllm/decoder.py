@@ -24,13 +24,13 @@ from ahn.attention.call import LayerCall
 from ahn.attention.decoder_layers import KernelForward
 from ahn.attention.decoder_parts import DecoderParts, PartReader, decoder_layers
 from ahn.attention.decoder_run import LayerInput, describe, is_same
-from ahn.attention.decoding import Ahead, LayerRun
+from ahn.attention.decoding import LayerRun, Progress
 from ahn.backbone.rotary import Tables
 from ahn.native.layer import DescribedLayer, Token, TokenTable, run_table
 from ahn.native.segments import KINDS
 from ahn.serving.vllm.decode import DecodedTokens
 from ahn.serving.vllm.runtime import Runtime, ServedLayer
-from ahn.serving.vllm.step import Step
+from ahn.serving.vllm.step import ServedStep
 
 OURS = (MODULE, SCORE_WEIGHTS, "attn")
 """Names of modules in an attention module that this library has put there."""
@@ -38,7 +38,7 @@ _NEVER = torch.iinfo(torch.int64).max
 
 
 def leave_to_kernels(
-    backbone: nn.Module, runtime: Runtime, find_step: Callable[[], Step | None], reader: PartReader
+    backbone: nn.Module, runtime: Runtime, find_step: Callable[[], ServedStep | None], reader: PartReader
 ) -> list[nn.Module]:
     """Lets the decoder layers look for the kernel first, those that are of the usual build.
 
@@ -52,13 +52,13 @@ def leave_to_kernels(
         These layers.
     """
     served = {id(each.layer.module): each for each in runtime.layers.values()}
-    found: list[nn.Module] = []
+    decoders: list[nn.Module] = []
     for layer, attention in decoder_layers(backbone, [each.layer.module for each in runtime.layers.values()]):
         forward = ServedForward(layer, attention, served[id(attention)], find_step, reader)
         if forward.is_usual():
             layer.forward = forward
-            found.append(layer)
-    return found
+            decoders.append(layer)
+    return decoders
 
 
 class ServedForward(KernelForward):
@@ -77,7 +77,7 @@ class ServedForward(KernelForward):
         layer: Any,
         attention: Any,
         served: ServedLayer,
-        find_step: Callable[[], Step | None],
+        find_step: Callable[[], ServedStep | None],
         reader: PartReader,
     ) -> None:
         super().__init__(layer, attention)
@@ -92,7 +92,7 @@ class ServedForward(KernelForward):
         step = self._find_step()
         return None if step is None else step.kernel_tokens
 
-    def _ahead(self, call: DecodedTokens) -> Ahead:
+    def _progress(self, call: DecodedTokens) -> Progress:
         return call
 
     def _new_path(self, call: DecodedTokens) -> ServedPath:
@@ -236,7 +236,7 @@ def _lay_blocks(tokens: DecodedTokens, layers: Sequence[int]) -> TokenTable:
         return runtime.addresses(name, tokens.blocks)[own]
 
     table.set(keys=addresses("keys"), values=addresses("values"), state=addresses("state") * tokens.evicts)
-    table.set(kind=KINDS[torch.float32], places=runtime.pages["keys"].size(3), slot=tokens.places)
+    table.set(kind=KINDS[torch.float32], capacity=runtime.pages["keys"].size(3), slot=tokens.slots)
     table.set(used=tokens.used, sinks=tokens.used.clamp(max=exact.sinks), seen=tokens.seen)
     if tokens.anchors is not None:
         A = runtime.pages["anchor_keys"].size(3)

@@ -18,7 +18,7 @@ from vllm.v1.attention.backends.registry import MambaAttentionBackendEnum
 from vllm.v1.kv_cache_interface import MambaSpec
 
 from ahn.serving.vllm.runtime import Rows, Runtime, ServedCall, ServedLayer
-from ahn.serving.vllm.step import Step
+from ahn.serving.vllm.step import ServedStep
 
 
 @dataclasses.dataclass
@@ -88,15 +88,15 @@ class StepHolder:
         self.runtime = runtime
         self._prefix = prefix
         self._context: ForwardContext | None = None
-        self._step: Step | None = None
+        self._step: ServedStep | None = None
 
-    def find(self) -> Step | None:
+    def find(self) -> ServedStep | None:
         """The step of the current forward call, or `None` where vLLM only profiles."""
         context = get_forward_context()
         if context is not self._context:
             metadata = context.attn_metadata
             own = metadata.get(self._prefix) if isinstance(metadata, Mapping) else None
-            self._context, self._step = context, None if own is None else Step(self.runtime, own.rows)
+            self._context, self._step = context, None if own is None else ServedStep(self.runtime, own.rows)
         return self._step
 
 
@@ -153,7 +153,7 @@ class MemoryAttention(nn.Module, MambaBase):  # type: ignore[misc]
     def forward(
         self, module: nn.Module, projected: tuple[torch.Tensor, ...], options: Mapping[str, Any]
     ) -> torch.Tensor:
-        """Attention of all tokens of the batch, `[1, T, H, V]`; see `Step.attend`."""
+        """Attention of all tokens of the batch, `[1, T, H, V]`; see `ServedStep.attend`."""
         query, _, value = projected
         inputs, self._inputs = self._inputs, {}
         step = self.holder.find()

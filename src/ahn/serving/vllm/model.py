@@ -74,20 +74,22 @@ class MemoryMixin(Base):  # type: ignore[misc]
 
     def _local_layer(self, index: int) -> AttentionLayer:
         """A layer of this process, with the heads that are its share."""
-        found = self.attachment.layers[index]
+        attention = self.attachment.layers[index]
         module = self.get_submodule(self.attention_fusers[index][0])
         ranks, device = get_tensor_model_parallel_world_size(), self.device_config.device
-        shape = found.shape._replace(
-            query_heads=found.shape.query_heads // ranks, kv_heads=max(1, found.shape.kv_heads // ranks)
+        shape = attention.shape._replace(
+            query_heads=attention.shape.query_heads // ranks, kv_heads=max(1, attention.shape.kv_heads // ranks)
         )
         memory = build_memory(self.memory.config.memory, shape).to(device, self.model_config.dtype)
         module.add_module(MODULE, memory.requires_grad_(False).eval())
         rotation, rotary = None, find_rotary(self.model)
-        if found.rotation is not None and rotary is not None:
+        if attention.rotation is not None and rotary is not None:
             kinds = getattr(self.text_config, "layer_types", None)
-            rotation = Rotation(found.module, rotary, kinds[index] if kinds else None, self.attachment.trained_context)
+            rotation = Rotation(
+                attention.module, rotary, kinds[index] if kinds else None, self.attachment.trained_context
+            )
         return dataclasses.replace(
-            found,
+            attention,
             module=module,
             shape=shape,
             found_dtype=self.model_config.dtype,

@@ -51,7 +51,7 @@ class Chunk:
             self.call.selection = Selection(self.cache.scoreboard, rows.seen, rows.stop - rows.start, None)
 
     def attend(self, asked: ServedCall) -> torch.Tensor:
-        """Attention of the tokens in one layer, `[1, tokens, H, V]`; see `Step.attend`."""
+        """Attention of the tokens in one layer, `[1, tokens, H, V]`; see `ServedStep.attend`."""
         served, module, projected, inputs, options = asked
         start, stop, index = self.rows.start, self.rows.stop, served.layer.index
         tables = inputs.get("position_embeddings")
@@ -79,7 +79,7 @@ class Chunk:
         return self.runtime.layers[self.runtime.first].block(self.rows.block)
 
 
-class Step:
+class ServedStep:
     """One step of the engine.
 
     Args:

@@ -47,10 +47,10 @@ def load_score_weights(model: Any, settings: TrainSettings, say: Say) -> bool:
 
 def _load_or_make(model: Any, settings: TrainSettings, say: Say) -> None:
     folder = Path(settings.out).expanduser() / FOLDER
-    found = folder if (folder / ANCHORS.config).is_file() else score_weights_for(None, settings.model)
-    if found is None:
+    weights = folder if (folder / ANCHORS.config).is_file() else score_weights_for(None, settings.model)
+    if weights is None:
         _make(model, settings, folder, say)
-    ahn.load_anchors(model, found or folder)  # also new ones, which are rounded in their file
+    ahn.load_anchors(model, weights or folder)  # also new ones, which are rounded in their file
 
 
 def _make(model: Any, settings: TrainSettings, folder: Path, say: Say) -> None:
