@@ -138,8 +138,9 @@ def test_an_offloaded_base_takes_a_memory(tmp_path: Path) -> None:
     accelerate.disk_offload(model, tmp_path, execution_device=torch.device("cpu"))
     ahn.attach(model, CONFIG)
     awaken(model)
-    for chunks in (None, 1, 13):
-        torch.testing.assert_close(read(model, IDS, chunks), read(plain, IDS, chunks), rtol=0, atol=1e-5)
+    for chunks in (None, 1, 13):  # kernels read only the one of them, and round otherwise
+        expected = read(plain, IDS, chunks)
+        torch.testing.assert_close(read(model, IDS, chunks), expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
 
 
 @pytest.mark.parametrize("memory", ["gated_delta_net", "mamba2"])

@@ -23,7 +23,7 @@ from ahn.attachment import Attachment
 from ahn.attention.call import Call
 from ahn.attention.decoder_parts import decoder_layers
 from ahn.attention.decoder_run import FastPath, LayerInput, run_paths
-from ahn.attention.decoding import LayerRun, Precomputed, Progress
+from ahn.attention.decoding import KernelProgress, LayerRun, Precomputed
 from ahn.attention.masks import CallMask
 
 
@@ -92,7 +92,7 @@ class KernelForward:
         """The call that the layer is in, if the kernel may take part; else `None`."""
         raise NotImplementedError
 
-    def _progress(self, call: Any) -> Progress:
+    def _progress(self, call: Any) -> KernelProgress:
         """What the kernel has done of a call."""
         raise NotImplementedError
 
@@ -104,7 +104,7 @@ class KernelForward:
         """Takes the tokens of a call through layers of which each reads what the one before gives."""
         raise NotImplementedError
 
-    def _foreseen(self, progress: Progress, inputs: LayerInput) -> LayerRun | None:
+    def _foreseen(self, progress: KernelProgress, inputs: LayerInput) -> LayerRun | None:
         """What the layer has given already, where it was run ahead; notes whose output it is given."""
         run = None
         if progress.precomputed is not None and self.path is not None:
@@ -147,7 +147,7 @@ class FastForward(KernelForward):
         call = mask.call if type(mask) is CallMask else None
         return None if call is None or call.step is None else call
 
-    def _progress(self, call: Call) -> Progress:
+    def _progress(self, call: Call) -> KernelProgress:
         if call.step is None:
             raise TypeError("the call reads no single token")
         return call.step

@@ -78,7 +78,7 @@ class Precomputed:
         return [run.index for run in self._rest]
 
 
-class Progress:
+class KernelProgress:
     """What the kernels have done of a call before the model came to it.
 
     Attributes:
@@ -95,7 +95,7 @@ class Progress:
         self.precomputed = None
 
 
-class DecodeStep(Progress):
+class DecodeStep(KernelProgress):
     """The call that reads one token into a cache.
 
     Args:
@@ -130,7 +130,7 @@ class DecodeStep(Progress):
         return self._rows[index]
 
     def take_back(self) -> None:
-        """See `Progress.take_back`: the tokens that layers have stored."""
+        """See `KernelProgress.take_back`: the tokens that layers have stored."""
         precomputed = self.precomputed
         super().take_back()
         for index in () if precomputed is None else precomputed.left():

@@ -17,7 +17,7 @@ import torch
 
 from ahn import native
 from ahn.attention.call import Call, LayerCall, Softmax
-from ahn.attention.decoding import Progress
+from ahn.attention.decoding import KernelProgress
 from ahn.attention.function import softmax_of
 from ahn.attention.softmax import Reading, explicit_weights
 from ahn.backbone.rotary import Rotary
@@ -28,7 +28,7 @@ from ahn.serving.vllm.anchors import DecodedAnchors
 from ahn.serving.vllm.runtime import Rows, Runtime, ServedCall, ServedLayer
 
 
-class DecodedTokens(Progress):
+class DecodedTokens(KernelProgress):
     """The tokens of requests that read one each, the first of the batch.
 
     Args:

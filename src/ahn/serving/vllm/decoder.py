@@ -24,7 +24,7 @@ from ahn.attention.call import LayerCall
 from ahn.attention.decoder_layers import KernelForward
 from ahn.attention.decoder_parts import DecoderParts, PartReader, decoder_layers
 from ahn.attention.decoder_run import LayerInput, describe, is_same
-from ahn.attention.decoding import LayerRun, Progress
+from ahn.attention.decoding import KernelProgress, LayerRun
 from ahn.backbone.rotary import Tables
 from ahn.native.layer import DescribedLayer, Token, TokenTable, run_table
 from ahn.native.segments import KINDS
@@ -92,7 +92,7 @@ class ServedForward(KernelForward):
         step = self._find_step()
         return None if step is None else step.kernel_tokens
 
-    def _progress(self, call: DecodedTokens) -> Progress:
+    def _progress(self, call: DecodedTokens) -> KernelProgress:
         return call
 
     def _new_path(self, call: DecodedTokens) -> ServedPath:
