@@ -81,6 +81,15 @@ class Call:
         """Which of the tokens that leave a layer's window become anchors; `None` where there are no anchors."""
         return None if self.selection is None else self.selection.selected.get(store.exact.window)
 
+    def turns_sinks(self, seen: int) -> bool:
+        """Whether queries are turned once more before they read sinks and anchors, in layers that rotate.
+
+        Args:
+            seen: Tokens seen, the new ones included.
+        """
+        beyond = seen > self.attachment.trained_context and self.settings.sinks > 0
+        return beyond and self.settings.sink_positions == "bounded"
+
     def shared(self, name: str, source: object, make: Callable[[], Made]) -> Made:
         """What is made of one thing, once for all layers of the call.
 
@@ -214,9 +223,7 @@ class LayerCall:
         Args:
             seen: Tokens seen, the new ones included.
         """
-        call = self.call
-        within_context = seen <= call.attachment.trained_context or call.settings.sinks == 0
-        if within_context or call.settings.sink_positions != "bounded" or self.rotary is None:
+        if not self.call.turns_sinks(seen) or self.rotary is None:
             return None
         rotation, tables, positions, _ = self.rotary
-        return call.shared("clamped", tables[0], lambda: rotation.clamped(tables, positions))
+        return self.call.shared("clamped", tables[0], lambda: rotation.clamped(tables, positions))

@@ -186,9 +186,8 @@ class FastPath:
 
     def _sink_tables(self, call: Call, tables: Tables, seen: int) -> Tables | None:
         """Tables that turn queries once more for sinks and anchors; `None` where these read as the window does."""
-        rotation, settings = self._attention_layer.rotation, call.settings
-        within = seen <= call.attachment.trained_context or settings.sinks == 0
-        if within or settings.sink_positions != "bounded" or rotation is None:
+        rotation = self._attention_layer.rotation
+        if rotation is None or not call.turns_sinks(seen):
             return None
         positions = torch.full((1, 1), seen - 1)
         turned: Tables = call.shared("turn of sinks", tables[0], lambda: _dense(rotation.clamped(tables, positions)))

@@ -32,8 +32,7 @@ class Bank(Store):
         """
         if not self.stored or selected.entering.numel() or selected.source is not None:
             return None
-        keys, values = self.stored["anchor_keys"], self.stored["anchor_values"]
-        return ExtraKV(keys, values, selected.visible_from.to(keys.device), selected.visible_until.to(keys.device))
+        return _read(self.stored["anchor_keys"], self.stored["anchor_values"], selected)
 
     def append(self, evicted: Tokens, selected: Selected) -> ExtraKV:
         """Takes in what was chosen; what the queries of the call read.
@@ -52,7 +51,7 @@ class Bank(Store):
             for name, all_ in (("anchor_keys", keys), ("anchor_values", values)):
                 index = source.expand(all_.size(0), all_.size(1), -1, all_.size(3))
                 self.stored[name] = all_.gather(2, index)
-        return ExtraKV(keys, values, selected.visible_from.to(keys.device), selected.visible_until.to(keys.device))
+        return _read(keys, values, selected)
 
     def reserve(self, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The keys and values of all anchors, made if they are not there yet.
@@ -65,3 +64,8 @@ class Bank(Store):
             if name not in self.stored:
                 self.stored[name] = like.new_zeros(*like.shape[:2], self.anchors, like.size(3))
         return self.stored["anchor_keys"], self.stored["anchor_values"]
+
+
+def _read(keys: torch.Tensor, values: torch.Tensor, selected: Selected) -> ExtraKV:
+    """Keys and values with the queries that read them."""
+    return ExtraKV(keys, values, selected.visible_from.to(keys.device), selected.visible_until.to(keys.device))

@@ -47,6 +47,11 @@ class DecodedAnchors:
         self._states: dict[int, dict[str, torch.Tensor]] = {}
 
     @property
+    def missing(self) -> torch.Tensor:
+        """Which places for anchors hold none, `[B, A]`."""
+        return torch.arange(self.board.anchors, device=self.counts.device) >= self.counts[:, None]
+
+    @property
     def _pages(self) -> Mapping[str, torch.Tensor]:
         """Pages of the layer that holds what all share."""
         return self.runtime.layers[self.runtime.first].pages

@@ -166,8 +166,7 @@ class DecodedTokens(KernelProgress):
         if self.anchors is not None:
             extra = (served.pages[name][self.blocks] for name in ("anchor_keys", "anchor_values"))
             keys, values = (torch.cat(pair, dim=2) for pair in zip(extra, (keys, values), strict=True))
-            slots = torch.arange(self.anchors.board.anchors, device=keys.device)
-            missing = slots >= self.anchors.counts[:, None]
+            missing = self.anchors.missing
             beyond, sinks = torch.cat((missing, beyond), dim=1), sinks + missing.size(1)
         mask_B11N = torch.zeros(beyond.shape, device=keys.device).masked_fill_(beyond, float("-inf"))[:, None, None]
         reading = Reading(q_BH1K, sink_q_BH1K, keys, values, mask_B11N, slice(0, sinks))

@@ -239,10 +239,11 @@ def _lay_blocks(tokens: DecodedTokens, layers: Sequence[int]) -> TokenTable:
     table.set(kind=KINDS[torch.float32], capacity=runtime.pages["keys"].size(3), slot=tokens.slots)
     table.set(used=tokens.used, sinks=tokens.used.clamp(max=exact.sinks), seen=tokens.seen)
     if tokens.anchors is not None:
-        A = runtime.pages["anchor_keys"].size(3)
-        missing_BA = torch.arange(A) >= tokens.anchors.counts[:, None]
+        missing_BA = tokens.anchors.missing
         visible_BA = torch.zeros(missing_BA.shape, dtype=torch.int64).masked_fill_(missing_BA, _NEVER)
-        table.set(anchors=A, anchor_keys=addresses("anchor_keys"), anchor_values=addresses("anchor_values"))
+        table.set(
+            anchors=missing_BA.size(1), anchor_keys=addresses("anchor_keys"), anchor_values=addresses("anchor_values")
+        )
         until_BA = torch.full_like(visible_BA, _NEVER)
         table.point(
             visible_from=visible_BA.expand(len(layers), -1, -1), visible_until=until_BA.expand(len(layers), -1, -1)
