@@ -44,7 +44,7 @@ KEPT = Path(__file__).parent / "results" / "llama.json"
 TEXT = Path(__file__).parents[1] / "docs" / "design.md"
 SPAN: dict[str, Any] = {"window": 2048, "sinks": 32, "cache_dtype": "float16"}  # of llama.cpp's cache
 PEER_ARMS = ("llama.cpp", "window", "ahn", "ahn+64:learned")
-CONTEXTS = (64, 2048, 8192, 16384)
+CONTEXTS = (64, 2048, 8192)
 SHAPE, LAYERS, TIMED = "qwen2.5-3b", 36, (6, 3)
 
 
