@@ -1,6 +1,6 @@
 """SmolLM2 in 4 bits against llama.cpp, what each format of weights costs, and a token of the shape of a 3B model.
 
-    make bench ARGS="--only llama page"                     # about twelve minutes on two quiet cores
+    make bench ARGS="--only llama page"                     # about ten minutes on two quiet cores
     python benchmarks/llama.py --only peer --contexts 64 2048 8192 16384 32768   # half an hour: llama.cpp reads slowly
     python benchmarks/llama.py --only formats loading       # the figures on weights in fewer bits
 
@@ -312,7 +312,7 @@ def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     arguments.add_argument("--only", nargs="+", choices=MEASURES, default=list(MEASURES))
     arguments.add_argument("--contexts", nargs="+", type=int, default=list(CONTEXTS))
-    arguments.add_argument("--rounds", type=int, default=9)
+    arguments.add_argument("--rounds", type=int, default=5)
     arguments.add_argument("--load", action="store_true", help=argparse.SUPPRESS)
     options = arguments.parse_args()
     if options.load:

@@ -6,7 +6,7 @@
 All that is compared takes turns within one run; ratios are medians of the ratios of each round. Parts: `model` (writing
 and reading in every arm and context), `long` (a token after 8,192 tokens and after 100,000), `layer` (what a memory
 adds to layers of the shape of Qwen2.5-3B), `ops` (the recurrences against those in transformers), `memory` (peak
-memory of reading 32,768 tokens), `llama` (4-bit weights against llama.cpp, see llama.py). On a machine with a GPU the
+memory of reading 16,384 tokens), `llama` (4-bit weights against llama.cpp, see llama.py). On a machine with a GPU the
 first three run there, in bfloat16, and are kept apart.
 """
 
@@ -59,7 +59,7 @@ def time_model() -> dict[str, Any]:
     """Writing and reading in every arm and context."""
     model = smollm2()
     with ahn.mode(model, "ahn", **SPAN):
-        speed = measure(model, ARMS, CONTEXTS, rounds=11, reading_rounds=3, on_round=_dot)
+        speed = measure(model, ARMS, CONTEXTS, rounds=7, reading_rounds=2, on_round=_dot)
     return {**environment(model), **dataclasses.asdict(speed)}
 
 
@@ -79,7 +79,7 @@ def time_layer() -> dict[str, Any]:
     model = AutoModelForCausalLM.from_config(config, dtype=DTYPE).to(DEVICE).eval()
     ahn.attach(model, ahn.AHNConfig("gated_delta_net", **SPAN))
     with ahn.mode(model, "ahn", **SPAN):
-        speed = measure(model, ["window", "ahn"], [8192], rounds=7)
+        speed = measure(model, ["window", "ahn"], [8192], rounds=5)
     cost = {kind: speed.find(kind, "ahn", 8192).of_first.median ** -1 - 1 for kind in ("reading", "decoding")}
     return {**environment(model), "added": cost}
 
@@ -92,8 +92,8 @@ def time_ops() -> dict[str, Any]:
 
 
 def watch_memory() -> dict[str, Any]:
-    """Peak resident memory of reading 32,768 tokens, at the end against a fifth of the way."""
-    lines = _run("constant_memory.py", "--tokens", "32768", "--window", str(SPAN["window"])).splitlines()
+    """Peak resident memory of reading 16,384 tokens, at the end against a fifth of the way."""
+    lines = _run("constant_memory.py", "--tokens", "16384", "--window", str(SPAN["window"])).splitlines()
     return {"end_to_fifth": float(lines[-1].rpartition(":")[2]), "constant_cache": lines[-2].endswith("yes")}
 
 
@@ -195,7 +195,7 @@ def lines(found: dict[str, Any]) -> list[tuple[str, str, str]]:
                 what = f"speed of {case}, {tokens} tokens, {heads} x {size}, against transformers in torch"
                 rows.append((what, target, f"{row['ratio']:.1f}"))
     if "memory" in found:
-        rows.append(("peak memory at 32,768 tokens, against 6,553", "1.05", f"{found['memory']['end_to_fifth']:.3f}"))
+        rows.append(("peak memory at 16,384 tokens, against 3,276", "1.05", f"{found['memory']['end_to_fifth']:.3f}"))
     return rows
 
 

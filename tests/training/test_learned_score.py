@@ -9,8 +9,10 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import ahn
+from ahn.attachment import attachment_of
 from ahn.cli import main
 from ahn.errors import ConfigError
 from ahn.models import load_tokenizer
@@ -18,7 +20,8 @@ from ahn.training.anchors import AnchorSettings, train_anchors
 from ahn.training.anchors.documents import FORMATS, UnfitText, _facts, make_document
 from ahn.training.anchors.fit import fit
 from ahn.training.anchors.future_attention import observe
-from tests.tiny import text, tiny, with_memory
+from ahn.training.anchors.run import _scoring_layers
+from tests.tiny import give_score_weights, text, tiny, with_memory
 from tests.training.common import write_base
 
 STORY = "It was late. The rain had stopped before the evening came at last. Nobody came to the house any more. " * 5
@@ -103,10 +106,60 @@ def test_what_is_looked_at_later_against_a_loop() -> None:
                     most[i] = max(float(most[i]), share)
         total += most / len(output.attentions)
     seen = observe(model, ids, asked, window, [1])
+    assert seen.asked_T is None
     torch.testing.assert_close(seen.needed_T.double(), total.clamp(min=1e-6).log(), rtol=1e-4, atol=1e-4)
     assert list(seen.hidden) == [1]
     norm = plain.model.layers[1].input_layernorm(output.hidden_states[1])[0]
     torch.testing.assert_close(seen.hidden[1], norm, rtol=1e-4, atol=1e-4)
+
+
+def test_what_queries_of_other_texts_attend_to() -> None:
+    """The mean of the layers on keys before their rotation, then the best kind, without pooling."""
+    model, ids = with_memory("llama"), text(1, 40)[0]
+    give_score_weights(model)
+    layers = attachment_of(model).layers
+    queries: Any = {layer.index: layer.anchor_weights["asked"] for layer in layers if layer.anchor_weights}
+    keys = {index: list[torch.Tensor]() for index in queries}
+    for index, parts in keys.items():
+        project = layers[index].module.k_proj
+        project.register_forward_hook(lambda module, args, output, parts=parts: parts.append(output))
+    found = observe(model, ids, 31, 12, [], queries).asked_T
+    scores = []
+    for index, weights in queries.items():
+        key_GTK = keys[index][0][0].unflatten(-1, (-1, 8)).transpose(0, 1).double()
+        products = weights.queries.double() @ key_GTK.mT + weights.offsets.double().T[..., None]
+        best_NT = products.amax(0)
+        kinds = [best_NT[weights.kinds[:, kind] == 1] for kind in range(2)]
+        scores.append(torch.stack([own.amax(0) if len(own) else torch.full((40,), torch.nan) for own in kinds]))
+    expected = torch.stack(scores).nanmean(0).amax(0)
+    assert found is not None
+    torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_the_layers_that_score_lie_between_half_and_two_thirds_of_the_depth() -> None:
+    model = with_memory("llama", model={"num_hidden_layers": 12})
+    assert _scoring_layers(model, 3) == [6, 7, 8]
+    assert _scoring_layers(model, 2) == [6, 8]
+    assert _scoring_layers(model, 1) == [6]
+    assert _scoring_layers(with_memory("llama", model={"num_hidden_layers": 2}), 3) == [1]
+
+
+def test_queries_that_were_made_before(base: Path, tmp_path: Path) -> None:
+    """They are kept as they are, and `learned` agrees with them on texts that it has not seen."""
+    (tmp_path / "story.txt").write_text(STORY * 40, encoding="utf-8")
+    story = str(tmp_path / "story.txt")
+    first, second, alone = (str(tmp_path / name) for name in ("first", "second", "alone"))
+    train_anchors(AnchorSettings((story,), first, str(base), 12, 400, 16, scores=("asked",)))
+    train_anchors(AnchorSettings((story,), second, str(base), 12, 400, 16, queries=first))
+    train_anchors(AnchorSettings((story,), alone, str(base), 12, 400, 16, scores=("learned",)))
+    before, after, without = (load_file(Path(each) / "anchors.safetensors") for each in (first, second, alone))
+    assert before
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+    learned = {name for name in after if name.endswith("outer.weight")}
+    assert learned == {name for name in without if name.endswith("outer.weight")}
+    assert not any(torch.equal(after[name], without[name]) for name in learned)
+    with pytest.raises(ConfigError, match="holds no weights of asked; name other --queries"):
+        train_anchors(AnchorSettings((story,), str(tmp_path / "none"), str(base), 12, 400, 16, queries=alone))
 
 
 def test_the_fit_foresees_what_can_be_foreseen() -> None:
@@ -171,6 +224,7 @@ def test_settings_that_cannot_work(values: dict[str, Any], message: str) -> None
         (["--data", "story.txt", "--out", "full"], "full is not empty"),
         (["--data", "story.txt", "--out", "o", "--model", "nothing"], "no model named 'nothing'"),
         (["--data", "story.txt", "--out", "o", "--documents", "2"], "documents must be at least 6"),
+        (["--data", "story.txt", "--out", "o", "--queries", "missing"], "missing"),
         (["--data", "story.txt", "--out", "o", "--scores", "luck"], "scores must be some of asked, learned, not luck"),
     ],
 )

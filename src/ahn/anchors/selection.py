@@ -11,6 +11,7 @@ row, G key/value heads, K key size, N anchors, P tokens on the scoreboard, R poo
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -38,6 +39,16 @@ class Selected(NamedTuple):
     visible_from: torch.Tensor
     visible_until: torch.Tensor
     source: torch.Tensor | None
+
+
+def score_of_layers(scores: Sequence[torch.Tensor]) -> torch.Tensor:
+    """The mean of the layers, and if they scored by kind that of the best kind: `[B, T, R]`.
+
+    Args:
+        scores: What `Score.score` gave in each layer, `[B, T]` or `[B, T, C, R]`.
+    """
+    mean = torch.stack([each.to(scores[0].device) for each in scores]).nanmean(0)
+    return mean.nan_to_num(nan=_NOT_SCORED).amax(2) if mean.dim() > 2 else mean[..., None]
 
 
 class Scoreboard:
@@ -178,10 +189,7 @@ class Selection:
     def close(self) -> None:
         """Records the mean of the layers; if they scored by kind, that of the best kind."""
         self._score_waiting()
-        device = self._scores[0].device
-        scores = torch.stack([scores.to(device) for scores in self._scores]).nanmean(0)
-        best_BTR = scores.nan_to_num(nan=_NOT_SCORED).amax(2) if scores.dim() > 2 else scores[..., None]
-        self.scoreboard.record(best_BTR, self.seen, self.new)
+        self.scoreboard.record(score_of_layers(self._scores), self.seen, self.new)
 
     @torch.no_grad()
     def _score_waiting(self) -> None:

@@ -39,10 +39,13 @@ class AnchorSettings(Settings):
     documents: int = setting(120, "Texts to read; every sixth is held out.", least=HELD_OUT)
     length: int = setting(1280, "Tokens of a text with its questions.")
     window: int = setting(256, "Tokens behind each token that count as near.", least=8)
-    voters: int = setting(3, "How many layers vote by learned, spread evenly over the middle half.", least=1)
+    voters: int = setting(3, "How many layers score by learned, from half to two thirds of the depth.", least=1)
     width: int = file_setting(32, "Units of a vote.", least=1)
     left_out: str = setting("fare", "Kind of fact that only the closing table knows.")
     seed: int = setting(0, "Of all random numbers.")
+    queries: str | None = setting(
+        None, "Weights to take asked from.", metavar="FOLDER", unset="they are made, if scores name asked"
+    )
     scores: tuple[str, ...] = setting(
         ("asked", "learned"), "Joined by commas: asked (trains nothing), learned.", joined=True
     )

@@ -65,6 +65,11 @@ class LayerAttention:
         products = (self.query_HTK[head, first:] @ self.key_GTK[head // groups].T).float() * self.scaling
         return products.masked_fill(~seen, float("-inf"))
 
+    def pre_rope_key_1GTK(self) -> torch.Tensor:
+        """Keys as they were before their rotation, `[1, G, T, K]` float32."""
+        key_1GTK, rotation = self.key_GTK[None].float(), self.layer.rotation
+        return key_1GTK if rotation is None or self.tables is None else rotation.unrotate(key_1GTK, self.tables)
+
     def moved(self) -> torch.Tensor:
         """Norm of a token's value after the output projection of each query head, `[H, T]`.
 

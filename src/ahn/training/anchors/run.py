@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +13,10 @@ import torch
 from torch import nn
 
 import ahn
+from ahn.anchors.queries import AnchorQueries
 from ahn.attachment import attachment_of
 from ahn.checkpoint.anchors import ANCHORS
+from ahn.checkpoint.files import locate
 from ahn.errors import ConfigError
 from ahn.generation import read
 from ahn.models import load_model, load_tokenizer, resolve
@@ -24,7 +26,7 @@ from ahn.training.anchor_settings import HELD_OUT, QUESTION_TOKENS, AnchorSettin
 from ahn.training.anchors.asked import collect
 from ahn.training.anchors.documents import FORMATS, FactText, UnfitText, make_document
 from ahn.training.anchors.fit import Fit, fit
-from ahn.training.anchors.future_attention import observe
+from ahn.training.anchors.future_attention import Observation, observe
 from ahn.training.data import Cut, load_pieces
 from ahn.training.log import Say
 from ahn.training.sources import check_places
@@ -61,6 +63,7 @@ def check_anchor_settings(settings: AnchorSettings) -> None:
         ConfigError: There is no data, or the folder is in use.
         DataError: Data cannot be found.
         ModelError: There is no base model of this name.
+        CheckpointError: There are no queries of this name.
     """
     if not settings.data:
         raise ConfigError("there is no data to hide facts in; name a file, a folder or a dataset")
@@ -69,6 +72,8 @@ def check_anchor_settings(settings: AnchorSettings) -> None:
         raise ConfigError(f"{settings.out} is not empty; name another folder")
     check_places(settings.data)
     resolve(settings.model)
+    if settings.queries is not None:
+        locate(settings.queries, config=ANCHORS.config)
 
 
 def train_anchors(settings: AnchorSettings, say: Say | None = None, model: Any = None) -> AnchorReport:
@@ -83,7 +88,7 @@ def train_anchors(settings: AnchorSettings, say: Say | None = None, model: Any =
         ConfigError: A setting cannot work.
         DataError: The data cannot be found or read, or holds too little.
         ModelError: The base model cannot be loaded or given a memory.
-        CheckpointError: The folder cannot be written.
+        CheckpointError: The folder cannot be written, or the queries cannot be read.
     """
     say = say or (lambda text: None)
     check_anchor_settings(settings)
@@ -92,14 +97,13 @@ def train_anchors(settings: AnchorSettings, say: Say | None = None, model: Any =
         model = load_model(settings.model)
         ahn.attach(model, ahn.AHNConfig(window=settings.window, sinks=_SINKS))
     votes: dict[int, dict[str, nn.Module]] = {}
-    queries, fits = {}, {}
+    fits: dict[int, Fit] = {}
+    queries = _queries(model, texts, settings, say)
     if "asked" in settings.scores:
-        known = [document for number, document in enumerate(texts) if not _is_held_out(number)]
-        queries = collect(model, known, settings.window, say)
         for layer, weights in queries.items():
             votes.setdefault(layer, {})["asked"] = weights
     if "learned" in settings.scores:
-        fits = _fits(model, texts, settings, say)
+        fits = _fits(model, texts, settings, queries, say)
         for layer, each in fits.items():
             votes.setdefault(layer, {})["learned"] = each.gate
     for attention_layer in attachment_of(model).layers:
@@ -114,24 +118,55 @@ def train_anchors(settings: AnchorSettings, say: Say | None = None, model: Any =
     )
 
 
-def _fits(model: nn.Module, texts: list[FactText], settings: AnchorSettings, say: Say) -> dict[int, Fit]:
-    """Fitted networks of some layers of the middle half."""
-    served = [attention_layer for attention_layer in attachment_of(model).layers if attention_layer.memory is not None]
-    middle = served[len(served) // 4 : 3 * len(served) // 4 + 1]
-    scoring = sorted({attention_layer.index for attention_layer in evenly(middle, min(settings.voters, len(middle)))})
+def _queries(model: Any, texts: list[FactText], settings: AnchorSettings, say: Say) -> dict[int, AnchorQueries]:
+    """Queries of example questions by layer: those that are there, or new ones if they are asked for, or none."""
+    if settings.queries is not None:
+        ahn.load_anchors(model, settings.queries)
+        given = {layer.index: layer.anchor_weights for layer in attachment_of(model).layers if layer.anchor_weights}
+        found = {index: weights["asked"] for index, weights in given.items() if "asked" in weights}
+        if not found:
+            raise ConfigError(f"'{settings.queries}' holds no weights of asked; name other --queries, or none")
+        return {index: weights for index, weights in found.items() if isinstance(weights, AnchorQueries)}
+    if "asked" not in settings.scores:
+        return {}
+    known = [document for number, document in enumerate(texts) if not _is_held_out(number)]
+    return collect(model, known, settings.window, say)
+
+
+def _scoring_layers(model: nn.Module, count: int) -> list[int]:
+    """Indices of layers from half to two thirds of the depth, where hidden states tell facts from other text best."""
+    served = [layer.index for layer in attachment_of(model).layers if layer.memory is not None]
+    half = len(served) // 2
+    among, steps = served[half : max(half + count, 2 * len(served) // 3 + 1)], max(1, count - 1)
+    return sorted({among[(number * (len(among) - 1) + steps // 2) // steps] for number in range(count)})
+
+
+def _fits(
+    model: nn.Module,
+    texts: list[FactText],
+    settings: AnchorSettings,
+    queries: Mapping[int, AnchorQueries],
+    say: Say,
+) -> dict[int, Fit]:
+    """Fitted networks of some layers."""
+    scoring = _scoring_layers(model, settings.voters)
     generator = torch.Generator().manual_seed(settings.seed)
     inputs: dict[int, list[torch.Tensor]] = {layer: [] for layer in scoring}
-    needed, for_testing = [], []
+    needed, asked, for_testing = [], [], []
     for number, document in enumerate(texts):
-        seen = observe(model, document.ids, document.text, settings.window, scoring)
-        chosen = _chosen(seen.needed_T, document, settings.window, generator)
+        seen = observe(model, document.ids, document.text, settings.window, scoring, queries)
+        chosen = _chosen(seen, document, settings.window, generator)
         needed.append(seen.needed_T[chosen])
+        if seen.asked_T is not None:
+            asked.append(seen.asked_T[chosen])
         for_testing.append(torch.full((len(chosen),), _is_held_out(number)))
         for layer in scoring:
             inputs[layer].append(seen.hidden[layer][chosen])
         if (number + 1) % 10 == 0:
             say(f"learned: read {number + 1} of {len(texts)} documents")
-    target, held_out = torch.cat(needed), torch.cat(for_testing)
+    held_out = torch.cat(for_testing)
+    parts = [_standardized(torch.cat(each), ~held_out) for each in (needed, asked) if each]
+    target = torch.stack(parts).sum(0)
     return {layer: fit(torch.cat(inputs[layer]), target, held_out, settings.width, settings.seed) for layer in scoring}
 
 
@@ -161,12 +196,19 @@ def _is_held_out(number: int) -> bool:
     return number % HELD_OUT == HELD_OUT - 1
 
 
-def _chosen(needed_T: torch.Tensor, document: FactText, window: int, generator: torch.Generator) -> torch.Tensor:
-    """Tokens to learn from: those that were needed most, and random others."""
+def _standardized(values_N: torch.Tensor, learned_N: torch.Tensor) -> torch.Tensor:
+    """Values with mean 0 and standard deviation 1 over those that are learned from."""
+    own_N = values_N[learned_N]
+    return (values_N - own_N.mean()) / own_N.std().clamp(min=1e-6)
+
+
+def _chosen(seen: Observation, document: FactText, window: int, generator: torch.Generator) -> torch.Tensor:
+    """Tokens to learn from: those that were needed most and those that score highest, and random others."""
     last = min(document.text, len(document.ids) - window)
-    most = needed_T[_SINKS:last].topk(min(_TOP, last - _SINKS)).indices + _SINKS
+    values = [each_T for each_T in (seen.needed_T, seen.asked_T) if each_T is not None]
+    most = [each_T[_SINKS:last].topk(min(_TOP, last - _SINKS)).indices + _SINKS for each_T in values]
     others = torch.randperm(last - _SINKS, generator=generator)[:_OTHERS] + _SINKS
-    chosen: torch.Tensor = torch.cat((most, others)).unique()
+    chosen: torch.Tensor = torch.cat((*most, others)).unique()
     return chosen
 
 
