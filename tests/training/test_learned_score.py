@@ -145,7 +145,7 @@ def test_the_layers_that_score_lie_between_half_and_two_thirds_of_the_depth() ->
 
 
 def test_queries_that_were_made_before(base: Path, tmp_path: Path) -> None:
-    """They are kept as they are, and `learned` agrees with them on texts that it has not seen."""
+    """They are kept as they are, and change what `learned` learns."""
     (tmp_path / "story.txt").write_text(STORY * 40, encoding="utf-8")
     story = str(tmp_path / "story.txt")
     first, second, alone = (str(tmp_path / name) for name in ("first", "second", "alone"))
