@@ -20,7 +20,7 @@ from ahn.training.anchors import AnchorSettings, train_anchors
 from ahn.training.anchors.documents import FORMATS, UnfitText, _facts, make_document
 from ahn.training.anchors.fit import fit
 from ahn.training.anchors.future_attention import observe
-from ahn.training.anchors.run import _scoring_layers
+from ahn.training.anchors.run import _layers_of_learned
 from tests.tiny import give_score_weights, text, tiny, with_memory
 from tests.training.common import write_base
 
@@ -138,10 +138,10 @@ def test_what_queries_of_other_texts_attend_to() -> None:
 
 def test_the_layers_that_score_lie_between_half_and_two_thirds_of_the_depth() -> None:
     model = with_memory("llama", model={"num_hidden_layers": 12})
-    assert _scoring_layers(model, 3) == [6, 7, 8]
-    assert _scoring_layers(model, 2) == [6, 8]
-    assert _scoring_layers(model, 1) == [6]
-    assert _scoring_layers(with_memory("llama", model={"num_hidden_layers": 2}), 3) == [1]
+    assert _layers_of_learned(model, 3) == [6, 7, 8]
+    assert _layers_of_learned(model, 2) == [6, 8]
+    assert _layers_of_learned(model, 1) == [6]
+    assert _layers_of_learned(with_memory("llama", model={"num_hidden_layers": 2}), 3) == [1]
 
 
 def test_queries_that_were_made_before(base: Path, tmp_path: Path) -> None:
@@ -160,6 +160,19 @@ def test_queries_that_were_made_before(base: Path, tmp_path: Path) -> None:
     assert not any(torch.equal(after[name], without[name]) for name in learned)
     with pytest.raises(ConfigError, match="holds no weights of asked; name other --queries"):
         train_anchors(AnchorSettings((story,), str(tmp_path / "none"), str(base), 12, 400, 16, queries=alone))
+
+
+def test_queries_for_a_model_whose_rotation_cannot_be_undone(base: Path, tmp_path: Path) -> None:
+    (tmp_path / "story.txt").write_text(STORY * 40, encoding="utf-8")
+    model = ahn.from_pretrained(base, config=ahn.AHNConfig(window=16, sinks=4))
+    give_score_weights(model)
+    ahn.save_anchors(model, tmp_path / "queries")
+    attachment_of(model).rotation_problem = "it is a secret"
+    settings = {"documents": 12, "length": 400, "window": 16, "queries": str(tmp_path / "queries")}
+    with pytest.raises(ConfigError, match=r"cannot be undone \(it is a secret\), as the score"):
+        train_anchors(
+            AnchorSettings((str(tmp_path / "story.txt"),), str(tmp_path / "out"), str(base), **settings), model=model
+        )
 
 
 def test_the_fit_foresees_what_can_be_foreseen() -> None:

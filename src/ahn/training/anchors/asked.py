@@ -24,7 +24,6 @@ from torch import nn
 
 from ahn.anchors.queries import AnchorQueries
 from ahn.attachment import attachment_of
-from ahn.backbone.rotary import Tables
 from ahn.errors import ConfigError
 from ahn.training.anchors.capture import LayerAttention, watch
 from ahn.training.anchors.documents import FactText
@@ -186,12 +185,7 @@ def collect(
     Raises:
         ConfigError: The rotary positions of this model cannot be undone, or no two texts have facts of one kind.
     """
-    problem = attachment_of(model).rotation_problem
-    if problem:
-        raise ConfigError(
-            f'the rotary positions of this model cannot be undone ({problem}), as the score "asked" needs; make '
-            '"learned" alone'
-        )
+    check_rotation(model)
     in_texts = Counter(kind for document in documents for kind in {kind for kind, _ in document.values})
     kinds = {kind: _is_long(kind, documents) for kind, texts in sorted(in_texts.items()) if texts > 1}
     if not kinds:
@@ -209,6 +203,23 @@ def collect(
     responses = {index: layer.responses(meant) for index, layer in layers.items()}
     least = _scoring_layers({index: look.by_kind for index, look in responses.items()}, meant)
     return {index: layers[index].weights(responses[index], least[index], kinds) for index in sorted(least)}
+
+
+def check_rotation(model: nn.Module) -> None:
+    """Checks that keys can be had as they were before their rotation.
+
+    Args:
+        model: A model with a memory attached.
+
+    Raises:
+        ConfigError: The rotary positions of this model cannot be undone.
+    """
+    problem = attachment_of(model).rotation_problem
+    if problem:
+        raise ConfigError(
+            f'the rotary positions of this model cannot be undone ({problem}), as the score "asked" needs; make '
+            '"learned" alone'
+        )
 
 
 def _is_long(kind: str, documents: Sequence[FactText]) -> bool:
@@ -258,18 +269,15 @@ def _look(captured: LayerAttention, asked: int, fact_F: torch.Tensor, window: in
         log_sums.append(scores_QT[:, :_SINKS].logsumexp(-1))
     positions = torch.linspace(_SINKS, asked - 1, min(_SAMPLE, asked - _SINKS), device=fact_F.device).long()
     questions_T = torch.arange(asked, moved_HT.size(1), device=fact_F.device)
-    queries_HQK = _turned(captured, captured.query_HTK[:, questions_T], questions_T, window) * captured.scaling
-    facts_GFK, sample_GSK = (_turned(captured, captured.key_GTK[:, each], each, 0) for each in (fact_F, positions))
+    queries_HQK = _moved_to(window, captured, questions_T) * captured.scaling
+    facts_GFK, sample_GSK = (captured.unrotated(captured.key_GTK[:, each], each) for each in (fact_F, positions))
     return _Asked(captured.layer.index, queries_HQK, torch.stack(log_sums), torch.stack(shares), facts_GFK, sample_GSK)
 
 
-def _turned(captured: LayerAttention, x_HTK: torch.Tensor, places_T: torch.Tensor, to: int) -> torch.Tensor:
-    """Queries or keys of these tokens rotated to another position, float32; unrotated for position 0."""
-    rotation, x_1HTK = captured.layer.rotation, x_HTK[None].float()
+def _moved_to(position: int, captured: LayerAttention, places_T: torch.Tensor) -> torch.Tensor:
+    """Queries of some tokens as they would be at another position, `[H, T, K]` float32."""
+    query_HTK, rotation = captured.unrotated(captured.query_HTK[:, places_T], places_T), captured.layer.rotation
     if rotation is None or captured.tables is None:
-        return x_HTK.float()
-    tables: Tables = (captured.tables[0][:, places_T], captured.tables[1][:, places_T])
-    x_1HTK = rotation.unrotate(x_1HTK, tables)
-    if to:
-        x_1HTK = rotation.apply(x_1HTK, rotation.tables(torch.tensor([[to]], device=x_HTK.device)))
-    return x_1HTK[0]
+        return query_HTK
+    tables = rotation.tables(torch.tensor([[position]], device=query_HTK.device))
+    return rotation.apply(query_HTK[None], tables)[0]

@@ -65,10 +65,18 @@ class LayerAttention:
         products = (self.query_HTK[head, first:] @ self.key_GTK[head // groups].T).float() * self.scaling
         return products.masked_fill(~seen, float("-inf"))
 
-    def pre_rope_key_1GTK(self) -> torch.Tensor:
-        """Keys as they were before their rotation, `[1, G, T, K]` float32."""
-        key_1GTK, rotation = self.key_GTK[None].float(), self.layer.rotation
-        return key_1GTK if rotation is None or self.tables is None else rotation.unrotate(key_1GTK, self.tables)
+    def unrotated(self, x_HTK: torch.Tensor, places: torch.Tensor | slice = slice(None)) -> torch.Tensor:
+        """Queries or keys as they were before their rotation, `[H, T, K]` float32.
+
+        Args:
+            x_HTK: Those of some tokens, `[H, T, K]`, or `[G, T, K]` of keys.
+            places: Which tokens they are of; all if left out.
+        """
+        rotation, x_1HTK = self.layer.rotation, x_HTK[None].float()
+        if rotation is not None and self.tables is not None:
+            cos, sin = self.tables
+            x_1HTK = rotation.unrotate(x_1HTK, (cos[:, places], sin[:, places]))
+        return x_1HTK[0]
 
     def moved(self) -> torch.Tensor:
         """Norm of a token's value after the output projection of each query head, `[H, T]`.

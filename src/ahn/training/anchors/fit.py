@@ -40,7 +40,7 @@ def fit(hidden_ND: torch.Tensor, needed_N: torch.Tensor, held_N: torch.Tensor, w
         width: Units of the network, M.
         seed: Seed of the initial weights and of the order of the tokens.
     """
-    target_N = (needed_N - needed_N[~held_N].mean()) / needed_N[~held_N].std().clamp(min=1e-6)
+    target_N = standardized(needed_N, ~held_N)
     inputs_ND = hidden_ND.float()
     mean_D, spread_D = inputs_ND[~held_N].mean(0), inputs_ND[~held_N].std(0).clamp(min=1e-3)
     inputs_ND = (inputs_ND - mean_D) / spread_D
@@ -51,6 +51,17 @@ def fit(hidden_ND: torch.Tensor, needed_N: torch.Tensor, held_N: torch.Tensor, w
         predicted_N = gate(inputs_ND[held_N])
     shares = (_explained(each, target_N[held_N]) for each in (inputs_ND[held_N] @ linear_D, predicted_N))
     return Fit(_on_raw_inputs(gate, mean_D, spread_D), *shares)
+
+
+def standardized(values_N: torch.Tensor, learned_N: torch.Tensor) -> torch.Tensor:
+    """Values with mean 0 and standard deviation 1 over the tokens that are learned from, `[N]`.
+
+    Args:
+        values_N: The values, `[N]`.
+        learned_N: Which tokens are learned from, `[N]` bool.
+    """
+    own_N = values_N[learned_N]
+    return (values_N - own_N.mean()) / own_N.std().clamp(min=1e-6)
 
 
 def _ridge(inputs_ND: torch.Tensor, target_N: torch.Tensor) -> torch.Tensor:

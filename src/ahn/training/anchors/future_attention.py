@@ -56,7 +56,7 @@ def observe(
         asked: Index of the first token of the questions; questions and answers follow it.
         window: Tokens before each query that do not count, because the window holds them.
         layers: Layers whose inputs are wanted.
-        queries: Queries of example questions by layer; none if left out.
+        queries: Queries of example questions by layer, on the CPU; none if left out.
     """
     hidden: dict[int, torch.Tensor] = {}
     needed: list[torch.Tensor] = []
@@ -67,11 +67,11 @@ def observe(
             hidden[layer.layer.index] = layer.hidden_TD.cpu()
         needed.append(_needed(layer, asked, window))
         if queries and layer.layer.index in queries:
-            scores.append(queries[layer.layer.index](layer.pre_rope_key_1GTK()))
+            scores.append(queries[layer.layer.index](layer.unrotated(layer.key_GTK)[None].cpu()))
 
     watch(model, ids, look)
     mean_T = torch.stack(needed).mean(0)
-    asked_T = score_of_layers(scores)[0, :, 0].cpu() if scores else None
+    asked_T = score_of_layers(scores)[0, :, 0] if scores else None
     return Observation(mean_T.clamp(min=_LEAST).log().cpu(), hidden, asked_T)
 
 

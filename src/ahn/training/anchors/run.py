@@ -15,7 +15,8 @@ from torch import nn
 import ahn
 from ahn.anchors.queries import AnchorQueries
 from ahn.attachment import attachment_of
-from ahn.checkpoint.anchors import ANCHORS
+from ahn.checkpoint.anchors import ANCHORS, read_anchors
+from ahn.checkpoint.content import BaseInfo
 from ahn.checkpoint.files import locate
 from ahn.errors import ConfigError
 from ahn.generation import read
@@ -23,9 +24,9 @@ from ahn.models import load_model, load_tokenizer, resolve
 from ahn.models.text import evenly
 from ahn.surgery import set_score_weights
 from ahn.training.anchor_settings import HELD_OUT, QUESTION_TOKENS, AnchorSettings, scores_with_weights
-from ahn.training.anchors.asked import collect
+from ahn.training.anchors.asked import check_rotation, collect
 from ahn.training.anchors.documents import FORMATS, FactText, UnfitText, make_document
-from ahn.training.anchors.fit import Fit, fit
+from ahn.training.anchors.fit import Fit, fit, standardized
 from ahn.training.anchors.future_attention import Observation, observe
 from ahn.training.data import Cut, load_pieces
 from ahn.training.log import Say
@@ -121,19 +122,26 @@ def train_anchors(settings: AnchorSettings, say: Say | None = None, model: Any =
 def _queries(model: Any, texts: list[FactText], settings: AnchorSettings, say: Say) -> dict[int, AnchorQueries]:
     """Queries of example questions by layer: those that are there, or new ones if they are asked for, or none."""
     if settings.queries is not None:
-        ahn.load_anchors(model, settings.queries)
-        given = {layer.index: layer.anchor_weights for layer in attachment_of(model).layers if layer.anchor_weights}
-        found = {index: weights["asked"] for index, weights in given.items() if "asked" in weights}
-        if not found:
-            raise ConfigError(f"'{settings.queries}' holds no weights of asked; name other --queries, or none")
-        return {index: weights for index, weights in found.items() if isinstance(weights, AnchorQueries)}
+        return _given_queries(model, settings.queries)
     if "asked" not in settings.scores:
         return {}
     known = [document for number, document in enumerate(texts) if not _is_held_out(number)]
     return collect(model, known, settings.window, say)
 
 
-def _scoring_layers(model: nn.Module, count: int) -> list[int]:
+def _given_queries(model: Any, name: str) -> dict[int, AnchorQueries]:
+    """Queries of a folder by layer, for a model that they fit."""
+    check_rotation(model)
+    folder = locate(name, config=ANCHORS.config)
+    weights = read_anchors(name, folder, attachment_of(model), BaseInfo.of_model(model))
+    found = {index: own.get("asked") for index, own in weights.items()}
+    queries = {index: own for index, own in found.items() if isinstance(own, AnchorQueries)}
+    if not queries:
+        raise ConfigError(f"'{name}' holds no weights of asked; name other --queries, or none")
+    return queries
+
+
+def _layers_of_learned(model: nn.Module, count: int) -> list[int]:
     """Indices of layers from half to two thirds of the depth, where hidden states tell facts from other text best."""
     served = [layer.index for layer in attachment_of(model).layers if layer.memory is not None]
     half = len(served) // 2
@@ -149,7 +157,7 @@ def _fits(
     say: Say,
 ) -> dict[int, Fit]:
     """Fitted networks of some layers."""
-    scoring = _scoring_layers(model, settings.voters)
+    scoring = _layers_of_learned(model, settings.voters)
     generator = torch.Generator().manual_seed(settings.seed)
     inputs: dict[int, list[torch.Tensor]] = {layer: [] for layer in scoring}
     needed, asked, for_testing = [], [], []
@@ -165,7 +173,7 @@ def _fits(
         if (number + 1) % 10 == 0:
             say(f"learned: read {number + 1} of {len(texts)} documents")
     held_out = torch.cat(for_testing)
-    parts = [_standardized(torch.cat(each), ~held_out) for each in (needed, asked) if each]
+    parts = [standardized(torch.cat(each), ~held_out) for each in (needed, asked) if each]
     target = torch.stack(parts).sum(0)
     return {layer: fit(torch.cat(inputs[layer]), target, held_out, settings.width, settings.seed) for layer in scoring}
 
@@ -194,12 +202,6 @@ def _documents(settings: AnchorSettings, tokenizer: Any) -> list[FactText]:
 
 def _is_held_out(number: int) -> bool:
     return number % HELD_OUT == HELD_OUT - 1
-
-
-def _standardized(values_N: torch.Tensor, learned_N: torch.Tensor) -> torch.Tensor:
-    """Values with mean 0 and standard deviation 1 over those that are learned from."""
-    own_N = values_N[learned_N]
-    return (values_N - own_N.mean()) / own_N.std().clamp(min=1e-6)
 
 
 def _chosen(seen: Observation, document: FactText, window: int, generator: torch.Generator) -> torch.Tensor:
