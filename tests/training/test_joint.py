@@ -84,6 +84,16 @@ def test_without_anchors_the_loss_is_what_it_was() -> None:
     assert not torch.equal(without, with_some)
 
 
+def test_anchors_of_the_models_own_settings() -> None:
+    """The head that is run on slices of hidden states reads no layer, and so must not look for anchors either."""
+    given = {"input_ids": text(2, 90)}
+    own, named = (
+        distillation_loss(model, given, {"kl": 1}, **SPAN, anchors=anchors).sums["kl"]
+        for model, anchors in ((joint(anchors=ANCHORS, anchor_score="learned"), None), (joint(), ANCHORS))
+    )
+    assert torch.equal(own, named)
+
+
 def test_padded_rows_count_as_alone() -> None:
     """Rows that are padded on the right, as batches of a training are."""
     model, ids, mask = joint(), text(2, 90), torch.ones(2, 90, dtype=torch.long)

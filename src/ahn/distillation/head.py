@@ -46,7 +46,7 @@ class Head:
         Args:
             hidden_ND: Output of the stack of layers, after its final norm, `[N, D]`.
         """
-        with _standing_aside(self.backbone):
+        with ahn.mode(self.model, "full"), _standing_aside(self.backbone):  # no layer runs, so none chooses anchors
             logits: torch.Tensor = self.model(inputs_embeds=hidden_ND[None], use_cache=False).logits[0]
         return logits
 
