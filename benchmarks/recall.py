@@ -72,7 +72,7 @@ GROUPS = {
     "capacity": Group(
         ("capacity",),
         (1536,),
-        ("full", "ahn+64:asked", "ahn+128:asked", "ahn+256:asked", "ahn+128:learned"),
+        ("full", *(f"ahn+{anchors}:{score}" for score in ("asked", "learned") for anchors in (64, 128, 256))),
         items=8,
     ),
 }

@@ -20,9 +20,9 @@ def base(request: pytest.FixtureRequest) -> Any:
     return tiny(request.param)
 
 
-PAIRS = [(family, memory) for family in FAMILIES for memory in MEMORIES]
+PAIRS = [(family, MEMORIES[0]) for family in FAMILIES]
 # A memory sees sizes alone of its family: these have heads that the kernels take or not, and values unlike keys.
-PAIRS += [(family, DOCUMENTED) for family in ("llama", "llama:wide", "deepseek_v3")]
+PAIRS += [(f, memory) for f in ("llama", "llama:wide", "deepseek_v3") for memory in (*MEMORIES[1:], DOCUMENTED)]
 
 
 @pytest.fixture(params=PAIRS, ids="-".join)
@@ -37,9 +37,9 @@ def model(request: pytest.FixtureRequest) -> Any:
 
 @torch.no_grad()
 def test_every_way_of_reading_agrees(model: Any) -> None:
-    ids = text(2)
+    ids = text(2, 50)
     at_once = read(model, ids)
-    for chunks in (1, [7, 30, 1, 1, 20, 16], 21):
+    for chunks in (1, [7, 20, 1, 1, 11, 10], 21):
         torch.testing.assert_close(read(model, ids, chunks), at_once, rtol=0, atol=TOLERANCE)
     torch.testing.assert_close(model(ids, use_cache=False).logits, at_once, rtol=0, atol=TOLERANCE)
 
@@ -60,7 +60,7 @@ def test_base_model_up_to_sinks_and_window(model: Any) -> None:
 @torch.no_grad()
 def test_padded_rows_read_like_each_alone(model: Any) -> None:
     """Left padding of any size, also more than sinks and window, one-shot, chunked and token by token."""
-    rows = [text(1, n, seed=n) for n in (60, 53, 24, 3)]
+    rows = [text(1, n, seed=n) for n in (42, 35, 24, 3)]
     ids, mask = padded(rows)
     positions = (mask.cumsum(1) - 1).clamp(min=0)
     alone = [read(model, row)[0] for row in rows]

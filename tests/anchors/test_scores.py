@@ -180,13 +180,23 @@ class TestContract:
 
 class TestPooling:
     @pytest.mark.parametrize(
-        "pooling", [Pooling(), Pooling((1, 4), 0.5, (6, 2), 0.25), SCORES["asked"].pooling], ids=str
+        "pooling",
+        [
+            Pooling(),
+            Pooling((1, 4), 0.5, (6, 2), 0.25),
+            Pooling((0,), firm=0.8),
+            Pooling((1, 4), 0.1, (3, 2), 0.25, firm=0.5),
+            SCORES["asked"].pooling,
+            SCORES["learned"].pooling,
+        ],
+        ids=str,
     )
     def test_against_a_loop(self, pooling: Pooling) -> None:
         window, tokens, begin = 16, 40, 7
         left, right = pooling.margins(window)
         line = torch.arange(-left, tokens + right)
         scores = torch.randn(1, len(line), len(pooling.kernels), generator=torch.Generator().manual_seed(4))
+        scores[0, left + 20 : left + 26] += 2
         found = pooling.apply(scores, (line >= begin)[None].float(), window)[0]
         assert len(found) == tokens
         for j in range(begin, tokens):
@@ -196,9 +206,24 @@ class TestPooling:
                 for k in range(j - after, j + min(pooling.spread[0], window // 4) + 1):
                     own = [float(scores[0, left + n, number]) for n in range(max(begin, k - kernel), k + kernel + 1)]
                     if own:
-                        mean = sum(own) / len(own) + pooling.bonus * (number > 0)
-                        best.append(mean - pooling.slope * abs(k - j))
-            assert float(found[j]) == pytest.approx(max(best), abs=1e-5)
+                        mean = sum(own) / len(own)
+                        if pooling.firm is None or mean >= pooling.firm:
+                            best.append(mean + pooling.bonus * (number > 0) - pooling.slope * abs(k - j))
+            near = scores[0, left + max(begin, j - 1) : left + j + 2, 0]
+            best = best or [float(near.mean()) - 100]
+            assert float(found[j]) == pytest.approx(max(best), abs=2e-5)
+
+    def test_a_span_is_kept_whole_or_not_at_all(self) -> None:
+        """Two spans that differ by little, and a token that scores almost as high and spreads to none."""
+        pooling, scores = Pooling((0,), spread=(4, 2), firm=1.0), torch.zeros(1, 80, 1)
+        scores[0, [24, 44, 60], 0] = torch.tensor([2.0, 1.9, 0.9])
+        left, right = pooling.margins(64)
+        pooled = torch.full((80,), float("-inf"))
+        pooled[left : 80 - right] = pooling.apply(scores, torch.ones(1, 80), 64)[0]
+        ranked = pooled.sort(descending=True, stable=True).indices.tolist()
+        assert ranked[:14] == [*range(20, 27), *range(40, 47)]
+        assert set(ranked[14:17]) == {59, 60, 61}
+        assert float(pooled[60]) == pytest.approx(0.3 - 100)
 
 
 class TestAdding:

@@ -44,7 +44,7 @@ class Learned(Score):
     """What a network says that was trained to foresee how much questions attend to a token: `ahn train anchors`."""
 
     name = "learned"
-    pooling = Pooling(spread=(12, 2), slope=0.07)
+    pooling = Pooling(spread=(12, 4), firm=1.1)  # in standard deviations of what was trained for
     weight_names = ("inner.weight", "inner.bias", "outer.weight", "outer.bias")
 
     def score(self, tokens: LayerTokens) -> torch.Tensor:
