@@ -63,6 +63,8 @@ _ARGUMENTS = {
     "ahn_half_multiply": [*[_INT] * 3, *[_POINTER] * 4],
     "ahn_take_slots": [*[_INT] * 5, *[_POINTER] * 2],
     "ahn_put_slots": [*[_INT] * 5, *[_POINTER] * 2],
+    "ahn_divergence": [*[_INT] * 2, *[_POINTER] * 5, ctypes.c_int],
+    "ahn_divergence_back": [*[_INT] * 2, *[_POINTER] * 6, ctypes.c_int],
 }
 _CANNOT_FAIL = (
     "ahn_write_delta",
@@ -73,6 +75,8 @@ _CANNOT_FAIL = (
     "ahn_half_multiply",
     "ahn_take_slots",
     "ahn_put_slots",
+    "ahn_divergence",
+    "ahn_divergence_back",
 )
 
 MOST_VECTORS = 4
