@@ -65,6 +65,7 @@ _ARGUMENTS = {
     "ahn_put_slots": [*[_INT] * 5, *[_POINTER] * 2],
     "ahn_divergence": [*[_INT] * 2, *[_POINTER] * 5, ctypes.c_int],
     "ahn_divergence_back": [*[_INT] * 2, *[_POINTER] * 6, ctypes.c_int],
+    "ahn_softmax_back": [*[_INT] * 4, _FLOAT, *[_POINTER] * 7, ctypes.c_int],
 }
 _CANNOT_FAIL = (
     "ahn_write_delta",
@@ -77,6 +78,7 @@ _CANNOT_FAIL = (
     "ahn_put_slots",
     "ahn_divergence",
     "ahn_divergence_back",
+    "ahn_softmax_back",
 )
 
 MOST_VECTORS = 4
