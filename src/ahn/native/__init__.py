@@ -65,6 +65,10 @@ _ARGUMENTS = {
     "ahn_put_slots": [*[_INT] * 5, *[_POINTER] * 2],
     "ahn_divergence": [*[_INT] * 2, *[_POINTER] * 5, ctypes.c_int],
     "ahn_divergence_back": [*[_INT] * 2, *[_POINTER] * 6, ctypes.c_int],
+    "ahn_norm": [*[_INT] * 2, *[_FLOAT] * 2, *[_POINTER] * 4],
+    "ahn_norm_back": [*[_INT] * 3, *[_FLOAT] * 2, *[_POINTER] * 6],
+    "ahn_gated": [_INT, *[_POINTER] * 3],
+    "ahn_gated_back": [_INT, *[_POINTER] * 5],
     "ahn_softmax_back": [*[_INT] * 4, _FLOAT, *[_POINTER] * 7, ctypes.c_int],
 }
 _CANNOT_FAIL = (
@@ -79,6 +83,10 @@ _CANNOT_FAIL = (
     "ahn_divergence",
     "ahn_divergence_back",
     "ahn_softmax_back",
+    "ahn_norm",
+    "ahn_norm_back",
+    "ahn_gated",
+    "ahn_gated_back",
 )
 
 MOST_VECTORS = 4

@@ -9,13 +9,15 @@ typedef struct {
     float largest, sum;
 } Softmax;
 
-#define EACH(at, left) (index_t at = 0, left = V; at < V; at += LANES, left -= LANES)
+#define EACH(at, left) (index_t at = 0, left = V; at < V; at += WIDE, left -= WIDE)
 
 INLINE float largest_of(const int is_half, const void *row, index_t V)
 {
-    vec largest = splat(-INFINITY);
-    for EACH (at, left) largest = max_vec(largest, read_mixed(is_half, row, at, left, -INFINITY));
-    return max_lanes(largest);
+    wide largest = splat_wide(-INFINITY);
+    for EACH (at, left) largest = max_wide(largest, read_mixed(is_half, row, at, left, -INFINITY));
+    float most = largest[0];
+    for (int lane = 1; lane < WIDE; lane++) most = largest[lane] > most ? largest[lane] : most;
+    return most;
 }
 
 INLINE float row_divergence(const int is_half, const void *student, const void *teacher, index_t V, Softmax *ours,
@@ -23,20 +25,20 @@ INLINE float row_divergence(const int is_half, const void *student, const void *
 {
     float s = largest_of(is_half, student, V), t = largest_of(is_half, teacher, V);
     double our_sum = 0, their_sum = 0, weighted = 0;
-    for (index_t start = 0; start < V; start += 64 * LANES) { /* float32 sums of few numbers keep their digits */
-        vec our_part = {0}, their_part = {0}, weighted_part = {0};
-        for (index_t at = start; at < V && at < start + 64 * LANES; at += LANES) {
-            vec our = read_mixed(is_half, student, at, V - at, -INFINITY) - splat(s);
-            vec their = read_mixed(is_half, teacher, at, V - at, -INFINITY) - splat(t), weight = exp_vec(their);
-            our_part += exp_vec(our);
+    for (index_t start = 0; start < V; start += 64 * WIDE) { /* float32 sums of few numbers keep their digits */
+        wide our_part = {0}, their_part = {0}, weighted_part = {0};
+        for (index_t at = start; at < V && at < start + 64 * WIDE; at += WIDE) {
+            wide our = read_mixed(is_half, student, at, V - at, -INFINITY) - splat_wide(s);
+            wide their = read_mixed(is_half, teacher, at, V - at, -INFINITY) - splat_wide(t), weight = exp_wide(their);
+            our_part += exp_wide(our);
             their_part += weight;
-            weighted_part += at + LANES <= V ? weight * (their - our) : (vec){0};
-            for (index_t rest = at; at + LANES > V && rest < V; rest++)
+            weighted_part += at + WIDE <= V ? weight * (their - our) : (wide){0};
+            for (index_t rest = at; at + WIDE > V && rest < V; rest++)
                 weighted += weight[rest - at] * (their[rest - at] - our[rest - at]);
         }
-        our_sum += sum_lanes(our_part);
-        their_sum += sum_lanes(their_part);
-        weighted += sum_lanes(weighted_part);
+        our_sum += sum_wide(our_part);
+        their_sum += sum_wide(their_part);
+        weighted += sum_wide(weighted_part);
     }
     *ours = (Softmax){s, (float)our_sum};
     *theirs = (Softmax){t, (float)their_sum};
@@ -46,10 +48,10 @@ INLINE float row_divergence(const int is_half, const void *student, const void *
 INLINE void row_slope(const int is_half, const void *student, const void *teacher, index_t V, const Softmax *ours,
                       const Softmax *theirs, float factor, void *slope)
 {
-    vec our_share = splat(factor / ours->sum), their_share = splat(factor / theirs->sum);
+    wide our_share = splat_wide(factor / ours->sum), their_share = splat_wide(factor / theirs->sum);
     for EACH (at, left) {
-        vec our = exp_vec(read_mixed(is_half, student, at, left, 0) - splat(ours->largest));
-        vec their = exp_vec(read_mixed(is_half, teacher, at, left, 0) - splat(theirs->largest));
+        wide our = exp_wide(read_mixed(is_half, student, at, left, 0) - splat_wide(ours->largest));
+        wide their = exp_wide(read_mixed(is_half, teacher, at, left, 0) - splat_wide(theirs->largest));
         write_mixed(is_half, slope, at, left, our * our_share - their * their_share);
     }
 }

@@ -4,44 +4,55 @@
 
 #include "kernels.h"
 
-typedef uint16_t short_halves __attribute__((vector_size(2 * LANES)));
-typedef short_halves loose_short_halves __attribute__((aligned(2), may_alias));
-typedef uint32_t uvec __attribute__((vector_size(4 * LANES)));
+DEFINE_EXP(exp_wide, wide, signed_words)
 
-INLINE vec widen_vec(short_halves x) { return (vec)(__builtin_convertvector(x, uvec) << 16); }
-
-/* Rounds to the nearest, of two to the even one; NaN stays NaN. */
-INLINE short_halves narrow_vec(vec x)
+INLINE wide max_wide(wide a, wide b) /* b where one of them is NaN */
 {
-    uvec bits = (uvec)x, is_nan = (uvec)(x != x);
-    uvec rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-    return __builtin_convertvector((rounded & ~is_nan) | (is_nan & 0x7fc0), short_halves);
+    signed_words larger = a > b;
+    return (wide)(((signed_words)a & larger) | ((signed_words)b & ~larger));
 }
 
-/* Numbers `at` and following; where fewer than LANES are left, `fill` behind the last. */
-INLINE vec read_mixed(const int is_half, const void *from, index_t at, index_t left, float fill)
+INLINE float sum_wide(wide x)
+{
+    vec parts[WIDE / LANES], sum = {0};
+    memcpy(parts, &x, sizeof parts);
+    for (int n = 0; n < WIDE / LANES; n++) sum += parts[n];
+    return sum_lanes(sum);
+}
+
+/* Rounds to the nearest number of bfloat16, of two to the even one; NaN stays NaN. */
+INLINE halves narrow_bfloat16(wide x)
+{
+    words bits = (words)x, is_nan = (words)(x != x);
+    words rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+    return __builtin_convertvector((rounded & ~is_nan) | (is_nan & 0x7fc0), halves);
+}
+
+/* Numbers `at` and following; where fewer than WIDE are left, `fill` behind the last. */
+INLINE wide read_mixed(const int is_half, const void *from, index_t at, index_t left, float fill)
 {
     const float *floats = (const float *)from + at;
     const uint16_t *shorts = (const uint16_t *)from + at;
-    if (left >= LANES) return is_half ? widen_vec(*(const loose_short_halves *)shorts) : load(floats);
-    float part[LANES];
-    for (int lane = 0; lane < LANES; lane++) {
-        uint32_t bits = is_half && lane < left ? (uint32_t)shorts[lane] << 16 : 0;
-        memcpy(part + lane, &bits, sizeof bits);
-        if (!is_half && lane < left) part[lane] = floats[lane];
-        if (lane >= left) part[lane] = fill;
+    if (left >= WIDE && is_half) return widen_bfloat16(shorts);
+    if (left >= WIDE) return *(const loose_wide *)floats;
+    wide part = splat_wide(fill);
+    for (int lane = 0; lane < left; lane++) {
+        uint32_t bits = is_half ? (uint32_t)shorts[lane] << 16 : 0;
+        float one;
+        memcpy(&one, &bits, sizeof one);
+        part[lane] = is_half ? one : floats[lane];
     }
-    return load(part);
+    return part;
 }
 
-INLINE void write_mixed(const int is_half, void *to, index_t at, index_t left, vec x)
+INLINE void write_mixed(const int is_half, void *to, index_t at, index_t left, wide x)
 {
     float *floats = (float *)to + at;
     uint16_t *shorts = (uint16_t *)to + at;
-    short_halves narrowed = narrow_vec(x);
-    if (left >= LANES) {
-        if (is_half) *(loose_short_halves *)shorts = narrowed;
-        else store(floats, x);
+    halves narrowed = narrow_bfloat16(x);
+    if (left >= WIDE) {
+        if (is_half) *(loose_halves *)shorts = narrowed;
+        else *(loose_wide *)floats = x;
         return;
     }
     for (int lane = 0; lane < left; lane++) {

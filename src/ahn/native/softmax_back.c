@@ -14,10 +14,10 @@ typedef struct {
 INLINE void row_back(const int is_half, const Scores *all, index_t r, const float *scores, const float *to_weights,
                      float log_sum, float mean, void *weights, void *slopes)
 {
-    vec scaling = splat(all->scaling), top = splat(log_sum), middle = splat(mean);
-    for (index_t m = 0, left = all->M; m < all->M; m += LANES, left -= LANES) {
-        vec masked = read_mixed(is_half, all->mask, r * all->step + m, left, 0) - top;
-        vec weight = exp_vec(read_mixed(0, scores, m, left, 0) * scaling + masked);
+    wide scaling = splat_wide(all->scaling), top = splat_wide(log_sum), middle = splat_wide(mean);
+    for (index_t m = 0, left = all->M; m < all->M; m += WIDE, left -= WIDE) {
+        wide masked = read_mixed(is_half, all->mask, r * all->step + m, left, 0) - top;
+        wide weight = exp_wide(read_mixed(0, scores, m, left, 0) * scaling + masked);
         write_mixed(is_half, weights, m, left, weight);
         write_mixed(is_half, slopes, m, left, weight * (read_mixed(0, to_weights, m, left, 0) - middle) * scaling);
     }
