@@ -1,4 +1,4 @@
-"""Kernels in C for float32 on a CPU, without gradients. Each has an equivalent in torch.
+"""Kernels in C that compute in float32 on a CPU. Each has an equivalent in torch; those with gradients say so.
 
 They are compiled for this machine when the first tensors come that they can work on. Where that is not possible (no C
 compiler, Windows), or where `AHN_NATIVE=0` is set, everything runs in torch, more slowly.
