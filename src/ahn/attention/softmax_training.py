@@ -9,7 +9,6 @@ W tokens of the window, S sinks, N extra keys, M keys of a block.
 
 from __future__ import annotations
 
-import contextlib
 from typing import Any, NamedTuple
 
 import torch
@@ -17,8 +16,6 @@ import torch
 from ahn.attention.call import Call, LocalRead
 from ahn.attention.masks import beside, block_mask, extra_mask, read_by_any
 from ahn.attention.softmax import block_size
-from ahn.attention.softmax_products import can_multiply, exact_products
-from ahn.attention.softmax_products import gradients as products
 from ahn.tokens import VisibleKV
 
 _FORWARD = "_scaled_dot_product_flash_attention_for_cpu"
@@ -137,40 +134,28 @@ class _Blocks(torch.autograd.Function):
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[Any, ...]:
         query, *others = ctx.saved_tensors
         others, out, log_sums = others[:6], others[6], others[7:]
-        keys, values = Keys(*others[:3]), Keys(*others[3:])
+        keys, values, groups = Keys(*others[:3]), Keys(*others[3:]), others[0].size(1)
         to_query, to_keys, to_values = torch.empty_like(query), keys.zeros(), values.zeros()
-        back = _by_products if can_multiply(query) else _by_fused_kernel
-        with exact_products() if can_multiply(query) else contextlib.nullcontext():
-            for block, log_sum in zip(ctx.blocks, log_sums, strict=True):
-                rows = (tensor[:, :, block.rows] for tensor in (gradients[0], query, out))
-                stacked = [_stacked(each, keys.window.size(1)) for each in rows]
-                q, k, v = back(stacked, keys.select(block), values.select(block), block.mask, log_sum, ctx.scaling)
-                to_query[:, :, block.rows] = q.reshape(to_query[:, :, block.rows].shape)
-                to_keys.add(block, k)
-                to_values.add(block, v)
+        kernel = getattr(torch.ops.aten, _BACKWARD)
+        for block, log_sum in zip(ctx.blocks, log_sums, strict=True):
+            each = (_stacked(tensor[:, :, block.rows], groups) for tensor in (gradients[0], query, out))
+            gradient, stacked, output = each
+            q, k, v = kernel(
+                gradient,
+                stacked,
+                keys.select(block),
+                values.select(block),
+                output,
+                log_sum,
+                0.0,
+                False,
+                attn_mask=block.mask,
+                scale=ctx.scaling,
+            )
+            to_query[:, :, block.rows] = q.reshape(to_query[:, :, block.rows].shape)
+            to_keys.add(block, k)
+            to_values.add(block, v)
         return None, None, to_query, *(part.to(query.dtype) for part in (*to_keys, *to_values))
-
-
-Slopes = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
-
-
-def _by_fused_kernel(
-    stacked: list[torch.Tensor], k: torch.Tensor, v: torch.Tensor, mask: Any, log_sum: torch.Tensor, scaling: float
-) -> Slopes:
-    """Gradients of the queries, keys and values of a block, from that of its output, its queries and its output."""
-    gradient, query, out = stacked
-    kernel = getattr(torch.ops.aten, _BACKWARD)
-    slopes: Slopes = kernel(gradient, query, k, v, out, log_sum, 0.0, False, attn_mask=mask, scale=scaling)
-    return slopes
-
-
-def _by_products(
-    stacked: list[torch.Tensor], k: torch.Tensor, v: torch.Tensor, mask: Any, log_sum: torch.Tensor, scaling: float
-) -> Slopes:
-    """The same by matrix products."""
-    gradient, query, out = stacked
-    means = (gradient.float() * out.float()).sum(-1)
-    return products(gradient, query, k, v, mask, log_sum, means, scaling)
 
 
 def _stacked(x_BHTK: torch.Tensor, groups: int) -> torch.Tensor:

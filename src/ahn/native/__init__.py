@@ -69,7 +69,6 @@ _ARGUMENTS = {
     "ahn_norm_back": [*[_INT] * 3, *[_FLOAT] * 2, *[_POINTER] * 6],
     "ahn_gated": [_INT, *[_POINTER] * 3],
     "ahn_gated_back": [_INT, *[_POINTER] * 5],
-    "ahn_softmax_back": [*[_INT] * 4, _FLOAT, *[_POINTER] * 7, ctypes.c_int],
 }
 _CANNOT_FAIL = (
     "ahn_write_delta",
@@ -82,7 +81,6 @@ _CANNOT_FAIL = (
     "ahn_put_slots",
     "ahn_divergence",
     "ahn_divergence_back",
-    "ahn_softmax_back",
     "ahn_norm",
     "ahn_norm_back",
     "ahn_gated",
