@@ -31,6 +31,7 @@ class CastWeights:
 
     def __init__(self) -> None:
         self._casts: dict[int, tuple[torch.Tensor, int, torch.Tensor]] = {}  # a weight, its version then, its cast
+        self._input: tuple[torch.Tensor, torch.Tensor] | None = None
 
     @contextmanager
     def in_use(self) -> Iterator[None]:
@@ -40,6 +41,20 @@ class CastWeights:
             yield
         finally:
             _casts.reset(token)
+            self._input = None
+
+    def note_input(self, x: torch.Tensor, cast: torch.Tensor) -> None:
+        """Keeps what several maps will read, until the next one comes.
+
+        Args:
+            x: The tensor.
+            cast: The same in the dtype of autocast.
+        """
+        self._input = x, cast
+
+    def cast_input(self, x: torch.Tensor) -> torch.Tensor:
+        """What was noted as the cast of a tensor, where it was that tensor; itself otherwise."""
+        return self._input[1] if self._input is not None and self._input[0] is x else x
 
     def cast(self, weight: torch.Tensor) -> torch.Tensor:
         """The weight as autocast would cast it; itself where it would not, or where the weight learns."""
@@ -93,4 +108,6 @@ def _forward(linear: nn.Linear, x: torch.Tensor) -> torch.Tensor:
         if native.ready(x, linear.weight, *bias) and linear.weight.is_contiguous():
             return native.linear(x, linear.weight, linear.bias)
     casts = _casts.get()
-    return functional.linear(x, linear.weight if casts is None else casts.cast(linear.weight), linear.bias)
+    if casts is None:
+        return functional.linear(x, linear.weight, linear.bias)
+    return functional.linear(casts.cast_input(x), casts.cast(linear.weight), linear.bias)

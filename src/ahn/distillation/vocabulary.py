@@ -15,9 +15,10 @@ from torch import nn
 
 from ahn.distillation.head import Head
 from ahn.distillation.targets import Targets
+from ahn.native.divergence import can_diverge, divergence
 from ahn.ops import at_least_float32
 
-_SLICE_ELEMENTS = 2**23  # logits of a slice: 32 MiB in float32
+_SLICE_BYTES = 2**24  # logits of a slice and model; with twice as many, glibc gives them back and fetches new memory
 
 
 def vocabulary_losses(
@@ -36,7 +37,7 @@ def vocabulary_losses(
         teacher_ND: Those of the teacher; needed for "kl" only.
         targets: The positions that count.
         names: Names of losses; those other than "kl" and "ce" are left out.
-        slice_tokens: Positions whose logits exist at the same time; as many as make 32 MiB if left out.
+        slice_tokens: Positions whose logits exist at the same time; as many as make 16 MiB if left out.
     """
     head: Any = Head(model)
     names = tuple(name for name in ("kl", "ce") if name in names)
@@ -47,17 +48,17 @@ def vocabulary_losses(
     in_kl[targets.kl] = True
 
     def measure(hidden_ND: torch.Tensor, rows: torch.Tensor) -> list[torch.Tensor]:
-        logits = at_least_float32(head(hidden_ND))
+        logits = head(hidden_ND)
         losses = []
         if "kl" in names and teacher_ND is not None:
             with torch.no_grad():
-                expected = at_least_float32(head(teacher_ND[rows])).log_softmax(-1)
-            losses.append(_divergence(expected, logits, in_kl[rows]))
+                expected = head(teacher_ND[rows])
+            losses.append((_divergence(expected, logits) * in_kl[rows]).sum())
         if "ce" in names:
-            losses.append(F.cross_entropy(logits, labels[rows], ignore_index=-100, reduction="sum"))
+            losses.append(F.cross_entropy(at_least_float32(logits), labels[rows], ignore_index=-100, reduction="sum"))
         return losses
 
-    size = slice_tokens or max(16, _SLICE_ELEMENTS // head.backbone.config.vocab_size)
+    size = slice_tokens or max(16, _SLICE_BYTES // (head.backbone.config.vocab_size * _logit_bytes(student_ND)))
     sums: torch.Tensor = _Sliced.apply(student_ND, rows, measure, size, len(names))
     return dict(zip(names, sums.unbind()))
 
@@ -100,7 +101,16 @@ class _Sliced(torch.autograd.Function):
         return spread, None, None, None, None
 
 
-def _divergence(expected_NV: torch.Tensor, logits_NV: torch.Tensor, counted_N: torch.Tensor) -> torch.Tensor:
-    """Sum over the counted rows of KL(teacher || student), from the teacher's log-probabilities."""
-    per_token = F.kl_div(logits_NV.log_softmax(-1), expected_NV, reduction="none", log_target=True).sum(-1)
-    return (per_token * counted_N).sum()
+def _logit_bytes(hidden_ND: torch.Tensor) -> int:
+    """Bytes of a logit as the head gives it, of float32 at most."""
+    device = hidden_ND.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden_ND.dtype
+    return min(4, dtype.itemsize)
+
+
+def _divergence(teacher_NV: torch.Tensor, student_NV: torch.Tensor) -> torch.Tensor:
+    """KL(teacher || student) of each row, `[N]`."""
+    if can_diverge(student_NV, teacher_NV):
+        return divergence(student_NV, teacher_NV)
+    teacher_NV, student_NV = (at_least_float32(logits).log_softmax(-1) for logits in (teacher_NV, student_NV))
+    return F.kl_div(student_NV, teacher_NV, reduction="none", log_target=True).sum(-1)

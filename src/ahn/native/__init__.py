@@ -1,4 +1,4 @@
-"""Kernels in C for float32 on a CPU, without gradients. Each has an equivalent in torch.
+"""Kernels in C that compute in float32 on a CPU. Each has an equivalent in torch; those with gradients say so.
 
 They are compiled for this machine when the first tensors come that they can work on. Where that is not possible (no C
 compiler, Windows), or where `AHN_NATIVE=0` is set, everything runs in torch, more slowly.
@@ -63,6 +63,12 @@ _ARGUMENTS = {
     "ahn_half_multiply": [*[_INT] * 3, *[_POINTER] * 4],
     "ahn_take_slots": [*[_INT] * 5, *[_POINTER] * 2],
     "ahn_put_slots": [*[_INT] * 5, *[_POINTER] * 2],
+    "ahn_divergence": [*[_INT] * 2, *[_POINTER] * 5, ctypes.c_int],
+    "ahn_divergence_back": [*[_INT] * 2, *[_POINTER] * 6, ctypes.c_int],
+    "ahn_norm": [*[_INT] * 2, *[_FLOAT] * 2, *[_POINTER] * 4],
+    "ahn_norm_back": [*[_INT] * 3, *[_FLOAT] * 2, *[_POINTER] * 6],
+    "ahn_gated": [_INT, *[_POINTER] * 3],
+    "ahn_gated_back": [_INT, *[_POINTER] * 5],
 }
 _CANNOT_FAIL = (
     "ahn_write_delta",
@@ -73,6 +79,12 @@ _CANNOT_FAIL = (
     "ahn_half_multiply",
     "ahn_take_slots",
     "ahn_put_slots",
+    "ahn_divergence",
+    "ahn_divergence_back",
+    "ahn_norm",
+    "ahn_norm_back",
+    "ahn_gated",
+    "ahn_gated_back",
 )
 
 MOST_VECTORS = 4

@@ -63,25 +63,28 @@ INLINE float max_lanes(vec x)
     return most;
 }
 
-/* exp(x) for x <= 0; 0 below -87.3, NaN for NaN. 2^n times a polynomial of degree 6 (relative error 2e-7). */
-INLINE vec exp_vec(vec x)
-{
-    const vec log2e = splat(1.44269504f), magic = splat(12582912.f); /* 1.5 * 2^23: adding it rounds to an integer */
-    ivec there = ~(x <= splat(-87.3f));
-    x = max_vec(splat(-87.3f), x);
-    vec n = x * log2e + magic;
-    ivec exponent = (ivec)n << 23;
-    n -= magic;
-    vec r = x - n * splat(0.693359375f) + n * splat(2.12194440e-4f);
-    vec p = splat(1.38888889e-3f);
-    p = p * r + splat(8.33333333e-3f);
-    p = p * r + splat(4.16666667e-2f);
-    p = p * r + splat(1.66666667e-1f);
-    p = p * r + splat(0.5f);
-    p = p * r + splat(1.f);
-    p = p * r + splat(1.f);
-    return (vec)(((ivec)p + exponent) & there);
-}
+/* Defines exp(x) for x <= 0, for vectors V with integers I; 0 below -87.3, NaN for NaN. It is 2^n times a polynomial of
+ * degree 6 (relative error 2e-7); adding `magic`, 1.5 * 2^23, rounds to an integer. */
+#define DEFINE_EXP(name, V, I)                                                                                         \
+    INLINE V name(V x)                                                                                                 \
+    {                                                                                                                  \
+        const V none = {0}, least = none - 87.3f, magic = none + 12582912.f;                                           \
+        I too_small = x <= least;                                                                                      \
+        x = (V)(((I)least & too_small) | ((I)x & ~too_small));                                                         \
+        V n = x * 1.44269504f + magic;                                                                                 \
+        I exponent = (I)n << 23;                                                                                       \
+        n -= magic;                                                                                                    \
+        V r = x - n * 0.693359375f + n * 2.12194440e-4f, p = none + 1.38888889e-3f;                                    \
+        p = p * r + 8.33333333e-3f;                                                                                    \
+        p = p * r + 4.16666667e-2f;                                                                                    \
+        p = p * r + 1.66666667e-1f;                                                                                    \
+        p = p * r + 0.5f;                                                                                              \
+        p = p * r + 1.f;                                                                                               \
+        p = p * r + 1.f;                                                                                               \
+        return (V)(((I)p + exponent) & ~too_small);                                                                    \
+    }
+
+DEFINE_EXP(exp_vec, vec, ivec)
 
 INLINE float dot(const float *a, const float *b, index_t size)
 {

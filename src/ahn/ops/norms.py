@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ahn.native import elementwise
 from ahn.ops._shared import at_least_float32
 
 
@@ -19,6 +20,8 @@ def unit(x: Tensor, eps: float = 1e-6) -> Tensor:
         `[..., D]` float32 (float64 for float64 vectors).
     """
     x = at_least_float32(x)
+    if elementwise.can_norm(x):
+        return elementwise.norm(x, None, 1.0, eps)
     return x * torch.rsqrt(x.square().sum(-1, keepdim=True) + eps)
 
 
@@ -33,4 +36,6 @@ def rms_norm(x: Tensor, weight_D: Tensor, eps: float = 1e-5) -> Tensor:
     Returns:
         `[..., D]` in the dtype of `x`.
     """
+    if elementwise.can_norm(x, weight_D):
+        return elementwise.norm(x, weight_D, 1 / x.size(-1), eps)
     return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight_D.to(x.dtype)

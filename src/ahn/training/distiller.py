@@ -14,6 +14,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from ahn.attachment import attachment_of
+from ahn.backbone.frozen import FrozenParts
 from ahn.backbone.linear import CastWeights
 from ahn.distillation import Head, find_targets
 from ahn.errors import ConfigError
@@ -72,6 +73,7 @@ class Distiller(nn.Module):
         self._half = _half_precision(model)
         self._autocast = self._half or (precision if precision != torch.float32 else None)
         self._casts = CastWeights()
+        self._frozen = FrozenParts(model, self._casts)
         for memory in self.memories():
             if self._half:
                 memory.float()
@@ -197,6 +199,7 @@ class Distiller(nn.Module):
             stack.enter_context(torch.autocast(device, dtype=self._autocast))
         if not self._half and not self.is_sharded():
             stack.enter_context(self._casts.in_use())
+            stack.enter_context(self._frozen.in_use())
         return stack
 
 

@@ -88,7 +88,7 @@ def distillation_loss(
         weights: The losses wanted, a subset of `LOSSES`, with their weights; only the names matter here.
         window: Tokens of the student's window, the current one included.
         sinks: The student's sinks.
-        slice_tokens: Positions whose logits exist at the same time; as many as make 32 MiB if left out.
+        slice_tokens: Positions whose logits exist at the same time; as many as make 16 MiB if left out.
         normalised_attention: Whether the attention loss compares directions (each output divided by its length).
         ce_pairs: As for `find_targets`.
         recompute_attention: Whether to compute window and memory again in the backward pass instead of keeping what

@@ -1,0 +1,172 @@
+"""Frozen norms and gated MLPs of a base model while a memory is trained in bfloat16 on a CPU.
+
+Autograd keeps and casts what the gradient of a frozen weight would need, and passes over memory once per operation.
+Here a norm gives its output in float32 and in bfloat16, for the maps that follow, and an MLP keeps two tensors. A
+module takes part if its own forward gives the same on a few vectors, and only while nothing has changed its parts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from ahn.backbone import linear
+from ahn.backbone.linear import CastWeights
+from ahn.native import elementwise
+
+_MAPS = ("gate_proj", "up_proj", "down_proj")
+_VECTORS = 4
+
+
+class FrozenParts:
+    """The norms and gated MLPs of a model that have a faster form with gradients.
+
+    Args:
+        model: The model.
+        casts: Its frozen weights in the dtype of autocast.
+    """
+
+    def __init__(self, model: nn.Module, casts: CastWeights) -> None:
+        self._model, self._casts = model, casts
+        self._known: WeakKeyDictionary[nn.Module, tuple[Any, bool]] = WeakKeyDictionary()  # activation, is usual
+
+    @contextmanager
+    def in_use(self) -> Iterator[None]:
+        """Lets these modules run in their faster form inside a `with` block."""
+        given = []
+        if can_run(self._model):
+            for module in self._model.modules():
+                run = _run_mlp if _is_frozen_mlp(module) else _run_norm if _is_frozen_norm(module) else None
+                if run is not None and "forward" not in vars(module) and self._computes_as_usual(module):
+                    vars(module)["forward"] = partial(run, self._casts, module)
+                    given.append(module)
+        try:
+            yield
+        finally:
+            for module in given:
+                del vars(module)["forward"]
+
+    def _computes_as_usual(self, module: nn.Module) -> bool:
+        """Whether a module gives what its parts suggest, found out once."""
+        activation = getattr(module, "act_fn", None)
+        known = self._known.get(module)
+        if known is None or known[0] is not activation:
+            is_usual = _is_usual_norm(module) if activation is None else _is_usual_mlp(module)
+            known = self._known[module] = activation, is_usual
+        return known[1]
+
+
+def can_run(model: nn.Module) -> bool:
+    """Whether there is a faster form: bfloat16 on a CPU, where no layer is computed again in the backward pass."""
+    if not torch.is_autocast_enabled("cpu") or torch.get_autocast_dtype("cpu") is not torch.bfloat16:
+        return False
+    again = any(getattr(module, "gradient_checkpointing", False) is True for module in model.modules())
+    return not again and elementwise.is_plain()
+
+
+def _is_frozen(weight: Any) -> bool:
+    return isinstance(weight, torch.Tensor) and not weight.requires_grad and elementwise.is_plain(weight)
+
+
+def _is_frozen_norm(module: Any) -> bool:
+    """Whether a module has the name and the parts of a root mean square norm."""
+    weight = module._parameters.get("weight")
+    has_parts = len(module._parameters) == 1 and not module._modules and isinstance(_epsilon(module), float)
+    return "RMSNorm" in type(module).__name__ and has_parts and _is_frozen(weight)
+
+
+def _epsilon(norm: Any) -> Any:
+    return getattr(norm, "variance_epsilon", getattr(norm, "eps", None))
+
+
+def _is_frozen_mlp(module: Any) -> bool:
+    """Whether a module has the parts of a gated MLP, plain, frozen and without hooks."""
+    maps = [module._modules.get(name) for name in _MAPS]
+    if set(module._modules) - {*_MAPS, "act_fn"} or not callable(getattr(module, "act_fn", None)):
+        return False
+    return not module._parameters and all(map(_is_plain_map, maps))
+
+
+def _is_plain_map(module: Any) -> bool:
+    if type(module) is not nn.Linear or module.bias is not None or not _is_frozen(module.weight):
+        return False
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return not any(hooks) and ("forward" not in vars(module) or linear.is_ours(module))
+
+
+@torch.no_grad()
+def _is_usual_norm(norm: Any) -> bool:
+    x = _vectors(norm.weight.numel())
+    with torch.autocast("cpu", enabled=False):
+        usual = norm.weight * x * torch.rsqrt(x.square().mean(-1, keepdim=True) + _epsilon(norm))
+        return _is_same(type(norm).forward(norm, x), usual)
+
+
+@torch.no_grad()
+def _is_usual_mlp(mlp: Any) -> bool:
+    x = _vectors(mlp.gate_proj.in_features)
+    with torch.autocast("cpu", enabled=False):
+        gate, up = functional.linear(x, mlp.gate_proj.weight), functional.linear(x, mlp.up_proj.weight)
+        usual = functional.linear(functional.silu(gate) * up, mlp.down_proj.weight)
+        return _is_same(type(mlp).forward(mlp, x), usual)
+
+
+def _vectors(size: int) -> torch.Tensor:
+    return torch.linspace(-3, 5, _VECTORS * size).mul(7).sin().mul(2).view(1, _VECTORS, size)
+
+
+def _is_same(found: Any, usual: torch.Tensor) -> bool:
+    return torch.is_tensor(found) and found.shape == usual.shape and torch.allclose(found, usual, 1e-4, 1e-5)
+
+
+def _run_norm(casts: CastWeights, norm: Any, x: torch.Tensor) -> torch.Tensor:
+    if not _is_read_as_usual(x):
+        forward: torch.Tensor = type(norm).forward(norm, x)
+        return forward
+    out, half = elementwise.norm_twice(x, norm.weight, 1 / x.size(-1), _epsilon(norm))
+    casts.note_input(out, half)
+    return out
+
+
+def _run_mlp(casts: CastWeights, mlp: Any, x: torch.Tensor) -> torch.Tensor:
+    if not _is_read_as_usual(x) or not _is_frozen_mlp(mlp):
+        forward: torch.Tensor = type(mlp).forward(mlp, x)
+        return forward
+    weights = (casts.cast(mlp._modules[name].weight).to(torch.bfloat16) for name in _MAPS)
+    out: torch.Tensor = _GatedMLP.apply(casts.cast_input(x).to(torch.bfloat16), *weights)
+    return out
+
+
+def _is_read_as_usual(x: torch.Tensor) -> bool:
+    """Whether a tensor is read in float32 by a call that multiplies in bfloat16."""
+    in_half = torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") is torch.bfloat16
+    return in_half and elementwise.is_plain(x)
+
+
+class _GatedMLP(torch.autograd.Function):
+    """`down(silu(gate(x)) * up(x))` in bfloat16; the weights have no gradients, so that neither `x` is kept."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: torch.Tensor, to_gate: torch.Tensor, to_up: torch.Tensor, to_out: torch.Tensor
+    ) -> torch.Tensor:
+        gate, up = functional.linear(x, to_gate), functional.linear(x, to_up)
+        out = functional.linear(elementwise.gated(gate, up), to_out)
+        ctx.save_for_backward(gate, up, to_gate, to_up, to_out)
+        return out
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        gate, up, to_gate, to_up, to_out = ctx.saved_tensors
+        inner = gradients[0].flatten(0, -2).to(gate.dtype) @ to_out
+        gate_slope, up_slope = elementwise.gated_back(gate, up, inner.view_as(gate))
+        slope = torch.addmm(gate_slope.flatten(0, -2) @ to_gate, up_slope.flatten(0, -2), to_up)
+        return slope.view(*gate.shape[:-1], -1), None, None, None
