@@ -38,25 +38,37 @@ def scores_of(scores_T: torch.Tensor, kernel: int, after: int, slope: float) -> 
     }
 
 
+def spans_first(scores_T: torch.Tensor, firm: float) -> dict[int, float]:
+    """What firm means lend, and the means over three tokens of all that none lends to, which rank behind."""
+    means, near = (
+        [float(scores_T[max(0, j - kernel) : j + kernel + 1].mean()) for j in range(75)] for kernel in (POOL, 1)
+    )
+    reached = {j: means[max(0, j - 4) : j + WINDOW // 4 + 1] for j in range(SINKS, 75 - WINDOW)}
+    return {j: max((mean for mean in own if mean >= firm), default=near[j] - 100) for j, own in reached.items()}
+
+
 def best_tokens(scores: dict[int, float]) -> list[int]:
     return sorted(scores, key=lambda j: -scores[j])[:ANCHORS]
 
 
-def test_the_layers_with_a_gate_vote() -> None:
-    """The choice against one made of what both layers read, spelled out."""
+@pytest.mark.parametrize("scale", [1, 40])
+def test_the_layers_with_a_gate_vote(scale: float) -> None:
+    """The choice against one made of what both layers read, spelled out: with and without spans."""
     model, ids = learned(), text(1, 75)
     cache = ahn.HippocampalCache(model)
     seen: dict[int, list[torch.Tensor]] = {0: [], 2: []}
     for layer, inputs in seen.items():
         norm = model.model.layers[layer].input_layernorm
         norm.register_forward_hook(lambda module, args, output, inputs=inputs: inputs.append(output))
+    gates: list[Any] = [attachment_of(model).layer(layer).score_weights("learned") for layer in seen]
+    for gate in gates:
+        gate.outer.weight.data *= scale
     read(model, ids, [13] * 5 + [10], cache=cache)
-    gates = [attachment_of(model).layer(layer).score_weights("learned") for layer in seen]
     with torch.no_grad():
-        scores = torch.stack([gate(torch.cat(parts, 1)) for gate, parts in zip(gates, seen.values()) if gate]).mean(0)[
-            0
-        ]
-    assert cache.anchor_tokens == [best_tokens(scores_of(scores, POOL, 2, 0.07))]
+        votes = [gate(torch.cat(parts, 1))[0] for gate, parts in zip(gates, seen.values())]
+    scores = spans_first(torch.stack(votes).mean(0), firm=1.1)
+    assert {score > -50 for score in scores.values()} == ({False} if scale == 1 else {False, True})
+    assert cache.anchor_tokens == [best_tokens(scores)]
 
 
 def test_asked_takes_the_best_kind_of_the_mean_over_layers_of_the_most_that_a_query_would_look() -> None:
