@@ -11,7 +11,7 @@ import ahn
 from ahn.attachment import attachment_of
 from tests.tiny import DOCUMENTED, FAMILIES, MEMORIES, awaken, read, registered, text, tiny
 
-TOLERANCE = 1.5e-4  # the random weights are large: rounding grows from layer to layer
+TOLERANCE = 2.5e-4  # the random weights are large: rounding grows from layer to layer
 SINKS, WINDOW = 5, 16
 
 

@@ -34,11 +34,11 @@ def test_a_text_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     plain, batch = Distiller(model), {"input_ids": text(2, 48)}
     expected = losses(plain, batch)
     modes = passes_of_the_teacher(model, monkeypatch)
-    for _ in range(2):
+    for first in ("full", "ahn"):  # the second time the student begins; the head, which comes last, is run in "full"
         cached = Distiller(model, teacher=TeacherCache(tmp_path, model))
         modes.clear()
         assert torch.equal(losses(cached, batch), expected)
-    assert modes == ["ahn"]
+        assert modes[0] == first
     assert len(list(tmp_path.rglob("*.safetensors"))) == 2
 
 
