@@ -11,7 +11,7 @@ import ahn
 from ahn.attachment import attachment_of
 from tests.tiny import DOCUMENTED, FAMILIES, MEMORIES, awaken, read, registered, text, tiny
 
-TOLERANCE = 2.5e-4  # the random weights are large: rounding grows from layer to layer
+TOLERANCE = 1.5e-4  # the random weights are large: rounding grows from layer to layer
 SINKS, WINDOW = 5, 16
 
 
@@ -37,9 +37,9 @@ def model(request: pytest.FixtureRequest) -> Any:
 
 @torch.no_grad()
 def test_every_way_of_reading_agrees(model: Any) -> None:
-    ids = text(2, 50)
+    ids = text(2)
     at_once = read(model, ids)
-    for chunks in (1, [7, 20, 1, 1, 11, 10], 21):
+    for chunks in (1, [7, 30, 1, 1, 20, 16], 21):
         torch.testing.assert_close(read(model, ids, chunks), at_once, rtol=0, atol=TOLERANCE)
     torch.testing.assert_close(model(ids, use_cache=False).logits, at_once, rtol=0, atol=TOLERANCE)
 
@@ -60,7 +60,7 @@ def test_base_model_up_to_sinks_and_window(model: Any) -> None:
 @torch.no_grad()
 def test_padded_rows_read_like_each_alone(model: Any) -> None:
     """Left padding of any size, also more than sinks and window, one-shot, chunked and token by token."""
-    rows = [text(1, n, seed=n) for n in (42, 35, 24, 3)]
+    rows = [text(1, n, seed=n) for n in (60, 53, 24, 3)]
     ids, mask = padded(rows)
     positions = (mask.cumsum(1) - 1).clamp(min=0)
     alone = [read(model, row)[0] for row in rows]

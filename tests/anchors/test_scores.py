@@ -211,7 +211,7 @@ class TestPooling:
                             best.append(mean + pooling.bonus * (number > 0) - pooling.slope * abs(k - j))
             near = scores[0, left + max(begin, j - 1) : left + j + 2, 0]
             best = best or [float(near.mean()) - 100]
-            assert float(found[j]) == pytest.approx(max(best), abs=2e-5)
+            assert float(found[j]) == pytest.approx(max(best), abs=1e-5)
 
     def test_a_span_is_kept_whole_or_not_at_all(self) -> None:
         """Two spans that differ by little, and a token that scores almost as high and spreads to none."""

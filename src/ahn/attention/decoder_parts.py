@@ -15,6 +15,7 @@ from torch.nn import functional
 
 from ahn import native
 from ahn.backbone import compat, linear
+from ahn.backbone.survey import norm_epsilon
 from ahn.native.layer import LayerWeights, LinearWeight, NormWeight
 from ahn.quantization import GroupedWeight, HalfWeight, QuantizedLinear
 
@@ -192,7 +193,7 @@ def _linear(parent: nn.Module, name: str) -> LinearWeight:
 
 def _norm(parent: nn.Module, name: str) -> NormWeight:
     module: Any = parent._modules[name]
-    epsilon = getattr(module, "variance_epsilon", getattr(module, "eps", None))
+    epsilon = norm_epsilon(module)
     weight = module._parameters.get("weight")
     if weight is None or len(module._parameters) > 1 or not isinstance(epsilon, float) or not native.ready(weight):
         raise LookupError(f"{name} is no norm that the kernel takes")

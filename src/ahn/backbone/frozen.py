@@ -17,8 +17,10 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from ahn import native
 from ahn.backbone import linear
 from ahn.backbone.linear import CastWeights
+from ahn.backbone.survey import norm_epsilon, recomputes_layers
 from ahn.native import elementwise
 
 _MAPS = ("gate_proj", "up_proj", "down_proj")
@@ -65,10 +67,11 @@ class FrozenParts:
 
 def can_run(model: nn.Module) -> bool:
     """Whether there is a faster form: bfloat16 on a CPU, where no layer is computed again in the backward pass."""
-    if not torch.is_autocast_enabled("cpu") or torch.get_autocast_dtype("cpu") is not torch.bfloat16:
-        return False
-    again = any(getattr(module, "gradient_checkpointing", False) is True for module in model.modules())
-    return not again and elementwise.is_plain()
+    return _multiplies_in_half() and native.ready() and not recomputes_layers(model)
+
+
+def _multiplies_in_half() -> bool:
+    return torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") is torch.bfloat16
 
 
 def _is_frozen(weight: Any) -> bool:
@@ -78,12 +81,8 @@ def _is_frozen(weight: Any) -> bool:
 def _is_frozen_norm(module: Any) -> bool:
     """Whether a module has the name and the parts of a root mean square norm."""
     weight = module._parameters.get("weight")
-    has_parts = len(module._parameters) == 1 and not module._modules and isinstance(_epsilon(module), float)
+    has_parts = len(module._parameters) == 1 and not module._modules and isinstance(norm_epsilon(module), float)
     return "RMSNorm" in type(module).__name__ and has_parts and _is_frozen(weight)
-
-
-def _epsilon(norm: Any) -> Any:
-    return getattr(norm, "variance_epsilon", getattr(norm, "eps", None))
 
 
 def _is_frozen_mlp(module: Any) -> bool:
@@ -105,7 +104,7 @@ def _is_plain_map(module: Any) -> bool:
 def _is_usual_norm(norm: Any) -> bool:
     x = _vectors(norm.weight.numel())
     with torch.autocast("cpu", enabled=False):
-        usual = norm.weight * x * torch.rsqrt(x.square().mean(-1, keepdim=True) + _epsilon(norm))
+        usual = norm.weight * x * torch.rsqrt(x.square().mean(-1, keepdim=True) + norm_epsilon(norm))
         return _is_same(type(norm).forward(norm, x), usual)
 
 
@@ -130,7 +129,7 @@ def _run_norm(casts: CastWeights, norm: Any, x: torch.Tensor) -> torch.Tensor:
     if not _is_read_as_usual(x):
         forward: torch.Tensor = type(norm).forward(norm, x)
         return forward
-    out, half = elementwise.norm_twice(x, norm.weight, 1 / x.size(-1), _epsilon(norm))
+    out, half = elementwise.norm_twice(x, norm.weight, 1 / x.size(-1), norm_epsilon(norm))
     casts.note_input(out, half)
     return out
 
@@ -146,8 +145,7 @@ def _run_mlp(casts: CastWeights, mlp: Any, x: torch.Tensor) -> torch.Tensor:
 
 def _is_read_as_usual(x: torch.Tensor) -> bool:
     """Whether a tensor is read in float32 by a call that multiplies in bfloat16."""
-    in_half = torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") is torch.bfloat16
-    return in_half and elementwise.is_plain(x)
+    return _multiplies_in_half() and elementwise.is_plain(x)
 
 
 class _GatedMLP(torch.autograd.Function):

@@ -257,6 +257,16 @@ def is_unloaded(module: nn.Module) -> bool:
     return compat.execution_device(module) is None and any(each.is_meta for each in module.parameters(recurse=False))
 
 
+def recomputes_layers(model: nn.Module) -> bool:
+    """Whether whole layers are computed again in the backward pass, so that nothing is left to save."""
+    return any(getattr(module, "gradient_checkpointing", False) is True for module in model.modules())
+
+
+def norm_epsilon(norm: Any) -> Any:
+    """What a root mean square norm adds to the mean of squares, by either of the usual names; `None` without one."""
+    return getattr(norm, "variance_epsilon", getattr(norm, "eps", None))
+
+
 def trained_context(backbone: Any) -> int:
     """Positions that the model was trained on, or a number beyond all texts where its config names none."""
     known = getattr(backbone.config, "max_position_embeddings", None) or getattr(backbone.config, "n_positions", None)

@@ -9,12 +9,10 @@ typedef struct {
     float largest, sum;
 } Softmax;
 
-#define EACH(at, left) (index_t at = 0, left = V; at < V; at += WIDE, left -= WIDE)
-
 INLINE float largest_of(const int is_half, const void *row, index_t V)
 {
     wide largest = splat_wide(-INFINITY);
-    for EACH (at, left) largest = max_wide(largest, read_mixed(is_half, row, at, left, -INFINITY));
+    for EACH (at, left, V) largest = max_wide(largest, read_mixed(is_half, row, at, left, -INFINITY));
     float most = largest[0];
     for (int lane = 1; lane < WIDE; lane++) most = largest[lane] > most ? largest[lane] : most;
     return most;
@@ -49,7 +47,7 @@ INLINE void row_slope(const int is_half, const void *student, const void *teache
                       const Softmax *theirs, float factor, void *slope)
 {
     wide our_share = splat_wide(factor / ours->sum), their_share = splat_wide(factor / theirs->sum);
-    for EACH (at, left) {
+    for EACH (at, left, V) {
         wide our = exp_wide(read_mixed(is_half, student, at, left, 0) - splat_wide(ours->largest));
         wide their = exp_wide(read_mixed(is_half, teacher, at, left, 0) - splat_wide(theirs->largest));
         write_mixed(is_half, slope, at, left, our * our_share - their * their_share);

@@ -9,12 +9,10 @@ typedef struct {
     float share, eps;
 } Norm;
 
-#define EACH(at, left) (index_t at = 0, left = D; at < D; at += WIDE, left -= WIDE)
-
 INLINE float inverse_length(const Norm *norm, const float *x, index_t D)
 {
     wide squares = {0};
-    for EACH (at, left) {
+    for EACH (at, left, D) {
         wide part = read_mixed(0, x, at, left, 0);
         squares += part * part;
     }
@@ -43,7 +41,7 @@ void ahn_norm(index_t N, index_t D, float share, float eps, const float *x, cons
     for (index_t n = 0; n < N; n++) {
         const float *row = x + n * D;
         wide scale = splat_wide(inverse_length(&norm, row, D));
-        for EACH (at, left) {
+        for EACH (at, left, D) {
             wide y = read_mixed(0, row, at, left, 0) * scale * weight_at(&norm, at, left);
             write_mixed(0, out + n * D, at, left, y);
             if (half) write_mixed(1, half + n * D, at, left, y);
@@ -63,14 +61,14 @@ void ahn_norm_back(index_t N, index_t D, index_t S, float share, float eps, cons
             const uint16_t *half = to_half ? to_half + n * D : NULL;
             float *sums = to_weight ? to_weight + slab * D : NULL, scale = inverse_length(&norm, row, D);
             wide products = {0};
-            for EACH (at, left) {
+            for EACH (at, left, D) {
                 wide slope = slope_at(full, half, at, left), part = read_mixed(0, row, at, left, 0);
                 products += slope * weight_at(&norm, at, left) * part;
                 if (sums)
                     write_mixed(0, sums, at, left, read_mixed(0, sums, at, left, 0) + slope * part * splat_wide(scale));
             }
             wide along = splat_wide(share * scale * scale * scale * sum_wide(products)), whole = splat_wide(scale);
-            for EACH (at, left) {
+            for EACH (at, left, D) {
                 wide slope = slope_at(full, half, at, left) * weight_at(&norm, at, left);
                 write_mixed(0, to_x + n * D, at, left, slope * whole - read_mixed(0, row, at, left, 0) * along);
             }

@@ -4,13 +4,11 @@
 
 #include "kernels.h"
 
-DEFINE_EXP(exp_wide, wide, signed_words)
+/* The head of a loop over `count` numbers, WIDE at a time, of which `left` are still to come. */
+#define EACH(at, left, count) (index_t at = 0, left = count; at < count; at += WIDE, left -= WIDE)
 
-INLINE wide max_wide(wide a, wide b) /* b where one of them is NaN */
-{
-    signed_words larger = a > b;
-    return (wide)(((signed_words)a & larger) | ((signed_words)b & ~larger));
-}
+DEFINE_MAX(max_wide, wide, signed_words)
+DEFINE_EXP(exp_wide, wide, signed_words, max_wide)
 
 INLINE float sum_wide(wide x)
 {

@@ -27,11 +27,16 @@ typedef vec loose_vec __attribute__((aligned(4), may_alias)); /* may lie anywher
 INLINE vec load(const float *from) { return *(const loose_vec *)from; }
 INLINE void store(float *to, vec x) { *(loose_vec *)to = x; }
 INLINE vec splat(float x) { return x - (vec){0}; }
-INLINE vec max_vec(vec a, vec b) /* b where one of them is NaN */
-{
-    ivec larger = a > b;
-    return (vec)(((ivec)a & larger) | ((ivec)b & ~larger));
-}
+
+/* Defines max(a, b) for vectors V with integers I; b where one of them is NaN. */
+#define DEFINE_MAX(name, V, I)                                                                                         \
+    INLINE V name(V a, V b)                                                                                            \
+    {                                                                                                                  \
+        I larger = a > b;                                                                                              \
+        return (V)(((I)a & larger) | ((I)b & ~larger));                                                                \
+    }
+
+DEFINE_MAX(max_vec, vec, ivec)
 
 INLINE float sum_lanes(vec x)
 {
@@ -63,14 +68,14 @@ INLINE float max_lanes(vec x)
     return most;
 }
 
-/* Defines exp(x) for x <= 0, for vectors V with integers I; 0 below -87.3, NaN for NaN. It is 2^n times a polynomial of
- * degree 6 (relative error 2e-7); adding `magic`, 1.5 * 2^23, rounds to an integer. */
-#define DEFINE_EXP(name, V, I)                                                                                         \
+/* Defines exp(x) for x <= 0, for vectors V with integers I and `larger` of two; 0 below -87.3, NaN for NaN. It is 2^n
+ * times a polynomial of degree 6 (relative error 2e-7); adding `magic`, 1.5 * 2^23, rounds to an integer. */
+#define DEFINE_EXP(name, V, I, larger)                                                                                 \
     INLINE V name(V x)                                                                                                 \
     {                                                                                                                  \
         const V none = {0}, least = none - 87.3f, magic = none + 12582912.f;                                           \
         I too_small = x <= least;                                                                                      \
-        x = (V)(((I)least & too_small) | ((I)x & ~too_small));                                                         \
+        x = larger(least, x);                                                                                          \
         V n = x * 1.44269504f + magic;                                                                                 \
         I exponent = (I)n << 23;                                                                                       \
         n -= magic;                                                                                                    \
@@ -84,7 +89,7 @@ INLINE float max_lanes(vec x)
         return (V)(((I)p + exponent) & ~too_small);                                                                    \
     }
 
-DEFINE_EXP(exp_vec, vec, ivec)
+DEFINE_EXP(exp_vec, vec, ivec, max_vec)
 
 INLINE float dot(const float *a, const float *b, index_t size)
 {

@@ -15,10 +15,11 @@ import torch.nn.functional as F
 from torch import nn
 
 import ahn
+from ahn.backbone.survey import recomputes_layers
 from ahn.distillation import CePairs, Head, find_targets, vocabulary_losses
 from ahn.errors import ConfigError
 from ahn.ops import at_least_float32
-from ahn.training.recording import recomputes_layers, recording
+from ahn.training.recording import recording
 from ahn.training.sampling import ANCHOR_SCORE
 from ahn.training.teacher import TeacherCache
 

@@ -55,11 +55,6 @@ def recording(
         _WANTED.reset(token)
 
 
-def recomputes_layers(backbone: nn.Module) -> bool:
-    """Whether whole layers are computed again in the backward pass, so that nothing is left to save."""
-    return any(getattr(module, "gradient_checkpointing", False) is True for module in backbone.modules())
-
-
 def _recorded(
     module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: Any, **kwargs: Any
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
