@@ -144,22 +144,37 @@ def test_the_layers_that_score_lie_between_half_and_two_thirds_of_the_depth() ->
     assert _layers_of_learned(with_memory("llama", model={"num_hidden_layers": 2}), 3) == [1]
 
 
-def test_queries_that_were_made_before(base: Path, tmp_path: Path) -> None:
-    """They are kept as they are, and change what `learned` learns."""
+def test_learned_learns_from_queries_wherever_they_come_from(base: Path, tmp_path: Path) -> None:
+    """Those that were made before are kept as they are; none are left out unless the model can have none."""
     (tmp_path / "story.txt").write_text(STORY * 40, encoding="utf-8")
-    story = str(tmp_path / "story.txt")
-    first, second, alone = (str(tmp_path / name) for name in ("first", "second", "alone"))
-    train_anchors(AnchorSettings((story,), first, str(base), 12, 400, 16, scores=("asked",)))
-    train_anchors(AnchorSettings((story,), second, str(base), 12, 400, 16, queries=first))
-    train_anchors(AnchorSettings((story,), alone, str(base), 12, 400, 16, scores=("learned",)))
-    before, after, without = (load_file(Path(each) / "anchors.safetensors") for each in (first, second, alone))
-    assert before
-    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
-    learned = {name for name in after if name.endswith("outer.weight")}
-    assert learned == {name for name in without if name.endswith("outer.weight")}
-    assert not any(torch.equal(after[name], without[name]) for name in learned)
+
+    def weights(name: str, model: Any = None, **changes: Any) -> tuple[dict[str, torch.Tensor], str]:
+        said: list[str] = []
+        settings = AnchorSettings(
+            (str(tmp_path / "story.txt"),), str(tmp_path / name), str(base), 12, 400, 16, **changes
+        )
+        report = train_anchors(settings, said.append, model)
+        assert bool(report.asked) == ("asked" in settings.scores)
+        return load_file(tmp_path / name / "anchors.safetensors"), "\n".join(said)
+
+    queries, _ = weights("first", scores=("asked",))
+    named, _ = weights("second", queries=str(tmp_path / "first"))
+    assert queries
+    assert all(torch.equal(named[name], tensor) for name, tensor in queries.items())
+    alone, said = weights("alone", scores=("learned",))
+    assert "asked: read 10 of 10" in said
+    model = ahn.from_pretrained(base, config=ahn.AHNConfig(window=16, sinks=4))
+    attachment_of(model).rotation_problem = "it is a secret"
+    without, said = weights("without", model, scores=("learned",))
+    assert "without queries of other texts (the rotary positions of this model cannot be undone" in said
+    assert set(alone) == set(without) == set(named) - set(queries)
+    for name, tensor in alone.items():
+        torch.testing.assert_close(tensor, named[name], rtol=0.02, atol=0.02)  # named ones are rounded to float16
+    outer = {name for name in alone if name.endswith("outer.weight")}
+    assert outer
+    assert not any(torch.allclose(alone[name], without[name], rtol=0.02, atol=0.02) for name in outer)
     with pytest.raises(ConfigError, match="holds no weights of asked; name other --queries"):
-        train_anchors(AnchorSettings((story,), str(tmp_path / "none"), str(base), 12, 400, 16, queries=alone))
+        weights("none", queries=str(tmp_path / "alone"))
 
 
 def test_queries_for_a_model_whose_rotation_cannot_be_undone(base: Path, tmp_path: Path) -> None:

@@ -44,7 +44,7 @@ class AnchorSettings(Settings):
     left_out: str = setting("fare", "Kind of fact that only the closing table knows.")
     seed: int = setting(0, "Of all random numbers.")
     queries: str | None = setting(
-        None, "Weights to take asked from.", metavar="FOLDER", unset="they are made, if scores name asked"
+        None, "Weights to take asked from, which learned learns from too.", metavar="FOLDER", unset="they are made"
     )
     scores: tuple[str, ...] = setting(
         ("asked", "learned"), "Joined by commas: asked (trains nothing), learned.", joined=True

@@ -185,11 +185,9 @@ def collect(
     Raises:
         ConfigError: The rotary positions of this model cannot be undone, or no two texts have facts of one kind.
     """
-    check_rotation(model)
-    in_texts = Counter(kind for document in documents for kind in {kind for kind, _ in document.values})
-    kinds = {kind: _is_long(kind, documents) for kind, texts in sorted(in_texts.items()) if texts > 1}
-    if not kinds:
-        raise ConfigError('no two texts have facts of one kind, as the score "asked" needs; give more documents')
+    if (problem := missing_for_queries(model, documents)) is not None:
+        raise ConfigError(problem)
+    kinds = {kind: _is_long(kind, documents) for kind in _common_kinds(documents)}
     layers: dict[int, _Layer] = {}
     of_facts: list[str] = []
     for number, document in enumerate(documents, 1):
@@ -205,21 +203,27 @@ def collect(
     return {index: layers[index].weights(responses[index], least[index], kinds) for index in sorted(least)}
 
 
-def check_rotation(model: nn.Module) -> None:
-    """Checks that keys can be had as they were before their rotation.
+def missing_for_queries(model: nn.Module, documents: Sequence[FactText] | None = None) -> str | None:
+    """Why queries cannot be collected, and what to do instead; `None` where they can.
 
     Args:
         model: A model with a memory attached.
-
-    Raises:
-        ConfigError: The rotary positions of this model cannot be undone.
+        documents: The texts to collect them from; left out for queries that are there already.
     """
-    problem = attachment_of(model).rotation_problem
-    if problem:
-        raise ConfigError(
+    if problem := attachment_of(model).rotation_problem:
+        return (
             f'the rotary positions of this model cannot be undone ({problem}), as the score "asked" needs; make '
             '"learned" alone'
         )
+    if documents is not None and not _common_kinds(documents):
+        return 'no two texts have facts of one kind, as the score "asked" needs; give more documents'
+    return None
+
+
+def _common_kinds(documents: Sequence[FactText]) -> list[str]:
+    """Kinds of facts that two texts have at least."""
+    in_texts = Counter(kind for document in documents for kind in {kind for kind, _ in document.values})
+    return sorted(kind for kind, texts in in_texts.items() if texts > 1)
 
 
 def _is_long(kind: str, documents: Sequence[FactText]) -> bool:

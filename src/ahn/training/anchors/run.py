@@ -14,6 +14,7 @@ from torch import nn
 
 import ahn
 from ahn.anchors.queries import AnchorQueries
+from ahn.anchors.scores import SCORES
 from ahn.attachment import attachment_of
 from ahn.checkpoint.anchors import ANCHORS, read_anchors
 from ahn.checkpoint.content import BaseInfo
@@ -24,7 +25,7 @@ from ahn.models import load_model, load_tokenizer, resolve
 from ahn.models.text import evenly
 from ahn.surgery import set_score_weights
 from ahn.training.anchor_settings import HELD_OUT, QUESTION_TOKENS, AnchorSettings, scores_with_weights
-from ahn.training.anchors.asked import check_rotation, collect
+from ahn.training.anchors.asked import collect, missing_for_queries
 from ahn.training.anchors.documents import FORMATS, FactText, UnfitText, make_document
 from ahn.training.anchors.fit import Fit, fit, standardized
 from ahn.training.anchors.future_attention import Observation, observe
@@ -111,27 +112,32 @@ def train_anchors(settings: AnchorSettings, say: Say | None = None, model: Any =
         set_score_weights(attention_layer, votes.get(attention_layer.index, {}))
     ahn.save_anchors(model, settings.out, dtype="float16")
     say("looking which facts of held-out documents are kept")
-    scores = ("key_diff", *(score for score in scores_with_weights() if score in settings.scores))
-    shares_kept, facts = _shares_kept(model, texts[HELD_OUT - 1 :: HELD_OUT], scores, settings.window)
-    explained = {layer: (each.ridge, each.explained) for layer, each in fits.items()}
-    return AnchorReport(
-        explained, {layer: len(weights.queries) for layer, weights in queries.items()}, shares_kept, facts
+    shares_kept, facts = _shares_kept(
+        model, texts[HELD_OUT - 1 :: HELD_OUT], _compared(model, settings), settings.window
     )
+    explained = {layer: (each.ridge, each.explained) for layer, each in fits.items()}
+    asked = {layer: len(weights.queries) for layer, weights in queries.items() if "asked" in settings.scores}
+    return AnchorReport(explained, asked, shares_kept, facts)
 
 
 def _queries(model: Any, texts: list[FactText], settings: AnchorSettings, say: Say) -> dict[int, AnchorQueries]:
-    """Queries of example questions by layer: those that are there, or new ones if they are asked for, or none."""
+    """Queries of example questions by layer: those that are there, or new ones.
+
+    Where "learned" alone is made, and there can be none, there are none.
+    """
     if settings.queries is not None:
         return _given_queries(model, settings.queries)
-    if "asked" not in settings.scores:
-        return {}
     known = [document for number, document in enumerate(texts) if not _is_held_out(number)]
+    if "asked" not in settings.scores and (problem := missing_for_queries(model, known)) is not None:
+        say(f"learned: from the questions of each text alone, without queries of other texts ({problem})")
+        return {}
     return collect(model, known, settings.window, say)
 
 
 def _given_queries(model: Any, name: str) -> dict[int, AnchorQueries]:
     """Queries of a folder by layer, for a model that they fit."""
-    check_rotation(model)
+    if (problem := missing_for_queries(model)) is not None:
+        raise ConfigError(problem)
     folder = locate(name, config=ANCHORS.config)
     weights = read_anchors(name, folder, attachment_of(model), BaseInfo.of_model(model))
     found = {index: own.get("asked") for index, own in weights.items()}
@@ -212,6 +218,13 @@ def _chosen(seen: Observation, document: FactText, window: int, generator: torch
     others = torch.randperm(last - _SINKS, generator=generator)[:_OTHERS] + _SINKS
     chosen: torch.Tensor = torch.cat((*most, others)).unique()
     return chosen
+
+
+def _compared(model: nn.Module, settings: AnchorSettings) -> list[str]:
+    """Scores of the closing table: those that were made, beside one without weights where the model can have it."""
+    is_refused = SCORES["key_diff"].pre_rope and attachment_of(model).rotation_problem is not None
+    made = [score for score in scores_with_weights() if score in settings.scores]
+    return made if is_refused else ["key_diff", *made]
 
 
 def _shares_kept(
