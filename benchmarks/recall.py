@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import random
 import subprocess
 import sys
@@ -33,6 +34,7 @@ DEPTHS = 12  # with five texts each, fifty whose fact has left the window even w
 FACTS = (1, 2, 4, 8, 16, 32)
 PIECE_CHARACTERS, PIECES = 5_000, 60
 SINGLE = ("number", "word", "uuid")
+_Z = 1.96
 
 
 class Group(NamedTuple):
@@ -171,7 +173,8 @@ def keep() -> dict[str, dict[str, Any]]:
         if counts is not None:
             gathered.setdefault(part.group, {})[name] = counts
     write_text(KEPT, json.dumps(gathered, indent=1) + "\n")
-    _draw(records)
+    _draw_single(records["single"])
+    _draw_capacity(gathered.get("capacity", {}))
     return gathered
 
 
@@ -192,20 +195,40 @@ def _evicted(records: list[Record]) -> list[dict[str, int | None]]:
     ]
 
 
-def _draw(records: dict[str, list[Record]]) -> None:
-    """Maps of single facts by depth and length, and the curve over many facts, of what is there."""
+def _draw_single(records: list[Record]) -> None:
+    """Maps of single facts by depth and length, of what was measured on this machine."""
     single = GROUPS["single"]
     for task in SINGLE:
-        mine = [record for record in records["single"] if record["task"] == task]
+        mine = [record for record in records if record["task"] == task]
         arms = tuple(arm for arm in single.arms if any(record["arm"] == arm for record in mine))
         lengths = tuple(length for length in single.lengths if any(record["length"] == length for record in mine))
         if mine:
             settings = RecallSettings((task,), lengths, DEPTHS, distractors=DISTRACTORS, arms=arms)
             heat_map(task, mine, settings).savefig(IMAGES / f"recall_{task}.png", dpi=120)
-    if records["capacity"]:
-        evicted = [cell for cell in cells(records["capacity"]) if cell["label"] == EVICTED]
-        curve = capacity_curve(evicted, RecallSettings(arms=GROUPS["capacity"].arms))
-        curve.savefig(IMAGES / "recall_capacity.png", dpi=120)
+
+
+def _draw_capacity(counts: dict[str, Any]) -> None:
+    """The curve over many facts, of the counts that are kept."""
+    rows = []
+    for key, part in counts.items():
+        _, length, arm = key.split("/")
+        for cell in part["cells"]:
+            found = wilson(cell["hits"], cell["values"])
+            rows.append({"length": int(length), "label": EVICTED, "arm": arm, "facts": cell["facts"], "found": found})
+    if rows:
+        arms = tuple(arm for arm in GROUPS["capacity"].arms if any(row["arm"] == arm for row in rows))
+        capacity_curve(rows, RecallSettings(arms=arms)).savefig(IMAGES / "recall_capacity.png", dpi=120)
+
+
+def wilson(hits: int, values: int) -> dict[str, float]:
+    """A share and its 95 % interval, each value standing for itself.
+
+    Source: E. B. Wilson, Probable inference, Journal of the American Statistical Association 22 (1927).
+    """
+    share, spread = hits / values, _Z**2 / values
+    centre = (share + spread / 2) / (1 + spread)
+    half = _Z * math.sqrt(share * (1 - share) / values + spread / (4 * values)) / (1 + spread)
+    return {"share": share, "low": centre - half, "high": centre + half}
 
 
 def page(written: str, counts: dict[str, dict[str, Any]]) -> str:
