@@ -34,6 +34,7 @@ KEPT, IMAGES, PAGE = HERE / "results", HERE.parent / "docs" / "images", HERE.par
 WORK = HERE.parent / ".results"
 STEPS = ("gap", "memories", "book", "recall", "page")
 GAP_ARMS = "full,window,window+64,anchors+64,anchors+128,anchors+256,ahn,ahn+64,ahn+128,ahn+256"
+GAP_ARMS_OF_LONG_TEXTS = "full,window,ahn,ahn+128"
 ARMS = "full,window,ahn,ahn+64:learned,ct_max,ct_mean,tail"
 LENGTHS = "2048,8192"
 TASKS = ("number",)
@@ -49,6 +50,7 @@ class Gap(NamedTuple):
     window: int
     pieces: int = 24
     sink_positions: str = "absolute"
+    arms: str = GAP_ARMS_OF_LONG_TEXTS
 
     @property
     def file(self) -> str:
@@ -62,8 +64,8 @@ class Gap(NamedTuple):
 
 
 GAPS = (
-    Gap(2048, 256),
-    Gap(2048, 1024),
+    Gap(2048, 256, arms=GAP_ARMS),
+    Gap(2048, 1024, arms=GAP_ARMS),
     Gap(8192, 256),
     Gap(8192, 1024),
     Gap(32768, 256, 4, "bounded"),
@@ -92,7 +94,7 @@ def measure_gaps(texts: Path, gaps: Sequence[Gap] = GAPS, precision: str = "floa
     for gap in gaps:
         out = WORK / gap.file.removesuffix(".json")
         cut = ("--length", str(gap.length), "--pieces", str(gap.pieces), "--window", str(gap.window), "--sinks", "32")
-        arms = ("--sink-positions", gap.sink_positions, "--arms", GAP_ARMS, "--equal-bytes", "--precision", precision)
+        arms = ("--sink-positions", gap.sink_positions, "--arms", gap.arms, "--equal-bytes", "--precision", precision)
         _run(*_AHN, "perplexity", str(texts), *cut, *arms, "--out", str(out))
         _keep(out / "report.json", KEPT / gap.file, texts)
         _take_picture(out / "gap.png", gap.picture)
