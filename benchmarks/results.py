@@ -153,11 +153,14 @@ def page(reports: dict[str, dict]) -> str:
 def _gap_part(report: dict) -> str:
     settings, results = report["settings"], report["results"]
     (gap,) = [each for each in GAPS if (each.length, each.window) == (settings["length"], settings["window"])]
+    windows = "The equal window is enlarged to the bytes of\nthe arm, states and anchors counted."
+    if not results["equal_bytes"]:
+        windows = "Windows of the same bytes have not\nbeen read at this length."
     lines = [
         f"## Share of the gap, byte for byte: {gap.length:,} tokens, window {gap.window:,}\n",
         f"Nats per token beyond {settings['sinks']} sinks ({gap.sink_positions}) and the window, over "
         f"{len(results['documents'])} excerpts at even distances.\nThe share of the gap is that between `window` and "
-        "`full`. The equal window is enlarged to the bytes of\nthe arm, states and anchors counted. Intervals are 95 % "
+        f"`full`. {windows} Intervals are 95 % "
         f"bootstraps over excerpts\n({_where(report['environment'])}).\n",
         *_read_in_full(report),
         *(["Products of the model were rounded to bfloat16.\n"] if settings.get("precision") == "bfloat16" else []),

@@ -47,4 +47,7 @@ def test_each_gap_is_a_part_of_the_page() -> None:
     assert "`full` reads the first 8,192 tokens alone" in shown
     assert "images/gap_32768_256.png" in shown
     assert "| `ahn` | 2.0 | 3.6000 | 40 %, 30 to 50 | window+110 | +0.1000 (-0.0100 to +0.2000) |" in shown
+    assert "The equal window is enlarged" in shown
+    report["results"]["equal_bytes"] = {}
+    assert "have not\nbeen read at this length" in script.page({"gap_32768_256.json": report})
     assert script.GAPS[0].picture == "gap.png"
