@@ -163,17 +163,18 @@ def measure(part: Part, file: Path) -> None:
 def keep() -> dict[str, dict[str, Any]]:
     """Gathers what was measured in one file, arm by arm, and draws the pictures; what the file then holds."""
     before, gathered = measured(), dict[str, dict[str, Any]]()
-    records: dict[str, list[Record]] = {name: [] for name in GROUPS}
+    singles: list[Record] = []
     for part in parts():
         name = f"{part.task}/{part.length}/{part.arm}"
         counts = before.get(part.group, {}).get(name)
         if own := part.records:
-            records[part.group] += own
+            if part.group == "single":
+                singles += own
             counts = {**part.environment, "cells": _evicted(own)}
         if counts is not None:
             gathered.setdefault(part.group, {})[name] = counts
     write_text(KEPT, json.dumps(gathered, indent=1) + "\n")
-    _draw_single(records["single"])
+    _draw_single(singles)
     _draw_capacity(gathered.get("capacity", {}))
     return gathered
 
@@ -216,7 +217,7 @@ def _draw_capacity(counts: dict[str, Any]) -> None:
             found = wilson(cell["hits"], cell["values"])
             rows.append({"length": int(length), "label": EVICTED, "arm": arm, "facts": cell["facts"], "found": found})
     if rows:
-        arms = tuple(arm for arm in GROUPS["capacity"].arms if any(row["arm"] == arm for row in rows))
+        arms = tuple(dict.fromkeys(row["arm"] for row in rows))
         capacity_curve(rows, RecallSettings(arms=arms)).savefig(IMAGES / "recall_capacity.png", dpi=120)
 
 

@@ -221,10 +221,10 @@ def _chosen(seen: Observation, document: FactText, window: int, generator: torch
 
 
 def _compared(model: nn.Module, settings: AnchorSettings) -> list[str]:
-    """Scores of the closing table: those that were made, beside one without weights where the model can have it."""
-    is_refused = SCORES["key_diff"].pre_rope and attachment_of(model).rotation_problem is not None
-    made = [score for score in scores_with_weights() if score in settings.scores]
-    return made if is_refused else ["key_diff", *made]
+    """Scores of the closing table: one without weights and those that were made, as far as the model can have them."""
+    problem = attachment_of(model).rotation_problem
+    names = ("key_diff", *(name for name in scores_with_weights() if name in settings.scores))
+    return [name for name in names if not (SCORES[name].pre_rope and problem)]
 
 
 def _shares_kept(
