@@ -10,6 +10,7 @@ FOLDER holds books that no memory was trained on. Measured are, with the memorie
 
 - the share of the gap to full attention that windows, anchors and the memory close, byte for byte
   (`ahn eval perplexity --equal-bytes`)
+- what of that is owed to the state of the text itself (`ahn eval perplexity --other-text`)
 - what the memories win back, by window and length too (`shipped_memories.py`)
 - a whole book (`ahn eval perplexity`)
 - hidden facts (`ahn eval recall`)
@@ -32,7 +33,7 @@ from ahn._home import write_text
 HERE = Path(__file__).parent
 KEPT, IMAGES, PAGE = HERE / "results", HERE.parent / "docs" / "images", HERE.parent / "docs" / "results.md"
 WORK = HERE.parent / ".results"
-STEPS = ("gap", "memories", "book", "recall", "page")
+STEPS = ("gap", "other-text", "memories", "book", "recall", "page")
 GAP_ARMS = "full,window,window+64,anchors+64,anchors+128,anchors+256,ahn,ahn+64,ahn+128,ahn+256"
 GAP_ARMS_OF_LONG_TEXTS = "full,window,ahn,ahn+128"
 ARMS = "full,window,ahn,ahn+64:learned,ct_max,ct_mean,tail"
@@ -62,6 +63,17 @@ class Gap(NamedTuple):
         """The picture that shows it; the README shows that of the first."""
         return "gap.png" if self == GAPS[0] else f"gap_{self.length}_{self.window}.png"
 
+    @property
+    def other_text_file(self) -> str:
+        """Where the report of the reading with the memory of another text is kept."""
+        return f"other_text_{self.length}_{self.window}.json"
+
+    @property
+    def cut(self) -> tuple[str, ...]:
+        """The options that say what is read, and with what window."""
+        cut = ("--length", str(self.length), "--pieces", str(self.pieces))
+        return (*cut, "--window", str(self.window), "--sinks", "32", "--sink-positions", self.sink_positions)
+
 
 GAPS = (
     Gap(2048, 256, arms=GAP_ARMS),
@@ -71,6 +83,7 @@ GAPS = (
     Gap(32768, 256, 4, "bounded"),
     Gap(32768, 1024, 4, "bounded"),
 )
+OTHER_TEXTS = (Gap(2048, 256), Gap(8192, 256))
 _OPENING = """# Results
 
 What has been measured for SmolLM2-135M-Instruct with the memories that ship. `make results TEXTS=FOLDER` measures and
@@ -96,11 +109,18 @@ def measure_gaps(texts: Path, gaps: Sequence[Gap] = GAPS, precision: str = "floa
     """The share of the gap that each arm closes, beside windows of the same bytes."""
     for gap in gaps:
         out = WORK / gap.file.removesuffix(".json")
-        cut = ("--length", str(gap.length), "--pieces", str(gap.pieces), "--window", str(gap.window), "--sinks", "32")
-        arms = ("--sink-positions", gap.sink_positions, "--arms", gap.arms, "--equal-bytes", "--precision", precision)
-        _run(*_AHN, "perplexity", str(texts), *cut, *arms, "--out", str(out))
+        arms = ("--arms", gap.arms, "--equal-bytes", "--precision", precision)
+        _run(*_AHN, "perplexity", str(texts), *gap.cut, *arms, "--out", str(out))
         _keep(out / "report.json", KEPT / gap.file, texts)
         _take_picture(out / "gap.png", gap.picture)
+
+
+def measure_other_texts(texts: Path, gaps: Sequence[Gap] = OTHER_TEXTS) -> None:
+    """The same with the memory of another text."""
+    for gap in gaps:
+        out = WORK / gap.other_text_file.removesuffix(".json")
+        _run(*_AHN, "perplexity", str(texts), *gap.cut, "--arms", gap.arms, "--other-text", "--out", str(out))
+        _keep(out / "report.json", KEPT / gap.other_text_file, texts)
 
 
 def measure_memories(texts: Path) -> None:
@@ -190,6 +210,23 @@ def _read_in_full(report: dict) -> list[str]:
     return [f"`full` reads the first {tokens:,} tokens alone, so that nats and shares are those of them.\n"]
 
 
+def _other_text_part(report: dict) -> str:
+    settings, results = report["settings"], report["results"]
+    lines = [
+        f"## What of it is memory: {settings['length']:,} tokens, window {settings['window']:,}\n",
+        "Weights of a memory also learn how texts of a kind are written, whatever its state holds. So each arm is\n"
+        "read once more with the memory of another excerpt. Only what it gains over that is owed to the state of its\n"
+        f"own text. {len(results['documents'])} excerpts, intervals as above ({_where(report['environment'])}).\n",
+        "| arm | share of the gap | with the memory of another text | its own beyond that | nats better |",
+        "|---|---|---|---|---|",
+    ]
+    for name, other in results["other_text"].items():
+        shares = (results["arms"][name]["closed"], other["closed"], other["own"])
+        better = f"{other['nats_better']:+.4f} ({other['low']:+.4f} to {other['high']:+.4f})"
+        lines.append(f"| {' | '.join([f'`{name}`', *(_share(*share.values()) for share in shares), better])} |")
+    return "\n".join([*lines, ""])
+
+
 def _memories_part(report: dict) -> str:
     return "\n".join(
         [
@@ -266,6 +303,7 @@ def _recall_part(report: dict) -> str:
 
 PARTS = {
     **{gap.file: _gap_part for gap in GAPS},
+    **{gap.other_text_file: _other_text_part for gap in OTHER_TEXTS},
     MEMORIES: _memories_part,
     GRID: _grid_part,
     BOOK: _book_part,
@@ -327,15 +365,21 @@ def main() -> None:
     arguments.add_argument("--texts", required=True, type=Path, help="folder of texts that no memory was trained on")
     arguments.add_argument("--only", nargs="*", choices=STEPS, default=STEPS)
     for name in ("lengths", "windows"):
-        arguments.add_argument(f"--{name}", nargs="*", type=int, help="of the gaps, these alone")
+        arguments.add_argument(f"--{name}", nargs="*", type=int, help="of the gaps and their controls, these alone")
     arguments.add_argument("--precision", default="float32", help="of the gaps; bfloat16 is quick where a CPU has AMX")
     options = arguments.parse_args()
     if not any(options.texts.rglob("*.txt")):
         raise SystemExit(f"{options.texts}: there are no .txt files in it; name a folder of texts")
     lengths, windows = (set(chosen or ()) for chosen in (options.lengths, options.windows))
-    gaps = [gap for gap in GAPS if gap.length in (lengths or {gap.length}) and gap.window in (windows or {gap.window})]
-    measure_these = partial(measure_gaps, gaps=gaps, precision=options.precision)
-    steps = dict(zip(STEPS, (measure_these, measure_memories, measure_book, measure_recall, write_page), strict=True))
+    gaps, other_texts = (
+        [gap for gap in every if gap.length in (lengths or {gap.length}) and gap.window in (windows or {gap.window})]
+        for every in (GAPS, OTHER_TEXTS)
+    )
+    first = (
+        partial(measure_gaps, gaps=gaps, precision=options.precision),
+        partial(measure_other_texts, gaps=other_texts),
+    )
+    steps = dict(zip(STEPS, (*first, measure_memories, measure_book, measure_recall, write_page), strict=True))
     for name in options.only:
         steps[name](options.texts)
 

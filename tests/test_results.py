@@ -51,3 +51,23 @@ def test_each_gap_is_a_part_of_the_page() -> None:
     report["results"]["equal_bytes"] = {}
     assert "have not\nbeen read at this length" in script.page({"gap_32768_256.json": report})
     assert script.GAPS[0].picture == "gap.png"
+
+
+def test_what_is_owed_to_the_text_itself() -> None:
+    script = load_script("results")
+    shares = [{"share": share, "low": share - 0.1, "high": share + 0.1} for share in (0.4, 0.3, 0.2)]
+    report = {
+        "settings": {"length": 2048, "window": 256},
+        "results": {
+            "arms": {"ahn": {"closed": shares[0]}},
+            "documents": [{}] * 24,
+            "other_text": {
+                "ahn": {"closed": shares[1], "own": shares[2], "nats_better": 0.01, "low": -0.01, "high": 0.03}
+            },
+        },
+        "environment": {"date": "today", "device": "CPU", "torch": "2", "transformers": "5"},
+    }
+    shown = script.page({script.OTHER_TEXTS[0].other_text_file: report})
+    assert "## What of it is memory: 2,048 tokens, window 256" in shown
+    row = "| `ahn` | 40 %, 30 to 50 | 30 %, 20 to 40 | 20 %, 10 to 30 | +0.0100 (-0.0100 to +0.0300) |"
+    assert row in shown

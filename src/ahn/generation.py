@@ -120,7 +120,7 @@ class Reader:
         """Reads tokens in one forward pass."""
         start = time.perf_counter()
         last_only = not self.score and "logits_to_keep" in inspect.signature(self.model.forward).parameters
-        logits = forward(self.model, ids_T[None], self.cache, **({"logits_to_keep": 1} if last_only else {}))[0]
+        logits = forward(self.model, self._rows(ids_T), self.cache, **({"logits_to_keep": 1} if last_only else {}))[0]
         check_numbers(logits[-1])
         if self.score:
             self._note(logits, ids_T)
@@ -129,6 +129,10 @@ class Reader:
             torch.cuda.synchronize(ids_T.device)
         self.seconds += time.perf_counter() - start
         self.tokens += ids_T.numel()
+
+    def _rows(self, ids_T: torch.Tensor) -> torch.Tensor:
+        """What the model is given of a chunk, `[B, T]`; the first row is scored."""
+        return ids_T[None]
 
     def fork(self) -> Self:
         """An independent reader that goes on from here, on a copy of the cache, and scores what it reads from here on.

@@ -40,6 +40,51 @@ def test_scores_are_those_of_reading(model: Any, arm: Any) -> None:
     assert reader.cache_bytes > 0
 
 
+@pytest.mark.parametrize("pieces", [90, 37, 1])
+def test_with_the_memory_of_another_text(model: Any, pieces: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Against a reading whose memories are given what the other text evicts, as one of the other text noted it."""
+    ids, other = text(2, 90)
+    real, written = ahn.memories.Memory.scan, []
+
+    def note(memory: Any, q: Any, k: Any, v: Any, gates: Any, state: Any) -> Any:
+        written.append((k, v, gates))
+        return real(memory, q, k, v, gates, state)
+
+    def replace(memory: Any, q: Any, k: Any, v: Any, gates: Any, state: Any) -> Any:
+        return real(memory, q, *written.pop(0), state)
+
+    with ahn.mode(model, "ahn"):
+        monkeypatch.setattr(ahn.memories.Memory, "scan", note)
+        read(model, other)
+        monkeypatch.setattr(ahn.memories.Memory, "scan", replace)
+        expected = read(model, ids)
+    monkeypatch.undo()
+    assert not written
+    reader = arm_reader(model, "ahn", other_T=other)
+    for piece in ids.split(pieces):
+        reader.prefill(piece)
+    torch.testing.assert_close(reader.nll, expected.nll, rtol=0, atol=1e-4)
+    with ahn.mode(model, "ahn"):
+        assert (read(model, ids).nll - expected.nll).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("arm", ["ahn", "ahn+4"])
+def test_a_text_as_its_own_other(model: Any, arm: str) -> None:
+    """Anchors are chosen for each text by itself, so that nothing differs."""
+    ids = text(1, 90)[0]
+    readers = arm_reader(model, arm), arm_reader(model, arm, other_T=ids)
+    for reader in readers:
+        reader.prefill(ids)
+    torch.testing.assert_close(readers[1].nll, readers[0].nll, rtol=0, atol=1e-4)
+    assert readers[1].cache_bytes == readers[0].cache_bytes
+
+
+@pytest.mark.parametrize("arm", ["window", "anchors+4", "full", "tail"])
+def test_no_memory_to_hold_another_text(model: Any, arm: str) -> None:
+    with pytest.raises(ConfigError, match="has no memory that could hold another text; use ahn or"):
+        arm_reader(model, arm, other_T=text(1, 90)[0])
+
+
 @torch.no_grad()
 def test_tail_knows_nothing_but_sinks_and_window(model: Any) -> None:
     """Every score against the base model on the ids that it may see, in steps of an eighth of a window."""

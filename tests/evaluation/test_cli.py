@@ -30,7 +30,8 @@ RUN = [
 ]
 SURFACE = {
     "perplexity": [
-        "FILE", "--length", "--pieces", "--ngram", "--rare", "--arms", "--equal-bytes", "--precision", "--plot",
+        "FILE", "--length", "--pieces", "--ngram", "--rare", "--arms", "--equal-bytes", "--other-text", "--precision",
+        "--plot",
         *RUN[1:],
     ],
     "compare": ["A", "B", "--all"],

@@ -18,7 +18,7 @@ from ahn.evaluation.arm_names import find_arm
 from ahn.evaluation.arms import arm_reader
 from ahn.evaluation.journal import Journal
 from ahn.evaluation.perplexity import reading as measuring
-from ahn.evaluation.perplexity.averages import Averages, closed_share
+from ahn.evaluation.perplexity.averages import Averages, part_of_gap
 from ahn.evaluation.perplexity.cache_sizes import CacheSizes
 from ahn.evaluation.perplexity.documents import TokenDocument, excerpts, whole
 from ahn.evaluation.perplexity.gap import lines
@@ -176,8 +176,8 @@ class TestMeasure:
 
 class TestResults:
     def test_share(self) -> None:
-        assert closed_share(np.array([[10.0, 9.0, 6.0], [4.0, 4.0, 4.0]])) == 0.25
-        assert math.isnan(closed_share(np.ones((2, 3))))
+        assert part_of_gap(np.array([[9.0, 8.0, 10.0, 6.0], [4.0, 4.0, 4.0, 4.0]])) == 0.25
+        assert math.isnan(part_of_gap(np.ones((2, 4))))
 
     def test_against_single_tokens(self, model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(measuring, "automatic_chunk", lambda model: 64)
@@ -205,6 +205,46 @@ class TestResults:
         assert found["points"]["document"] == "a"
         assert found["points"]["full_cache"]["bytes"] == found["points"]["arms"]["full"]["cache_bytes"]
         assert json.dumps(found).count("Infinity") == 0
+
+    def test_with_the_memory_of_another_text(self, model: Any) -> None:
+        """The text half of all documents on, repeated where it is shorter; and what is left of the gap."""
+        read_documents, arms = documents(), ["full", "window", "ahn", "ahn+4"]
+        plan = make_plan(model, arms, read_documents, other_texts=True)
+        assert plan.controlled == ["ahn", "ahn+4"]
+        groups = [np.zeros(len(each.ids) - 1, dtype=np.int8) for each in read_documents]
+        journal, said = Journal(None, {}), []
+        read_all(model, read_documents, groups, plan, journal, lambda done, remark="": said.append(done))
+        assert said[-1] == 6 * (200 + 90 + 120)
+        report = Averages(read_documents, plan, journal.done).report(model)
+        a, b, c = (torch.from_numpy(each.ids) for each in read_documents)
+        sums = {arm: [scores(model, arm, each)[EXACT:].sum() for each in read_documents] for arm in arms[:3]}
+        sums["other"] = []
+        for own, other in ((a, torch.cat((b, b, b))), (b, c), (c, a)):
+            reader = arm_reader(model, "ahn", other_T=other)
+            reader.prefill(own)
+            sums["other"].append(reader.nll.double()[EXACT:].sum())
+        totals, number = {arm: float(sum(each)) for arm, each in sums.items()}, 410 - 3 - 3 * EXACT
+        gap, found = totals["window"] - totals["full"], report["other_text"]["ahn"]
+        assert found["nll"]["beyond"] == pytest.approx(totals["other"] / number, rel=1e-5)
+        assert found["nats_better"] == pytest.approx((totals["other"] - totals["ahn"]) / number, rel=1e-3)
+        assert found["closed"]["share"] == pytest.approx((totals["window"] - totals["other"]) / gap, rel=1e-3)
+        assert found["own"]["share"] == pytest.approx((totals["other"] - totals["ahn"]) / gap, rel=1e-3)
+        assert found["own"]["low"] <= found["own"]["share"] <= found["own"]["high"]
+
+    def test_another_text_without_a_gap(self, model: Any) -> None:
+        read_documents = documents()
+        plan, journal = make_plan(model, ["ahn"], read_documents, other_texts=True), Journal(None, {})
+        read_all(
+            model,
+            read_documents,
+            [np.zeros(len(each.ids) - 1, dtype=np.int8) for each in read_documents],
+            plan,
+            journal,
+        )
+        found = Averages(read_documents, plan, journal.done).report(model)["other_text"]["ahn"]
+        assert found["closed"] is None
+        assert found["own"] is None
+        assert found["low"] <= found["nats_better"] <= found["high"]
 
     def test_a_stop_costs_one_item(self, model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         read_documents, read_arms = documents(), []
@@ -308,6 +348,15 @@ class TestCommand:
         assert "…" not in shown
         assert all(shown.count(f" {arm} ") >= 2 for arm in ("full", "ct_mean", "tail", "window+4"))
 
+    def test_the_memory_of_another_text(self, run: Any, tmp_path: Path) -> None:
+        arms = ("--arms", "full,window,ahn,ahn+4:random", "--other-text", "--adapter", "adapter")
+        cut, out = ("--length", "100", "--pieces", "6"), tmp_path / "out"
+        status, shown, err = run("perplexity", "text.txt", *TINY, *arms, *cut, "--out", str(out))
+        assert (status, err) == (0, "")
+        assert "Each arm beside the same arm with the memory of another text" in shown
+        assert set(read_report(out / "report.json").results["other_text"]) == {"ahn", "ahn+4:random"}
+        assert "memory of another text" in (out / "report.html").read_text(encoding="utf-8")
+
     def test_the_report_says_what_anchors_are_chosen_by(self, run: Any, tmp_path: Path) -> None:
         for arm, chosen in (("ahn+4", "key_diff"), ("ahn+4:random", None)):
             assert run("perplexity", "text.txt", *TINY, "--arms", arm, "--out", str(tmp_path / arm))[0] == 0
@@ -371,6 +420,11 @@ class TestCommand:
             ("perplexity text.txt --rare 1", "--rare must be at least 2, not 1."),
             ("perplexity text.txt --plot gap.png", "--plot needs full and window among --arms, whose gap it shows."),
             ("perplexity text.txt --arms full,window --plot gap.gif", "--plot gap.gif must end in .png or .svg."),
+            ("perplexity text.txt --other-text --arms window", "--other-text needs an arm with a memory among --arms"),
+            (
+                "perplexity text.txt --model ./model --window 16 --sinks 4 --other-text",
+                "--other-text needs two documents at least. Name more texts, or cut them with --length and --pieces.",
+            ),
             ("perplexity text.txt --precision half", "--precision must be float32 or bfloat16, not 'half'."),
             (
                 "perplexity text.txt --arms half",

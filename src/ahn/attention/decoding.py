@@ -153,7 +153,7 @@ def begin_step(cache: HippocampalCache, new: int) -> DecodeStep | None:
     settings = cache.settings
     if new != 1 or settings.mode not in ("ahn", "window") or torch.is_grad_enabled() or not ops.is_automatic():
         return None
-    if cache.attachment.config.memory_positions == "none":
+    if cache.attachment.config.memory_positions == "none" or not cache.layer_type.joins_steps:
         return None
     groups = cache.groups = cache.groups or group_layers(cache.attachment.layers, cache.layers)
     begun = settings.sinks + (cache.padding.most if cache.padding else 0)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, cast
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, NoReturn, cast
 
 import torch
 from torch import nn
@@ -70,8 +70,10 @@ class HippocampalCache(Cache):
         scoreboard: The choice of the anchors, where there are any.
         groups: Layers that decode together; found when decoding begins.
         layers: The layers: ours where a layer has a memory, those of transformers elsewhere.
+        layer_type: What ours are.
     """
 
+    layer_type: ClassVar[type[HippocampalLayer]] = HippocampalLayer
     layers: list[AnyLayer]  # type: ignore[assignment]
 
     def __init__(
@@ -111,7 +113,8 @@ class HippocampalCache(Cache):
         self._snapshot: CacheSnapshot | None = None
         self._is_read = False
         self._holds_inference_tensors = False
-        super().__init__(layers=[new_layer(attention_layer, settings, policy) for attention_layer in attachment.layers])
+        kind = self.layer_type
+        super().__init__(layers=[new_layer(layer, settings, policy, kind) for layer in attachment.layers])
         windows = {layer.exact.window for layer in self.layers if isinstance(layer, HippocampalLayer)}
         self.scoreboard: Scoreboard | None = None
         if policy is not None:
@@ -336,22 +339,32 @@ class HippocampalCache(Cache):
             self.padding = Padding(counts[rows.to(counts.device)], self.padding.most)
 
 
-def new_layer(layer: AttentionLayer, settings: RunSettings, policy: Policy | None = None) -> AnyLayer:
-    """An empty layer of a cache: ours for a layer with a memory, the base model's own kind for another."""
+def new_layer(
+    layer: AttentionLayer,
+    settings: RunSettings,
+    policy: Policy | None = None,
+    kind: type[HippocampalLayer] = HippocampalLayer,
+) -> AnyLayer:
+    """An empty layer of a cache: ours, of this kind, for a layer with a memory, the base model's own for another."""
     if layer.memory is not None:
         scores = policy is not None and layer.index in policy.layers
-        return new_memory_layer(layer, layer.memory, settings, policy.score.state_names if policy and scores else ())
+        names = policy.score.state_names if policy and scores else ()
+        return new_memory_layer(layer, layer.memory, settings, names, kind)
     if layer.sliding_window is not None:
         return DynamicSlidingWindowLayer(layer.sliding_window)
     return DynamicLayer()
 
 
 def new_memory_layer(
-    layer: AttentionLayer, memory: Memory, settings: RunSettings, score_names: tuple[str, ...] = ()
+    layer: AttentionLayer,
+    memory: Memory,
+    settings: RunSettings,
+    score_names: tuple[str, ...] = (),
+    kind: type[HippocampalLayer] = HippocampalLayer,
 ) -> HippocampalLayer:
     """An empty layer of a cache for a layer with a memory, see `HippocampalLayer`."""
     number_bytes = (stored_dtype(settings) or layer.dtype).itemsize
-    return HippocampalLayer(settings, layer.sliding_window, state_slots(memory, number_bytes), score_names)
+    return kind(settings, layer.sliding_window, state_slots(memory, number_bytes), score_names)
 
 
 def refuse_assisted_decoding() -> NoReturn:

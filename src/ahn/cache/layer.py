@@ -42,8 +42,10 @@ class HippocampalLayer(CacheLayerMixin):
         bank: Anchors, where there are any.
         score_state: What the score of the anchors keeps here.
         state: State of the memory, `[B, *state_shape]` float32, or `None` before the first eviction.
+        joins_steps: Whether a single token may be read in all layers at once, without `append`.
     """
 
+    joins_steps = True
     is_sliding = False
     is_compileable = False
     is_croppable = False

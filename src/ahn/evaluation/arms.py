@@ -22,19 +22,23 @@ from torch import nn
 
 import ahn
 from ahn.anchors.base import Score
+from ahn.anchors.selection import Selected
 from ahn.attachment import attachment_of
 from ahn.cache import HippocampalCache
+from ahn.cache.layer import HippocampalLayer
 from ahn.config import Mode
+from ahn.errors import ConfigError
 from ahn.evaluation.arm_names import ARMS, find_arm
 from ahn.evaluation.controls import CONTROLS
 from ahn.generation import Reader, cache_bytes, decode, new_cache
 from ahn.models.text import GrowingText
+from ahn.tokens import Padding, Tokens, VisibleKV
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
     from typing_extensions import Self
 
-__all__ = ["ARMS", "ArmReader", "TailReader", "arm_reader"]
+__all__ = ["ARMS", "ArmReader", "OtherTextReader", "TailReader", "arm_reader"]
 
 _STEPS = 8  # parts of a window that `tail` moves on by
 
@@ -55,8 +59,11 @@ class ArmReader(Reader):
     ) -> None:
         self.mode = mode
         with ahn.mode(model, mode, **settings):
-            cache = None if control is None else HippocampalCache(model, anchor_score=control)
-            super().__init__(model, cache, score=score)
+            super().__init__(model, self._make_cache(model, control), score=score)
+
+    def _make_cache(self, model: nn.Module, control: Score | None) -> HippocampalCache | None:
+        """The cache that it begins with; `None` for the usual one of the mode."""
+        return None if control is None else HippocampalCache(model, anchor_score=control)
 
     def prefill(self, input_ids: torch.Tensor, *more: Any) -> None:
         """Reads a piece of text, `[T]`; a long one in several forward passes. See `Reader.prefill`."""
@@ -156,8 +163,70 @@ class TailReader(ArmReader):
         return torch.cat((sinks, rest[max(0, rest.numel() - window) :]))
 
 
+class OtherTextReader(ArmReader):
+    """A text read with the memory of another text: a control for what a memory holds of its own.
+
+    Weights of a memory also learn how texts of a kind are written, whatever the state holds. Only what an arm gains
+    over this control is owed to the state. Sinks, window and anchors are those of the text itself.
+
+    Args:
+        model: As for `ArmReader`.
+        other_T: Token ids of the other text, `[T]`, at least as many as are read. It is read beside the text, as usual.
+        score: As for `ArmReader`.
+        control: As for `ArmReader`.
+        **settings: As for `ArmReader`.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        other_T: torch.Tensor,
+        score: bool = True,
+        control: Score | None = None,
+        **settings: Any,
+    ) -> None:
+        super().__init__(model, "ahn", score, control, **settings)
+        self._other_T = other_T
+
+    def _make_cache(self, model: nn.Module, control: Score | None) -> HippocampalCache:
+        """See `ArmReader`."""
+        return OtherTextCache(model, anchor_score=control)
+
+    @property
+    def cache_bytes(self) -> int:
+        """Bytes that its cache holds for each of the two texts."""
+        return super().cache_bytes // 2
+
+    def _rows(self, ids_T: torch.Tensor) -> torch.Tensor:
+        """The text and the other one."""
+        other_T = self._other_T[self.tokens : self.tokens + ids_T.numel()]
+        return torch.stack((ids_T, other_T.to(ids_T.device)))
+
+
+class OtherTextLayer(HippocampalLayer):
+    """A layer of a cache of two rows, whose memory takes in the second one alone, for both."""
+
+    joins_steps = False
+
+    def append(self, new: Tokens, padding: Padding | None, selected: Selected | None = None) -> VisibleKV:
+        """See `HippocampalLayer.append`."""
+        view = super().append(new, padding, selected)
+        return view._replace(evicted=view.evicted.map(lambda tensor: tensor[1:].expand_as(tensor)))
+
+
+class OtherTextCache(HippocampalCache):
+    """A cache of two rows, whose memory takes in the second one alone, for both; see `OtherTextReader`."""
+
+    layer_type = OtherTextLayer
+
+
 def arm_reader(
-    model: nn.Module, arm: str, *, score: bool = True, controls: Mapping[str, Score] = CONTROLS
+    model: nn.Module,
+    arm: str,
+    *,
+    score: bool = True,
+    controls: Mapping[str, Score] = CONTROLS,
+    other_T: torch.Tensor | None = None,
 ) -> ArmReader:
     """A reader for a text in one arm, with the window and sinks that are current.
 
@@ -166,15 +235,20 @@ def arm_reader(
         arm: A name as for `ahn.evaluation.arm_names.find_arm`.
         score: Whether every token is scored; without it the last logits of each piece are computed only.
         controls: Scores that are not registered, by the name that the arm has for them.
+        other_T: For an arm with a memory: token ids of another text whose memory is read, see `OtherTextReader`.
 
     Raises:
-        ConfigError: There is no such arm.
+        ConfigError: There is no such arm, or it has no memory that could hold another text.
         ModelError: No memory is attached.
     """
     kind = find_arm(arm)
+    if other_T is not None and kind.method != "ahn":
+        raise ConfigError(f"the arm {arm} has no memory that could hold another text; use ahn or ahn+64")
     if kind.method == "tail":
         return TailReader(model, score)
     settings, control = kind.settings(attachment_of(model).settings.window), controls.get(kind.anchor_score or "")
     if control is not None:
         del settings["anchor_score"]
+    if other_T is not None:
+        return OtherTextReader(model, other_T, score, control, **settings)
     return ArmReader(model, cast(Mode, kind.method), score, control, **settings)

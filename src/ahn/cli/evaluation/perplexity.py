@@ -15,7 +15,7 @@ from ahn.cli.loading import ModelSettings
 from ahn.cli.options import from_fields
 from ahn.cli.terminal import UsageError, log, output
 from ahn.config import setting
-from ahn.evaluation.arm_names import ARMS_HELP
+from ahn.evaluation.arm_names import ARMS_HELP, find_arm
 
 if TYPE_CHECKING:
     from ahn.cli.loading import Loaded
@@ -30,6 +30,8 @@ ahn eval perplexity book.txt --out book  [dim]# a whole book: one plot, constant
 ahn eval perplexity texts --arms full,window,ahn --length 4096 --pieces 8
 
 ahn eval perplexity texts --length 2048 --pieces 24 --arms full,window,ahn,ahn+64 --equal-bytes --plot gap.png
+
+ahn eval perplexity texts --length 2048 --pieces 24 --arms full,window,ahn --other-text
 """
 
 
@@ -50,6 +52,11 @@ class PerplexitySettings:
     equal_bytes: bool = setting(
         False, "For each arm with memory or anchors also read with a window of as many bytes.", names="--equal-bytes"
     )
+    other_text: bool = setting(
+        False,
+        "Read arms with a memory once more with the memory of another text: only what they gain over it is memory.",
+        names="--other-text",
+    )
     precision: Precision = setting("float32", "What products are rounded to.", choices=get_args(Precision))
     plot: tuple[Path, ...] = setting(
         (), "Draw the share of the gap against bytes to a .png or .svg file; may be given several times."
@@ -61,12 +68,15 @@ def command(settings: PerplexitySettings, source: ModelSettings, options: RunOpt
     """Read texts of any length and compare how well each arm predicts them, token by token."""
     if settings.pieces is not None and settings.length is None:
         raise UsageError("--pieces needs --length, the tokens of a piece. Name both.")
+    if settings.other_text and not any(find_arm(arm).method == "ahn" for arm in settings.arms):
+        raise UsageError("--other-text needs an arm with a memory among --arms, ahn or ahn+64. Add one.")
     plots = checks.plots_to_write(settings.plot)
     if plots and not {"full", "window"} <= set(settings.arms):
         raise UsageError("--plot needs full and window among --arms, whose gap it shows. Add them.")
     texts = _texts(settings.files)
     checksums = {name: hashlib.sha256(text.encode()).hexdigest() for name, text in texts.items()}
-    own = {name: getattr(settings, name) for name in ("length", "pieces", "ngram", "rare", "equal_bytes", "precision")}
+    names = ("length", "pieces", "ngram", "rare", "equal_bytes", "other_text", "precision")
+    own = {name: getattr(settings, name) for name in names}
     run = open_run("perplexity", source, options, settings.arms, files=checksums, **own)
     _evaluate(run, run.load(), texts, plots)
 
@@ -88,13 +98,14 @@ def _evaluate(run: Run, loaded: Loaded, texts: dict[str, str], plots: list[Path]
         )
     sizes, equal_windows = _sizes(run, loaded, documents, bool(plots))
     arms = list(dict.fromkeys((*run.arms, *equal_windows.values())))
-    plan = make_plan(loaded.model, arms, documents, settings["precision"])
+    plan = make_plan(loaded.model, arms, documents, settings["precision"], settings["other_text"])
     opening = perplexity_tables.opening(loaded, documents, plan, len(every) - len(documents))
     for line in opening:
         log(line, console=output())
     ids = [each.ids for each in documents]
     groups = group_tokens(tokens, ids, *(settings[name] for name in ("ngram", "rare", "sinks", "window")))
-    with run.reading(sum(plan.limit(arm, len(each)) for each in ids for arm in plan.arms)) as progress:
+    read = (*plan.arms, *plan.controlled)
+    with run.reading(sum(plan.limit(arm, len(each)) for each in ids for arm in read)) as progress:
         read_all(loaded.model, documents, groups, plan, run.journal, progress)
     averages = Averages(documents, plan, run.journal.done, settings["seed"])
     results = averages.report(loaded.model, sizes, equal_windows)

@@ -101,6 +101,8 @@ def tables(settings: dict[str, Any], results: dict[str, Any]) -> list[ResultTabl
     shown = [ResultTable(columns, rows, f"{scored:,} tokens beyond sinks + window, nats per token")]
     if results["equal_bytes"]:
         shown.append(_equal_bytes_table(settings, results))
+    if results["other_text"]:
+        shown.append(_other_text_table(results))
     for span in spans:
         where = " after the part that full reads" if span == "after" else ""
         caption = (
@@ -152,6 +154,29 @@ def _equal_bytes_table(settings: dict[str, Any], results: dict[str, Any]) -> Res
         )
     columns = ["arm", "MB\nmore", "equal\nwindow", "gap closed\n(95 %)", "by equal\nwindow", "nats better\n(95 %)"]
     return ResultTable(columns, rows, "Each arm beside a window enlarged to the same bytes, states and anchors counted")
+
+
+def _other_text_table(results: dict[str, Any]) -> ResultTable:
+    """What each arm achieves with the memory of another text, and what its own memory adds to that."""
+    rows = [
+        [
+            arm,
+            _number(results["arms"][arm]["nll"]["beyond"], 4),
+            _number(other["nll"]["beyond"], 4),
+            with_interval(other["nats_better"], other["low"], other["high"], digits=4, ends=4),
+            *(None if share is None else _share(**share) for share in (other["closed"], other["own"])),
+        ]
+        for arm, other in results["other_text"].items()
+    ]
+    columns = [
+        "arm",
+        "nats",
+        "of another\ntext",
+        "nats better\n(95 %)",
+        "gap closed by\nanother's (95 %)",
+        "by its own\nbeyond (95 %)",
+    ]
+    return ResultTable(columns, rows, "Each arm beside the same arm with the memory of another text, nats per token")
 
 
 def remarks(results: dict[str, Any]) -> list[str]:

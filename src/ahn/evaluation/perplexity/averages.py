@@ -50,8 +50,8 @@ class Averages:
 
         Returns:
             Plain values: `documents`, `arms`, `groups` by span, `positions` (mean score in each bin), `points` (bytes
-            held, of the longest document) and `equal_bytes`. Scores are means over tokens in nats. What does not exist
-            is NaN.
+            held, of the longest document), `equal_bytes` and `other_text`. Scores are means over tokens in nats. What
+            does not exist is NaN.
         """
         longest = max(self.documents, key=lambda each: len(each.ids))
         points = {arm: self.records[key(longest, arm)]["points"] for arm in self.plan.arms}
@@ -64,6 +64,7 @@ class Averages:
             "equal_bytes": {
                 arm: {"arm": other, **self.difference(other, arm)} for arm, other in (equal_windows or {}).items()
             },
+            "other_text": {arm: self.other_text(arm) for arm in self.plan.controlled},
             "groups": {span: {group: self._group(span, group) for group in GROUPS} for span in SPANS},
             "positions": {
                 "bin_tokens": self.plan.bin_tokens,
@@ -82,16 +83,38 @@ class Averages:
         Returns:
             Nats per token that it has less, `nats_better`, with the ends of the 95 % interval over documents.
         """
-        sums, less = (
-            np.array([_total(each["spans"].values()) for each in self._records_of(name)]) for name in (arm, better)
-        )
+        return self._nats_better(self._records_of(arm), self._records_of(better))
+
+    def other_text(self, arm: str) -> dict[str, Any]:
+        """An arm beside the same arm with the memory of another text.
+
+        Args:
+            arm: Name of the arm.
+
+        Returns:
+            `nll`: scores with the memory of another text, by span. `closed`: the share of the gap from window to full
+            that is closed so. `own`: what the text's own memory closes beyond it, of the same gap. Both have 95 %
+            intervals over documents, and are `None` without the gap. Then the same as nats, as `difference` has them.
+        """
+        others = self._records_of(arm, has_other_memory=True)
+        return {
+            "nll": {span: _mean(_total(each["spans"][span] for each in others)) for span in SPANS},
+            "closed": self._part_of_gap(self._records_of("window"), others) if self._has_gap else None,
+            "own": self._part_of_gap(others, self._records_of(arm)) if self._has_gap else None,
+            **self._nats_better(others, self._records_of(arm)),
+        }
+
+    def _nats_better(
+        self, records: Sequence[Mapping[str, Any]], better: Sequence[Mapping[str, Any]]
+    ) -> dict[str, float]:
+        sums, less = (np.array([_total(each["spans"].values()) for each in of]) for of in (records, better))
         rows = np.stack((sums[:, 0] - less[:, 0], sums[:, 1]), axis=1)
         low, high = interval(rows, lambda drawn: _mean(drawn.sum(0)), seed=self.seed)
         return {"nats_better": _mean(rows.sum(0)), "low": low, "high": high}
 
-    def _records_of(self, arm: str) -> list[Mapping[str, Any]]:
+    def _records_of(self, arm: str, has_other_memory: bool = False) -> list[Mapping[str, Any]]:
         """The records of an arm, document by document."""
-        return [self.records[key(each, arm)] for each in self.documents]
+        return [self.records[key(each, arm, has_other_memory)] for each in self.documents]
 
     def _document(self, document: TokenDocument) -> dict[str, Any]:
         spans = {arm: self.records[key(document, arm)]["spans"] for arm in self.plan.arms}
@@ -119,12 +142,21 @@ class Averages:
 
     def _closed(self, arm: str) -> dict[str, float] | None:
         """Share of the gap from window to full that an arm closes, with its 95 % interval over documents."""
-        if not {"window", "full"} <= set(self.plan.arms) or arm in ("window", "full"):
+        if not self._has_gap or arm in ("window", "full"):
             return None
-        columns = [[each["spans"]["beyond"][0] for each in self._records_of(name)] for name in ("window", arm, "full")]
-        rows = np.array(columns, dtype=float).T
-        low, high = interval(rows, closed_share, seed=self.seed)
-        return {"share": closed_share(rows), "low": low, "high": high}
+        return self._part_of_gap(self._records_of("window"), self._records_of(arm))
+
+    @property
+    def _has_gap(self) -> bool:
+        """Whether both ends of the gap were read."""
+        return {"window", "full"} <= set(self.plan.arms)
+
+    def _part_of_gap(self, worse: Sequence[Mapping[str, Any]], better: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+        """What lies between two readings, as a share of the gap from window to full."""
+        readings = worse, better, self._records_of("window"), self._records_of("full")
+        rows = np.array([[each["spans"]["beyond"][0] for each in of] for of in readings], dtype=float).T
+        low, high = interval(rows, part_of_gap, seed=self.seed)
+        return {"share": part_of_gap(rows), "low": low, "high": high}
 
     def _group(self, span: str, group: str) -> dict[str, Any]:
         """Number of tokens and mean scores of a group."""
@@ -133,14 +165,14 @@ class Averages:
         return {"tokens": tokens, "nll": {arm: _mean(each) for arm, each in totals.items()}}
 
 
-def closed_share(sums: NDArray[np.float64]) -> float:
-    """Share of the gap from window to full that an arm closes: 0 is as bad as the window, 1 as good as full attention.
+def part_of_gap(sums: NDArray[np.float64]) -> float:
+    """What lies between two readings, as a share of the gap from window to full: 1 is all that the window loses.
 
     Args:
-        sums: Summed scores of a document in the columns window, arm, full: `[documents, 3]`.
+        sums: Summed scores of a document in the columns worse reading, better reading, window, full: `[documents, 4]`.
     """
-    window, arm, full = sums.sum(0)
-    return float((window - arm) / (window - full)) if window != full else math.nan
+    worse, better, window, full = sums.sum(0)
+    return float((worse - better) / (window - full)) if window != full else math.nan
 
 
 def _curve(bins: Sequence[Sequence[Sequence[float]]]) -> list[float]:

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from ahn.attachment import attachment_of
+from ahn.evaluation.arm_names import find_arm
 from ahn.evaluation.arms import arm_reader
 from ahn.evaluation.driver import Job, OnProgress, complete
 from ahn.evaluation.errors import EvaluationError
@@ -41,6 +42,7 @@ class PerplexityPlan:
         bin_tokens: Tokens of a bin of the curve of scores.
         full_limit: Tokens that `full` reads at most.
         precision: What products are rounded to, "float32" or "bfloat16".
+        other_texts: Whether arms with a memory are read once more with the memory of another text.
     """
 
     arms: Sequence[str]
@@ -48,6 +50,12 @@ class PerplexityPlan:
     bin_tokens: int
     full_limit: int
     precision: Precision = "float32"
+    other_texts: bool = False
+
+    @property
+    def controlled(self) -> list[str]:
+        """The arms that are read once more with the memory of another text."""
+        return [arm for arm in self.arms if self.other_texts and find_arm(arm).method == "ahn"]
 
     def limit(self, arm: str, tokens: int) -> int:
         """Tokens that an arm reads of a document with this number of them."""
@@ -60,7 +68,11 @@ class PerplexityPlan:
 
 
 def make_plan(
-    model: nn.Module, arms: Sequence[str], documents: Sequence[TokenDocument], precision: Precision = "float32"
+    model: nn.Module,
+    arms: Sequence[str],
+    documents: Sequence[TokenDocument],
+    precision: Precision = "float32",
+    other_texts: bool = False,
 ) -> PerplexityPlan:
     """The plan for these documents and this model.
 
@@ -69,10 +81,15 @@ def make_plan(
         arms: Names of the arms.
         documents: What will be read.
         precision: What products are rounded to.
+        other_texts: Whether arms with a memory are read once more with the memory of another text.
 
     Raises:
-        EvaluationError: A document is longer than the positions that the model has.
+        EvaluationError: A document is longer than the positions that the model has, or there is no other text.
     """
+    if other_texts and len(documents) < 2:
+        raise EvaluationError(
+            "--other-text needs two documents at least. Name more texts, or cut them with --length and --pieces."
+        )
     attachment, longest = attachment_of(model), max(len(each.ids) for each in documents)
     limit = attachment.position_limit
     if limit is not None and longest > limit:
@@ -81,7 +98,7 @@ def make_plan(
             f"read less of it with --length {limit}"
         )
     exact = attachment.settings.sinks + attachment.settings.window
-    return PerplexityPlan(arms, exact, bin_tokens(longest), attachment.trained_context, precision)
+    return PerplexityPlan(arms, exact, bin_tokens(longest), attachment.trained_context, precision, other_texts)
 
 
 def bin_tokens(longest: int) -> int:
@@ -96,6 +113,7 @@ def measure(
     groups: NDArray[np.int8],
     plan: PerplexityPlan,
     on_progress: OnProgress = lambda *_: None,
+    other: TokenDocument | None = None,
 ) -> dict[str, Any]:
     """Reads a document in an arm.
 
@@ -106,6 +124,7 @@ def measure(
         groups: The group of each token but the first, `[T - 1]`.
         plan: What to measure.
         on_progress: Called after every chunk with the tokens that are read and a remark.
+        other: The document whose memory is read in place of its own; from its start again where it ends.
 
     Returns:
         `tokens` and `seconds`; `bins`: sum and number of the scores in each bin; `spans`: the same by name of the span;
@@ -113,7 +132,8 @@ def measure(
         process then.
     """
     ids = torch.from_numpy(document.ids[: plan.limit(arm, len(document.ids))])
-    reader, next_point = arm_reader(model, arm), 0.0
+    other_T = None if other is None else torch.from_numpy(np.resize(other.ids, ids.numel()))
+    reader, next_point = arm_reader(model, arm, other_T=other_T), 0.0
     points: dict[str, list[int]] = {"tokens": [], "cache_bytes": [], "resident_bytes": []}
     device = model.get_input_embeddings().weight.device  # type: ignore[operator]
     for chunk in ids.split(automatic_chunk(model)):
@@ -155,22 +175,27 @@ def read_all(
         on_progress: Is told the tokens that were read so far, those of the journal included, and a remark.
     """
 
-    def job(document: TokenDocument, group: NDArray[np.int8], arm: str) -> Job:
+    def job(document: TokenDocument, group: NDArray[np.int8], arm: str, other: TokenDocument | None = None) -> Job:
         return Job(
-            key(document, arm),
-            lambda progress: measure(model, arm, document, group, plan, progress),
+            key(document, arm, other is not None),
+            lambda progress: measure(model, arm, document, group, plan, progress, other),
             plan.limit(arm, len(document.ids)),
         )
 
     # Full attention leaves the process larger than it found it, so it comes last.
     arms = sorted(plan.arms, key=lambda arm: arm == "full")
-    jobs = (job(*pair, arm) for pair in zip(documents, groups, strict=True) for arm in arms)
+    jobs = [job(*pair, arm) for pair in zip(documents, groups, strict=True) for arm in arms]
+    # Half of all documents on, where it seldom comes from the same book.
+    half = len(documents) // 2
+    others = [*documents[half:], *documents[:half]]
+    for document, group, other in zip(documents, groups, others, strict=True):
+        jobs += [job(document, group, arm, other) for arm in plan.controlled]
     list(complete(jobs, journal, on_progress))
 
 
-def key(document: TokenDocument, arm: str) -> str:
-    """Name of a document's record in an arm."""
-    return f"{document.name} | {arm}"
+def key(document: TokenDocument, arm: str, has_other_memory: bool = False) -> str:
+    """Name of a document's record in an arm, with its own memory or that of another text."""
+    return f"{document.name} | {arm}" + (" | other text" if has_other_memory else "")
 
 
 def process_bytes(device: torch.device) -> int:
