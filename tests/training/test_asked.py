@@ -135,7 +135,7 @@ def test_other_families(family: str) -> None:
 
 def test_a_rotation_that_cannot_be_undone() -> None:
     settings = {"sink_positions": "absolute", "memory_positions": "rope"}
-    with pytest.raises(ConfigError, match='as the score "asked" needs; make "learned" alone'):
+    with pytest.raises(ConfigError, match='"asked" cannot be made; make "learned" alone'):
         collect(with_memory("deepseek_v3", **settings), documents(), WINDOW)
 
 

@@ -166,7 +166,8 @@ def test_learned_learns_from_queries_wherever_they_come_from(base: Path, tmp_pat
     model = ahn.from_pretrained(base, config=ahn.AHNConfig(window=16, sinks=4))
     attachment_of(model).rotation_problem = "it is a secret"
     without, said = weights("without", model, scores=("learned",))
-    assert "without queries of other texts (the rotary positions of this model cannot be undone" in said
+    assert "without queries of other texts: the rotary positions of this model cannot be undone" in said
+    assert "alone" not in said.split("cannot be undone")[1]
     assert set(alone) == set(without) == set(named) - set(queries)
     for name, tensor in alone.items():
         torch.testing.assert_close(tensor, named[name], rtol=0.02, atol=0.02)  # named ones are rounded to float16
@@ -184,7 +185,7 @@ def test_queries_for_a_model_whose_rotation_cannot_be_undone(base: Path, tmp_pat
     ahn.save_anchors(model, tmp_path / "queries")
     attachment_of(model).rotation_problem = "it is a secret"
     settings = {"documents": 12, "length": 400, "window": 16, "queries": str(tmp_path / "queries")}
-    with pytest.raises(ConfigError, match=r"cannot be undone \(it is a secret\), as the score"):
+    with pytest.raises(ConfigError, match=r"cannot be undone \(it is a secret\), so the score"):
         train_anchors(
             AnchorSettings((str(tmp_path / "story.txt"),), str(tmp_path / "out"), str(base), **settings), model=model
         )

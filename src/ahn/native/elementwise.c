@@ -75,14 +75,6 @@ void ahn_norm_back(index_t N, index_t D, index_t S, float share, float eps, cons
         }
 }
 
-/* sigmoid(x), from exp of what is not above 0. */
-INLINE wide sigmoid_wide(wide x)
-{
-    wide small = exp_wide(-max_wide(x, -x)), one = splat_wide(1);
-    signed_words negative = x < (wide){0};
-    return (wide)(((signed_words)small & negative) | ((signed_words)one & ~negative)) / (one + small);
-}
-
 #define BLOCK 4096 /* numbers that a thread takes at once */
 
 /* out[N] = silu(gate) * up, all bfloat16. */

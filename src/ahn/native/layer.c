@@ -100,11 +100,9 @@ static void turn(const float *x, const float *cos, const float *sin, index_t K, 
 
 INLINE vec activate(vec x, int is_gelu)
 {
+    /* gelu by tanh is x sigmoid(2 sqrt(2 / pi) (x + 0.044715 x^3)) */
     vec y = is_gelu ? splat(1.5957691216f) * (x + splat(0.044715f) * x * x * x) : x;
-    vec small = exp_vec(-max_vec(y, -y)); /* gelu by tanh is x sigmoid(2 sqrt(2 / pi) (x + 0.044715 x^3)) */
-    ivec negative = y < (vec){0};
-    vec share = (vec)(((ivec)small & negative) | ((ivec)splat(1) & ~negative));
-    return x * share / (splat(1) + small);
+    return x * sigmoid_vec(y);
 }
 
 /* x[K] as numbers of a kind, from place `at` of a ring on. */

@@ -9,6 +9,7 @@
 
 DEFINE_MAX(max_wide, wide, signed_words)
 DEFINE_EXP(exp_wide, wide, signed_words, max_wide)
+DEFINE_SIGMOID(sigmoid_wide, wide, signed_words, exp_wide, max_wide)
 
 INLINE float sum_wide(wide x)
 {

@@ -89,7 +89,18 @@ INLINE float max_lanes(vec x)
         return (V)(((I)p + exponent) & ~too_small);                                                                    \
     }
 
+/* Defines sigmoid(x) for the same vectors, from exp of what is not above 0. */
+#define DEFINE_SIGMOID(name, V, I, exp, larger)                                                                        \
+    INLINE V name(V x)                                                                                                 \
+    {                                                                                                                  \
+        const V none = {0}, one = none + 1.f;                                                                          \
+        V small = exp(-larger(x, -x));                                                                                 \
+        I negative = x < none;                                                                                         \
+        return (V)(((I)small & negative) | ((I)one & ~negative)) / (one + small);                                      \
+    }
+
 DEFINE_EXP(exp_vec, vec, ivec, max_vec)
+DEFINE_SIGMOID(sigmoid_vec, vec, ivec, exp_vec, max_vec)
 
 INLINE float dot(const float *a, const float *b, index_t size)
 {

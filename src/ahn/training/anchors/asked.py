@@ -185,8 +185,8 @@ def collect(
     Raises:
         ConfigError: The rotary positions of this model cannot be undone, or no two texts have facts of one kind.
     """
-    if (problem := missing_for_queries(model, documents)) is not None:
-        raise ConfigError(problem)
+    if (missing := missing_for_queries(model, documents)) is not None:
+        raise missing.error
     kinds = {kind: _is_long(kind, documents) for kind in _common_kinds(documents)}
     layers: dict[int, _Layer] = {}
     of_facts: list[str] = []
@@ -203,20 +203,34 @@ def collect(
     return {index: layers[index].weights(responses[index], least[index], kinds) for index in sorted(least)}
 
 
-def missing_for_queries(model: nn.Module, documents: Sequence[FactText] | None = None) -> str | None:
-    """Why queries cannot be collected, and what to do instead; `None` where they can.
+class Missing(NamedTuple):
+    """Why there can be no queries.
+
+    Attributes:
+        problem: What is wrong.
+        remedy: What to do, for who asked for the score "asked".
+    """
+
+    problem: str
+    remedy: str
+
+    @property
+    def error(self) -> ConfigError:
+        """Both, to be raised."""
+        return ConfigError(f'{self.problem}, so the score "asked" cannot be made; {self.remedy}')
+
+
+def missing_for_queries(model: nn.Module, documents: Sequence[FactText] | None = None) -> Missing | None:
+    """Why queries cannot be collected; `None` where they can.
 
     Args:
         model: A model with a memory attached.
         documents: The texts to collect them from; left out for queries that are there already.
     """
     if problem := attachment_of(model).rotation_problem:
-        return (
-            f'the rotary positions of this model cannot be undone ({problem}), as the score "asked" needs; make '
-            '"learned" alone'
-        )
+        return Missing(f"the rotary positions of this model cannot be undone ({problem})", 'make "learned" alone')
     if documents is not None and not _common_kinds(documents):
-        return 'no two texts have facts of one kind, as the score "asked" needs; give more documents'
+        return Missing("no two texts have facts of one kind", "give more documents")
     return None
 
 

@@ -128,16 +128,16 @@ def _queries(model: Any, texts: list[FactText], settings: AnchorSettings, say: S
     if settings.queries is not None:
         return _given_queries(model, settings.queries)
     known = [document for number, document in enumerate(texts) if not _is_held_out(number)]
-    if "asked" not in settings.scores and (problem := missing_for_queries(model, known)) is not None:
-        say(f"learned: from the questions of each text alone, without queries of other texts ({problem})")
+    if "asked" not in settings.scores and (missing := missing_for_queries(model, known)) is not None:
+        say(f"learned: from the questions of each text alone, without queries of other texts: {missing.problem}")
         return {}
     return collect(model, known, settings.window, say)
 
 
 def _given_queries(model: Any, name: str) -> dict[int, AnchorQueries]:
     """Queries of a folder by layer, for a model that they fit."""
-    if (problem := missing_for_queries(model)) is not None:
-        raise ConfigError(problem)
+    if (missing := missing_for_queries(model)) is not None:
+        raise missing.error
     folder = locate(name, config=ANCHORS.config)
     weights = read_anchors(name, folder, attachment_of(model), BaseInfo.of_model(model))
     found = {index: own.get("asked") for index, own in weights.items()}
