@@ -24,11 +24,13 @@ import argparse
 import functools
 import itertools
 import json
+import math
 import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 HERE = Path(__file__).parent
@@ -42,6 +44,7 @@ WINDOW, SINKS, ANCHORS = 256, 32, 128
 STEP = 128
 """Tokens between two compressions of a stepwise press: enough for SnapKV, which looks from the last 64."""
 TASKS, LENGTHS = ("number", "word", "uuid"), (2048, 4096)
+OURS = "memory and anchors"
 Item = dict[str, Any]
 Result = dict[str, Any]
 
@@ -105,7 +108,7 @@ def _sizes(model: Any, tokens: int) -> Item:
             "ahn",
         ),
         "anchors": (WINDOW, f"anchors+{spare}"),
-        "memory and anchors": (WINDOW, f"ahn+{ANCHORS}"),
+        OURS: (WINDOW, f"ahn+{ANCHORS}"),
     }
     sizes = {name: taken(*arm) for name, arm in arms.items()}
     return {"bytes": budget, "tokens": budget // per_token, "arms": arms, "arm_bytes": sizes}
@@ -295,15 +298,35 @@ def _place(result: Result) -> tuple[str, int, float, str]:
 
 
 def table(results: list[Result], methods: list[str]) -> str:
-    """Facts found and nats per token of each method, by length; Markdown."""
+    """Facts found and nats per token of each method, by length, and how many more than ours; Markdown."""
     lengths = sorted({each["length"] for each in results})
-    names = [*(f"facts, {length:,}" for length in lengths), *(f"nats, {length:,}" for length in lengths)]
+    names = [name for n in lengths for name in (f"facts, {n:,}", f"nats, {n:,}", f"more than `{OURS}` (95 %)")]
     lines = [f"| method | {' | '.join(names)} |", "|---" * (1 + len(names)) + "|"]
     for method in methods:
-        of_length = [[each for each in results if (each["method"], each["length"]) == (method, n)] for n in lengths]
-        found = [f"{sum(_is_found(each) for each in part)} of {len(part)}" for part in of_length]
-        lines.append(f"| {method} | {' | '.join([*found, *(_mean(part) for part in of_length)])} |")
+        cells = []
+        for length in lengths:
+            mine, ours = (
+                [each for each in results if (each["method"], each["length"]) == (name, length)]
+                for name in (method, OURS)
+            )
+            found = f"{sum(_is_found(each) for each in mine)} of {len(mine)}"
+            cells += [found, _mean(mine), _more(mine, ours) if method != OURS else ""]
+        lines.append(f"| {method} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
+
+
+def _more(results: list[Result], ours: list[Result]) -> str:
+    """Nats per token that a method needs more than ours on the same texts, with the interval over texts."""
+    from ahn.evaluation.bootstrap import interval
+
+    ours_of = {_place(each): each for each in ours}
+    pairs = [(each, ours_of[_place(each)]) for each in results if each["nats"] is not None and _place(each) in ours_of]
+    if not pairs:
+        return ""
+    rows = np.array([((their["nats"] - our["nats"]) * their["tokens"], their["tokens"]) for their, our in pairs])
+    more = float(rows[:, 0].sum() / rows[:, 1].sum())
+    low, high = interval(rows, lambda drawn: float(drawn[:, 0].sum() / drawn[:, 1].sum()))
+    return f"{more:+.4f}" + ("" if math.isnan(low) else f" ({low:+.4f} to {high:+.4f})")
 
 
 def _is_found(result: Result) -> bool:

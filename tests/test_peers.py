@@ -25,12 +25,17 @@ def test_the_table() -> None:
         {**facts, "method": "window", "answer": " an Old-Oak.", "nats": 2.0, "tokens": 10},
         {**facts, "method": "window", "answer": "old-oaks", "nats": 3.0, "tokens": 30},
         {**facts, "method": "SnapKV, once", "answer": "", "nats": None, "tokens": 0},
+        {**facts, "method": peers.OURS, "answer": "", "nats": 1.5, "tokens": 10},
+        {**facts, "method": peers.OURS, "answer": "", "nats": 2.5, "tokens": 30},
     ]
-    assert peers.table(results, ["window", "SnapKV, once"]).splitlines() == [
-        "| method | facts, 256 | nats, 256 |",
-        "|---|---|---|",
-        "| window | 1 of 2 | 2.7500 |",
-        "| SnapKV, once | 0 of 1 |  |",
+    for number, each in enumerate(results):
+        each["depth"] = [0.0, 0.5, 0.0, 0.0, 0.5][number]
+    assert peers.table(results, ["window", "SnapKV, once", peers.OURS]).splitlines() == [
+        "| method | facts, 256 | nats, 256 | more than `memory and anchors` (95 %) |",
+        "|---|---|---|---|",
+        "| window | 1 of 2 | 2.7500 | +0.5000 (+0.5000 to +0.5000) |",
+        "| SnapKV, once | 0 of 1 |  |  |",
+        "| memory and anchors | 0 of 2 | 2.2500 |  |",
     ]
 
 
