@@ -21,7 +21,7 @@ class Texts:
         model = model_of(family, quantize, memory)
         decoded(model)
         paths = [layer.forward.path for layer in model.model.layers]
-        assert all(path.is_verified for path in paths)
+        assert all(path._verified for path in paths)
         self.model, self.layers = model, [path.described for path in paths]
         config = model.config
         L, D, H = len(paths), config.hidden_size, config.num_attention_heads

@@ -53,7 +53,7 @@ def layers_by_kernels(llm: Any) -> list[bool]:
     model = llm.llm_engine.model_executor.driver_worker.model_runner.model
     forwards = [vars(module).get("forward") for module in model.model.modules()]
     paths = [each.path for each in forwards if isinstance(each, ServedForward)]
-    return [path is not None and path.is_verified for path in paths]
+    return [path is not None and bool(path._verified) for path in paths]
 
 
 def sampling(**options: Any) -> Any:

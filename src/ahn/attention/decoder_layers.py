@@ -1,12 +1,15 @@
 """One decoded token through decoder layers in one call of the kernels, where the layers are of the usual build.
 
 A layer's own forward is the reference. The first token that the kernel could take goes both ways, and the kernel is
-used from then on if it gives the same. Whatever it does not take goes through the layer's own forward: hooks and
+used from then on if it gives the same. Some layers compute otherwise further on in a text, so that a token goes both
+ways again where the first one has left the window, where sinks are turned, and each time that the text has doubled.
+Whatever it does not take goes through the layer's own forward: hooks and
 adapters on parts of the layer, padding, autocast, other dtypes, several rows.
 
 Layers of which each read what the one before gave are run together from the next token on, when the model comes to the
 first of them. The others then give what they gave already, unless the model brings something else: what they have
-stored is taken back, and they run one by one.
+stored is taken back, and they run one by one. No layer is run ahead of a hook that something else has put between
+two of them: it may change what it is given without a trace.
 
 Legend of shapes: D hidden size, K size of keys and values.
 """
@@ -25,6 +28,7 @@ from ahn.attention.decoder_parts import decoder_layers
 from ahn.attention.decoder_run import FastPath, LayerInput, run_paths
 from ahn.attention.decoding import KernelProgress, LayerRun, Precomputed
 from ahn.attention.masks import CallMask
+from ahn.backbone import compat
 
 
 def speed_up(backbone: nn.Module, attachment: Attachment) -> None:
@@ -80,7 +84,7 @@ class KernelForward:
             path = self._find_path(call)
             if tables is None or not path.can_take(call) or not path.can_read(inputs, call):
                 return own()
-            if not path.is_verified:
+            if not path.is_verified(call):
                 return path.verify(inputs, call, own)
             run = self._run_span(path, inputs, call)
         progress.last = self, run, tables
@@ -121,22 +125,28 @@ class KernelForward:
 
     def _run_span(self, path: Any, inputs: LayerInput, call: Any) -> LayerRun:
         """Runs the layer, and those behind it that the kernel can take too."""
-        paths, forward = [path], self.follower
-        while forward is not None and (after := forward._ready(call)) is not None and after not in paths:
-            paths.append(after)
-            forward = forward.follower
+        paths, last = [path], self
+        while (after := last._ready_follower(call)) is not None and after.path not in paths:
+            paths.append(after.path)
+            last = after
         runs = self._run_paths(paths, inputs, call)
         if len(runs) > 1:
             self._progress(call).precomputed = Precomputed(runs, inputs.tables)
         return runs[0]
 
-    def _ready(self, call: Any) -> Any:
-        """The layer as the kernel takes it, if it can take the tokens of a call; else `None`."""
-        is_ours = vars(self._layer).get("forward") is self
-        path = self.path
-        if path is None or not is_ours or not path.is_of(call):
+    def _ready_follower(self, call: Any) -> KernelForward | None:
+        """The layer that reads what this one gives, if nothing is between them and the kernel can take it too."""
+        after = self.follower
+        if after is None or not compat.only_captures(self._layer) or after._layer._forward_pre_hooks:
             return None
-        return path if path.is_verified and path.can_take(call) else None
+        return after if after._is_ready(call) else None
+
+    def _is_ready(self, call: Any) -> bool:
+        """Whether the kernel can take the tokens of a call through the layer, and was seen to be right."""
+        path = self.path
+        if path is None or vars(self._layer).get("forward") is not self or not path.is_of(call):
+            return False
+        return bool(path.can_take(call) and path.is_verified(call))
 
 
 class FastForward(KernelForward):

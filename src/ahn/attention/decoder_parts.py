@@ -16,6 +16,7 @@ from torch.nn import functional
 from ahn import native
 from ahn.backbone import compat, linear
 from ahn.backbone.survey import norm_epsilon
+from ahn.memories import Memory
 from ahn.native.layer import LayerWeights, LinearWeight, NormWeight
 from ahn.quantization import GroupedWeight, HalfWeight, QuantizedLinear
 
@@ -67,6 +68,7 @@ class DecoderParts:
         layer: The layer.
         attention: Its attention module.
         ours: Names of modules in it that this library has put there.
+        memory: The memory among them that is used, whose output the kernels compute too; `None` where there is none.
         reader: How weights are read.
 
     Raises:
@@ -77,7 +79,12 @@ class DecoderParts:
     """
 
     def __init__(
-        self, layer: nn.Module, attention: nn.Module, ours: Collection[str], reader: PartReader | None = None
+        self,
+        layer: nn.Module,
+        attention: nn.Module,
+        ours: Collection[str],
+        memory: Memory | None = None,
+        reader: PartReader | None = None,
     ) -> None:
         reader = reader or PartReader()
         mlp: Any = getattr(layer, "mlp", None)
@@ -100,18 +107,24 @@ class DecoderParts:
         )
         parts = [*_children(attention, projections | norms), *_children(mlp, set(mlp._modules))]
         parts += _children(layer, {"self_attn", "mlp", *_NORMS.values()})
-        tensors = {id(tensor): (own, name, tensor) for *_, child in parts for own, name, tensor in _tensors(child)}
-        self._modules = _Entries([(parent._modules, name) for parent, name, _ in parts])
-        self._forwards = _Entries([(vars(child), "forward") for *_, child in parts])
+        children = [child for *_, child in parts]
+        for child in children:
+            _check_forward(child, reader)
+        held = children if memory is None else [*children, memory, memory.g_proj]
+        tensors = {id(tensor): (own, name, tensor) for child in held for own, name, tensor in _tensors(child)}
         self._tensors = _Entries([(own, name) for own, name, _ in tensors.values()])
-        self._originals = self._modules.contents(), [_own_forward(child, reader) for *_, child in parts]
         self._addresses = [tensor.data_ptr() for *_, tensor in tensors.values()]
-        self._hooks = [(child._forward_pre_hooks, child._forward_hooks, child) for *_, child in parts]
+        modules = [(parent._modules, name) for parent, name, _ in parts]
+        self._settings = _Entries([*modules, *(entry for child in held for entry in _settings(child))])
+        self._originals = self._settings.contents()
+        self._classes = list({type(each) for each in (layer, *children)})
+        self._forwards = [each.forward for each in self._classes]
+        self._hooks = [(child._forward_pre_hooks, child._forward_hooks, child) for child in children]
         self._hook_lists = [hooks for pre_hooks, post_hooks, _ in self._hooks for hooks in (pre_hooks, post_hooks)]
 
     def are_same(self) -> bool:
-        """Whether no module was replaced or given other tensors since."""
-        if (self._modules.contents(), self._forwards.contents()) != self._originals:
+        """Whether no module was replaced, computes otherwise or was given other tensors since."""
+        if self._settings.contents() != self._originals or [each.forward for each in self._classes] != self._forwards:
             return False
         try:
             return list(map(torch.Tensor.data_ptr, self._tensors.contents())) == self._addresses
@@ -123,7 +136,7 @@ class DecoderParts:
         if not any(self._hook_lists):
             return True
         for pre_hooks, post_hooks, module in self._hooks:
-            if pre_hooks and not all(hook.__module__.startswith("ahn.") for hook in pre_hooks.values()):
+            if pre_hooks and not all(map(compat.is_hook_of_ours, pre_hooks.values())):
                 return False
             if post_hooks and not compat.only_captures(module):
                 return False
@@ -149,12 +162,17 @@ def _children(parent: nn.Module, names: Collection[str]) -> list[tuple[nn.Module
     return [(parent, name, child) for name, child in parent.named_children() if name in names]
 
 
-def _own_forward(module: nn.Module, reader: PartReader) -> Any:
-    """The forward of its own that a module has, or `None`."""
-    forward = vars(module).get("forward")
-    if forward is not None and not reader.knows(module):
+def _check_forward(module: nn.Module, reader: PartReader) -> None:
+    """Checks that a module has no forward of its own, or one that computes the same."""
+    if "forward" in vars(module) and not reader.knows(module):
         raise LookupError("something else has changed how a module computes")
-    return forward
+
+
+def _settings(module: nn.Module) -> Iterator[tuple[dict[str, Any], str]]:
+    """Where a module holds what its result depends on beside its tensors: a forward, missing weights, factors."""
+    yield vars(module), "forward"
+    yield from ((module._parameters, name) for name, each in module._parameters.items() if each is None)
+    yield from ((vars(module), name) for name, each in vars(module).items() if isinstance(each, float))
 
 
 def _tensors(module: nn.Module) -> Iterator[tuple[dict[str, Any], str, torch.Tensor]]:

@@ -24,6 +24,7 @@ from ahn.backbone.rotary import Tables
 from ahn.cache.layer import HippocampalLayer
 from ahn.cache.window import SinkWindow
 from ahn.errors import ShapeError
+from ahn.memories import Memory
 from ahn.native.layer import DescribedLayer, Token, run_layers
 from ahn.native.segments import KINDS
 from ahn.tokens import ExtraKV, Tokens
@@ -55,15 +56,15 @@ class FastPath:
         call: A call that reads one token.
 
     Attributes:
-        is_verified: Whether the kernel was seen to give what the layer gives.
+        described: What the kernel is told of it; `None` where it cannot take it.
     """
 
     def __init__(self, layer: Any, attention: Any, call: Call) -> None:
         self._attention_layer: AttentionLayer = call.attachment.layers[attention.layer_idx]
-        self._memory, self._attention = attention._modules.get(MODULE), attention
-        self._layer, self._parts = layer, _parts(layer, attention)
+        self._memory, self._attention = self._attention_layer.memory, attention
+        self._layer, self._parts = layer, _parts(layer, attention, self._memory)
         self._attachment, self._cache = call.attachment, id(call.cache)
-        self.is_verified = False
+        self._verified: set[tuple[Any, ...]] = set()  # circumstances in which it was seen to be right
         self._buffer: Tokens | None = None  # that the kernel can work on
         self.described: DescribedLayer | None = None
         if self._parts is not None:
@@ -76,7 +77,7 @@ class FastPath:
 
     def is_of(self, call: Call) -> bool:
         """Whether the layer still has its parts and the memory that it had."""
-        same = self._attachment is call.attachment and self._attention._modules.get(MODULE) is self._memory
+        same = self._attachment is call.attachment and self._attention_layer.memory is self._memory
         # A layer that was built otherwise is looked at again with every new cache: an adapter may be gone.
         return same and (self._parts.are_same() if self._parts is not None else self._cache == id(call.cache))
 
@@ -101,9 +102,20 @@ class FastPath:
         hidden, tables, positions = inputs
         if hidden.shape != (1, 1, D) or not hidden.is_contiguous() or not native.ready(hidden):
             return False
-        if call.selection is not None and positions is None and self._attention_layer.rotation is not None:
+        asks_positions = call.selection is not None or call.turns_sinks(self._store(call).exact.seen + 1)
+        if asks_positions and positions is None and self._attention_layer.rotation is not None:
             return False
         return call.shared("tables of kernels", tables[0], lambda: _are_whole(tables, K))
+
+    def is_verified(self, call: Call) -> bool:
+        """Whether the kernel was seen to give what the layer gives, in circumstances like those of a call."""
+        return self._circumstances(call) in self._verified
+
+    def _circumstances(self, call: Call) -> tuple[Any, ...]:
+        """What makes layers compute otherwise: how far the text has come, to a factor of two, and what is read."""
+        exact = self._store(call).exact
+        seen, kind = exact.seen, None if self._buffer is None else self._buffer.keys.dtype
+        return kind, seen.bit_length(), seen >= exact.sinks + exact.window, call.turns_sinks(seen + 1)
 
     def verify(self, inputs: LayerInput, call: Call, own: Callable[[], Any]) -> Any:
         """Compares what the kernel gives with what the layer gives, which is what the cache then holds.
@@ -117,6 +129,7 @@ class FastPath:
             The output to go on with: the kernel's where it is right, so that a text gives the same bits the first time
             and later.
         """
+        circumstances = self._circumstances(call)
         run, exact, step = run_paths([self], inputs, call)[0], self._store(call).exact, call.step
         stored, read = exact.last().map(torch.clone), None if step is None else step.hidden[self.index]
         if call.cache is not None:
@@ -125,7 +138,7 @@ class FastPath:
         if not is_same(run.output, expected, inputs.hidden):
             self.described = None
             return expected
-        self.is_verified = True
+        self._verified.add(circumstances)
         for tensor, new in zip(exact.last(), stored, strict=True):
             tensor.copy_(new)
         if step is not None and read is not None:
@@ -146,7 +159,7 @@ class FastPath:
         extra = self._extra(call, store, contents)
         normed = inputs.hidden if step is None else step.row(self.index, inputs.hidden)
         state = None if store.state is None else store.state.contiguous()
-        turned, buffer = self._sink_tables(call, inputs.tables, exact.seen), exact.ring
+        turned, buffer = self._sink_tables(call, inputs, exact.seen), exact.ring
         token.out, token.normed = output.data_ptr(), normed.data_ptr()
         token.cos, token.sin = (table.data_ptr() for table in inputs.tables)
         token.sink_cos, token.sink_sin = (None, None) if turned is None else (each.data_ptr() for each in turned)
@@ -184,12 +197,11 @@ class FastPath:
         extra = store.bank.unchanged(selected)
         return store.bank.append(_evicted(store.exact, contents), selected) if extra is None else extra
 
-    def _sink_tables(self, call: Call, tables: Tables, seen: int) -> Tables | None:
+    def _sink_tables(self, call: Call, inputs: LayerInput, seen: int) -> Tables | None:
         """Tables that turn queries once more for sinks and anchors; `None` where these read as the window does."""
-        rotation = self._attention_layer.rotation
-        if rotation is None or not call.turns_sinks(seen):
+        rotation, (_, tables, positions) = self._attention_layer.rotation, inputs
+        if rotation is None or positions is None or not call.turns_sinks(seen):
             return None
-        positions = torch.full((1, 1), seen - 1)
         turned: Tables = call.shared("turn of sinks", tables[0], lambda: _dense(rotation.clamped(tables, positions)))
         return turned
 
@@ -246,7 +258,9 @@ def describe(layer: AttentionLayer, attention: Any, parts: DecoderParts) -> Desc
     """
     memory, scaling = layer.memory, getattr(attention, "scaling", None)
     _, H, G, K, V = layer.shape
-    if memory is None or K != V or not isinstance(scaling, float):
+    rope = getattr(getattr(attention, "config", None), "rope_parameters", None) or {}
+    grows = bool(rope.get("llama_4_scaling_beta"))  # queries with their position, far into a text
+    if memory is None or K != V or not isinstance(scaling, float) or grows:
         return None
     weights = memory.output_weights()
     if not native.ready(*(each.detach() for each in weights[:4] if each is not None)):
@@ -294,9 +308,9 @@ def run_paths(paths: list[FastPath], inputs: LayerInput, call: Call) -> list[Lay
     ]
 
 
-def _parts(layer: nn.Module, attention: nn.Module) -> DecoderParts | None:
+def _parts(layer: nn.Module, attention: nn.Module, memory: Memory | None) -> DecoderParts | None:
     try:
-        return DecoderParts(layer, attention, (MODULE, SCORE_WEIGHTS))
+        return DecoderParts(layer, attention, (MODULE, SCORE_WEIGHTS), memory)
     except LookupError:
         return None
 

@@ -93,8 +93,17 @@ def active_module(module: Any) -> Any:
 
 def only_captures(module: nn.Module) -> bool:
     """Whether all hooks behind a module are those by which transformers once gave its outputs back (5.23)."""
-    hooks = module._forward_hooks
-    return not hooks or all(hook.__module__ == "transformers.utils.output_capturing" for hook in hooks.values())
+    return all(_home_of(hook) == "transformers.utils.output_capturing" for hook in module._forward_hooks.values())
+
+
+def is_hook_of_ours(hook: Any) -> bool:
+    """Whether a hook is one of this library."""
+    return _home_of(hook).startswith("ahn.")
+
+
+def _home_of(hook: Any) -> str:
+    """The module that a hook was defined in, or nothing: methods of C types have none."""
+    return getattr(hook, "__module__", None) or ""
 
 
 def execution_device(module: nn.Module) -> torch.device | None:

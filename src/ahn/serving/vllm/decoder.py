@@ -26,6 +26,7 @@ from ahn.attention.decoder_parts import DecoderParts, PartReader, decoder_layers
 from ahn.attention.decoder_run import LayerInput, describe, is_same
 from ahn.attention.decoding import KernelProgress, LayerRun
 from ahn.backbone.rotary import Tables
+from ahn.memories import Memory
 from ahn.native.layer import DescribedLayer, Token, TokenTable, run_table
 from ahn.native.segments import KINDS
 from ahn.serving.vllm.decode import DecodedTokens
@@ -86,7 +87,7 @@ class ServedForward(KernelForward):
     def is_usual(self) -> bool:
         """Whether the layer is built so that the kernel may take it."""
         with torch.no_grad():  # as in the steps: while weights are loaded, gradients may be asked for
-            return _read_parts(self._layer, self._attention, self._reader) is not None
+            return _read_parts(self._layer, self._attention, None, self._reader) is not None
 
     def _find_call(self, kwargs: dict[str, Any]) -> DecodedTokens | None:
         step = self._find_step()
@@ -114,15 +115,14 @@ class ServedPath:
     Attributes:
         served: Its attention layer.
         described: What the kernel is told of it; `None` where it cannot take it.
-        is_verified: Whether the kernel was seen to give what the layer gives.
     """
 
     def __init__(self, layer: Any, attention: Any, served: ServedLayer, reader: PartReader) -> None:
         self.served = served
-        self.is_verified = False
+        self._verified: set[tuple[Any, ...]] = set()  # circumstances in which it was seen to be right
         self.described: DescribedLayer | None = None
         self._layer, self._memory = layer, served.layer.memory
-        self._parts = _read_parts(layer, attention, reader)
+        self._parts = _read_parts(layer, attention, self._memory, reader)
         if self._parts is not None:
             self.described = describe(served.layer, attention, self._parts)
 
@@ -151,6 +151,10 @@ class ServedPath:
             return False
         return call.call.shared("tables of kernels", tables[0], lambda: _are_whole(tables, call.count, K))
 
+    def is_verified(self, call: DecodedTokens) -> bool:
+        """Whether the kernel was seen to give what the layer gives, in circumstances like those of a step."""
+        return _circumstances(call) in self._verified
+
     def verify(self, inputs: LayerInput, call: DecodedTokens, own: Callable[[], Any]) -> Any:
         """Compares what the kernel gives with what the layer gives, which is what the blocks then hold.
 
@@ -164,10 +168,17 @@ class ServedPath:
         """
         run = run_served([self], inputs, call)[0]
         expected = own()
-        self.is_verified = is_same(run.output, expected, inputs.hidden)
-        if not self.is_verified:
+        if is_same(run.output, expected, inputs.hidden):
+            self._verified.add(_circumstances(call))
+        else:
             self.described = None
         return expected
+
+
+def _circumstances(call: DecodedTokens) -> tuple[Any, ...]:
+    """What makes layers compute otherwise: how far the longest text has come, to a factor of two, and what is read."""
+    longest = call.longest
+    return longest.bit_length(), bool(call.evicts.any()), call.call.turns_sinks(longest)
 
 
 def run_served(paths: Sequence[ServedPath], inputs: LayerInput, tokens: DecodedTokens) -> list[LayerRun]:
@@ -202,10 +213,12 @@ def run_served(paths: Sequence[ServedPath], inputs: LayerInput, tokens: DecodedT
     ]
 
 
-def _read_parts(layer: nn.Module, attention: nn.Module, reader: PartReader) -> DecoderParts | None:
+def _read_parts(
+    layer: nn.Module, attention: nn.Module, memory: Memory | None, reader: PartReader
+) -> DecoderParts | None:
     """The parts of a decoder layer; `None` where it is built otherwise."""
     try:
-        return DecoderParts(layer, attention, OURS, reader)
+        return DecoderParts(layer, attention, OURS, memory, reader)
     except LookupError:
         return None
 
