@@ -68,6 +68,21 @@ def test_with_the_memory_of_another_text(model: Any, pieces: int, monkeypatch: p
         assert (read(model, ids).nll - expected.nll).abs().max() > 0.1
 
 
+def test_the_other_text_goes_on_in_forks_and_begins_again(model: Any) -> None:
+    ids, other = text(2, 90)
+    straight, forked = (arm_reader(model, "ahn", other_T=other[:50]) for _ in range(2))
+    straight.prefill(ids)
+    repeated = arm_reader(model, "ahn", other_T=torch.cat((other[:50], other[:50])))
+    repeated.prefill(ids)
+    torch.testing.assert_close(straight.nll, repeated.nll, rtol=0, atol=1e-5)
+    forked.prefill(ids[:60])
+    fork = forked.fork()
+    fork.prefill(ids[60:])
+    torch.testing.assert_close(fork.nll, straight.nll[-30:], rtol=0, atol=1e-4)
+    assert straight.progress.cache_bytes == straight.cache_bytes
+    assert len(list(straight.generate(3))) == 3
+
+
 @pytest.mark.parametrize("arm", ["ahn", "ahn+4"])
 def test_a_text_as_its_own_other(model: Any, arm: str) -> None:
     """Anchors are chosen for each text by itself, so that nothing differs."""

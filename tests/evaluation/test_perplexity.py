@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from pathlib import Path
@@ -231,6 +232,22 @@ class TestResults:
         assert found["own"]["share"] == pytest.approx((totals["other"] - totals["ahn"]) / gap, rel=1e-3)
         assert found["own"]["low"] <= found["own"]["share"] <= found["own"]["high"]
 
+    def test_what_full_does_not_read_does_not_count(self, model: Any) -> None:
+        """Nats and shares are of the same tokens."""
+        read_documents, arms = documents()[::2], ["full", "window", "ahn"]
+        plan = dataclasses.replace(make_plan(model, arms, read_documents, other_texts=True), full_limit=100)
+        journal, groups = Journal(None, {}), [np.zeros(len(each.ids) - 1, dtype=np.int8) for each in read_documents]
+        read_all(model, read_documents, groups, plan, journal)
+        found = Averages(read_documents, plan, journal.done).report(model)
+        other, own = found["other_text"]["ahn"], found["arms"]["ahn"]["nll"]
+        assert other["nll"]["beyond"] - own["beyond"] == pytest.approx(other["nats_better"], rel=1e-6)
+        assert other["nll"]["after"] - own["after"] != pytest.approx(other["nats_better"], rel=1e-2)
+
+    def test_the_same_text_is_no_other(self, model: Any) -> None:
+        twice = [documents()[0], dataclasses.replace(documents()[0], name="b")]
+        with pytest.raises(EvaluationError, match=r"a and b are the same text\. Leave one out for --other-text"):
+            make_plan(model, ["ahn"], twice, other_texts=True)
+
     def test_another_text_without_a_gap(self, model: Any) -> None:
         read_documents = documents()
         plan, journal = make_plan(model, ["ahn"], read_documents, other_texts=True), Journal(None, {})
@@ -351,9 +368,10 @@ class TestCommand:
     def test_the_memory_of_another_text(self, run: Any, tmp_path: Path) -> None:
         arms = ("--arms", "full,window,ahn,ahn+4:random", "--other-text", "--adapter", "adapter")
         cut, out = ("--length", "100", "--pieces", "6"), tmp_path / "out"
-        status, shown, err = run("perplexity", "text.txt", *TINY, *arms, *cut, "--out", str(out))
-        assert (status, err) == (0, "")
-        assert "Each arm beside the same arm with the memory of another text" in shown
+        status, shown, _ = run("perplexity", "text.txt", *TINY, *arms, *cut, "--out", str(out))
+        assert status == 0
+        assert "Each arm with the memory of another text, and how much better its own memory is" in shown
+        assert max(map(len, shown.splitlines())) <= 80
         assert set(read_report(out / "report.json").results["other_text"]) == {"ahn", "ahn+4:random"}
         assert "memory of another text" in (out / "report.html").read_text(encoding="utf-8")
 
@@ -420,6 +438,7 @@ class TestCommand:
             ("perplexity text.txt --rare 1", "--rare must be at least 2, not 1."),
             ("perplexity text.txt --plot gap.png", "--plot needs full and window among --arms, whose gap it shows."),
             ("perplexity text.txt --arms full,window --plot gap.gif", "--plot gap.gif must end in .png or .svg."),
+            ("perplexity text.txt --other-text --arms half", "--arms takes full, window, ahn,"),
             ("perplexity text.txt --other-text --arms window", "--other-text needs an arm with a memory among --arms"),
             (
                 "perplexity text.txt --model ./model --window 16 --sinks 4 --other-text",

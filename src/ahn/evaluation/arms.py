@@ -14,6 +14,7 @@ All but `full` have the same lossless budget, sinks and window.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
@@ -30,7 +31,7 @@ from ahn.config import Mode
 from ahn.errors import ConfigError
 from ahn.evaluation.arm_names import ARMS, find_arm
 from ahn.evaluation.controls import CONTROLS
-from ahn.generation import Reader, cache_bytes, decode, new_cache
+from ahn.generation import Progress, Reader, cache_bytes, decode, new_cache
 from ahn.models.text import GrowingText
 from ahn.tokens import Padding, Tokens, VisibleKV
 
@@ -171,7 +172,8 @@ class OtherTextReader(ArmReader):
 
     Args:
         model: As for `ArmReader`.
-        other_T: Token ids of the other text, `[T]`, at least as many as are read. It is read beside the text, as usual.
+        other_T: Token ids of the other text, `[T]`. It is read beside the text, as usual, from its start again where it
+            ends.
         score: As for `ArmReader`.
         control: As for `ArmReader`.
         **settings: As for `ArmReader`.
@@ -197,9 +199,15 @@ class OtherTextReader(ArmReader):
         """Bytes that its cache holds for each of the two texts."""
         return super().cache_bytes // 2
 
+    @property
+    def progress(self) -> Progress:
+        """See `Reader.progress`."""
+        return dataclasses.replace(super().progress, cache_bytes=self.cache_bytes)
+
     def _rows(self, ids_T: torch.Tensor) -> torch.Tensor:
         """The text and the other one."""
-        other_T = self._other_T[self.tokens : self.tokens + ids_T.numel()]
+        places = torch.arange(ids_T.numel()) + self.cache.get_seq_length()
+        other_T = self._other_T[places % self._other_T.numel()]
         return torch.stack((ids_T, other_T.to(ids_T.device)))
 
 

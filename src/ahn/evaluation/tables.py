@@ -22,11 +22,11 @@ class ResultTable:
     """Rows of cells.
 
     Attributes:
-        columns: Titles; the last ones may be names of arms.
+        columns: Titles; the last ones may be names of arms, or what may stand below one another.
         rows: Cells, one for each column. Texts stay as they are; whole numbers get separators, others four digits, and
             what is missing (`None`, NaN) is "-".
         caption: What the table shows.
-        arms: The arms with a column of their own, at the end. On a narrow terminal they are shown in groups.
+        arms: Titles of these last ones. On a narrow terminal they are shown in groups.
         styles: Styles of the terminal by row, or by row and column.
         sections: Rows before which a line is drawn.
     """

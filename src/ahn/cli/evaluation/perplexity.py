@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from ahn._home import write_figure
 from ahn.cli import checks
-from ahn.cli.evaluation.runs import Run, RunOptions, open_run
+from ahn.cli.evaluation.runs import Run, RunOptions, check_arms, open_run
 from ahn.cli.loading import ModelSettings
 from ahn.cli.options import from_fields
 from ahn.cli.terminal import UsageError, log, output
@@ -54,7 +54,7 @@ class PerplexitySettings:
     )
     other_text: bool = setting(
         False,
-        "Read arms with a memory once more with the memory of another text: only what they gain over it is memory.",
+        "Also read each arm with a memory whose state is that of another text, to see what the own state is worth.",
         names="--other-text",
     )
     precision: Precision = setting("float32", "What products are rounded to.", choices=get_args(Precision))
@@ -68,6 +68,7 @@ def command(settings: PerplexitySettings, source: ModelSettings, options: RunOpt
     """Read texts of any length and compare how well each arm predicts them, token by token."""
     if settings.pieces is not None and settings.length is None:
         raise UsageError("--pieces needs --length, the tokens of a piece. Name both.")
+    check_arms(settings.arms)
     if settings.other_text and not any(find_arm(arm).method == "ahn" for arm in settings.arms):
         raise UsageError("--other-text needs an arm with a memory among --arms, ahn or ahn+64. Add one.")
     plots = checks.plots_to_write(settings.plot)

@@ -161,22 +161,15 @@ def _other_text_table(results: dict[str, Any]) -> ResultTable:
     rows = [
         [
             arm,
-            _number(results["arms"][arm]["nll"]["beyond"], 4),
             _number(other["nll"]["beyond"], 4),
             with_interval(other["nats_better"], other["low"], other["high"], digits=4, ends=4),
             *(None if share is None else _share(**share) for share in (other["closed"], other["own"])),
         ]
         for arm, other in results["other_text"].items()
     ]
-    columns = [
-        "arm",
-        "nats",
-        "of another\ntext",
-        "nats better\n(95 %)",
-        "gap closed by\nanother's (95 %)",
-        "by its own\nbeyond (95 %)",
-    ]
-    return ResultTable(columns, rows, "Each arm beside the same arm with the memory of another text, nats per token")
+    columns = ["nats", "own better by\n(95 %)", "gap closed\n(95 %)", "more by own\n(95 %)"]
+    caption = "Each arm with the memory of another text, and how much better its own memory is"
+    return ResultTable(["arm", *columns], rows, caption, columns)
 
 
 def remarks(results: dict[str, Any]) -> list[str]:

@@ -94,20 +94,26 @@ class Averages:
         Returns:
             `nll`: scores with the memory of another text, by span. `closed`: the share of the gap from window to full
             that is closed so. `own`: what the text's own memory closes beyond it, of the same gap. Both have 95 %
-            intervals over documents, and are `None` without the gap. Then the same as nats, as `difference` has them.
+            intervals over documents, and are `None` without the gap. Then the same as nats, as `difference` has them,
+            over the tokens beyond sinks and window that all arms have read.
         """
         others = self._records_of(arm, has_other_memory=True)
         return {
             "nll": {span: _mean(_total(each["spans"][span] for each in others)) for span in SPANS},
             "closed": self._part_of_gap(self._records_of("window"), others) if self._has_gap else None,
             "own": self._part_of_gap(others, self._records_of(arm)) if self._has_gap else None,
-            **self._nats_better(others, self._records_of(arm)),
+            **self._nats_better(others, self._records_of(arm), ("beyond",)),
         }
 
     def _nats_better(
-        self, records: Sequence[Mapping[str, Any]], better: Sequence[Mapping[str, Any]]
+        self,
+        records: Sequence[Mapping[str, Any]],
+        better: Sequence[Mapping[str, Any]],
+        spans: Sequence[str] = SPANS,
     ) -> dict[str, float]:
-        sums, less = (np.array([_total(each["spans"].values()) for each in of]) for of in (records, better))
+        sums, less = (
+            np.array([_total(each["spans"][span] for span in spans) for each in of]) for of in (records, better)
+        )
         rows = np.stack((sums[:, 0] - less[:, 0], sums[:, 1]), axis=1)
         low, high = interval(rows, lambda drawn: _mean(drawn.sum(0)), seed=self.seed)
         return {"nats_better": _mean(rows.sum(0)), "low": low, "high": high}

@@ -84,12 +84,11 @@ def make_plan(
         other_texts: Whether arms with a memory are read once more with the memory of another text.
 
     Raises:
-        EvaluationError: A document is longer than the positions that the model has, or there is no other text.
+        EvaluationError: A document is longer than the positions that the model has, or its other text is missing or the
+            same.
     """
-    if other_texts and len(documents) < 2:
-        raise EvaluationError(
-            "--other-text needs two documents at least. Name more texts, or cut them with --length and --pieces."
-        )
+    if other_texts:
+        _check_others(documents)
     attachment, longest = attachment_of(model), max(len(each.ids) for each in documents)
     limit = attachment.position_limit
     if limit is not None and longest > limit:
@@ -132,7 +131,7 @@ def measure(
         process then.
     """
     ids = torch.from_numpy(document.ids[: plan.limit(arm, len(document.ids))])
-    other_T = None if other is None else torch.from_numpy(np.resize(other.ids, ids.numel()))
+    other_T = None if other is None else torch.from_numpy(other.ids)
     reader, next_point = arm_reader(model, arm, other_T=other_T), 0.0
     points: dict[str, list[int]] = {"tokens": [], "cache_bytes": [], "resident_bytes": []}
     device = model.get_input_embeddings().weight.device  # type: ignore[operator]
@@ -185,12 +184,28 @@ def read_all(
     # Full attention leaves the process larger than it found it, so it comes last.
     arms = sorted(plan.arms, key=lambda arm: arm == "full")
     jobs = [job(*pair, arm) for pair in zip(documents, groups, strict=True) for arm in arms]
-    # Half of all documents on, where it seldom comes from the same book.
-    half = len(documents) // 2
-    others = [*documents[half:], *documents[:half]]
-    for document, group, other in zip(documents, groups, others, strict=True):
+    for document, group, other in zip(documents, groups, other_documents(documents), strict=True):
         jobs += [job(document, group, arm, other) for arm in plan.controlled]
     list(complete(jobs, journal, on_progress))
+
+
+def other_documents(documents: Sequence[TokenDocument]) -> list[TokenDocument]:
+    """For each document the one whose memory it is read with: half of all on, where it is seldom of the same book."""
+    half = len(documents) // 2
+    return [*documents[half:], *documents[:half]]
+
+
+def _check_others(documents: Sequence[TokenDocument]) -> None:
+    """Checks that each document has another one, with another text."""
+    if len(documents) < 2:
+        raise EvaluationError(
+            "--other-text needs two documents at least. Name more texts, or cut them with --length and --pieces."
+        )
+    for document, other in zip(documents, other_documents(documents), strict=True):
+        if np.array_equal(document.ids, other.ids):
+            raise EvaluationError(
+                f"{document.name} and {other.name} are the same text. Leave one out for --other-text."
+            )
 
 
 def key(document: TokenDocument, arm: str, has_other_memory: bool = False) -> str:
