@@ -100,8 +100,8 @@ draws all of it, on texts that no memory was trained on.
 | `ct_max`, `ct_mean` | sinks, window and a Compressive Transformer of the memory's bytes |
 | `tail` | the base model, given only the tokens of sinks and last window |
 
-A share of the gap is no proof of memory by itself: weights can also learn how texts of this kind are written. With the
-state of another text in layers 15 to 29, the shipped memory loses 3 points ([log](log.md), 2026-11-30).
+A share of the gap is no proof of memory by itself: weights can also learn how texts of this kind are written.
+[What of it is memory](#what-of-it-is-memory-2048-tokens-window-256) tells both apart.
 """
 
 

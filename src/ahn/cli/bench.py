@@ -53,7 +53,7 @@ class BenchSettings:
 
 @from_fields
 def command(settings: BenchSettings, source: ModelSettings) -> None:
-    """Time reading and writing in several arms side by side, next to the floor that the hardware sets."""
+    """Time reading and writing, several ways to read (arms) side by side, next to the floor that the hardware sets."""
     contexts = _contexts(settings.contexts)
     _check_arms(settings.arms)
     checks.file_to_write("--json", settings.json)

@@ -65,7 +65,7 @@ class PerplexitySettings:
 
 @from_fields
 def command(settings: PerplexitySettings, source: ModelSettings, options: RunOptions) -> None:
-    """Read texts of any length and compare how well each arm predicts them, token by token."""
+    """Read texts of any length and compare how well each way to read (arm) predicts every token."""
     if settings.pieces is not None and settings.length is None:
         raise UsageError("--pieces needs --length, the tokens of a piece. Name both.")
     check_arms(settings.arms)

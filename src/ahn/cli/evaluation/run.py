@@ -65,7 +65,7 @@ class BenchmarkSettings:
 
 @from_fields
 def command(settings: BenchmarkSettings, source: ModelSettings, options: RunOptions) -> None:
-    """Ask the tasks of public benchmarks in several arms and score them side by side."""
+    """Ask the tasks of public benchmarks in several ways to read (arms) and score them side by side."""
     if not settings.tasks:
         raise UsageError("there is no task. Name some with --tasks, for example --tasks passkey.")
     checks.file_to_read("--prompts", settings.prompts)
