@@ -231,6 +231,10 @@ def calls() -> dict[str, Callable[[], Any]]:
     holes[0, 20] = 0
     used = ahn.HippocampalCache(model)
     model(ids, cache=used)
+    former = with_memory()
+    kept = ahn.HippocampalCache(former)
+    former(ids, cache=kept)
+    ahn.detach(former)
     bloom = transformers.AutoModelForCausalLM.from_config(
         transformers.BloomConfig(hidden_size=32, n_layer=2, n_head=4, vocab_size=64)
     )
@@ -248,6 +252,7 @@ def calls() -> dict[str, Callable[[], Any]]:
         "ahn.detach(model)  # without a memory": lambda: ahn.detach(plain),
         "ahn.HippocampalCache(model)  # without a memory": lambda: ahn.HippocampalCache(plain),
         "model(ids, cache=DynamicCache())": lambda: model(ids, cache=transformers.DynamicCache()),
+        "model(ids, cache=cache)  # after ahn.detach(model)": lambda: former(ids, cache=kept),
         "model(ids, attention_mask=mask_with_holes)": lambda: model(ids, attention_mask=holes),
         "model(two_rows, cache=cache_of_one_row)": lambda: model(text(2, 4), cache=used),
         "cache.crop(-3)  # after the window is full": lambda: used.crop(-3),
