@@ -243,12 +243,18 @@ def calls() -> dict[str, Callable[[], Any]]:
         'ahn.AHNConfig(sink_positions="near")': lambda: ahn.AHNConfig(sink_positions="near"),  # type: ignore[arg-type]
         "ahn.AHNConfig(layers=[])": lambda: ahn.AHNConfig(layers=[]),  # type: ignore[arg-type]
         'ahn.attach(model, ahn.AHNConfig(memory="gru"))': lambda: ahn.attach(plain, ahn.AHNConfig(memory="gru")),
+        'ahn.attach(model, {"window": 3})': lambda: ahn.attach(plain, {"window": 3}),  # type: ignore[arg-type]
         "ahn.attach(model, ahn.AHNConfig(layers=[7]))": lambda: ahn.attach(plain, ahn.AHNConfig(layers=(7,))),
         'ahn.attach(model, ahn.AHNConfig(window=8000, sink_positions="bounded"))': lambda: ahn.attach(
             plain, ahn.AHNConfig(window=8000, sink_positions="bounded")
         ),
         "ahn.attach(bloom)": lambda: ahn.attach(bloom),
         "ahn.attach(model)  # twice": lambda: ahn.attach(model),
+        'ahn.mode(model, "ahn", wndow=64)': lambda: ahn.mode(model, "ahn", wndow=64).__enter__(),  # type: ignore[call-arg]
+        'ahn.mode(model, "ahn", window=3, anchors=64)': lambda: ahn.mode(
+            model, "ahn", window=3, anchors=64
+        ).__enter__(),
+        'ahn.mode(model, "ct_max", anchors=64)': lambda: ahn.mode(model, "ct_max", anchors=64).__enter__(),
         "ahn.detach(model)  # without a memory": lambda: ahn.detach(plain),
         "ahn.HippocampalCache(model)  # without a memory": lambda: ahn.HippocampalCache(plain),
         "model(ids, cache=DynamicCache())": lambda: model(ids, cache=transformers.DynamicCache()),
@@ -261,6 +267,7 @@ def calls() -> dict[str, Callable[[], Any]]:
             ids, max_new_tokens=4, prompt_lookup_num_tokens=3
         ),
         "model.generate(new_ids, cache=cache)": lambda: model.generate(ids[:, :5], max_new_tokens=4, **{CACHE: used}),
+        "model.generate(ids, prefill_chunk_size=0)": lambda: model.generate(ids, prefill_chunk_size=0),
         "model.generate_batch([[1, 2]])": lambda: model.generate_batch([[1, 2]]),
         'model.generate(ids, cache_implementation="static")': lambda: model.generate(
             ids, max_new_tokens=4, cache_implementation="static"
@@ -268,6 +275,7 @@ def calls() -> dict[str, Callable[[], Any]]:
         'ahn.load(model, "./nowhere")': lambda: ahn.load(model, "./nowhere"),
         'ahn.load(model, "./broken")': lambda: ahn.load(model, "./broken"),
         'ahn.from_pretrained("gpt-5")': lambda: ahn.from_pretrained("gpt-5"),
+        'ahn.from_pretrained("smollm2-135m", window=64)': lambda: ahn.from_pretrained("smollm2-135m", window=64),
     }
 
 
