@@ -292,7 +292,7 @@ class HippocampalCache(Cache):
         is_detached = find_attachment(attachment.layers[0].module) is not attachment
         if is_detached or (self._snapshot is None and not attachment.is_wrapped):  # wrappers ask before the call begins
             raise CacheError(
-                "this cache is of a model with a memory, but the model that reads with it has none (any more): attach "
+                "this cache is of a model with a memory, and the model that reads with it has none: attach "
                 "one and read the text into a new ahn.HippocampalCache(model), or read with transformers.DynamicCache()"
             )
         return super().get_mask_sizes(*args, **kwargs)
