@@ -36,6 +36,7 @@ BAD_CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
     "layers-empty": ({"layers": ()}, "layers"),
     "layers-negative": ({"layers": (-1,)}, "layers"),
     "layers-twice": ({"layers": (1, 1)}, "twice"),
+    "layers-a-number": ({"layers": 1}, "at least one layer by its index from 0, not 1"),
 }
 
 
@@ -43,6 +44,13 @@ BAD_CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
 def test_bad_configs(case: str) -> None:
     settings, word = BAD_CONFIGS[case]
     assert word in message_of(lambda: ahn.AHNConfig(**settings))
+
+
+@pytest.mark.parametrize("config", [{}, {"window": 3}, "delta_net", ahn.AHNConfig], ids=str)
+def test_a_config_of_another_type(config: Any) -> None:
+    model, refused = tiny(), "a config must be an ahn.AHNConfig"
+    assert refused in message_of(lambda: ahn.attach(model, config))
+    assert refused in message_of(lambda: ahn.attached(model, config).__enter__())
 
 
 def test_unknown_memory_names_the_known_ones() -> None:

@@ -95,6 +95,8 @@ COMMANDS = (
     "generate Hello --sinks -1",
     "generate Hello --mode fast",
     "generate Hello --mode ahn+64:luck",
+    "generate Hello --mode full --window 64",
+    "generate Hello --mode window --anchors 64",
     "generate Hello --max-new-tokens 0",
     "generate Hello --top-p 2 --temperature 0.7",
     "generate Hello --top-k 40",
@@ -148,6 +150,7 @@ COMMANDS = (
     "probe --memory-figures text.txt",
     "train",
     "train --out out",
+    "train --out nowhere --resume",
     "train --data text.txt --out out --memory gru",
     "train --data nowhere.txt --out out",
     "train --data chats.jsonl --out out",
@@ -189,7 +192,8 @@ COMMANDS = (
     "eval recall --haystack nowhere.txt",
     "eval recall --haystack photo.png",
     "eval recall --haystack text.txt",
-    "eval recall --lengths 50",
+    "eval recall --lengths 100",
+    "eval recall --lengths 50 --window 4 --sinks 4",
     "eval recall --out notes",
     "eval run",
     "eval run --tasks passkeys --data bench",
@@ -231,6 +235,10 @@ def calls() -> dict[str, Callable[[], Any]]:
     holes[0, 20] = 0
     used = ahn.HippocampalCache(model)
     model(ids, cache=used)
+    former = with_memory()
+    kept = ahn.HippocampalCache(former)
+    former(ids, cache=kept)
+    ahn.detach(former)
     bloom = transformers.AutoModelForCausalLM.from_config(
         transformers.BloomConfig(hidden_size=32, n_layer=2, n_head=4, vocab_size=64)
     )
@@ -239,15 +247,22 @@ def calls() -> dict[str, Callable[[], Any]]:
         'ahn.AHNConfig(sink_positions="near")': lambda: ahn.AHNConfig(sink_positions="near"),  # type: ignore[arg-type]
         "ahn.AHNConfig(layers=[])": lambda: ahn.AHNConfig(layers=[]),  # type: ignore[arg-type]
         'ahn.attach(model, ahn.AHNConfig(memory="gru"))': lambda: ahn.attach(plain, ahn.AHNConfig(memory="gru")),
+        'ahn.attach(model, {"window": 3})': lambda: ahn.attach(plain, {"window": 3}),  # type: ignore[arg-type]
         "ahn.attach(model, ahn.AHNConfig(layers=[7]))": lambda: ahn.attach(plain, ahn.AHNConfig(layers=(7,))),
         'ahn.attach(model, ahn.AHNConfig(window=8000, sink_positions="bounded"))': lambda: ahn.attach(
             plain, ahn.AHNConfig(window=8000, sink_positions="bounded")
         ),
         "ahn.attach(bloom)": lambda: ahn.attach(bloom),
         "ahn.attach(model)  # twice": lambda: ahn.attach(model),
+        'ahn.mode(model, "ahn", wndow=64)': lambda: ahn.mode(model, "ahn", wndow=64).__enter__(),  # type: ignore[call-arg]
+        'ahn.mode(model, "ahn", window=3, anchors=64)': lambda: ahn.mode(
+            model, "ahn", window=3, anchors=64
+        ).__enter__(),
+        'ahn.mode(model, "ct_max", anchors=64)': lambda: ahn.mode(model, "ct_max", anchors=64).__enter__(),
         "ahn.detach(model)  # without a memory": lambda: ahn.detach(plain),
         "ahn.HippocampalCache(model)  # without a memory": lambda: ahn.HippocampalCache(plain),
         "model(ids, cache=DynamicCache())": lambda: model(ids, cache=transformers.DynamicCache()),
+        "model(ids, cache=cache)  # after ahn.detach(model)": lambda: former(ids, cache=kept),
         "model(ids, attention_mask=mask_with_holes)": lambda: model(ids, attention_mask=holes),
         "model(two_rows, cache=cache_of_one_row)": lambda: model(text(2, 4), cache=used),
         "cache.crop(-3)  # after the window is full": lambda: used.crop(-3),
@@ -256,13 +271,17 @@ def calls() -> dict[str, Callable[[], Any]]:
             ids, max_new_tokens=4, prompt_lookup_num_tokens=3
         ),
         "model.generate(new_ids, cache=cache)": lambda: model.generate(ids[:, :5], max_new_tokens=4, **{CACHE: used}),
+        "model.generate(ids, prefill_chunk_size=0)": lambda: model.generate(ids, prefill_chunk_size=0),
         "model.generate_batch([[1, 2]])": lambda: model.generate_batch([[1, 2]]),
         'model.generate(ids, cache_implementation="static")': lambda: model.generate(
             ids, max_new_tokens=4, cache_implementation="static"
         ),
         'ahn.load(model, "./nowhere")': lambda: ahn.load(model, "./nowhere"),
         'ahn.load(model, "./broken")': lambda: ahn.load(model, "./broken"),
+        'ahn.load(model, "smollm2-135m/anchors")': lambda: ahn.load(model, "smollm2-135m/anchors"),
+        'ahn.load_anchors(model, "smollm2-135m/delta_net")': lambda: ahn.load_anchors(model, "smollm2-135m/delta_net"),
         'ahn.from_pretrained("gpt-5")': lambda: ahn.from_pretrained("gpt-5"),
+        'ahn.from_pretrained("smollm2-135m", window=64)': lambda: ahn.from_pretrained("smollm2-135m", window=64),
     }
 
 

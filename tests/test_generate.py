@@ -109,6 +109,7 @@ REFUSALS = {
     "prompt-lookup": ({"prompt_lookup_num_tokens": 3}, "assisted"),
     "assistant": ({"assistant_model": None}, "assisted"),
     "static-cache": ({"cache_implementation": "static"}, "cache_implementation"),
+    "no-chunks": ({"prefill_chunk_size": 0}, "prefill_chunk_size must be a whole number of at least 1"),
     "dynamic-cache": ({CACHE: transformers.DynamicCache()}, "HippocampalCache"),
 }
 

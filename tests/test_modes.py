@@ -185,12 +185,46 @@ def test_the_backbone_alone_reads_with_the_memory(model: Any) -> None:
 
 @pytest.mark.parametrize(
     ("name", "settings"),
-    [("fast", {}), ("ahn", {"window": 0}), ("ahn", {"sinks": -3}), ("ahn", {"sink_positions": "near"})],
+    [
+        ("fast", {}),
+        ("ahn", {"window": 0}),
+        ("ahn", {"sinks": -3}),
+        ("ahn", {"sink_positions": "near"}),
+        ("ahn", {"anchor_layers": 2}),
+        ("ahn", {"mode": "full"}),
+        ("ct_max", {"anchors": 4}),
+        ("ct_mean", {"anchors": 4}),
+    ],
     ids=str,
 )
 def test_bad_modes(model: Any, name: Any, settings: dict[str, Any]) -> None:
     with pytest.raises(ahn.AHNError), ahn.mode(model, name, **settings):
         pass
+
+
+def test_an_unknown_setting_is_told_with_the_known_ones(model: Any) -> None:
+    known = r"unknown settings wndow \(did you mean window\?\); known are anchor_layers, .*sinks, window"
+    with pytest.raises(ahn.errors.ConfigError, match=known), ahn.mode(model, "ahn", wndow=2):  # type: ignore[call-arg]
+        pass
+
+
+def test_full_mode_has_no_window_that_could_be_too_short() -> None:
+    """Nor sinks and anchors: what such a mode cannot be read with is told by the mode inside that would read so."""
+    ids, anchored = text(1, 40), with_memory(anchors=8)
+    sliding = with_memory("mistral", model={"sliding_window": 12}, sinks=3)
+    for model, settings in [
+        (anchored, {"window": 2}),
+        (anchored, {"anchors": 9, "window": 1}),
+        (sliding, {"sinks": 12}),
+    ]:
+        with ahn.mode(model, "full"):
+            expected = read(model, ids)
+        with ahn.mode(model, "full", **settings):
+            assert torch.equal(read(model, ids), expected)
+            with pytest.raises(ahn.AHNError, match="window"), ahn.mode(model, "ahn"):
+                pass
+    with ahn.mode(anchored, "ct_max", window=2):  # its config's anchors are not read
+        read(anchored, ids)
 
 
 def test_mode_needs_a_memory() -> None:

@@ -22,7 +22,7 @@ from ahn.anchors.base import Score
 from ahn.anchors.policy import check_anchors
 from ahn.backbone import compat
 from ahn.backbone.rotary import Rotation
-from ahn.config import AHNConfig, Mode, RunChanges, RunSettings
+from ahn.config import AHNConfig, Mode, RunChanges, RunSettings, check_names
 from ahn.errors import ConfigError, ModelError
 from ahn.memories import Memory, MemoryShape
 from ahn.quantization import is_quantized, refuse_saving
@@ -171,7 +171,7 @@ class Attachment:
         return {layer.index: frozenset(layer.anchor_weights or ()) for layer in self.layers if layer.memory is not None}
 
     def check(self, settings: RunSettings, score: Score | None = None) -> None:
-        """Checks that this model can be read with these settings.
+        """Checks that this model can be read with these settings; mode "full" has no sinks, window and anchors.
 
         Args:
             settings: The settings.
@@ -179,8 +179,15 @@ class Attachment:
 
         Raises:
             ConfigError: The rotary positions must be undone and cannot be, bounded sinks do not fit into the trained
-                context with the window, or the sinks leave no window in a layer that slides by itself.
+                context with the window, the sinks leave no window in a layer that slides by itself, or the anchors
+                cannot be chosen.
         """
+        if settings.mode != "full":
+            self._check_span(settings)
+        check_anchors(settings, self.weighted_layers, self._shortest_window(settings), self.rotation_problem, score)
+
+    def _check_span(self, settings: RunSettings) -> None:
+        """Checks positions, sinks and window; see `check`."""
         undoes = settings.sink_positions == "bounded" or self.config.memory_positions == "none"
         if undoes and self.rotation_problem:
             raise ConfigError(
@@ -199,7 +206,6 @@ class Attachment:
                     f"{settings.sinks} sinks leave no window in layer {layer.index}, which slides over "
                     f"{layer.sliding_window} tokens by itself; use fewer sinks or leave it out with layers="
                 )
-        check_anchors(settings, self.weighted_layers, self._shortest_window(settings), self.rotation_problem, score)
 
     def _shortest_window(self, settings: RunSettings) -> int:
         """Tokens of the shortest window of a layer with a memory."""
@@ -275,10 +281,16 @@ def mode(
 
     Raises:
         ModelError: No memory is attached.
-        ConfigError: A value is out of range, or the model cannot be read with these settings.
+        ConfigError: A name is unknown, a value is out of range, the mode has no anchors, or the model cannot be read
+            with these settings.
     """
     attachment = attachment_of(model)
+    check_names(changes, RunChanges.__annotations__)
     settings = RunSettings.like(attachment.settings, mode=name, **changes)
+    if changes.get("anchors") and name in ("ct_max", "ct_mean"):
+        raise ConfigError(
+            f'mode "{name}" has no anchors but slots: leave anchors out, or read in mode "ahn" or "window"'
+        )
     attachment.check(settings)
     block = Block(attachment, settings)
     _OPEN.append(block)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import reprlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, ClassVar, Literal, TypedDict, TypeVar, get_args
 
 from ahn.errors import ConfigError
@@ -16,7 +17,7 @@ SinkPositions = Literal["absolute", "bounded"]
 MemoryPositions = Literal["rope", "none"]
 Quantize = Literal["int4", "int8", "bf16"]
 CacheDtype = Literal["bfloat16", "float16"]
-_MOST = 2**40
+MOST = 2**40
 """What no window and no number of tokens or layers passes."""
 AUTO = "auto"
 """The `anchor_score` that leaves it to the model, which decides when a text begins."""
@@ -88,9 +89,7 @@ class Settings:
         Raises:
             ConfigError: A key is unknown or a value is out of range.
         """
-        known = {field.name for field in dataclasses.fields(cls)}
-        if unknown := sorted(set(values) - known):
-            raise ConfigError(f"unknown settings {', '.join(unknown)}; known are {', '.join(sorted(known))}")
+        check_names(values, [field.name for field in dataclasses.fields(cls)])
         return cls(**values)
 
 
@@ -239,6 +238,31 @@ def _without(values: dict[str, Any], name: str) -> dict[str, Any]:
     return {key: value for key, value in values.items() if key != name}
 
 
+def check_config(config: object) -> AHNConfig:
+    """The settings of a memory that a user gave.
+
+    Raises:
+        ConfigError: They are something else, such as a dictionary.
+    """
+    if not isinstance(config, AHNConfig):
+        what = f"the class {config.__name__}" if isinstance(config, type) else type(config).__name__
+        raise ConfigError(f"a config must be an ahn.AHNConfig, not {what}; make one by ahn.AHNConfig(window=1024)")
+    return config
+
+
+def check_names(given: Iterable[str], known: Iterable[str]) -> None:
+    """Checks the names of settings.
+
+    Raises:
+        ConfigError: One is unknown.
+    """
+    known = sorted(known)
+    if unknown := sorted(set(given) - set(known)):
+        close = difflib.get_close_matches(unknown[0], known, n=1)
+        guess = f" (did you mean {close[0]}?)" if close else ""
+        raise ConfigError(f"unknown settings {', '.join(unknown)}{guess}; known are {', '.join(known)}")
+
+
 def check_whole(name: str, value: object, least: int) -> None:
     """Checks a whole number.
 
@@ -247,8 +271,8 @@ def check_whole(name: str, value: object, least: int) -> None:
     """
     if not isinstance(value, int) or isinstance(value, bool) or value < least:
         raise ConfigError(f"{name} must be a whole number of at least {least}, not {reprlib.repr(value)}")
-    if value > _MOST:
-        raise ConfigError(f"{name} must be a whole number of at most {_MOST}, not {reprlib.repr(value)}")
+    if value > MOST:
+        raise ConfigError(f"{name} must be a whole number of at most {MOST}, not {reprlib.repr(value)}")
 
 
 def check_choice(name: str, value: object, known: Sequence[object]) -> None:
@@ -276,9 +300,9 @@ def _set_layer_indices(settings: object, name: str) -> None:
     layers = getattr(settings, name)
     if layers is None:
         return
-    indices = tuple(layers)
-    if not indices or any(not isinstance(i, int) or isinstance(i, bool) or not 0 <= i < _MOST for i in indices):
-        raise ConfigError(f"{name} must name at least one layer by its index from 0, not {reprlib.repr(indices)}")
+    indices = tuple(layers) if isinstance(layers, Iterable) else ()
+    if not indices or any(not isinstance(i, int) or isinstance(i, bool) or not 0 <= i < MOST for i in indices):
+        raise ConfigError(f"{name} must name at least one layer by its index from 0, not {reprlib.repr(layers)}")
     if len(set(indices)) != len(indices):
         raise ConfigError(f"{name} names a layer twice: {reprlib.repr(indices)}")
     object.__setattr__(settings, name, tuple(sorted(indices)))

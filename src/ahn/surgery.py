@@ -45,7 +45,7 @@ from ahn.backbone.survey import (
     trained_context,
 )
 from ahn.cache.cache import HippocampalCache, refuse_assisted_decoding
-from ahn.config import AHNConfig
+from ahn.config import AHNConfig, check_config, check_whole
 from ahn.errors import AHNError, CacheError, ConfigError, ModelError
 from ahn.memories import MemoryShape, build_memory
 from ahn.quantization import is_quantized, refuse_saving
@@ -66,9 +66,9 @@ def attach(model: nn.Module, config: AHNConfig | None = None) -> None:
 
     Raises:
         ModelError: The model has a memory already, or cannot be given one; the message says why.
-        ConfigError: The settings do not fit this model.
+        ConfigError: The settings are no `AHNConfig`, or do not fit this model.
     """
-    config, model = config or AHNConfig(), compat.unwrap(model)
+    config, model = AHNConfig() if config is None else check_config(config), compat.unwrap(model)
     if find_attachment(model) is not None:
         raise ModelError("this model has a memory already; call ahn.detach(model) first")
     backbone = find_backbone(model)
@@ -355,6 +355,8 @@ def _refuse_continuous_batching(*args: Any, **kwargs: Any) -> NoReturn:
 def _prepare_cache(model: Any, generation_config: Any, model_kwargs: dict[str, Any], mode: Any, *rest: Any) -> None:
     """Puts a new cache of ours where the base model would put its own, and refuses what a memory cannot do."""
     cache = model_kwargs.get(compat.CACHE)
+    if generation_config.prefill_chunk_size is not None:
+        check_whole("prefill_chunk_size", generation_config.prefill_chunk_size, 1)
     if isinstance(cache, HippocampalCache):
         cache.settle()  # its last call may have been broken off
         length = compat.generated_from(generation_config, model_kwargs)

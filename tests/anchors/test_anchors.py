@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 from pathlib import Path
 from typing import Any
 
@@ -272,7 +273,7 @@ def test_a_score_that_is_not_registered() -> None:
         ({"anchors": -1}, "at least 0"),
         ({"anchors": 2.5}, "whole number"),
         ({"anchors": 4, "anchor_score": "luck"}, "known are auto, key_diff"),
-        ({"anchors": 4, "window": 3}, "more than 3"),
+        ({"anchors": 4, "window": 3}, "at least 5 tokens"),
     ],
 )
 def test_bad_settings(settings: dict[str, Any], word: str) -> None:
@@ -281,6 +282,20 @@ def test_bad_settings(settings: dict[str, Any], word: str) -> None:
     plain = with_memory()
     with pytest.raises(ahn.AHNError, match=word), ahn.mode(plain, "ahn", **settings):
         pass
+
+
+@pytest.mark.parametrize("score", SCORES)
+def test_the_window_that_an_error_asks_for_is_long_enough(score: str) -> None:
+    model = with_memory()
+    with pytest.raises(ahn.AHNError) as refused, ahn.mode(model, "ahn", anchors=4, window=1, anchor_score=score):
+        pass
+    least = int(re.findall(r"at least (\d+) tokens", str(refused.value))[0])
+    for window in range(1, least):
+        with pytest.raises(ahn.AHNError, match=f"at least {least} tokens .* not {window};"):
+            ahn.mode(model, "ahn", anchors=4, window=window, anchor_score=score).__enter__()
+    for window in range(least, least + 9):
+        with ahn.mode(model, "ahn", anchors=4, window=window, anchor_score=score):
+            pass
 
 
 def test_tokens_are_not_taken_back() -> None:

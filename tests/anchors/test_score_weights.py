@@ -175,9 +175,23 @@ class TestErrors:
     def test_no_such_folder(self, tmp_path: Path) -> None:
         with pytest.raises(ahn.AHNError, match="there is no such folder"):
             ahn.load_anchors(with_memory(), tmp_path / "nothing")
-        ahn.save(learned(), tmp_path / "memory")
+        (tmp_path / "empty").mkdir()
         with pytest.raises(ahn.AHNError, match=r"holds no anchors_config\.json"):
-            ahn.load_anchors(with_memory(), tmp_path / "memory")
+            ahn.load_anchors(with_memory(), tmp_path / "empty")
+
+    def test_weights_of_the_other_kind_are_told(self, tmp_path: Path) -> None:
+        """Those in a folder and those that ship."""
+        model = learned()
+        ahn.save(model, tmp_path / "memory")
+        ahn.save_anchors(model, tmp_path / "weights")
+        for name in (tmp_path / "memory", "smollm2-135m/delta_net"):
+            with pytest.raises(CheckpointError, match=rf"{name}: .* weights of a memory\. Load them with ahn\.load\.$"):
+                ahn.load_anchors(model, name)
+        for name in (tmp_path / "weights", "smollm2-135m/anchors"):
+            with pytest.raises(
+                CheckpointError, match=rf"{name}: .* weights of anchor scores\. .* ahn\.load_anchors\.$"
+            ):
+                ahn.load(model, name)
 
     def test_another_base(self, tmp_path: Path) -> None:
         ahn.save_anchors(learned(), tmp_path / "weights")

@@ -15,6 +15,7 @@ import ahn
 from ahn.backbone.compat import CACHE
 from ahn.cache import HippocampalLayer
 from ahn.cache.storage import FORMAT, describe_cache
+from ahn.errors import CacheError
 from tests.tiny import read, text, tiny, with_memory
 
 
@@ -244,3 +245,20 @@ def test_cache_of_another_attachment_is_refused(model: Any) -> None:
     cache = ahn.HippocampalCache(model)
     with pytest.raises(ahn.AHNError, match="another model"):
         read(with_memory("llama"), text(1, 4), cache=cache)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3_text"])
+def test_a_cache_is_refused_by_a_model_without_a_memory(family: str) -> None:
+    """The base model's own attention would read nothing of what the cache holds, whether it had a memory or never."""
+    model, ids = with_memory(family, sinks=2), text(1, 40)
+    cache, refused = ahn.HippocampalCache(model), "the model that reads with it has none"
+    expected = read(model, ids, [30, 10], cache=cache.fork())
+    read(model, ids[:, :30], cache=cache)
+    with pytest.raises(CacheError, match=refused):
+        read(tiny(family), ids[:, :5], cache=cache)
+    torch.testing.assert_close(read(model, ids[:, 30:], cache=cache), expected[:, 30:])
+    ahn.detach(model)
+    with pytest.raises(CacheError, match=refused):
+        read(model, ids[:, :5], cache=cache)
+    with pytest.raises(CacheError, match=refused):
+        model.generate(text(1, 60), max_new_tokens=2, **{CACHE: cache})

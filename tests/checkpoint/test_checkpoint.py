@@ -543,10 +543,16 @@ class TestFromPretrained:
         assert anchors() == 5
         checkpoint.save(with_memory(window=1), tmp_path / "a")
         assert anchors() == 0  # too short a window to choose any
+        with pytest.raises(ConfigError, match=r"a config must be an ahn\.AHNConfig, not dict"):
+            anchors(config={"window": 64})
+        with pytest.raises(ConfigError, match=r"window is a setting of the memory: .*ahn\.AHNConfig\(window="):
+            anchors(window=64)
+        with pytest.raises(ModelError, match=r"unexpected keyword argument 'wndow'\. Leave that option out\.$"):
+            anchors(wndow=64)
         for wrong in (-1, True, "7"):
             with pytest.raises(ConfigError, match="anchors must be a whole number of at least 0"):
                 anchors(anchors=wrong)
-        with pytest.raises(ConfigError, match="anchors need a window of more than"):
+        with pytest.raises(ConfigError, match="anchors need a window of at least"):
             anchors(anchors=4)
 
     def test_with_a_dtype(self, model_folder: Path, saved: Path) -> None:

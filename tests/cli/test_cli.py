@@ -204,6 +204,11 @@ EARLY = [
     ("demo --seconds 0", "--seconds must be at least 1"),
     ("generate x --anchors -1", "--anchors must be at least 0, not -1"),
     ("generate x --anchors 4 --mode ahn+8", "--anchors does not go with --mode ahn+8. Leave one of them out."),
+    ("generate x --window 9 --mode full", "--window does not go with --mode full. Leave one of them out."),
+    ("generate x --sinks 9 --mode full", "--sinks does not go with --mode full. Leave one of them out."),
+    ("generate x --sink-positions bounded --mode full", "--sink-positions does not go with --mode full."),
+    ("generate x --cache-dtype float16 --mode full", "--cache-dtype does not go with --mode full."),
+    ("generate x --cache-dtype float16 --cache-in text.txt", "--cache-dtype does not go with --cache-in"),
     ("demo --anchors 4 --modes ahn", "--anchors does not go with --modes, whose names say how many: ahn+64"),
     ("demo --modes ahn,half", "--modes must be ahn, window, full or ahn+64 (so many anchors), not 'half'"),
     ("demo --modes ,", "--modes must be ahn, window, full or ahn+64 (so many anchors), not ''"),
@@ -315,6 +320,18 @@ class TestWrongInput:
         monkeypatch.setattr(loading, "load", lambda *_, **__: 1 / 0)
         status, _, err = run("generate", "x")
         assert (status, err) == (1, "error: unexpected ZeroDivisionError: division by zero (AHN_DEBUG=1 shows where)\n")
+
+    def test_a_model_on_the_hub_that_cannot_be_reached(self, run, monkeypatch):
+        """The first request says so, and names the model: each further one would be tried for half a minute."""
+
+        def unreachable(*_: Any, **__: Any) -> None:
+            raise ConnectionError("Name or service not known")
+
+        monkeypatch.setattr("huggingface_hub.snapshot_download", unreachable)
+        monkeypatch.setattr("ahn.models.load_tokenizer", lambda *_, **__: pytest.fail("went on"))
+        check_error(
+            run("generate", "x", "--model", "foo/bar"), "foo/bar: this is no local folder and cannot be fetched"
+        )
 
     def test_out_of_memory(self, run, monkeypatch):
         def exhaust(*_: Any, **__: Any) -> None:

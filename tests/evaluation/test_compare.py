@@ -75,8 +75,16 @@ class TestCommand:
         lines = [line.split() for line in shown.out.splitlines()]
         assert ["window", "256", "128"] in lines
         assert ["arms", "ahn", "nll", "3.5000", "3.2500", "-0.2500"] in lines
-        assert "measured with the same" in shown.out.lower()
+        assert "Versions, device and date that differ: none" in shown.out
         assert shown.err == ""
+
+    def test_equal_reports(self, capsys: pytest.CaptureFixture[str]) -> None:
+        assert main(["eval", "compare", "a", "a"]) == 0
+        assert capsys.readouterr().out.splitlines() == [
+            "Settings of perplexity that differ: none",
+            "Versions, device and date that differ: none",
+            "Results that differ: none",
+        ]
 
     @pytest.mark.parametrize(
         ("line", "says"),

@@ -254,7 +254,8 @@ class TestCommand:
             ("--haystack none.txt", "--haystack none.txt does not exist. Check the path."),
             ("--arms window,half", "--arms takes full, window,"),
             ("--haystack short.txt", "the haystack has about 35 tokens, too few for a length of 700."),
-            ("--lengths 60", "1 needle and the question take"),
+            ("--lengths 60 --window 20", "1 needle and the question take"),
+            ("--lengths 60,230", "--lengths 230 do not pass sinks + window = 230, so that nothing is evicted."),
         ],
     )
     def test_wrong_input(self, words: str, says: str, capsys: pytest.CaptureFixture[str]) -> None:

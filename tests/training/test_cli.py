@@ -71,6 +71,8 @@ def test_a_training_and_going_on(place: Path, capsys: pytest.CaptureFixture[str]
     [
         ([], "there is no folder to write to. Name one with --out."),
         (["--out", "o"], "there is nothing to train on"),
+        (["--out", "o", "--resume"], "o holds nothing to resume. Check the path, or begin a run with --data."),
+        (["--out", "base", "--resume"], "base holds nothing to resume."),
         (["--out", "o", "--data", "nowhere.txt"], "nowhere.txt does not exist"),
         (["--out", "o", "--data", "base"], "no file to train on"),
         (["--out", "o", "--data", "texts", "--valid", "./none"], "./none does not exist"),

@@ -206,6 +206,19 @@ class TestPlaces:
         with pytest.raises(DataError, match="cannot be loaded as a dataset"):
             list(documents([str(tmp_path)], DataQuery(split="nowhere")))
 
+    def test_a_name_that_is_nothing_here_and_not_on_the_hub(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        datasets = pytest.importorskip("datasets")
+
+        def load(name: str, *args: Any, **options: Any) -> None:
+            raise ConnectionError(f"Couldn't reach '{name}' on the Hub")
+
+        monkeypatch.setattr(datasets, "load_dataset", load)
+        says = (
+            r"^nope is neither a file or folder here nor a dataset that can be reached \(ConnectionError: Couldn't .*"
+        )
+        with pytest.raises(DataError, match=says):
+            list(documents(["nope"]))
+
 
 def test_batches_are_padded_on_the_right() -> None:
     rows = Pieces([Piece([5, 6, 7]), Piece([8], [-100])])

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import bisect
 from collections.abc import Container, Mapping
 from typing import NamedTuple
 
 from ahn.anchors.base import Score
 from ahn.anchors.scores import PREFERRED, SCORES
-from ahn.config import AUTO, RunSettings
+from ahn.config import AUTO, MOST, RunSettings
 from ahn.errors import ConfigError
 
 Weighted = Mapping[int, Container[str]]
@@ -71,10 +72,10 @@ def check_anchors(
         ConfigError: There is no such score, it cannot serve this model, it needs a longer window, or a layer is named
             that has no memory.
     """
-    if not settings.anchors and settings.anchor_score == AUTO:
+    if not settings.has_anchors and settings.anchor_score == AUTO:
         return
     score = score or _find_score(settings, weighted)
-    if not settings.anchors:
+    if not settings.has_anchors:
         return
     if unknown := sorted(set(settings.anchor_layers or ()) - set(weighted)):
         raise ConfigError(f"anchor_layers names {unknown}, but the layers with a memory are {list(weighted)}")
@@ -84,9 +85,17 @@ def check_anchors(
             f"the rotary positions of this model cannot be undone ({rotation_problem}), as anchor_score="
             f'"{score.name}" asks; use one of {others}'
         )
-    needed = score.span(window)
-    if window <= needed:
-        raise ConfigError(f"anchors need a window of more than {needed} tokens, not {window}")
+    if window <= score.span(window):
+        raise ConfigError(
+            f"anchors need a window of at least {_least_window(score)} tokens in every layer with a memory, not "
+            f"{window}; use a larger window, or anchors=0"
+        )
+
+
+def _least_window(score: Score) -> int:
+    """Tokens of the shortest window that is longer than the span of a score, which grows with the window."""
+    windows = range(MOST + 1)
+    return bisect.bisect_left(windows, True, key=lambda window: window > score.span(window))
 
 
 def _find_score(settings: RunSettings, weighted: Weighted) -> Score:

@@ -14,7 +14,7 @@ from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLa
 from ahn.anchors.base import Score
 from ahn.anchors.policy import Policy, settle
 from ahn.anchors.selection import Scoreboard
-from ahn.attachment import Attachment, AttentionLayer, attachment_of
+from ahn.attachment import Attachment, AttentionLayer, attachment_of, find_attachment
 from ahn.cache.compressive import state_slots
 from ahn.cache.groups import LayerGroup
 from ahn.cache.layer import HippocampalLayer, stored_dtype
@@ -281,6 +281,21 @@ class HippocampalCache(Cache):
             CacheError: Always.
         """
         raise CacheError("a cache is not pickled or copied in part: write it with cache.save(path), copy it by fork()")
+
+    def get_mask_sizes(self, *args: Any, **kwargs: Any) -> tuple[int, int]:
+        """Sizes of a mask over all tokens seen, which a model asks for before its layers read.
+
+        Raises:
+            CacheError: The model that reads has no memory.
+        """
+        attachment = self.attachment
+        is_detached = find_attachment(attachment.layers[0].module) is not attachment
+        if is_detached or (self._snapshot is None and not attachment.is_wrapped):  # wrappers ask before the call begins
+            raise CacheError(
+                "this cache is of a model with a memory, and the model that reads with it has none: attach "
+                "one and read the text into a new ahn.HippocampalCache(model), or read with transformers.DynamicCache()"
+            )
+        return super().get_mask_sizes(*args, **kwargs)
 
     def reset(self) -> None:
         """Forgets everything; the settings stay."""

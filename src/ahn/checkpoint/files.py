@@ -31,6 +31,9 @@ _WANTED = ("*.json", "*.safetensors")
 DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16", "F64": "float64"}
 """What a memory may be stored in: the names of safetensors and those of torch."""
 
+_KINDS = {"ahn_config.json": ("a memory", "ahn.load"), "anchors_config.json": ("anchor scores", "ahn.load_anchors")}
+"""What a folder with such a file holds, and what loads it."""
+
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 
 
@@ -148,15 +151,25 @@ def locate(name: str | os.PathLike[str], source: HubSource | None = None, config
         config: The file that what is wanted has.
 
     Raises:
-        CheckpointError: There is nothing of this name, or the hub cannot be reached.
+        CheckpointError: There is nothing of this name, it holds weights of another kind, or the hub cannot be reached.
     """
     name, source = os.fspath(name), source or HubSource()
+    folder = _find(name, source, config)
+    is_other = not any((folder / file).is_file() for file in (config, "config.json"))
+    for file, (what, function) in _KINDS.items():
+        if is_other and (folder / file).is_file():
+            raise failure(name, f"these are weights of {what}", f"Load them with {function}")
+    return folder
+
+
+def _find(name: str, source: HubSource, config: str) -> Path:
+    """The folder of a name, whatever it holds; see `locate`."""
     path = Path(name).expanduser()
     if name.strip() and os.path.isdir(path):  # those of pathlib raise at a name that is too long
         return source.within(path, name)
     if os.path.isfile(path):
         raise failure(name, "this is a file", "Give the folder that holds it and its config")
-    if name in shipped(config):
+    if any(name in shipped(kind) for kind in _KINDS):
         return SHIPPED / name
     owner = name.partition("/")[0]
     if not is_hub_id(name) or owner in KNOWN or owner in (".", ".."):

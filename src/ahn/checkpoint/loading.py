@@ -31,8 +31,8 @@ from ahn.checkpoint.files import (
     stored_tensors,
     weight_files,
 )
-from ahn.config import AHNConfig, RunSettings, check_whole
-from ahn.errors import CheckpointError
+from ahn.config import AHNConfig, RunSettings, check_config, check_whole
+from ahn.errors import CheckpointError, ConfigError
 from ahn.models import KNOWN, load_model
 from ahn.surgery import attach, detach
 
@@ -111,10 +111,13 @@ def from_pretrained(
         ModelError: The base model cannot be found, loaded or given a memory.
         CheckpointError: The adapter or the merged folder is damaged or does not fit, or an adapter alone does not say
             which base model it was made for.
-        ConfigError: The settings do not fit this model.
+        ConfigError: The settings are no `AHNConfig`, or do not fit this model; or an option is one of them.
     """
     if anchors is not None:
         check_whole("anchors", anchors, 0)
+    if config is not None:
+        check_config(config)
+    _check_options(options)
     hub: Any = {name: options.pop(name) for name in HubOptions.__annotations__ if name in options}
     source = HubSource(revision, **hub)
     folder = _our_folder(name_or_path, source)
@@ -141,6 +144,13 @@ def from_pretrained(
     if config is None and content is not None and not content.config.anchors:
         anchors = usual_anchors(model) if anchors is None else anchors
     return _keep_anchors(model, anchors)
+
+
+def _check_options(options: dict[str, Any]) -> None:
+    """Checks that no option for loading the base model is a setting of the memory."""
+    if misplaced := [field.name for field in dataclasses.fields(AHNConfig) if field.name in options]:
+        name = misplaced[0]
+        raise ConfigError(f"{name} is a setting of the memory: give it in config=ahn.AHNConfig({name}=...)")
 
 
 def _load_score_weights(model: nn.Module, adapter: Path | None, base: str | os.PathLike[str]) -> None:

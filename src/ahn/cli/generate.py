@@ -80,8 +80,7 @@ class GenerateSettings:
 def command(settings: GenerateSettings, source: AnchoredModel) -> None:
     """Read a prompt, or a text of any length and a question about it, and write the answer."""
     checks.mode("--mode", settings.mode)
-    if source.anchors is not None and settings.mode not in (None, "ahn"):
-        raise UsageError(f"--anchors does not go with --mode {settings.mode}. Leave one of them out.")
+    _check_mode(settings.mode, source)
     _check_caches(settings, source)
     _check_words(settings)
     text = "" if settings.file is None else checks.text_file("--file", settings.file)
@@ -112,6 +111,15 @@ def command(settings: GenerateSettings, source: AnchoredModel) -> None:
         log(f"saved {settings.cache_out}: {cache.seen_tokens:,} tokens in {megabytes(cache.nbytes)} MB", "dim")
 
 
+def _check_mode(mode: str | None, source: AnchoredModel) -> None:
+    """Checks that a mode is given nothing that it does not read with."""
+    exact = ("window", "sinks", "sink_positions", "cache_dtype")
+    unread = {None: (), "ahn": (), "full": ("anchors", *exact)}.get(mode, ("anchors",))
+    for name in unread:
+        if getattr(source, name) is not None:
+            raise UsageError(f"--{name.replace('_', '-')} does not go with --mode {mode}. Leave one of them out.")
+
+
 def _check_words(settings: GenerateSettings) -> None:
     """Checks what is to be read and how tokens are drawn."""
     if settings.file is None and not settings.prompt.strip() and not settings.talks:
@@ -139,7 +147,7 @@ def _check_caches(settings: GenerateSettings, source: AnchoredModel) -> None:
         raise UsageError("--cache-out saves what a memory or a window keeps. Use it with --mode ahn or window.")
     if settings.cache_in is None:
         return
-    fixed = {name: getattr(source, name) for name in ("window", "sinks", "sink_positions", "anchors")}
+    fixed = {name: getattr(source, name) for name in ("window", "sinks", "sink_positions", "anchors", "cache_dtype")}
     for name, value in {**fixed, "mode": settings.mode}.items():
         if value is not None:
             option = name.replace("_", "-")

@@ -131,8 +131,9 @@ def load(settings: ModelChoice, like: AHNConfig | None = None) -> Loaded:
         from ahn.models import load_tokenizer, resolve
 
         resolve(name)  # first, because what follows takes seconds
+        folder = _model_folder(name)
         chosen = _adapter(name, settings.adapter)
-        saved = _saved(name, chosen)
+        saved = _saved(name, folder, chosen)
         config = like or (_config(saved) if saved else _USUAL)
         changes: dict[str, Any] = {
             key: getattr(settings, key) for key in ("window", "sinks", "sink_positions", "cache_dtype")
@@ -158,10 +159,12 @@ def _scores(name: str, adapter: str | None, model: PreTrainedModel) -> str | Non
 
 
 def quiet() -> None:
-    """Silences what transformers says on its own; errors still reach the user as exceptions."""
+    """Silences what transformers and the hub's client say on their own; errors still reach the user as exceptions."""
+    import huggingface_hub
     from transformers.utils import logging
 
     logging.set_verbosity_error()
+    huggingface_hub.logging.set_verbosity_error()
     if not output().is_terminal:
         logging.disable_progress_bar()
 
@@ -181,30 +184,37 @@ def _adapter(name: str, adapter: str | None) -> str | None:
     return shipped_for(name)
 
 
-def _saved(name: str, adapter: str | None) -> Description | None:
+def _saved(name: str, folder: Path, adapter: str | None) -> Description | None:
     """What the memory's weights were saved with: those of the adapter, or those merged into the model."""
     from ahn.checkpoint import describe
 
     if adapter is not None:
         return describe(adapter)
-    return describe(name) if _is_merged(name) else None
+    return describe(name) if _is_merged(name, folder) else None
 
 
-def _is_merged(name: str) -> bool:
-    from ahn.checkpoint.files import HubSource, download, is_hub_id, read_json
-    from ahn.checkpoint.published import CONFIG, is_published
-    from ahn.errors import CheckpointError
+def _model_folder(name: str) -> Path:
+    """The folder of a model's config; for a model on the hub, the one that its config is downloaded to.
+
+    Raises:
+        CheckpointError: The hub has no such model or cannot be reached.
+    """
+    from ahn.checkpoint.files import HubSource, download, is_hub_id
+    from ahn.checkpoint.published import CONFIG
     from ahn.models import KNOWN
 
     folder = Path(name).expanduser()
-    if name in KNOWN:
-        return False
-    if not os.path.isdir(folder) and is_hub_id(name):
-        try:
-            folder = download(name, HubSource(), [CONFIG])
-        except CheckpointError:
-            return False  # loading the model says what is wrong
-    return os.path.isfile(folder / CONFIG) and is_published(read_json(folder / CONFIG))
+    is_remote = name not in KNOWN and not os.path.exists(folder) and is_hub_id(name)
+    return download(name, HubSource(), [CONFIG]) if is_remote else folder
+
+
+def _is_merged(name: str, folder: Path) -> bool:
+    from ahn.checkpoint.files import read_json
+    from ahn.checkpoint.published import CONFIG, is_published
+    from ahn.models import KNOWN
+
+    file = folder / CONFIG
+    return name not in KNOWN and os.path.isfile(file) and is_published(read_json(file))
 
 
 def _config(saved: Description) -> AHNConfig:

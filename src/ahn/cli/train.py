@@ -86,6 +86,8 @@ def _values(options: dict[str, Any], config: Path | None, resume: bool) -> dict[
     saved = Path(str(values["out"])).expanduser() / FILE
     if resume and saved.is_file():
         values = {**read_yaml(saved), **values}
+    elif resume and not values.get("data"):
+        raise UsageError(f"{values['out']} holds nothing to resume. Check the path, or begin a run with --data.")
     if not values.get("data"):
         raise UsageError("there is nothing to train on. Name a file, a folder or a dataset with --data.")
     return values

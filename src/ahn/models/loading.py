@@ -334,9 +334,9 @@ def _explained(part: str, name: str | os.PathLike[str], source: str) -> Iterator
     except ModelError:
         raise
     except Exception as error:
-        raise ModelError(
-            f"The {part} of '{name}' cannot be loaded: {_one_line(error)}{_remedy(name, source)}"
-        ) from None
+        is_option = isinstance(error, TypeError) and "unexpected keyword argument" in str(error)
+        remedy = ". Leave that option out." if is_option else _remedy(name, source)
+        raise ModelError(f"The {part} of '{name}' cannot be loaded: {_one_line(error)}{remedy}") from None
 
 
 def _one_line(error: BaseException) -> str:

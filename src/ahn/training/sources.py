@@ -156,8 +156,13 @@ def _dataset(source: str, path: Path, query: DataQuery) -> Iterable[Any]:
             name = str(path) if path.is_dir() else source
             records = datasets.load_dataset(name, query.name, split=query.split, streaming=query.streaming)
     except Exception as error:  # the hub's client and every file format have errors of their own
-        reason = one_line(error)[:200]
-        raise DataError(f"{source} cannot be loaded as a dataset ({type(error).__name__}: {reason}).") from None
+        reason = f"{type(error).__name__}: {one_line(error)[:200]}"
+        if not path.exists() and isinstance(error, (ConnectionError, FileNotFoundError)):
+            raise DataError(
+                f"{source} is neither a file or folder here nor a dataset that can be reached ({reason}). "
+                "Check the name and the connection."
+            ) from None
+        raise DataError(f"{source} cannot be loaded as a dataset ({reason}).") from None
     return records
 
 

@@ -34,10 +34,10 @@ def command(
     differences = compare(read_report(paths[0]), read_report(paths[1]), everything)
     for title, rows, columns in (
         (f"Settings of {differences.command} that differ", differences.settings, ["setting", "A", "B"]),
-        ("Measured with", differences.environment, ["", "A", "B"]),
-        ("Results", differences.results, ["result", "A", "B", "B - A"]),
+        ("Versions, device and date that differ", differences.environment, ["", "A", "B"]),
+        ("All results" if everything else "Results that differ", differences.results, ["result", "A", "B", "B - A"]),
     ):
         if rows:
             ResultTable(columns, rows, title).print(output())
         else:
-            log(f"{title}: none" if columns[0] else f"{title} the same", console=output())
+            log(f"{title}: none", console=output())
