@@ -20,7 +20,7 @@ from torch.nn import functional
 import ahn
 from ahn.attachment import attachment_of
 from ahn.backbone.compat import CACHE
-from ahn.cache.cache import layer_tensors
+from ahn.cache.layer_kinds import layer_tensors
 from ahn.checkpoint.content import memory_tensors
 from tests.tiny import awaken, read, text, tiny, with_memory
 

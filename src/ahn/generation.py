@@ -29,7 +29,7 @@ from ahn.attachment import attachment_of, find_attachment
 from ahn.backbone import compat
 from ahn.backbone.survey import check_numbers
 from ahn.cache import HippocampalCache
-from ahn.cache.cache import layer_tensors
+from ahn.cache.layer_kinds import layer_tensors
 from ahn.errors import ConfigError, ShapeError
 from ahn.models.text import GrowingText
 from ahn.models.text import text_of as text_of
@@ -111,7 +111,8 @@ class Reader:
         size = automatic_chunk(self.model) if chunk is None else chunk
         if size < 1:
             raise ConfigError(f"chunk must be at least 1, not {size}")
-        for part in ids.to(_device(self.model)).split(size):
+        weight: Any = self.model.get_input_embeddings().weight  # type: ignore[operator]
+        for part in ids.to(weight.device).split(size):
             self._read_chunk(part)
             if on_progress is not None:
                 on_progress(self.progress)
@@ -396,8 +397,3 @@ def _one_row(input_ids: torch.Tensor) -> torch.Tensor:
     if input_ids.dim() != 1 or input_ids.numel() == 0:
         raise ShapeError(f"input_ids must be the tokens of one text, [T] or [1, T], not {list(input_ids.shape)}")
     return input_ids
-
-
-def _device(model: Any) -> torch.device:
-    device: torch.device = model.get_input_embeddings().weight.device
-    return device

@@ -11,7 +11,7 @@ import ahn
 from ahn.attachment import attachment_of
 from ahn.attention import chunks
 from ahn.backbone.compat import CACHE
-from ahn.cache.cache import layer_tensors
+from ahn.cache.layer_kinds import layer_tensors
 from tests.tiny import FAMILIES, read, text, tiny, with_memory
 
 GREEDY = {"do_sample": False, "eos_token_id": None}

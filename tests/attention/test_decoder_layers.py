@@ -22,7 +22,7 @@ from ahn.attention import decoder_layers, decoder_run
 from ahn.attention.decoder_layers import KernelForward
 from ahn.attention.decoder_run import FastPath
 from ahn.attention.recording import record_layers
-from ahn.cache.cache import layer_tensors
+from ahn.cache.layer_kinds import layer_tensors
 from ahn.errors import ShapeError
 from ahn.native.layer import DescribedLayer
 from ahn.quantization import QUANTIZE, quantize_model

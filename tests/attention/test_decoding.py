@@ -10,7 +10,7 @@ import torch
 
 import ahn
 from ahn.attention import hooks
-from ahn.cache.cache import layer_tensors
+from ahn.cache.layer_kinds import layer_tensors
 from ahn.memories import Memory, MemoryShape, build_memory
 from tests.tiny import awaken, text, tiny, with_memory
 

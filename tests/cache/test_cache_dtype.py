@@ -13,7 +13,7 @@ import ahn
 from ahn import native
 from ahn.attention import function
 from ahn.cache import HippocampalLayer
-from ahn.cache.cache import layer_tensors
+from ahn.cache.layer_kinds import layer_tensors
 from ahn.cost import cost_model
 from ahn.errors import CacheError, ConfigError
 from ahn.native.segments import Segment

@@ -18,8 +18,9 @@ from ahn.anchors.selection import Selected, Selection
 from ahn.attachment import Attachment, AttentionLayer
 from ahn.attention.decoding import DecodeStep
 from ahn.backbone.rotary import Rotary, Tables
-from ahn.cache.cache import HippocampalCache, new_memory_layer
+from ahn.cache.cache import HippocampalCache
 from ahn.cache.layer import HippocampalLayer
+from ahn.cache.layer_kinds import new_memory_layer
 from ahn.cache.record import TokenRecord
 from ahn.config import RunSettings
 from ahn.errors import CacheError

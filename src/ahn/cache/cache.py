@@ -9,26 +9,23 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, NoReturn, cast
 
 import torch
 from torch import nn
-from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import Cache
 
 from ahn.anchors.base import Score
-from ahn.anchors.policy import Policy, settle
+from ahn.anchors.policy import settle
 from ahn.anchors.selection import Scoreboard
-from ahn.attachment import Attachment, AttentionLayer, attachment_of, find_attachment
-from ahn.cache.compressive import state_slots
+from ahn.attachment import Attachment, attachment_of, find_attachment
 from ahn.cache.groups import LayerGroup
-from ahn.cache.layer import HippocampalLayer, stored_dtype
+from ahn.cache.layer import HippocampalLayer
+from ahn.cache.layer_kinds import AnyLayer, layer_tensors, new_layer, set_layer_tensors
 from ahn.cache.layout import check_saved
 from ahn.cache.storage import SavedCache, read_cache, write_cache
 from ahn.config import RunSettings
 from ahn.errors import CacheError, ConfigError
-from ahn.memories import Memory
 from ahn.tokens import Padding
 
 if TYPE_CHECKING:
     from typing_extensions import Self
-
-AnyLayer = HippocampalLayer | DynamicLayer
 
 
 class CacheSnapshot(NamedTuple):
@@ -354,34 +351,6 @@ class HippocampalCache(Cache):
             self.padding = Padding(counts[rows.to(counts.device)], self.padding.most)
 
 
-def new_layer(
-    layer: AttentionLayer,
-    settings: RunSettings,
-    policy: Policy | None = None,
-    kind: type[HippocampalLayer] = HippocampalLayer,
-) -> AnyLayer:
-    """An empty layer of a cache: ours, of this kind, for a layer with a memory, the base model's own for another."""
-    if layer.memory is not None:
-        scores = policy is not None and layer.index in policy.layers
-        names = policy.score.state_names if policy and scores else ()
-        return new_memory_layer(layer, layer.memory, settings, names, kind)
-    if layer.sliding_window is not None:
-        return DynamicSlidingWindowLayer(layer.sliding_window)
-    return DynamicLayer()
-
-
-def new_memory_layer(
-    layer: AttentionLayer,
-    memory: Memory,
-    settings: RunSettings,
-    score_names: tuple[str, ...] = (),
-    kind: type[HippocampalLayer] = HippocampalLayer,
-) -> HippocampalLayer:
-    """An empty layer of a cache for a layer with a memory, see `HippocampalLayer`."""
-    number_bytes = (stored_dtype(settings) or layer.dtype).itemsize
-    return kind(settings, layer.sliding_window, state_slots(memory, number_bytes), score_names)
-
-
 def refuse_assisted_decoding() -> NoReturn:
     """Says why assisted decoding does not work.
 
@@ -392,26 +361,6 @@ def refuse_assisted_decoding() -> NoReturn:
         "assisted decoding takes tokens back, which a memory cannot do; generate without an assistant model "
         'or prompt lookup, or inside ahn.mode(model, "full")'
     )
-
-
-def layer_tensors(layer: AnyLayer) -> dict[str, torch.Tensor]:
-    """Every tensor that a layer of the cache holds, by name."""
-    if isinstance(layer, HippocampalLayer):
-        return layer.tensors()
-    if layer.keys is None or layer.values is None:
-        return {}
-    return {"keys": layer.keys, "values": layer.values}
-
-
-def set_layer_tensors(layer: AnyLayer, tensors: dict[str, torch.Tensor], seen: int) -> None:
-    """Puts tensors that `layer_tensors` gave into an empty layer."""
-    if isinstance(layer, HippocampalLayer):
-        layer.set_tensors(tensors, seen)
-    elif tensors:
-        layer.lazy_initialization(tensors["keys"], tensors["values"])
-        layer.keys, layer.values = tensors["keys"], tensors["values"]
-        if isinstance(layer, DynamicSlidingWindowLayer):
-            layer.cumulative_length = seen
 
 
 def check_cache(cache: object) -> HippocampalCache:

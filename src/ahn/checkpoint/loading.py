@@ -113,11 +113,7 @@ def from_pretrained(
             which base model it was made for.
         ConfigError: The settings are no `AHNConfig`, or do not fit this model; or an option is one of them.
     """
-    if anchors is not None:
-        check_whole("anchors", anchors, 0)
-    if config is not None:
-        check_config(config)
-    _check_options(options)
+    _check_settings(config, anchors, options)
     hub: Any = {name: options.pop(name) for name in HubOptions.__annotations__ if name in options}
     source = HubSource(revision, **hub)
     folder = _our_folder(name_or_path, source)
@@ -146,8 +142,12 @@ def from_pretrained(
     return _keep_anchors(model, anchors)
 
 
-def _check_options(options: dict[str, Any]) -> None:
-    """Checks that no option for loading the base model is a setting of the memory."""
+def _check_settings(config: object, anchors: int | None, options: dict[str, Any]) -> None:
+    """Checks the settings of a memory, and that no option for loading the base model is one of them."""
+    if anchors is not None:
+        check_whole("anchors", anchors, 0)
+    if config is not None:
+        check_config(config)
     if misplaced := [field.name for field in dataclasses.fields(AHNConfig) if field.name in options]:
         name = misplaced[0]
         raise ConfigError(f"{name} is a setting of the memory: give it in config=ahn.AHNConfig({name}=...)")

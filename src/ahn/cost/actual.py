@@ -8,7 +8,7 @@ import torch
 
 from ahn.attachment import AttentionLayer
 from ahn.cache import HippocampalLayer
-from ahn.cache.cache import AnyLayer, layer_tensors, new_layer
+from ahn.cache.layer_kinds import AnyLayer, layer_tensors, new_layer
 from ahn.cache.record import TokenRecord
 from ahn.config import Mode
 from ahn.cost.counting import Counting, state_numbers

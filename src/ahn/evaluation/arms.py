@@ -206,8 +206,8 @@ class OtherTextReader(ArmReader):
 
     def _rows(self, ids_T: torch.Tensor) -> torch.Tensor:
         """The text and the other one."""
-        places = torch.arange(ids_T.numel()) + self.cache.get_seq_length()
-        other_T = self._other_T[places % self._other_T.numel()]
+        positions_T = torch.arange(ids_T.numel()) + self.cache.get_seq_length()
+        other_T = self._other_T[positions_T % self._other_T.numel()]
         return torch.stack((ids_T, other_T.to(ids_T.device)))
 
 

@@ -17,7 +17,7 @@ import ahn
 from ahn.attachment import attachment_of
 from ahn.backbone import compat
 from ahn.cache import HippocampalCache, HippocampalLayer
-from ahn.cache.cache import AnyLayer, layer_tensors, set_layer_tensors
+from ahn.cache.layer_kinds import AnyLayer, layer_tensors, set_layer_tensors
 from ahn.config import Mode
 from ahn.evaluation.arm_names import find_arm
 from ahn.generation import automatic_chunk, cache_bytes

@@ -112,7 +112,8 @@ class Averages:
         spans: Sequence[str] = SPANS,
     ) -> dict[str, float]:
         sums, less = (
-            np.array([_total(each["spans"][span] for span in spans) for each in of]) for of in (records, better)
+            np.array([_total(each["spans"][span] for span in spans) for each in reading])
+            for reading in (records, better)
         )
         rows = np.stack((sums[:, 0] - less[:, 0], sums[:, 1]), axis=1)
         low, high = interval(rows, lambda drawn: _mean(drawn.sum(0)), seed=self.seed)
@@ -160,7 +161,7 @@ class Averages:
     def _part_of_gap(self, worse: Sequence[Mapping[str, Any]], better: Sequence[Mapping[str, Any]]) -> dict[str, float]:
         """What lies between two readings, as a share of the gap from window to full."""
         readings = worse, better, self._records_of("window"), self._records_of("full")
-        rows = np.array([[each["spans"]["beyond"][0] for each in of] for of in readings], dtype=float).T
+        rows = np.array([[each["spans"]["beyond"][0] for each in reading] for reading in readings], dtype=float).T
         low, high = interval(rows, part_of_gap, seed=self.seed)
         return {"share": part_of_gap(rows), "low": low, "high": high}
 

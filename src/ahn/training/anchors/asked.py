@@ -203,7 +203,7 @@ def collect(
     return {index: layers[index].weights(responses[index], least[index], kinds) for index in sorted(least)}
 
 
-class Missing(NamedTuple):
+class MissingQueries(NamedTuple):
     """Why there can be no queries.
 
     Attributes:
@@ -220,7 +220,7 @@ class Missing(NamedTuple):
         return ConfigError(f'{self.problem}, so the score "asked" cannot be made; {self.remedy}')
 
 
-def missing_for_queries(model: nn.Module, documents: Sequence[FactText] | None = None) -> Missing | None:
+def missing_for_queries(model: nn.Module, documents: Sequence[FactText] | None = None) -> MissingQueries | None:
     """Why queries cannot be collected; `None` where they can.
 
     Args:
@@ -228,9 +228,11 @@ def missing_for_queries(model: nn.Module, documents: Sequence[FactText] | None =
         documents: The texts to collect them from; left out for queries that are there already.
     """
     if problem := attachment_of(model).rotation_problem:
-        return Missing(f"the rotary positions of this model cannot be undone ({problem})", 'make "learned" alone')
+        return MissingQueries(
+            f"the rotary positions of this model cannot be undone ({problem})", 'make "learned" alone'
+        )
     if documents is not None and not _common_kinds(documents):
-        return Missing("no two texts have facts of one kind", "give more documents")
+        return MissingQueries("no two texts have facts of one kind", "give more documents")
     return None
 
 
