@@ -84,6 +84,19 @@ def check_anchors(
             f"the rotary positions of this model cannot be undone ({rotation_problem}), as anchor_score="
             f'"{score.name}" asks; use one of {others}'
         )
+    check_window(score, window)
+
+
+def check_window(score: Score, window: int) -> None:
+    """Checks that scores are final before their tokens leave the window.
+
+    Args:
+        score: The score.
+        window: Tokens of the shortest window.
+
+    Raises:
+        ConfigError: The window is too short.
+    """
     needed = score.span(window)
     if window <= needed:
         raise ConfigError(f"anchors need a window of more than {needed} tokens, not {window}")
