@@ -162,6 +162,15 @@ def test_a_copied_model_has_weights_of_its_own() -> None:
     assert torch.equal(read(copied, ids), expected)
 
 
+def write_weights(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
+    """Other tensors in a folder of saved weights, with their checksum."""
+    file, about = folder / "anchors.safetensors", folder / "anchors_config.json"
+    save_file(tensors, file)
+    config = json.loads(about.read_text())
+    config["weights"]["sha256"] = hashlib.sha256(file.read_bytes()).hexdigest()
+    about.write_text(json.dumps(config))
+
+
 class TestErrors:
     def test_no_weights(self, tmp_path: Path) -> None:
         model = with_memory(anchors=ANCHORS, anchor_score="learned")
@@ -216,17 +225,23 @@ class TestErrors:
     def test_a_file_that_claims_more_than_it_holds(self, tmp_path: Path, claim: str) -> None:
         """Queries of a kind and units of a network: no memory is taken for counts that a file only claims."""
         ahn.save_anchors(learned(), tmp_path)
-        config = json.loads((tmp_path / "anchors_config.json").read_text())
         tensors = load_file(tmp_path / "anchors.safetensors")
         if claim == "counts":
             tensors["layers.0.kinds"][0] = 1e30
         else:
             tensors["layers.0.inner.bias"] = torch.zeros(1 << 24)
             tensors["layers.0.inner.weight"] = torch.zeros(4, 1)
-        save_file(tensors, tmp_path / "anchors.safetensors")
-        config["weights"]["sha256"] = hashlib.sha256((tmp_path / "anchors.safetensors").read_bytes()).hexdigest()
-        (tmp_path / "anchors_config.json").write_text(json.dumps(config))
+        write_weights(tmp_path, tensors)
         with pytest.raises(ahn.AHNError, match=r"its weights of (asked|learned) cannot be used"):
+            ahn.load_anchors(with_memory(), tmp_path)
+
+    def test_queries_that_are_not_in_the_order_of_their_kinds(self, tmp_path: Path) -> None:
+        ahn.save_anchors(learned(), tmp_path)
+        tensors = load_file(tmp_path / "anchors.safetensors")
+        for name in ("queries", "kinds", "offsets"):
+            tensors[f"layers.0.{name}"] = tensors[f"layers.0.{name}"].flip(0).contiguous()
+        write_weights(tmp_path, tensors)
+        with pytest.raises(CheckpointError, match=r"the queries of the first kind first\). .*make it anew"):
             ahn.load_anchors(with_memory(), tmp_path)
 
 

@@ -136,7 +136,7 @@ def test_parts_of_a_score_are_added_up() -> None:
         first = max(0, seen - 8)
         parts = torch.rand(1, seen + new - first, 1, generator=generator)
         expected[first : seen + new] += parts[0, :, 0]
-        board.record(parts, seen, new)
+        board.record(parts, seen)
         seen += new
     held = board.stored["votes"][0, :, 0]
     kept = torch.arange(seen - 16, seen)

@@ -12,6 +12,7 @@ from ahn.attachment import attachment_of
 from ahn.attention import chunks
 from ahn.backbone.compat import CACHE
 from ahn.cache.layer_kinds import layer_tensors
+from ahn.evaluation.arms import OtherTextCache
 from tests.tiny import FAMILIES, read, text, tiny, with_memory
 
 GREEDY = {"do_sample": False, "eos_token_id": None}
@@ -141,7 +142,7 @@ class TestAnchorsInEveryFamily:
             torch.testing.assert_close(again[name], gradient)
 
 
-def gradients(model: Any, **checkpointing: Any) -> dict[str, torch.Tensor]:
+def gradients(model: Any, cache: Any = None, **checkpointing: Any) -> dict[str, torch.Tensor]:
     """Gradients of the embeddings and memories of a loss at the end of a text that is read in many chunks."""
     model.train()
     if checkpointing:
@@ -152,8 +153,18 @@ def gradients(model: Any, **checkpointing: Any) -> dict[str, torch.Tensor]:
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(".memory." in name)
     model.get_input_embeddings().requires_grad_(True)
-    model(text(2, 60), use_cache=False).logits[:, -1].square().sum().backward()
+    given = {"use_cache": False} if cache is None else {"cache": cache}
+    model(text(2, 60), **given).logits[:, -1].square().sum().backward()
     return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+def test_checkpointing_keeps_the_kind_of_the_caches_layers() -> None:
+    found = []
+    for checkpointing in ({}, {"use_reentrant": False}):
+        model = with_memory()
+        found.append(gradients(model, OtherTextCache(model), **checkpointing))
+    for name, gradient in found[0].items():
+        torch.testing.assert_close(found[1][name], gradient)
 
 
 def test_gradients_are_those_of_one_call() -> None:

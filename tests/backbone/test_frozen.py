@@ -1,6 +1,6 @@
 """Frozen norms and gated MLPs of a base model that is trained through in bfloat16: the same gradients, in less time."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -9,7 +9,7 @@ from torch import nn
 
 from ahn import native
 from ahn.backbone.frozen import FrozenParts
-from ahn.backbone.linear import CastWeights
+from ahn.backbone.linear import CastWeights, speed_up
 from tests.tiny import text, tiny
 
 pytestmark = pytest.mark.skipif(native.why_not() is not None, reason=f"no kernels here: {native.why_not()}")
@@ -123,6 +123,104 @@ def test_a_module_is_looked_at_again_where_its_activation_is_another(model: Any,
     mlp.act_fn = nn.GELU()
     with parts.in_use():
         assert "forward" not in vars(mlp)
+
+
+def become(module: nn.Module, forward: Callable[..., Any]) -> None:
+    """Gives a module a class of its own with another forward."""
+    kind = type(module)
+    module.__class__ = type(f"Other{kind.__name__}", (kind,), {"forward": forward})
+
+
+@pytest.mark.parametrize("change", ["hook", "forward", "part"])
+def test_an_activation_that_was_changed_is_left_alone(model: Any, autocast: None, change: str) -> None:
+    """Also where it was found to be the usual one before."""
+    parts, mlp = FrozenParts(model, CastWeights()), model.model.layers[0].mlp
+    with parts.in_use():
+        assert "forward" in vars(mlp)
+    if change == "hook":
+        mlp.act_fn.register_forward_hook(lambda module, args, output: output * 3)
+    elif change == "forward":
+        vars(mlp.act_fn)["forward"] = torch.tanh
+    else:
+        mlp.act_fn.beta = nn.Parameter(torch.ones(()))
+    with parts.in_use():
+        assert "forward" not in vars(mlp)
+
+
+@pytest.mark.parametrize("limit", [7.0, 300.0])
+def test_a_clamped_mlp_is_left_alone(model: Any, autocast: None, limit: float) -> None:
+    mlp = model.model.layers[0].mlp
+    kind = type(mlp)
+    become(mlp, lambda self, x: self.down_proj(self.act_fn(self.gate_proj(x)).clamp(max=limit) * self.up_proj(x)))
+    left = taking_part(model)
+    assert "model.layers.0.mlp" not in left
+    assert "model.layers.1.mlp" in left
+    become(mlp, kind.forward)
+    assert "model.layers.0.mlp" in taking_part(model)
+
+
+def test_a_norm_that_adds_its_epsilon_elsewhere_is_left_alone(model: Any, autocast: None) -> None:
+    norm = model.model.layers[0].input_layernorm
+    become(norm, lambda self, x: self.weight * x / (x.square().mean(-1, keepdim=True).sqrt() + self.variance_epsilon))
+    assert "model.layers.0.input_layernorm" not in taking_part(model)
+
+
+def test_a_norm_that_needs_two_tensors_is_left_alone(model: Any, autocast: None) -> None:
+    become(model.model.layers[1].input_layernorm, lambda self, x, gate: x * gate)
+    names = taking_part(model)
+    assert "model.layers.1.input_layernorm" not in names
+    assert "model.layers.1.mlp" in names
+
+
+def test_it_ends_where_it_cannot_begin(model: Any, autocast: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ahn.backbone.frozen.norm_epsilon", lambda norm: 1 / (norm is not model.model.norm))
+    with pytest.raises(ZeroDivisionError):
+        taking_part(model)
+    assert not any("forward" in vars(module) for module in model.modules())
+
+
+@pytest.mark.parametrize("name", ["input_layernorm", "mlp"])
+def test_more_than_one_tensor_goes_to_a_modules_own_forward(model: Any, autocast: None, name: str) -> None:
+    module = getattr(model.model.layers[0], name)
+    kind, x, gate = type(module), torch.randn(1, 3, 32), torch.full((1, 3, 32), 2.0)
+    become(module, lambda self, x, gate=None: kind.forward(self, x) * (1 if gate is None else gate))
+    wanted, by_name = module(x, gate), module(x=x)
+    with FrozenParts(model, CastWeights()).in_use():
+        assert "forward" in vars(module)
+        assert torch.equal(module(x, gate), wanted)
+        assert torch.equal(module(x, gate=gate), wanted)
+        assert torch.equal(module(x=x), by_name)
+
+
+@pytest.mark.parametrize("in_place", [True, False])
+def test_what_a_hook_makes_of_a_norm_is_what_is_read(model: Any, autocast: None, in_place: bool) -> None:
+    speed_up(model)
+    for layer in model.model.layers:
+        layer.input_layernorm.register_forward_hook(
+            lambda module, args, output: output.mul_(3) if in_place else output * 3
+        )
+    inputs = model.get_input_embeddings()(text(2, 37))
+    (usual, _), (found, _) = run(model, inputs, faster=False), run(model, inputs, faster=True)
+    assert distance(found, usual) < 0.02
+
+
+def test_a_map_takes_its_input_by_name() -> None:
+    linear = nn.Linear(4, 4)
+    wanted = linear(torch.ones(4))
+    speed_up(linear)
+    assert torch.equal(linear(input=torch.ones(4)), wanted)
+
+
+def test_a_cast_of_what_has_changed_is_not_given() -> None:
+    casts, x = CastWeights(), torch.ones(3)
+    with casts.in_use():
+        casts.note_input(x, x.bfloat16())
+        x.mul_(2)
+        assert casts.cast_input(x) is x
+        with torch.inference_mode():
+            y = torch.ones(3)
+            casts.note_input(y, y.bfloat16())
+            assert casts.cast_input(y) is y
 
 
 def test_a_cast_is_given_for_its_tensor_only() -> None:

@@ -16,15 +16,17 @@ from ahn.attachment import attachment_of
 from ahn.cli import main
 from ahn.errors import ConfigError
 from ahn.models import load_tokenizer
-from ahn.training.anchors import AnchorSettings, train_anchors
-from ahn.training.anchors.documents import FORMATS, UnfitText, _facts, make_document
+from ahn.training.anchors import AnchorSettings, check_anchor_settings, documents, train_anchors
+from ahn.training.anchors.documents import FORMATS, FactText, UnfitText, _facts, make_document
 from ahn.training.anchors.fit import fit
 from ahn.training.anchors.future_attention import observe
-from ahn.training.anchors.run import _layers_of_learned
-from tests.tiny import give_score_weights, text, tiny, with_memory
+from ahn.training.anchors.run import _check_model, _documents, _layers_of_learned
+from ahn.training.sources import DataError
+from tests.tiny import byte_tokenizer, give_score_weights, text, tiny, with_memory
 from tests.training.common import write_base
 
 STORY = "It was late. The rain had stopped before the evening came at last. Nobody came to the house any more. " * 5
+ROOM = {"least": 2, "most": 4000}
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +39,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("kind", FORMATS)
 def test_a_document_hides_facts_and_asks_for_them(base: Path, kind: str) -> None:
     tokenizer = load_tokenizer(str(base))
-    made = make_document(STORY, tokenizer, random.Random(4), [kind], quotes=True)
+    made = make_document(STORY, tokenizer, random.Random(4), [kind], quotes=True, **ROOM)
     whole = tokenizer.decode(made.ids.tolist())
     assert whole.count("?") >= len(made.values) + 1  # one asks for a sentence of the text
     assert made.values
@@ -52,7 +54,7 @@ def test_a_document_hides_facts_and_asks_for_them(base: Path, kind: str) -> None
 def test_many_texts_have_several_facts_of_one_kind_and_no_question_has_two_answers(base: Path) -> None:
     tokenizer, alike = load_tokenizer(str(base)), 0
     for seed in range(40):
-        made = make_document(STORY, tokenizer, random.Random(seed), list(FORMATS), quotes=False)
+        made = make_document(STORY, tokenizer, random.Random(seed), list(FORMATS), quotes=False, **ROOM)
         asked = re.findall(r"[^\n>]*\?", tokenizer.decode(made.ids[made.text :].tolist()))
         assert len(asked) == len(set(asked)) == len(made.values)
         kinds = [kind for kind, _ in made.values]
@@ -62,7 +64,7 @@ def test_many_texts_have_several_facts_of_one_kind_and_no_question_has_two_answe
 
 def test_passwords_are_made_of_words_of_the_text(base: Path) -> None:
     tokenizer = load_tokenizer(str(base))
-    made = make_document(STORY, tokenizer, random.Random(2), ["password"], quotes=False)
+    made = make_document(STORY, tokenizer, random.Random(2), ["password"], quotes=False, **ROOM)
     for _, places in made.values:
         words = re.findall(r"[a-z]+", tokenizer.decode(made.ids[list(places)].tolist()))
         assert len(words) == 2
@@ -77,12 +79,96 @@ def test_passwords_in_other_scripts() -> None:
 
 def test_a_text_without_words(base: Path) -> None:
     with pytest.raises(UnfitText, match="fewer than 8 words"):
-        make_document("I. " * 50, load_tokenizer(str(base)), random.Random(0), ["code"], quotes=False)
+        make_document("I. " * 50, load_tokenizer(str(base)), random.Random(0), ["code"], quotes=False, **ROOM)
 
 
 def test_a_text_without_sentences(base: Path) -> None:
     with pytest.raises(UnfitText, match="fewer than 4 sentences"):
-        make_document("words " * 50, load_tokenizer(str(base)), random.Random(0), ["code"], quotes=False)
+        make_document("words " * 50, load_tokenizer(str(base)), random.Random(0), ["code"], quotes=False, **ROOM)
+
+
+def test_a_value_that_the_words_of_its_sentence_hold_too(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(documents._DRAW, "serial", lambda source: "se")
+    tokenizer = load_tokenizer(str(base))
+    made = make_document(STORY, tokenizer, random.Random(2), ["serial"], quotes=False, **ROOM)
+    for _, places in made.values:
+        assert tokenizer.decode(made.ids[: places[-1] + 1].tolist()).endswith("reads se")
+        assert tokenizer.decode(made.ids[list(places)].tolist()) == " se"
+
+
+def test_a_fact_that_stands_within_another(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    names, tokenizer = iter(["ban", "urban"]), load_tokenizer(str(base))
+    monkeypatch.setitem(documents._DRAW, "variable", lambda source: next(names))
+    monkeypatch.setitem(documents._DRAW, "number", lambda source: "123")
+    monkeypatch.setattr(documents, "_ALIKE", 1.0)
+    rng = random.Random(0)
+    monkeypatch.setattr(rng, "randint", lambda low, high: low)
+    made = make_document(STORY, tokenizer, rng, ["setting"], quotes=False, **ROOM)
+    before = [tokenizer.decode(made.ids[: places[0]].tolist()) for _, places in made.values]
+    assert [text.split()[-2] for text in before] == ["ban", "urban"]
+
+
+def test_a_document_is_cut_behind_its_facts(base: Path) -> None:
+    """With the same facts and questions, whatever does not fit."""
+    tokenizer = load_tokenizer(str(base))
+
+    def make(most: int) -> FactText:
+        return make_document(STORY, tokenizer, random.Random(4), list(FORMATS), quotes=True, least=2, most=most)
+
+    whole = make(4000)
+    size = whole.ids.numel()
+    short = make(size - 50)
+    assert short.values == whole.values
+    assert short.text == whole.text - 50
+    assert torch.equal(short.ids[: short.text], whole.ids[: short.text])
+    assert torch.equal(short.ids[short.text :], whole.ids[whole.text :])
+    with pytest.raises(UnfitText, match="no room for its questions in 400 tokens"):
+        make(400)
+    with pytest.raises(UnfitText, match="fewer than 4,000 tokens"):
+        make_document(STORY, tokenizer, random.Random(4), list(FORMATS), quotes=True, least=4000, most=4000)
+
+
+def test_documents_keep_to_their_length_and_reach_beyond_the_window(base: Path, tmp_path: Path) -> None:
+    (tmp_path / "long.txt").write_text(STORY * 20, encoding="utf-8")
+    for number in range(20):
+        (tmp_path / f"short {number}.txt").write_text(STORY[:320], encoding="utf-8")
+    settings = AnchorSettings((str(tmp_path),), "out", str(base), 12, 800, 500)
+    made = _documents(settings, load_tokenizer(str(base)))
+    assert {564 <= document.ids.numel() <= 800 for document in made} == {True}
+    (tmp_path / "long.txt").unlink()
+    with pytest.raises(
+        DataError, match=r"no text of 564 tokens or more\. Give longer texts, or use a smaller --length"
+    ):
+        _documents(settings, load_tokenizer(str(base)))
+
+
+def test_texts_that_nothing_can_be_hidden_in(base: Path, tmp_path: Path) -> None:
+    (tmp_path / "words.txt").write_text("words " * 2000, encoding="utf-8")
+    settings = AnchorSettings((str(tmp_path),), "out", str(base), 12, 800, 16)
+    with pytest.raises(ConfigError, match=r"in 0 texts only \(a text has fewer than 4 sentences, .*more running text"):
+        _documents(settings, load_tokenizer(str(base)))
+
+
+def test_a_length_beyond_a_models_positions(tmp_path: Path) -> None:
+    tiny("gpt2", vocab_size=259).save_pretrained(tmp_path / "base")
+    byte_tokenizer().save_pretrained(tmp_path / "base")
+    (tmp_path / "words.txt").write_text("no sentences")
+    settings = AnchorSettings(
+        (str(tmp_path / "words.txt"),), str(tmp_path / "out"), str(tmp_path / "base"), 12, 600, 16
+    )
+    with pytest.raises(ConfigError, match=r"positions for 512 tokens only, .* up to 600; take a smaller length"):
+        train_anchors(settings)
+
+
+def test_a_window_that_is_too_short_for_a_score(tmp_path: Path) -> None:
+    (tmp_path / "story.txt").write_text(STORY)
+    given: Any = {"data": (str(tmp_path),), "out": str(tmp_path / "out"), "window": 10}
+    with pytest.raises(ConfigError, match="anchors need a window of more than 12 tokens, not 10"):
+        check_anchor_settings(AnchorSettings(**given))
+    check_anchor_settings(AnchorSettings(**given, scores=("learned",)))
+    model = with_memory("gemma3_text", sinks=4, layers=(0, 1, 2))
+    with pytest.raises(ConfigError, match="anchors need a window of more than 12 tokens, not 8"):
+        _check_model(model, AnchorSettings(**{**given, "window": 16}))
 
 
 def test_what_is_looked_at_later_against_a_loop() -> None:
@@ -151,7 +237,7 @@ def test_learned_learns_from_queries_wherever_they_come_from(base: Path, tmp_pat
     def weights(name: str, model: Any = None, **changes: Any) -> tuple[dict[str, torch.Tensor], str]:
         said: list[str] = []
         settings = AnchorSettings(
-            (str(tmp_path / "story.txt"),), str(tmp_path / name), str(base), 12, 400, 16, **changes
+            (str(tmp_path / "story.txt"),), str(tmp_path / name), str(base), 12, 800, 16, **changes
         )
         report = train_anchors(settings, said.append, model)
         assert bool(report.asked) == ("asked" in settings.scores)
@@ -170,7 +256,7 @@ def test_learned_learns_from_queries_wherever_they_come_from(base: Path, tmp_pat
     assert "alone" not in said.split("cannot be undone")[1]
     assert set(alone) == set(without) == set(named) - set(queries)
     for name, tensor in alone.items():
-        torch.testing.assert_close(tensor, named[name], rtol=0.02, atol=0.02)  # named ones are rounded to float16
+        torch.testing.assert_close(tensor, named[name], rtol=0.05, atol=0.05)  # named ones are rounded to float16
     outer = {name for name in alone if name.endswith("outer.weight")}
     assert outer
     assert not any(torch.allclose(alone[name], without[name], rtol=0.02, atol=0.02) for name in outer)
@@ -184,7 +270,7 @@ def test_queries_for_a_model_whose_rotation_cannot_be_undone(base: Path, tmp_pat
     give_score_weights(model)
     ahn.save_anchors(model, tmp_path / "queries")
     attachment_of(model).rotation_problem = "it is a secret"
-    settings = {"documents": 12, "length": 400, "window": 16, "queries": str(tmp_path / "queries")}
+    settings = {"documents": 12, "length": 800, "window": 16, "queries": str(tmp_path / "queries")}
     with pytest.raises(ConfigError, match=r"cannot be undone \(it is a secret\), so the score"):
         train_anchors(
             AnchorSettings((str(tmp_path / "story.txt"),), str(tmp_path / "out"), str(base), **settings), model=model
@@ -209,7 +295,7 @@ def test_a_training_writes_votes_that_load(base: Path, tmp_path: Path) -> None:
     (tmp_path / "story.txt").write_text(STORY * 40, encoding="utf-8")
     said: list[str] = []
     story, out = str(tmp_path / "story.txt"), str(tmp_path / "out")
-    settings = AnchorSettings((story,), out, str(base), 12, 400, 16, voters=2)
+    settings = AnchorSettings((story,), out, str(base), 12, 800, 16, voters=2)
     report = train_anchors(settings, said.append)
     assert len(report.layers) == 2
     assert set(report.shares_kept) == {"key_diff", "asked", "learned"}
@@ -226,7 +312,7 @@ def test_a_training_writes_votes_that_load(base: Path, tmp_path: Path) -> None:
             model(text(1, 60), cache=cache)
         assert len(cache.anchor_tokens[0]) == 4
     with pytest.raises(ConfigError, match="not empty"):
-        train_anchors(AnchorSettings((str(tmp_path / "story.txt"),), str(tmp_path), str(base), 12, 400, 16))
+        train_anchors(AnchorSettings((str(tmp_path / "story.txt"),), str(tmp_path), str(base), 12, 800, 16))
 
 
 @pytest.mark.parametrize(

@@ -85,6 +85,19 @@ def check_anchors(
             f"the rotary positions of this model cannot be undone ({rotation_problem}), as anchor_score="
             f'"{score.name}" asks; use one of {others}'
         )
+    check_window(score, window)
+
+
+def check_window(score: Score, window: int) -> None:
+    """Checks that scores are final before their tokens leave the window.
+
+    Args:
+        score: The score.
+        window: Tokens of the shortest window.
+
+    Raises:
+        ConfigError: The window is too short.
+    """
     if window <= score.span(window):
         raise ConfigError(
             f"anchors need a window of at least {_least_window(score)} tokens in every layer with a memory, not "

@@ -94,6 +94,8 @@ class Asked(Score):
         kinds = tensors["kinds"].float() if tensors["kinds"].dim() == 2 else torch.zeros(1, 1)
         if not bool(((kinds == 0) | (kinds == 1)).all() and (kinds.sum(1) == 1).all()):
             raise ShapeError("kinds must be [queries, kinds], with one 1 in each row and zeros elsewhere")
+        if bool((kinds.nonzero()[:, 1].diff() < 0).any()):
+            raise ShapeError("kinds must be in order, the queries of the first kind first")
         return AnchorQueries(kinds.sum(0).long().tolist(), kv_heads, key_size)
 
     def disagreement(self, weights: Sequence[nn.Module]) -> str | None:

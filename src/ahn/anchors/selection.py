@@ -88,13 +88,12 @@ class Scoreboard:
         """Tokens of the longest call before which everything was final that decides on the tokens that leave in it."""
         return min(self.windows) - self.score.span(min(self.windows))
 
-    def record(self, scores_BTR: torch.Tensor, seen: int, new: int) -> None:
+    def record(self, scores_BTR: torch.Tensor, seen: int) -> None:
         """Keeps the scores that a call gave.
 
         Args:
             scores_BTR: The layers' mean scores of the tokens from `seen - delay` (or 0) on, see `Score.score`.
             seen: Tokens read before the call.
-            new: Tokens of the call.
         """
         if "votes" not in self.stored:
             rows, _, kernels = scores_BTR.shape
@@ -189,7 +188,7 @@ class Selection:
     def close(self) -> None:
         """Records the mean of the layers; if they scored by kind, that of the best kind."""
         self._score_waiting()
-        self.scoreboard.record(score_of_layers(self._scores), self.seen, self.new)
+        self.scoreboard.record(score_of_layers(self._scores), self.seen)
 
     @torch.no_grad()
     def _score_waiting(self) -> None:

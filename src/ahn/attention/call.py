@@ -125,7 +125,7 @@ class Call:
         if attention_layer.index not in self.served:
             self.served.add(attention_layer.index)
             return layer, True
-        again = new_memory_layer(attention_layer, memory, self.settings)
+        again = new_memory_layer(attention_layer, memory, self.settings, kind=type(layer))
         again.restore(self.snapshots[attention_layer.index])
         return again, False
 

@@ -31,7 +31,7 @@ class CastWeights:
 
     def __init__(self) -> None:
         self._casts: dict[int, tuple[torch.Tensor, int, torch.Tensor]] = {}  # a weight, its version then, its cast
-        self._input: tuple[torch.Tensor, torch.Tensor] | None = None
+        self._input: tuple[torch.Tensor, int, torch.Tensor] | None = None  # a tensor, its version then, its cast
 
     @contextmanager
     def in_use(self) -> Iterator[None]:
@@ -50,11 +50,12 @@ class CastWeights:
             x: The tensor.
             cast: The same in the dtype of autocast.
         """
-        self._input = x, cast
+        self._input = None if x.is_inference() else (x, x._version, cast)  # inference tensors have no versions
 
     def cast_input(self, x: torch.Tensor) -> torch.Tensor:
-        """What was noted as the cast of a tensor, where it was that tensor; itself otherwise."""
-        return self._input[1] if self._input is not None and self._input[0] is x else x
+        """What was noted as the cast of a tensor, where it was that tensor and is unchanged; itself otherwise."""
+        source, version, cast = self._input or (None, 0, x)
+        return cast if source is x and version == x._version else x
 
     def cast(self, weight: torch.Tensor) -> torch.Tensor:
         """The weight as autocast would cast it; itself where it would not, or where the weight learns."""
@@ -101,13 +102,13 @@ def is_ours(module: nn.Module) -> bool:
     return isinstance(forward, partial) and forward.func is _forward
 
 
-def _forward(linear: nn.Linear, x: torch.Tensor) -> torch.Tensor:
+def _forward(linear: nn.Linear, input: torch.Tensor) -> torch.Tensor:  # the name that nn.Linear gives it
     size = linear.in_features
-    if not torch.compiler.is_compiling() and _decodes.get() and native.can_multiply(x.numel() // size, size):
+    if not torch.compiler.is_compiling() and _decodes.get() and native.can_multiply(input.numel() // size, size):
         bias = [] if linear.bias is None else [linear.bias]
-        if native.ready(x, linear.weight, *bias) and linear.weight.is_contiguous():
-            return native.linear(x, linear.weight, linear.bias)
+        if native.ready(input, linear.weight, *bias) and linear.weight.is_contiguous():
+            return native.linear(input, linear.weight, linear.bias)
     casts = _casts.get()
     if casts is None:
-        return functional.linear(x, linear.weight, linear.bias)
-    return functional.linear(casts.cast_input(x), casts.cast(linear.weight), linear.bias)
+        return functional.linear(input, linear.weight, linear.bias)
+    return functional.linear(casts.cast_input(input), casts.cast(linear.weight), linear.bias)

@@ -174,9 +174,8 @@ def _loaded(where: str, score: Score, own: Mapping[str, torch.Tensor], shape: Me
     try:
         weights = score.build(own, hidden_size=shape.hidden_size, kv_heads=shape.kv_heads, key_size=shape.key_size)
     except ShapeError as error:
-        raise failure(
-            where, f"its weights of {score.name} cannot be used ({error})", "Use its own base model"
-        ) from None
+        problem = f"its weights of {score.name} cannot be used ({error})"
+        raise failure(where, problem, "Use its own base model, or make it anew with `ahn train anchors`") from None
     check_shapes(where, own, {name: tuple(each.shape) for name, each in weights.state_dict().items()})
     weights.load_state_dict(own)
     return weights

@@ -13,6 +13,9 @@ HELD_OUT = 6
 QUESTION_TOKENS = 200
 """Tokens of a document that are left for its questions."""
 
+BEYOND_TOKENS = 64
+"""Tokens that a text has beyond the window, at least."""
+
 
 def scores_with_weights() -> tuple[str, ...]:
     """Names of the scores that need weights, which are made here."""
@@ -37,7 +40,7 @@ class AnchorSettings(Settings):
     out: str = setting("", "Folder for the weights.")
     model: str = setting("smollm2-135m", "The base model: a built-in name, a folder, or a hub id.", alias="base")
     documents: int = setting(120, "Texts to read; every sixth is held out.", least=HELD_OUT)
-    length: int = setting(1280, "Tokens of a text with its questions.")
+    length: int = setting(1280, "Most tokens of a text with its questions.")
     window: int = setting(256, "Tokens behind each token that count as near.", least=8)
     voters: int = setting(3, "How many layers score by learned, from half to two thirds of the depth.", least=1)
     width: int = file_setting(32, "Units of a vote.", least=1)
@@ -54,7 +57,7 @@ class AnchorSettings(Settings):
         from ahn.training.anchors.documents import FORMATS
 
         least = {field.name: field.metadata["least"] for field in dataclasses.fields(self)}
-        for name, value in {**least, "length": self.window + QUESTION_TOKENS + 64}.items():
+        for name, value in {**least, "length": self.window + QUESTION_TOKENS + BEYOND_TOKENS}.items():
             if value is not None and getattr(self, name) < value:
                 raise ConfigError(f"{name} must be at least {value}, not {getattr(self, name)}")
         known = scores_with_weights()

@@ -51,7 +51,11 @@ class Cut:
 
 
 def load_pieces(
-    sources: Iterable[str], tokenizer: PreTrainedTokenizerBase, rules: Cut, query: DataQuery | None = None
+    sources: Iterable[str],
+    tokenizer: PreTrainedTokenizerBase,
+    rules: Cut,
+    query: DataQuery | None = None,
+    remedy: str = "Use a smaller --length or --min-length, or join the texts with --pack.",
 ) -> tuple[Pieces, Pieces]:
     """Sequences to train on and sequences held out, in memory.
 
@@ -60,6 +64,7 @@ def load_pieces(
         tokenizer: The base model's tokenizer.
         rules: How to cut.
         query: As for `documents`.
+        remedy: What to do where all texts are too short.
 
     Raises:
         DataError: There is no data, a record is bad, or all of it is too short.
@@ -70,10 +75,7 @@ def load_pieces(
     for piece, is_held in _split(sources, tokenizer, rules, query):
         (held_out if is_held else train_pieces).append(piece)
     if not train_pieces:
-        raise DataError(
-            f"{', '.join(sources)}: no text of {rules.min_length} tokens or more. Use a smaller --length or "
-            "--min-length, or join the texts with --pack."
-        )
+        raise DataError(f"{', '.join(sources)}: no text of {rules.min_length} tokens or more. {remedy}")
     return Pieces(train_pieces), Pieces(held_out)
 
 

@@ -42,12 +42,14 @@ class Fact(NamedTuple):
         question: The question.
         answer: The whole answer.
         value: The part of the sentence that nobody could guess.
+        begin: Where it begins in the sentence, in characters.
     """
 
     sentence: str
     question: str
     answer: str
     value: str
+    begin: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,11 +133,12 @@ class Format(NamedTuple):
 
     def make(self, source: Source) -> Fact:
         """A new fact."""
-        drawn = {part: _DRAW[part](source) for part in self.parts}
+        drawn, value = {part: _DRAW[part](source) for part in self.parts}, self.parts[-1]
         said, question, answer = (
             text.format(**drawn) for text in (self.sentence, self.question, self.answer or self.sentence)
         )
-        return Fact(said, question, answer, drawn[self.parts[-1]])
+        begin = len(self.sentence[: self.sentence.index(f"{{{value}}}")].format(**drawn))
+        return Fact(said, question, answer, drawn[value], begin)
 
 
 FORMATS = {
@@ -160,12 +163,19 @@ FORMATS = {
 
 
 def make_document(
-    text: str, tokenizer: PreTrainedTokenizerBase, rng: random.Random, formats: Sequence[str], quotes: bool
+    text: str,
+    tokenizer: PreTrainedTokenizerBase,
+    rng: random.Random,
+    formats: Sequence[str],
+    quotes: bool,
+    *,
+    least: int,
+    most: int,
 ) -> FactText:
     """Hides facts in the first part of a text and asks for them at its end.
 
     Half of the texts have two to four facts of one kind, so that the subject of a fact matters as much as its value.
-    The others have one to three facts of any kinds.
+    The others have one to three facts of any kinds. What does not fit is cut off the end of the text, behind its facts.
 
     Args:
         text: The text.
@@ -173,9 +183,12 @@ def make_document(
         rng: Source of all random choices.
         formats: Names of the kinds of facts.
         quotes: Whether to ask for a sentence of the text itself, too.
+        least: Fewest tokens of the text with its questions.
+        most: Most of them.
 
     Raises:
-        UnfitText: The text has no sentences to hide something between, or no words.
+        UnfitText: The text has no sentences to hide something between, or no words, or is too short, or leaves no room
+            for the questions.
     """
     ends = [match.end() for match in _ENDS.finditer(text)]
     early = ends[: max(1, int(len(ends) * _BEFORE))]
@@ -183,20 +196,44 @@ def make_document(
         raise UnfitText(f"a text has fewer than {_LEAST_ENDS} sentences, so nothing can be hidden in it")
     asked = [quoted] if quotes and (quoted := _quote(text[: early[-1]], rng)) else []
     hidden = _facts(text, rng, formats)
-    whole = text
-    for position, (_, fact) in zip(sorted(rng.choices(early, k=len(hidden)), reverse=True), hidden):
-        whole = f"{whole[:position]}{fact.sentence}. {whole[position:]}"
+    places = sorted(rng.choices(early, k=len(hidden)), reverse=True)
+    whole, begins = _hide(text, [fact for _, fact in hidden], places)
     asked += [(fact.question, fact.answer) for _, fact in hidden]
     rng.shuffle(asked)
+    opening_T, text_T, questions_T = _tokens(tokenizer, whole, asked)
+    shift, room = opening_T.numel(), most - opening_T.numel() - questions_T.numel()
+    if room < text_T.numel() and room < _count(tokenizer, whole[: early[-1] + len(whole) - len(text)]):
+        raise UnfitText(f"a text leaves no room for its questions in {most:,} tokens")
+    ids_T = torch.cat((opening_T, text_T[:room], questions_T))
+    if ids_T.numel() < least:
+        raise UnfitText(f"a text and its questions have fewer than {least:,} tokens")
+    values = tuple(
+        (name, _positions(tokenizer, whole, begin, begin + len(fact.value), shift))
+        for (name, fact), begin in zip(hidden, begins)
+    )
+    return FactText(ids_T, ids_T.numel() - questions_T.numel(), values)
+
+
+def _hide(text: str, facts: Sequence[Fact], places: Sequence[int]) -> tuple[str, list[int]]:
+    """A text with facts at some places, the last one first, and where the value of each begins."""
+    after = []  # characters from each value's first to the end, which facts before it do not move
+    for fact, place in zip(facts, places):
+        text = f"{text[:place]}{fact.sentence}. {text[place:]}"
+        after.append(len(text) - place - fact.begin)
+    return text, [len(text) - count for count in after]
+
+
+def _tokens(
+    tokenizer: PreTrainedTokenizerBase, text: str, asked: Sequence[tuple[str, str]]
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Token ids of what comes before a text, of the text, and of the questions with their answers."""
     chat = prompts.has_chat(tokenizer)
-    first = prompts.passage(tokenizer, whole, asked[0][0], chat)
-    parts = [first.opening, first.text, first.closing, prompts.tokens(tokenizer, f" {asked[0][1]}")]
+    first = prompts.passage(tokenizer, text, asked[0][0], chat)
+    parts = [first.closing, prompts.tokens(tokenizer, f" {asked[0][1]}")]
     for question, answer in asked[1:]:
         turn = prompts.follow_up(tokenizer, "", question, chat)
         parts += [turn.opening, turn.closing, prompts.tokens(tokenizer, f" {answer}")]
-    shift = first.opening.numel()
-    values = tuple((name, _positions(tokenizer, whole, fact, shift)) for name, fact in hidden)
-    return FactText(torch.cat(parts), shift + first.text.numel(), values)
+    return first.opening, first.text, torch.cat(parts)
 
 
 def _facts(text: str, rng: random.Random, formats: Sequence[str]) -> list[tuple[str, Fact]]:
@@ -220,9 +257,10 @@ def _quote(text: str, rng: random.Random) -> tuple[str, str] | None:
     return f'How does the sentence that begins with "{" ".join(words[:4])}" go on?', " ".join(words)
 
 
-def _positions(tokenizer: PreTrainedTokenizerBase, text: str, fact: Fact, shift: int) -> tuple[int, ...]:
-    """Indices of the tokens of a fact's value in the document."""
-    begin = text.index(fact.value, text.index(fact.sentence))
-    before = tokenizer(text[:begin].rstrip(" "), add_special_tokens=False)["input_ids"]
-    until = tokenizer(text[: begin + len(fact.value)], add_special_tokens=False)["input_ids"]
-    return tuple(range(shift + len(before), shift + len(until)))
+def _positions(tokenizer: PreTrainedTokenizerBase, text: str, begin: int, stop: int, shift: int) -> tuple[int, ...]:
+    """Indices in the document of the tokens of some characters of its text."""
+    return tuple(range(shift + _count(tokenizer, text[:begin].rstrip(" ")), shift + _count(tokenizer, text[:stop])))
+
+
+def _count(tokenizer: PreTrainedTokenizerBase, text: str) -> int:
+    return len(tokenizer(text, add_special_tokens=False)["input_ids"])

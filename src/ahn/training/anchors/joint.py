@@ -10,7 +10,7 @@ import ahn
 from ahn.attachment import attachment_of
 from ahn.checkpoint.anchors import ANCHORS, score_weights_for
 from ahn.errors import ConfigError
-from ahn.training.anchor_settings import HELD_OUT, QUESTION_TOKENS, AnchorSettings
+from ahn.training.anchor_settings import BEYOND_TOKENS, HELD_OUT, QUESTION_TOKENS, AnchorSettings
 from ahn.training.anchors.run import train_anchors
 from ahn.training.log import Say
 from ahn.training.settings import TrainSettings
@@ -18,7 +18,6 @@ from ahn.training.settings import TrainSettings
 FOLDER = "anchors"
 """Folder of new weights, within that of the training."""
 _SCORE = "learned"
-_NEAR = 64  # tokens of a text between its window and its questions
 
 
 def load_score_weights(model: Any, settings: TrainSettings, say: Say) -> bool:
@@ -66,7 +65,7 @@ def _make(model: Any, settings: TrainSettings, folder: Path, say: Say) -> None:
 
 def _anchor_settings(settings: TrainSettings, folder: Path, longest: int) -> AnchorSettings:
     """As `ahn train anchors` would be called for this training, with texts that the model can read."""
-    shortest = settings.window + QUESTION_TOKENS + _NEAR
+    shortest = settings.window + QUESTION_TOKENS + BEYOND_TOKENS
     return AnchorSettings(
         data=settings.data,
         out=str(folder),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import random
 from collections.abc import Mapping, Sequence
@@ -13,18 +12,20 @@ import torch
 from torch import nn
 
 import ahn
+from ahn.anchors.policy import check_window
 from ahn.anchors.queries import AnchorQueries
 from ahn.anchors.scores import SCORES
 from ahn.attachment import attachment_of
 from ahn.checkpoint.anchors import ANCHORS, read_anchors
 from ahn.checkpoint.content import BaseInfo
 from ahn.checkpoint.files import locate
+from ahn.config import RunSettings
 from ahn.errors import ConfigError
 from ahn.generation import read
 from ahn.models import load_model, load_tokenizer, resolve
 from ahn.models.text import evenly
 from ahn.surgery import set_score_weights
-from ahn.training.anchor_settings import HELD_OUT, QUESTION_TOKENS, AnchorSettings, scores_with_weights
+from ahn.training.anchor_settings import BEYOND_TOKENS, HELD_OUT, QUESTION_TOKENS, AnchorSettings, scores_with_weights
 from ahn.training.anchors.asked import collect, missing_for_queries
 from ahn.training.anchors.documents import FORMATS, FactText, UnfitText, make_document
 from ahn.training.anchors.fit import Fit, fit, standardized
@@ -34,6 +35,7 @@ from ahn.training.log import Say
 from ahn.training.sources import check_places
 
 _SINKS = 4
+_CONTROL = "key_diff"  # a score without weights, which others are compared with
 _TOP = 64  # tokens of a document that are learned from because they were needed most
 _OTHERS = 320  # and others
 KEPT = (32, 64, 128)
@@ -62,7 +64,7 @@ def check_anchor_settings(settings: AnchorSettings) -> None:
     """Checks all that can be checked before anything is loaded.
 
     Raises:
-        ConfigError: There is no data, or the folder is in use.
+        ConfigError: There is no data, the folder is in use, or the window is too short for a score.
         DataError: Data cannot be found.
         ModelError: There is no base model of this name.
         CheckpointError: There are no queries of this name.
@@ -72,6 +74,8 @@ def check_anchor_settings(settings: AnchorSettings) -> None:
     out = Path(settings.out).expanduser()
     if out.exists() and (not out.is_dir() or any(file.name != ANCHORS.config for file in out.iterdir())):
         raise ConfigError(f"{settings.out} is not empty; name another folder")
+    for name in (_CONTROL, *settings.scores):
+        check_window(SCORES[name], settings.window)
     check_places(settings.data)
     resolve(settings.model)
     if settings.queries is not None:
@@ -94,10 +98,11 @@ def train_anchors(settings: AnchorSettings, say: Say | None = None, model: Any =
     """
     say = say or (lambda text: None)
     check_anchor_settings(settings)
-    texts = _documents(settings, load_tokenizer(settings.model))
     if model is None:
         model = load_model(settings.model)
         ahn.attach(model, ahn.AHNConfig(window=settings.window, sinks=_SINKS))
+    _check_model(model, settings)
+    texts = _documents(settings, load_tokenizer(settings.model))
     votes: dict[int, dict[str, nn.Module]] = {}
     fits: dict[int, Fit] = {}
     queries = _queries(model, texts, settings, say)
@@ -118,6 +123,28 @@ def train_anchors(settings: AnchorSettings, say: Say | None = None, model: Any =
     explained = {layer: (each.ridge, each.explained) for layer, each in fits.items()}
     asked = {layer: len(weights.queries) for layer, weights in queries.items() if "asked" in settings.scores}
     return AnchorReport(explained, asked, shares_kept, facts)
+
+
+def _check_model(model: nn.Module, settings: AnchorSettings) -> None:
+    """Checks that a model can read the documents and choose anchors by the scores of the closing table."""
+    attachment = attachment_of(model)
+    limit = attachment.position_limit
+    if limit is not None and settings.length > limit:
+        raise ConfigError(
+            f"this model has positions for {limit:,} tokens only, and a text with its questions has up to "
+            f"{settings.length:,}; take a smaller length, and a smaller window if need be"
+        )
+    for name in _compared(model, settings):
+        attachment.check(
+            RunSettings.like(
+                attachment.settings,
+                mode="ahn",
+                window=settings.window,
+                sinks=_SINKS,
+                anchors=max(KEPT),
+                anchor_score=name,
+            )
+        )
 
 
 def _queries(model: Any, texts: list[FactText], settings: AnchorSettings, say: Say) -> dict[int, AnchorQueries]:
@@ -186,12 +213,13 @@ def _fits(
 
 def _documents(settings: AnchorSettings, tokenizer: Any) -> list[FactText]:
     """Documents with facts; the left-out kind is in held-out documents only."""
-    length = settings.length - QUESTION_TOKENS
-    sequences, _ = load_pieces(settings.data, tokenizer, Cut(length, length // 2, per_document=200))
-    if not len(sequences):
-        raise ConfigError(f"no text has {length // 2:,} tokens; give longer ones, or a smaller length")
+    length, least = settings.length - QUESTION_TOKENS, settings.window + BEYOND_TOKENS
+    rules = Cut(length, max(least, length // 2), per_document=200)
+    remedy = "Give longer texts, or use a smaller --length or --window."
+    sequences, _ = load_pieces(settings.data, tokenizer, rules, remedy=remedy)
     rng = random.Random(settings.seed)
     texts: list[FactText] = []
+    problem = ""
     indices = evenly(range(len(sequences)), 2 * settings.documents)  # tables and the like are left out
     for index in rng.sample(indices, len(indices)):
         if len(texts) == settings.documents:
@@ -199,10 +227,14 @@ def _documents(settings: AnchorSettings, tokenizer: Any) -> list[FactText]:
         for_testing = _is_held_out(len(texts))
         kinds = list(FORMATS) if for_testing else [name for name in FORMATS if name != settings.left_out]
         text = tokenizer.decode(sequences[index]["input_ids"].tolist(), skip_special_tokens=True)
-        with contextlib.suppress(UnfitText):
-            texts.append(make_document(text, tokenizer, rng, kinds, quotes=not for_testing))
+        try:
+            texts.append(make_document(text, tokenizer, rng, kinds, not for_testing, least=least, most=settings.length))
+        except UnfitText as error:
+            problem = str(error)
     if len(texts) < settings.documents:
-        raise ConfigError(f"only {len(texts)} texts have sentences to hide facts between; give more running text")
+        raise ConfigError(
+            f"facts can be hidden in {len(texts)} texts only ({problem}); give more running text, or a greater length"
+        )
     return texts
 
 
@@ -223,7 +255,7 @@ def _chosen(seen: Observation, document: FactText, window: int, generator: torch
 def _compared(model: nn.Module, settings: AnchorSettings) -> list[str]:
     """Scores of the closing table: one without weights and those that were made, as far as the model can have them."""
     problem = attachment_of(model).rotation_problem
-    names = ("key_diff", *(name for name in scores_with_weights() if name in settings.scores))
+    names = (_CONTROL, *(name for name in scores_with_weights() if name in settings.scores))
     return [name for name in names if not (SCORES[name].pre_rope and problem)]
 
 
