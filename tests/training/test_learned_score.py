@@ -163,11 +163,11 @@ def test_a_length_beyond_a_models_positions(tmp_path: Path) -> None:
 def test_a_window_that_is_too_short_for_a_score(tmp_path: Path) -> None:
     (tmp_path / "story.txt").write_text(STORY)
     given: Any = {"data": (str(tmp_path),), "out": str(tmp_path / "out"), "window": 10}
-    with pytest.raises(ConfigError, match="anchors need a window of more than 12 tokens, not 10"):
+    with pytest.raises(ConfigError, match=r"a window of at least 14 tokens in every layer .*, not 10"):
         check_anchor_settings(AnchorSettings(**given))
     check_anchor_settings(AnchorSettings(**given, scores=("learned",)))
     model = with_memory("gemma3_text", sinks=4, layers=(0, 1, 2))
-    with pytest.raises(ConfigError, match="anchors need a window of more than 12 tokens, not 8"):
+    with pytest.raises(ConfigError, match=r"a window of at least 14 tokens in every layer .*, not 8"):
         _check_model(model, AnchorSettings(**{**given, "window": 16}))
 
 
@@ -256,7 +256,9 @@ def test_learned_learns_from_queries_wherever_they_come_from(base: Path, tmp_pat
     assert "alone" not in said.split("cannot be undone")[1]
     assert set(alone) == set(without) == set(named) - set(queries)
     for name, tensor in alone.items():
-        torch.testing.assert_close(tensor, named[name], rtol=0.05, atol=0.05)  # named ones are rounded to float16
+        # Named ones are rounded to float16, which moves what is fitted to them by some hundredths of its size.
+        size = float(tensor.abs().max())
+        torch.testing.assert_close(tensor, named[name], rtol=0, atol=0.06 * size)
     outer = {name for name in alone if name.endswith("outer.weight")}
     assert outer
     assert not any(torch.allclose(alone[name], without[name], rtol=0.02, atol=0.02) for name in outer)
