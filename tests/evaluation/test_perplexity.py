@@ -371,7 +371,7 @@ class TestCommand:
         status, shown, _ = run("perplexity", "text.txt", *TINY, *arms, *cut, "--out", str(out))
         assert status == 0
         assert "Each arm with the memory of another text, and how much better its own memory is" in shown
-        assert max(map(len, shown.splitlines())) <= 80
+        assert max(len(line) for line in shown.splitlines() if line.startswith(" ")) <= 80
         assert set(read_report(out / "report.json").results["other_text"]) == {"ahn", "ahn+4:random"}
         assert "memory of another text" in (out / "report.html").read_text(encoding="utf-8")
 
