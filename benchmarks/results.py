@@ -195,7 +195,7 @@ def _gap_part(report: dict) -> str:
         closed = _share(*row["closed"].values()) if row["closed"] else ""
         equal, better = results["equal_bytes"].get(name), ""
         if equal:
-            better = f"{equal['nats_better']:+.4f} ({equal['low']:+.4f} to {equal['high']:+.4f})"
+            better = _better(equal)
         cells = [f"`{name}`", f"{row['counted_bytes'] / 1e6:.1f}", f"{row['nll']['beyond']:.4f}", closed]
         lines.append(f"| {' | '.join([*cells, equal['arm'] if equal else '', better])} |")
     return "\n".join([*lines, ""])
@@ -222,8 +222,8 @@ def _other_text_part(report: dict) -> str:
     ]
     for name, other in results["other_text"].items():
         shares = (results["arms"][name]["closed"], other["closed"], other["own"])
-        better = f"{other['nats_better']:+.4f} ({other['low']:+.4f} to {other['high']:+.4f})"
-        lines.append(f"| {' | '.join([f'`{name}`', *(_share(*share.values()) for share in shares), better])} |")
+        cells = [f"`{name}`", *(_share(*share.values()) for share in shares), _better(other)]
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join([*lines, ""])
 
 
@@ -338,6 +338,10 @@ def _draw(report: dict) -> object:
 
 def _share(share: float, low: float, high: float) -> str:
     return f"{100 * share:.0f} %, {100 * low:.0f} to {100 * high:.0f}"
+
+
+def _better(row: dict) -> str:
+    return f"{row['nats_better']:+.4f} ({row['low']:+.4f} to {row['high']:+.4f})"
 
 
 def _where(facts: dict) -> str:

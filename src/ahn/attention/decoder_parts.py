@@ -77,6 +77,7 @@ class DecoderParts:
 
     Attributes:
         weights: The weights that the modules have now.
+        state: Whether they are still what they were.
     """
 
     def __init__(
@@ -110,15 +111,7 @@ class DecoderParts:
         parts += _children(layer, {"self_attn", "mlp", *_NORMS.values()})
         for *_, child in parts:
             _check_forward(child, reader)
-        self._state = ModuleState(layer, parts, () if memory is None else (memory, memory.g_proj))
-
-    def are_same(self) -> bool:
-        """Whether no module was replaced, computes otherwise or was given other tensors since."""
-        return self._state.is_same()
-
-    def are_free(self) -> bool:
-        """Whether no hook of others is on a module."""
-        return self._state.is_free()
+        self.state = ModuleState(layer, parts, () if memory is None else (memory, memory.g_proj))
 
 
 def _children(parent: nn.Module, names: Collection[str]) -> list[tuple[nn.Module, str, nn.Module]]:

@@ -79,13 +79,13 @@ class FastPath:
         """Whether the layer still has its parts and the memory that it had."""
         same = self._attachment is call.attachment and self._attention_layer.memory is self._memory
         # A layer that was built otherwise is looked at again with every new cache: an adapter may be gone.
-        return same and (self._parts.are_same() if self._parts is not None else self._cache == id(call.cache))
+        return same and (self._parts.state.is_same() if self._parts is not None else self._cache == id(call.cache))
 
     def can_take(self, call: Call) -> bool:
         """Whether the kernel can take the token of a call through the layer."""
         if self.described is None or call.step is None or not call.step.takes_kernels or self._layer.training:
             return False
-        if self._parts is None or not self._parts.are_free():
+        if self._parts is None or not self._parts.state.is_free():
             return False
         buffer = self._store(call).exact.buffer
         if buffer is not self._buffer:

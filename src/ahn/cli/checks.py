@@ -186,3 +186,22 @@ def text_file(option: str, name: str) -> str:
     except UnicodeDecodeError as error:
         remedy = "Convert it, for example with: iconv -f latin1 -t utf-8"
         raise UsageError(f"{where} is not UTF-8 (byte {error.start:,}). {remedy}.") from None
+
+
+def evicts(option: str, tokens: int, exact: int, remedy: str) -> None:
+    """Checks that something leaves the window of a text.
+
+    Args:
+        option: The option that says how long the text is.
+        tokens: Its tokens.
+        exact: Sinks and window.
+        remedy: What to do about the text.
+
+    Raises:
+        UsageError: Nothing does.
+    """
+    if tokens <= exact:
+        raise UsageError(
+            f"{option} {tokens:,} do not pass sinks + window = {exact:,}, so that nothing is evicted. "
+            f"{remedy}, or take a smaller --window."
+        )

@@ -53,12 +53,7 @@ class ProbeSettings(ModelChoice):
 @from_fields
 def command(settings: ProbeSettings) -> None:
     """Show which evicted tokens the memory has not kept, how full its state is, and what its gates do."""
-    tokens, sinks, window = settings.tokens, settings.sinks, settings.window
-    if tokens <= sinks + window:
-        raise UsageError(
-            f"--tokens {tokens:,} do not pass sinks + window = {sinks + window:,}, so that nothing is evicted. "
-            "Read more, or take a smaller --window."
-        )
+    checks.evicts("--tokens", settings.tokens, settings.sinks + settings.window, "Read more")
     targets = (settings.html, settings.json, settings.memory_figures)
     html, json, folder = (None if path is None else path.expanduser() for path in targets)
     _check_targets(html, json, folder, settings.file)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from ahn._home import write_figure
 from ahn.cli import checks
-from ahn.cli.evaluation.runs import Run, RunOptions, check_arms, open_run
+from ahn.cli.evaluation.runs import Run, RunOptions, open_run
 from ahn.cli.loading import ModelSettings
 from ahn.cli.options import from_fields
 from ahn.cli.terminal import UsageError, log, output
@@ -68,9 +68,6 @@ def command(settings: PerplexitySettings, source: ModelSettings, options: RunOpt
     """Read texts of any length and compare how well each way to read (arm) predicts every token."""
     if settings.pieces is not None and settings.length is None:
         raise UsageError("--pieces needs --length, the tokens of a piece. Name both.")
-    check_arms(settings.arms)
-    if settings.other_text and not any(find_arm(arm).method == "ahn" for arm in settings.arms):
-        raise UsageError("--other-text needs an arm with a memory among --arms, ahn or ahn+64. Add one.")
     plots = checks.plots_to_write(settings.plot)
     if plots and not {"full", "window"} <= set(settings.arms):
         raise UsageError("--plot needs full and window among --arms, whose gap it shows. Add them.")
@@ -79,6 +76,8 @@ def command(settings: PerplexitySettings, source: ModelSettings, options: RunOpt
     names = ("length", "pieces", "ngram", "rare", "equal_bytes", "other_text", "precision")
     own = {name: getattr(settings, name) for name in names}
     run = open_run("perplexity", source, options, settings.arms, files=checksums, **own)
+    if settings.other_text and not any(find_arm(arm).method == "ahn" for arm in settings.arms):
+        raise UsageError("--other-text needs an arm with a memory among --arms, ahn or ahn+64. Add one.")
     _evaluate(run, run.load(), texts, plots)
 
 

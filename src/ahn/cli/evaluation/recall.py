@@ -38,7 +38,7 @@ def command(settings: RecallSettings, source: ModelSettings, options: RunOptions
     for task in settings.tasks or ("",):
         checks.one_of("--tasks", task, tuple(TASKS))
     lengths, facts = _numbers("--lengths", settings.lengths), _numbers("--facts", settings.facts)
-    _check_lengths(lengths, source)
+    checks.evicts("--lengths", max(lengths), source.sinks + source.window, "Read longer texts")
     settings = dataclasses.replace(settings, lengths=lengths, facts=facts, seed=options.seed)
     text = reference() if settings.haystack is None else checks.text_file("--haystack", settings.haystack)
     checksum = hashlib.sha256(text.encode()).hexdigest()[:16]
@@ -144,16 +144,6 @@ def _page(run: Run, maker: ItemMaker, records: Rows, rows: Rows, sentences: list
     caption = f"Shares with 95 % bootstrap intervals over texts; chance of ranking first: {settings.chance:.2f}"
     page.table(ResultTable(COLUMNS, lines, caption))
     return page
-
-
-def _check_lengths(lengths: tuple[int, ...], source: ModelSettings) -> None:
-    """Checks that something leaves the window of at least one text."""
-    exact = source.sinks + source.window
-    if max(lengths) <= exact:
-        raise UsageError(
-            f"--lengths {max(lengths):,} do not pass sinks + window = {exact:,}, so that nothing is evicted. "
-            "Read longer texts, or take a smaller --window."
-        )
 
 
 def _numbers(option: str, words: Iterable[Any]) -> tuple[int, ...]:

@@ -134,11 +134,11 @@ class ServedPath:
     def is_of(self, call: DecodedTokens) -> bool:
         """Whether the layer still has its parts and the memory that it had."""
         same = self.served.layer.memory is self._memory
-        return same and (self._parts is None or self._parts.are_same())
+        return same and (self._parts is None or self._parts.state.is_same())
 
     def can_take(self, call: DecodedTokens) -> bool:
         """Whether the kernel can take the tokens of a step through the layer."""
-        is_usual = self._parts is not None and self._parts.are_free()
+        is_usual = self._parts is not None and self._parts.state.is_free()
         return is_usual and self.described is not None and not self._layer.training
 
     def can_read(self, inputs: LayerInput, call: DecodedTokens) -> bool:
