@@ -20,6 +20,7 @@ MEMORIES: dict[str, str | type[Memory]] = {
     "gated_delta_net": "GatedDeltaNet",
     "delta_net": "DeltaNet",
     "mamba2": "Mamba2",
+    "linearized_attention": "LinearizedAttention",
 }
 """Each memory's class, or the name of its class in the module that is called like the memory."""
 

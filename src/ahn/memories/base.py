@@ -78,6 +78,7 @@ class Memory(nn.Module, abc.ABC):
         gate_parameters: Parameters per head that `activate` also needs: by name, a function that draws them, `[H]`.
         log_rate: Name of the gate parameter that is the log of a decay rate, if there is one.
         bias: Whether the projections and the output gate have biases.
+        normalizes: Whether what is read passes a norm.
         norm_per_head: Whether the norm is taken over each head before the gate, or over all heads after it.
         gate_count: Gates per token and head, N: log decay, unless `activate` gives none, and write strength.
         g_proj: Output gate: a linear map from the querying token's hidden state to one number per head.
@@ -90,6 +91,7 @@ class Memory(nn.Module, abc.ABC):
     gate_parameters: ClassVar[Mapping[str, Callable[[int], torch.Tensor]]] = {}
     log_rate: ClassVar[str | None] = None
     bias: ClassVar[bool] = False
+    normalizes: ClassVar[bool] = True
     norm_per_head: ClassVar[bool] = True
     g_proj: nn.Linear
 
@@ -108,9 +110,9 @@ class Memory(nn.Module, abc.ABC):
             if self.bias:
                 nn.init.zeros_(linear.bias)
             setattr(self, projection, linear)
-        if self.norm_per_head:
+        if self.normalizes and self.norm_per_head:
             self.o_norm = nn.Parameter(torch.ones(value_size))
-        else:
+        elif self.normalizes:
             self.norm = nn.Parameter(torch.ones(heads * value_size))
         with torch.no_grad():
             self.gate_count = self.gates(self.g_proj.weight.new_zeros(1, 1, shape.hidden_size)).size(-2)
@@ -206,6 +208,7 @@ class Memory(nn.Module, abc.ABC):
     @classmethod
     def update(
         cls,
+        memories: Sequence[Memory],
         k_LBGK: torch.Tensor,
         v_LBGV: torch.Tensor,
         gates_LBNH: torch.Tensor,
@@ -216,6 +219,7 @@ class Memory(nn.Module, abc.ABC):
         """Writes one evicted token into the states of several layers at once; for decoding, no gradients.
 
         Args:
+            memories: The memories of L layers, of one kind and shape.
             k_LBGK: The token's keys, `[L, B, G, K]`.
             v_LBGV: Its values, `[L, B, G, V]`.
             gates_LBNH: Its gates, `[L, B, N, H]`.
@@ -228,7 +232,7 @@ class Memory(nn.Module, abc.ABC):
         starts = None if rows_B is None else ops.state_places(state_LB, rows_B)
         if rows_B is not None and starts is None:
             own = state_LB[:, rows_B]
-            cls.update(k_LBGK, v_LBGV, gates_LBNH, own)
+            cls.update(memories, k_LBGK, v_LBGV, gates_LBNH, own)
             state_LB[:, rows_B] = own
             return
         write_LBH, decay_LBH = cls.gating(gates_LBNH)
@@ -254,31 +258,33 @@ class Memory(nn.Module, abc.ABC):
         with ops.full_precision(state):
             return torch.matmul(self._queries(q_BTHK).transpose(1, 2).to(state.dtype), state_BHKV).transpose(1, 2)
 
-    def gated_norm(self, read_BTHV: torch.Tensor, x_BTD: torch.Tensor) -> torch.Tensor:
-        """Norm and gate of what was read, `[B, T, H, V]` float32, before the output projection.
+    def gated(self, read_BTHV: torch.Tensor, x_BTD: torch.Tensor, local_BTHV: torch.Tensor) -> torch.Tensor:
+        """What goes into the output projection, `[B, T, H, V]` float32: here norm and gate of what was read.
 
         Args:
-            read_BTHV: What the queries read, `[B, T, H, V]` float32.
+            read_BTHV: What the queries read, as `scan` and `read` give it, float32.
             x_BTD: Input of the attention layer at the *querying* tokens, `[B, T, D]`.
+            local_BTHV: Output of the attention over exact tokens at them, `[B, T, H, V]`.
         """
         gate_BTH1 = F.silu(at_least_float32(self.g_proj(x_BTD)))[..., None]
         if self.norm_per_head:
             return rms_norm(read_BTHV, self._norm) * gate_BTH1
         return rms_norm((read_BTHV * gate_BTH1).flatten(-2), self._norm).view_as(read_BTHV)
 
-    def project_out(self, read_BTHV: torch.Tensor, x_BTD: torch.Tensor) -> torch.Tensor:
+    def project_out(self, read_BTHV: torch.Tensor, x_BTD: torch.Tensor, local_BTHV: torch.Tensor) -> torch.Tensor:
         """What the memory adds to the attention output before the model's own output projection.
 
         Args:
-            read_BTHV: What the queries read, `[B, T, H, V]` float32.
+            read_BTHV: What the queries read, as `scan` and `read` give it, float32.
             x_BTD: Input of the attention layer at the querying tokens, `[B, T, D]`.
+            local_BTHV: Output of the attention over exact tokens at them, `[B, T, H, V]`.
 
         Returns:
             `[B, T, H, V]` in the dtype of the model. Zero wherever the state was still empty.
         """
-        normed_BTHV = self.gated_norm(read_BTHV, x_BTD).to(self.o_proj.dtype)
-        out_HXV = torch.bmm(normed_BTHV.flatten(0, 1).transpose(0, 1), self.o_proj)
-        return out_HXV.transpose(0, 1).view(normed_BTHV.shape)
+        gated_BTHV = self.gated(read_BTHV, x_BTD, local_BTHV).to(self.o_proj.dtype)
+        out_HXV = torch.bmm(gated_BTHV.flatten(0, 1).transpose(0, 1), self.o_proj)
+        return out_HXV.transpose(0, 1).view(gated_BTHV.shape)
 
     def decode_add(
         self,
@@ -297,13 +303,15 @@ class Memory(nn.Module, abc.ABC):
             state: The state, `[B, *state_shape()]` float32; with `rows_B` that of any rows.
             rows_B: Which of these rows is whose, int64; `None` where they are those of the batch.
         """
-        if ops.decode_add_(local_B1HV, q_B1HK, x_B1D, state, self.output_weights(), rows_B):
+        weights = self.output_weights()
+        if weights is not None and ops.decode_add_(local_B1HV, q_B1HK, x_B1D, state, weights, rows_B):
             return local_B1HV
         state = state if rows_B is None else state[rows_B]
-        return local_B1HV + self.project_out(self.read(q_B1HK, state), x_B1D).to(local_B1HV.dtype)
+        added_B1HV = self.project_out(self.read(q_B1HK, state), x_B1D, local_B1HV)
+        return local_B1HV + added_B1HV.to(local_B1HV.dtype)
 
-    def output_weights(self) -> ops.OutputWeights:
-        """What its output is computed from, for kernels."""
+    def output_weights(self) -> ops.OutputWeights | None:
+        """What its output is computed from, for kernels; `None` where none serves it."""
         gate, key_first = self.g_proj, self.rule == "delta"
         return ops.OutputWeights(
             gate.weight, gate.bias, self._norm, self.o_proj, self._scale, self.norm_per_head, key_first
