@@ -22,18 +22,21 @@ _EMPTY = 1e-30  # a sum of weights of at most this much: nothing has been writte
 class LinearizedAttention(Memory):
     """What full attention would add for evicted tokens, from the moments of their keys and values.
 
-    A token with key k and value v is written with weight `w = exp(u . k / sqrt(K)) / exp(offset)`, where u is the mean
-    query of the head: `S <- S + w [v; 1] [k; 1]^T`. A query q scores a token `(q - u) . k / sqrt(K)` beyond that. To
-    first order in this score the softmax over all evicted tokens gives
+    A token with key k and value v is written with weight `w = exp(u . k / sqrt(K) - offset)`, where u is the mean query
+    of the head: `S <- S + w [v; 1] [k; 1]^T`. A query q scores a token by `(q - u) . k / sqrt(K)` beyond that. To first
+    order in this score the softmax over all evicted tokens gives, with means weighted by w,
 
-        far = mean(v) + mean((score - mean(score)) v),
+        far = mean(v) + mean((score - mean(score)) v).
 
-    with means weighted by w. The sum of the weights and the mean score say how much of the whole softmax these tokens
-    would take; a query mixes `share = sigmoid(g_proj x + size_weight log(sum w) + match_weight mean(score))` of `far`
-    into the output of the exact tokens. The output projection takes `share (far - local)`, and starts at zero.
+    How much of the whole softmax these tokens would take follows from how many there are and how well they match:
+
+        share = sigmoid(g_proj x + size_weight log(sum of w) + match_weight mean(score) + (q - u) . share_key / sqrt(K)).
+
+    The output projection takes `share (far - local)`, where local is the output of the exact tokens. It starts at zero.
 
     Attributes:
         mean_query: The query u that each head expands around, `[H, K]`.
+        share_key: A key that raises the share where a query matches it, `[H, K]`.
         size_weight: Weight of the logarithm of the sum of weights, `[H]`.
         match_weight: Weight of the mean score, `[H]`.
     """
@@ -46,6 +49,7 @@ class LinearizedAttention(Memory):
     def __init__(self, shape: MemoryShape) -> None:
         super().__init__(shape)
         self.mean_query = torch.nn.Parameter(torch.zeros(shape.query_heads, shape.key_size))
+        self.share_key = torch.nn.Parameter(torch.zeros(shape.query_heads, shape.key_size))
         self.size_weight = torch.nn.Parameter(torch.zeros(shape.query_heads))
         self.match_weight = torch.nn.Parameter(torch.zeros(shape.query_heads))
 
@@ -62,12 +66,13 @@ class LinearizedAttention(Memory):
         gates_BTNH: torch.Tensor,
         state: torch.Tensor | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """As `Memory.scan`; what a query reads is `far`, the logarithm of the sum of weights, and the mean score.
+        """As `Memory.scan`; a query reads `far` and three numbers for its share.
 
         Returns:
-            What each query read, `[B, T, H, V + 2]` float32, and the state after the last token.
+            What each query read, `[B, T, H, V + 3]` float32, and the state after the last token. Behind `far` are the
+            logarithm of the sum of weights, the mean score, and `(q - u) . share_key / sqrt(K)`.
         """
-        q_BTHK, k_BTGK, v_BTGV = self._queries(q_BTHK), at_least_float32(k_BTGK), at_least_float32(v_BTGV)
+        q_BTHK, k_BTGK, v_BTGV = self.scaled_queries(q_BTHK), at_least_float32(k_BTGK), at_least_float32(v_BTGV)
         with ops.full_precision(q_BTHK):
             weight_BTH = gates_BTNH[..., 0, :] * _tilt(at_least_float32(self.mean_query), k_BTGK)
             state = self.empty_state(q_BTHK.size(0), q_BTHK.device).to(q_BTHK.dtype) if state is None else state
@@ -79,10 +84,10 @@ class LinearizedAttention(Memory):
         read_BTHV, both = ops.state_space(
             q_BTHK, k_BTGK, v_BTGV, torch.zeros_like(weight_BTH), weight_BTH, state[:, :, :-1, :-1].contiguous()
         )
-        match_BTH = (keys_BTHK * q_BTHK).sum(-1)
         left = torch.cat((both, keys_BTHK[:, -1, :, None]), dim=2)
         right = torch.cat((values_BTHV[:, -1], size_BTH[:, -1, :, None]), dim=2)
-        return _first_order(read_BTHV, values_BTHV, match_BTH, size_BTH), torch.cat((left, right[..., None]), dim=3)
+        match_BTH = (keys_BTHK * q_BTHK).sum(-1)
+        return self._first_order(q_BTHK, (read_BTHV, values_BTHV, match_BTH, size_BTH)), torch.cat((left, right[..., None]), dim=3)
 
     @classmethod
     def update(
@@ -112,19 +117,21 @@ class LinearizedAttention(Memory):
             torch.add(state_LB if former_LB is None else former_LB, written, out=state_LB)
 
     def read(self, q_BTHK: torch.Tensor, state: torch.Tensor) -> torch.Tensor:
-        """As `Memory.read`; see `scan` for what is read, `[B, T, H, V + 2]`."""
-        q_BTHK = self._queries(q_BTHK).to(state.dtype)
+        """As `Memory.read`; see `scan` for what is read, `[B, T, H, V + 3]`."""
+        q_BTHK = self.scaled_queries(q_BTHK).to(state.dtype)
         with ops.full_precision(state):
             both_BTHX = torch.einsum("bthk,bhxk->bthx", q_BTHK, state[..., :-1])
         last_B1HX = state[:, None, :, :, -1].expand_as(both_BTHX)
-        return _first_order(both_BTHX[..., :-1], last_B1HX[..., :-1], both_BTHX[..., -1], last_B1HX[..., -1])
+        sums = both_BTHX[..., :-1], last_B1HX[..., :-1], both_BTHX[..., -1], last_B1HX[..., -1]
+        return self._first_order(q_BTHK, sums)
 
     def gated(self, read_BTHV: torch.Tensor, x_BTD: torch.Tensor, local_BTHV: torch.Tensor) -> torch.Tensor:
         """The share of the softmax that evicted tokens take, times what is different in them; see `Memory.gated`."""
-        far_BTHV, size_BTH, match_BTH = read_BTHV[..., :-2], read_BTHV[..., -2], read_BTHV[..., -1]
+        far_BTHV, size_BTH, match_BTH, own_BTH = read_BTHV[..., :-3], *read_BTHV[..., -3:].unbind(-1)
         is_empty = size_BTH == -torch.inf
-        state_BTH = self.size_weight * size_BTH.masked_fill(is_empty, 0) + self.match_weight * match_BTH
-        share_BTH = torch.sigmoid(at_least_float32(self.g_proj(x_BTD)) + state_BTH).masked_fill(is_empty, 0)
+        logit_BTH = self.size_weight * size_BTH.masked_fill(is_empty, 0) + self.match_weight * match_BTH + own_BTH
+        logit_BTH = logit_BTH + at_least_float32(self.g_proj(x_BTD))
+        share_BTH = torch.sigmoid(logit_BTH).masked_fill(is_empty, 0)
         return share_BTH[..., None] * (far_BTHV - at_least_float32(local_BTHV))
 
     def output_weights(self) -> None:
@@ -140,9 +147,20 @@ class LinearizedAttention(Memory):
         _, heads, _, key_size, value_size = self.shape
         return heads, value_size + 1, key_size + 1
 
-    def _queries(self, q_BTHK: torch.Tensor) -> torch.Tensor:
+    def scaled_queries(self, q_BTHK: torch.Tensor) -> torch.Tensor:
         """Queries beyond the mean query, scaled as attention scales them, `[B, T, H, K]`, at least in float32."""
         return (at_least_float32(q_BTHK) - at_least_float32(self.mean_query)) * self.shape.key_size**-0.5
+
+    def _first_order(self, q_BTHK: torch.Tensor, sums: tuple[torch.Tensor, ...]) -> torch.Tensor:
+        """What queries read from the weighted sums of score times value, of values, of scores, and of ones."""
+        both_BTHV, values_BTHV, match_BTH, size_BTH = sums
+        is_empty = size_BTH <= _EMPTY
+        divisor_BTH = torch.where(is_empty, torch.ones_like(size_BTH), size_BTH)
+        mean_BTH = match_BTH / divisor_BTH
+        far_BTHV = (both_BTHV + (1 - mean_BTH)[..., None] * values_BTHV) / divisor_BTH[..., None]
+        size_BTH = divisor_BTH.log().masked_fill(is_empty, -torch.inf)
+        own_BTH = (q_BTHK * at_least_float32(self.share_key)).sum(-1)
+        return torch.cat((far_BTHV, torch.stack((size_BTH, mean_BTH, own_BTH), dim=-1)), dim=-1)
 
 
 def _tilt(mean_query_HK: torch.Tensor, k_GK: torch.Tensor) -> torch.Tensor:
@@ -151,15 +169,3 @@ def _tilt(mean_query_HK: torch.Tensor, k_GK: torch.Tensor) -> torch.Tensor:
     heads = mean_query_HK.unflatten(-2, (groups, -1))
     scores = (heads @ k_GK[..., None]).flatten(-3) * key_size**-0.5
     return scores.clamp(max=_HIGHEST_TILT).exp()
-
-
-def _first_order(
-    both_V: torch.Tensor, values_V: torch.Tensor, match: torch.Tensor, size: torch.Tensor
-) -> torch.Tensor:
-    """What a query reads from weighted sums of score times value, value, score, and 1; see `LinearizedAttention`."""
-    is_empty = size <= _EMPTY
-    divisor = torch.where(is_empty, torch.ones_like(size), size)
-    mean = match / divisor
-    far_V = (both_V + (1 - mean)[..., None] * values_V) / divisor[..., None]
-    log_size = torch.where(is_empty, torch.full_like(size, -torch.inf), divisor.log())
-    return torch.cat((far_V, torch.stack((log_size, mean), dim=-1)), dim=-1)

@@ -24,6 +24,7 @@ from ahn.models.loading import is_gguf
 from ahn.models.text import evenly
 from ahn.training.anchors.joint import load_score_weights
 from ahn.training.batches import Pieces, PieceStream, collate
+from ahn.training.calibration import calibrate
 from ahn.training.data import load_pieces, stream_pieces
 from ahn.training.distiller import Distiller
 from ahn.training.initialization import copy_common, set_initial_decay, set_initial_gate
@@ -267,6 +268,7 @@ def _model(settings: TrainSettings, sequences: Pieces | PieceStream, say: Say, b
     if settings.adapter is None and settings.initial_readout is not None:
         say("solving the read-out of every layer on a few texts")
         batches = [collate([item]) for item in _first(sequences, settings.initial_texts)]
+        calibrate(model, batches, settings.span_draw)
         solve_readout(model, batches, settings.span_draw, settings.initial_readout)
     return model
 
