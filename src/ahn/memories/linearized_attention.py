@@ -30,7 +30,7 @@ class LinearizedAttention(Memory):
 
     How much of the whole softmax these tokens would take follows from how many there are and how well they match:
 
-        share = sigmoid(g_proj x + size_weight log(sum of w) + match_weight mean(score) + (q - u) . share_key / sqrt(K)).
+        share = sigmoid(g_proj x + size_weight log(sum(w)) + match_weight mean(score) + (q - u) . share_key / sqrt(K)).
 
     The output projection takes `share (far - local)`, where local is the output of the exact tokens. It starts at zero.
 
@@ -55,7 +55,7 @@ class LinearizedAttention(Memory):
 
     @staticmethod
     def activate(offset: torch.Tensor) -> tuple[None, torch.Tensor]:
-        """No decay, and write strength exp(-offset), which keeps the sum of the weights near 1; see `Memory.activate`."""
+        """No decay, and write strength exp(-offset), so that weights are about 1; see `Memory.activate`."""
         return None, torch.exp(-offset)
 
     def scan(
@@ -84,10 +84,10 @@ class LinearizedAttention(Memory):
         read_BTHV, both = ops.state_space(
             q_BTHK, k_BTGK, v_BTGV, torch.zeros_like(weight_BTH), weight_BTH, state[:, :, :-1, :-1].contiguous()
         )
+        sums = read_BTHV, values_BTHV, (keys_BTHK * q_BTHK).sum(-1), size_BTH
         left = torch.cat((both, keys_BTHK[:, -1, :, None]), dim=2)
         right = torch.cat((values_BTHV[:, -1], size_BTH[:, -1, :, None]), dim=2)
-        match_BTH = (keys_BTHK * q_BTHK).sum(-1)
-        return self._first_order(q_BTHK, (read_BTHV, values_BTHV, match_BTH, size_BTH)), torch.cat((left, right[..., None]), dim=3)
+        return self._first_order(q_BTHK, sums), torch.cat((left, right[..., None]), dim=3)
 
     @classmethod
     def update(
@@ -120,7 +120,7 @@ class LinearizedAttention(Memory):
         """As `Memory.read`; see `scan` for what is read, `[B, T, H, V + 3]`."""
         q_BTHK = self.scaled_queries(q_BTHK).to(state.dtype)
         with ops.full_precision(state):
-            both_BTHX = torch.einsum("bthk,bhxk->bthx", q_BTHK, state[..., :-1])
+            both_BTHX = torch.matmul(q_BTHK.transpose(1, 2), state[..., :-1].mT).transpose(1, 2)
         last_B1HX = state[:, None, :, :, -1].expand_as(both_BTHX)
         sums = both_BTHX[..., :-1], last_B1HX[..., :-1], both_BTHX[..., -1], last_B1HX[..., -1]
         return self._first_order(q_BTHK, sums)

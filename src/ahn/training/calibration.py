@@ -13,7 +13,6 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from ahn.attachment import attachment_of
 from ahn.attention.recording import RecordedLayer
 from ahn.memories.linearized_attention import LinearizedAttention
 from ahn.training.sampling import SpanDraw
@@ -75,7 +74,7 @@ class _Shares(_Adding):
 
 
 def _features(memory: LinearizedAttention, query_BHEK: torch.Tensor, read_BEHV: torch.Tensor) -> torch.Tensor:
-    """What a share is computed from, `[B, H, E, K + 3]`: the query, the size and the match of what it reads, and one."""
+    """What a share is computed from, `[B, H, E, K + 3]`: the query, size and match of what it reads, and one."""
     scaled_BHEK = memory.scaled_queries(query_BHEK.transpose(1, 2)).transpose(1, 2)
     size_and_match = read_BEHV[..., -3:-1].transpose(1, 2)
     return torch.cat((scaled_BHEK, size_and_match, torch.ones_like(size_and_match[..., :1])), dim=-1)
@@ -97,7 +96,7 @@ def calibrate(model: nn.Module, batches: Iterable[Mapping[str, torch.Tensor]], d
     for memory, (queries, keys) in _added(model, batches, draw, _Means).items():
         memory.mean_query.copy_(queries / len(batches))
         heads = (memory.mean_query.unflatten(0, (keys.size(0), -1)) * (keys / len(batches))[:, None]).sum(-1)
-        memory.offset.copy_(heads.flatten() * memory.shape.key_size**-0.5)
+        memory.get_parameter("offset").copy_(heads.flatten() * memory.shape.key_size**-0.5)
     for memory, (both, target) in _added(model, batches, draw, _Shares).items():
         ridge = torch.diag_embed(_RIDGE * both.diagonal(dim1=-2, dim2=-1).clamp(min=1e-12))
         solved = torch.linalg.solve(both + ridge, target).squeeze(-1)
