@@ -339,6 +339,11 @@ class Memory(nn.Module, abc.ABC):
         """
         return 3 if self.rule == "delta" else 2
 
+    @property
+    def write_products(self) -> int:
+        """Products of numbers, beside those with the state, of writing one token once its gates are known."""
+        return 0
+
     def state_shape(self) -> tuple[int, int, int]:
         """Shape of one sequence's state: `[H, K, V]` by the delta rule, `[H, V, K]` by the additive one."""
         _, heads, _, key_size, value_size = self.shape

@@ -51,7 +51,7 @@ class LinearizedAttention(Memory):
 
     @staticmethod
     def activate(offset: torch.Tensor) -> tuple[None, torch.Tensor]:
-        """No decay, and write strength exp(-offset), which keeps the sum of the weights near 1; see `Memory.activate`."""
+        """No decay, and write strength exp(-offset), which keeps the sum of weights near 1; see `Memory.activate`."""
         return None, torch.exp(-offset)
 
     def scan(
@@ -62,7 +62,7 @@ class LinearizedAttention(Memory):
         gates_BTNH: torch.Tensor,
         state: torch.Tensor | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """As `Memory.scan`; what a query reads is `far`, the logarithm of the sum of weights, and the mean score.
+        """As `Memory.scan`; what a query reads is `far`, the mean score, and the sum of weights.
 
         Returns:
             What each query read, `[B, T, H, V + 2]` float32, and the state after the last token.
@@ -79,10 +79,11 @@ class LinearizedAttention(Memory):
         read_BTHV, both = ops.state_space(
             q_BTHK, k_BTGK, v_BTGV, torch.zeros_like(weight_BTH), weight_BTH, state[:, :, :-1, :-1].contiguous()
         )
-        match_BTH = (keys_BTHK * q_BTHK).sum(-1)
+        match_BTH1 = (keys_BTHK * q_BTHK).sum(-1, keepdim=True)
         left = torch.cat((both, keys_BTHK[:, -1, :, None]), dim=2)
         right = torch.cat((values_BTHV[:, -1], size_BTH[:, -1, :, None]), dim=2)
-        return _first_order(read_BTHV, values_BTHV, match_BTH, size_BTH), torch.cat((left, right[..., None]), dim=3)
+        read = _first_order(read_BTHV, values_BTHV, match_BTH1, size_BTH[..., None])
+        return read, torch.cat((left, right[..., None]), dim=3)
 
     @classmethod
     def update(
@@ -96,44 +97,71 @@ class LinearizedAttention(Memory):
         former_LB: torch.Tensor | None = None,
     ) -> None:
         """As `Memory.update`."""
+        mean_query_LHK = at_least_float32(torch.stack([memory.get_parameter("mean_query") for memory in memories]))
+        k_LBGK, v_LBGV = at_least_float32(k_LBGK), at_least_float32(v_LBGV)
+        token = k_LBGK, v_LBGV, gates_LBNH[..., 0, :], mean_query_LHK
+        if ops.write_linearized_(*token, state_LB, rows_B, former_LB):
+            return
         if rows_B is not None:
             own = state_LB[:, rows_B]
             cls.update(memories, k_LBGK, v_LBGV, gates_LBNH, own)
             state_LB[:, rows_B] = own
             return
-        shape = memories[0].shape
-        mean_query = torch.stack([memory.get_parameter("mean_query") for memory in memories])[:, None]
-        k_LBGK, v_LBGV = at_least_float32(k_LBGK), at_least_float32(v_LBGV)
         with ops.full_precision(state_LB):
-            weight_LBH = gates_LBNH[..., 0, :] * _tilt(mean_query, k_LBGK)
-            repeats = shape.query_heads // shape.kv_heads
+            weight_LBH = gates_LBNH[..., 0, :] * _tilt(mean_query_LHK[:, None], k_LBGK)
+            repeats = gates_LBNH.size(-1) // k_LBGK.size(2)
             k, v = (F.pad(x, (0, 1), value=1.0).repeat_interleave(repeats, 2) for x in (k_LBGK, v_LBGV))
-            written = (v * weight_LBH[..., None])[..., None] * k[..., None, :]
-            torch.add(state_LB if former_LB is None else former_LB, written, out=state_LB)
+            v = (v * weight_LBH[..., None])[..., None]
+            torch.addcmul(state_LB if former_LB is None else former_LB, v, k[..., None, :], out=state_LB)
 
     def read(self, q_BTHK: torch.Tensor, state: torch.Tensor) -> torch.Tensor:
         """As `Memory.read`; see `scan` for what is read, `[B, T, H, V + 2]`."""
         q_BTHK = self._queries(q_BTHK).to(state.dtype)
         with ops.full_precision(state):
-            both_BTHX = torch.einsum("bthk,bhxk->bthx", q_BTHK, state[..., :-1])
-        last_B1HX = state[:, None, :, :, -1].expand_as(both_BTHX)
-        return _first_order(both_BTHX[..., :-1], last_B1HX[..., :-1], both_BTHX[..., -1], last_B1HX[..., -1])
+            both_BTHX = torch.matmul(q_BTHK.transpose(1, 2), state[..., :-1].mT).transpose(1, 2)
+        sizes = self.shape.value_size, 1
+        both_BTHV, match_BTH1 = both_BTHX.split(sizes, dim=-1)
+        values_B1HV, size_B1H1 = state[:, None, :, :, -1].split(sizes, dim=-1)
+        return _first_order(both_BTHV, values_B1HV, match_BTH1, size_B1H1.expand_as(match_BTH1))
 
     def gated(self, read_BTHV: torch.Tensor, x_BTD: torch.Tensor, local_BTHV: torch.Tensor) -> torch.Tensor:
         """The share of the softmax that evicted tokens take, times what is different in them; see `Memory.gated`."""
-        far_BTHV, size_BTH, match_BTH = read_BTHV[..., :-2], read_BTHV[..., -2], read_BTHV[..., -1]
-        is_empty = size_BTH == -torch.inf
-        state_BTH = self.size_weight * size_BTH.masked_fill(is_empty, 0) + self.match_weight * match_BTH
-        share_BTH = torch.sigmoid(at_least_float32(self.g_proj(x_BTD)) + state_BTH).masked_fill(is_empty, 0)
-        return share_BTH[..., None] * (far_BTHV - at_least_float32(local_BTHV))
+        far_BTHV, match_BTH, size_BTH = read_BTHV[..., :-2], read_BTHV[..., -2], read_BTHV[..., -1]
+        is_empty = size_BTH <= _EMPTY
+        gate_BTH = torch.addcmul(at_least_float32(self.g_proj(x_BTD)), self.match_weight, match_BTH)
+        gate_BTH = torch.addcmul(gate_BTH, self.size_weight, size_BTH.masked_fill(is_empty, 1).log())
+        share_BTH = gate_BTH.sigmoid().masked_fill(is_empty, 0)
+        return share_BTH[..., None] * (far_BTHV - local_BTHV)
+
+    def decode_add(
+        self,
+        local_B1HV: torch.Tensor,
+        q_B1HK: torch.Tensor,
+        x_B1D: torch.Tensor,
+        state: torch.Tensor,
+        rows_B: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """As `Memory.decode_add`, by a kernel of its own."""
+        gate = self.g_proj
+        weights = ops.LinearizedWeights(
+            self.mean_query, gate.weight, gate.bias, self.size_weight, self.match_weight, self.o_proj
+        )
+        if ops.decode_add_linearized_(local_B1HV, q_B1HK, x_B1D, state, weights, rows_B):
+            return local_B1HV
+        return super().decode_add(local_B1HV, q_B1HK, x_B1D, state, rows_B)
 
     def output_weights(self) -> None:
-        """There is no kernel for its output."""
+        """The kernels for the output of other memories do not serve it."""
 
     @property
     def state_products(self) -> int:
         """As `Memory.state_products`: a token is written in one and read in another."""
         return 2
+
+    @property
+    def write_products(self) -> int:
+        """As `Memory.write_products`: each mean query is multiplied by the token's key."""
+        return self.mean_query.numel()
 
     def state_shape(self) -> tuple[int, int, int]:
         """Shape of one sequence's state, `[H, V + 1, K + 1]`: sums of products, and of keys, values and weights."""
@@ -142,24 +170,22 @@ class LinearizedAttention(Memory):
 
     def _queries(self, q_BTHK: torch.Tensor) -> torch.Tensor:
         """Queries beyond the mean query, scaled as attention scales them, `[B, T, H, K]`, at least in float32."""
-        return (at_least_float32(q_BTHK) - at_least_float32(self.mean_query)) * self.shape.key_size**-0.5
+        return (at_least_float32(q_BTHK) - at_least_float32(self.mean_query)) * float(self.shape.key_size**-0.5)
 
 
 def _tilt(mean_query_HK: torch.Tensor, k_GK: torch.Tensor) -> torch.Tensor:
     """Weights of keys `[..., G, K]` by the mean queries `[..., H, K]` of their heads, `[..., H]`."""
     groups, key_size = k_GK.shape[-2:]
     heads = mean_query_HK.unflatten(-2, (groups, -1))
-    scores = (heads @ k_GK[..., None]).flatten(-3) * key_size**-0.5
+    scores: torch.Tensor = (heads @ k_GK[..., None]).flatten(-3) * key_size**-0.5
     return scores.clamp(max=_HIGHEST_TILT).exp()
 
 
 def _first_order(
-    both_V: torch.Tensor, values_V: torch.Tensor, match: torch.Tensor, size: torch.Tensor
+    both_V: torch.Tensor, values_V: torch.Tensor, match_1: torch.Tensor, size_1: torch.Tensor
 ) -> torch.Tensor:
-    """What a query reads from weighted sums of score times value, value, score, and 1; see `LinearizedAttention`."""
-    is_empty = size <= _EMPTY
-    divisor = torch.where(is_empty, torch.ones_like(size), size)
-    mean = match / divisor
-    far_V = (both_V + (1 - mean)[..., None] * values_V) / divisor[..., None]
-    log_size = torch.where(is_empty, torch.full_like(size, -torch.inf), divisor.log())
-    return torch.cat((far_V, torch.stack((log_size, mean), dim=-1)), dim=-1)
+    """What a query reads from weighted sums of score times value, value, score, and 1; see `scan`."""
+    divisor_1 = size_1.masked_fill(size_1 <= _EMPTY, 1)
+    mean_1 = match_1 / divisor_1
+    far_V = torch.addcmul(both_V, 1 - mean_1, values_V) / divisor_1
+    return torch.cat((far_V, mean_1, size_1), dim=-1)
