@@ -57,13 +57,13 @@ def check_bytes(model: Any, counted: Counting, memory: str, contexts: tuple[int,
 def test_bytes_are_those_of_real_caches(family: str, memory: str, dtype: torch.dtype) -> None:
     model = tiny(family, **({"sliding_window": 40} if family == "gemma2" else {})).to(dtype)
     ahn.attach(model, config(memory=memory))
-    check_bytes(model, cost_model(model.config, config(), dtype=dtype), memory)
+    check_bytes(model, cost_model(model.config, config(memory=memory), dtype=dtype), memory)
 
 
 def test_one_kv_head_for_all(memory: str) -> None:
     model = tiny("qwen3", **GROUPED)
     ahn.attach(model, config(memory=memory))
-    counted = cost_model(model.config, config())
+    counted = cost_model(model.config, config(memory=memory))
     check_bytes(model, counted, memory)
     assert counted.base.attachment.layers[0].shape.kv_heads == 1
 
@@ -173,8 +173,8 @@ def token_flops(counted: Counting, way: str, token: int) -> int:
             flops += 2 * gates
             if evicted:
                 output_gate = shape.hidden_size * shape.query_heads
-                products = memory.state_products * state_numbers(memory) + output_gate + memory.o_proj.numel()
-                flops += 2 * products
+                scan = memory.state_products * state_numbers(memory) + memory.write_products
+                flops += 2 * (scan + output_gate + memory.o_proj.numel())
         total += count * flops
     return total
 

@@ -282,7 +282,11 @@ class Memory(nn.Module, abc.ABC):
         Returns:
             `[B, T, H, V]` in the dtype of the model. Zero wherever the state was still empty.
         """
-        gated_BTHV = self.gated(read_BTHV, x_BTD, local_BTHV).to(self.o_proj.dtype)
+        return self._projected(self.gated(read_BTHV, x_BTD, local_BTHV))
+
+    def _projected(self, gated_BTHV: torch.Tensor) -> torch.Tensor:
+        """Each head by its output projection, in the dtype of the model."""
+        gated_BTHV = gated_BTHV.to(self.o_proj.dtype)
         out_HXV = torch.bmm(gated_BTHV.flatten(0, 1).transpose(0, 1), self.o_proj)
         return out_HXV.transpose(0, 1).view(gated_BTHV.shape)
 
@@ -338,6 +342,11 @@ class Memory(nn.Module, abc.ABC):
         The delta rule takes one more: it reads what the state holds for the key before it writes.
         """
         return 3 if self.rule == "delta" else 2
+
+    @property
+    def write_products(self) -> int:
+        """Products of numbers, beside those with the state, of writing one token once its gates are known."""
+        return 0
 
     def state_shape(self) -> tuple[int, int, int]:
         """Shape of one sequence's state: `[H, K, V]` by the delta rule, `[H, V, K]` by the additive one."""

@@ -6,7 +6,7 @@ Shapes as in `ahn.memories.base`.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +16,25 @@ from ahn.memories.base import Memory, MemoryShape
 from ahn.ops import at_least_float32
 
 _HIGHEST_TILT = 60.0  # of a token's score with the mean query; e^60 tokens fit into float32
-_EMPTY = 1e-30  # a sum of weights of at most this much: nothing has been written
+_EMPTY = 1e-12  # a sum of weights of at most this much: nothing has been written
+
+
+class Sums(NamedTuple):
+    """What queries read from a state: sums over the evicted tokens, by their weights.
+
+    Attributes:
+        both: Of score times value, `[B, T, H, V]`.
+        values: Of values, `[B, T or 1, H, V]`.
+        scores: Of scores, `[B, T, H]`.
+        weights: Of the weights alone, `[B, T or 1, H]`.
+        own: `(q - u) . share_key / sqrt(K)` of the query itself, `[B, T, H]`.
+    """
+
+    both: torch.Tensor
+    values: torch.Tensor
+    scores: torch.Tensor
+    weights: torch.Tensor
+    own: torch.Tensor
 
 
 class LinearizedAttention(Memory):
@@ -66,11 +84,11 @@ class LinearizedAttention(Memory):
         gates_BTNH: torch.Tensor,
         state: torch.Tensor | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """As `Memory.scan`; a query reads `far` and three numbers for its share.
+        """As `Memory.scan`; a query reads weighted sums over the tokens, and how well it matches the share's key.
 
         Returns:
-            What each query read, `[B, T, H, V + 3]` float32, and the state after the last token. Behind `far` are the
-            logarithm of the sum of weights, the mean score, and `(q - u) . share_key / sqrt(K)`.
+            What each query read, `[B, T, H, 2 V + 3]` float32, and the state after the last token. Sums of score times
+            value, of values, of scores, and of weights, then `(q - u) . share_key / sqrt(K)`.
         """
         q_BTHK, k_BTGK, v_BTGV = self.scaled_queries(q_BTHK), at_least_float32(k_BTGK), at_least_float32(v_BTGV)
         with ops.full_precision(q_BTHK):
@@ -84,10 +102,12 @@ class LinearizedAttention(Memory):
         read_BTHV, both = ops.state_space(
             q_BTHK, k_BTGK, v_BTGV, torch.zeros_like(weight_BTH), weight_BTH, state[:, :, :-1, :-1].contiguous()
         )
-        sums = read_BTHV, values_BTHV, (keys_BTHK * q_BTHK).sum(-1), size_BTH
+        match_BTH1 = (keys_BTHK * q_BTHK).sum(-1, keepdim=True)
         left = torch.cat((both, keys_BTHK[:, -1, :, None]), dim=2)
         right = torch.cat((values_BTHV[:, -1], size_BTH[:, -1, :, None]), dim=2)
-        return self._first_order(q_BTHK, sums), torch.cat((left, right[..., None]), dim=3)
+        own_BTH1 = (q_BTHK * at_least_float32(self.share_key)).sum(-1, keepdim=True)
+        read = torch.cat((read_BTHV, values_BTHV, match_BTH1, size_BTH[..., None], own_BTH1), dim=-1)
+        return read, torch.cat((left, right[..., None]), dim=3)
 
     @classmethod
     def update(
@@ -101,46 +121,84 @@ class LinearizedAttention(Memory):
         former_LB: torch.Tensor | None = None,
     ) -> None:
         """As `Memory.update`."""
+        mean_query_LHK = at_least_float32(torch.stack([memory.get_parameter("mean_query") for memory in memories]))
+        k_LBGK, v_LBGV = at_least_float32(k_LBGK), at_least_float32(v_LBGV)
+        token = k_LBGK, v_LBGV, gates_LBNH[..., 0, :], mean_query_LHK
+        if ops.write_linearized_(*token, state_LB, rows_B, former_LB):
+            return
         if rows_B is not None:
             own = state_LB[:, rows_B]
             cls.update(memories, k_LBGK, v_LBGV, gates_LBNH, own)
             state_LB[:, rows_B] = own
             return
-        shape = memories[0].shape
-        mean_query = torch.stack([memory.get_parameter("mean_query") for memory in memories])[:, None]
-        k_LBGK, v_LBGV = at_least_float32(k_LBGK), at_least_float32(v_LBGV)
         with ops.full_precision(state_LB):
-            weight_LBH = gates_LBNH[..., 0, :] * _tilt(mean_query, k_LBGK)
-            repeats = shape.query_heads // shape.kv_heads
+            weight_LBH = gates_LBNH[..., 0, :] * _tilt(mean_query_LHK[:, None], k_LBGK)
+            repeats = gates_LBNH.size(-1) // k_LBGK.size(2)
             k, v = (F.pad(x, (0, 1), value=1.0).repeat_interleave(repeats, 2) for x in (k_LBGK, v_LBGV))
-            written = (v * weight_LBH[..., None])[..., None] * k[..., None, :]
-            torch.add(state_LB if former_LB is None else former_LB, written, out=state_LB)
+            v = (v * weight_LBH[..., None])[..., None]
+            torch.addcmul(state_LB if former_LB is None else former_LB, v, k[..., None, :], out=state_LB)
 
     def read(self, q_BTHK: torch.Tensor, state: torch.Tensor) -> torch.Tensor:
-        """As `Memory.read`; see `scan` for what is read, `[B, T, H, V + 3]`."""
+        """As `Memory.read`; see `scan` for what is read, `[B, T, H, 2 V + 3]`."""
+        both, values, *numbers = self._sums(q_BTHK, state)
+        return torch.cat(
+            (both, values.expand_as(both), *(each[..., None].expand(*both.shape[:3], 1) for each in numbers)), -1
+        )
+
+    def _sums(self, q_BTHK: torch.Tensor, state: torch.Tensor) -> Sums:
+        """The same in parts, which broadcast."""
         q_BTHK = self.scaled_queries(q_BTHK).to(state.dtype)
         with ops.full_precision(state):
             both_BTHX = torch.matmul(q_BTHK.transpose(1, 2), state[..., :-1].mT).transpose(1, 2)
-        last_B1HX = state[:, None, :, :, -1].expand_as(both_BTHX)
-        sums = both_BTHX[..., :-1], last_B1HX[..., :-1], both_BTHX[..., -1], last_B1HX[..., -1]
-        return self._first_order(q_BTHK, sums)
+        own_BTH, last_B1HX = (q_BTHK * self.share_key).sum(-1), state[:, None, :, :, -1]
+        return Sums(both_BTHX[..., :-1], last_B1HX[..., :-1], both_BTHX[..., -1], last_B1HX[..., -1], own_BTH)
 
     def gated(self, read_BTHV: torch.Tensor, x_BTD: torch.Tensor, local_BTHV: torch.Tensor) -> torch.Tensor:
         """The share of the softmax that evicted tokens take, times what is different in them; see `Memory.gated`."""
-        far_BTHV, size_BTH, match_BTH, own_BTH = read_BTHV[..., :-3], *read_BTHV[..., -3:].unbind(-1)
-        is_empty = size_BTH == -torch.inf
-        logit_BTH = self.size_weight * size_BTH.masked_fill(is_empty, 0) + self.match_weight * match_BTH + own_BTH
-        logit_BTH = logit_BTH + at_least_float32(self.g_proj(x_BTD))
-        share_BTH = torch.sigmoid(logit_BTH).masked_fill(is_empty, 0)
-        return share_BTH[..., None] * (far_BTHV - at_least_float32(local_BTHV))
+        size = self.shape.value_size
+        both, values, numbers = read_BTHV.split((size, size, 3), dim=-1)
+        return self._mixed(Sums(both, values, *numbers.unbind(-1)), x_BTD, local_BTHV)
+
+    def _mixed(self, sums: Sums, x_BTD: torch.Tensor, local_BTHV: torch.Tensor) -> torch.Tensor:
+        size_BTH = sums.weights.clamp(min=_EMPTY)
+        mean_BTH = sums.scores / size_BTH
+        gate_BTH = torch.addcmul(at_least_float32(self.g_proj(x_BTD)) + sums.own, self.match_weight, mean_BTH)
+        gate_BTH = torch.addcmul(gate_BTH, self.size_weight, size_BTH.log())
+        share_BTH = gate_BTH.sigmoid() * (size_BTH > _EMPTY)
+        far_BTHV = torch.addcmul(sums.both, (1 - mean_BTH)[..., None], sums.values) / size_BTH[..., None]
+        return share_BTH[..., None] * (far_BTHV - local_BTHV)
+
+    def decode_add(
+        self,
+        local_B1HV: torch.Tensor,
+        q_B1HK: torch.Tensor,
+        x_B1D: torch.Tensor,
+        state: torch.Tensor,
+        rows_B: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """As `Memory.decode_add`, by a kernel of its own."""
+        gate = self.g_proj
+        weights = ops.LinearizedWeights(
+            self.mean_query, self.share_key, gate.weight, gate.bias, self.size_weight, self.match_weight, self.o_proj
+        )
+        if ops.decode_add_linearized_(local_B1HV, q_B1HK, x_B1D, state, weights, rows_B):
+            return local_B1HV
+        sums = self._sums(q_B1HK, state if rows_B is None else state[rows_B])
+        added_B1HV = self._projected(self._mixed(sums, x_B1D, local_B1HV))
+        return local_B1HV + added_B1HV.to(local_B1HV.dtype)
 
     def output_weights(self) -> None:
-        """There is no kernel for its output."""
+        """The kernels for the output of other memories do not serve it."""
 
     @property
     def state_products(self) -> int:
         """As `Memory.state_products`: a token is written in one and read in another."""
         return 2
+
+    @property
+    def write_products(self) -> int:
+        """As `Memory.write_products`: each mean query is multiplied by the token's key."""
+        return self.mean_query.numel()
 
     def state_shape(self) -> tuple[int, int, int]:
         """Shape of one sequence's state, `[H, V + 1, K + 1]`: sums of products, and of keys, values and weights."""
@@ -149,23 +207,12 @@ class LinearizedAttention(Memory):
 
     def scaled_queries(self, q_BTHK: torch.Tensor) -> torch.Tensor:
         """Queries beyond the mean query, scaled as attention scales them, `[B, T, H, K]`, at least in float32."""
-        return (at_least_float32(q_BTHK) - at_least_float32(self.mean_query)) * self.shape.key_size**-0.5
-
-    def _first_order(self, q_BTHK: torch.Tensor, sums: tuple[torch.Tensor, ...]) -> torch.Tensor:
-        """What queries read from the weighted sums of score times value, of values, of scores, and of ones."""
-        both_BTHV, values_BTHV, match_BTH, size_BTH = sums
-        is_empty = size_BTH <= _EMPTY
-        divisor_BTH = torch.where(is_empty, torch.ones_like(size_BTH), size_BTH)
-        mean_BTH = match_BTH / divisor_BTH
-        far_BTHV = (both_BTHV + (1 - mean_BTH)[..., None] * values_BTHV) / divisor_BTH[..., None]
-        size_BTH = divisor_BTH.log().masked_fill(is_empty, -torch.inf)
-        own_BTH = (q_BTHK * at_least_float32(self.share_key)).sum(-1)
-        return torch.cat((far_BTHV, torch.stack((size_BTH, mean_BTH, own_BTH), dim=-1)), dim=-1)
+        return (at_least_float32(q_BTHK) - at_least_float32(self.mean_query)) * float(self.shape.key_size**-0.5)
 
 
 def _tilt(mean_query_HK: torch.Tensor, k_GK: torch.Tensor) -> torch.Tensor:
     """Weights of keys `[..., G, K]` by the mean queries `[..., H, K]` of their heads, `[..., H]`."""
     groups, key_size = k_GK.shape[-2:]
     heads = mean_query_HK.unflatten(-2, (groups, -1))
-    scores = (heads @ k_GK[..., None]).flatten(-3) * key_size**-0.5
+    scores: torch.Tensor = (heads @ k_GK[..., None]).flatten(-3) * key_size**-0.5
     return scores.clamp(max=_HIGHEST_TILT).exp()

@@ -76,8 +76,9 @@ class _Shares(_Adding):
 def _features(memory: LinearizedAttention, query_BHEK: torch.Tensor, read_BEHV: torch.Tensor) -> torch.Tensor:
     """What a share is computed from, `[B, H, E, K + 3]`: the query, size and match of what it reads, and one."""
     scaled_BHEK = memory.scaled_queries(query_BHEK.transpose(1, 2)).transpose(1, 2)
-    size_and_match = read_BEHV[..., -3:-1].transpose(1, 2)
-    return torch.cat((scaled_BHEK, size_and_match, torch.ones_like(size_and_match[..., :1])), dim=-1)
+    scores_BHE1, weights_BHE1 = read_BEHV[..., -3:-1].transpose(1, 2).split(1, dim=-1)
+    numbers = weights_BHE1.log(), scores_BHE1 / weights_BHE1, torch.ones_like(weights_BHE1)
+    return torch.cat((scaled_BHEK, *numbers), dim=-1)
 
 
 @torch.no_grad()
