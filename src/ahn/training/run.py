@@ -34,7 +34,7 @@ from ahn.training.precision import fastest_precision
 from ahn.training.readout import solve_readout
 from ahn.training.report import PLOT, TABLE, Report, evaluate, plot_losses, write_report
 from ahn.training.saving import last_whole_checkpoint, load_adapter, save_adapter
-from ahn.training.settings import FILE, TrainSettings, read_yaml, write_yaml
+from ahn.training.settings import FILE, START, TrainSettings, read_yaml, write_yaml
 from ahn.training.sources import check_places
 from ahn.training.teacher import TeacherCache
 from ahn.training.trainer import AHNTrainer
@@ -74,7 +74,7 @@ def train(settings: TrainSettings, resume: bool = False, say: Say | None = None,
         CheckpointError: The folder cannot be written, or the adapter to start from does not fit.
     """
     say = say or (lambda text: None)
-    arguments = {stage: training_arguments(settings, stage, progress) for stage in settings.stages}
+    arguments = {stage: training_arguments(settings, stage, progress) for stage in settings.stages if stage != START}
     folder = Path(settings.out).expanduser()
     if _first_process():
         check(settings, resume)
@@ -89,9 +89,10 @@ def train(settings: TrainSettings, resume: bool = False, say: Say | None = None,
     curves = {}
     for stage, args in arguments.items():
         curves[stage] = _run_stage(model, settings, stage, args, (sequences, held_out), say)
-    save_adapter(model, folder, write=arguments[settings.stages[-1]].should_save)
+    saves = arguments[settings.stages[-1]].should_save if arguments else _first_process()
+    save_adapter(model, folder, write=saves)
     report = None
-    if arguments[settings.stages[-1]].should_save:
+    if saves:
         report = _close(model, settings, held_out, curves, folder, say)
         if has_anchors:
             ahn.save_anchors(model, folder)
