@@ -185,12 +185,16 @@ def test_slots_that_queries_read(slots: int) -> None:
         assert slots_read(evicted, slots) == sum(min(slots, token // POOLED) for token in range(1, evicted + 1))
 
 
-def test_slots_fill_the_bytes_of_a_state() -> None:
+@pytest.mark.parametrize(
+    ("named", "state"), [("gated_delta_net", 4 * 8 * 8), ("mamba2", 4 * 8 * 8), ("linearized_attention", 4 * 9 * 9)]
+)
+def test_slots_fill_the_bytes_of_a_state_of_the_memory_named(named: str, state: int) -> None:
     for dtype in DTYPES:
-        counted = cost_model(tiny("qwen3").config, config(), dtype=dtype)
+        counted = cost_model(tiny("qwen3").config, config(memory=named), dtype=dtype)
         costs, (slots, _) = counted.at(100_000), counted.slots
         slot = 2 * 2 * 8 * dtype.itemsize
-        assert slots == 4 * 4 * 8 * 8 // slot
+        assert slots == 4 * state // slot
+        assert any(f"of {slots} slots" in note and f"a state of {named}." in note for note in counted.notes)
         held_back = POOLED - 1  # tokens that wait for the rest of their group
         assert costs["ct"].cache_bytes - costs["window"].cache_bytes == 3 * (slots + held_back) * slot
         before = counted.at(EXACT)

@@ -25,7 +25,7 @@ from ahn.attention.softmax import Reading, explicit_weights
 from ahn.backbone.survey import find_backbone, implementation
 from ahn.cache.layer import HippocampalLayer
 from ahn.config import RunSettings
-from ahn.memories import Memory
+from ahn.memories import Gating, Memory
 from ahn.tokens import Tokens, VisibleKV
 
 RECORDING = "ahn_recorded"
@@ -65,6 +65,14 @@ class RecordedLayer:
     def gates(self) -> torch.Tensor:
         """Gates of the new tokens, `[B, T, N, H]`."""
         return self.memory.gates(self._layer.hidden) if self._layer.gates is None else self._layer.gates
+
+    @property
+    def writing(self) -> Gating:
+        """What the new tokens do to the state when they leave the window."""
+        key, rotary = self._key, self._layer.rotary
+        if rotary and rotary.unrotates:
+            key = rotary.rotation.unrotate(key, rotary.tables)
+        return self.memory.writing(key.transpose(1, 2), self.gates)
 
     @property
     def evicted_tokens(self) -> int:

@@ -168,13 +168,17 @@ class Memory(nn.Module, abc.ABC):
 
     @staticmethod
     def gating(gates_BTNH: torch.Tensor) -> Gating:
-        """What gates do to the state.
+        """What gates do to the state, as long as keys have no say in it; see `writing`.
 
         Args:
             gates_BTNH: Gates as `gates` gives them, `[B, T, N, H]`.
         """
         *log_decay, write_BTH = gates_BTNH.unbind(-2)
         return Gating(write_BTH, log_decay[0].exp() if log_decay else None)
+
+    def writing(self, k_BTGK: torch.Tensor, gates_BTNH: torch.Tensor) -> Gating:
+        """What tokens with these keys, `[B, T, G, K]`, and gates do to the state when they are evicted."""
+        return self.gating(gates_BTNH)
 
     def scan(
         self,
@@ -356,6 +360,10 @@ class Memory(nn.Module, abc.ABC):
     def empty_state(self, batch: int, device: torch.device) -> torch.Tensor:
         """An empty state, `[B, *state_shape()]` float32."""
         return torch.zeros(batch, *self.state_shape(), device=device)
+
+    def linear_maps(self, state: torch.Tensor) -> torch.Tensor:
+        """The matrices from queries to what they read in a state, `[B, H, ...]`, for a look at how full it is."""
+        return state
 
     @property
     def _norm(self) -> nn.Parameter:

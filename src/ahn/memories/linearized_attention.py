@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from ahn import ops
-from ahn.memories.base import Memory, MemoryShape
+from ahn.memories.base import Gating, Memory, MemoryShape
 from ahn.ops import at_least_float32
 
 _HIGHEST_TILT = 60.0  # of a token's score with the mean query; e^60 tokens fit into float32
@@ -75,6 +75,11 @@ class LinearizedAttention(Memory):
     def activate(offset: torch.Tensor) -> tuple[None, torch.Tensor]:
         """No decay, and write strength exp(-offset), so that weights are about 1; see `Memory.activate`."""
         return None, torch.exp(-offset)
+
+    def writing(self, k_BTGK: torch.Tensor, gates_BTNH: torch.Tensor) -> Gating:
+        """As `Memory.writing`: the strength is the weight w."""
+        write_BTH, _ = self.gating(gates_BTNH)
+        return Gating(write_BTH * _tilt(at_least_float32(self.mean_query), at_least_float32(k_BTGK)), None)
 
     def scan(
         self,
@@ -204,6 +209,14 @@ class LinearizedAttention(Memory):
         """Shape of one sequence's state, `[H, V + 1, K + 1]`: sums of products, and of keys, values and weights."""
         _, heads, _, key_size, value_size = self.shape
         return heads, value_size + 1, key_size + 1
+
+    def linear_maps(self, state: torch.Tensor) -> torch.Tensor:
+        """As `Memory.linear_maps`: the weighted covariances of values and keys, `[B, H, V, K]`; zero where empty."""
+        size_BH11 = state[..., -1:, -1:]
+        is_empty = size_BH11 <= _EMPTY
+        mean = state / torch.where(is_empty, torch.ones_like(size_BH11), size_BH11)
+        covariance: torch.Tensor = mean[..., :-1, :-1] - mean[..., :-1, -1:] * mean[..., -1:, :-1]
+        return covariance.masked_fill(is_empty, 0)
 
     def scaled_queries(self, q_BTHK: torch.Tensor) -> torch.Tensor:
         """Queries beyond the mean query, scaled as attention scales them, `[B, T, H, K]`, at least in float32."""
