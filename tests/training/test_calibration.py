@@ -22,10 +22,11 @@ LENGTH = 96
 BEYOND = slice(SPAN.sinks + SPAN.window, LENGTH)
 
 
-def fresh(family: str = "llama", memory: str = "linearized_attention") -> Any:
+def fresh(family: str = "llama", memory: str = "linearized_attention", positions: Any = "rope") -> Any:
     model: Any = tiny(family)
     torch.manual_seed(0)
-    ahn.attach(model, ahn.AHNConfig(memory=memory, window=SPAN.window, sinks=SPAN.sinks))
+    config = ahn.AHNConfig(memory=memory, window=SPAN.window, sinks=SPAN.sinks, memory_positions=positions)
+    ahn.attach(model, config)
     return model
 
 
@@ -74,13 +75,22 @@ def test_the_share_of_evicted_tokens(family: str) -> None:
         assert bool((share > 0).all())
 
 
+def unrotated(model: Any, layer: RecordedLayer, positions: str) -> torch.Tensor:
+    """Queries of a layer, from its hidden states where the memory is to see them without rotation."""
+    if positions == "rope":
+        return layer.projected[0]
+    projected: torch.Tensor = layer.layer.module.q_proj(layer.hidden)  # type: ignore[operator]
+    return projected.unflatten(-1, (4, 8)).transpose(1, 2)
+
+
+@pytest.mark.parametrize("positions", ["rope", "none"])
 @torch.no_grad()
-def test_mean_queries() -> None:
-    model, texts = fresh(), batches()
+def test_mean_queries(positions: str) -> None:
+    model, texts = fresh(positions=positions), batches()
     calibrate(model, texts, SpanDraw(fixed=SPAN))
     layers = [recorded(model, batch["input_ids"]) for batch in texts]
     for index, memory in enumerate(memories(model)):
-        queries = torch.cat([each[index].projected[0][0, :, BEYOND] for each in layers], dim=1)
+        queries = torch.cat([unrotated(model, each[index], positions)[0, :, BEYOND] for each in layers], dim=1)
         torch.testing.assert_close(memory.mean_query, queries.mean(1), rtol=1e-4, atol=1e-6)
 
 

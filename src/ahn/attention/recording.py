@@ -69,10 +69,7 @@ class RecordedLayer:
     @property
     def writing(self) -> Gating:
         """What the new tokens do to the state when they leave the window."""
-        key, rotary = self._key, self._layer.rotary
-        if rotary and rotary.unrotates:
-            key = rotary.rotation.unrotate(key, rotary.tables)
-        return self.memory.writing(key.transpose(1, 2), self.gates)
+        return self.memory.writing(self.projected[1].transpose(1, 2), self.gates)
 
     @property
     def evicted_tokens(self) -> int:
@@ -91,8 +88,11 @@ class RecordedLayer:
 
     @property
     def projected(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Queries, keys and values of the tokens, `[B, H or G, T, K or V]`, as attention reads them."""
-        return self._query, self._key, self._value
+        """Queries, keys and values of the tokens, `[B, H or G, T, K or V]`, as the memory is given them."""
+        query, key, rotary = self._query, self._key, self._layer.rotary
+        if rotary and rotary.unrotates:
+            query, key = (rotary.rotation.unrotate(each, rotary.tables) for each in (query, key))
+        return query, key, self._value
 
     def evicted_share(self, rows: torch.Tensor) -> torch.Tensor:
         """How much of full attention's weights lies on tokens that have left the window, `[B, H, N]` float32.

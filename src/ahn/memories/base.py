@@ -390,15 +390,3 @@ def _is_plain_linear(module: nn.Module | None) -> bool:
     if type(module) is not nn.Linear:
         return False
     return not (module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__)
-
-
-def draw_log_rate(heads: int) -> torch.Tensor:
-    """Log of the decay rate of each head, `[H]`: the rate is drawn from U(0, 16). Source: arXiv 2412.06464."""
-    return torch.empty(heads).uniform_(0, 16).clamp_(min=1e-4).log()
-
-
-def draw_step_bias(heads: int) -> torch.Tensor:
-    """Bias of each step, `[H]`: its softplus is drawn log-uniformly from (0.001, 0.1). Source: arXiv 2405.21060."""
-    low, high = torch.tensor(0.001).log(), torch.tensor(0.1).log()
-    step = (torch.rand(heads) * (high - low) + low).exp()
-    return step + torch.log(-torch.expm1(-step))  # the inverse of softplus

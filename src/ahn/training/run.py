@@ -354,7 +354,8 @@ def _close(
 ) -> Report | None:
     """Table and plot."""
     try:
-        plot_losses(curves, folder / PLOT)
+        if curves:
+            plot_losses(curves, folder / PLOT)
     except ImportError:
         say("no plot: matplotlib is not installed (pip install 'ahn[train]')")
     distiller = Distiller(model, stage="transfer")
