@@ -20,6 +20,7 @@ import numpy as np
 import torch
 
 import ahn
+from ahn.checkpoint.files import SHIPPED
 from ahn.evaluation.report import environment
 from ahn.generation import read
 from ahn.memories import memory_names
@@ -27,7 +28,7 @@ from ahn.models import load_model, load_tokenizer
 from ahn.models.text import evenly
 from ahn.training import Cut, load_pieces
 
-DRAWS = 10_000
+OURS, DRAWS = SHIPPED / "smollm2-135m", 10_000
 
 
 def pieces(folder: str, base: str, length: int, count: int) -> list[torch.Tensor]:
@@ -79,7 +80,7 @@ def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     arguments.add_argument("--texts", required=True, help="folder of held-out texts")
     arguments.add_argument("--base", default="smollm2-135m")
-    arguments.add_argument("--memories", nargs="*", default=list(memory_names()))
+    arguments.add_argument("--memories", nargs="*", default=[each for each in memory_names() if (OURS / each).is_dir()])
     arguments.add_argument("--adapters", default="{base}/{memory}", help="name or folder of each memory's weights")
     arguments.add_argument("--windows", nargs="*", type=int, default=[128, 256, 512, 1024])
     arguments.add_argument("--lengths", nargs="*", type=int, default=[2048, 4096, 8192])

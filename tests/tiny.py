@@ -151,6 +151,11 @@ def with_memory(family: str = "llama", memory: str = "gated_delta_net", **settin
     return model
 
 
+def state_size(memory: str, size: int) -> int:
+    """Rows, and columns, of a head's state where keys and values have this size."""
+    return size + 1 if memory == "linearized_attention" else size
+
+
 def awaken(model: nn.Module) -> None:
     """Random weights for the attached memories, drawn from a fixed seed."""
     generator = torch.Generator().manual_seed(11)

@@ -124,7 +124,7 @@ def test_gives_what_the_layers_give(family: str, quantize: str | None, runs: lis
 def test_every_memory(memory: str, runs: list[int]) -> None:
     model = model_of(memory=memory)
     with ahn.mode(model, "ahn", sink_positions="bounded"):
-        check(model, runs, taken=3)
+        check(model, runs, taken=3 if memory != "linearized_attention" else 0)
 
 
 @pytest.mark.parametrize("settings", [{}, {"sinks": 0}, {"window": 300}, {"window": 1}], ids=str)

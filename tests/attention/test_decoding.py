@@ -39,7 +39,7 @@ def test_update_and_read_are_what_the_scan_does(memories: list[Memory]) -> None:
     query = torch.randn(ROWS, 1, SHAPE.query_heads, SHAPE.key_size)
     before = torch.randn(LAYERS, ROWS, *memories[0].state_shape())
     states = before.clone()
-    type(memories[0]).update(keys, values, gates, states)
+    type(memories[0]).update(memories, keys, values, gates, states)
     for layer, each in enumerate(memories):
         token = (tensor[layer][:, None] for tensor in (keys, values, gates))
         read, after = each.scan(query, *token, before[layer])

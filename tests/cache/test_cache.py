@@ -16,7 +16,7 @@ from ahn.backbone.compat import CACHE
 from ahn.cache import HippocampalLayer
 from ahn.cache.storage import FORMAT, describe_cache
 from ahn.errors import CacheError
-from tests.tiny import read, text, tiny, with_memory
+from tests.tiny import read, state_size, text, tiny, with_memory
 
 
 @pytest.fixture(scope="module")
@@ -39,12 +39,12 @@ def test_bytes_stop_growing_once_the_window_is_full(model: Any) -> None:
     assert len(set(sizes[3:])) == 1
 
 
-def test_nbytes_counts_every_tensor(model: Any) -> None:
+def test_nbytes_counts_every_tensor(model: Any, memory: str) -> None:
     cache = ahn.HippocampalCache(model)
     read(model, text(2, 60), 20, cache=cache)
     gates = cache.attachment.layers[0].memory.gate_count
     batch, layers, heads, kv_heads, size, exact = 2, 3, 4, 2, 8, 5 + 16
-    per_layer = exact * (2 * kv_heads * size + gates * heads) + heads * size * size
+    per_layer = exact * (2 * kv_heads * size + gates * heads) + heads * state_size(memory, size) ** 2
     assert cache.nbytes == 4 * batch * layers * per_layer
 
 

@@ -13,7 +13,7 @@ from ahn.attachment import attachment_of
 from ahn.attention.masks import visible_extra
 from ahn.cache.compressive import POOLED, PooledStore, state_slots
 from ahn.tokens import Padding, Tokens
-from tests.tiny import read, text, with_memory
+from tests.tiny import read, state_size, text, with_memory
 
 MODES = ("ct_max", "ct_mean")
 SINKS, WINDOW = 5, 16
@@ -116,7 +116,8 @@ def test_slots_fill_the_bytes_of_the_state(memory: str, mode: Any) -> None:
     model = with_memory("llama", memory)
     found = attachment_of(model).layers[0].memory
     assert found is not None
-    assert state_slots(found, 4) == 4 * 8 * 8 // (2 * 16)
+    slots = 4 * state_size(memory, 8) ** 2 // (2 * 16)
+    assert state_slots(found, 4) == slots
     with ahn.mode(model, mode):
         cache = ahn.HippocampalCache(model)
         sizes = set()
@@ -124,7 +125,7 @@ def test_slots_fill_the_bytes_of_the_state(memory: str, mode: Any) -> None:
             read(model, text(1, 120)[:, start : start + 10], [6, 1, 1, 1, 1], cache=cache)
             sizes.add(cache.nbytes) if start >= 20 else None
     assert len(sizes) == 1
-    assert cache.layers[0].tensors()["slot_keys"].shape == (1, 2, 8, 8)
+    assert cache.layers[0].tensors()["slot_keys"].shape == (1, 2, slots, 8)
 
 
 def test_fork_and_saved_file_continue_bit_for_bit(mode: Any, tmp_path: Path) -> None:

@@ -302,6 +302,7 @@ def cut(folder: Path) -> None:
 MEMORY_DAMAGED: dict[str, tuple[Callable[[Path], Any], str]] = {
     "no mark": (without_value("_ahn_implementation"), "holds no memory"),
     "unknown memory": (set_value("_ahn_implementation", "Hopfield"), "'Hopfield'; known are"),
+    "memory of ours alone": (set_value("_ahn_implementation", "linearized_attention"), "format has no memory"),
     "memory is a number": (set_value("_ahn_implementation", 3), "settings cannot be used"),
     "other memory": (set_value("_ahn_implementation", "Mamba2"), "missing: layers"),
     "surplus parameters": (set_value("_ahn_implementation", "DeltaNet"), "too many: layers"),
@@ -483,6 +484,11 @@ class TestToolsRefuse:
         checkpoint.save(with_memory("qwen2", memory_positions="none"), tmp_path / "adapter")
         target = tmp_path / "target"
         self.refused(lambda: checkpoint.convert(tmp_path / "adapter", target), "memory_positions", target)
+
+    def test_a_memory_that_the_format_does_not_have(self, tmp_path: Path) -> None:
+        checkpoint.save(with_memory("qwen2", "linearized_attention"), tmp_path / "adapter")
+        target, message = tmp_path / "target", "has no memory 'linearized_attention', only gated_delta_net, delta_net"
+        self.refused(lambda: checkpoint.convert(tmp_path / "adapter", target), message, target)
 
     def test_an_adapter_that_does_not_know_its_base(self, adapter: Path, tmp_path: Path) -> None:
         raw = json.loads((adapter / "ahn_config.json").read_text())

@@ -57,13 +57,13 @@ def check_bytes(model: Any, counted: Counting, memory: str, contexts: tuple[int,
 def test_bytes_are_those_of_real_caches(family: str, memory: str, dtype: torch.dtype) -> None:
     model = tiny(family, **({"sliding_window": 40} if family == "gemma2" else {})).to(dtype)
     ahn.attach(model, config(memory=memory))
-    check_bytes(model, cost_model(model.config, config(), dtype=dtype), memory)
+    check_bytes(model, cost_model(model.config, config(memory=memory), dtype=dtype), memory)
 
 
 def test_one_kv_head_for_all(memory: str) -> None:
     model = tiny("qwen3", **GROUPED)
     ahn.attach(model, config(memory=memory))
-    counted = cost_model(model.config, config())
+    counted = cost_model(model.config, config(memory=memory))
     check_bytes(model, counted, memory)
     assert counted.base.attachment.layers[0].shape.kv_heads == 1
 
@@ -173,8 +173,8 @@ def token_flops(counted: Counting, way: str, token: int) -> int:
             flops += 2 * gates
             if evicted:
                 output_gate = shape.hidden_size * shape.query_heads
-                products = memory.state_products * state_numbers(memory) + output_gate + memory.o_proj.numel()
-                flops += 2 * products
+                scan = memory.state_products * state_numbers(memory) + memory.write_products
+                flops += 2 * (scan + output_gate + memory.o_proj.numel())
         total += count * flops
     return total
 
@@ -185,12 +185,16 @@ def test_slots_that_queries_read(slots: int) -> None:
         assert slots_read(evicted, slots) == sum(min(slots, token // POOLED) for token in range(1, evicted + 1))
 
 
-def test_slots_fill_the_bytes_of_a_state() -> None:
+@pytest.mark.parametrize(
+    ("named", "state"), [("gated_delta_net", 4 * 8 * 8), ("mamba2", 4 * 8 * 8), ("linearized_attention", 4 * 9 * 9)]
+)
+def test_slots_fill_the_bytes_of_a_state_of_the_memory_named(named: str, state: int) -> None:
     for dtype in DTYPES:
-        counted = cost_model(tiny("qwen3").config, config(), dtype=dtype)
+        counted = cost_model(tiny("qwen3").config, config(memory=named), dtype=dtype)
         costs, (slots, _) = counted.at(100_000), counted.slots
         slot = 2 * 2 * 8 * dtype.itemsize
-        assert slots == 4 * 4 * 8 * 8 // slot
+        assert slots == 4 * state // slot
+        assert any(f"of {slots} slots" in note and f"a state of {named}." in note for note in counted.notes)
         held_back = POOLED - 1  # tokens that wait for the rest of their group
         assert costs["ct"].cache_bytes - costs["window"].cache_bytes == 3 * (slots + held_back) * slot
         before = counted.at(EXACT)

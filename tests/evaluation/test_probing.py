@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from transformers.models.qwen3.modeling_qwen3 import apply_rotary_pos_emb
 
 import ahn
 from ahn.attachment import attachment_of
@@ -128,12 +129,18 @@ class TestState:
             reader = Reader(model, score=False)
             reader.prefill(ids[:, :stop])
             for layer, cascade in enumerate(reader.cache.layers):  # type: ignore[attr-defined]
-                torch.testing.assert_close(trace.rank[place, layer], effective_rank(cascade.state[0]))
+                state = cascade.state[0]
+                if memory == "linearized_attention":  # how values vary with keys, from the sums of both
+                    state = state[:, :-1, :-1] / state[:, -1:, -1:] - (
+                        state[:, :-1, -1:] * state[:, -1:, :-1] / state[:, -1:, -1:] ** 2
+                    )
+                torch.testing.assert_close(trace.rank[place, layer], effective_rank(state))
         assert (trace.layers, trace.full_rank) == ((0, 1, 2), (8, 8, 8))
         assert float(trace.fullness.max()) <= 1
 
-    def test_gates_are_those_of_the_evicted_tokens(self, memory: str) -> None:
-        model, ids, inputs = with_memory("qwen3", memory), text(1, 75), []
+    @pytest.mark.parametrize("positions", ["rope", "none"])
+    def test_gates_are_those_of_the_evicted_tokens(self, memory: str, positions: str) -> None:
+        model, ids, inputs = with_memory("qwen3", memory, memory_positions=positions), text(1, 75), []
         handle = (
             attachment_of(model)
             .layers[1]
@@ -144,7 +151,11 @@ class TestState:
         model(ids)
         handle.remove()
         served: Any = attachment_of(model).layers[1].memory
-        write, decay = served.gating(served.gates(inputs[0]))
+        module = attachment_of(model).layers[1].module
+        keys = module.k_norm(module.k_proj(inputs[0]).unflatten(-1, (2, -1)))
+        if positions == "rope":
+            keys = apply_rotary_pos_emb(keys, keys, *model.model.rotary_emb(keys, torch.arange(75)[None]), 2)[0]
+        write, decay = served.writing(keys, served.gates(inputs[0]))
         trace = trace_state(model, ids, snapshots=3)
         torch.testing.assert_close(trace.write[1], write[0, 5:59].mean(-1))
         assert trace.write.shape == (3, 54)
@@ -155,15 +166,37 @@ class TestState:
     def test_gating_is_what_the_scan_does(self, memory: str) -> None:
         shape = MemoryShape(hidden_size=12, query_heads=4, kv_heads=2, key_size=6, value_size=5)
         served = build_memory(memory, shape)
+        for parameter in served.parameters():
+            torch.nn.init.normal_(parameter)
         gates = served.gates(torch.randn(1, 1, 12))
-        write, decay = served.gating(gates)
         query, key, value = torch.randn(1, 1, 4, 6), torch.randn(1, 1, 2, 6), torch.randn(1, 1, 2, 5)
         before = torch.randn(1, *served.state_shape())
-        _, after = served.scan(query, 0 * key, value, gates, before)
+        write, decay = served.writing(key, gates)
+        unwritten = gates.clone()
+        unwritten[..., -1, :] = 0
+        _, after = served.scan(query, key, value, unwritten, before)
         torch.testing.assert_close(after, before if decay is None else decay[0, 0, :, None, None] * before)
         _, first = served.scan(query, key, value, gates, None)
-        length = value.norm(dim=-1).repeat_interleave(2, dim=-1)[0, 0]
+        length = value.norm(dim=-1)
+        if memory == "linearized_attention":  # which writes both with a one at their ends
+            length = (length.square() + 1).sqrt() * (key.norm(dim=-1).square() + 1).sqrt()
+        length = length.repeat_interleave(2, dim=-1)[0, 0]
         torch.testing.assert_close(first.flatten(2).norm(dim=-1)[0], write[0, 0] * length)
+
+    def test_linearised_attention_weighs_by_the_key_and_reads_by_the_covariance(self) -> None:
+        shape = MemoryShape(hidden_size=12, query_heads=1, kv_heads=1, key_size=6, value_size=5)
+        served = build_memory("linearized_attention", shape).double()
+        for parameter in served.parameters():
+            torch.nn.init.normal_(parameter)
+        key, value, query = (torch.randn(1, 9, 1, size, dtype=torch.float64) for size in (6, 5, 6))
+        gates = served.gates(torch.randn(1, 9, 12, dtype=torch.float64))
+        mean_query, offset = served.get_parameter("mean_query"), served.get_parameter("offset")
+        expected = ((key * mean_query).sum(-1) / 6**0.5 - offset).exp()
+        torch.testing.assert_close(served.writing(key, gates).write_BTH, expected)
+        _, state = served.scan(query, key, value, gates, None)
+        covariance = torch.cov(torch.cat((value, key), -1)[0, :, 0].T, correction=0, aweights=expected[0, :, 0])
+        torch.testing.assert_close(served.linear_maps(state)[0, 0], covariance[:5, 5:])
+        assert not served.linear_maps(torch.zeros_like(state)).any()
 
     def test_figures(self, memory: str) -> None:
         trace = trace_state(with_memory("llama", memory, layers=(0, 2)), text(1, 75))

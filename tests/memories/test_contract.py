@@ -85,15 +85,15 @@ def tokens(memory: Memory, count: int, batch: int = 2) -> list[torch.Tensor]:
 def test_any_chunking_gives_the_same_with_gradients(build: Any, backend: str) -> None:
     """One scan = chunks = token by token, in float64, outputs and gradients of inputs and parameters."""
     memory = build(SHAPE).double()
-    inputs = tokens(memory, 45)
+    inputs, local = tokens(memory, 45), torch.randn(2, 45, 4, 5, dtype=torch.float64)
 
     def scanned(sizes: list[int]) -> list[torch.Tensor]:
         leaves = [tensor.clone().requires_grad_() for tensor in inputs]
         *evicted, hidden, state = leaves
         read, parts = state, []
-        for span in zip(*(tensor.split(sizes, 1) for tensor in (*evicted, hidden)), strict=True):
+        for span in zip(*(tensor.split(sizes, 1) for tensor in (*evicted, hidden, local)), strict=True):
             out, read = memory.scan(*span[:3], memory.gates(span[3]), read)
-            parts.append(memory.project_out(out, span[3]))
+            parts.append(memory.project_out(out, span[3], span[4]))
         out = torch.cat(parts, 1)
         needed = [*leaves, *memory.parameters()]
         return [out, read, *torch.autograd.grad(out.square().sum() + read.square().sum(), needed)]
@@ -112,14 +112,14 @@ def test_decoding_is_what_the_scan_does(build: Any) -> None:
     query, key, value, hidden, before = tokens(memory, 1, batch=3)
     gates, local = memory.gates(hidden), torch.randn(3, 1, 4, 32)
     read, after = memory.scan(query, key, value, gates, before)
-    expected = local + memory.project_out(read, hidden)
+    expected = local + memory.project_out(read, hidden, local)
     assert gates.dtype == torch.float32
     for where in (nullcontext(), native.switched_off()):
         with where:
             state = before[None].clone()
             together = type(memory).gates_of_layers([memory], hidden.transpose(0, 1))
             torch.testing.assert_close(together[0], gates[:, 0])
-            type(memory).update(key.transpose(0, 1), value.transpose(0, 1), together, state)
+            type(memory).update([memory], key.transpose(0, 1), value.transpose(0, 1), together, state)
             torch.testing.assert_close(state[0], after, rtol=1e-5, atol=1e-5)
             torch.testing.assert_close(memory.read(query, state[0]), read, rtol=1e-5, atol=1e-5)
             added = memory.decode_add(local.clone(), query, hidden, state[0])
@@ -154,7 +154,9 @@ def test_gates_in_other_dtypes(build: Any, dtype: torch.dtype) -> None:
 
 def test_it_is_silent_before_it_is_trained(memory: str) -> None:
     fresh = build_memory(memory, SHAPE)
-    added = fresh.project_out(torch.randn(2, 3, 4, 5), torch.randn(2, 3, SHAPE.hidden_size))
+    query, key, value, hidden, state = tokens(fresh, 3)
+    read, _ = fresh.scan(query, key, value, fresh.gates(hidden), state)
+    added = fresh.project_out(read, hidden, torch.randn(2, 3, 4, 5))
     assert torch.equal(added, torch.zeros(2, 3, 4, 5))
 
 
@@ -176,7 +178,7 @@ def decode_seconds(memories: list[Memory]) -> float:
     query, local = torch.randn(1, 1, 9, 64), torch.randn(1, 1, 9, 64)
     begun = time.process_time()
     gates = type(memories[0]).gates_of_layers(memories, x)
-    type(memories[0]).update(keys, values, gates, states)
+    type(memories[0]).update(memories, keys, values, gates, states)
     for layer, memory in enumerate(memories):
         memory.decode_add(local, query, x[layer, :, None], states[layer])
     return time.process_time() - begun

@@ -153,7 +153,7 @@ def test_a_decoded_token(memory: str, B: int) -> None:
 
     def decode() -> tuple[Tensor, Tensor]:
         after = state.clone()
-        type(memories[0]).update(k, v, gates, after)
+        type(memories[0]).update(memories, k, v, gates, after)
         return after, memories[1].decode_add(local.clone(), q.transpose(1, 2), x, after[1])
 
     with torch.no_grad():
@@ -179,13 +179,13 @@ def test_a_decoded_token_of_rows_that_lie_anywhere(memory: str) -> None:
     q, x, local = torch.randn(3, 1, 6, 32), torch.randn(3, 1, 24), torch.randn(3, 1, 6, 16)
     dense = pages[:, rows, :-7].unflatten(2, sizes).contiguous()
     with torch.no_grad():
-        type(memories[0]).update(k, v, gates, dense)
+        type(memories[0]).update(memories, k, v, gates, dense)
         expected = memories[1].decode_add(local.clone(), q, x, dense[1])
         for off in (False, True):
             after = pages.clone()
             state = after[:, :, :-7].unflatten(2, sizes)
             with native.switched_off() if off else contextlib.nullcontext():
-                type(memories[0]).update(k, v, gates, state, rows)
+                type(memories[0]).update(memories, k, v, gates, state, rows)
                 got = memories[1].decode_add(local.clone(), q, x, state[1], rows)
             torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
             torch.testing.assert_close(state[:, rows], dense, atol=1e-5, rtol=1e-5)

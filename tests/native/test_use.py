@@ -80,7 +80,8 @@ def test_a_model_reads_and_writes_as_in_torch(
         with native.switched_off():
             expected = read(model, ids, mask if padded else None)
     assert not calls
-    assert {"ahn_attend_one", "ahn_linear", "ahn_decode_add", "ahn_scan"} <= used
+    assert {"ahn_attend_one", "ahn_linear", "ahn_scan"} <= used
+    assert used & {"ahn_decode_add", "ahn_decode_add_linearized"}
     assert padded or "ahn_attend" in used
     real = mask.bool() if padded else torch.ones_like(ids).bool()
     torch.testing.assert_close(got[real], expected[real], atol=2e-4, rtol=2e-4)

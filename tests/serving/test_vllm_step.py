@@ -117,8 +117,12 @@ class TestKernels:
     @pytest.mark.parametrize("memory", tiny.MEMORIES)
     def test_all_layers_of_all_requests_at_once(self, memory: str, spans: list[tuple[int, int]]) -> None:
         model = tiny.with_memory("llama:wide", memory)
-        self.check(model, Engine(model))
-        assert set(spans) >= {(1, 4), (3, 3), (3, 2), (3, 1)}
+        engine = Engine(model)
+        self.check(model, engine)
+        if memory == "linearized_attention":  # no kernel knows its output
+            assert (engine.fast, spans) == ([], [])
+        else:
+            assert set(spans) >= {(1, 4), (3, 3), (3, 2), (3, 1)}
 
     @pytest.mark.parametrize("family", ["qwen3", "qwen2", "mistral"])
     def test_families(self, family: str, spans: list[tuple[int, int]]) -> None:

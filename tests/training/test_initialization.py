@@ -94,6 +94,14 @@ class TestCommon:
             expected = given[name] if name.split(".", 2)[2] in taken else before[name]
             assert torch.equal(tensor, expected), name
 
+    @pytest.mark.parametrize("given", ["gated_delta_net", "linearized_attention"])
+    def test_gates_of_another_meaning_are_not_copied(self, tmp_path: Path, given: str) -> None:
+        """Both have `g_proj` and `o_proj`, of the same shapes."""
+        attached = {"gated_delta_net": "linearized_attention", "linearized_attention": "gated_delta_net"}[given]
+        ahn.save(with_memory("llama", given), tmp_path)
+        with pytest.raises(CheckpointError, match="no weights in common"):
+            copy_common(with_memory("llama", attached), str(tmp_path))
+
     def test_nothing_in_common(self, tmp_path: Path) -> None:
         ahn.save(with_memory("llama", "delta_net", layers=(0,)), tmp_path)
         with pytest.raises(CheckpointError, match="no weights in common"):

@@ -23,6 +23,7 @@ from ahn.attachment import attachment_of
 from ahn.checkpoint.content import memory_tensors
 from ahn.errors import AHNError, ConfigError
 from ahn.training.model_card import write_training_card
+from ahn.training.report import PLOT
 from ahn.training.run import train
 from ahn.training.settings import TrainSettings, read_yaml, write_yaml
 from ahn.training.trainer import AHNTrainer
@@ -105,7 +106,7 @@ def test_a_refused_training_leaves_no_folder(place: Path, tmp_path: Path) -> Non
 
 def test_what_is_written(whole: Path, place: Path) -> None:
     assert {path.name for path in whole.iterdir()} == {
-        "ahn.safetensors", "ahn_config.json", "train.yaml", "report.json", "loss.png", "README.md", "transfer",
+        "ahn.safetensors", "ahn_config.json", "train.yaml", "report.json", PLOT, "README.md", "transfer",
         "distill",
     }  # fmt: skip
     written = TrainSettings.from_dict(read_yaml(whole / "train.yaml"))
@@ -239,6 +240,20 @@ def test_weights_of_another_memory_to_start_from(whole: Path, place: Path, tmp_p
     assert after.keys() < before.keys()
     for name, tensor in after.items():
         torch.testing.assert_close(tensor, before[name], rtol=0, atol=1e-6)
+
+
+def test_the_initial_weights_alone(place: Path, tmp_path: Path) -> None:
+    """Linearised attention from the closed form: the same each time, with a card and no plot."""
+    changes = {"memory": "linearized_attention", "stages": ["start"], "initial_texts": 4, "report_tokens": 500}
+    outcomes = [train(settings(place, tmp_path / name, **changes)) for name in ("first", "second")]
+    first, second = (load_file(outcome.folder / "ahn.safetensors") for outcome in outcomes)
+    assert all(torch.equal(tensor, second[name]) for name, tensor in first.items())
+    assert all(bool(tensor.abs().max() > 0) for name, tensor in first.items() if "g_proj.weight" not in name)
+    assert outcomes[0].curves == {}
+    assert not (outcomes[0].folder / "loss.png").exists()
+    assert "0 of start" in ModelCard.load(outcomes[0].folder / "README.md").text
+    with pytest.raises(ConfigError, match="is not empty"):
+        train(settings(place, tmp_path / "first", **changes))
 
 
 def test_streaming_and_other_text_for_the_table(place: Path, tmp_path: Path) -> None:

@@ -62,6 +62,7 @@ def test_numbers_may_come_as_text() -> None:
         ({"losses": {"kl": 0}}, "no loss has a positive weight"),
         ({"stages": ["distill", "transfer"]}, "stages must be transfer, distill or both in this order"),
         ({"stages": []}, "stages must be"),
+        ({"stages": ["start", "distill"]}, "in this order, or start, not"),
         ({"draw": "sometimes"}, "draw must be one of random, fixed"),
         ({"checkpointing": "all"}, "checkpointing must be one of none, attention, layers, not 'all'"),
         ({"initial_gate": "wide"}, "initial_gate must be a number, not 'wide'"),

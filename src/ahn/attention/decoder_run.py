@@ -263,7 +263,7 @@ def describe(layer: AttentionLayer, attention: Any, parts: DecoderParts) -> Desc
     if memory is None or K != V or not isinstance(scaling, float) or grows:
         return None
     weights = memory.output_weights()
-    if not native.ready(*(each.detach() for each in weights[:4] if each is not None)):
+    if weights is None or not native.ready(*(each.detach() for each in weights[:4] if each is not None)):
         return None
     try:
         return DescribedLayer(parts.weights, weights, H, G, K, scaling)

@@ -74,7 +74,7 @@ def attention_function(
     local = attend_local(ahn, query, view, softmax)
     if ahn.gates is None or not view.evicted.length:
         return local, None
-    return _added_to_last(local, read_memory(ahn, store, query, view)), None
+    return _added_to_last(local, read_memory(ahn, store, query, view, local)), None
 
 
 def softmax_of(query: torch.Tensor, scaling: float | None, dropout: float, kwargs: dict[str, Any]) -> Softmax:
@@ -115,12 +115,14 @@ def _attend(layer: LayerCall, query: torch.Tensor, view: VisibleKV, softmax: Sof
     return in_torch.attend(local)
 
 
-def read_memory(layer: LayerCall, store: HippocampalLayer, query: torch.Tensor, view: VisibleKV) -> torch.Tensor:
+def read_memory(
+    layer: LayerCall, store: HippocampalLayer, query: torch.Tensor, view: VisibleKV, local_BTHV: torch.Tensor
+) -> torch.Tensor:
     """Updates the state with what left the window; what the memory adds for the last E queries, `[B, E, H, V]`."""
     silent_tokens = query.size(2) - view.evicted.length
     read = recall(layer, store, query, view)
     with compat.loaded(layer.memory):
-        return layer.memory.project_out(read, layer.hidden[:, silent_tokens:])
+        return layer.memory.project_out(read, layer.hidden[:, silent_tokens:], local_BTHV[:, silent_tokens:])
 
 
 def recall(layer: LayerCall, store: HippocampalLayer, query: torch.Tensor, view: VisibleKV) -> torch.Tensor:

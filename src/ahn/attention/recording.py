@@ -21,10 +21,11 @@ from ahn.attention.call import Call, LayerCall
 from ahn.attention.function import attend_local, attention_function, recall, softmax_of
 from ahn.attention.hooks import layer_call
 from ahn.attention.masks import find_padding, mask_function
+from ahn.attention.softmax import Reading, explicit_weights
 from ahn.backbone.survey import find_backbone, implementation
 from ahn.cache.layer import HippocampalLayer
 from ahn.config import RunSettings
-from ahn.memories import Memory
+from ahn.memories import Gating, Memory
 from ahn.tokens import Tokens, VisibleKV
 
 RECORDING = "ahn_recorded"
@@ -66,6 +67,11 @@ class RecordedLayer:
         return self.memory.gates(self._layer.hidden) if self._layer.gates is None else self._layer.gates
 
     @property
+    def writing(self) -> Gating:
+        """What the new tokens do to the state when they leave the window."""
+        return self.memory.writing(self.projected[1].transpose(1, 2), self.gates)
+
+    @property
     def evicted_tokens(self) -> int:
         """Tokens that leave the window, E, where nothing was read before the call."""
         return self._view.evicted.length
@@ -79,6 +85,32 @@ class RecordedLayer:
     def recall(self) -> torch.Tensor:
         """What the memory reads for the last E tokens, `[B, E, H, V]` raw, where nothing was read before the call."""
         return recall(self._layer, self._store, self._query, self._view)
+
+    @property
+    def projected(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Queries, keys and values of the tokens, `[B, H or G, T, K or V]`, as the memory is given them."""
+        query, key, rotary = self._query, self._key, self._layer.rotary
+        if rotary and rotary.unrotates:
+            query, key = (rotary.rotation.unrotate(each, rotary.tables) for each in (query, key))
+        return query, key, self._value
+
+    def evicted_share(self, rows: torch.Tensor) -> torch.Tensor:
+        """How much of full attention's weights lies on tokens that have left the window, `[B, H, N]` float32.
+
+        Nothing was read before the call, which has no padding.
+
+        Args:
+            rows: Positions of the queries, `[N]` int64.
+        """
+        arguments = dict(self._arguments)
+        softmax = softmax_of(self._query, arguments.pop("scaling", None), 0.0, arguments)
+        settings, tokens = self._layer.call.settings, torch.arange(self._key.size(2), device=rows.device)
+        window = self._view.window
+        hidden = self._query.new_zeros(rows.numel(), tokens.numel()).masked_fill_(tokens > rows[:, None], -torch.inf)
+        reading = Reading(self._query[:, :, rows], None, self._key, self._value, hidden, slice(0, 0))
+        weights = explicit_weights(reading, softmax).view(*reading.query.shape[:3], -1)
+        evicted = (tokens >= settings.sinks) & (tokens <= rows[:, None] - window)
+        return (weights * evicted).sum(-1)
 
     @functools.cached_property
     def _store(self) -> HippocampalLayer:

@@ -86,7 +86,7 @@ class LayerGroup:
             gates_LBNH = gates_LBNH * real_B[:, None, None]
         former = self._joined()
         states = torch.empty_like(former)
-        type(memory).update(k_LBGK, v_LBGV, gates_LBNH, states, former_LB=former)
+        type(memory).update(self.memories, k_LBGK, v_LBGV, gates_LBNH, states, former_LB=former)
         self.states = states
         for store, state in zip(self.stores, states):
             store.state = state

@@ -174,13 +174,14 @@ def published_names(content: Content) -> _Names:
     Raises:
         CheckpointError: It does not know it.
     """
-    if content.config.memory not in PUBLISHED:
-        raise failure(
-            content.where,
-            f"the published format has no memory {content.config.memory!r}, only {', '.join(PUBLISHED)}",
-            "Keep it as an adapter and load it with ahn.load",
-        )
-    return PUBLISHED[content.config.memory]
+    return _names_of(content.where, content.config.memory, "Keep it as an adapter and load it with ahn.load")
+
+
+def _names_of(where: str, memory: str, remedy: str) -> _Names:
+    if memory not in PUBLISHED:
+        problem = f"the published format has no memory {memory!r}, only {', '.join(PUBLISHED)}"
+        raise failure(where, problem, remedy)
+    return PUBLISHED[memory]
 
 
 def _settings(where: str, values: Mapping[str, Any], base: BaseInfo) -> dict[str, Any]:
@@ -240,7 +241,7 @@ def _base(where: str, values: Mapping[str, Any]) -> BaseInfo:
 
 def _memory_keys(where: str, memory: str, tensors: Mapping[str, Stored]) -> tuple[dict[str, Stored], Kind]:
     """The memory's tensors by our names, and whether those of the base model lie beside them."""
-    names = PUBLISHED[memory]
+    names = _names_of(where, memory, _AGAIN)
     ours = {theirs: our for our, theirs in names.renamed.items()}
     theirs = {key: stored for key, stored in tensors.items() if ".ahn." in key}
     if not theirs:

@@ -104,7 +104,7 @@ def summary(probe: Probe) -> list[str]:
     lines.append(
         f"State: effective rank {float(trace.rank[-1].mean()):.1f} of at most {max(trace.full_rank)} (mean over heads; "
         f"{float(last.min()):.0%} to {float(last.max()):.0%} full). Gates: write strength "
-        f"{float(trace.write.mean()):.2f}{decay_text}."
+        f"{float(trace.write.mean()):.2g}{decay_text}."
     )
     return lines
 

@@ -32,7 +32,7 @@ def cost_model(
 
     Args:
         base: A name in `SHAPES`, a name as for `ahn.models.resolve`, or a config of transformers.
-        config: Window, sinks and which layers get a memory; `AHNConfig()` if left out.
+        config: As for `read_base`.
         convention: "actual" counts what this library computes and holds, "paper" what arXiv 2510.07318 counts.
         dtype: As for `read_base`; the paper counts 4 bytes a number, whatever this is.
 

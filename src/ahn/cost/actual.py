@@ -43,8 +43,8 @@ class Actual(Counting):
         """Gates of every token; state and output where something was evicted."""
         shape = memory.shape
         gates = len(memory.projections) * shape.hidden_size * shape.query_heads
-        output = sum(parameter.numel() for parameter in memory.parameters() if parameter.dim() > 1) - gates
-        scan = memory.state_products * state_numbers(memory)
+        output = memory.g_proj.weight.numel() + memory.o_proj.numel()
+        scan = memory.state_products * state_numbers(memory) + memory.write_products
         return 2 * tokens * gates + 2 * evicted * (scan + output)
 
     def number_bytes(self) -> int:

@@ -92,8 +92,8 @@ def read_base(
 
     Args:
         base: A name in `SHAPES`, a name as for `ahn.models.resolve`, or a config of transformers.
-        config: Window, sinks, and which layers get a memory; `AHNConfig()` if left out. Its `memory` does not matter:
-            every one is counted.
+        config: Window, sinks, and which layers get a memory; `AHNConfig()` if left out. Every memory is counted,
+            whatever its `memory` is; the slots of the Compressive Transformer fill the state of that one.
         dtype: Of the weights: a torch dtype or its name. Left out or "auto", what the config says, or float32.
 
     Raises:

@@ -46,7 +46,7 @@ class Counting(abc.ABC):
     """Counts what reading with a base model costs: in `full`, with a `window`, with `ct`, and with each memory.
 
     `ct` is the Compressive Transformer of the paper's comparison. Evicted tokens are pooled 4:1 into slots that the
-    queries read, first in first out. The slots fill the bytes of a memory's state.
+    queries read, first in first out. The slots fill the bytes of the state of the config's memory.
 
     Args:
         base: The base model, with window and sinks.
@@ -104,7 +104,7 @@ class Counting(abc.ABC):
         slots = f"{most:,}" if fewest == most else f"{fewest:,} to {most:,}"
         pooled = (
             f"ct: the Compressive Transformer, which pools {POOLED} evicted tokens to one of {slots} slots a layer, as "
-            "many as fill a state's bytes."
+            f"many as fill the bytes of a state of {self.base.attachment.config.memory}."
         )
         return [self.summary(), pooled, *self.remarks()]
 

@@ -13,13 +13,14 @@ from ahn.errors import ConfigError
 if TYPE_CHECKING:
     from ahn.memories.base import Gating, Memory, MemoryShape
 
-__all__ = ["MEMORIES", "Gating", "Memory", "MemoryShape", "build_memory", "memory_names"]
+__all__ = ["MEMORIES", "Gating", "Memory", "MemoryShape", "build_memory", "memory_class", "memory_names"]
 
 
 MEMORIES: dict[str, str | type[Memory]] = {
     "gated_delta_net": "GatedDeltaNet",
     "delta_net": "DeltaNet",
     "mamba2": "Mamba2",
+    "linearized_attention": "LinearizedAttention",
 }
 """Each memory's class, or the name of its class in the module that is called like the memory."""
 
@@ -39,13 +40,25 @@ def build_memory(name: str, shape: MemoryShape) -> Memory:
     Raises:
         ConfigError: The name is unknown.
     """
+    return memory_class(name)(shape)
+
+
+def memory_class(name: str) -> type[Memory]:
+    """The class of a memory.
+
+    Args:
+        name: One of `memory_names()`.
+
+    Raises:
+        ConfigError: The name is unknown.
+    """
     if name not in MEMORIES:
         raise ConfigError(f"unknown memory {name!r}; known are {', '.join(MEMORIES)}")
     kind = MEMORIES[name]
     if isinstance(kind, str):
         kind = getattr(importlib.import_module(f"ahn.memories.{name}"), kind)
-    memory: Memory = kind(shape)
-    return memory
+    found: type[Memory] = kind
+    return found
 
 
 def __getattr__(name: str) -> Any:

@@ -78,6 +78,7 @@ class Memory(nn.Module, abc.ABC):
         gate_parameters: Parameters per head that `activate` also needs: by name, a function that draws them, `[H]`.
         log_rate: Name of the gate parameter that is the log of a decay rate, if there is one.
         bias: Whether the projections and the output gate have biases.
+        normalizes: Whether what is read passes a norm.
         norm_per_head: Whether the norm is taken over each head before the gate, or over all heads after it.
         gate_count: Gates per token and head, N: log decay, unless `activate` gives none, and write strength.
         g_proj: Output gate: a linear map from the querying token's hidden state to one number per head.
@@ -90,6 +91,7 @@ class Memory(nn.Module, abc.ABC):
     gate_parameters: ClassVar[Mapping[str, Callable[[int], torch.Tensor]]] = {}
     log_rate: ClassVar[str | None] = None
     bias: ClassVar[bool] = False
+    normalizes: ClassVar[bool] = True
     norm_per_head: ClassVar[bool] = True
     g_proj: nn.Linear
 
@@ -108,9 +110,9 @@ class Memory(nn.Module, abc.ABC):
             if self.bias:
                 nn.init.zeros_(linear.bias)
             setattr(self, projection, linear)
-        if self.norm_per_head:
+        if self.normalizes and self.norm_per_head:
             self.o_norm = nn.Parameter(torch.ones(value_size))
-        else:
+        elif self.normalizes:
             self.norm = nn.Parameter(torch.ones(heads * value_size))
         with torch.no_grad():
             self.gate_count = self.gates(self.g_proj.weight.new_zeros(1, 1, shape.hidden_size)).size(-2)
@@ -166,13 +168,17 @@ class Memory(nn.Module, abc.ABC):
 
     @staticmethod
     def gating(gates_BTNH: torch.Tensor) -> Gating:
-        """What gates do to the state.
+        """What gates do to the state, as long as keys have no say in it; see `writing`.
 
         Args:
             gates_BTNH: Gates as `gates` gives them, `[B, T, N, H]`.
         """
         *log_decay, write_BTH = gates_BTNH.unbind(-2)
         return Gating(write_BTH, log_decay[0].exp() if log_decay else None)
+
+    def writing(self, k_BTGK: torch.Tensor, gates_BTNH: torch.Tensor) -> Gating:
+        """What tokens with these keys, `[B, T, G, K]`, and gates do to the state when they are evicted."""
+        return self.gating(gates_BTNH)
 
     def scan(
         self,
@@ -206,6 +212,7 @@ class Memory(nn.Module, abc.ABC):
     @classmethod
     def update(
         cls,
+        memories: Sequence[Memory],
         k_LBGK: torch.Tensor,
         v_LBGV: torch.Tensor,
         gates_LBNH: torch.Tensor,
@@ -216,6 +223,7 @@ class Memory(nn.Module, abc.ABC):
         """Writes one evicted token into the states of several layers at once; for decoding, no gradients.
 
         Args:
+            memories: The memories of L layers, of one kind and shape.
             k_LBGK: The token's keys, `[L, B, G, K]`.
             v_LBGV: Its values, `[L, B, G, V]`.
             gates_LBNH: Its gates, `[L, B, N, H]`.
@@ -228,7 +236,7 @@ class Memory(nn.Module, abc.ABC):
         starts = None if rows_B is None else ops.state_places(state_LB, rows_B)
         if rows_B is not None and starts is None:
             own = state_LB[:, rows_B]
-            cls.update(k_LBGK, v_LBGV, gates_LBNH, own)
+            cls.update(memories, k_LBGK, v_LBGV, gates_LBNH, own)
             state_LB[:, rows_B] = own
             return
         write_LBH, decay_LBH = cls.gating(gates_LBNH)
@@ -254,31 +262,37 @@ class Memory(nn.Module, abc.ABC):
         with ops.full_precision(state):
             return torch.matmul(self._queries(q_BTHK).transpose(1, 2).to(state.dtype), state_BHKV).transpose(1, 2)
 
-    def gated_norm(self, read_BTHV: torch.Tensor, x_BTD: torch.Tensor) -> torch.Tensor:
-        """Norm and gate of what was read, `[B, T, H, V]` float32, before the output projection.
+    def gated(self, read_BTHV: torch.Tensor, x_BTD: torch.Tensor, local_BTHV: torch.Tensor) -> torch.Tensor:
+        """What goes into the output projection, `[B, T, H, V]` float32: here norm and gate of what was read.
 
         Args:
-            read_BTHV: What the queries read, `[B, T, H, V]` float32.
+            read_BTHV: What the queries read, as `scan` and `read` give it, float32.
             x_BTD: Input of the attention layer at the *querying* tokens, `[B, T, D]`.
+            local_BTHV: Output of the attention over exact tokens at them, `[B, T, H, V]`.
         """
         gate_BTH1 = F.silu(at_least_float32(self.g_proj(x_BTD)))[..., None]
         if self.norm_per_head:
             return rms_norm(read_BTHV, self._norm) * gate_BTH1
         return rms_norm((read_BTHV * gate_BTH1).flatten(-2), self._norm).view_as(read_BTHV)
 
-    def project_out(self, read_BTHV: torch.Tensor, x_BTD: torch.Tensor) -> torch.Tensor:
+    def project_out(self, read_BTHV: torch.Tensor, x_BTD: torch.Tensor, local_BTHV: torch.Tensor) -> torch.Tensor:
         """What the memory adds to the attention output before the model's own output projection.
 
         Args:
-            read_BTHV: What the queries read, `[B, T, H, V]` float32.
+            read_BTHV: What the queries read, as `scan` and `read` give it, float32.
             x_BTD: Input of the attention layer at the querying tokens, `[B, T, D]`.
+            local_BTHV: Output of the attention over exact tokens at them, `[B, T, H, V]`.
 
         Returns:
             `[B, T, H, V]` in the dtype of the model. Zero wherever the state was still empty.
         """
-        normed_BTHV = self.gated_norm(read_BTHV, x_BTD).to(self.o_proj.dtype)
-        out_HXV = torch.bmm(normed_BTHV.flatten(0, 1).transpose(0, 1), self.o_proj)
-        return out_HXV.transpose(0, 1).view(normed_BTHV.shape)
+        return self._projected(self.gated(read_BTHV, x_BTD, local_BTHV))
+
+    def _projected(self, gated_BTHV: torch.Tensor) -> torch.Tensor:
+        """Each head by its output projection, in the dtype of the model."""
+        gated_BTHV = gated_BTHV.to(self.o_proj.dtype)
+        out_HXV = torch.bmm(gated_BTHV.flatten(0, 1).transpose(0, 1), self.o_proj)
+        return out_HXV.transpose(0, 1).view(gated_BTHV.shape)
 
     def decode_add(
         self,
@@ -297,13 +311,15 @@ class Memory(nn.Module, abc.ABC):
             state: The state, `[B, *state_shape()]` float32; with `rows_B` that of any rows.
             rows_B: Which of these rows is whose, int64; `None` where they are those of the batch.
         """
-        if ops.decode_add_(local_B1HV, q_B1HK, x_B1D, state, self.output_weights(), rows_B):
+        weights = self.output_weights()
+        if weights is not None and ops.decode_add_(local_B1HV, q_B1HK, x_B1D, state, weights, rows_B):
             return local_B1HV
         state = state if rows_B is None else state[rows_B]
-        return local_B1HV + self.project_out(self.read(q_B1HK, state), x_B1D).to(local_B1HV.dtype)
+        added_B1HV = self.project_out(self.read(q_B1HK, state), x_B1D, local_B1HV)
+        return local_B1HV + added_B1HV.to(local_B1HV.dtype)
 
-    def output_weights(self) -> ops.OutputWeights:
-        """What its output is computed from, for kernels."""
+    def output_weights(self) -> ops.OutputWeights | None:
+        """What its output is computed from, for kernels; `None` where none serves it."""
         gate, key_first = self.g_proj, self.rule == "delta"
         return ops.OutputWeights(
             gate.weight, gate.bias, self._norm, self.o_proj, self._scale, self.norm_per_head, key_first
@@ -331,6 +347,11 @@ class Memory(nn.Module, abc.ABC):
         """
         return 3 if self.rule == "delta" else 2
 
+    @property
+    def write_products(self) -> int:
+        """Products of numbers, beside those with the state, of writing one token once its gates are known."""
+        return 0
+
     def state_shape(self) -> tuple[int, int, int]:
         """Shape of one sequence's state: `[H, K, V]` by the delta rule, `[H, V, K]` by the additive one."""
         _, heads, _, key_size, value_size = self.shape
@@ -339,6 +360,10 @@ class Memory(nn.Module, abc.ABC):
     def empty_state(self, batch: int, device: torch.device) -> torch.Tensor:
         """An empty state, `[B, *state_shape()]` float32."""
         return torch.zeros(batch, *self.state_shape(), device=device)
+
+    def linear_maps(self, state: torch.Tensor) -> torch.Tensor:
+        """The matrices from queries to what they read in a state, `[B, H, ...]`, for a look at how full it is."""
+        return state
 
     @property
     def _norm(self) -> nn.Parameter:
@@ -365,15 +390,3 @@ def _is_plain_linear(module: nn.Module | None) -> bool:
     if type(module) is not nn.Linear:
         return False
     return not (module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__)
-
-
-def draw_log_rate(heads: int) -> torch.Tensor:
-    """Log of the decay rate of each head, `[H]`: the rate is drawn from U(0, 16). Source: arXiv 2412.06464."""
-    return torch.empty(heads).uniform_(0, 16).clamp_(min=1e-4).log()
-
-
-def draw_step_bias(heads: int) -> torch.Tensor:
-    """Bias of each step, `[H]`: its softplus is drawn log-uniformly from (0.001, 0.1). Source: arXiv 2405.21060."""
-    low, high = torch.tensor(0.001).log(), torch.tensor(0.1).log()
-    step = (torch.rand(heads) * (high - low) + low).exp()
-    return step + torch.log(-torch.expm1(-step))  # the inverse of softplus

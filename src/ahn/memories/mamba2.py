@@ -7,7 +7,8 @@ from typing import ClassVar
 import torch
 import torch.nn.functional as F
 
-from ahn.memories.base import Memory, draw_log_rate, draw_step_bias
+from ahn.memories._draws import draw_log_rate, draw_step_bias
+from ahn.memories.base import Memory
 
 
 class Mamba2(Memory):

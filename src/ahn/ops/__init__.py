@@ -21,16 +21,20 @@ from torch import Tensor
 
 from ahn.errors import ConfigError
 from ahn.native import OutputWeights
+from ahn.native.linearized import LinearizedWeights
 from ahn.ops import chunked, compiled, cuda, grouped, naive, step
 from ahn.ops._shared import at_least_float32, check_shapes
+from ahn.ops.linearized import decode_add_linearized_, write_linearized_
 from ahn.ops.norms import rms_norm, unit
 from ahn.ops.step import decode_add_, linear_each, state_places, write_delta_, write_state_space_
 
 __all__ = [
+    "LinearizedWeights",
     "OutputWeights",
     "at_least_float32",
     "backend",
     "decode_add_",
+    "decode_add_linearized_",
     "delta_rule",
     "gated_delta_rule",
     "is_automatic",
@@ -40,6 +44,7 @@ __all__ = [
     "state_space",
     "unit",
     "write_delta_",
+    "write_linearized_",
     "write_state_space_",
 ]
 

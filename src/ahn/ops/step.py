@@ -48,19 +48,20 @@ def state_space(
     return o_XV1.view(B, 1, H, V), S_XVK.view(B, H, V, K)
 
 
-def state_places(state_LRHKV: Tensor, rows_B: Tensor) -> Tensor | None:
+def state_places(state_LRHKV: Tensor, rows_B: Tensor, sizes: Sequence[int] | None = None) -> Tensor | None:
     """Where the states of some rows begin, for a kernel that writes to them where they lie.
 
     Args:
         state_LRHKV: States of L layers and R rows, `[L, R, H, K, V]` or `[L, R, H, V, K]`, float32.
         rows_B: The rows, int64.
+        sizes: Sizes that must fill whole vectors; `None` for those of a state, K and V.
 
     Returns:
         Places in numbers from the first state, `[L * B * H]` int64; `None` where no kernel takes these states.
     """
     L, _, H, first, last = state_LRHKV.shape
     to_layer, to_row, to_head, *inner = state_LRHKV.stride()
-    if inner != [last, 1] or not native.ready(state_LRHKV, sizes=(first, last)):
+    if inner != [last, 1] or not native.ready(state_LRHKV, sizes=(first, last) if sizes is None else sizes):
         return None
     layers, heads = torch.arange(L)[:, None, None] * to_layer, torch.arange(H) * to_head
     return (layers + rows_B[:, None] * to_row + heads).flatten()

@@ -15,6 +15,7 @@ from ahn.backbone.survey import find_backbone
 from ahn.checkpoint.content import memory_tensors
 from ahn.checkpoint.loading import read
 from ahn.errors import CheckpointError
+from ahn.memories import memory_class
 
 
 @torch.no_grad()
@@ -95,7 +96,7 @@ def copy_common(model: nn.Module, adapter: str) -> list[str]:
     """Copies the weights that another kind of memory has in common with the attached one.
 
     A trained memory is a good start for another kind: the read-out, the output gate and the write strength are the same
-    maps in all kinds.
+    maps in all kinds but `linearized_attention`.
 
     Args:
         model: A model with a memory attached.
@@ -107,7 +108,10 @@ def copy_common(model: nn.Module, adapter: str) -> list[str]:
     Raises:
         CheckpointError: There is no such adapter, or it has nothing in common with the memory.
     """
-    stored, ours = read(adapter).tensors(), memory_tensors(model)
+    content, ours = read(adapter), memory_tensors(model)
+    kinds = (memory_class(config.memory) for config in (content.config, attachment_of(model).config))
+    alike = len({kind.normalizes for kind in kinds}) == 1  # else gates and projections of one name mean other things
+    stored = content.tensors() if alike else {}
     taken = [key for key, tensor in ours.items() if key in stored and stored[key].shape == tensor.shape]
     if not taken:
         raise CheckpointError(f"{adapter}: it has no weights in common with the memory to train. Start without it.")

@@ -11,7 +11,7 @@ from ahn.checkpoint.anchors import ANCHORS
 from ahn.checkpoint.card import write_card
 from ahn.checkpoint.content import BaseInfo, memory_tensors
 from ahn.training.report import Report
-from ahn.training.settings import FILE, TrainSettings
+from ahn.training.settings import FILE, START, TrainSettings
 
 
 def write_training_card(model: nn.Module, settings: TrainSettings, report: Report | None, folder: Path) -> bool:
@@ -48,7 +48,7 @@ def write_training_card(model: nn.Module, settings: TrainSettings, report: Repor
 def _training(settings: TrainSettings) -> str:
     """The settings that matter most, and the command that trains it again."""
     sequences = settings.batch * settings.accumulation
-    steps = {"transfer": settings.transfer_steps, "distill": settings.steps}
+    steps = {"transfer": settings.transfer_steps, "distill": settings.steps, START: 0}
     rows = {
         "data": ", ".join(Path(source).name for source in settings.data),
         "steps": ", ".join(f"{steps[stage]} of {stage}" for stage in settings.stages),

@@ -39,7 +39,7 @@ class _Counting(Lesson):
         missing = self.missing(layer)
         if not layer.evicted_tokens:
             return
-        normed_BEHV = layer.memory.gated_norm(layer.recall(), layer.hidden[:, missing.before :])
+        normed_BEHV = layer.memory.gated(layer.recall(), layer.hidden[:, missing.before :], missing.local_BEHV)
         read_BEHV = normed_BEHV * missing.counted_BE11
         self.moments[layer.memory] = _Moments(
             torch.einsum("behv,behw->hvw", read_BEHV, read_BEHV).double(),

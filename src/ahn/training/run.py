@@ -24,6 +24,7 @@ from ahn.models.loading import is_gguf
 from ahn.models.text import evenly
 from ahn.training.anchors.joint import load_score_weights
 from ahn.training.batches import Pieces, PieceStream, collate
+from ahn.training.calibration import calibrate
 from ahn.training.data import load_pieces, stream_pieces
 from ahn.training.distiller import Distiller
 from ahn.training.initialization import copy_common, set_initial_decay, set_initial_gate
@@ -33,7 +34,7 @@ from ahn.training.precision import fastest_precision
 from ahn.training.readout import solve_readout
 from ahn.training.report import PLOT, TABLE, Report, evaluate, plot_losses, write_report
 from ahn.training.saving import last_whole_checkpoint, load_adapter, save_adapter
-from ahn.training.settings import FILE, TrainSettings, read_yaml, write_yaml
+from ahn.training.settings import FILE, START, TrainSettings, read_yaml, write_yaml
 from ahn.training.sources import check_places
 from ahn.training.teacher import TeacherCache
 from ahn.training.trainer import AHNTrainer
@@ -73,7 +74,7 @@ def train(settings: TrainSettings, resume: bool = False, say: Say | None = None,
         CheckpointError: The folder cannot be written, or the adapter to start from does not fit.
     """
     say = say or (lambda text: None)
-    arguments = {stage: training_arguments(settings, stage, progress) for stage in settings.stages}
+    arguments = {stage: training_arguments(settings, stage, progress) for stage in settings.stages if stage != START}
     folder = Path(settings.out).expanduser()
     if _first_process():
         check(settings, resume)
@@ -88,9 +89,10 @@ def train(settings: TrainSettings, resume: bool = False, say: Say | None = None,
     curves = {}
     for stage, args in arguments.items():
         curves[stage] = _run_stage(model, settings, stage, args, (sequences, held_out), say)
-    save_adapter(model, folder, write=arguments[settings.stages[-1]].should_save)
+    saves = arguments[settings.stages[-1]].should_save if arguments else _first_process()
+    save_adapter(model, folder, write=saves)
     report = None
-    if arguments[settings.stages[-1]].should_save:
+    if saves:
         report = _close(model, settings, held_out, curves, folder, say)
         if has_anchors:
             ahn.save_anchors(model, folder)
@@ -267,6 +269,7 @@ def _model(settings: TrainSettings, sequences: Pieces | PieceStream, say: Say, b
     if settings.adapter is None and settings.initial_readout is not None:
         say("solving the read-out of every layer on a few texts")
         batches = [collate([item]) for item in _first(sequences, settings.initial_texts)]
+        calibrate(model, batches, settings.span_draw)
         solve_readout(model, batches, settings.span_draw, settings.initial_readout)
     return model
 
@@ -351,7 +354,8 @@ def _close(
 ) -> Report | None:
     """Table and plot."""
     try:
-        plot_losses(curves, folder / PLOT)
+        if curves:
+            plot_losses(curves, folder / PLOT)
     except ImportError:
         say("no plot: matplotlib is not installed (pip install 'ahn[train]')")
     distiller = Distiller(model, stage="transfer")

@@ -32,6 +32,8 @@ if TYPE_CHECKING:  # what takes seconds to import, and help texts need not
     from ahn.training.sources import DataQuery
 
 STAGES = ("transfer", "distill")
+START = "start"
+"""In place of stages: the initial weights are written, and nothing is trained."""
 FILE = "train.yaml"
 """Name under which the settings are saved beside the weights."""
 _MEMORY_FILES = {file.stem for file in (Path(__file__).parents[1] / "memories").glob("[a-z]*.py")} - {"base"}
@@ -75,7 +77,9 @@ class TrainSettings(Settings):
         choices=typing.get_args(Quantize),
         unset="as the file has them",
     )
-    stages: tuple[str, ...] = setting(("distill",), "distill, transfer, or transfer,distill.", joined=True)
+    stages: tuple[str, ...] = setting(
+        ("distill",), "distill, transfer, or transfer,distill; or start, for the initial weights alone.", joined=True
+    )
     steps: int = setting(500, "Optimizer steps of distill.", least=1)
     transfer_steps: int = setting(200, "Optimizer steps of transfer.", least=1)
     losses: dict[str, float] = file_setting(
@@ -206,8 +210,11 @@ class TrainSettings(Settings):
         """Checks what settings say about each other."""
         from ahn.training.losses import check_weights
 
-        if not self.stages or [stage for stage in STAGES if stage in self.stages] != list(self.stages):
-            raise ConfigError(f"stages must be transfer, distill or both in this order, not {list(self.stages)}")
+        in_order = [stage for stage in STAGES if stage in self.stages]
+        if self.stages != (START,) and (not self.stages or in_order != list(self.stages)):
+            raise ConfigError(
+                f"stages must be transfer, distill or both in this order, or start, not {list(self.stages)}"
+            )
         if self.quantize is not None and self.dtype not in ("auto", "float32"):
             raise ConfigError(f"a base in {self.quantize} multiplies in float32: leave dtype={self.dtype} out")
         if not 0 < self.loss_share <= 1:

@@ -40,8 +40,9 @@ class Lesson:
         before = self.counted.size(1) - layer.evicted_tokens
         counted_BE11 = self.counted[:, before:, None, None]
         with torch.no_grad():
-            output_BEHV = (layer.output - layer.read_window())[:, before:].float() * counted_BE11
-        return Missing(before, output_BEHV, counted_BE11)
+            local_BEHV = layer.read_window()[:, before:]
+            output_BEHV = (layer.output[:, before:] - local_BEHV).float() * counted_BE11
+        return Missing(before, local_BEHV, output_BEHV, counted_BE11)
 
     def learn(self, layer: RecordedLayer) -> None:
         """What a layer does with it."""
@@ -53,12 +54,14 @@ class Missing(NamedTuple):
 
     Attributes:
         before: Positions before the first at which the memory speaks.
+        local_BEHV: Output of sinks and window from there on, `[B, E, H, V]`.
         output_BEHV: Output of full attention minus that of sinks and window, `[B, E, H, V]` float32, zero at positions
             that do not count.
         counted_BE11: Whether a position counts.
     """
 
     before: int
+    local_BEHV: torch.Tensor
     output_BEHV: torch.Tensor
     counted_BE11: torch.Tensor
 
@@ -81,7 +84,9 @@ class _Regression(Lesson):
             missing = self.missing(layer)
             if not layer.evicted_tokens:
                 return
-            read_BEHV = layer.memory.project_out(layer.recall(), layer.hidden[:, missing.before :]).float()
+            read_BEHV = layer.memory.project_out(
+                layer.recall(), layer.hidden[:, missing.before :], missing.local_BEHV
+            ).float()
             wrong = (read_BEHV * missing.counted_BE11 - missing.output_BEHV).square().sum()
             share = wrong / missing.output_BEHV.square().sum().clamp(min=1e-12)
             parameters = [each for each in layer.memory.parameters() if each.requires_grad]

@@ -34,7 +34,8 @@ def draw(trace: StateTrace, sinks: int) -> dict[str, tuple[Any, str]]:
         ),
         "write": (
             _small_plots(trace, trace.write, sinks, "Write strength"),
-            "Write strength of each evicted token (beta, or the step dt of Mamba2) in each layer, mean over heads.",
+            "Write strength of each evicted token (beta, the step dt of Mamba2, or the weight of linearised "
+            "attention) in each layer, mean over heads.",
         ),
     }
     if trace.decay is not None:

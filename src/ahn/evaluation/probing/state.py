@@ -31,7 +31,8 @@ class StateTrace:
     Attributes:
         layers: Indices of the layers with a memory.
         tokens: Tokens read at each snapshot.
-        rank: Effective rank of every head's state at each snapshot, `[P, L, H]`, from 0 (empty) to `full_rank`.
+        rank: Effective rank of every head's state at each snapshot, `[P, L, H]`, from 0 (empty) to `full_rank`; see
+            `ahn.memories.Memory.linear_maps`.
         full_rank: The most that the rank can be, min(K, V), of each layer.
         write: Write strength of each evicted token, mean over heads, `[L, E]`; see `ahn.memories.Gating`.
         decay: Share of the state that each evicted token lets live, mean over heads; `None` where nothing decays.
@@ -119,9 +120,9 @@ def trace_state(
 
 @contextlib.contextmanager
 def _listening(model: nn.Module, layers: list[AttentionLayer]) -> Iterator[dict[int, list[Gating]]]:
-    """Notes what the gates of every layer do, call after call."""
+    """Notes what the tokens do to the state of every layer, call after call."""
     heard: dict[int, list[Gating]] = {attention_layer.index: [] for attention_layer in layers}
-    with record_layers(model, lambda layer: heard[layer.layer.index].append(layer.memory.gating(layer.gates))):
+    with record_layers(model, lambda layer: heard[layer.layer.index].append(layer.writing)):
         yield heard
 
 
@@ -135,4 +136,5 @@ def _joined(calls: list[Gating], field: str, sinks: int, evicted: int) -> torch.
 
 def _rank(cache: Any, layer: AttentionLayer) -> torch.Tensor:
     """Effective rank of every head of a layer, `[H]`."""
-    return effective_rank(cache.layers[layer.index].state[0]).float().cpu()
+    memory: Any = layer.memory
+    return effective_rank(memory.linear_maps(cache.layers[layer.index].state)[0]).float().cpu()

@@ -79,7 +79,7 @@ class DecodedTokens(KernelProgress):
         gates = TokenRecord.unpack(record_LBF, memory.gate_count, memory.shape.query_heads).gates
         # Gates of zero leave a state as it is: that of a request whose window is not full.
         gates_LBNH = gates * self.evicts[:, None, None]
-        type(memory).update(keys, values, gates_LBNH, pages["state"], self.blocks)
+        type(memory).update(self._memories, keys, values, gates_LBNH, pages["state"], self.blocks)
 
     @property
     def _memories(self) -> list[Memory]:

@@ -85,7 +85,9 @@ class ServedForward(KernelForward):
         self._served, self._find_step, self._reader = served, find_step, reader
 
     def is_usual(self) -> bool:
-        """Whether the layer is built so that the kernel may take it."""
+        """Whether the layer is built so that the kernel may take it, with a memory whose output it knows."""
+        if self._served.memory.output_weights() is None:
+            return False
         with torch.no_grad():  # as in the steps: while weights are loaded, gradients may be asked for
             return _read_parts(self._layer, self._attention, None, self._reader) is not None
 

@@ -1,0 +1,122 @@
+"""A closed-form start for linearised attention: its mean queries, and how much of the softmax evicted tokens take.
+
+Legend of shapes: B rows, T tokens, E positions where the memory has an output, N sampled ones, H query heads,
+G key/value heads, K key size, V value size, F features of a share.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from ahn.attention.recording import RecordedLayer
+from ahn.memories.linearized_attention import LinearizedAttention
+from ahn.training.sampling import SpanDraw
+from ahn.training.transfer import Lesson, teach
+
+_EVERY = 4  # of the positions whose shares are looked at
+_RIDGE = 1e-4  # of the mean square of a feature
+_LEAST_WEIGHT = 0.002  # of a share that is next to 0 or 1, where the largest is 0.25
+_LARGEST_LOGIT = 8.0
+
+
+class _Sums(NamedTuple):
+    """What is added up over texts for a layer: two tensors, whatever they hold."""
+
+    first: torch.Tensor
+    second: torch.Tensor
+
+
+@dataclasses.dataclass(eq=False)
+class _Adding(Lesson):
+    """Adds up something of every layer."""
+
+    sums: dict[LinearizedAttention, _Sums] = dataclasses.field(default_factory=dict)
+
+    def learn(self, layer: RecordedLayer) -> None:
+        """What a layer adds; nothing where no token leaves its window."""
+        if layer.evicted_tokens and isinstance(layer.memory, LinearizedAttention):
+            self.sums[layer.memory] = self.count(layer, layer.memory)
+
+    def count(self, layer: RecordedLayer, memory: LinearizedAttention) -> _Sums:
+        """What a layer adds."""
+        raise NotImplementedError
+
+
+class _Means(_Adding):
+    """Mean queries `[H, K]` and mean keys `[G, K]` of a text."""
+
+    def count(self, layer: RecordedLayer, memory: LinearizedAttention) -> _Sums:
+        """The means of a layer."""
+        query, key, _ = layer.projected
+        means = (x[:, :, -layer.evicted_tokens :].double().mean((0, 2)) for x in (query, key))
+        return _Sums(*means)
+
+
+class _Shares(_Adding):
+    """Normal equations of a weighted regression of the shares' logits, `[H, F, F]` and `[H, F, 1]`."""
+
+    def count(self, layer: RecordedLayer, memory: LinearizedAttention) -> _Sums:
+        """The equations of a layer."""
+        evicted, query = layer.evicted_tokens, layer.projected[0]
+        picked = torch.arange(0, evicted, _EVERY, device=query.device)
+        share_BHN = layer.evicted_share(picked + query.size(2) - evicted).double()
+        logit_BHN = torch.logit(share_BHN).clamp(-_LARGEST_LOGIT, _LARGEST_LOGIT)
+        weight_BHN = share_BHN * (1 - share_BHN) + _LEAST_WEIGHT
+        features_BHNF = _features(memory, query[:, :, -evicted:], layer.recall())[:, :, picked].double()
+        weighted_BHNF = features_BHNF * weight_BHN[..., None]
+        both_HFF = torch.einsum("bhnf,bhng->hfg", weighted_BHNF, features_BHNF)
+        return _Sums(both_HFF, torch.einsum("bhnf,bhn->hf", weighted_BHNF, logit_BHN)[..., None])
+
+
+def _features(memory: LinearizedAttention, query_BHEK: torch.Tensor, read_BEHV: torch.Tensor) -> torch.Tensor:
+    """What a share is computed from, `[B, H, E, K + 3]`: the query, size and match of what it reads, and one."""
+    scaled_BHEK = memory.scaled_queries(query_BHEK.transpose(1, 2)).transpose(1, 2)
+    scores_BHE1, weights_BHE1 = read_BEHV[..., -3:-1].transpose(1, 2).split(1, dim=-1)
+    numbers = weights_BHE1.log(), scores_BHE1 / weights_BHE1, torch.ones_like(weights_BHE1)
+    return torch.cat((scaled_BHEK, *numbers), dim=-1)
+
+
+@torch.no_grad()
+def calibrate(model: nn.Module, batches: Iterable[Mapping[str, torch.Tensor]], draw: SpanDraw) -> None:
+    """Sets the mean queries and the shares of linearised attention to what the teacher does on a few texts.
+
+    Two passes of the teacher: the first takes the mean queries and keys beyond the window. The second fits the logit of
+    each head's share by weighted least squares. `g_proj` keeps a bias alone.
+
+    Args:
+        model: A model with a memory attached. Other kinds of memory stay as they are.
+        batches: Texts, as for `find_targets`, without padding.
+        draw: Window and sinks of each.
+    """
+    draw, batches = draw.fitting(model), list(batches)
+    for memory, (queries, keys) in _added(model, batches, draw, _Means).items():
+        memory.mean_query.copy_(queries / len(batches))
+        heads = (memory.mean_query.unflatten(0, (keys.size(0), -1)) * (keys / len(batches))[:, None]).sum(-1)
+        memory.get_parameter("offset").copy_(heads.flatten() * memory.shape.key_size**-0.5)
+    for memory, (both, target) in _added(model, batches, draw, _Shares).items():
+        ridge = torch.diag_embed(_RIDGE * both.diagonal(dim1=-2, dim2=-1).clamp(min=1e-12))
+        solved = torch.linalg.solve(both + ridge, target).squeeze(-1)
+        memory.share_key.copy_(solved[:, :-3])
+        memory.size_weight.copy_(solved[:, -3])
+        memory.match_weight.copy_(solved[:, -2])
+        memory.g_proj.weight.zero_()
+        memory.g_proj.bias.copy_(solved[:, -1])
+
+
+def _added(
+    model: nn.Module, batches: list[Mapping[str, torch.Tensor]], draw: SpanDraw, lesson: type[_Adding]
+) -> dict[LinearizedAttention, _Sums]:
+    """What the layers add up over all texts, by memory."""
+    sums: dict[LinearizedAttention, _Sums] = {}
+    for number, batch in enumerate(batches):
+        span = draw.draw(batch["input_ids"].size(1), number)
+        taken, _ = teach(model, batch, span.window, span.sinks, lesson)
+        for memory, new in taken.sums.items():
+            before = sums.get(memory)
+            sums[memory] = new if before is None else _Sums(*map(torch.add, before, new))
+    return sums
