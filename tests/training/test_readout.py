@@ -66,6 +66,17 @@ def test_a_share_of_it() -> None:
         assert bool(whole.detach().any())
 
 
+def test_another_share_in_the_upper_half() -> None:
+    """Of three layers these are the last one, and the middle one stays below."""
+    found = []
+    for shares in ((1.0,), (0.25, 0.5)):
+        model = fresh("gated_delta_net")
+        solve_readout(model, [{"input_ids": text(1, 80)}], SpanDraw(fixed=SPAN), *shares)
+        found.append(list(readouts(model).values()))
+    for share, whole, part in zip((0.25, 0.25, 0.5), *found, strict=True):
+        torch.testing.assert_close(part, share * whole)
+
+
 def test_without_texts_it_stays_as_it_is() -> None:
     model = fresh("delta_net", layers=(0, 2))
     solve_readout(model, [], SpanDraw(fixed=SPAN), 1.0)

@@ -49,7 +49,11 @@ class _Counting(Lesson):
 
 @torch.no_grad()
 def solve_readout(
-    model: nn.Module, batches: Iterable[Mapping[str, torch.Tensor]], draw: SpanDraw, scale: float
+    model: nn.Module,
+    batches: Iterable[Mapping[str, torch.Tensor]],
+    draw: SpanDraw,
+    scale: float,
+    upper_scale: float | None = None,
 ) -> None:
     """Sets the output projections of the attached memories to a ridge regression on what the window misses.
 
@@ -62,6 +66,7 @@ def solve_readout(
         batches: Texts, as for `find_targets`.
         draw: Window and sinks of each.
         scale: Share of the solution that is taken.
+        upper_scale: Share in the upper half of the layers, where far tokens are read; `scale` if left out.
     """
     sums: dict[Memory, _Moments] = {}
     draw = draw.fitting(model)
@@ -71,9 +76,11 @@ def solve_readout(
         for memory, moments in lesson.moments.items():
             before = sums.get(memory)
             sums[memory] = moments if before is None else _Moments(*map(torch.add, before, moments))
-    for layer in attachment_of(model).layers:
+    layers = attachment_of(model).layers
+    for number, layer in enumerate(layers):
+        share = scale if upper_scale is None or 2 * number < len(layers) else upper_scale
         if layer.memory is not None and layer.memory in sums:
-            layer.memory.o_proj.copy_(scale * _ridge(sums[layer.memory]))
+            layer.memory.o_proj.copy_(share * _ridge(sums[layer.memory]))
 
 
 def _ridge(moments: _Moments) -> torch.Tensor:

@@ -270,7 +270,7 @@ def _model(settings: TrainSettings, sequences: Pieces | PieceStream, say: Say, b
         say("solving the read-out of every layer on a few texts")
         batches = [collate([item]) for item in _first(sequences, settings.initial_texts)]
         calibrate(model, batches, settings.span_draw)
-        solve_readout(model, batches, settings.span_draw, settings.initial_readout)
+        solve_readout(model, batches, settings.span_draw, settings.initial_readout, settings.upper_readout)
     return model
 
 

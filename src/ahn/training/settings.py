@@ -164,6 +164,9 @@ class TrainSettings(Settings):
         "Share of the closed-form solution that the output projections of fresh memories start with, see "
         "`ahn.training.readout`; the published start, zero, if left out.",
     )
+    upper_readout: float | None = file_setting(
+        None, "The same share in the upper half of the layers; as initial_readout if left out."
+    )
     initial_texts: int = file_setting(8, "Sequences that the closed form is solved on.", least=1)
     seed: int = setting(0, "Of all random numbers.")
     checkpointing: str | None = setting(
