@@ -151,7 +151,7 @@ class LinearizedAttention(Memory):
         )
 
     def _sums(self, q_BTHK: torch.Tensor, state: torch.Tensor) -> Sums:
-        """The same in parts, which broadcast."""
+        """What queries read from a state as it is, in parts that broadcast."""
         q_BTHK = self.scaled_queries(q_BTHK).to(state.dtype)
         with ops.full_precision(state):
             both_BTHX = torch.matmul(q_BTHK.transpose(1, 2), state[..., :-1].mT).transpose(1, 2)
@@ -165,6 +165,7 @@ class LinearizedAttention(Memory):
         return self._mixed(Sums(both, values, *numbers.unbind(-1)), x_BTD, local_BTHV)
 
     def _mixed(self, sums: Sums, x_BTD: torch.Tensor, local_BTHV: torch.Tensor) -> torch.Tensor:
+        """What `gated` gives, from sums that broadcast; zero where nothing has been written."""
         size_BTH = sums.weights.clamp(min=_EMPTY)
         mean_BTH = sums.scores / size_BTH
         gate_BTH = torch.addcmul(at_least_float32(self.g_proj(x_BTD)) + sums.own, self.match_weight, mean_BTH)
