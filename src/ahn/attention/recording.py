@@ -17,7 +17,7 @@ from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import AttentionInterface
 
 from ahn.attachment import AttentionLayer, attachment_of
-from ahn.attention.call import Call, LayerCall
+from ahn.attention.call import Call, LayerCall, Softmax
 from ahn.attention.function import attend_local, attention_function, recall, softmax_of
 from ahn.attention.hooks import layer_call
 from ahn.attention.masks import find_padding, mask_function
@@ -78,9 +78,7 @@ class RecordedLayer:
 
     def read_window(self) -> torch.Tensor:
         """What sinks and window give, `[B, T, H, V]`, where nothing was read before the call."""
-        arguments = dict(self._arguments)
-        softmax = softmax_of(self._query, arguments.pop("scaling", None), arguments.pop("dropout", 0.0), arguments)
-        return attend_local(self._layer, self._query, self._view, softmax)
+        return attend_local(self._layer, self._query, self._view, self._softmax)
 
     def recall(self) -> torch.Tensor:
         """What the memory reads for the last E tokens, `[B, E, H, V]` raw, where nothing was read before the call."""
@@ -102,15 +100,18 @@ class RecordedLayer:
         Args:
             rows: Positions of the queries, `[N]` int64.
         """
-        arguments = dict(self._arguments)
-        softmax = softmax_of(self._query, arguments.pop("scaling", None), 0.0, arguments)
         settings, tokens = self._layer.call.settings, torch.arange(self._key.size(2), device=rows.device)
         window = self._view.window
         hidden = self._query.new_zeros(rows.numel(), tokens.numel()).masked_fill_(tokens > rows[:, None], -torch.inf)
         reading = Reading(self._query[:, :, rows], None, self._key, self._value, hidden, slice(0, 0))
-        weights = explicit_weights(reading, softmax).view(*reading.query.shape[:3], -1)
+        weights = explicit_weights(reading, self._softmax).view(*reading.query.shape[:3], -1)
         evicted = (tokens >= settings.sinks) & (tokens <= rows[:, None] - window)
         return (weights * evicted).sum(-1)
+
+    @property
+    def _softmax(self) -> Softmax:
+        arguments = dict(self._arguments)
+        return softmax_of(self._query, arguments.pop("scaling", None), arguments.pop("dropout", 0.0), arguments)
 
     @functools.cached_property
     def _store(self) -> HippocampalLayer:

@@ -6,17 +6,17 @@ G key/value heads, K key size, V value size, F features of a share.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterable, Mapping
-from typing import NamedTuple
+from typing import cast
 
 import torch
 from torch import nn
 
+from ahn.attachment import attachment_of
 from ahn.attention.recording import RecordedLayer
 from ahn.memories.linearized_attention import LinearizedAttention
 from ahn.training.sampling import SpanDraw
-from ahn.training.transfer import Lesson, teach
+from ahn.training.transfer import Adding, add_up
 
 _EVERY = 4  # of the positions whose shares are looked at
 _RIDGE = 1e-4  # of the mean square of a feature
@@ -24,53 +24,30 @@ _LEAST_WEIGHT = 0.002  # of a share that is next to 0 or 1, where the largest is
 _LARGEST_LOGIT = 8.0
 
 
-class _Sums(NamedTuple):
-    """What is added up over texts for a layer: two tensors, whatever they hold."""
-
-    first: torch.Tensor
-    second: torch.Tensor
-
-
-@dataclasses.dataclass(eq=False)
-class _Adding(Lesson):
-    """Adds up something of every layer."""
-
-    sums: dict[LinearizedAttention, _Sums] = dataclasses.field(default_factory=dict)
-
-    def learn(self, layer: RecordedLayer) -> None:
-        """What a layer adds; nothing where no token leaves its window."""
-        if layer.evicted_tokens and isinstance(layer.memory, LinearizedAttention):
-            self.sums[layer.memory] = self.count(layer, layer.memory)
-
-    def count(self, layer: RecordedLayer, memory: LinearizedAttention) -> _Sums:
-        """What a layer adds."""
-        raise NotImplementedError
-
-
-class _Means(_Adding):
+class _Means(Adding):
     """Mean queries `[H, K]` and mean keys `[G, K]` of a text."""
 
-    def count(self, layer: RecordedLayer, memory: LinearizedAttention) -> _Sums:
+    def count(self, layer: RecordedLayer) -> tuple[torch.Tensor, ...]:
         """The means of a layer."""
         query, key, _ = layer.projected
-        means = (x[:, :, -layer.evicted_tokens :].double().mean((0, 2)) for x in (query, key))
-        return _Sums(*means)
+        return tuple(x[:, :, -layer.evicted_tokens :].double().mean((0, 2)) for x in (query, key))
 
 
-class _Shares(_Adding):
+class _Shares(Adding):
     """Normal equations of a weighted regression of the shares' logits, `[H, F, F]` and `[H, F, 1]`."""
 
-    def count(self, layer: RecordedLayer, memory: LinearizedAttention) -> _Sums:
+    def count(self, layer: RecordedLayer) -> tuple[torch.Tensor, ...]:
         """The equations of a layer."""
         evicted, query = layer.evicted_tokens, layer.projected[0]
         picked = torch.arange(0, evicted, _EVERY, device=query.device)
-        share_BHN = layer.evicted_share(picked + query.size(2) - evicted).double()
+        share_BHN = layer.evicted_share(picked + query.size(2) - evicted).double().clamp(max=1)
         logit_BHN = torch.logit(share_BHN).clamp(-_LARGEST_LOGIT, _LARGEST_LOGIT)
         weight_BHN = share_BHN * (1 - share_BHN) + _LEAST_WEIGHT
+        memory = cast("LinearizedAttention", layer.memory)
         features_BHNF = _features(memory, query[:, :, -evicted:], layer.recall())[:, :, picked].double()
         weighted_BHNF = features_BHNF * weight_BHN[..., None]
         both_HFF = torch.einsum("bhnf,bhng->hfg", weighted_BHNF, features_BHNF)
-        return _Sums(both_HFF, torch.einsum("bhnf,bhn->hf", weighted_BHNF, logit_BHN)[..., None])
+        return both_HFF, torch.einsum("bhnf,bhn->hf", weighted_BHNF, logit_BHN)[..., None]
 
 
 def _features(memory: LinearizedAttention, query_BHEK: torch.Tensor, read_BEHV: torch.Tensor) -> torch.Tensor:
@@ -93,12 +70,19 @@ def calibrate(model: nn.Module, batches: Iterable[Mapping[str, torch.Tensor]], d
         batches: Texts, as for `find_targets`, without padding.
         draw: Window and sinks of each.
     """
-    draw, batches = draw.fitting(model), list(batches)
-    for memory, (queries, keys) in _added(model, batches, draw, _Means).items():
+    memories = {m for layer in attachment_of(model).layers if isinstance(m := layer.memory, LinearizedAttention)}
+    if not memories:
+        return
+    batches = list(batches)
+    means = add_up(model, batches, draw, _Means)
+    for memory in memories & means.keys():
+        queries, keys = means[memory]
         memory.mean_query.copy_(queries / len(batches))
         heads = (memory.mean_query.unflatten(0, (keys.size(0), -1)) * (keys / len(batches))[:, None]).sum(-1)
         memory.get_parameter("offset").copy_(heads.flatten() * memory.shape.key_size**-0.5)
-    for memory, (both, target) in _added(model, batches, draw, _Shares).items():
+    equations = add_up(model, batches, draw, _Shares)
+    for memory in memories & equations.keys():
+        both, target = equations[memory]
         ridge = torch.diag_embed(_RIDGE * both.diagonal(dim1=-2, dim2=-1).clamp(min=1e-12))
         solved = torch.linalg.solve(both + ridge, target).squeeze(-1)
         memory.share_key.copy_(solved[:, :-3])
@@ -106,17 +90,3 @@ def calibrate(model: nn.Module, batches: Iterable[Mapping[str, torch.Tensor]], d
         memory.match_weight.copy_(solved[:, -2])
         memory.g_proj.weight.zero_()
         memory.g_proj.bias.copy_(solved[:, -1])
-
-
-def _added(
-    model: nn.Module, batches: list[Mapping[str, torch.Tensor]], draw: SpanDraw, lesson: type[_Adding]
-) -> dict[LinearizedAttention, _Sums]:
-    """What the layers add up over all texts, by memory."""
-    sums: dict[LinearizedAttention, _Sums] = {}
-    for number, batch in enumerate(batches):
-        span = draw.draw(batch["input_ids"].size(1), number)
-        taken, _ = teach(model, batch, span.window, span.sinks, lesson)
-        for memory, new in taken.sums.items():
-            before = sums.get(memory)
-            sums[memory] = new if before is None else _Sums(*map(torch.add, before, new))
-    return sums

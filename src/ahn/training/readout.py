@@ -5,43 +5,28 @@ Legend of shapes: B rows, T tokens, E positions where the memory has an output, 
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterable, Mapping
-from typing import NamedTuple
 
 import torch
 from torch import nn
 
 from ahn.attachment import attachment_of
 from ahn.attention.recording import RecordedLayer
-from ahn.memories import Memory
 from ahn.training.sampling import SpanDraw
-from ahn.training.transfer import Lesson, teach
+from ahn.training.transfer import Adding, add_up
 
 _RIDGE = 0.03  # of the mean square of what is read
 
 
-class _Moments(NamedTuple):
-    """Second moments of what the heads of a layer read and of what their window misses."""
+class _Moments(Adding):
+    """Second moments of what the heads of a layer read, and of that and what their window misses, `[H, V, V]` each."""
 
-    read_HVV: torch.Tensor
-    both_HVV: torch.Tensor
-
-
-@dataclasses.dataclass(eq=False)
-class _Counting(Lesson):
-    """Collects the moments of every layer."""
-
-    moments: dict[Memory, _Moments] = dataclasses.field(default_factory=dict)
-
-    def learn(self, layer: RecordedLayer) -> None:
+    def count(self, layer: RecordedLayer) -> tuple[torch.Tensor, ...]:
         """Moments of one layer."""
         missing = self.missing(layer)
-        if not layer.evicted_tokens:
-            return
-        normed_BEHV = layer.memory.gated(layer.recall(), layer.hidden[:, missing.before :], missing.local_BEHV)
-        read_BEHV = normed_BEHV * missing.counted_BE11
-        self.moments[layer.memory] = _Moments(
+        gated_BEHV = layer.memory.gated(layer.recall(), layer.hidden[:, missing.before :], missing.local_BEHV)
+        read_BEHV = gated_BEHV * missing.counted_BE11
+        return (
             torch.einsum("behv,behw->hvw", read_BEHV, read_BEHV).double(),
             torch.einsum("behv,behw->hvw", read_BEHV, missing.output_BEHV).double(),
         )
@@ -68,26 +53,18 @@ def solve_readout(
         scale: Share of the solution that is taken.
         upper_scale: Share in the upper half of the layers, where far tokens are read; `scale` if left out.
     """
-    sums: dict[Memory, _Moments] = {}
-    draw = draw.fitting(model)
-    for number, batch in enumerate(batches):
-        span = draw.draw(batch["input_ids"].size(1), number)
-        lesson, _ = teach(model, batch, span.window, span.sinks, _Counting)
-        for memory, moments in lesson.moments.items():
-            before = sums.get(memory)
-            sums[memory] = moments if before is None else _Moments(*map(torch.add, before, moments))
+    moments = add_up(model, batches, draw, _Moments)
     layers = attachment_of(model).layers
     for number, layer in enumerate(layers):
         share = scale if upper_scale is None or 2 * number < len(layers) else upper_scale
-        if layer.memory is not None and layer.memory in sums:
-            layer.memory.o_proj.copy_(share * _ridge(sums[layer.memory]))
+        if layer.memory is not None and layer.memory in moments:
+            layer.memory.o_proj.copy_(share * _ridge(*moments[layer.memory]))
 
 
-def _ridge(moments: _Moments) -> torch.Tensor:
-    """Solution for every head, `[H, V, V]` float64."""
-    read_HVV = moments.read_HVV
+def _ridge(read_HVV: torch.Tensor, both_HVV: torch.Tensor) -> torch.Tensor:
+    """Solution for every head, `[H, V, V]` float64, from its moments."""
     mean_H = read_HVV.diagonal(dim1=-2, dim2=-1).mean(-1)
     eye_VV = torch.eye(read_HVV.size(-1), dtype=read_HVV.dtype, device=read_HVV.device)
     ridge_HVV = _RIDGE * mean_H.clamp(min=1e-12)[:, None, None] * eye_VV
-    solution_HVV: torch.Tensor = torch.linalg.solve(read_HVV + ridge_HVV, moments.both_HVV)
+    solution_HVV: torch.Tensor = torch.linalg.solve(read_HVV + ridge_HVV, both_HVV)
     return solution_HVV

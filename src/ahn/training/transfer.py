@@ -9,7 +9,7 @@ Legend of shapes: B rows, T tokens, E evicted tokens, H query heads, V value siz
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -20,7 +20,9 @@ from ahn.attachment import attachment_of
 from ahn.attention.recording import RecordedLayer, record_layers
 from ahn.backbone.survey import find_backbone
 from ahn.distillation import find_targets
+from ahn.memories import Memory
 from ahn.training.losses import LossOutput
+from ahn.training.sampling import SpanDraw
 
 L = TypeVar("L", bound="Lesson")
 
@@ -93,6 +95,47 @@ class _Regression(Lesson):
             slopes = torch.autograd.grad(share, parameters, allow_unused=True) if torch.is_tensor(share) else ()
         self.losses.append(share.detach())
         self.gradients.update((p, g) for p, g in zip(parameters, slopes) if g is not None)
+
+
+@dataclasses.dataclass(eq=False)
+class Adding(Lesson):
+    """Adds up something of every layer.
+
+    Attributes:
+        totals: By memory, one tensor for each thing that is added up.
+    """
+
+    totals: dict[Memory, tuple[torch.Tensor, ...]] = dataclasses.field(default_factory=dict)
+
+    def learn(self, layer: RecordedLayer) -> None:
+        """What one layer adds; nothing where no token leaves its window."""
+        if layer.evicted_tokens:
+            self.totals[layer.memory] = self.count(layer)
+
+    def count(self, layer: RecordedLayer) -> tuple[torch.Tensor, ...]:
+        """What a layer adds."""
+        raise NotImplementedError
+
+
+def add_up(
+    model: nn.Module, batches: Iterable[Mapping[str, torch.Tensor]], draw: SpanDraw, lesson: type[Adding]
+) -> dict[Memory, tuple[torch.Tensor, ...]]:
+    """What the layers add up over several texts, by memory.
+
+    Args:
+        model: A model with a memory attached.
+        batches: Texts, as for `find_targets`.
+        draw: Window and sinks of each.
+        lesson: What is added up.
+    """
+    totals: dict[Memory, tuple[torch.Tensor, ...]] = {}
+    draw = draw.fitting(model)
+    for number, batch in enumerate(batches):
+        span = draw.draw(batch["input_ids"].size(1), number)
+        taken, _ = teach(model, batch, span.window, span.sinks, lesson)
+        for memory, new in taken.totals.items():
+            totals[memory] = tuple(map(torch.add, totals[memory], new)) if memory in totals else new
+    return totals
 
 
 def transfer_loss(model: nn.Module, batch: Mapping[str, torch.Tensor], window: int, sinks: int) -> LossOutput:
