@@ -149,6 +149,11 @@ class Attachment:
         return self.layers[index]
 
     @property
+    def memories(self) -> list[Memory]:
+        """The memories of all layers that have one, in order."""
+        return [memory for layer in self.layers if (memory := layer.memory) is not None]
+
+    @property
     def exact_tokens(self) -> int:
         """Tokens of the longest text that every layer reads exactly."""
         total = self.config.sinks + self.config.window

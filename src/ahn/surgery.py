@@ -47,7 +47,7 @@ from ahn.backbone.survey import (
 from ahn.cache.cache import HippocampalCache, refuse_assisted_decoding
 from ahn.config import AHNConfig, check_config, check_whole
 from ahn.errors import AHNError, CacheError, ConfigError, ModelError
-from ahn.memories import MemoryShape, build_memory
+from ahn.memories import MemoryShape, build_memory, memory_kinds
 from ahn.quantization import is_quantized, refuse_saving
 
 AttentionInterface.register(IMPLEMENTATION, attention_function)
@@ -191,9 +191,10 @@ def _attention_layers(backbone: Any, layers: list[CapturedLayer], config: AHNCon
         )
         for index, layer in enumerate(layers)
     )
-    for index in _chosen(attention_layers, config):
+    chosen = _chosen(attention_layers, config)
+    for index, kind in zip(chosen, memory_kinds(config.memory, len(chosen))):
         attention_layer = attention_layers[index]
-        attention_layer.built = build_memory(config.memory, attention_layer.shape).to(
+        attention_layer.built = build_memory(kind, attention_layer.shape).to(
             attention_layer.device, attention_layer.dtype
         )
         attention_layer.built.train(backbone.training)

@@ -19,7 +19,7 @@ from ahn.backbone.survey import find_backbone
 from ahn.checkpoint.files import Stored, brief, failure, read_tensors
 from ahn.config import AHNConfig
 from ahn.errors import ConfigError
-from ahn.memories import MEMORIES, MemoryShape, build_memory, memory_names
+from ahn.memories import MemoryShape, build_memory, memory_kinds, split_names
 from ahn.models import base_name
 
 Kind = Literal["adapter", "published", "merged"]
@@ -135,17 +135,29 @@ class Content:
         """Indices of the layers that have weights."""
         return tuple(sorted({layer for key in self.stored if (layer := layer_of(key)) is not None}))
 
-    def check_names(self) -> None:
-        """Checks that every layer has every parameter of the memory and nothing else.
+    @property
+    def kinds(self) -> dict[int, str]:
+        """The name of each layer's memory, by layer index.
 
         Raises:
-            CheckpointError: Keys are missing or surplus.
+            CheckpointError: It has fewer layers than memories.
         """
         layers = self.layers if self.config.layers is None else self.config.layers
         if self.config.layers is None and self.kind != "adapter":
             layers = tuple(range(self.base.num_hidden_layers or 0))
-        shapes = parameter_shapes(self.config.memory, _UNNAMED)
-        check_keys(self.where, self.stored, {f"layers.{layer}.{name}" for layer in layers or (0,) for name in shapes})
+        layers = layers or (0,)
+        try:
+            return dict(zip(layers, memory_kinds(self.config.memory, len(layers))))
+        except ConfigError as error:
+            raise failure(self.where, brief(error), _AGAIN) from None
+
+    def check_names(self) -> None:
+        """Checks that every layer has every parameter of its memory and nothing else.
+
+        Raises:
+            CheckpointError: Keys are missing or surplus.
+        """
+        check_keys(self.where, self.stored, set(parameter_shapes(self.kinds, _UNNAMED)))
 
     def check_base(self, base: BaseInfo, stacklevel: int = 3) -> None:
         """Checks that the memory was made for this base model; another name alone is a warning.
@@ -167,8 +179,7 @@ class Content:
         """
         if (shape := self.base.memory_shape()) is None:
             return
-        shapes = parameter_shapes(self.config.memory, shape)
-        check_shapes(self.where, self.stored, {key: shapes[key.split(".", 2)[2]] for key in self.stored})
+        check_shapes(self.where, self.stored, parameter_shapes(self.kinds, shape))
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """All tensors by our names, on the CPU.
@@ -219,10 +230,20 @@ def memory_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
     }
 
 
-def parameter_shapes(memory: str, shape: MemoryShape) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of a memory's parameters in a layer of these sizes."""
+def parameter_shapes(kinds: Mapping[int, str], shape: MemoryShape) -> dict[str, tuple[int, ...]]:
+    """Our names and the shapes of the parameters of memories.
+
+    Args:
+        kinds: The name of each layer's memory, by layer index.
+        shape: The sizes of every layer.
+    """
     with torch.device("meta"):
-        return {name: tuple(tensor.shape) for name, tensor in build_memory(memory, shape).state_dict().items()}
+        built = {kind: build_memory(kind, shape).state_dict() for kind in set(kinds.values())}
+    return {
+        f"layers.{layer}.{name}": tuple(tensor.shape)
+        for layer, kind in kinds.items()
+        for name, tensor in built[kind].items()
+    }
 
 
 def memory_config(where: str, values: Any) -> AHNConfig:
@@ -239,13 +260,10 @@ def memory_config(where: str, values: Any) -> AHNConfig:
         raise failure(where, f"its settings cannot be used ({brief(error)})", _AGAIN) from None
     if config.layers is not None and config.layers[-1] >= _MOST_LAYERS:
         raise failure(where, f"it names layer {reprlib.repr(config.layers[-1])}, which no model has", _AGAIN)
-    if config.memory not in MEMORIES:
-        known = ", ".join(memory_names())
-        raise failure(
-            where,
-            f"it holds a memory {reprlib.repr(config.memory)}; known are {known}",
-            "Upgrade this library if it is newer",
-        )
+    try:
+        split_names(config.memory)
+    except ConfigError as error:
+        raise failure(where, f"it holds an {brief(error)}", "Upgrade this library if it is newer") from None
     return config
 
 

@@ -93,7 +93,8 @@ def read_base(
     Args:
         base: A name in `SHAPES`, a name as for `ahn.models.resolve`, or a config of transformers.
         config: Window, sinks, and which layers get a memory; `AHNConfig()` if left out. Every memory is counted,
-            whatever its `memory` is; the slots of the Compressive Transformer fill the state of that one.
+            whatever its `memory` is, and that itself where it joins several. The slots of the Compressive Transformer
+            fill its state.
         dtype: Of the weights: a torch dtype or its name. Left out or "auto", what the config says, or float32.
 
     Raises:
@@ -174,7 +175,7 @@ def _kinds(attachment: Attachment) -> tuple[tuple[AttentionLayer, int], ...]:
     kinds: dict[Any, list[AttentionLayer]] = {}
     for layer in attachment.layers:
         rotates = None if layer.rotation is None else layer.rotation.changes_with_length
-        kinds.setdefault((layer.shape, layer.sliding_window, layer.memory is None, rotates), []).append(layer)
+        kinds.setdefault((layer.shape, layer.sliding_window, type(layer.memory), rotates), []).append(layer)
     return tuple((layers[0], len(layers)) for layers in kinds.values())
 
 

@@ -94,8 +94,9 @@ class Counting(abc.ABC):
 
     @property
     def methods(self) -> tuple[str, ...]:
-        """Names of the methods of reading."""
-        return ("full", "window", "ct", *memory_names())
+        """Names of the methods of reading: every memory, and that of the model where it joins several."""
+        memory = self.base.attachment.config.memory
+        return ("full", "window", "ct", *dict.fromkeys((*memory_names(), memory)))
 
     @property
     def notes(self) -> list[str]:
@@ -169,7 +170,10 @@ class Counting(abc.ABC):
         )
 
     def _memory(self, method: str, layer: AttentionLayer) -> Memory | None:
-        return None if layer.memory is None else self.base.memories.get((method, layer.shape))
+        joined = method == self.base.attachment.config.memory and method not in memory_names()
+        if layer.memory is None or joined:
+            return layer.memory
+        return self.base.memories.get((method, layer.shape))
 
     def _mixer_flops(self, method: str, tokens: int) -> int:
         projections = 2 * tokens * self.base.mixer_weights

@@ -6,7 +6,7 @@ G key/value heads, K key size, V value size, F features of a share.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from typing import cast
 
 import torch
@@ -14,6 +14,7 @@ from torch import nn
 
 from ahn.attachment import attachment_of
 from ahn.attention.recording import RecordedLayer
+from ahn.memories import Memory
 from ahn.memories.linearized_attention import LinearizedAttention
 from ahn.training.sampling import SpanDraw
 from ahn.training.transfer import Adding, add_up
@@ -59,7 +60,12 @@ def _features(memory: LinearizedAttention, query_BHEK: torch.Tensor, read_BEHV: 
 
 
 @torch.no_grad()
-def calibrate(model: nn.Module, batches: Iterable[Mapping[str, torch.Tensor]], draw: SpanDraw) -> None:
+def calibrate(
+    model: nn.Module,
+    batches: Iterable[Mapping[str, torch.Tensor]],
+    draw: SpanDraw,
+    only: Container[Memory] | None = None,
+) -> None:
     """Sets the mean queries and the shares of linearised attention to what the teacher does on a few texts.
 
     Two passes of the teacher: the first takes the mean queries and keys beyond the window. The second fits the logit of
@@ -69,18 +75,20 @@ def calibrate(model: nn.Module, batches: Iterable[Mapping[str, torch.Tensor]], d
         model: A model with a memory attached. Other kinds of memory stay as they are.
         batches: Texts, as for `find_targets`, without padding.
         draw: Window and sinks of each.
+        only: The memories that are meant; all if left out.
     """
-    memories = {m for layer in attachment_of(model).layers if isinstance(m := layer.memory, LinearizedAttention)}
+    memories = {m for m in attachment_of(model).memories if isinstance(m, LinearizedAttention)}
+    memories = memories if only is None else {memory for memory in memories if memory in only}
     if not memories:
         return
     batches = list(batches)
-    means = add_up(model, batches, draw, _Means)
+    means = add_up(model, batches, draw, _Means, memories)
     for memory in memories & means.keys():
         queries, keys = means[memory]
         memory.mean_query.copy_(queries / len(batches))
         heads = (memory.mean_query.unflatten(0, (keys.size(0), -1)) * (keys / len(batches))[:, None]).sum(-1)
         memory.get_parameter("offset").copy_(heads.flatten() * memory.shape.key_size**-0.5)
-    equations = add_up(model, batches, draw, _Shares)
+    equations = add_up(model, batches, draw, _Shares, memories)
     for memory in memories & equations.keys():
         both, target = equations[memory]
         ridge = torch.diag_embed(_RIDGE * both.diagonal(dim1=-2, dim2=-1).clamp(min=1e-12))

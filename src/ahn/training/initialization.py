@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Callable, Container, Iterable
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -12,10 +12,21 @@ import ahn
 from ahn.attachment import attachment_of
 from ahn.backbone import compat
 from ahn.backbone.survey import find_backbone
-from ahn.checkpoint.content import memory_tensors
 from ahn.checkpoint.loading import read
 from ahn.errors import CheckpointError
-from ahn.memories import memory_class
+from ahn.memories import Memory, memory_class
+
+
+class Copied(NamedTuple):
+    """What was copied from another adapter.
+
+    Attributes:
+        parameters: Names of the parameters, without their layers.
+        memories: The memories that took some.
+    """
+
+    parameters: list[str]
+    memories: set[Memory]
 
 
 @torch.no_grad()
@@ -44,7 +55,9 @@ def set_initial_decay(model: nn.Module, low: float, high: float, seed: int) -> b
 
 
 @torch.no_grad()
-def set_initial_gate(model: nn.Module, opening: float, sequences: Iterable[torch.Tensor]) -> None:
+def set_initial_gate(
+    model: nn.Module, opening: float, sequences: Iterable[torch.Tensor], only: Container[Memory] | None = None
+) -> None:
     """Opens the output gates of the attached memories: for an average token each gate is `silu(opening)`.
 
     Published gates start near zero and with either sign, and the output projection starts at zero. Each is multiplied
@@ -54,10 +67,11 @@ def set_initial_gate(model: nn.Module, opening: float, sequences: Iterable[torch
         model: A model with a memory attached.
         opening: What the gate projection gives for the mean of what its layer reads.
         sequences: A few texts to take that mean from, `[T]` each.
+        only: The memories that are meant; all if left out.
     """
     means = _mean_inputs(model, sequences)
     for layer in attachment_of(model).layers:
-        if layer.memory is None:
+        if layer.memory is None or (only is not None and layer.memory not in only):
             continue
         gate = layer.memory.g_proj
         mean_D = means[layer.index].to(gate.weight)
@@ -92,8 +106,8 @@ def _mean_inputs(model: nn.Module, sequences: Iterable[torch.Tensor]) -> dict[in
 
 
 @torch.no_grad()
-def copy_common(model: nn.Module, adapter: str) -> list[str]:
-    """Copies the weights that another kind of memory has in common with the attached one.
+def copy_common(model: nn.Module, adapter: str) -> Copied:
+    """Copies the weights that another kind of memory has in common with the attached one, layer by layer.
 
     A trained memory is a good start for another kind: the read-out, the output gate and the write strength are the same
     maps in all kinds but `linearized_attention`.
@@ -102,19 +116,24 @@ def copy_common(model: nn.Module, adapter: str) -> list[str]:
         model: A model with a memory attached.
         adapter: As for `ahn.load`.
 
-    Returns:
-        Names of the copied parameters, without their layers.
-
     Raises:
         CheckpointError: There is no such adapter, or it has nothing in common with the memory.
     """
-    content, ours = read(adapter), memory_tensors(model)
-    kinds = (memory_class(config.memory) for config in (content.config, attachment_of(model).config))
-    alike = len({kind.normalizes for kind in kinds}) == 1  # else gates and projections of one name mean other things
-    stored = content.tensors() if alike else {}
-    taken = [key for key, tensor in ours.items() if key in stored and stored[key].shape == tensor.shape]
+    content = read(adapter)
+    stored, theirs = content.tensors(), content.kinds
+    taken: set[str] = set()
+    memories: set[Memory] = set()
+    for layer in attachment_of(model).layers:
+        if layer.memory is None or layer.index not in theirs:
+            continue
+        if memory_class(theirs[layer.index]).normalizes is not layer.memory.normalizes:
+            continue  # gates and projections of one name mean other things
+        for name, tensor in layer.memory.state_dict(keep_vars=True).items():
+            found = stored.get(f"layers.{layer.index}.{name}")
+            if found is not None and found.shape == tensor.shape:
+                tensor.copy_(found)
+                taken.add(name)
+                memories.add(layer.memory)
     if not taken:
         raise CheckpointError(f"{adapter}: it has no weights in common with the memory to train. Start without it.")
-    for key in taken:
-        ours[key].copy_(stored[key])
-    return sorted({key.split(".", 2)[2] for key in taken})
+    return Copied(sorted(taken), memories)

@@ -5,13 +5,14 @@ Legend of shapes: B rows, T tokens, E positions where the memory has an output, 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 
 import torch
 from torch import nn
 
 from ahn.attachment import attachment_of
 from ahn.attention.recording import RecordedLayer
+from ahn.memories import Memory
 from ahn.training.sampling import SpanDraw
 from ahn.training.transfer import Adding, add_up
 
@@ -39,6 +40,7 @@ def solve_readout(
     draw: SpanDraw,
     scale: float,
     upper_scale: float | None = None,
+    only: Container[Memory] | None = None,
 ) -> None:
     """Sets the output projections of the attached memories to a ridge regression on what the window misses.
 
@@ -52,9 +54,10 @@ def solve_readout(
         draw: Window and sinks of each.
         scale: Share of the solution that is taken.
         upper_scale: Share in the upper half of the layers, where far tokens are read; `scale` if left out.
+        only: The memories that are meant; all if left out.
     """
-    moments = add_up(model, batches, draw, _Moments)
     layers = attachment_of(model).layers
+    moments = add_up(model, batches, draw, _Moments, attachment_of(model).memories if only is None else only)
     for number, layer in enumerate(layers):
         share = scale if upper_scale is None or 2 * number < len(layers) else upper_scale
         if layer.memory is not None and layer.memory in moments:

@@ -16,9 +16,10 @@ from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import IntervalStrategy
 
 import ahn
+from ahn.attachment import attachment_of
 from ahn.checkpoint import describe
 from ahn.errors import ConfigError, one_line
-from ahn.memories import MEMORIES
+from ahn.memories import split_names
 from ahn.models import load_model, load_tokenizer
 from ahn.models.loading import is_gguf
 from ahn.models.text import evenly
@@ -115,8 +116,7 @@ def check(settings: TrainSettings, resume: bool = False) -> None:
         raise ConfigError("there is no data to train on; name a file, a folder or a dataset")
     if not settings.out:
         raise ConfigError("there is no folder to write to; name one")
-    if settings.memory not in MEMORIES:
-        raise ConfigError(f"unknown memory {settings.memory!r}; known are {', '.join(MEMORIES)}")
+    split_names(settings.memory)
     check_places([*settings.data, *settings.valid])
     _check_folder(settings, resume)
     resolve(settings.model)
@@ -262,15 +262,19 @@ def _model(settings: TrainSettings, sequences: Pieces | PieceStream, say: Say, b
         return model
     if settings.initial_decay is not None:
         set_initial_decay(model, *settings.initial_decay, seed=settings.seed)
+    fresh = attachment_of(model).memories
     if settings.adapter is not None:
-        say(f"from {settings.adapter}: {', '.join(copy_common(model, settings.adapter))}")
-    elif settings.initial_gate is not None:
-        set_initial_gate(model, settings.initial_gate, [item["input_ids"] for item in _first(sequences, 4)])
-    if settings.adapter is None and settings.initial_readout is not None:
-        say("solving the read-out of every layer on a few texts")
+        copied = copy_common(model, settings.adapter)
+        fresh = [memory for memory in fresh if memory not in copied.memories]
+        say(f"from {settings.adapter}: {', '.join(copied.parameters)}")
+    if fresh and settings.initial_gate is not None:
+        set_initial_gate(model, settings.initial_gate, [item["input_ids"] for item in _first(sequences, 4)], fresh)
+    if fresh and settings.initial_readout is not None:
+        layers = "every layer" if settings.adapter is None else "the other layers"
+        say(f"solving the read-out of {layers} on a few texts")
         batches = [collate([item]) for item in _first(sequences, settings.initial_texts)]
-        calibrate(model, batches, settings.span_draw)
-        solve_readout(model, batches, settings.span_draw, settings.initial_readout, settings.upper_readout)
+        calibrate(model, batches, settings.span_draw, fresh)
+        solve_readout(model, batches, settings.span_draw, settings.initial_readout, settings.upper_readout, fresh)
     return model
 
 

@@ -9,7 +9,8 @@ Legend of shapes: B rows, T tokens, E evicted tokens, H query heads, V value siz
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
+from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -102,14 +103,16 @@ class Adding(Lesson):
     """Adds up something of every layer.
 
     Attributes:
+        only: The memories whose layers are meant.
         totals: By memory, one tensor for each thing that is added up.
     """
 
+    only: Container[Memory]
     totals: dict[Memory, tuple[torch.Tensor, ...]] = dataclasses.field(default_factory=dict)
 
     def learn(self, layer: RecordedLayer) -> None:
         """What one layer adds; nothing where no token leaves its window."""
-        if layer.evicted_tokens:
+        if layer.evicted_tokens and layer.memory in self.only:
             self.totals[layer.memory] = self.count(layer)
 
     def count(self, layer: RecordedLayer) -> tuple[torch.Tensor, ...]:
@@ -118,7 +121,11 @@ class Adding(Lesson):
 
 
 def add_up(
-    model: nn.Module, batches: Iterable[Mapping[str, torch.Tensor]], draw: SpanDraw, lesson: type[Adding]
+    model: nn.Module,
+    batches: Iterable[Mapping[str, torch.Tensor]],
+    draw: SpanDraw,
+    lesson: type[Adding],
+    only: Container[Memory],
 ) -> dict[Memory, tuple[torch.Tensor, ...]]:
     """What the layers add up over several texts, by memory.
 
@@ -127,12 +134,13 @@ def add_up(
         batches: Texts, as for `find_targets`.
         draw: Window and sinks of each.
         lesson: What is added up.
+        only: The memories whose layers are meant.
     """
     totals: dict[Memory, tuple[torch.Tensor, ...]] = {}
     draw = draw.fitting(model)
     for number, batch in enumerate(batches):
         span = draw.draw(batch["input_ids"].size(1), number)
-        taken, _ = teach(model, batch, span.window, span.sinks, lesson)
+        taken, _ = teach(model, batch, span.window, span.sinks, partial(lesson, only=only))
         for memory, new in taken.totals.items():
             totals[memory] = tuple(map(torch.add, totals[memory], new)) if memory in totals else new
     return totals
@@ -165,7 +173,7 @@ def transfer_loss(model: nn.Module, batch: Mapping[str, torch.Tensor], window: i
 
 
 def teach(
-    model: nn.Module, batch: Mapping[str, torch.Tensor], window: int, sinks: int, lesson: type[L]
+    model: nn.Module, batch: Mapping[str, torch.Tensor], window: int, sinks: int, lesson: Callable[[torch.Tensor], L]
 ) -> tuple[L, int]:
     """Lets the teacher read a batch and every layer with a memory learn from it.
 
@@ -174,7 +182,7 @@ def teach(
         batch: As for `find_targets`; labels are not looked at.
         window: Tokens of the student's window.
         sinks: The student's sinks.
-        lesson: What the layers do.
+        lesson: Makes what the layers do from the positions that count.
 
     Returns:
         The lesson, and the number of positions that count.

@@ -44,9 +44,9 @@ def check(vllm_config: Any) -> None:
     cache.mamba_block_size = model.max_model_len
     memory = read_memory(getattr(model.hf_config, FIELD, {}), model.model, model.revision)
     attachment = survey_base(model.hf_config, memory.config)
-    built = next(layer.memory for layer in attachment.layers if layer.memory is not None)
+    norms = all(each.norm_per_head for each in attachment.memories)
     require(
-        vllm_config.parallel_config.tensor_parallel_size == 1 or built.norm_per_head,
+        vllm_config.parallel_config.tensor_parallel_size == 1 or norms,
         f"the memory {memory.config.memory} takes a norm over all heads, which lie in several processes",
         "leave --tensor-parallel-size out, or use --pipeline-parallel-size",
     )

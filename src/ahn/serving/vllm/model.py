@@ -18,7 +18,7 @@ from vllm.model_executor.models.transformers.moe import MoEMixin
 from ahn.attachment import MODULE, SCORE_WEIGHTS, Attachment, AttentionLayer
 from ahn.backbone.rotary import Rotation, find_rotary
 from ahn.config import RunSettings
-from ahn.memories import build_memory
+from ahn.memories import build_memory, memory_kinds
 from ahn.serving.vllm.decoder import leave_to_kernels
 from ahn.serving.vllm.layer import MemoryAttention, StepHolder, served_attention
 from ahn.serving.vllm.layout import block_bytes, block_tensors, empty_cache
@@ -80,13 +80,14 @@ class MemoryMixin(Base):  # type: ignore[misc]
         shape = attention.shape._replace(
             query_heads=attention.shape.query_heads // ranks, kv_heads=max(1, attention.shape.kv_heads // ranks)
         )
-        memory = build_memory(self.memory.config.memory, shape).to(device, self.model_config.dtype)
+        kinds = memory_kinds(self.memory.config.memory, len(self.attachment.layers))
+        memory = build_memory(kinds[index], shape).to(device, self.model_config.dtype)
         module.add_module(MODULE, memory.requires_grad_(False).eval())
         rotation, rotary = None, find_rotary(self.model)
         if attention.rotation is not None and rotary is not None:
-            kinds = getattr(self.text_config, "layer_types", None)
+            types = getattr(self.text_config, "layer_types", None)
             rotation = Rotation(
-                attention.module, rotary, kinds[index] if kinds else None, self.attachment.trained_context
+                attention.module, rotary, types[index] if types else None, self.attachment.trained_context
             )
         return dataclasses.replace(
             attention,
