@@ -210,7 +210,8 @@ class AHNConfig(ExactTokens, _MemoryName):
     """Settings of a memory, and which tokens its runs keep exactly if they do not choose that themselves.
 
     Attributes:
-        memory: Name of the memory, a key of `ahn.memories.MEMORIES`; looked up when it is attached.
+        memory: Name of the memory, a key of `ahn.memories.MEMORIES`; looked up when it is attached. Several joined by
+            `+` share the layers that get one, from the lowest to the highest: "gated_delta_net+linearized_attention".
         layers: Indices of the layers that get a memory; the others keep the base model's own attention and its growing
             cache. `None` takes every layer with full attention or, where all layers slide by themselves, every layer.
         memory_positions: "rope" gives the memory the rotated queries and keys (as published); "none" takes them before

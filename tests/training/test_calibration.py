@@ -119,6 +119,16 @@ def test_it_explains_what_the_window_misses() -> None:
     assert float(loss.detach()) < 0.3
 
 
+def test_of_some_memories_alone() -> None:
+    model = fresh()
+    first, *others = memories(model)
+    before = [{name: tensor.clone() for name, tensor in memory.named_parameters()} for memory in others]
+    calibrate(model, batches(), SpanDraw(fixed=SPAN), [first])
+    assert bool(first.mean_query.detach().any())
+    for memory, old in zip(others, before, strict=True):
+        assert all(torch.equal(tensor, old[name]) for name, tensor in memory.named_parameters())
+
+
 def test_other_memories_stay_as_they_are() -> None:
     model = fresh(memory="gated_delta_net")
     before = {name: tensor.clone() for name, tensor in memory_tensors(model).items()}

@@ -64,6 +64,14 @@ class TestInitialGate:
             gates = layer.memory.g_proj(mean)  # type: ignore[union-attr]
             torch.testing.assert_close(gates, torch.ones_like(gates), rtol=1e-4, atol=1e-4)
 
+    def test_of_some_memories_alone(self) -> None:
+        model = with_memory("llama")
+        first, *others = attachment_of(model).memories
+        before = [memory.g_proj.weight.clone() for memory in others]
+        set_initial_gate(model, 1.0, [text(1, 40)[0]], [first])
+        assert first.g_proj.weight.std(0).max() < 1e-6  # the same row for every gate
+        assert all(torch.equal(memory.g_proj.weight, old) for memory, old in zip(others, before, strict=True))
+
     def test_the_read_out_learns_from_the_first_step_on(self) -> None:
         """An open gate gives the output projection a gradient many times that of a closed one."""
         sizes = {}
@@ -88,10 +96,11 @@ class TestCommon:
         model = with_memory("llama", "mamba2")
         before = {name: tensor.clone() for name, tensor in memory_tensors(model).items()}
         taken = copy_common(model, str(tmp_path))
-        assert taken == ["A_log", "dt_bias", "g_proj.weight", "o_proj"]
+        assert taken.parameters == ["A_log", "dt_bias", "g_proj.weight", "o_proj"]
+        assert taken.memories == set(attachment_of(model).memories)
         given = memory_tensors(with_memory("llama", "gated_delta_net"))
         for name, tensor in memory_tensors(model).items():
-            expected = given[name] if name.split(".", 2)[2] in taken else before[name]
+            expected = given[name] if name.split(".", 2)[2] in taken.parameters else before[name]
             assert torch.equal(tensor, expected), name
 
     @pytest.mark.parametrize("given", ["gated_delta_net", "linearized_attention"])
@@ -101,6 +110,15 @@ class TestCommon:
         ahn.save(with_memory("llama", given), tmp_path)
         with pytest.raises(CheckpointError, match="no weights in common"):
             copy_common(with_memory("llama", attached), str(tmp_path))
+
+    def test_layers_of_another_kind_stay(self, tmp_path: Path) -> None:
+        ahn.save(with_memory("llama", "gated_delta_net"), tmp_path)
+        model = with_memory("llama", "gated_delta_net+linearized_attention")
+        before = {name: tensor.clone() for name, tensor in memory_tensors(model).items()}
+        assert copy_common(model, str(tmp_path)).memories == set(attachment_of(model).memories[:2])
+        given = memory_tensors(with_memory("llama", "gated_delta_net"))
+        for name, tensor in memory_tensors(model).items():
+            assert torch.equal(tensor, (before if name.startswith("layers.2.") else given)[name]), name
 
     def test_nothing_in_common(self, tmp_path: Path) -> None:
         ahn.save(with_memory("llama", "delta_net", layers=(0,)), tmp_path)

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import ahn
+from ahn.attachment import attachment_of
 from ahn.checkpoint.content import memory_tensors
 from ahn.training.initialization import set_initial_gate
 from ahn.training.readout import solve_readout
@@ -75,6 +76,12 @@ def test_another_share_in_the_upper_half() -> None:
         found.append(list(readouts(model).values()))
     for share, whole, part in zip((0.25, 0.25, 0.5), *found, strict=True):
         torch.testing.assert_close(part, share * whole)
+
+
+def test_of_some_memories_alone() -> None:
+    model, batches = fresh("gated_delta_net"), [{"input_ids": text(1, 80)}]
+    solve_readout(model, batches, SpanDraw(fixed=SPAN), 1.0, only=attachment_of(model).memories[1:])
+    assert [bool(tensor.detach().any()) for tensor in readouts(model).values()] == [False, True, True]
 
 
 def test_without_texts_it_stays_as_it_is() -> None:

@@ -242,6 +242,17 @@ def test_weights_of_another_memory_to_start_from(whole: Path, place: Path, tmp_p
         torch.testing.assert_close(tensor, before[name], rtol=0, atol=1e-6)
 
 
+def test_weights_for_some_layers_and_a_closed_form_for_the_others(whole: Path, place: Path, tmp_path: Path) -> None:
+    changes = {"adapter": str(whole), "memory": "gated_delta_net+linearized_attention", "stages": ["start"]}
+    said: list[str] = []
+    train(settings(place, tmp_path / "out", report_tokens=0, initial_texts=4, **changes), say=said.append)
+    assert "solving the read-out of the other layers on a few texts" in said
+    given, made = (load_file(folder / "ahn.safetensors") for folder in (whole, tmp_path / "out"))
+    kept = {name for name in made if name in given and torch.equal(made[name], given[name])}
+    assert kept == {name for name in made if "layers.2." not in name}
+    assert all(bool(tensor.any()) for name, tensor in made.items() if name not in kept and "g_proj.weight" not in name)
+
+
 def test_the_initial_weights_alone(place: Path, tmp_path: Path) -> None:
     """Linearised attention from the closed form: the same each time, with a card and no plot."""
     changes = {"memory": "linearized_attention", "stages": ["start"], "initial_texts": 4, "report_tokens": 500}

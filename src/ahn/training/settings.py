@@ -60,7 +60,9 @@ class TrainSettings(Settings):
     )
     out: str = setting("", "Folder for weights, settings, checkpoints, table and plot.")
     model: str = setting("smollm2-135m", "The base model: a built-in name, a folder, or a hub id.", alias="base")
-    memory: str = setting("gated_delta_net", f"Kind of memory: {', '.join(sorted(_MEMORY_FILES))}.")
+    memory: str = setting(
+        "gated_delta_net", f"Kind of memory, or several joined by +: {', '.join(sorted(_MEMORY_FILES))}."
+    )
     adapter: str | None = setting(None, "Weights to start from: a folder, name or hub id; of another kind, what fits.")
     layers: tuple[int, ...] | None = file_setting(None, "Layers that get a memory, as in `AHNConfig`.")
     sink_positions: SinkPositions = same_setting(ExactTokens, "sink_positions", option=False, kw_only=False)
