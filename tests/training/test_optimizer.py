@@ -1,4 +1,4 @@
-"""AdamW with a factor for each head of the read-outs."""
+"""AdamW with a factor for each head of the read-outs, and with steps relative to the parameters."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from ahn.training.optimizer import HeadScaledAdamW
+from ahn.training.optimizer import LEAST_SIZE, HeadScaledAdamW, RelativeAdamW
 
 VALUES: dict[str, Any] = {"lr": 0.01, "betas": (0.9, 0.99), "eps": 1e-10, "weight_decay": 0.0}
 
@@ -87,3 +87,23 @@ def test_it_goes_on_from_its_state() -> None:
         before.step()
     for one, other in zip(whole, parts):
         assert torch.equal(one, other)
+
+
+def test_relative_steps_are_those_of_adamw_times_the_size() -> None:
+    ours, theirs = parameters(), parameters()
+    with torch.no_grad():
+        ours[1].zero_()
+        theirs[1].zero_()
+    relative, plain = RelativeAdamW(ours, **VALUES), torch.optim.AdamW(theirs, **VALUES)
+    for step in range(3):
+        before = [each.detach().clone() for each in ours]
+        with torch.no_grad():
+            for one, other in zip(ours, theirs):
+                other.copy_(one)
+        gradients(ours, step)
+        gradients(theirs, step)
+        relative.step()
+        plain.step()
+        for one, other, old in zip(ours, theirs, before):
+            size = max(float(old.double().square().mean().sqrt()), LEAST_SIZE)
+            torch.testing.assert_close(one.detach() - old, size * (other.detach() - old), rtol=1e-3, atol=1e-6)

@@ -253,6 +253,20 @@ def test_weights_for_some_layers_and_a_closed_form_for_the_others(whole: Path, p
     assert all(bool(tensor.any()) for name, tensor in made.items() if name not in kept and "g_proj.weight" not in name)
 
 
+@pytest.mark.parametrize("stage", ["transfer", "distill"])
+def test_some_of_several_memories_learn(whole: Path, place: Path, tmp_path: Path, stage: str) -> None:
+    memory = {"adapter": str(whole), "memory": "gated_delta_net+linearized_attention", "initial_texts": 4}
+    rates = {"transfer_relative": True, "transfer_lr": 0.02, "lr": 0.02, "weight_decay": 0.0}
+    weights = []
+    for name, changes in (("start", {"stages": ["start"]}), ("out", {"stages": [stage], **rates})):
+        changes |= {"trained_memories": ["linearized_attention"], "report_tokens": 0}
+        weights.append(
+            load_file(train(settings(place, tmp_path / name, **memory, **changes)).folder / "ahn.safetensors")
+        )
+    for name, before in weights[0].items():
+        assert torch.equal(before, weights[1][name]) is ("layers.2." not in name), name
+
+
 def test_the_initial_weights_alone(place: Path, tmp_path: Path) -> None:
     """Linearised attention from the closed form: the same each time, with a card and no plot."""
     changes = {"memory": "linearized_attention", "stages": ["start"], "initial_texts": 4, "report_tokens": 500}

@@ -87,7 +87,10 @@ def test_numbers_may_come_as_text() -> None:
         ({"warmup": -1}, "warmup must be at least 0"),
         ({"warmup": float("nan")}, "warmup must be at least 0"),
         ({"slice_tokens": 0}, "slice_tokens must be at least 1"),
-        ({"scale_lr": 0.03, "arguments": {"optim": "sgd"}}, "scale_lr is a setting of our own AdamW"),
+        ({"scale_lr": 0.03, "arguments": {"optim": "sgd"}}, "scale_lr and transfer_relative are of our own AdamW"),
+        ({"transfer_relative": True, "arguments": {"optim": "sgd"}}, "are of our own AdamW; leave them"),
+        ({"trained_memories": ["mamba2"]}, "trained_memories must name memories of gated_delta_net, not"),
+        ({"memory": "mamba2+delta_net", "trained_memories": []}, r"memories of mamba2\+delta_net, not \[\]"),
     ],
 )
 def test_what_cannot_work(values: dict[str, Any], message: str) -> None:

@@ -18,7 +18,7 @@ from ahn.backbone.frozen import FrozenParts
 from ahn.backbone.linear import CastWeights
 from ahn.distillation import Head, find_targets
 from ahn.errors import ConfigError
-from ahn.memories import Memory
+from ahn.memories import Memory, memory_class
 from ahn.training.losses import LossOutput, check_weights, distillation_loss
 from ahn.training.sampling import Span
 from ahn.training.teacher import TeacherCache
@@ -41,6 +41,7 @@ class Distiller(nn.Module):
         recompute_attention: As for `distillation_loss`.
         teacher: As for `distillation_loss`.
         precision: What the base multiplies in while it trains; its own dtype if left out.
+        trained: Names of the memories that learn; all if left out.
 
     Raises:
         ModelError: No memory is attached, or the model's head cannot be run in slices.
@@ -58,6 +59,7 @@ class Distiller(nn.Module):
         recompute_attention: bool = True,
         teacher: TeacherCache | None = None,
         precision: torch.dtype | None = None,
+        trained: Sequence[str] | None = None,
     ) -> None:
         super().__init__()
         if stage not in ("transfer", "distill"):
@@ -74,10 +76,11 @@ class Distiller(nn.Module):
         self._autocast = self._half or (precision if precision != torch.float32 else None)
         self._casts = CastWeights()
         self._frozen = FrozenParts(model, self._casts)
+        kinds = None if trained is None else {memory_class(name) for name in trained}
         for memory in self.memories():
             if self._half:
                 memory.float()
-            memory.requires_grad_(True)
+            memory.requires_grad_(kinds is None or type(memory) in kinds)
         if stage == "distill":
             Head(model).check()
         self.train()

@@ -1,4 +1,4 @@
-"""AdamW that also learns one factor per read-out head, whose gradient is less noisy than those of the elements."""
+"""AdamW in two other forms: with one more factor per read-out head, and with steps relative to what they change."""
 
 from __future__ import annotations
 
@@ -6,6 +6,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+
+LEAST_SIZE = 0.01
+"""What `RelativeAdamW` takes for the size of smaller parameters."""
 
 
 class HeadScaledAdamW(torch.optim.AdamW):
@@ -52,3 +55,22 @@ class HeadScaledAdamW(torch.optim.AdamW):
         mean, square = state["slope"] / (1 - beta**step), state["slope_square"] / (1 - beta_square**step)
         change = mean / (square.sqrt() + group["eps"])
         parameter.mul_(torch.exp(-group["lr"] * group["scale_ratio"] * change))
+
+
+class RelativeAdamW(torch.optim.AdamW):
+    """AdamW whose learning rate is a share of each parameter: its step is multiplied by the parameter's size.
+
+    Parameters of one memory differ in size by factors of a hundred, so that no single rate suits all of them. The size
+    is the root mean square, and at least `LEAST_SIZE`, so that a parameter of zeros can learn. As in Adafactor (arXiv
+    1804.04235, section 8).
+    """
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> Any:
+        """As `AdamW.step`."""
+        before = {p: p.clone() for group in self.param_groups for p in group["params"] if p.grad is not None}
+        loss = super().step(closure)
+        for parameter, old in before.items():
+            size = old.square().mean().sqrt().clamp(min=LEAST_SIZE)
+            parameter.copy_(torch.lerp(old, parameter, size))
+        return loss

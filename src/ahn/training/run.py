@@ -310,6 +310,7 @@ def _run_stage(
         evaluation_span=settings.span,
         loss_share=settings.loss_share,
         scale_lr=settings.scale_lr if stage == "distill" else 0.0,
+        relative=settings.transfer_relative and stage == "transfer",
         anchors=settings.anchor_draw if stage == "distill" else None,
         average=settings.average if stage == "distill" else 0.0,
         train_dataset=data[0],
@@ -337,6 +338,7 @@ def _distiller(model: Any, settings: TrainSettings, stage: str) -> Distiller:
         settings.recomputed != "none",
         teacher=TeacherCache(settings.teacher_cache, model) if distill and settings.teacher_cache is not None else None,
         precision=torch.bfloat16 if distill and settings.precision == "bfloat16" else None,
+        trained=settings.trained_memories,
     )
     if distill and settings.recomputed == "layers":
         distiller.activation_checkpointing_enable()

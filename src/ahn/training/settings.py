@@ -141,6 +141,12 @@ class TrainSettings(Settings):
     accumulation: int = setting(1, "Batches of a step, per process.", least=1)
     lr: float = setting(1e-4, "Learning rate of distill.")
     transfer_lr: float = file_setting(1e-3, "Learning rate of the stage transfer.")
+    transfer_relative: bool = file_setting(
+        False, "Whether transfer_lr is a share of each parameter's size, see `ahn.training.optimizer`."
+    )
+    trained_memories: tuple[str, ...] | None = file_setting(
+        None, "Of several memories joined by +, those that learn; all if left out."
+    )
     scale_lr: float = file_setting(
         0.0,
         "Learning rate of the logarithm of each head's read-out length, see `ahn.training.optimizer`; it follows the "
@@ -229,8 +235,15 @@ class TrainSettings(Settings):
         if self.average > 1:
             raise ConfigError(f"average must be a part of the steps from 0 to 1, not {self.average}")
         _ = self.anchor_draw  # checks the numbers
-        if self.scale_lr and "optim" in self.arguments:
-            raise ConfigError("scale_lr is a setting of our own AdamW; leave it or the argument optim out")
+        if (self.scale_lr or self.transfer_relative) and "optim" in self.arguments:
+            raise ConfigError(
+                "scale_lr and transfer_relative are of our own AdamW; leave them or the argument optim out"
+            )
+        unknown = set(self.trained_memories or ()) - set(self.memory.split("+"))
+        if unknown or self.trained_memories == ():
+            raise ConfigError(
+                f"trained_memories must name memories of {self.memory}, not {list(self.trained_memories or ())}"
+            )
         low, high = self.initial_decay or (0, 1)
         if not 0 <= low <= high < math.inf or high == 0:
             raise ConfigError(f"initial_decay must be a range of rates from 0 on, not {list(self.initial_decay or ())}")

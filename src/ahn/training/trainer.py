@@ -17,7 +17,7 @@ from ahn.errors import CheckpointError, ConfigError
 from ahn.training.averaging import WeightAverage
 from ahn.training.batches import collate
 from ahn.training.distiller import Distiller, Stage
-from ahn.training.optimizer import HeadScaledAdamW
+from ahn.training.optimizer import HeadScaledAdamW, RelativeAdamW
 from ahn.training.sampling import AnchorDraw, Span, SpanDraw, subsampled
 from ahn.training.saving import load_adapter, save_adapter, staged
 
@@ -43,6 +43,7 @@ class AHNTrainer(Trainer):
             drawn anew in every step.
         slice_tokens: As for `distillation_loss`, if the model is no `Distiller`.
         scale_lr: Learning rate of the length of each head's read-out, by `HeadScaledAdamW`; 0 for what `args` name.
+        relative: Whether the learning rate of `args` is a share of each parameter's size, see `RelativeAdamW`.
         anchors: How the number of anchors of each sequence is drawn. Those of the current settings if left out, and in
             evaluations.
         average: Part of the steps over which weights are averaged beside the training, see `WeightAverage`; 0 for none.
@@ -67,6 +68,7 @@ class AHNTrainer(Trainer):
         loss_share: float = 1.0,
         slice_tokens: int | None = None,
         scale_lr: float = 0.0,
+        relative: bool = False,
         anchors: AnchorDraw | None = None,
         average: float = 0.0,
         **others: Any,
@@ -91,6 +93,8 @@ class AHNTrainer(Trainer):
                 HeadScaledAdamW,
                 _adam_values(args) | {"scale_ratio": scale_lr / args.learning_rate},
             )
+        elif relative:
+            others["optimizer_cls_and_kwargs"] = RelativeAdamW, _adam_values(args)
         super().__init__(model=distiller, args=args, **others)
         if self.average is not None:
             self.add_callback(_Averaging(self.average))

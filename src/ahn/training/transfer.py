@@ -82,17 +82,17 @@ class _Regression(Lesson):
     gradients: dict[nn.Parameter, torch.Tensor] = dataclasses.field(default_factory=dict)
 
     def learn(self, layer: RecordedLayer) -> None:
-        """Loss and gradients of one layer."""
+        """Loss and gradients of one layer; nothing where its memory does not learn."""
+        parameters = [each for each in layer.memory.parameters() if each.requires_grad]
+        if not parameters or not layer.evicted_tokens:
+            return
         with torch.enable_grad():
             missing = self.missing(layer)
-            if not layer.evicted_tokens:
-                return
             read_BEHV = layer.memory.project_out(
                 layer.recall(), layer.hidden[:, missing.before :], missing.local_BEHV
             ).float()
             wrong = (read_BEHV * missing.counted_BE11 - missing.output_BEHV).square().sum()
             share = wrong / missing.output_BEHV.square().sum().clamp(min=1e-12)
-            parameters = [each for each in layer.memory.parameters() if each.requires_grad]
             slopes = torch.autograd.grad(share, parameters, allow_unused=True) if torch.is_tensor(share) else ()
         self.losses.append(share.detach())
         self.gradients.update((p, g) for p, g in zip(parameters, slopes) if g is not None)
