@@ -32,6 +32,10 @@ needs_kernels = pytest.mark.skipif(native.why_not() is not None, reason=f"no ker
 pytestmark = needs_kernels
 WIDE = {"hidden_size": 64, "head_dim": 16, "intermediate_size": 96, "max_position_embeddings": 40}
 SINKS, WINDOW, START, END = 3, 12, 20, 46
+JOINED = "gated_delta_net+linearized_attention"
+outputs_of_every_kind = pytest.mark.parametrize(
+    "memory", ["gated_delta_net", "linearized_attention", JOINED, "linearized_attention+mamba2"]
+)
 
 
 def model_of(family: str = "llama", quantize: str | None = None, memory: str = "gated_delta_net", **sizes: Any) -> Any:
@@ -44,6 +48,10 @@ def model_of(family: str = "llama", quantize: str | None = None, memory: str = "
         quantize_model(model, quantize)  # type: ignore[arg-type]
     ahn.attach(model, ahn.AHNConfig(memory, window=WINDOW, sinks=SINKS))
     awaken(model)
+    for layer in model.model.layers:
+        for parameter in layer.self_attn.memory.parameters():
+            if parameter.dim() == 1:
+                parameter.data += 0.3 * torch.randn(len(parameter))
     return model
 
 
@@ -117,19 +125,31 @@ def check(model: Any, runs: list[int], taken: int, **given: Any) -> None:
     ("family", "quantize"),
     [*(("llama", quantize) for quantize in (None, *QUANTIZE)), ("qwen2", "int8"), ("qwen3", None), ("mistral", "bf16")],
 )
-def test_gives_what_the_layers_give(family: str, quantize: str | None, runs: list[int]) -> None:
-    check(model_of(family, quantize), runs, taken=3)
+@pytest.mark.parametrize("memory", ["gated_delta_net", JOINED])
+def test_gives_what_the_layers_give(family: str, quantize: str | None, memory: str, runs: list[int]) -> None:
+    check(model_of(family, quantize, memory), runs, taken=3)
 
 
 def test_every_memory(memory: str, runs: list[int]) -> None:
     model = model_of(memory=memory)
     with ahn.mode(model, "ahn", sink_positions="bounded"):
-        check(model, runs, taken=3 if memory != "linearized_attention" else 0)
+        check(model, runs, taken=3)
+
+
+@outputs_of_every_kind
+def test_memories_that_share_the_layers(memory: str, runs: list[int], spans: list[list[int]]) -> None:
+    model = model_of(memory=memory)
+    kinds = {type(layer.self_attn.memory) for layer in model.model.layers}
+    assert len(kinds) == 1 + memory.count("+")
+    with ahn.mode(model, "ahn", sink_positions="bounded"):
+        check(model, runs, taken=3)
+    assert spans[-1] == [0, 1, 2]
 
 
 @pytest.mark.parametrize("settings", [{}, {"sinks": 0}, {"window": 300}, {"window": 1}], ids=str)
-def test_spans(settings: dict[str, Any], runs: list[int]) -> None:
-    model = model_of()
+@pytest.mark.parametrize("memory", ["gated_delta_net", JOINED])
+def test_spans(memory: str, settings: dict[str, Any], runs: list[int]) -> None:
+    model = model_of(memory=memory)
     for mode in ("ahn", "window"):
         runs.clear()
         with ahn.mode(model, mode, **settings):  # type: ignore[arg-type]
@@ -137,8 +157,9 @@ def test_spans(settings: dict[str, Any], runs: list[int]) -> None:
 
 
 @pytest.mark.parametrize("settings", [{}, {"sink_positions": "bounded"}], ids=str)
-def test_anchors(settings: dict[str, Any], runs: list[int]) -> None:
-    model = model_of()
+@pytest.mark.parametrize("memory", ["gated_delta_net", "linearized_attention", JOINED])
+def test_anchors(memory: str, settings: dict[str, Any], runs: list[int]) -> None:
+    model = model_of(memory=memory)
     with ahn.mode(model, "ahn", anchors=4, anchor_score="key_norm", anchor_layers=[1], **settings):
         with own_code(model):
             expected, before = decoded(model)
@@ -148,9 +169,10 @@ def test_anchors(settings: dict[str, Any], runs: list[int]) -> None:
     assert set(runs) == {0, 1, 2}
 
 
+@outputs_of_every_kind
 @torch.no_grad()
-def test_float64(runs: list[int]) -> None:
-    model = model_of("qwen3")
+def test_float64(memory: str, runs: list[int]) -> None:
+    model = model_of("qwen3", memory=memory)
     exact = copy.deepcopy(model).double()
     got, _ = decoded(model)
     expected, _ = decoded(exact)
@@ -185,11 +207,12 @@ class TestRunAhead:
 
     @pytest.mark.parametrize("inference", [False, True], ids=["no_grad", "inference_mode"])
     @pytest.mark.parametrize("change", ["replaced", "in place"])
-    def test_something_comes_between(self, change: str, inference: bool, spans: list[list[int]]) -> None:
+    @pytest.mark.parametrize("memory", ["gated_delta_net", JOINED])
+    def test_something_comes_between(self, memory: str, change: str, inference: bool, spans: list[list[int]]) -> None:
         def hook(module: nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor:
             return output * 1.5 if change == "replaced" else output.mul_(1.5)
 
-        model = model_of()
+        model = model_of(memory=memory)
         decoded(model)
         assert spans[-1] == [0, 1, 2]
         model.model.layers[1].register_forward_hook(hook)
@@ -202,9 +225,10 @@ class TestRunAhead:
             for name, tensor in layer_tensors(other).items():
                 torch.testing.assert_close(tensor, layer_tensors(mine)[name], atol=1e-4, rtol=1e-4)
 
+    @outputs_of_every_kind
     @torch.no_grad()
-    def test_a_call_that_fails_in_the_middle(self) -> None:
-        model, ids = model_of(), text(1, END)
+    def test_a_call_that_fails_in_the_middle(self, memory: str) -> None:
+        model, ids = model_of(memory=memory), text(1, END)
         _, cache = decoded(model)
         expected = model(ids[:, :1], cache=cache.fork()).logits
         handle = model.model.layers[0].register_forward_hook(lambda *args: 1 / 0)
@@ -307,20 +331,48 @@ class TestStepsBack:
         check(model, runs, taken=3)
 
     @pytest.mark.parametrize("way", ["parameter", "assign", "data"])
-    def test_other_weights_of_the_memory(self, way: str, runs: list[int]) -> None:
-        model = model_of()
+    @pytest.mark.parametrize(
+        ("memory", "part"),
+        [
+            *(("gated_delta_net", part) for part in ("o_norm", "o_proj", "g_proj.weight")),
+            *(("linearized_attention", part) for part in ("mean_query", "share_key", "size_weight", "match_weight")),
+            ("linearized_attention", "g_proj.bias"),
+        ],
+    )
+    def test_other_weights_of_the_memory(self, memory: str, part: str, way: str, runs: list[int]) -> None:
+        model = model_of(memory=memory)
         decoded(model)
         for layer in model.model.layers:
-            memory = layer.self_attn.memory
-            new = {name: torch.randn_like(tensor) for name, tensor in memory.state_dict().items()}
+            mine = layer.self_attn.memory
+            new = torch.randn_like(mine.get_parameter(part))
             if way == "assign":
-                memory.load_state_dict(new, assign=True)
+                mine.load_state_dict({part: new}, strict=False, assign=True)
             elif way == "data":
-                memory.o_proj.data, memory.g_proj.weight.data = new["o_proj"], new["g_proj.weight"]
+                mine.get_parameter(part).data = new
             else:
-                memory.o_proj, memory.o_norm = nn.Parameter(new["o_proj"]), nn.Parameter(new["o_norm"])
+                owner, _, name = part.rpartition(".")
+                setattr(mine.get_submodule(owner), name, nn.Parameter(new))
         runs.clear()
         check(model, runs, taken=3)
+
+    @pytest.mark.parametrize(
+        ("memory", "part"), [("gated_delta_net", "o_proj"), *((JOINED, part) for part in ("o_proj", "mean_query"))]
+    )
+    def test_weights_of_the_memory_that_do_not_lie_dense(self, memory: str, part: str, runs: list[int]) -> None:
+        model = model_of(memory=memory)
+        mine = model.model.layers[2].self_attn.memory
+        setattr(mine, part, nn.Parameter(mine.get_parameter(part).data.mT.contiguous().mT))
+        assert not mine.get_parameter(part).is_contiguous()
+        check(model, runs, taken=2)
+
+    def test_hooks_on_the_gate_of_linearised_attention(self, runs: list[int]) -> None:
+        model, seen = model_of(memory=JOINED), []
+        decoded(model)
+        runs.clear()
+        model.model.layers[2].self_attn.memory.g_proj.register_forward_hook(lambda *args: seen.append(2))
+        decoded(model)
+        assert seen
+        assert not runs
 
     def test_another_memory_of_a_wrapper(self, runs: list[int]) -> None:
         """As peft's `set_adapter` with `modules_to_save`: the module in the tree stays, another is used."""
@@ -505,8 +557,9 @@ def test_hidden_states_are_given(runs: list[int]) -> None:
     assert set(runs) == {0, 1, 2}
 
 
-def test_a_kernel_that_differs_is_not_used(monkeypatch: pytest.MonkeyPatch, runs: list[int]) -> None:
-    model = model_of()
+@outputs_of_every_kind
+def test_a_kernel_that_differs_is_not_used(memory: str, monkeypatch: pytest.MonkeyPatch, runs: list[int]) -> None:
+    model = model_of(memory=memory)
     run = decoder_run.run_layers
 
     def wrong(layers: Any, tokens: Any) -> None:
@@ -518,9 +571,10 @@ def test_a_kernel_that_differs_is_not_used(monkeypatch: pytest.MonkeyPatch, runs
     check(model, runs, taken=0)
 
 
+@outputs_of_every_kind
 @torch.no_grad()
-def test_a_failed_call_leaves_the_cache(runs: list[int]) -> None:
-    model, ids = model_of(), text(1, END)
+def test_a_failed_call_leaves_the_cache(memory: str, runs: list[int]) -> None:
+    model, ids = model_of(memory=memory), text(1, END)
     _, cache = decoded(model)
     expected = model(ids[:, :1], cache=cache.fork()).logits
     tensors = {
@@ -538,9 +592,10 @@ def test_a_failed_call_leaves_the_cache(runs: list[int]) -> None:
     assert torch.equal(model(ids[:, :1], cache=cache).logits, expected)
 
 
+@outputs_of_every_kind
 @torch.no_grad()
-def test_saved_forked_and_copied(tmp_path: Path) -> None:
-    model, ids = model_of(), text(1, END)
+def test_saved_forked_and_copied(memory: str, tmp_path: Path) -> None:
+    model, ids = model_of(memory=memory), text(1, END)
     _, cache = decoded(model)
     cache.save(tmp_path / "cache")
     twin, twin_cache = copy.deepcopy(model), None

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from ahn.native.layer import MOST_TOKENS, Token, TokenTable, run_layers, run_table
-from tests.attention.test_decoder_layers import decoded, model_of, needs_kernels
+from tests.attention.test_decoder_layers import JOINED, decoded, model_of, needs_kernels
 
 pytestmark = needs_kernels
 PLACES, SINKS, ANCHORS = 300, 3, 5
@@ -34,7 +34,10 @@ class Texts:
         TokenTable(self.table.numbers[:1]).point(x=self.x)
         TokenTable(self.table.numbers[1:]).point(x=self.out[:-1])
         self.table.point(out=self.out, normed=self.normed, projected=self.projected, **self.ring)
-        self.table.point(state=torch.randn(L, count, H, K, K))
+        self.states = [torch.randn(count, *path._memory.state_shape()) for path in paths]
+        for layer, state in enumerate(self.states):
+            state[..., -1, -1] += 4  # in linearised attention the sum of weights, which is above 0
+            TokenTable(self.table.numbers[layer : layer + 1]).point(state=state[None])
         turns = torch.randn(4, count, K).expand(L, -1, -1, -1).unbind(1)
         self.table.point(**dict(zip(("cos", "sin", "sink_cos", "sink_sin"), turns, strict=True)))
         anchors = {name: torch.randn(L, count, G, ANCHORS, K) for name in ("anchor_keys", "anchor_values")}
@@ -69,6 +72,9 @@ class Texts:
         *(("llama", quantize, "gated_delta_net") for quantize in (None, "int4", "int8", "bf16")),
         ("qwen3", None, "gated_delta_net"),
         ("qwen2", None, "mamba2"),
+        *((family, None, "linearized_attention") for family in ("llama", "qwen3")),
+        ("llama", "int4", JOINED),
+        ("qwen2", None, "linearized_attention+mamba2"),
     ],
 )
 def test_each_gives_what_it_gives_alone(family: str, quantize: str | None, memory: str, count: int) -> None:

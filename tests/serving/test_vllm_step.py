@@ -119,10 +119,13 @@ class TestKernels:
         model = tiny.with_memory("llama:wide", memory)
         engine = Engine(model)
         self.check(model, engine)
-        if memory == "linearized_attention":  # no kernel knows its output
-            assert (engine.fast, spans) == ([], [])
-        else:
-            assert set(spans) >= {(1, 4), (3, 3), (3, 2), (3, 1)}
+        assert set(spans) >= {(1, 4), (3, 3), (3, 2), (3, 1)}
+
+    def test_memories_of_several_kinds_are_read_layer_by_layer(self, spans: list[tuple[int, int]]) -> None:
+        model = tiny.with_memory("llama:wide", "gated_delta_net+linearized_attention")
+        engine = Engine(model)
+        self.check(model, engine)
+        assert (engine.fast, spans) == ([], [])
 
     @pytest.mark.parametrize("family", ["qwen3", "qwen2", "mistral"])
     def test_families(self, family: str, spans: list[tuple[int, int]]) -> None:

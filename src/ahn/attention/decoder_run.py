@@ -263,7 +263,8 @@ def describe(layer: AttentionLayer, attention: Any, parts: DecoderParts) -> Desc
     if memory is None or K != V or not isinstance(scaling, float) or grows:
         return None
     weights = memory.output_weights()
-    if weights is None or not native.ready(*(each.detach() for each in weights[:4] if each is not None)):
+    tensors = [each.detach() for each in weights or () if isinstance(each, torch.Tensor)]
+    if weights is None or not native.ready(*tensors) or not all(each.is_contiguous() for each in tensors):
         return None
     try:
         return DescribedLayer(parts.weights, weights, H, G, K, scaling)

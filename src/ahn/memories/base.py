@@ -315,10 +315,15 @@ class Memory(nn.Module, abc.ABC):
         if weights is not None and ops.decode_add_(local_B1HV, q_B1HK, x_B1D, state, weights, rows_B):
             return local_B1HV
         state = state if rows_B is None else state[rows_B]
-        added_B1HV = self.project_out(self.read(q_B1HK, state), x_B1D, local_B1HV)
-        return local_B1HV + added_B1HV.to(local_B1HV.dtype)
+        return local_B1HV + self._answer(q_B1HK, x_B1D, local_B1HV, state).to(local_B1HV.dtype)
 
-    def output_weights(self) -> ops.OutputWeights | None:
+    def _answer(
+        self, q_B1HK: torch.Tensor, x_B1D: torch.Tensor, local_B1HV: torch.Tensor, state: torch.Tensor
+    ) -> torch.Tensor:
+        """What `decode_add` adds, in torch."""
+        return self.project_out(self.read(q_B1HK, state), x_B1D, local_B1HV)
+
+    def output_weights(self) -> ops.OutputWeights | ops.LinearizedWeights | None:
         """What its output is computed from, for kernels; `None` where none serves it."""
         gate, key_first = self.g_proj, self.rule == "delta"
         return ops.OutputWeights(

@@ -174,27 +174,17 @@ class LinearizedAttention(Memory):
         far_BTHV = torch.addcmul(sums.both, (1 - mean_BTH)[..., None], sums.values) / size_BTH[..., None]
         return share_BTH[..., None] * (far_BTHV - local_BTHV)
 
-    def decode_add(
-        self,
-        local_B1HV: torch.Tensor,
-        q_B1HK: torch.Tensor,
-        x_B1D: torch.Tensor,
-        state: torch.Tensor,
-        rows_B: torch.Tensor | None = None,
+    def _answer(
+        self, q_B1HK: torch.Tensor, x_B1D: torch.Tensor, local_B1HV: torch.Tensor, state: torch.Tensor
     ) -> torch.Tensor:
-        """As `Memory.decode_add`, by a kernel of its own."""
+        return self._projected(self._mixed(self._sums(q_B1HK, state), x_B1D, local_B1HV))
+
+    def output_weights(self) -> ops.LinearizedWeights:
+        """As `Memory.output_weights`."""
         gate = self.g_proj
-        weights = ops.LinearizedWeights(
+        return ops.LinearizedWeights(
             self.mean_query, self.share_key, gate.weight, gate.bias, self.size_weight, self.match_weight, self.o_proj
         )
-        if ops.decode_add_linearized_(local_B1HV, q_B1HK, x_B1D, state, weights, rows_B):
-            return local_B1HV
-        sums = self._sums(q_B1HK, state if rows_B is None else state[rows_B])
-        added_B1HV = self._projected(self._mixed(sums, x_B1D, local_B1HV))
-        return local_B1HV + added_B1HV.to(local_B1HV.dtype)
-
-    def output_weights(self) -> None:
-        """The kernels for the output of other memories do not serve it."""
 
     @property
     def state_products(self) -> int:

@@ -258,9 +258,11 @@ class OutputWeights(NamedTuple):
     key_first: bool
 
 
-def can_decode_add(local_B1HV: Tensor, q_B1HK: Tensor, x_B1D: Tensor, state: Tensor, weights: OutputWeights) -> bool:
-    """Whether `decode_add_` can work on these; with rows, the states of each must be dense too."""
-    dense = [x for x in (local_B1HV, *weights[:4]) if x is not None]
+def can_decode_add(
+    local_B1HV: Tensor, q_B1HK: Tensor, x_B1D: Tensor, state: Tensor, weights: tuple[Tensor | float | None, ...]
+) -> bool:
+    """Whether `decode_add_`, or that of linearised attention, can work on these; with rows, their states are dense."""
+    dense = [x for x in (local_B1HV, *weights) if isinstance(x, Tensor)]
     sizes = q_B1HK.size(3), local_B1HV.size(3)
     return all(x.is_contiguous() for x in dense) and ready(*dense, q_B1HK, x_B1D, state, sizes=sizes)
 

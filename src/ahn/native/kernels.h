@@ -121,11 +121,31 @@ typedef struct {
     int per_head, key_first;
 } Output;
 
-/* What head h reads of its state, gated: with `per_head` by the length of that too. x[D] is what the layer read. */
-WITHIN void read_gated(const Output *output, index_t h, index_t K, index_t V, index_t D, const float *query,
-                       const float *x, const float *state, float *read);
 /* out[V] += the projection of what head h read; `read` [H, V] is that of all heads of its row. */
 WITHIN void project_read(const Output *output, index_t h, index_t H, index_t V, const float *read, float *out);
+
+/* The output of linearised attention; see LinearizedWeights in ahn/native/linearized.py. */
+typedef struct {
+    const float *mean_query, *share_key, *gate, *gate_bias, *size_weight, *match_weight, *project;
+} Linearized;
+
+/* local[V] += the projection of what head h makes of its state [V + 1, K + 1]; x[D] is what the layer read. */
+WITHIN void add_linearized(const Linearized *weights, index_t h, index_t K, index_t V, index_t D, const float *query,
+                           const float *x, const float *state, float *local);
+
+enum { GATED, LINEARIZED }; /* kinds of memory: what is read passes a gate, or is weighed against the exact tokens */
+
+/* A memory of any kind, with values as large as keys. */
+typedef struct {
+    index_t kind;
+    const void *output; /* an `Output` where it is GATED, state [H, K, K]; else a `Linearized`, [H, K + 1, K + 1] */
+} Memory;
+
+/* The output of a memory with a norm over all heads, which waits until these have read; else NULL. */
+WITHIN const Output *joint_output(const Memory *memory);
+/* local[K] += what head h answers; with a joint output it is only noted in read[H, K] what it reads. */
+WITHIN void add_answer(const Memory *memory, index_t h, index_t H, index_t K, index_t D, const float *query,
+                       const float *x, const float *state, float *read, float *local);
 
 /* --- weights -------------------------------------------------------------------------------------------------------*/
 

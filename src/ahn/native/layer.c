@@ -1,9 +1,10 @@
 /* Decoded tokens through decoder layers: norm, projections, rotation, attention, memory, output, gated MLP.
  *
- * All of it is one team of threads, which meets six times in a layer. What is cheap is done by every thread for itself (norms,
- * rotated queries), because meeting costs more.
+ * All of it is one team of threads, which meets six times in a layer. What is cheap is done by every thread for itself
+ * (norms, rotated queries), because meeting costs more.
  *
- * Legend of shapes: B tokens, each of a text of its own, D hidden size, H query heads, G kv heads, R = H / G, K size of keys and values, I inner size.
+ * Legend of shapes: B tokens, each of a text of its own, D hidden size, H query heads, G kv heads, R = H / G, K size of
+ * keys and values, I inner size.
  */
 #include "kernels.h"
 
@@ -28,7 +29,7 @@ typedef struct {
     index_t hidden, heads, kv_heads, size, is_gelu;
     Norm first, second, query_norm, key_norm;
     Weight query, key, value, output, gate, up, down;
-    Output memory;
+    Memory memory;
     float scaling;
 } Layer;
 
@@ -45,7 +46,7 @@ typedef struct {
     const void *anchor_keys, *anchor_values; /* [G, anchors, K] */
     const index_t *visible_from, *visible_until;
     index_t anchors;
-    const float *state; /* [H, K, K], or NULL where nothing has left the window */
+    const float *state; /* of the kind of the memory, or NULL where nothing has left the window */
 } Token;
 
 static index_t rows_from(const Weight *w, index_t row) { return w->rows - row < UNIT ? w->rows - row : UNIT; }
@@ -238,17 +239,16 @@ static void attend_tokens(const Layer *layer, index_t B, const Token *tokens, co
         index_t own = key_blocks(segments, lay_segments(layer, token, NULL, NULL, segments));
         float *attended = shared->attended + unit * K;
         merge_blocks(shared->tallies + found, shared->sums + found * K, own, R, K, attended);
-        if (!token->state) continue;
-        read_gated(&layer->memory, h, K, K, D, query + unit * K, input + b * D, token->state + h * K * K,
-                   shared->read + unit * K);
-        if (layer->memory.per_head) project_read(&layer->memory, h, H, K, shared->read + b * H * K, attended);
+        if (token->state)
+            add_answer(&layer->memory, h, H, K, D, query + unit * K, input + b * D, token->state,
+                       shared->read + b * H * K, attended);
     }
-    if (!layer->memory.per_head) {
+    const Output *joint = joint_output(&layer->memory);
+    if (joint) {
 #pragma omp for schedule(static)
         for (index_t unit = 0; unit < B * H; unit++)
             if (tokens[unit / H].state)
-                project_read(&layer->memory, unit % H, H, K, shared->read + unit / H * H * K,
-                             shared->attended + unit * K);
+                project_read(joint, unit % H, H, K, shared->read + unit / H * H * K, shared->attended + unit * K);
     }
 }
 

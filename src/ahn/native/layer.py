@@ -15,11 +15,13 @@ from torch import Tensor
 
 from ahn import native
 from ahn.errors import ShapeError
+from ahn.native.linearized import LinearizedWeights
 from ahn.native.packed import PANEL_ROWS, DescribedWeight
 from ahn.native.team import Team
 
 _INT, _FLOAT, _POINTER = ctypes.c_int64, ctypes.c_float, ctypes.c_void_p
 _LANES, _PACKED = 8, 3
+_GATED, _LINEARIZED = 0, 1
 _TEAM = Team()
 
 MOST_TOKENS = 32
@@ -41,7 +43,7 @@ class _Norm(ctypes.Structure):
     _fields_ = (("weight", _POINTER), ("epsilon", _FLOAT))
 
 
-class _MemoryOutput(ctypes.Structure):
+class _GatedOutput(ctypes.Structure):
     """`Output` of kernels.h."""
 
     _fields_ = (
@@ -49,6 +51,18 @@ class _MemoryOutput(ctypes.Structure):
         ("scale", _FLOAT),
         *((name, ctypes.c_int) for name in ("per_head", "key_first")),
     )
+
+
+class _LinearizedOutput(ctypes.Structure):
+    """`Linearized` of kernels.h."""
+
+    _fields_ = tuple((name, _POINTER) for name in LinearizedWeights._fields)
+
+
+class _Memory(ctypes.Structure):
+    """`Memory` of kernels.h."""
+
+    _fields_ = (("kind", _INT), ("output", _POINTER))
 
 
 _MAPS = ("query", "key", "value", "output", "gate", "up", "down")
@@ -61,7 +75,7 @@ class _DecoderLayer(ctypes.Structure):
         *((name, _INT) for name in ("hidden", "heads", "kv_heads", "size", "is_gelu")),
         *((name, _Norm) for name in ("first", "second", "query_norm", "key_norm")),
         *((name, _Weight) for name in _MAPS),
-        ("memory", _MemoryOutput),
+        ("memory", _Memory),
         ("scaling", _FLOAT),
     )
 
@@ -187,12 +201,17 @@ class DescribedLayer:
     """
 
     def __init__(
-        self, weights: LayerWeights, memory: native.OutputWeights, heads: int, kv_heads: int, size: int, scaling: float
+        self,
+        weights: LayerWeights,
+        memory: native.OutputWeights | LinearizedWeights,
+        heads: int,
+        kv_heads: int,
+        size: int,
+        scaling: float,
     ) -> None:
         self._check(weights, heads, kv_heads, size)
-        self._tensors = weights, memory  # the tensors whose addresses are noted
-        gate, bias, norm, project, scale, per_head, key_first = memory
-        output = _MemoryOutput(*map(_address, (gate, bias, norm, project)), scale, int(per_head), int(key_first))
+        kind, output = _output(memory)
+        self._held = weights, memory, output  # whose addresses are noted
         named = weights._asdict()
         self._layer = _DecoderLayer(
             weights.query.columns,
@@ -202,7 +221,7 @@ class DescribedLayer:
             int(weights.activation == "gelu_tanh"),
             *(_norm(named[name]) for name in ("first", "second", "query_norm", "key_norm")),
             *(_linear(named[name]) for name in _MAPS),
-            output,
+            _Memory(kind, ctypes.addressof(output)),
             scaling,
         )
         self.address = ctypes.addressof(self._layer)
@@ -298,6 +317,13 @@ def _address(tensor: Tensor | None) -> int | None:
 
 def _norm(norm: NormWeight | None) -> _Norm:
     return _Norm(None, 0.0) if norm is None else _Norm(norm.weight.data_ptr(), norm.epsilon)
+
+
+def _output(memory: native.OutputWeights | LinearizedWeights) -> tuple[int, ctypes.Structure]:
+    if isinstance(memory, LinearizedWeights):
+        return _LINEARIZED, _LinearizedOutput(*map(_address, memory))
+    *tensors, scale, per_head, key_first = memory
+    return _GATED, _GatedOutput(*map(_address, tensors), scale, int(per_head), int(key_first))
 
 
 def _linear(linear: LinearWeight) -> _Weight:

@@ -37,14 +37,8 @@ void ahn_write_linearized(index_t L, index_t B, index_t H, index_t G, index_t K,
     }
 }
 
-/* See LinearizedWeights in ahn/native/linearized.py. */
-typedef struct {
-    const float *mean_query, *share_key, *gate, *gate_bias, *size_weight, *match_weight, *project;
-} Weights;
-
-/* local[V] += the projection of what head h makes of its state [V + 1, K + 1]; x[D] is what the layer read. */
-static void add_answer(const Weights *weights, index_t h, index_t K, index_t V, index_t D, const float *query,
-                       const float *x, const float *state, float *local)
+void add_linearized(const Linearized *weights, index_t h, index_t K, index_t V, index_t D, const float *query,
+                    const float *x, const float *state, float *local)
 {
     float beyond[K], both[V + LANES], gated[V], size = state[V * (K + 1) + K];
     if (size <= EMPTY) return;
@@ -65,18 +59,19 @@ static void add_answer(const Weights *weights, index_t h, index_t K, index_t V, 
 /* local [B, H, V] += what the memory answers to the queries [B, H, K], as LinearizedAttention.read, `gated` and the
  * output projection [H, V, V] do in steps.
  *
- * x [B, D] is what the attention layer read; share_key [H, K], gate_weight [H, D] and gate_bias [H] (or NULL) are those of the share,
- * size_weight and match_weight are [H]. States [V + 1, K + 1] lie as `places` [B] says; see ahn_decode_add. */
+ * x [B, D] is what the attention layer read; share_key [H, K], gate_weight [H, D] and gate_bias [H] (or NULL) are those
+ * of the share, size_weight and match_weight are [H]. States [V + 1, K + 1] lie as `places` [B] says; see
+ * ahn_decode_add. */
 void ahn_decode_add_linearized(index_t B, index_t H, index_t K, index_t V, index_t D, const float *q, const float *x,
                                const float *state, const index_t *places, const float *mean_query,
                                const float *share_key, const float *gate_weight, const float *gate_bias,
                                const float *size_weight, const float *match_weight, const float *o_proj, float *local)
 {
-    Weights weights = {mean_query, share_key, gate_weight, gate_bias, size_weight, match_weight, o_proj};
+    Linearized weights = {mean_query, share_key, gate_weight, gate_bias, size_weight, match_weight, o_proj};
     index_t size = (V + 1) * (K + 1);
 #pragma omp parallel for schedule(static)
     for (index_t row = 0; row < B * H; row++) {
         index_t place = places ? places[row / H] + row % H * size : row * size;
-        add_answer(&weights, row % H, K, V, D, q + row * K, x + row / H * D, state + place, local + row * V);
+        add_linearized(&weights, row % H, K, V, D, q + row * K, x + row / H * D, state + place, local + row * V);
     }
 }

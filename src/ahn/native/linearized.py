@@ -67,15 +67,6 @@ class LinearizedWeights(NamedTuple):
     o_proj_HVV: Tensor
 
 
-def can_decode_add(
-    local_B1HV: Tensor, q_B1HK: Tensor, x_B1D: Tensor, state: Tensor, weights: LinearizedWeights
-) -> bool:
-    """Whether `decode_add_` can work on these; with rows, the states of each must be dense too."""
-    dense = [x for x in (local_B1HV, *weights) if x is not None]
-    sizes = q_B1HK.size(3), local_B1HV.size(3)
-    return all(x.is_contiguous() for x in dense) and native.ready(*dense, q_B1HK, x_B1D, state, sizes=sizes)
-
-
 def decode_add_(
     local_B1HV: Tensor,
     q_B1HK: Tensor,
@@ -84,7 +75,7 @@ def decode_add_(
     weights: LinearizedWeights,
     rows_B: Tensor | None = None,
 ) -> None:
-    """Adds what the memory answers to one query per row, in place; see `ahn.ops.decode_add_linearized_`.
+    """Adds what the memory answers to one query per row, in place; see `ahn.ops.decode_add_`.
 
     Args:
         local_B1HV: Output of the attention over exact tokens, dense.

@@ -85,8 +85,9 @@ static void read_state(const float *query, const float *state, index_t K, index_
     }
 }
 
-void read_gated(const Output *output, index_t h, index_t K, index_t V, index_t D, const float *query, const float *x,
-                const float *state, float *read)
+/* What head h reads of its state, gated: with `per_head` by the length of that too. x[D] is what the layer read. */
+static void read_gated(const Output *output, index_t h, index_t K, index_t V, index_t D, const float *query,
+                       const float *x, const float *state, float *read)
 {
     read_state(query, state, K, V, output->scale, output->key_first, read);
     float gate = dot(x, output->gate + h * D, D) + (output->gate_bias ? output->gate_bias[h] : 0);
@@ -103,6 +104,23 @@ void project_read(const Output *output, index_t h, index_t H, index_t V, const f
     for (index_t v = 0; v < V; v++) normed[v] = read[h * V + v] * shrink * weight[v];
     const float *project = output->project + h * V * V;
     for (index_t v = 0; v < V; v += PANEL) tile(1, V, normed, V, project + v, V, out + v, V, 1);
+}
+
+const Output *joint_output(const Memory *memory)
+{
+    const Output *output = memory->kind == GATED ? memory->output : NULL;
+    return output && !output->per_head ? output : NULL;
+}
+
+void add_answer(const Memory *memory, index_t h, index_t H, index_t K, index_t D, const float *query, const float *x,
+                const float *state, float *read, float *local)
+{
+    if (memory->kind == LINEARIZED) {
+        add_linearized(memory->output, h, K, K, D, query, x, state + h * (K + 1) * (K + 1), local);
+        return;
+    }
+    read_gated(memory->output, h, K, K, D, query, x, state + h * K * K, read + h * K);
+    if (!joint_output(memory)) project_read(memory->output, h, H, K, read, local);
 }
 
 /* out [B, H, V] += what the memory answers to the queries [B, H, K], as Memory.read and Memory.project_out do in steps.

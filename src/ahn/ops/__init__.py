@@ -24,7 +24,7 @@ from ahn.native import OutputWeights
 from ahn.native.linearized import LinearizedWeights
 from ahn.ops import chunked, compiled, cuda, grouped, naive, step
 from ahn.ops._shared import at_least_float32, check_shapes
-from ahn.ops.linearized import decode_add_linearized_, write_linearized_
+from ahn.ops.linearized import write_linearized_
 from ahn.ops.norms import rms_norm, unit
 from ahn.ops.step import decode_add_, linear_each, state_places, write_delta_, write_state_space_
 
@@ -34,7 +34,6 @@ __all__ = [
     "at_least_float32",
     "backend",
     "decode_add_",
-    "decode_add_linearized_",
     "delta_rule",
     "gated_delta_rule",
     "is_automatic",

@@ -9,7 +9,6 @@ from torch import Tensor
 
 from ahn import native
 from ahn.native import linearized
-from ahn.native.linearized import LinearizedWeights
 from ahn.ops.step import state_places
 
 
@@ -48,32 +47,4 @@ def write_linearized_(
     if not state_LB.is_contiguous() or (former_LB is not None and not former_LB.is_contiguous()):
         return False
     linearized.write_(k_LBGK, v_LBGV, gate_LBH, mean_query_LHK, state_LB, None, former_LB)
-    return True
-
-
-def decode_add_linearized_(
-    local_B1HV: Tensor,
-    q_B1HK: Tensor,
-    x_B1D: Tensor,
-    state: Tensor,
-    weights: LinearizedWeights,
-    rows_B: Tensor | None = None,
-) -> bool:
-    """Add what linearised attention answers to one query per row, in place.
-
-    Args:
-        local_B1HV: Output of the attention over exact tokens, to which it is added.
-        q_B1HK: Queries, as the attention layer has them.
-        x_B1D: Input of the attention layer.
-        state: `[B, H, V + 1, K + 1]`.
-        weights: What the answer is computed from.
-        rows_B: Which row of `state` is whose, int64; `None` where they are those of the batch.
-
-    Returns:
-        Whether the kernel takes these tensors; if not, nothing was changed.
-    """
-    is_dense = rows_B is None or state[0].is_contiguous()
-    if not is_dense or not linearized.can_decode_add(local_B1HV, q_B1HK, x_B1D, state, weights):
-        return False
-    linearized.decode_add_(local_B1HV, q_B1HK, x_B1D, state, weights, rows_B)
     return True

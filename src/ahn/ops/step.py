@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from ahn import native
-from ahn.native import OutputWeights
+from ahn.native import OutputWeights, linearized
+from ahn.native.linearized import LinearizedWeights
 from ahn.ops._shared import first_state, in_compute_dtype
 
 
@@ -167,7 +168,7 @@ def decode_add_(
     q_B1HK: Tensor,
     x_B1D: Tensor,
     state: Tensor,
-    weights: OutputWeights,
+    weights: OutputWeights | LinearizedWeights,
     rows_B: Tensor | None = None,
 ) -> bool:
     """Add what a memory answers to one query per row, in place, by a kernel in C.
@@ -175,10 +176,11 @@ def decode_add_(
     Its torch form is `ahn.memories.Memory.decode_add`, which also serves whatever the kernel does not take.
 
     Args:
-        local_B1HV: What to add to.
+        local_B1HV: Output of the attention over exact tokens, to which it is added.
         q_B1HK: Queries, as the attention layer has them.
         x_B1D: Input of the attention layer.
-        state: `[B, H, K, V]` with `weights.key_first`, else `[B, H, V, K]`.
+        state: `[B, H, K, V]` with `weights.key_first`, else `[B, H, V, K]`; of linearised attention
+            `[B, H, V + 1, K + 1]`.
         weights: Output of the memory.
         rows_B: Which row of `state` is whose, int64; `None` where they are those of the batch.
 
@@ -188,7 +190,10 @@ def decode_add_(
     is_dense = rows_B is None or state[0].is_contiguous()
     if not is_dense or not native.can_decode_add(local_B1HV, q_B1HK, x_B1D, state, weights):
         return False
-    native.decode_add_(local_B1HV, q_B1HK, x_B1D, state, weights, rows_B)
+    if isinstance(weights, LinearizedWeights):
+        linearized.decode_add_(local_B1HV, q_B1HK, x_B1D, state, weights, rows_B)
+    else:
+        native.decode_add_(local_B1HV, q_B1HK, x_B1D, state, weights, rows_B)
     return True
 
 

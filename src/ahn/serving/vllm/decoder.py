@@ -50,8 +50,10 @@ def leave_to_kernels(
         reader: How the weights of a layer are read.
 
     Returns:
-        These layers.
+        These layers; none where those of a step cannot be one call of the kernels.
     """
+    if not runtime.is_alike:
+        return []
     served = {id(each.layer.module): each for each in runtime.layers.values()}
     decoders: list[nn.Module] = []
     for layer, attention in decoder_layers(backbone, [each.layer.module for each in runtime.layers.values()]):

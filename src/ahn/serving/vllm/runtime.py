@@ -130,16 +130,21 @@ class Runtime:
         return {name: tensor for name, tensor in stacked.items() if tensor is not None}
 
     @functools.cached_property
+    def is_alike(self) -> bool:
+        """Whether all layers here have one shape, window and kind of memory."""
+        layers = self.layers.values()
+        return len({(type(each.memory), each.layer.shape, each.layer.sliding_window) for each in layers}) == 1
+
+    @functools.cached_property
     def decodes_together(self) -> bool:
         """Whether the single tokens of many requests can be read together."""
         layers = list(self.layers.values())
-        kinds = {(type(each.memory), each.layer.shape, each.layer.sliding_window) for each in layers}
         needed = {"keys", "values", "record", "state"}
-        is_alike = len(kinds) == 1 and self.attachment.config.memory_positions == "rope"
+        may_join = self.is_alike and self.attachment.config.memory_positions == "rope"
         if self.board is not None:
             needed |= {"anchor_keys", "anchor_values"}
-            is_alike = is_alike and not self.board.score.accumulates  # such a score looks at the weights of attention
-        return is_alike and needed <= set(self.pages) and all(each.memory.is_plain() for each in layers)
+            may_join = may_join and not self.board.score.accumulates  # such a score looks at the weights of attention
+        return may_join and needed <= set(self.pages) and all(each.memory.is_plain() for each in layers)
 
     @functools.cached_property
     def takes_kernels(self) -> bool:
