@@ -84,10 +84,12 @@ class _Regression(Lesson):
     def learn(self, layer: RecordedLayer) -> None:
         """Loss and gradients of one layer; nothing where its memory does not learn."""
         parameters = [each for each in layer.memory.parameters() if each.requires_grad]
-        if not parameters or not layer.evicted_tokens:
+        if not parameters:
             return
         with torch.enable_grad():
             missing = self.missing(layer)
+            if not layer.evicted_tokens:
+                return
             read_BEHV = layer.memory.project_out(
                 layer.recall(), layer.hidden[:, missing.before :], missing.local_BEHV
             ).float()
