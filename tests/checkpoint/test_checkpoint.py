@@ -484,6 +484,15 @@ class TestNames:
         with pytest.raises(CheckpointError, match=r"\(smollm2-135m/gated_delta_net\)"):
             checkpoint.load(tiny(), "smollm2-135m/mamba2")
 
+    def test_of_the_adapter_that_is_taken_for_a_model(
+        self, saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(files, "SHIPPED", tmp_path)
+        assert files.shipped_for("some") is None
+        for name in ("mamba2", "gated_delta_net", "hybrid"):
+            shutil.copytree(saved, tmp_path / "some" / name)
+            assert files.shipped_for("some") == (None if name == "mamba2" else f"some/{name}")
+
     def test_of_a_hub_id(self, saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         asked: list[Any] = []
 

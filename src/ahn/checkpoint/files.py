@@ -23,6 +23,8 @@ from ahn.models import KNOWN
 
 SHIPPED = Path(__file__).resolve().parents[1] / "adapters"
 """Adapters that come with the library, each a folder such as `smollm2-135m/gated_delta_net`."""
+USUAL = ("hybrid", "gated_delta_net")
+"""The adapters that are taken where the user names none, the best first."""
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -138,8 +140,7 @@ def shipped(config: str = "ahn_config.json") -> list[str]:
 
 def shipped_for(model: str) -> str | None:
     """The name of the adapter that is taken for a model where the user names none, if one ships."""
-    usual = f"{model}/gated_delta_net"
-    return usual if usual in shipped() else None
+    return next((name for usual in USUAL if (name := f"{model}/{usual}") in shipped()), None)
 
 
 def locate(name: str | os.PathLike[str], source: HubSource | None = None, config: str = "ahn_config.json") -> Path:
