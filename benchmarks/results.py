@@ -52,6 +52,7 @@ class Gap(NamedTuple):
     pieces: int = 24
     sink_positions: str = "absolute"
     arms: str = GAP_ARMS_OF_LONG_TEXTS
+    memory: str = "hybrid"
 
     @property
     def file(self) -> str:
@@ -66,12 +67,13 @@ class Gap(NamedTuple):
     @property
     def other_text_file(self) -> str:
         """Where the report of the reading with the memory of another text is kept."""
-        return f"other_text_{self.length}_{self.window}.json"
+        other = "" if self.memory == "hybrid" else f"_{self.memory}"
+        return f"other_text_{self.length}_{self.window}{other}.json"
 
     @property
     def cut(self) -> tuple[str, ...]:
-        """The options that say what is read, and with what window."""
-        cut = ("--length", str(self.length), "--pieces", str(self.pieces))
+        """The options that say what is read, with what memory and window."""
+        cut = ("--adapter", f"smollm2-135m/{self.memory}", "--length", str(self.length), "--pieces", str(self.pieces))
         return (*cut, "--window", str(self.window), "--sinks", "32", "--sink-positions", self.sink_positions)
 
 
@@ -83,7 +85,7 @@ GAPS = (
     Gap(32768, 256, 4, "bounded"),
     Gap(32768, 1024, 4, "bounded"),
 )
-OTHER_TEXTS = (Gap(2048, 256), Gap(8192, 256))
+OTHER_TEXTS = (Gap(2048, 256), Gap(2048, 256, memory="gated_delta_net"), Gap(8192, 256))
 _OPENING = """# Results
 
 What has been measured for SmolLM2-135M-Instruct with the memories that ship. `make results TEXTS=FOLDER` measures and
@@ -176,15 +178,15 @@ def page(reports: dict[str, dict]) -> str:
 def _gap_part(report: dict) -> str:
     settings, results = report["settings"], report["results"]
     (gap,) = [each for each in GAPS if (each.length, each.window) == (settings["length"], settings["window"])]
-    windows = "The equal window is enlarged to the bytes of\nthe arm, states and anchors counted."
+    windows = "The equal window is enlarged to the bytes of the arm, states and anchors counted."
     if not results["equal_bytes"]:
-        windows = "Windows of the same bytes have not\nbeen read at this length."
+        windows = "Windows of the same bytes have not been read at this length."
     lines = [
         f"## Share of the gap, byte for byte: {gap.length:,} tokens, window {gap.window:,}\n",
         f"Nats per token beyond {settings['sinks']} sinks ({gap.sink_positions}) and the window, over "
-        f"{len(results['documents'])} excerpts at even distances.\nThe share of the gap is that between `window` and "
-        f"`full`. {windows} Intervals are 95 % "
-        f"bootstraps over excerpts\n({_where(report['environment'])}).\n",
+        f"{len(results['documents'])} excerpts at even distances.\n"
+        f"The memory is `{_memory(report)}`. The share of the gap is that between `window` and `full`.\n"
+        f"{windows} Intervals are 95 % bootstraps over excerpts\n({_where(report['environment'])}).\n",
         *_read_in_full(report),
         *(["Products of the model were rounded to bfloat16.\n"] if settings.get("precision") == "bfloat16" else []),
         f"![share of the gap against bytes of cache](images/{gap.picture})\n",
@@ -193,9 +195,8 @@ def _gap_part(report: dict) -> str:
     ]
     for name, row in results["arms"].items():
         closed = _share(*row["closed"].values()) if row["closed"] else ""
-        equal, better = results["equal_bytes"].get(name), ""
-        if equal:
-            better = _better(equal)
+        equal = results["equal_bytes"].get(name)
+        better = _better(equal) if equal else ""
         cells = [f"`{name}`", f"{row['counted_bytes'] / 1e6:.1f}", f"{row['nll']['beyond']:.4f}", closed]
         lines.append(f"| {' | '.join([*cells, equal['arm'] if equal else '', better])} |")
     return "\n".join([*lines, ""])
@@ -211,12 +212,14 @@ def _read_in_full(report: dict) -> list[str]:
 
 
 def _other_text_part(report: dict) -> str:
-    settings, results = report["settings"], report["results"]
+    settings, results, memory = report["settings"], report["results"], _memory(report)
+    window = f"window {settings['window']:,}{'' if memory == 'hybrid' else f', {memory}'}"
     lines = [
-        f"## What of it is memory: {settings['length']:,} tokens, window {settings['window']:,}\n",
+        f"## What of it is memory: {settings['length']:,} tokens, {window}\n",
         "Weights of a memory also learn how texts of a kind are written, whatever its state holds. So each arm is\n"
         "read once more with the memory of another excerpt. Only what it gains over that is owed to the state of its\n"
-        f"own text. {len(results['documents'])} excerpts, intervals as above ({_where(report['environment'])}).\n",
+        f"own text. The memory is `{memory}`, {len(results['documents'])} excerpts, intervals as above\n"
+        f"({_where(report['environment'])}).\n",
         "| arm | share of the gap | with the memory of another text | its own beyond that | nats better |",
         "|---|---|---|---|---|",
     ]
@@ -225,6 +228,11 @@ def _other_text_part(report: dict) -> str:
         cells = [f"`{name}`", *(_share(*share.values()) for share in shares), _better(other)]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join([*lines, ""])
+
+
+def _memory(report: dict) -> str:
+    """The memory of a report; the first ones did not name theirs."""
+    return Path(report["settings"].get("adapter") or "gated_delta_net").name
 
 
 def _memories_part(report: dict) -> str:

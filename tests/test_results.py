@@ -49,7 +49,7 @@ def test_each_gap_is_a_part_of_the_page() -> None:
     assert "| `ahn` | 2.0 | 3.6000 | 40 %, 30 to 50 | window+110 | +0.1000 (-0.0100 to +0.2000) |" in shown
     assert "The equal window is enlarged" in shown
     report["results"]["equal_bytes"] = {}
-    assert "have not\nbeen read at this length" in script.page({"gap_32768_256.json": report})
+    assert "have not been read at this length" in script.page({"gap_32768_256.json": report})
     assert script.GAPS[0].picture == "gap.png"
 
 
@@ -57,7 +57,7 @@ def test_what_is_owed_to_the_text_itself() -> None:
     script = load_script("results")
     shares = [{"share": share, "low": share - 0.1, "high": share + 0.1} for share in (0.4, 0.3, 0.2)]
     report = {
-        "settings": {"length": 2048, "window": 256},
+        "settings": {"length": 2048, "window": 256, "adapter": "smollm2-135m/hybrid"},
         "results": {
             "arms": {"ahn": {"closed": shares[0]}},
             "documents": [{}] * 24,
@@ -71,3 +71,7 @@ def test_what_is_owed_to_the_text_itself() -> None:
     assert "## What of it is memory: 2,048 tokens, window 256" in shown
     row = "| `ahn` | 40 %, 30 to 50 | 30 %, 20 to 40 | 20 %, 10 to 30 | +0.0100 (-0.0100 to +0.0300) |"
     assert row in shown
+    report["settings"]["adapter"] = None  # as in reports of the time when there was one memory
+    shown = script.page({script.OTHER_TEXTS[1].other_text_file: report})
+    assert "tokens, window 256, gated_delta_net\n" in shown
+    assert "The memory is `gated_delta_net`, 24 excerpts" in shown
