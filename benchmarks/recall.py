@@ -143,6 +143,7 @@ def measure(part: Part, file: Path) -> None:
     if part.finished:
         return
     settings = {
+        "adapter": "smollm2-135m/gated_delta_net",
         "tasks": part.task,
         "lengths": part.length,
         "arms": part.arm,
