@@ -260,6 +260,12 @@ def _model(settings: TrainSettings, sequences: Pieces | PieceStream, say: Say, b
     if settings.adapter is not None and describe(settings.adapter).memory == settings.memory:
         ahn.load(model, settings.adapter)
         return model
+    _begin(model, settings, sequences, say)
+    return model
+
+
+def _begin(model: Any, settings: TrainSettings, sequences: Pieces | PieceStream, say: Say) -> None:
+    """Initial weights of the memories: from another adapter, and a closed form for those that it does not have."""
     if settings.initial_decay is not None:
         set_initial_decay(model, *settings.initial_decay, seed=settings.seed)
     fresh = attachment_of(model).memories
@@ -275,7 +281,6 @@ def _model(settings: TrainSettings, sequences: Pieces | PieceStream, say: Say, b
         batches = [collate([item]) for item in _first(sequences, settings.initial_texts)]
         calibrate(model, batches, settings.span_draw, fresh)
         solve_readout(model, batches, settings.span_draw, settings.initial_readout, settings.upper_readout, fresh)
-    return model
 
 
 def _first(sequences: Pieces | PieceStream, count: int) -> list[Any]:

@@ -88,14 +88,7 @@ class AHNTrainer(Trainer):
         self._sums = torch.zeros(len(distiller.weights), dtype=torch.float64)
         self._counts = torch.zeros(len(distiller.weights), dtype=torch.float64)
         others.setdefault("data_collator", collate)
-        if scale_lr:
-            others["optimizer_cls_and_kwargs"] = (
-                HeadScaledAdamW,
-                _adam_values(args) | {"scale_ratio": scale_lr / args.learning_rate},
-            )
-        elif relative:
-            others["optimizer_cls_and_kwargs"] = RelativeAdamW, _adam_values(args)
-        super().__init__(model=distiller, args=args, **others)
+        super().__init__(model=distiller, args=args, **_own_optimizer(args, scale_lr, relative), **others)
         if self.average is not None:
             self.add_callback(_Averaging(self.average))
         self.model_accepts_loss_kwargs = True  # transformers before 5.23: losses are divided by us
@@ -266,9 +259,13 @@ def _check_process(args: TrainingArguments) -> None:
         )
 
 
-def _adam_values(args: TrainingArguments) -> dict[str, Any]:
-    """Arguments of AdamW."""
-    return {"lr": args.learning_rate, "betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon}
+def _own_optimizer(args: TrainingArguments, scale_lr: float, relative: bool) -> dict[str, Any]:
+    """Our own AdamW as an argument of a `Trainer`; nothing where its usual one serves."""
+    values = {"lr": args.learning_rate, "betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon}
+    if scale_lr:
+        values["scale_ratio"] = scale_lr / args.learning_rate
+    kind = HeadScaledAdamW if scale_lr else RelativeAdamW
+    return {"optimizer_cls_and_kwargs": (kind, values)} if scale_lr or relative else {}
 
 
 def _lengths(batch: Mapping[str, torch.Tensor]) -> list[int]:
