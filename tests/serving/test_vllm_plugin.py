@@ -185,6 +185,16 @@ class TestChecks:
         with pytest.raises(ConfigError, match="the memory mamba2 takes a norm over all heads"):
             check(settings_of(folder, tensor=2))
 
+    def test_stages_of_a_pipeline_take_one_kind_of_memory(self, tmp_path: Path) -> None:
+        model = tiny.with_memory("llama", "gated_delta_net+linearized_attention")
+        ahn.save(model, tmp_path / "adapter")
+        ahn.detach(model)
+        model.save_pretrained(tmp_path / "base")
+        overrides = {"adapter": str(tmp_path / "adapter")}
+        check(settings_of(tmp_path / "base", overrides, tensor=2))
+        with pytest.raises(ConfigError, match="keep states of several sizes, which give wrong tokens in a pipeline"):
+            check(settings_of(tmp_path / "base", overrides, pipeline=2))
+
     def test_a_memory_without_its_base(self, tmp_path: Path) -> None:
         shutil.copyfile(GOLDEN / "config.json", tmp_path / "config.json")
         with pytest.raises(CheckpointError):

@@ -15,6 +15,10 @@ from tests import tiny
 from tests.serving.vllm_engine import Engine, Request
 
 LENGTHS = (75, 9, 31, 3)
+JOINED = "gated_delta_net+linearized_attention"
+MEMORIES = (*tiny.MEMORIES, JOINED, f"{JOINED}+gated_delta_net")
+TOGETHER = pytest.mark.parametrize("together", [True, False])
+KINDS = pytest.mark.parametrize("memory", ["gated_delta_net", JOINED])
 
 
 def texts() -> list[list[int]]:
@@ -29,8 +33,8 @@ def check(model: Any, engine: Engine, seeds: int = 1) -> None:
             torch.testing.assert_close(ours, alone, rtol=1e-4, atol=1e-4 * alone.abs().max().item())
 
 
-@pytest.mark.parametrize("together", [True, False])
-@pytest.mark.parametrize("memory", tiny.MEMORIES)
+@TOGETHER
+@pytest.mark.parametrize("memory", MEMORIES)
 def test_every_memory(memory: str, together: bool) -> None:
     model = tiny.with_memory("llama:wide", memory)
     engine = Engine(model, together=together)
@@ -44,17 +48,19 @@ def test_every_family(family: str) -> None:
     check(model, Engine(model))
 
 
-def test_without_kernels_and_with_sinks_at_a_bounded_distance() -> None:
-    model = tiny.with_memory("llama:wide", sink_positions="bounded", model={"max_position_embeddings": 24})
+@KINDS
+def test_without_kernels_and_with_sinks_at_a_bounded_distance(memory: str) -> None:
+    model = tiny.with_memory("llama:wide", memory, sink_positions="bounded", model={"max_position_embeddings": 24})
     check(model, Engine(model))
     with native.switched_off():
         check(model, Engine(model))
 
 
-@pytest.mark.parametrize("together", [True, False])
+@TOGETHER
+@KINDS
 @pytest.mark.parametrize("score", ["key_diff", "learned", "asked", "value_norm"])
-def test_anchors(score: str, together: bool) -> None:
-    model = tiny.with_memory("llama:wide", window=36, anchors=6, anchor_score=score)
+def test_anchors(score: str, memory: str, together: bool) -> None:
+    model = tiny.with_memory("llama:wide", memory, window=36, anchors=6, anchor_score=score)
     tiny.give_score_weights(model)
     engine = Engine(model, together=together)
     assert engine.runtime.decodes_together is together
@@ -68,9 +74,10 @@ def test_anchors_that_are_read_request_by_request() -> None:
     check(model, engine)
 
 
-def test_anchors_without_kernels_and_at_a_bounded_distance() -> None:
+@KINDS
+def test_anchors_without_kernels_and_at_a_bounded_distance(memory: str) -> None:
     changes = {"max_position_embeddings": 48}
-    model = tiny.with_memory("llama:wide", window=36, anchors=6, sink_positions="bounded", model=changes)
+    model = tiny.with_memory("llama:wide", memory, window=36, anchors=6, sink_positions="bounded", model=changes)
     check(model, Engine(model))
     with native.switched_off():
         check(model, Engine(model))
@@ -114,18 +121,12 @@ class TestKernels:
             ours = torch.cat(request.hidden)
             torch.testing.assert_close(ours, alone, rtol=1e-4, atol=1e-4 * alone.abs().max().item())
 
-    @pytest.mark.parametrize("memory", tiny.MEMORIES)
+    @pytest.mark.parametrize("memory", MEMORIES)
     def test_all_layers_of_all_requests_at_once(self, memory: str, spans: list[tuple[int, int]]) -> None:
         model = tiny.with_memory("llama:wide", memory)
         engine = Engine(model)
         self.check(model, engine)
         assert set(spans) >= {(1, 4), (3, 3), (3, 2), (3, 1)}
-
-    def test_memories_of_several_kinds_are_read_layer_by_layer(self, spans: list[tuple[int, int]]) -> None:
-        model = tiny.with_memory("llama:wide", "gated_delta_net+linearized_attention")
-        engine = Engine(model)
-        self.check(model, engine)
-        assert (engine.fast, spans) == ([], [])
 
     @pytest.mark.parametrize("family", ["qwen3", "qwen2", "mistral"])
     def test_families(self, family: str, spans: list[tuple[int, int]]) -> None:
@@ -138,11 +139,14 @@ class TestKernels:
         self.check(model, Engine(model))
         assert (3, 3) in spans
 
+    @KINDS
     @pytest.mark.parametrize("score", ["key_diff", "learned", "asked", "value_norm"])
     @pytest.mark.parametrize("positions", [{}, {"max_position_embeddings": 48}], ids=["", "bounded"])
-    def test_anchors(self, score: str, positions: dict[str, int], spans: list[tuple[int, int]]) -> None:
-        sinks = {"sink_positions": "bounded"} if positions else {}
-        model = tiny.with_memory("llama:wide", window=36, anchors=6, anchor_score=score, model=positions, **sinks)
+    def test_anchors(self, score: str, memory: str, positions: dict[str, int], spans: list[tuple[int, int]]) -> None:
+        settings = {"window": 36, "anchors": 6, "anchor_score": score, "model": positions}
+        if positions:
+            settings["sink_positions"] = "bounded"
+        model = tiny.with_memory("llama:wide", memory, **settings)
         tiny.give_score_weights(model)
         self.check(model, Engine(model))
         assert (3, 3) in spans

@@ -82,30 +82,32 @@ def with_adapter(tmp_path: Path, family: str = "llama:wide", **settings: Any) ->
     return model, tmp_path / "base", tmp_path / "adapter"
 
 
-WIDE = {"head_dim": 16}  # heads that the kernels take
+JOINED = {"memory": "gated_delta_net+linearized_attention"}
+WIDE = {"model": {"head_dim": 16}}  # heads that the kernels take
 
 
 @pytest.mark.parametrize(
-    ("family", "sizes", "by_kernels"),
+    ("family", "settings", "by_kernels"),
     [
         ("llama:wide", {}, [True] * 3),
+        ("llama:wide", JOINED, [True] * 3),
         ("qwen3", WIDE, [True] * 3),
         ("granite", WIDE, [False] * 3),  # of the usual build, but its layers scale what they add
         ("qwen3_moe", {}, []),
         ("gemma2", {}, []),
     ],
 )
-def test_a_base_and_an_adapter(family: str, sizes: dict[str, int], by_kernels: list[bool], tmp_path: Path) -> None:
-    model, base, adapter = with_adapter(tmp_path, family, layers=(0, 1, 2), sinks=3, model=sizes)
+def test_a_base_and_an_adapter(family: str, settings: dict[str, Any], by_kernels: list[bool], tmp_path: Path) -> None:
+    model, base, adapter = with_adapter(tmp_path, family, layers=(0, 1, 2), sinks=3, **settings)
     prompts = [tiny.text(tokens=count, seed=count)[0].tolist() for count in (4, 30, 90)]
     with serving.engine(base, hf_overrides={"ahn_adapter": str(adapter)}) as llm:
         serving.check(model, prompts, serving.answers(llm, prompts))
         assert serving.layers_by_kernels(llm) == by_kernels
 
 
-@pytest.mark.parametrize("score", ["key_diff", "learned", "window_attention"])
-def test_anchors(score: str, tmp_path: Path) -> None:
-    model, base, adapter = with_adapter(tmp_path, window=36, anchors=6, anchor_score=score)
+@pytest.mark.parametrize(("score", "settings"), [("key_diff", JOINED), ("learned", {}), ("window_attention", {})])
+def test_anchors(score: str, settings: dict[str, Any], tmp_path: Path) -> None:
+    model, base, adapter = with_adapter(tmp_path, window=36, anchors=6, anchor_score=score, **settings)
     tiny.give_score_weights(model)
     ahn.checkpoint.save_anchors(model, tmp_path / "anchors")
     prompts = [tiny.text(tokens=count, seed=count)[0].tolist() for count in (4, 30, 90, 200)]

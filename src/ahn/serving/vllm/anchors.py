@@ -73,10 +73,11 @@ class DecodedAnchors:
             f"tokens.{self.window}": torch.where(tokens >= 0, tokens + self._padding[:, None], tokens),
         }
 
-    def keep(self, keys_LBGK: torch.Tensor, values_LBGV: torch.Tensor) -> None:
-        """Stores those of the leaving tokens that become anchors.
+    def keep(self, pages: Mapping[str, torch.Tensor], keys_LBGK: torch.Tensor, values_LBGV: torch.Tensor) -> None:
+        """Stores those of the leaving tokens of some layers that become anchors.
 
         Args:
+            pages: The pages of the layers, `[L, blocks, ...]` each.
             keys_LBGK: The keys of the leaving tokens.
             values_LBGV: Their values.
         """
@@ -84,7 +85,7 @@ class DecodedAnchors:
         if source is not None:
             rows, slots = (source >= self.board.anchors).nonzero().unbind(1)
             for name, leaving in (("anchor_keys", keys_LBGK), ("anchor_values", values_LBGV)):
-                self.runtime.pages[name][:, self.blocks[rows], :, slots] = leaving[:, rows].transpose(0, 1)
+                pages[name][:, self.blocks[rows], :, slots] = leaving[:, rows].transpose(0, 1)
 
     def score(
         self, served: ServedLayer, call: LayerCall, projected: tuple[torch.Tensor, torch.Tensor, torch.Tensor]

@@ -50,6 +50,11 @@ def check(vllm_config: Any) -> None:
         f"the memory {memory.config.memory} takes a norm over all heads, which lie in several processes",
         "leave --tensor-parallel-size out, or use --pipeline-parallel-size",
     )
+    require(
+        vllm_config.parallel_config.pipeline_parallel_size == 1 or len(set(map(type, attachment.memories))) == 1,
+        f"the layers of {memory.config.memory} keep states of several sizes, which give wrong tokens in a pipeline",
+        "leave --pipeline-parallel-size out, or use --tensor-parallel-size",
+    )
     give_score_weights(attachment, memory, model.hf_config)
     scoreboard = empty_cache(attachment, RunSettings.like(memory.config)).scoreboard
     if scoreboard is not None:

@@ -2,7 +2,8 @@
 
 A request's token has its own place in its ring, and its own number of places to read. So nothing is turned or copied:
 one kernel call for each layer takes the blocks, and how full each is. As in `ahn.attention.decoding`, the tokens that
-leave update the states of all layers at the start of the step, and the gates of new tokens come at its end.
+leave update the states of all layers at the start of the step, and the gates of new tokens come at its end: at once for
+all layers with one kind of memory.
 
 Legend of shapes: L layers, B requests, T tokens of the batch, D hidden size, H query heads, G key/value heads, K key
 size, V value size, N gates per head, F numbers of a record, S sinks, A anchors, R rotated size.
@@ -22,10 +23,9 @@ from ahn.attention.function import softmax_of
 from ahn.attention.softmax import Reading, explicit_weights
 from ahn.backbone.rotary import Rotary
 from ahn.cache.record import TokenRecord
-from ahn.memories import Memory
 from ahn.native import Segment
 from ahn.serving.vllm.anchors import DecodedAnchors
-from ahn.serving.vllm.runtime import Rows, Runtime, ServedCall, ServedLayer
+from ahn.serving.vllm.runtime import Rows, Runtime, ServedCall, ServedGroup, ServedLayer
 
 
 class DecodedTokens(KernelProgress):
@@ -56,7 +56,7 @@ class DecodedTokens(KernelProgress):
         self.call = Call(runtime.attachment, runtime.settings, None)
         self.hidden: dict[int, torch.Tensor] = {}
         exact = runtime.exact
-        device = runtime.pages["keys"].device
+        device = runtime.layers[runtime.first].pages["keys"].device
         self.blocks = torch.tensor([each.block for each in rows], device=device)
         self.seen = torch.tensor([each.seen for each in rows], device=device)
         beyond = self.seen - exact.sinks
@@ -67,23 +67,20 @@ class DecodedTokens(KernelProgress):
         board = runtime.board
         self.anchors = None if board is None else DecodedAnchors(runtime, board, self.blocks, self.seen)
         if bool(self.evicts.any()):
-            self._update()
+            for group in runtime.groups:
+                self._update(group)
 
-    def _update(self) -> None:
-        """Updates the states and the anchors of all layers with the tokens that leave."""
-        pages, memory = self.runtime.pages, self._memories[0]
+    def _update(self, group: ServedGroup) -> None:
+        """Updates the states and the anchors of some layers with the tokens that leave."""
+        pages, memories = group.pages, group.memories
         keys, values = (pages[name][:, self.blocks, :, self.slots].transpose(0, 1) for name in ("keys", "values"))
         if self.anchors is not None:
-            self.anchors.keep(keys, values)
+            self.anchors.keep(pages, keys, values)
         record_LBF = pages["record"][:, self.blocks, 0, self.slots]
-        gates = TokenRecord.unpack(record_LBF, memory.gate_count, memory.shape.query_heads).gates
+        gates = TokenRecord.unpack(record_LBF, memories[0].gate_count, memories[0].shape.query_heads).gates
         # Gates of zero leave a state as it is: that of a request whose window is not full.
         gates_LBNH = gates * self.evicts[:, None, None]
-        type(memory).update(self._memories, keys, values, gates_LBNH, pages["state"], self.blocks)
-
-    @property
-    def _memories(self) -> list[Memory]:
-        return [served.memory for served in self.runtime.layers.values()]
+        type(memories[0]).update(memories, keys, values, gates_LBNH, pages["state"], self.blocks)
 
     def attend(self, asked: ServedCall) -> torch.Tensor:
         """Attention of the tokens in one layer, `[B, 1, H, V]`; see `Step.attend`."""
@@ -175,10 +172,10 @@ class DecodedTokens(KernelProgress):
 
     def close(self) -> None:
         """Stores the gates of the new tokens, which every layer has read."""
-        memories = self._memories
-        x_LBD = torch.stack([self.hidden[index] for index in self.runtime.layers]).squeeze(2)
-        gates_LBNH = type(memories[0]).gates_of_layers(memories, x_LBD)
-        record = self.runtime.pages["record"]
-        record[:, self.blocks, 0, self.slots] = TokenRecord(gates_LBNH, None).pack().to(record.dtype)
+        for group in self.runtime.groups:
+            memories, record = group.memories, group.pages["record"]
+            x_LBD = torch.stack([self.hidden[served.layer.index] for served in group.layers]).squeeze(2)
+            gates_LBNH = type(memories[0]).gates_of_layers(memories, x_LBD)
+            record[:, self.blocks, 0, self.slots] = TokenRecord(gates_LBNH, None).pack().to(record.dtype)
         if self.anchors is not None:
             self.anchors.close()

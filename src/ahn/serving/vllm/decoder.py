@@ -253,7 +253,7 @@ def _lay_blocks(tokens: DecodedTokens, layers: Sequence[int]) -> TokenTable:
         return runtime.addresses(name, tokens.blocks)[own]
 
     table.set(keys=addresses("keys"), values=addresses("values"), state=addresses("state") * tokens.evicts)
-    table.set(kind=KINDS[torch.float32], capacity=runtime.pages["keys"].size(3), slot=tokens.slots)
+    table.set(kind=KINDS[torch.float32], capacity=exact.sinks + exact.window, slot=tokens.slots)
     table.set(used=tokens.used, sinks=tokens.used.clamp(max=exact.sinks), seen=tokens.seen)
     if tokens.anchors is not None:
         missing_BA = tokens.anchors.missing

@@ -64,8 +64,8 @@ def memory_layer(cache: HippocampalCache, index: int) -> HippocampalLayer:
 def block_tensors(cache: HippocampalCache, index: int) -> list[BlockTensor]:
     """The tensors of a layer's block: the widest numbers first, so that each lies at a multiple of its size.
 
-    Room for what all layers share is in every block, though only that of the first layer is used: then what all layers
-    have lies at the same place in the blocks of all.
+    Room for what all layers share is in every block, though only that of the first layer is used: then what layers with
+    one kind of memory have lies at the same place in the blocks of all of them.
 
     Args:
         cache: An empty cache.

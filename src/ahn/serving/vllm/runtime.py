@@ -69,6 +69,40 @@ class ServedLayer:
         return {name: page[number : number + 1] for name, page in self.pages.items()}
 
 
+@dataclasses.dataclass(eq=False)
+class ServedGroup:
+    """Neighbouring layers with one kind of memory, whose pages are read and written together.
+
+    Attributes:
+        layers: The layers, whose pages vLLM has bound.
+    """
+
+    layers: list[ServedLayer]
+
+    @property
+    def memories(self) -> list[Memory]:
+        """Their memories."""
+        return [served.memory for served in self.layers]
+
+    @functools.cached_property
+    def pages(self) -> dict[str, torch.Tensor]:
+        """Their pages, `[L, blocks, ...]`, which vLLM lays out at equal distances; else nothing."""
+        layers = [served.pages for served in self.layers]
+        stacked = {name: _stacked([pages.get(name) for pages in layers]) for name in layers[0]}
+        return {name: tensor for name, tensor in stacked.items() if tensor is not None}
+
+    def addresses(self, name: str, blocks: torch.Tensor) -> torch.Tensor:
+        """Where a tensor of some blocks lies, in every layer, `[L, B]` int64.
+
+        Args:
+            name: Its name.
+            blocks: The blocks, `[B]`.
+        """
+        pages = self.pages[name]
+        layers = torch.arange(pages.size(0))[:, None] * pages.stride(0)
+        return pages.data_ptr() + pages.element_size() * (layers + blocks * pages.stride(1))
+
+
 class ServedCall(NamedTuple):
     """A layer that is to read the tokens of the batch.
 
@@ -123,34 +157,32 @@ class Runtime:
         return memory_layer(empty_cache(self.attachment, self.settings), self.first).exact
 
     @functools.cached_property
-    def pages(self) -> dict[str, torch.Tensor]:
-        """The pages of all layers here, `[L, blocks, ...]`, which vLLM lays out at equal distances; else nothing."""
-        layers = [served.pages for served in self.layers.values()]
-        stacked = {name: _stacked([pages.get(name) for pages in layers]) for name in layers[0]}
-        return {name: tensor for name, tensor in stacked.items() if tensor is not None}
+    def groups(self) -> list[ServedGroup]:
+        """The layers here in groups, in order: the states of several kinds of memory differ in size."""
+        runs = itertools.groupby(self.layers.values(), key=lambda served: type(served.memory))
+        return [ServedGroup(list(layers)) for _, layers in runs]
 
     @functools.cached_property
     def is_alike(self) -> bool:
-        """Whether all layers here have one shape, window and kind of memory."""
-        layers = self.layers.values()
-        return len({(type(each.memory), each.layer.shape, each.layer.sliding_window) for each in layers}) == 1
+        """Whether all layers here have one shape and window."""
+        return len({(each.layer.shape, each.layer.sliding_window) for each in self.layers.values()}) == 1
 
     @functools.cached_property
     def decodes_together(self) -> bool:
         """Whether the single tokens of many requests can be read together."""
-        layers = list(self.layers.values())
         needed = {"keys", "values", "record", "state"}
         may_join = self.is_alike and self.attachment.config.memory_positions == "rope"
         if self.board is not None:
             needed |= {"anchor_keys", "anchor_values"}
             may_join = may_join and not self.board.score.accumulates  # such a score looks at the weights of attention
-        return may_join and needed <= set(self.pages) and all(each.memory.is_plain() for each in layers)
+        stacked = all(needed <= set(group.pages) for group in self.groups)
+        return may_join and stacked and all(each.memory.is_plain() for each in self.layers.values())
 
     @functools.cached_property
     def takes_kernels(self) -> bool:
         """Whether the kernels of whole decoder layers can read and write the pages."""
-        named = [tensor for name, tensor in self.pages.items() if name in _OF_KERNELS]
-        return self.decodes_together and all(native.ready(each) and each[0, 0].is_contiguous() for each in named)
+        pages = [page for group in self.groups for name, page in group.pages.items() if name in _OF_KERNELS]
+        return self.decodes_together and all(native.ready(each) and each[0, 0].is_contiguous() for each in pages)
 
     def addresses(self, name: str, blocks: torch.Tensor) -> torch.Tensor:
         """Where a tensor of some blocks lies, in every layer, `[L, B]` int64.
@@ -159,9 +191,7 @@ class Runtime:
             name: Its name.
             blocks: The blocks, `[B]`.
         """
-        pages = self.pages[name]
-        layers = torch.arange(pages.size(0))[:, None] * pages.stride(0)
-        return pages.data_ptr() + pages.element_size() * (layers + blocks * pages.stride(1))
+        return torch.cat([group.addresses(name, blocks) for group in self.groups])
 
 
 def _stacked(pages: list[torch.Tensor | None]) -> torch.Tensor | None:
