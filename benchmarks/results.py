@@ -186,7 +186,7 @@ def _gap_part(report: dict) -> str:
         f"Nats per token beyond {settings['sinks']} sinks ({gap.sink_positions}) and the window, over "
         f"{len(results['documents'])} excerpts at even distances.\n"
         f"The memory is `{_memory(report)}`. The share of the gap is that between `window` and `full`.\n"
-        f"{windows} Intervals are 95 % bootstraps over excerpts\n({_where(report['environment'])}).\n",
+        f"{windows}\nIntervals are 95 % bootstraps over excerpts ({_where(report['environment'])}).\n",
         *_read_in_full(report),
         *(["Products of the model were rounded to bfloat16.\n"] if settings.get("precision") == "bfloat16" else []),
         f"![share of the gap against bytes of cache](images/{gap.picture})\n",
