@@ -649,7 +649,7 @@ class TestHostileInput:
         config["config"]["memory"] = "\x1b]0;title\x07"
         file.write_text(json.dumps(config))
         said = run("inspect", str(tmp_path / "red"))
-        check_error(said, "it holds a memory")
+        check_error(said, "it holds an unknown memory")
         assert not set("\x1b\x07\x9b") & set(out + said[1] + said[2])
 
 

@@ -32,8 +32,8 @@ def test_it_says_where_it_is_and_what_it_promises(tmp_path: Path, capsys: Any, m
     said = " ".join(capsys.readouterr().err.split())
     for words in (
         f"smollm2-135m: page at http://127.0.0.1:{port}/, API at http://127.0.0.1:{port}/v1",
-        "a window of 256 tokens, 32 bounded sinks, a memory gated_delta_net",
-        "It writes up to 3 answers together in 24.2 MB each, whatever they have read.",
+        "a window of 256 tokens, 32 bounded sinks, a memory gated_delta_net+linearized_attention",
+        "It writes up to 3 answers together in 24.1 MB each, whatever they have read.",
         f"it keeps 2,000 MB in memory, all of it in {tmp_path / 'kept'}",
         "Without a key only this machine can ask",
     ):
