@@ -79,6 +79,17 @@ def test_recipes_fit_into_80_gigabytes(recipe: Path) -> None:
     assert need.step_tokens * (8 if "8_gpus" in recipe.name else 1) == 128 * 24576  # the published global batch
 
 
+def test_memories_of_several_kinds_are_counted_as_each_layer_has_them(tmp_path: Path) -> None:
+    tiny("llama").save_pretrained(tmp_path)
+
+    def bytes_of(memory: str) -> int:
+        settings = TrainSettings(model=str(tmp_path), memory=memory, checkpointing="layers", dtype="float32")
+        return memory_need(settings).parts["memories, gradients, AdamW"]
+
+    lower, upper = bytes_of("gated_delta_net"), bytes_of("linearized_attention")
+    assert bytes_of("gated_delta_net+linearized_attention") == (2 * lower + upper) / 3
+
+
 def test_a_dry_run_loads_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["train", "--config", str(RECIPES[0]), "--data", "texts", "--out", str(tmp_path / "out"), "--dry-run"]
     assert main(words) == 0

@@ -87,7 +87,7 @@ class Distiller(nn.Module):
 
     def memories(self) -> list[Memory]:
         """The memories, in the order of their layers."""
-        return [layer.memory for layer in attachment_of(self.model).layers if layer.memory is not None]
+        return attachment_of(self.model).memories
 
     def forward(
         self,

@@ -46,7 +46,7 @@ def set_initial_decay(model: nn.Module, low: float, high: float, seed: int) -> b
         Whether the memory has such rates.
     """
     generator = torch.Generator().manual_seed(seed)
-    memories = [layer.memory for layer in attachment_of(model).layers if layer.memory is not None]
+    memories = attachment_of(model).memories
     log_rates = [memory.get_parameter(memory.log_rate) for memory in memories if memory.log_rate is not None]
     for log_rate in log_rates:
         drawn = torch.empty(log_rate.shape).uniform_(low, high, generator=generator)

@@ -13,6 +13,7 @@ import torch
 
 from ahn.attachment import AttentionLayer
 from ahn.cost import SHAPES, Base, read_base
+from ahn.cost.counting import parameters
 from ahn.errors import ConfigError
 from ahn.training.settings import TrainSettings
 
@@ -62,7 +63,7 @@ def memory_need(settings: TrainSettings) -> MemoryNeed:
         raise ConfigError("the need of memory is counted for checkpointing: layers; set it, or train a step to see")
     base = read_base(_name(settings.model), settings.memory_config(), _dtype(settings))
     layers = base.attachment.layers
-    memories = sum(_parameters(base, settings.memory, layer) for layer in layers if layer.memory is not None)
+    memories = sum(map(parameters, base.attachment.memories))
     tokens, size = settings.batch * settings.length, base.dtype.itemsize
     hidden = layers[0].shape.hidden_size
     positions = settings.slice_tokens or max(_FEWEST, _SLICE // (_FLOAT * base.vocabulary_weights // hidden))
@@ -82,10 +83,6 @@ def _token_bytes(base: Base, layer: AttentionLayer, size: int) -> int:
     heads = layer.shape.query_heads * layer.shape.value_size
     perceptron = base.other_weights // len(base.attachment.layers) // (3 * hidden)
     return _OF_HIDDEN * hidden * size + max(_OF_HEADS * heads * _FLOAT, _OF_PERCEPTRON * perceptron * size)
-
-
-def _parameters(base: Base, memory: str, layer: AttentionLayer) -> int:
-    return sum(parameter.numel() for parameter in base.memories[memory, layer.shape].parameters())
 
 
 def _dtype(settings: TrainSettings) -> str:

@@ -25,6 +25,7 @@ from ahn.config import (
     setting,
 )
 from ahn.errors import ConfigError, one_line
+from ahn.memories import split_names
 
 if TYPE_CHECKING:  # what takes seconds to import, and help texts need not
     from ahn.training.data import Cut
@@ -239,11 +240,9 @@ class TrainSettings(Settings):
             raise ConfigError(
                 "scale_lr and transfer_relative are of our own AdamW; leave them or the argument optim out"
             )
-        unknown = set(self.trained_memories or ()) - set(self.memory.split("+"))
-        if unknown or self.trained_memories == ():
-            raise ConfigError(
-                f"trained_memories must name memories of {self.memory}, not {list(self.trained_memories or ())}"
-            )
+        trained = self.trained_memories
+        if trained is not None and not set() < set(trained) <= set(split_names(self.memory)):
+            raise ConfigError(f"trained_memories must name memories of {self.memory}, not {list(trained)}")
         low, high = self.initial_decay or (0, 1)
         if not 0 <= low <= high < math.inf or high == 0:
             raise ConfigError(f"initial_decay must be a range of rates from 0 on, not {list(self.initial_decay or ())}")
