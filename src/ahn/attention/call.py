@@ -161,6 +161,7 @@ class LocalRead(NamedTuple):
         query: Queries of the new tokens, `[B, H, T, K]`.
         sink_query: Queries for sinks and extra keys where these differ (bounded positions), or `None`.
         softmax: The layer's softmax.
+        wants_log_sum: Whether the log-sum of the scores is wanted beside the output.
     """
 
     call: Call
@@ -168,11 +169,30 @@ class LocalRead(NamedTuple):
     query: torch.Tensor
     sink_query: torch.Tensor | None
     softmax: Softmax
+    wants_log_sum: bool = False
 
     @property
     def first(self) -> int:
         """Index of the first new token."""
         return self.view.seen - self.query.size(2)
+
+
+class Attended(NamedTuple):
+    """What new tokens get from sinks, extra keys and window.
+
+    Attributes:
+        output: `[B, T, H, V]` in the dtype of the values.
+        log_sum: Logarithm of the sum of exp(score) over all that each query reads, `[B, T, H]` float32; `None` where
+            it is not wanted.
+    """
+
+    output: torch.Tensor
+    log_sum: torch.Tensor | None
+
+    def of_last(self, tokens: int) -> Attended:
+        """The same of the last tokens alone."""
+        first = self.output.size(1) - tokens
+        return Attended(self.output[:, first:], None if self.log_sum is None else self.log_sum[:, first:])
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -206,7 +226,8 @@ class LayerCall:
 
     def read(self, query: torch.Tensor, view: VisibleKV, softmax: Softmax) -> LocalRead:
         """What these new tokens read of sinks, extra keys and window."""
-        return LocalRead(self.call, view, query, self.sink_queries(query, view.seen), softmax)
+        wants_log_sum = self.memory.reads_log_sum and self.call.settings.mode == "ahn"
+        return LocalRead(self.call, view, query, self.sink_queries(query, view.seen), softmax, wants_log_sum)
 
     def sink_queries(self, query: torch.Tensor, seen: int) -> torch.Tensor | None:
         """Queries that see the sinks within the trained context; `None` where they are the others.

@@ -19,7 +19,7 @@ from ahn.attachment import find_attachment
 from ahn.attention import softmax as in_torch
 from ahn.attention import softmax_native as in_c
 from ahn.attention import softmax_training as with_gradients
-from ahn.attention.call import LayerCall, Softmax
+from ahn.attention.call import Attended, LayerCall, Softmax
 from ahn.attention.masks import CallMask
 from ahn.attention.weights import attention_blocks
 from ahn.backbone import compat
@@ -73,8 +73,8 @@ def attention_function(
         score(ahn, store, (query, key, value), view, softmax)
     local = attend_local(ahn, query, view, softmax)
     if ahn.gates is None or not view.evicted.length:
-        return local, None
-    return _added_to_last(local, read_memory(ahn, store, query, view, local)), None
+        return local.output, None
+    return _added_to_last(local.output, read_memory(ahn, store, query, view, local)), None
 
 
 def softmax_of(query: torch.Tensor, scaling: float | None, dropout: float, kwargs: dict[str, Any]) -> Softmax:
@@ -83,8 +83,8 @@ def softmax_of(query: torch.Tensor, scaling: float | None, dropout: float, kwarg
     return Softmax(scaling, dropout, kwargs.get("softcap"), kwargs.get("s_aux"))
 
 
-def attend_local(layer: LayerCall, query: torch.Tensor, view: VisibleKV, softmax: Softmax) -> torch.Tensor:
-    """Attention of new tokens over sinks, extra keys and window, `[B, T, H, V]` in the dtype of the values.
+def attend_local(layer: LayerCall, query: torch.Tensor, view: VisibleKV, softmax: Softmax) -> Attended:
+    """Attention of new tokens over sinks, extra keys and window; with its log-sum where the layer's memory reads that.
 
     Args:
         layer: The layer in this call.
@@ -100,29 +100,30 @@ def attend_local(layer: LayerCall, query: torch.Tensor, view: VisibleKV, softmax
     # What is held may be of another dtype than the token: one of them came inside autocast, the other did not.
     with ops.full_precision(query):
         extra = None if view.extra is None else view.extra.to(dtype)
-        return _attend(layer, query.to(dtype), view._replace(extra=extra), softmax).to(query.dtype)
+        attended = _attend(layer, query.to(dtype), view._replace(extra=extra), softmax)
+        return attended._replace(output=attended.output.to(query.dtype))
 
 
-def _attend(layer: LayerCall, query: torch.Tensor, view: VisibleKV, softmax: Softmax) -> torch.Tensor:
+def _attend(layer: LayerCall, query: torch.Tensor, view: VisibleKV, softmax: Softmax) -> Attended:
     """The same by the first backend that can."""
     local = layer.read(query, view, softmax)
     if layer.call.settings.cache_dtype is not None and not in_c.can_attend_halves(local):
         local = local._replace(view=_computed(view, layer, query))
     for backend in (in_c, with_gradients):
         if backend.can_attend(local):
-            attended: torch.Tensor = backend.attend(local)
+            attended: Attended = backend.attend(local)
             return attended
     return in_torch.attend(local)
 
 
 def read_memory(
-    layer: LayerCall, store: HippocampalLayer, query: torch.Tensor, view: VisibleKV, local_BTHV: torch.Tensor
+    layer: LayerCall, store: HippocampalLayer, query: torch.Tensor, view: VisibleKV, local: Attended
 ) -> torch.Tensor:
     """Updates the state with what left the window; what the memory adds for the last E queries, `[B, E, H, V]`."""
     silent_tokens = query.size(2) - view.evicted.length
-    read = recall(layer, store, query, view)
+    read, last = recall(layer, store, query, view), local.of_last(view.evicted.length)
     with compat.loaded(layer.memory):
-        return layer.memory.project_out(read, layer.hidden[:, silent_tokens:], local_BTHV[:, silent_tokens:])
+        return layer.memory.project_out(read, layer.hidden[:, silent_tokens:], last.output, last.log_sum)
 
 
 def recall(layer: LayerCall, store: HippocampalLayer, query: torch.Tensor, view: VisibleKV) -> torch.Tensor:
@@ -157,8 +158,9 @@ def _decode(
     score(layer, store, (query, key, value), view, softmax)
     local = attend_local(layer, query, view, softmax)
     if store.state is None:
-        return local
-    return layer.memory.decode_add(local, query.transpose(1, 2), layer.hidden, store.state)
+        return local.output
+    query, log_sum = query.transpose(1, 2), local.log_sum
+    return layer.memory.decode_add(local.output, query, layer.hidden, store.state, log_sum_B1H=log_sum)
 
 
 def score(

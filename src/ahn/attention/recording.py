@@ -17,7 +17,7 @@ from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import AttentionInterface
 
 from ahn.attachment import AttentionLayer, attachment_of
-from ahn.attention.call import Call, LayerCall, Softmax
+from ahn.attention.call import Attended, Call, LayerCall, Softmax
 from ahn.attention.function import attend_local, attention_function, recall, softmax_of
 from ahn.attention.hooks import layer_call
 from ahn.attention.masks import find_padding, mask_function
@@ -76,8 +76,8 @@ class RecordedLayer:
         """Tokens that leave the window, E, where nothing was read before the call."""
         return self._view.evicted.length
 
-    def read_window(self) -> torch.Tensor:
-        """What sinks and window give, `[B, T, H, V]`, where nothing was read before the call."""
+    def read_window(self) -> Attended:
+        """What sinks and window give, where nothing was read before the call."""
         return attend_local(self._layer, self._query, self._view, self._softmax)
 
     def recall(self) -> torch.Tensor:

@@ -8,12 +8,13 @@ N keys in reach of a block.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 
-from ahn.attention.call import Call, LocalRead, Softmax
+from ahn.attention.call import Attended, Call, LocalRead, Softmax
 from ahn.attention.masks import beside, block_mask, extra_mask, one_mask, read_by, slot_mask
 from ahn.backbone.compat import FUSED_GROUPS_HEADS
 from ahn.tokens import ExtraKV, Tokens, VisibleKV
@@ -54,8 +55,13 @@ class Reading(NamedTuple):
         return softmax.is_plain and fits and on_cpu
 
 
-def attend(local: LocalRead) -> torch.Tensor:
-    """Attention of new tokens over sinks, extra keys and window, `[B, T, H, V]` in the dtype of the values."""
+def attend(local: LocalRead) -> Attended:
+    """Attention of new tokens over sinks, extra keys and window."""
+    return Attended(_attend_all(local), log_sums(local) if local.wants_log_sum else None)
+
+
+def _attend_all(local: LocalRead) -> torch.Tensor:
+    """The same, `[B, T, H, V]`."""
     view, query = local.view, local.query
     if not view.ordered:
         return _attend_one(local).transpose(1, 2)
@@ -68,7 +74,7 @@ def attend(local: LocalRead) -> torch.Tensor:
 
 def _attend_one(local: LocalRead) -> torch.Tensor:
     """A single query over the slots of the ring as they lie, and keys from elsewhere, `[B, H, 1, V]`."""
-    call, view, query, sink_query, softmax = local
+    call, view, query, sink_query, softmax, _ = local
     mask = slot_mask(call, view, query)
     keys, values, sinks = view.local.keys, view.local.values, view.sinks.length
     if view.extra is None:
@@ -109,7 +115,7 @@ def ring_and_extra(view: VisibleKV, query: torch.Tensor, mask: torch.Tensor | No
 
 def _attend_block(local: LocalRead, block: tuple[int, int]) -> torch.Tensor:
     """The queries of one block of tokens, by first and last + 1 index, `[B, H, stop - start, V]`."""
-    call, view, query, sink_query, softmax = local
+    call, view, query, sink_query, softmax, _ = local
     start, stop = block
     rows = slice(start - local.first, stop - local.first)
     repeats = query.size(1) // view.local.keys.size(1) if _stacks_heads(query) else 1
@@ -205,6 +211,38 @@ def _attend_explicitly(reading: Reading, softmax: Softmax) -> torch.Tensor:
 
 def explicit_weights(reading: Reading, softmax: Softmax) -> torch.Tensor:
     """The weights of the softmax, query heads stacked on their kv head, `[B, G, H / G * T, N]` float32."""
+    return torch.softmax(_explicit_scores(reading, softmax), dim=-1)[..., : reading.keys.size(2)]
+
+
+def log_sums(local: LocalRead) -> torch.Tensor:
+    """Logarithm of the sum of exp(score) over all that each query reads, `[B, T, H]` float32, with gradients."""
+    sums = [explicit_log_sum(reading, local.softmax) for _, reading in readings(local)]
+    return torch.cat(sums, dim=2).transpose(1, 2)
+
+
+def explicit_log_sum(reading: Reading, softmax: Softmax) -> torch.Tensor:
+    """Logarithm of the sum of exp(score) over what is read, `[B, H, T]` float32."""
+    return _explicit_scores(reading, softmax).logsumexp(-1).view(reading.query.shape[:3])
+
+
+def readings(local: LocalRead) -> Iterator[tuple[int, Reading]]:
+    """What the queries read, block by block, each with the index of its first query."""
+    call, view, query, sink_query, _, _ = local
+    if not view.ordered:
+        part, sinks = ring_and_extra(view, query, slot_mask(call, view, query))
+        yield view.seen - 1, Reading(query, sink_query, *part, sinks)
+        return
+    size = block_size(view.window, query)
+    for start in range(local.first, view.seen, size):
+        stop = min(start + size, view.seen)
+        part, in_window = block_part(call, view, (start, stop), 1, query)
+        rows = slice(start - local.first, stop - local.first)
+        sink_rows = None if sink_query is None else sink_query[:, :, rows]
+        yield start, Reading(query[:, :, rows], sink_rows, *part, slice(in_window, None))
+
+
+def _explicit_scores(reading: Reading, softmax: Softmax) -> torch.Tensor:
+    """The scores that are compared, `[B, G, H / G * T, N]` float32, and one more where something takes weight alone."""
     query, sink_query, keys, _, mask, sinks = reading
     batch, heads, new, size = query.shape
     groups = keys.size(1)
@@ -222,7 +260,7 @@ def explicit_weights(reading: Reading, softmax: Softmax) -> torch.Tensor:
     if softmax.s_aux is not None:
         extra = softmax.s_aux.float().view(1, groups, -1, 1).expand(batch, -1, -1, new).reshape(*scores.shape[:3], 1)
         scores = torch.cat((scores, extra), dim=-1)
-    return torch.softmax(scores, dim=-1)[..., : keys.size(2)]
+    return scores
 
 
 def _scores(q: torch.Tensor, k: torch.Tensor, scaling: float) -> torch.Tensor:

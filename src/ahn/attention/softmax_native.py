@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 
 from ahn import native
-from ahn.attention.call import LocalRead
+from ahn.attention.call import Attended, LocalRead
 from ahn.attention.masks import slot_mask
 from ahn.native import Segment
 from ahn.tokens import VisibleKV
@@ -16,7 +16,7 @@ from ahn.tokens import VisibleKV
 
 def can_attend(local: LocalRead) -> bool:
     """Whether the kernels can do what `attend` does."""
-    call, view, query, sink_query, softmax = local
+    call, view, query, sink_query, softmax, _ = local
     kv = _keys_and_values(view)
     if kv[0].dtype is not torch.float32:
         return can_attend_halves(local)
@@ -29,7 +29,7 @@ def can_attend(local: LocalRead) -> bool:
 
 def can_attend_halves(local: LocalRead) -> bool:
     """Whether the kernels can read keys and values that are stored in half precision: those of a single query."""
-    _, view, query, sink_query, softmax = local
+    _, view, query, sink_query, softmax, _ = local
     if view.ordered or not softmax.is_plain:
         return False
     kv = _keys_and_values(view)
@@ -49,17 +49,20 @@ def _sizes(view: VisibleKV) -> tuple[int, int]:
     return view.local.keys.size(3), view.local.values.size(3)
 
 
-def attend(local: LocalRead) -> torch.Tensor:
-    """As `ahn.attention.softmax.attend`, `[B, T, H, V]`; the softmax is a plain one."""
-    call, view, query, sink_query, softmax = local
+def attend(local: LocalRead) -> Attended:
+    """As `ahn.attention.softmax.attend`; the softmax is a plain one."""
+    call, view, query, sink_query, softmax, wants_log_sum = local
     window_q, sink_q = _queries(view, query, sink_query)
     extra = _extra(view, sink_q)
+    B, H, T, _ = query.shape
+    log_sum_BTH = query.new_empty(B, T, H) if wants_log_sum else None
     if not view.ordered:
-        mask = slot_mask(call, view, window_q)
-        return native.attend_one([*_ring(view, window_q, sink_q, mask), *extra], local.first, softmax.scaling)
+        ring = _ring(view, window_q, sink_q, slot_mask(call, view, window_q))
+        return Attended(native.attend_one([*ring, *extra], local.first, softmax.scaling, log_sum_BTH), log_sum_BTH)
     sinks = Segment(sink_q, _dense(view.sinks.keys), _dense(view.sinks.values))
     window = Segment(window_q, _dense(view.local.keys), _dense(view.local.values), first=view.first, window=view.window)
-    return native.attend([sinks, *extra, window], local.first, softmax.scaling)
+    segments = [sinks, *extra, window]
+    return Attended(native.attend(segments, local.first, softmax.scaling, log_sum_BTH), log_sum_BTH)
 
 
 def _queries(

@@ -13,9 +13,9 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ahn.attention.call import Call, LocalRead
+from ahn.attention.call import Attended, Call, LocalRead
 from ahn.attention.masks import beside, block_mask, extra_mask, read_by_any
-from ahn.attention.softmax import block_size
+from ahn.attention.softmax import block_size, log_sums
 from ahn.tokens import VisibleKV
 
 _FORWARD = "_scaled_dot_product_flash_attention_for_cpu"
@@ -65,7 +65,7 @@ class Keys(NamedTuple):
 
 def can_attend(local: LocalRead) -> bool:
     """Whether `attend` serves: gradients on a CPU, a plain softmax, rows that are all alike."""
-    call, view, query, sink_query, softmax = local
+    call, view, query, sink_query, softmax, _ = local
     if not torch.is_grad_enabled() or query.device.type != "cpu" or not view.ordered or sink_query is not None:
         return False
     key, value = view.local.keys, view.local.values
@@ -75,12 +75,12 @@ def can_attend(local: LocalRead) -> bool:
     return needed and has_kernels and alike and softmax.is_plain and key.size(3) == value.size(3)
 
 
-def attend(local: LocalRead) -> torch.Tensor:
-    """As `ahn.attention.softmax.attend`, `[B, T, H, V]`, and all products in the dtype of autocast where it is on.
+def attend(local: LocalRead) -> Attended:
+    """As `ahn.attention.softmax.attend`, and all products in the dtype of autocast where it is on.
 
     The call keeps the masks for its other layers. There is no `sink_query`, and the softmax is a plain one.
     """
-    call, view, query, _, softmax = local
+    call, view, query, _, softmax, _ = local
     extra = view.sinks.span(0, 0) if view.extra is None else view.extra
     keys, values = (Keys(view.local[index], view.sinks[index], extra[index]) for index in (0, 1))
     tensors: tuple[torch.Tensor, ...] = (query, *keys, *values)
@@ -91,7 +91,7 @@ def attend(local: LocalRead) -> torch.Tensor:
     source = call.attachment if view.extra is None else view.extra.visible_from
     blocks = call.shared(name, source, lambda: _blocks(call, view, repeats, like))
     out: torch.Tensor = _Blocks.apply(blocks, softmax.scaling, *tensors)
-    return out.transpose(1, 2)
+    return Attended(out.transpose(1, 2), log_sums(local) if local.wants_log_sum else None)
 
 
 def _blocks(call: Call, view: VisibleKV, repeats: int, like_BHTK: torch.Tensor) -> list[QueryBlock]:

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 from ahn.errors import ConfigError
 
 if TYPE_CHECKING:
-    from ahn.memories.base import Gating, Memory, MemoryShape
+    from ahn.memories._parts import Gating
+    from ahn.memories.base import Memory, MemoryShape
 
 __all__ = [
     "MEMORIES",

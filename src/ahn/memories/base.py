@@ -7,7 +7,7 @@ V value size, N gates per head.
 from __future__ import annotations
 
 import abc
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
@@ -16,6 +16,7 @@ from torch import nn
 
 from ahn import ops
 from ahn.errors import ConfigError
+from ahn.memories._parts import Gating, are_plain, stacked
 from ahn.ops import at_least_float32, rms_norm, unit
 
 _RULES = ("delta", "additive")
@@ -37,18 +38,6 @@ class MemoryShape(NamedTuple):
     kv_heads: int
     key_size: int
     value_size: int
-
-
-class Gating(NamedTuple):
-    """What the gates of tokens do to the state, in numbers that people can read.
-
-    Attributes:
-        write_BTH: How strongly each token is written, `[B, T, H]`, at least 0.
-        decay_BTH: Factor on the state at each token, `[B, T, H]`, in (0, 1]; `None` where nothing decays.
-    """
-
-    write_BTH: torch.Tensor
-    decay_BTH: torch.Tensor | None
 
 
 class Memory(nn.Module, abc.ABC):
@@ -80,6 +69,7 @@ class Memory(nn.Module, abc.ABC):
         bias: Whether the projections and the output gate have biases.
         normalizes: Whether what is read passes a norm.
         norm_per_head: Whether the norm is taken over each head before the gate, or over all heads after it.
+        reads_log_sum: Whether it asks how much weight the exact tokens have: the log-sum of their scores.
         gate_count: Gates per token and head, N: log decay, unless `activate` gives none, and write strength.
         g_proj: Output gate: a linear map from the querying token's hidden state to one number per head.
 
@@ -93,6 +83,7 @@ class Memory(nn.Module, abc.ABC):
     bias: ClassVar[bool] = False
     normalizes: ClassVar[bool] = True
     norm_per_head: ClassVar[bool] = True
+    reads_log_sum: ClassVar[bool] = False
     g_proj: nn.Linear
 
     def __init__(self, shape: MemoryShape) -> None:
@@ -143,7 +134,7 @@ class Memory(nn.Module, abc.ABC):
         """
         projected = [getattr(self, name)(x_BTD) for name in self.projections]
         parameters = (at_least_float32(getattr(self, name)) for name in self.gate_parameters)
-        return _stacked(self.activate(*projected, *parameters), (*x_BTD.shape[:-1], self.shape.query_heads))
+        return stacked(self.activate(*projected, *parameters), (*x_BTD.shape[:-1], self.shape.query_heads))
 
     @classmethod
     def gates_of_layers(cls, memories: Sequence[Memory], x_LBD: torch.Tensor) -> torch.Tensor:
@@ -161,7 +152,7 @@ class Memory(nn.Module, abc.ABC):
             at_least_float32(torch.stack([getattr(memory, name) for memory in memories])[:, None])
             for name in cls.gate_parameters
         )
-        return _stacked(
+        return stacked(
             cls.activate(*ops.linear_each(x_LBD, linears), *parameters),
             (*x_LBD.shape[:-1], memories[0].shape.query_heads),
         )
@@ -262,31 +253,45 @@ class Memory(nn.Module, abc.ABC):
         with ops.full_precision(state):
             return torch.matmul(self._queries(q_BTHK).transpose(1, 2).to(state.dtype), state_BHKV).transpose(1, 2)
 
-    def gated(self, read_BTHV: torch.Tensor, x_BTD: torch.Tensor, local_BTHV: torch.Tensor) -> torch.Tensor:
+    def gated(
+        self,
+        read_BTHV: torch.Tensor,
+        x_BTD: torch.Tensor,
+        local_BTHV: torch.Tensor,
+        log_sum_BTH: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """What goes into the output projection, `[B, T, H, V]` float32: here norm and gate of what was read.
 
         Args:
             read_BTHV: What the queries read, as `scan` and `read` give it, float32.
             x_BTD: Input of the attention layer at the *querying* tokens, `[B, T, D]`.
             local_BTHV: Output of the attention over exact tokens at them, `[B, T, H, V]`.
+            log_sum_BTH: Logarithm of the sum of exp(score) over these, `[B, T, H]`, where the memory `reads_log_sum`.
         """
         gate_BTH1 = F.silu(at_least_float32(self.g_proj(x_BTD)))[..., None]
         if self.norm_per_head:
             return rms_norm(read_BTHV, self._norm) * gate_BTH1
         return rms_norm((read_BTHV * gate_BTH1).flatten(-2), self._norm).view_as(read_BTHV)
 
-    def project_out(self, read_BTHV: torch.Tensor, x_BTD: torch.Tensor, local_BTHV: torch.Tensor) -> torch.Tensor:
+    def project_out(
+        self,
+        read_BTHV: torch.Tensor,
+        x_BTD: torch.Tensor,
+        local_BTHV: torch.Tensor,
+        log_sum_BTH: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """What the memory adds to the attention output before the model's own output projection.
 
         Args:
-            read_BTHV: What the queries read, as `scan` and `read` give it, float32.
-            x_BTD: Input of the attention layer at the querying tokens, `[B, T, D]`.
-            local_BTHV: Output of the attention over exact tokens at them, `[B, T, H, V]`.
+            read_BTHV: As for `gated`.
+            x_BTD: The same.
+            local_BTHV: The same.
+            log_sum_BTH: The same.
 
         Returns:
             `[B, T, H, V]` in the dtype of the model. Zero wherever the state was still empty.
         """
-        return self._projected(self.gated(read_BTHV, x_BTD, local_BTHV))
+        return self._projected(self.gated(read_BTHV, x_BTD, local_BTHV, log_sum_BTH))
 
     def _projected(self, gated_BTHV: torch.Tensor) -> torch.Tensor:
         """Each head by its output projection, in the dtype of the model."""
@@ -301,27 +306,33 @@ class Memory(nn.Module, abc.ABC):
         x_B1D: torch.Tensor,
         state: torch.Tensor,
         rows_B: torch.Tensor | None = None,
+        log_sum_B1H: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """The attention output of one token with what the memory adds to it, `[B, 1, H, V]`; for decoding.
 
         Args:
-            local_B1HV: Output of the attention over exact tokens; it may be overwritten.
+            local_B1HV: As for `gated`; it may be overwritten.
             q_B1HK: The token's query, `[B, 1, H, K]`.
             x_B1D: Input of the attention layer, `[B, 1, D]`.
             state: The state, `[B, *state_shape()]` float32; with `rows_B` that of any rows.
             rows_B: Which of these rows is whose, int64; `None` where they are those of the batch.
+            log_sum_B1H: As for `gated`.
         """
         weights = self.output_weights()
-        if weights is not None and ops.decode_add_(local_B1HV, q_B1HK, x_B1D, state, weights, rows_B):
+        if weights is not None and ops.decode_add_(local_B1HV, q_B1HK, x_B1D, state, weights, rows_B, log_sum_B1H):
             return local_B1HV
         state = state if rows_B is None else state[rows_B]
-        return local_B1HV + self._answer(q_B1HK, x_B1D, local_B1HV, state).to(local_B1HV.dtype)
+        return local_B1HV + self._answer(q_B1HK, x_B1D, (local_B1HV, log_sum_B1H), state).to(local_B1HV.dtype)
 
     def _answer(
-        self, q_B1HK: torch.Tensor, x_B1D: torch.Tensor, local_B1HV: torch.Tensor, state: torch.Tensor
+        self,
+        q_B1HK: torch.Tensor,
+        x_B1D: torch.Tensor,
+        exact: tuple[torch.Tensor, torch.Tensor | None],
+        state: torch.Tensor,
     ) -> torch.Tensor:
-        """What `decode_add` adds, in torch."""
-        return self.project_out(self.read(q_B1HK, state), x_B1D, local_B1HV)
+        """What `decode_add` adds, in torch; with output and log-sum of the exact tokens."""
+        return self.project_out(self.read(q_B1HK, state), x_B1D, *exact)
 
     def output_weights(self) -> ops.OutputWeights | ops.LinearizedWeights | None:
         """What its output is computed from, for kernels; `None` where none serves it."""
@@ -335,14 +346,10 @@ class Memory(nn.Module, abc.ABC):
 
         Adapters of other libraries, quantised or offloaded weights and hooks act where a module is called.
         """
-        weight, modules = self._parameters.get("o_proj"), self._modules
-        if type(weight) is not nn.Parameter or weight.is_meta or not _is_plain_linear(modules.get("g_proj")):
+        weight = self._parameters.get("o_proj")
+        if type(weight) is not nn.Parameter or weight.is_meta:
             return False
-        # A loop and no generator: this runs for every layer of every token.
-        for name in self.projections:  # noqa: SIM110
-            if not _is_plain_linear(modules.get(name)):
-                return False
-        return True
+        return are_plain(self._modules, ("g_proj", *self.projections))
 
     @property
     def state_products(self) -> int:
@@ -383,15 +390,3 @@ class Memory(nn.Module, abc.ABC):
     def _queries(self, q_BTHK: torch.Tensor) -> torch.Tensor:
         """Queries as they read, `[B, T, H, K]`, at least in float32."""
         return unit(q_BTHK) * self._scale if self.rule == "delta" else unit(q_BTHK)
-
-
-def _stacked(gates: Iterable[torch.Tensor | None], shape: tuple[int, ...]) -> torch.Tensor:
-    """Gates of one token each, `[..., H]` by `shape`, side by side: `[..., N, H]`, at least in float32."""
-    return torch.stack([at_least_float32(gate).expand(shape) for gate in gates if gate is not None], dim=-2)
-
-
-def _is_plain_linear(module: nn.Module | None) -> bool:
-    """Whether a module is a linear map of torch and no more."""
-    if type(module) is not nn.Linear:
-        return False
-    return not (module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__)

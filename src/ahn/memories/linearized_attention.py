@@ -12,10 +12,13 @@ import torch
 import torch.nn.functional as F
 
 from ahn import ops
-from ahn.memories.base import Gating, Memory, MemoryShape
+from ahn.errors import ShapeError
+from ahn.memories._parts import Gating
+from ahn.memories.base import Memory, MemoryShape
 from ahn.ops import at_least_float32
 
 _HIGHEST_TILT = 60.0  # of a token's score with the mean query; e^60 tokens fit into float32
+_NO_WEIGHT = -1e4  # a lower log-sum is that of padding, which reads nothing
 _EMPTY = 1e-12  # a sum of weights of at most this much: nothing has been written
 
 
@@ -46,22 +49,27 @@ class LinearizedAttention(Memory):
 
         far = mean(v) + mean((score - mean(score)) v).
 
-    How much of the whole softmax these tokens would take follows from how many there are and how well they match:
+    How much of the whole softmax these tokens would take follows from how many there are, how well they match, and how
+    much weight the exact tokens have, whose scores are s:
 
-        share = sigmoid(g_proj x + size_weight log(sum(w)) + match_weight mean(score) + (q - u) . share_key / sqrt(K)).
+        share = sigmoid(g_proj x + size_weight log(sum(w)) + match_weight mean(score) + (q - u) . share_key / sqrt(K)
+                        - exact_weight log(sum(exp(s)))).
 
-    The output projection takes `share (far - local)`, where local is the output of the exact tokens. It starts at zero.
+    In a softmax itself the three weights are 1. The output projection takes `share (far - local)`, where local is the
+    output of the exact tokens. It starts at zero.
 
     Attributes:
         mean_query: The query u that each head expands around, `[H, K]`.
         share_key: A key that raises the share where a query matches it, `[H, K]`.
         size_weight: Weight of the logarithm of the sum of weights, `[H]`.
         match_weight: Weight of the mean score, `[H]`.
+        exact_weight: Weight of the log-sum of the exact tokens' scores, `[H]`.
     """
 
     rule = "additive"
     bias = True
     normalizes = False
+    reads_log_sum = True
     gate_parameters: ClassVar = {"offset": torch.zeros}
 
     def __init__(self, shape: MemoryShape) -> None:
@@ -70,6 +78,7 @@ class LinearizedAttention(Memory):
         self.share_key = torch.nn.Parameter(torch.zeros(shape.query_heads, shape.key_size))
         self.size_weight = torch.nn.Parameter(torch.zeros(shape.query_heads))
         self.match_weight = torch.nn.Parameter(torch.zeros(shape.query_heads))
+        self.exact_weight = torch.nn.Parameter(torch.zeros(shape.query_heads))
 
     @staticmethod
     def activate(offset: torch.Tensor) -> tuple[None, torch.Tensor]:
@@ -158,33 +167,51 @@ class LinearizedAttention(Memory):
         own_BTH, last_B1HX = (q_BTHK * self.share_key).sum(-1), state[:, None, :, :, -1]
         return Sums(both_BTHX[..., :-1], last_B1HX[..., :-1], both_BTHX[..., -1], last_B1HX[..., -1], own_BTH)
 
-    def gated(self, read_BTHV: torch.Tensor, x_BTD: torch.Tensor, local_BTHV: torch.Tensor) -> torch.Tensor:
-        """The share of the softmax that evicted tokens take, times what is different in them; see `Memory.gated`."""
+    def gated(
+        self,
+        read_BTHV: torch.Tensor,
+        x_BTD: torch.Tensor,
+        local_BTHV: torch.Tensor,
+        log_sum_BTH: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """The share of the softmax that evicted tokens take, times what is different in them; see `Memory.gated`.
+
+        Raises:
+            ShapeError: The log-sum is missing.
+        """
         size = self.shape.value_size
         both, values, numbers = read_BTHV.split((size, size, 3), dim=-1)
-        return self._mixed(Sums(both, values, *numbers.unbind(-1)), x_BTD, local_BTHV)
+        return self._mixed(Sums(both, values, *numbers.unbind(-1)), x_BTD, local_BTHV, log_sum_BTH)
 
-    def _mixed(self, sums: Sums, x_BTD: torch.Tensor, local_BTHV: torch.Tensor) -> torch.Tensor:
+    def _mixed(
+        self, sums: Sums, x_BTD: torch.Tensor, local_BTHV: torch.Tensor, log_sum_BTH: torch.Tensor | None
+    ) -> torch.Tensor:
         """What `gated` gives, from sums that broadcast; zero where nothing has been written."""
+        if log_sum_BTH is None:
+            raise ShapeError("linearised attention needs the log-sum of the exact tokens' scores beside their output")
         size_BTH = sums.weights.clamp(min=_EMPTY)
         mean_BTH = sums.scores / size_BTH
         gate_BTH = torch.addcmul(at_least_float32(self.g_proj(x_BTD)) + sums.own, self.match_weight, mean_BTH)
         gate_BTH = torch.addcmul(gate_BTH, self.size_weight, size_BTH.log())
+        gate_BTH = torch.addcmul(gate_BTH, self.exact_weight, log_sum_BTH.clamp(min=_NO_WEIGHT), value=-1)
         share_BTH = gate_BTH.sigmoid() * (size_BTH > _EMPTY)
         far_BTHV = torch.addcmul(sums.both, (1 - mean_BTH)[..., None], sums.values) / size_BTH[..., None]
         return share_BTH[..., None] * (far_BTHV - local_BTHV)
 
     def _answer(
-        self, q_B1HK: torch.Tensor, x_B1D: torch.Tensor, local_B1HV: torch.Tensor, state: torch.Tensor
+        self,
+        q_B1HK: torch.Tensor,
+        x_B1D: torch.Tensor,
+        exact: tuple[torch.Tensor, torch.Tensor | None],
+        state: torch.Tensor,
     ) -> torch.Tensor:
-        return self._projected(self._mixed(self._sums(q_B1HK, state), x_B1D, local_B1HV))
+        return self._projected(self._mixed(self._sums(q_B1HK, state), x_B1D, *exact))
 
     def output_weights(self) -> ops.LinearizedWeights:
         """As `Memory.output_weights`."""
         gate = self.g_proj
-        return ops.LinearizedWeights(
-            self.mean_query, self.share_key, gate.weight, gate.bias, self.size_weight, self.match_weight, self.o_proj
-        )
+        of_share = self.share_key, gate.weight, gate.bias, self.size_weight, self.match_weight, self.exact_weight
+        return ops.LinearizedWeights(self.mean_query, *of_share, self.o_proj)
 
     @property
     def state_products(self) -> int:

@@ -50,15 +50,15 @@ _INT, _FLOAT, _POINTER = ctypes.c_int64, ctypes.c_float, ctypes.c_void_p
 _ARGUMENTS = {
     "ahn_scan": [*[_INT] * 6, *[_POINTER] * 7, ctypes.c_int],
     "ahn_scan_back": [*[_INT] * 6, *[_POINTER] * 13, ctypes.c_int],
-    "ahn_attend": [*[_INT] * 10, _FLOAT, _POINTER, _INT, _POINTER],
-    "ahn_attend_one": [*[_INT] * 6, _FLOAT, _POINTER, _INT, _POINTER],
+    "ahn_attend": [*[_INT] * 10, _FLOAT, _POINTER, _INT, *[_POINTER] * 2],
+    "ahn_attend_one": [*[_INT] * 6, _FLOAT, _POINTER, _INT, *[_POINTER] * 2],
     "ahn_write_delta": [*[_INT] * 3, *[_POINTER] * 7],
     "ahn_write_state_space": [*[_INT] * 3, *[_POINTER] * 7],
     "ahn_write_linearized": [*[_INT] * 6, *[_POINTER] * 7],
     "ahn_linear": [*[_INT] * 3, *[_POINTER] * 4],
     "ahn_linear_each": [*[_INT] * 5, *[_POINTER] * 3],
     "ahn_decode_add": [*[_INT] * 5, *[_POINTER] * 8, _FLOAT, ctypes.c_int, ctypes.c_int, _POINTER],
-    "ahn_decode_add_linearized": [*[_INT] * 5, *[_POINTER] * 12],
+    "ahn_decode_add_linearized": [*[_INT] * 5, *[_POINTER] * 14],
     "ahn_decode_layers": [_INT, _INT, _POINTER, _POINTER, ctypes.c_int],
     "ahn_packed_multiply": [*[_INT] * 2, *[_POINTER] * 4],
     "ahn_packed_unpack": [*[_INT] * 2, *[_POINTER] * 2],
@@ -133,13 +133,14 @@ def why_not() -> str | None:
     return None if isinstance(kernels, ctypes.CDLL) else kernels
 
 
-def attend(segments: Sequence[Segment], seen: int, scaling: float) -> Tensor:
+def attend(segments: Sequence[Segment], seen: int, scaling: float, log_sum_BTH: Tensor | None = None) -> Tensor:
     """One softmax of many queries over several segments of keys.
 
     Args:
         segments: The keys; every query reads at least one of them. The queries of all lie in memory alike.
         seen: Index of the first query's token.
         scaling: Factor on the products of queries and keys.
+        log_sum_BTH: Where to put the logarithm of the sum of exp(score) of each query, dense; `None` for nowhere.
 
     Returns:
         `[B, T, H, V]`.
@@ -149,18 +150,20 @@ def attend(segments: Sequence[Segment], seen: int, scaling: float) -> Tensor:
     G, V = v_BGNV.size(1), v_BGNV.size(3)
     out = q_BHTK.new_empty(B, T, H, V)
     described = describe(segments, (B, H, T, K), G, V)
-    strides = q_BHTK.stride()[:3]
-    _run("ahn_attend", B, T, H, G, K, V, *strides, seen, scaling, ctypes.addressof(described), len(segments), out)
+    check_shapes((log_sum_BTH, (B, T, H)))
+    sizes = B, T, H, G, K, V, *q_BHTK.stride()[:3]
+    _run("ahn_attend", *sizes, seen, scaling, ctypes.addressof(described), len(segments), out, log_sum_BTH)
     return out
 
 
-def attend_one(segments: Sequence[Segment], seen: int, scaling: float) -> Tensor:
+def attend_one(segments: Sequence[Segment], seen: int, scaling: float, log_sum_B1H: Tensor | None = None) -> Tensor:
     """One softmax of a single query over several segments of keys; segments without `visible` are read whole.
 
     Args:
         segments: The keys; the queries are `[B, H, 1, K]`, dense.
         seen: Index of the query's token.
         scaling: Factor on the products of queries and keys.
+        log_sum_B1H: As for `attend`.
 
     Returns:
         `[B, 1, H, V]`.
@@ -170,7 +173,9 @@ def attend_one(segments: Sequence[Segment], seen: int, scaling: float) -> Tensor
     G, V = v_BGNV.size(1), v_BGNV.size(3)
     out = q_BH1K.new_empty(B, 1, H, V)
     described = describe(segments, (B, H, 1, K), G, V)
-    _run("ahn_attend_one", B, H, G, K, V, seen, scaling, ctypes.addressof(described), len(segments), out)
+    check_shapes((log_sum_B1H, (B, 1, H)))
+    sizes = B, H, G, K, V
+    _run("ahn_attend_one", *sizes, seen, scaling, ctypes.addressof(described), len(segments), out, log_sum_B1H)
     return out
 
 

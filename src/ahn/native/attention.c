@@ -32,6 +32,9 @@ INLINE float settle(float *scores, index_t width, Tally *tally)
     return shrink;
 }
 
+/* The logarithm of the sum of exp(score) over all scores of a row. */
+INLINE float log_of(const Tally *tally) { return tally->best + logf(tally->total); }
+
 INLINE index_t rounded(index_t count) { return (count + PANEL - 1) / PANEL * PANEL; }
 
 /* --- many queries --------------------------------------------------------------------------------------------------*/
@@ -101,10 +104,11 @@ static void read_segment(const Call *call, const Segment *segment, const float *
     }
 }
 
-/* Attention of many queries; see ahn/native/__init__.py. Returns 0, or 1 where there is no memory for the scratch. */
+/* Attention of many queries, and the logarithms of the sums of their weights, log_sum [B, T, H] or NULL; see
+ * ahn/native/__init__.py. Returns 0, or 1 where there is no memory for the scratch. */
 int ahn_attend(index_t B, index_t T, index_t H, index_t G, index_t K, index_t V, index_t query_batch,
                index_t query_head, index_t query_token, index_t seen, float scaling, const Segment *segments,
-               index_t count, float *out)
+               index_t count, float *out, float *log_sum)
 {
     Call call = {T, H, H / G, K, V, query_batch, query_head, query_token, seen, scaling};
     index_t block = ROW_BLOCK / call.R > 0 ? ROW_BLOCK / call.R : 1, blocks = (T + block - 1) / block;
@@ -145,7 +149,9 @@ int ahn_attend(index_t B, index_t T, index_t H, index_t G, index_t K, index_t V,
             for (index_t s = 0; s < count; mine += rounded(segments[s].count) * K, s++)
                 read_segment(&call, segments + s, mine, b, g, token, tokens, queries, scores, tallies, sums);
             for (index_t row = 0; row < tokens * call.R; row++) {
-                float *to = out + ((b * T + token + row / call.R) * H + g * call.R + row % call.R) * V;
+                index_t place = (b * T + token + row / call.R) * H + g * call.R + row % call.R;
+                float *to = out + place * V;
+                if (log_sum) log_sum[place] = log_of(tallies + row);
                 vec share = splat(1 / tallies[row].total);
                 for (index_t v = 0; v < V; v += LANES) store(to + v, load(sums + row * V + v) * share);
             }
@@ -246,26 +252,28 @@ void attend_block(const Call *call, const Segment *segments, index_t block, inde
     }
 }
 
-void merge_blocks(const Tally *tallies, const float *sums, index_t blocks, index_t step, index_t V, float *out)
+float merge_blocks(const Tally *tallies, const float *sums, index_t blocks, index_t step, index_t V, float *out)
 {
-    float best = -INFINITY, total = 0;
-    for (index_t n = 0; n < blocks; n++) best = tallies[n * step].best > best ? tallies[n * step].best : best;
+    Tally all = {-INFINITY, 0};
+    for (index_t n = 0; n < blocks; n++) all.best = tallies[n * step].best > all.best ? tallies[n * step].best : all.best;
     memset(out, 0, (size_t)V * sizeof(float));
     for (index_t n = 0; n < blocks; n++) {
         if (tallies[n * step].best == -INFINITY) continue;
-        float share = expf(tallies[n * step].best - best);
-        total += share * tallies[n * step].total;
+        float share = expf(tallies[n * step].best - all.best);
+        all.total += share * tallies[n * step].total;
         for (index_t v = 0; v < V; v += LANES)
             store(out + v, load(out + v) + splat(share) * load(sums + n * step * V + v));
     }
-    for (index_t v = 0; v < V; v += LANES) store(out + v, load(out + v) * splat(1 / total));
+    for (index_t v = 0; v < V; v += LANES) store(out + v, load(out + v) * splat(1 / all.total));
+    return log_of(&all);
 }
 
-/* Attention of one query per row, q [B, H, K] and out [B, H, V]; see ahn/native/__init__.py. Returns as ahn_attend.
+/* Attention of one query per row, q [B, H, K], out [B, H, V] and log_sum [B, H] or NULL; see ahn/native/__init__.py.
+ * Returns as ahn_attend.
  *
  * Segments without `visible_from` are read whole. */
 int ahn_attend_one(index_t B, index_t H, index_t G, index_t K, index_t V, index_t seen, float scaling,
-                   const Segment *segments, index_t count, float *out)
+                   const Segment *segments, index_t count, float *out, float *log_sum)
 {
     Call call = {.T = 1, .H = H, .R = H / G, .K = K, .V = V, .seen = seen, .scaling = scaling};
     index_t R = call.R, blocks = key_blocks(segments, count);
@@ -280,7 +288,8 @@ int ahn_attend_one(index_t B, index_t H, index_t G, index_t K, index_t V, index_
     }
     for (index_t row = 0; row < B * H; row++) {
         index_t first = row / R * blocks * R + row % R;
-        merge_blocks(tallies + first, sums + first * V, blocks, R, V, out + row * V);
+        float found = merge_blocks(tallies + first, sums + first * V, blocks, R, V, out + row * V);
+        if (log_sum) log_sum[row] = found;
     }
     free(memory);
     return 0;

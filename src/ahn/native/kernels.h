@@ -109,8 +109,9 @@ WITHIN index_t key_blocks(const Segment *segments, index_t count);
 /* One of these blocks: tallies [R] and sums [R, V] of the query heads of kv head g in row b. */
 WITHIN void attend_block(const Call *call, const Segment *segments, index_t block, index_t b, index_t g,
                          Tally *tallies, float *sums);
-/* Adds up what the blocks of keys found for one query head; those of one block lie `step` apart. */
-WITHIN void merge_blocks(const Tally *tallies, const float *sums, index_t blocks, index_t step, index_t V, float *out);
+/* Adds up what the blocks of keys found for one query head; those of one block lie `step` apart. Returns the logarithm
+ * of the sum of exp(score). */
+WITHIN float merge_blocks(const Tally *tallies, const float *sums, index_t blocks, index_t step, index_t V, float *out);
 
 /* --- memories ------------------------------------------------------------------------------------------------------*/
 
@@ -126,12 +127,13 @@ WITHIN void project_read(const Output *output, index_t h, index_t H, index_t V, 
 
 /* The output of linearised attention; see LinearizedWeights in ahn/native/linearized.py. */
 typedef struct {
-    const float *mean_query, *share_key, *gate, *gate_bias, *size_weight, *match_weight, *project;
+    const float *mean_query, *share_key, *gate, *gate_bias, *size_weight, *match_weight, *exact_weight, *project;
 } Linearized;
 
-/* local[V] += the projection of what head h makes of its state [V + 1, K + 1]; x[D] is what the layer read. */
+/* local[V] += the projection of what head h makes of its state [V + 1, K + 1]; x[D] is what the layer read, log_sum is
+ * that of the exact tokens. */
 WITHIN void add_linearized(const Linearized *weights, index_t h, index_t K, index_t V, index_t D, const float *query,
-                           const float *x, const float *state, float *local);
+                           const float *x, const float *state, float log_sum, float *local);
 
 enum { GATED, LINEARIZED }; /* kinds of memory: what is read passes a gate, or is weighed against the exact tokens */
 
@@ -143,9 +145,10 @@ typedef struct {
 
 /* The output of a memory with a norm over all heads, which waits until these have read; else NULL. */
 WITHIN const Output *joint_output(const Memory *memory);
-/* local[K] += what head h answers; with a joint output it is only noted in read[H, K] what it reads. */
+/* local[K] += what head h answers, where the exact tokens have log_sum; with a joint output it is only noted in
+ * read[H, K] what it reads. */
 WITHIN void add_answer(const Memory *memory, index_t h, index_t H, index_t K, index_t D, const float *query,
-                       const float *x, const float *state, float *read, float *local);
+                       const float *x, const float *state, float log_sum, float *read, float *local);
 
 /* --- weights -------------------------------------------------------------------------------------------------------*/
 

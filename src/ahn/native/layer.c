@@ -238,10 +238,10 @@ static void attend_tokens(const Layer *layer, index_t B, const Token *tokens, co
         Segment segments[3];
         index_t own = key_blocks(segments, lay_segments(layer, token, NULL, NULL, segments));
         float *attended = shared->attended + unit * K;
-        merge_blocks(shared->tallies + found, shared->sums + found * K, own, R, K, attended);
+        float log_sum = merge_blocks(shared->tallies + found, shared->sums + found * K, own, R, K, attended);
         if (token->state)
             add_answer(&layer->memory, h, H, K, D, query + unit * K, input + b * D, token->state,
-                       shared->read + b * H * K, attended);
+                       log_sum, shared->read + b * H * K, attended);
     }
     const Output *joint = joint_output(&layer->memory);
     if (joint) {

@@ -38,7 +38,7 @@ void ahn_write_linearized(index_t L, index_t B, index_t H, index_t G, index_t K,
 }
 
 void add_linearized(const Linearized *weights, index_t h, index_t K, index_t V, index_t D, const float *query,
-                    const float *x, const float *state, float *local)
+                    const float *x, const float *state, float log_sum, float *local)
 {
     float beyond[K], both[V + LANES], gated[V], size = state[V * (K + 1) + K];
     if (size <= EMPTY) return;
@@ -47,6 +47,7 @@ void add_linearized(const Linearized *weights, index_t h, index_t K, index_t V, 
     float match = both[V] / size, own = dot(beyond, weights->share_key + h * K, K) / sqrtf((float)K);
     float gate = dot(x, weights->gate + h * D, D) + (weights->gate_bias ? weights->gate_bias[h] : 0);
     gate += own + weights->size_weight[h] * logf(size) + weights->match_weight[h] * match;
+    gate -= weights->exact_weight[h] * log_sum;
     float share = 1 / (1 + expf(-gate));
     for (index_t v = 0; v < V; v++) {
         float far = (both[v] + (1 - match) * state[v * (K + 1) + K]) / size;
@@ -60,18 +61,21 @@ void add_linearized(const Linearized *weights, index_t h, index_t K, index_t V, 
  * output projection [H, V, V] do in steps.
  *
  * x [B, D] is what the attention layer read; share_key [H, K], gate_weight [H, D] and gate_bias [H] (or NULL) are those
- * of the share, size_weight and match_weight are [H]. States [V + 1, K + 1] lie as `places` [B] says; see
- * ahn_decode_add. */
+ * of the share, size_weight, match_weight and exact_weight are [H]. States [V + 1, K + 1] lie as `places` [B] says; see
+ * ahn_decode_add. log_sum [B, H] is that of the scores of the exact tokens. */
 void ahn_decode_add_linearized(index_t B, index_t H, index_t K, index_t V, index_t D, const float *q, const float *x,
                                const float *state, const index_t *places, const float *mean_query,
                                const float *share_key, const float *gate_weight, const float *gate_bias,
-                               const float *size_weight, const float *match_weight, const float *o_proj, float *local)
+                               const float *size_weight, const float *match_weight, const float *exact_weight,
+                               const float *o_proj, const float *log_sum, float *local)
 {
-    Linearized weights = {mean_query, share_key, gate_weight, gate_bias, size_weight, match_weight, o_proj};
+    Linearized weights = {mean_query, share_key, gate_weight, gate_bias, size_weight,
+                          match_weight, exact_weight, o_proj};
     index_t size = (V + 1) * (K + 1);
 #pragma omp parallel for schedule(static)
     for (index_t row = 0; row < B * H; row++) {
         index_t place = places ? places[row / H] + row % H * size : row * size;
-        add_linearized(&weights, row % H, K, V, D, q + row * K, x + row / H * D, state + place, local + row * V);
+        add_linearized(&weights, row % H, K, V, D, q + row * K, x + row / H * D, state + place, log_sum[row],
+                       local + row * V);
     }
 }

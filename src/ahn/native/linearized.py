@@ -55,6 +55,7 @@ class LinearizedWeights(NamedTuple):
         gate_bias_H: Its bias, `[H]`, or `None`.
         size_weight_H: Weight of the logarithm of the sum of weights, `[H]`.
         match_weight_H: Weight of the mean score, `[H]`.
+        exact_weight_H: Weight of the log-sum of the exact tokens' scores, `[H]`, which is subtracted.
         o_proj_HVV: Output projection, `[H, V, V]`.
     """
 
@@ -64,6 +65,7 @@ class LinearizedWeights(NamedTuple):
     gate_bias_H: Tensor | None
     size_weight_H: Tensor
     match_weight_H: Tensor
+    exact_weight_H: Tensor
     o_proj_HVV: Tensor
 
 
@@ -72,6 +74,7 @@ def decode_add_(
     q_B1HK: Tensor,
     x_B1D: Tensor,
     state: Tensor,
+    log_sum_B1H: Tensor,
     weights: LinearizedWeights,
     rows_B: Tensor | None = None,
 ) -> None:
@@ -82,6 +85,7 @@ def decode_add_(
         q_B1HK: Queries.
         x_B1D: Input of the attention layer.
         state: `[B, H, V + 1, K + 1]`.
+        log_sum_B1H: Logarithm of the sum of exp(score) over the exact tokens.
         weights: What the answer is computed from.
         rows_B: Which row of `state` is whose, int64; `None` where they are those of the batch.
     """
@@ -89,9 +93,10 @@ def decode_add_(
     V, D = local_B1HV.size(3), x_B1D.size(2)
     rows = B if rows_B is None else state.size(0)
     check_shapes((local_B1HV, (B, 1, H, V)), (x_B1D, (B, 1, D)), (state, (rows, H, V + 1, K + 1)), (rows_B, (B,)))
-    shapes = (H, K), (H, K), (H, D), (H,), (H,), (H,), (H, V, V)
+    shapes = (H, K), (H, K), (H, D), (H,), (H,), (H,), (H,), (H, V, V)
     check_shapes(*zip(weights, shapes, strict=True))
-    q, x = q_B1HK.contiguous(), x_B1D.contiguous()
+    check_shapes((log_sum_B1H, (B, 1, H)))
+    q, x, log_sum = q_B1HK.contiguous(), x_B1D.contiguous(), log_sum_B1H.contiguous()
     state = state.contiguous() if rows_B is None else state
     places_B = None if rows_B is None else rows_B * state.stride(0)
-    native._run("ahn_decode_add_linearized", B, H, K, V, D, q, x, state, places_B, *weights, local_B1HV)
+    native._run("ahn_decode_add_linearized", B, H, K, V, D, q, x, state, places_B, *weights, log_sum, local_B1HV)

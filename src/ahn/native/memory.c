@@ -113,10 +113,10 @@ const Output *joint_output(const Memory *memory)
 }
 
 void add_answer(const Memory *memory, index_t h, index_t H, index_t K, index_t D, const float *query, const float *x,
-                const float *state, float *read, float *local)
+                const float *state, float log_sum, float *read, float *local)
 {
     if (memory->kind == LINEARIZED) {
-        add_linearized(memory->output, h, K, K, D, query, x, state + h * (K + 1) * (K + 1), local);
+        add_linearized(memory->output, h, K, K, D, query, x, state + h * (K + 1) * (K + 1), log_sum, local);
         return;
     }
     read_gated(memory->output, h, K, K, D, query, x, state + h * K * K, read + h * K);

@@ -170,6 +170,7 @@ def decode_add_(
     state: Tensor,
     weights: OutputWeights | LinearizedWeights,
     rows_B: Tensor | None = None,
+    log_sum_B1H: Tensor | None = None,
 ) -> bool:
     """Add what a memory answers to one query per row, in place, by a kernel in C.
 
@@ -183,6 +184,7 @@ def decode_add_(
             `[B, H, V + 1, K + 1]`.
         weights: Output of the memory.
         rows_B: Which row of `state` is whose, int64; `None` where they are those of the batch.
+        log_sum_B1H: Logarithm of the sum of exp(score) over the exact tokens, which linearised attention reads.
 
     Returns:
         Whether the kernel takes these tensors; if not, nothing was changed.
@@ -190,10 +192,12 @@ def decode_add_(
     is_dense = rows_B is None or state[0].is_contiguous()
     if not is_dense or not native.can_decode_add(local_B1HV, q_B1HK, x_B1D, state, weights):
         return False
-    if isinstance(weights, LinearizedWeights):
-        linearized.decode_add_(local_B1HV, q_B1HK, x_B1D, state, weights, rows_B)
-    else:
+    if not isinstance(weights, LinearizedWeights):
         native.decode_add_(local_B1HV, q_B1HK, x_B1D, state, weights, rows_B)
+        return True
+    if log_sum_B1H is None or not native.ready(log_sum_B1H):
+        return False
+    linearized.decode_add_(local_B1HV, q_B1HK, x_B1D, state, log_sum_B1H, weights, rows_B)
     return True
 
 

@@ -45,17 +45,22 @@ class _Shares(Adding):
         logit_BHN = torch.logit(share_BHN).clamp(-_LARGEST_LOGIT, _LARGEST_LOGIT)
         weight_BHN = share_BHN * (1 - share_BHN) + _LEAST_WEIGHT
         memory = cast("LinearizedAttention", layer.memory)
-        features_BHNF = _features(memory, query[:, :, -evicted:], layer.recall())[:, :, picked].double()
+        log_sum_BEH = cast("torch.Tensor", layer.read_window().of_last(evicted).log_sum)
+        features_BHEF = _features(memory, query[:, :, -evicted:], layer.recall(), log_sum_BEH)
+        features_BHNF = features_BHEF[:, :, picked].double()
         weighted_BHNF = features_BHNF * weight_BHN[..., None]
         both_HFF = torch.einsum("bhnf,bhng->hfg", weighted_BHNF, features_BHNF)
         return both_HFF, torch.einsum("bhnf,bhn->hf", weighted_BHNF, logit_BHN)[..., None]
 
 
-def _features(memory: LinearizedAttention, query_BHEK: torch.Tensor, read_BEHV: torch.Tensor) -> torch.Tensor:
-    """What a share is computed from, `[B, H, E, K + 3]`: the query, size and match of what it reads, and one."""
+def _features(
+    memory: LinearizedAttention, query_BHEK: torch.Tensor, read_BEHV: torch.Tensor, log_sum_BEH: torch.Tensor
+) -> torch.Tensor:
+    """What a share is computed from, `[B, H, E, K + 4]`: query, size, match, weight of the exact tokens, and one."""
     scaled_BHEK = memory.scaled_queries(query_BHEK.transpose(1, 2)).transpose(1, 2)
     scores_BHE1, weights_BHE1 = read_BEHV[..., -3:-1].transpose(1, 2).split(1, dim=-1)
-    numbers = weights_BHE1.log(), scores_BHE1 / weights_BHE1, torch.ones_like(weights_BHE1)
+    exact_BHE1 = log_sum_BEH.transpose(1, 2)[..., None]
+    numbers = weights_BHE1.log(), scores_BHE1 / weights_BHE1, -exact_BHE1, torch.ones_like(weights_BHE1)
     return torch.cat((scaled_BHEK, *numbers), dim=-1)
 
 
@@ -93,8 +98,9 @@ def calibrate(
         both, target = equations[memory]
         ridge = torch.diag_embed(_RIDGE * both.diagonal(dim1=-2, dim2=-1).clamp(min=1e-12))
         solved = torch.linalg.solve(both + ridge, target).squeeze(-1)
-        memory.share_key.copy_(solved[:, :-3])
-        memory.size_weight.copy_(solved[:, -3])
-        memory.match_weight.copy_(solved[:, -2])
+        memory.share_key.copy_(solved[:, :-4])
+        memory.size_weight.copy_(solved[:, -4])
+        memory.match_weight.copy_(solved[:, -3])
+        memory.exact_weight.copy_(solved[:, -2])
         memory.g_proj.weight.zero_()
         memory.g_proj.bias.copy_(solved[:, -1])

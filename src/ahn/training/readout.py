@@ -25,7 +25,7 @@ class _Moments(Adding):
     def count(self, layer: RecordedLayer) -> tuple[torch.Tensor, ...]:
         """Moments of one layer."""
         missing = self.missing(layer)
-        gated_BEHV = layer.memory.gated(layer.recall(), layer.hidden[:, missing.before :], missing.local_BEHV)
+        gated_BEHV = layer.memory.gated(layer.recall(), layer.hidden[:, missing.before :], *missing.local)
         read_BEHV = gated_BEHV * missing.counted_BE11
         return (
             torch.einsum("behv,behw->hvw", read_BEHV, read_BEHV).double(),

@@ -18,6 +18,7 @@ from torch import nn
 
 import ahn
 from ahn.attachment import attachment_of
+from ahn.attention.call import Attended
 from ahn.attention.recording import RecordedLayer, record_layers
 from ahn.backbone.survey import find_backbone
 from ahn.distillation import find_targets
@@ -43,9 +44,9 @@ class Lesson:
         before = self.counted.size(1) - layer.evicted_tokens
         counted_BE11 = self.counted[:, before:, None, None]
         with torch.no_grad():
-            local_BEHV = layer.read_window()[:, before:]
-            output_BEHV = (layer.output[:, before:] - local_BEHV).float() * counted_BE11
-        return Missing(before, local_BEHV, output_BEHV, counted_BE11)
+            local = layer.read_window().of_last(layer.evicted_tokens)
+            output_BEHV = (layer.output[:, before:] - local.output).float() * counted_BE11
+        return Missing(before, local, output_BEHV, counted_BE11)
 
     def learn(self, layer: RecordedLayer) -> None:
         """What a layer does with it."""
@@ -57,14 +58,14 @@ class Missing(NamedTuple):
 
     Attributes:
         before: Positions before the first at which the memory speaks.
-        local_BEHV: Output of sinks and window from there on, `[B, E, H, V]`.
+        local: What sinks and window give from there on.
         output_BEHV: Output of full attention minus that of sinks and window, `[B, E, H, V]` float32, zero at positions
             that do not count.
         counted_BE11: Whether a position counts.
     """
 
     before: int
-    local_BEHV: torch.Tensor
+    local: Attended
     output_BEHV: torch.Tensor
     counted_BE11: torch.Tensor
 
@@ -91,7 +92,7 @@ class _Regression(Lesson):
             if not layer.evicted_tokens:
                 return
             read_BEHV = layer.memory.project_out(
-                layer.recall(), layer.hidden[:, missing.before :], missing.local_BEHV
+                layer.recall(), layer.hidden[:, missing.before :], *missing.local
             ).float()
             wrong = (read_BEHV * missing.counted_BE11 - missing.output_BEHV).square().sum()
             share = wrong / missing.output_BEHV.square().sum().clamp(min=1e-12)

@@ -17,10 +17,10 @@ from typing import Any
 import torch
 
 from ahn import native
-from ahn.attention.call import Call, LayerCall, Softmax
+from ahn.attention.call import Attended, Call, LayerCall, Softmax
 from ahn.attention.decoding import KernelProgress
 from ahn.attention.function import softmax_of
-from ahn.attention.softmax import Reading, explicit_weights
+from ahn.attention.softmax import Reading, explicit_log_sum, explicit_weights
 from ahn.backbone.rotary import Rotary
 from ahn.cache.record import TokenRecord
 from ahn.native import Segment
@@ -94,7 +94,8 @@ class DecodedTokens(KernelProgress):
         sink_q = call.sink_queries(q_BH1K, self.longest)
         softmax = softmax_of(q_BH1K, options.get("scaling"), 0.0, dict(options))
         local = self._attend_local(served, q_BH1K.contiguous(), sink_q, softmax)
-        return served.memory.decode_add(local, q_BH1K.transpose(1, 2), hidden, served.pages["state"], self.blocks)
+        rows, q_B1HK = (served.pages["state"], self.blocks), q_BH1K.transpose(1, 2)
+        return served.memory.decode_add(local.output, q_B1HK, hidden, *rows, local.log_sum)
 
     def layer_call(self, served: ServedLayer, hidden: torch.Tensor, inputs: Mapping[str, Any]) -> LayerCall:
         """A layer in this step.
@@ -134,7 +135,7 @@ class DecodedTokens(KernelProgress):
 
     def _attend_local(
         self, served: ServedLayer, q_BH1K: torch.Tensor, sink_q_BH1K: torch.Tensor | None, softmax: Softmax
-    ) -> torch.Tensor:
+    ) -> Attended:
         keys, values, sinks = served.pages["keys"], served.pages["values"], self.runtime.exact.sinks
         if softmax.is_plain and native.ready(q_BH1K, keys, values, sizes=(keys.size(3), values.size(3))):
             parts = [(q_BH1K, slice(0, None), self.used)]
@@ -151,12 +152,14 @@ class DecodedTokens(KernelProgress):
             if self.anchors is not None:
                 extra = served.pages["anchor_keys"], served.pages["anchor_values"]
                 segments.append(Segment(parts[0][0], *extra, rows=self.blocks, counts=self.anchors.counts))
-            return native.attend_one(segments, 0, softmax.scaling)
+            B, H, _, _ = q_BH1K.shape
+            log_sum_B1H = q_BH1K.new_empty(B, 1, H) if served.memory.reads_log_sum else None
+            return Attended(native.attend_one(segments, 0, softmax.scaling, log_sum_B1H), log_sum_B1H)
         return self._attend_in_torch(served, q_BH1K, sink_q_BH1K, softmax)
 
     def _attend_in_torch(
         self, served: ServedLayer, q_BH1K: torch.Tensor, sink_q_BH1K: torch.Tensor | None, softmax: Softmax
-    ) -> torch.Tensor:
+    ) -> Attended:
         """The same in torch, on a copy of the rings."""
         keys, values = (served.pages[name][self.blocks] for name in ("keys", "values"))
         beyond, sinks = torch.arange(keys.size(2), device=keys.device) >= self.used[:, None], self.runtime.exact.sinks
@@ -167,8 +170,9 @@ class DecodedTokens(KernelProgress):
             beyond, sinks = torch.cat((missing, beyond), dim=1), sinks + missing.size(1)
         mask_B11N = torch.zeros(beyond.shape, device=keys.device).masked_fill_(beyond, float("-inf"))[:, None, None]
         reading = Reading(q_BH1K, sink_q_BH1K, keys, values, mask_B11N, slice(0, sinks))
-        weights = explicit_weights(reading, softmax)
-        return torch.matmul(weights.to(values.dtype), values).view(self.count, 1, -1, values.size(3))
+        weights, log_sum_BH1 = explicit_weights(reading, softmax), explicit_log_sum(reading, softmax)
+        output = torch.matmul(weights.to(values.dtype), values).view(self.count, 1, -1, values.size(3))
+        return Attended(output, log_sum_BH1.transpose(1, 2))
 
     def close(self) -> None:
         """Stores the gates of the new tokens, which every layer has read."""
