@@ -335,7 +335,10 @@ class TestStepsBack:
         ("memory", "part"),
         [
             *(("gated_delta_net", part) for part in ("o_norm", "o_proj", "g_proj.weight")),
-            *(("linearized_attention", part) for part in ("mean_query", "share_key", "size_weight", "match_weight")),
+            *(
+                ("linearized_attention", part)
+                for part in ("mean_query", "share_key", "size_weight", "match_weight", "exact_weight")
+            ),
             ("linearized_attention", "g_proj.bias"),
         ],
     )

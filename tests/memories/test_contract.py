@@ -86,14 +86,15 @@ def test_any_chunking_gives_the_same_with_gradients(build: Any, backend: str) ->
     """One scan = chunks = token by token, in float64, outputs and gradients of inputs and parameters."""
     memory = build(SHAPE).double()
     inputs, local = tokens(memory, 45), torch.randn(2, 45, 4, 5, dtype=torch.float64)
+    log_sum = torch.randn(2, 45, 4, dtype=torch.float64)
 
     def scanned(sizes: list[int]) -> list[torch.Tensor]:
         leaves = [tensor.clone().requires_grad_() for tensor in inputs]
         *evicted, hidden, state = leaves
         read, parts = state, []
-        for span in zip(*(tensor.split(sizes, 1) for tensor in (*evicted, hidden, local)), strict=True):
+        for span in zip(*(tensor.split(sizes, 1) for tensor in (*evicted, hidden, local, log_sum)), strict=True):
             out, read = memory.scan(*span[:3], memory.gates(span[3]), read)
-            parts.append(memory.project_out(out, span[3], span[4]))
+            parts.append(memory.project_out(out, *span[3:]))
         out = torch.cat(parts, 1)
         needed = [*leaves, *memory.parameters()]
         return [out, read, *torch.autograd.grad(out.square().sum() + read.square().sum(), needed)]
@@ -110,9 +111,9 @@ def test_decoding_is_what_the_scan_does(build: Any) -> None:
     """One token: update and read, in torch and in C where there are kernels."""
     memory = build(WIDE)
     query, key, value, hidden, before = tokens(memory, 1, batch=3)
-    gates, local = memory.gates(hidden), torch.randn(3, 1, 4, 32)
+    gates, local, log_sum = memory.gates(hidden), torch.randn(3, 1, 4, 32), torch.randn(3, 1, 4)
     read, after = memory.scan(query, key, value, gates, before)
-    expected = local + memory.project_out(read, hidden, local)
+    expected = local + memory.project_out(read, hidden, local, log_sum)
     assert gates.dtype == torch.float32
     for where in (nullcontext(), native.switched_off()):
         with where:
@@ -122,7 +123,7 @@ def test_decoding_is_what_the_scan_does(build: Any) -> None:
             type(memory).update([memory], key.transpose(0, 1), value.transpose(0, 1), together, state)
             torch.testing.assert_close(state[0], after, rtol=1e-5, atol=1e-5)
             torch.testing.assert_close(memory.read(query, state[0]), read, rtol=1e-5, atol=1e-5)
-            added = memory.decode_add(local.clone(), query, hidden, state[0])
+            added = memory.decode_add(local.clone(), query, hidden, state[0], log_sum_B1H=log_sum)
             torch.testing.assert_close(added, expected, rtol=1e-5, atol=1e-5)
 
 
@@ -156,7 +157,7 @@ def test_it_is_silent_before_it_is_trained(memory: str) -> None:
     fresh = build_memory(memory, SHAPE)
     query, key, value, hidden, state = tokens(fresh, 3)
     read, _ = fresh.scan(query, key, value, fresh.gates(hidden), state)
-    added = fresh.project_out(read, hidden, torch.randn(2, 3, 4, 5))
+    added = fresh.project_out(read, hidden, torch.randn(2, 3, 4, 5), torch.randn(2, 3, 4))
     assert torch.equal(added, torch.zeros(2, 3, 4, 5))
 
 
@@ -175,12 +176,12 @@ def decode_seconds(memories: list[Memory]) -> float:
     x = torch.randn(LAYERS, 1, 576)
     keys, values = torch.randn(2, LAYERS, 1, 3, 64).unbind()
     states = torch.randn(LAYERS, 1, *memories[0].state_shape())
-    query, local = torch.randn(1, 1, 9, 64), torch.randn(1, 1, 9, 64)
+    query, local, log_sum = torch.randn(1, 1, 9, 64), torch.randn(1, 1, 9, 64), torch.randn(1, 1, 9)
     begun = time.process_time()
     gates = type(memories[0]).gates_of_layers(memories, x)
     type(memories[0]).update(memories, keys, values, gates, states)
     for layer, memory in enumerate(memories):
-        memory.decode_add(local, query, x[layer, :, None], states[layer])
+        memory.decode_add(local, query, x[layer, :, None], states[layer], log_sum_B1H=log_sum)
     return time.process_time() - begun
 
 

@@ -150,11 +150,12 @@ def test_a_decoded_token(memory: str, B: int) -> None:
     gates = torch.stack([each.gates(torch.randn(B, 1, 24))[:, 0] for each in memories]).detach()
     state = torch.randn(3, B, *memories[0].state_shape())
     q, x, local = torch.randn(B, 6, 1, 32), torch.randn(B, 1, 24), torch.randn(B, 1, 6, 16)
+    log_sum = torch.randn(B, 1, 6)
 
     def decode() -> tuple[Tensor, Tensor]:
         after = state.clone()
         type(memories[0]).update(memories, k, v, gates, after)
-        return after, memories[1].decode_add(local.clone(), q.transpose(1, 2), x, after[1])
+        return after, memories[1].decode_add(local.clone(), q.transpose(1, 2), x, after[1], log_sum_B1H=log_sum)
 
     with torch.no_grad():
         got = decode()
@@ -177,16 +178,17 @@ def test_a_decoded_token_of_rows_that_lie_anywhere(memory: str) -> None:
     sizes = memories[0].state_shape()
     pages = torch.randn(2, 6, math.prod(sizes) + 7)
     q, x, local = torch.randn(3, 1, 6, 32), torch.randn(3, 1, 24), torch.randn(3, 1, 6, 16)
+    log_sum = torch.randn(3, 1, 6)
     dense = pages[:, rows, :-7].unflatten(2, sizes).contiguous()
     with torch.no_grad():
         type(memories[0]).update(memories, k, v, gates, dense)
-        expected = memories[1].decode_add(local.clone(), q, x, dense[1])
+        expected = memories[1].decode_add(local.clone(), q, x, dense[1], log_sum_B1H=log_sum)
         for off in (False, True):
             after = pages.clone()
             state = after[:, :, :-7].unflatten(2, sizes)
             with native.switched_off() if off else contextlib.nullcontext():
                 type(memories[0]).update(memories, k, v, gates, state, rows)
-                got = memories[1].decode_add(local.clone(), q, x, state[1], rows)
+                got = memories[1].decode_add(local.clone(), q, x, state[1], rows, log_sum)
             torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
             torch.testing.assert_close(state[:, rows], dense, atol=1e-5, rtol=1e-5)
             others = [row for row in range(6) if row not in rows]

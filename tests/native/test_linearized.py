@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
@@ -141,9 +142,10 @@ def test_an_answer(calls: list[str], shape: MemoryShape, rows: list[int] | None)
     rows_B = None if rows is None else torch.tensor(rows)
     B = ROWS if rows is None else len(rows)
     local, q, x = torch.randn(B, 1, H, V), torch.randn(B, H, 1, K).transpose(1, 2), torch.randn(B, 1, D)
-    got = memory.decode_add(local.clone(), q, x, state, rows_B)
+    log_sum = torch.randn(B, H, 1).transpose(1, 2)
+    got = memory.decode_add(local.clone(), q, x, state, rows_B, log_sum)
     assert calls == ["ahn_decode_add_linearized"]
-    expected = memory.double().decode_add(*in_float64(local, q, x, state), rows_B)
+    expected = memory.double().decode_add(*in_float64(local, q, x, state), rows_B, log_sum.double())
     torch.testing.assert_close(got, expected.float(), atol=2e-5, rtol=2e-5)
     assert (got - local).abs().amax(-1).min() > 1e-3
 
@@ -156,7 +158,7 @@ def test_an_empty_state_adds_nothing(calls: list[str], kernels: bool) -> None:
     (memory, *_), state = memories(SHAPES[0]), some_state(SHAPES[0])[0]
     state[1] = 0
     local, q, x = torch.randn(ROWS, 1, H, V), torch.randn(ROWS, 1, H, K), torch.randn(ROWS, 1, D)
-    answer: Callable[..., Tensor] = memory.decode_add
+    answer: Callable[..., Tensor] = partial(memory.decode_add, log_sum_B1H=torch.randn(ROWS, 1, H))
     if kernels:
         got = answer(local.clone(), q, x, state)
     else:
@@ -177,15 +179,15 @@ def test_torch_does_what_the_kernels_cannot(calls: list[str]) -> None:
         with torch.no_grad():
             LinearizedAttention.update(mine, *(x.to(dtype) for x in token(shape)), state)
             local, q, x = (torch.randn(ROWS, 1, *size, dtype=dtype) for size in ((H, V), (H, K), (D,)))
-            mine[0].decode_add(local, q, x, state[0])
+            mine[0].decode_add(local, q, x, state[0], log_sum_B1H=local[..., 0])
     D, H, _, K, V = SHAPES[0]
     state = some_state(SHAPES[0])
     local, q, x = (torch.randn(ROWS, 1, *size) for size in ((H, V), (H, K), (D,)))
-    assert memories(SHAPES[0])[0].decode_add(local, q, x, state[0]).requires_grad
+    assert memories(SHAPES[0])[0].decode_add(local, q, x, state[0], log_sum_B1H=local[..., 0]).requires_grad
     spread = torch.stack((state, state), -1)[..., 0]
     with torch.no_grad():
         LinearizedAttention.update(memories(SHAPES[0]), *token(SHAPES[0]), spread)
-        memories(SHAPES[0])[0].decode_add(local, q, x, spread[0], torch.tensor([0, 1]))
+        memories(SHAPES[0])[0].decode_add(local, q, x, spread[0], torch.tensor([0, 1]), local[:2, ..., 0])
     assert not calls
 
 
@@ -202,12 +204,14 @@ READ = {
     "q": (B, 1, H, K),
     "x": (B, 1, D),
     "state": (B, H, V + 1, K + 1),
+    "log_sum": (B, 1, H),
     "mean_query": (H, K),
     "share_key": (H, K),
     "gate": (H, D),
     "gate_bias": (H,),
     "size_weight": (H,),
     "match_weight": (H,),
+    "exact_weight": (H,),
     "o_proj": (H, V, V),
 }
 
@@ -217,7 +221,7 @@ def write(*tensors: Tensor) -> None:
 
 
 def read(*tensors: Tensor) -> None:
-    linearized.decode_add_(*tensors[:4], ops.LinearizedWeights(*tensors[4:]))
+    linearized.decode_add_(*tensors[:5], ops.LinearizedWeights(*tensors[5:]))
 
 
 @pytest.mark.parametrize(("kernel", "shapes"), [(write, WRITTEN), (read, READ)], ids=["write", "read"])

@@ -103,7 +103,8 @@ def test_shares_are_foreseen_in_other_texts() -> None:
         memory, share = memories(model)[index], layer.evicted_share(torch.arange(LENGTH)[BEYOND])
         read, zero = layer.recall(), torch.zeros(1, LENGTH, 4, 8)[:, BEYOND]
         read[..., :8], read[..., 8:16] = read[..., -2:-1], 0  # so that `far` is 1, and the share itself is mixed in
-        foreseen = memory.gated(read, layer.hidden[:, BEYOND], zero)[..., 0].transpose(1, 2)
+        log_sum = layer.read_window().of_last(read.size(1)).log_sum
+        foreseen = memory.gated(read, layer.hidden[:, BEYOND], zero, log_sum)[..., 0].transpose(1, 2)
         wrong = (foreseen - share).square().mean((0, 2))
         assert bool((wrong < 0.3 * share.var(2).mean(0)).all())
 
