@@ -163,7 +163,7 @@ def awaken(model: nn.Module) -> None:
         if layer.memory is None:
             continue
         for name, parameter in layer.memory.named_parameters():
-            if parameter.dim() > 1:
+            if parameter.dim() > 1 or name.endswith("_weight"):
                 parameter.data.normal_(std=0.4, generator=generator)
             if name == layer.memory.log_rate:
                 parameter.data.uniform_(-3, 0, generator=generator)

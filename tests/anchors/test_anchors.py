@@ -115,6 +115,38 @@ def test_the_most_recent_anchors_are_a_larger_window(chunks: Any, sink_positions
     assert not torch.allclose(read(model, ids, chunks), expected, atol=1e-3)
 
 
+@pytest.mark.parametrize("family", ["llama", "llama:wide"])
+@pytest.mark.parametrize("chunks", [None, 1, 9, [40, 1, 1, 1, 37]], ids=str)
+def test_recent_anchors_and_a_memory_without_them_are_a_larger_window(chunks: Any, family: str) -> None:
+    """Then window, anchors and state hold each token once, whatever the window."""
+    model, ids = anchored(family, "linearized_attention"), text(2, 80)
+    with ahn.mode(model, "ahn", window=WINDOW + ANCHORS, anchors=0):
+        expected = read(model, ids)
+    recent = ahn.HippocampalCache(model, anchor_score=Recent())
+    torch.testing.assert_close(read(model, ids, chunks or [80], cache=recent), expected, rtol=0, atol=3e-5)
+    with ahn.mode(model, "window", window=WINDOW + ANCHORS, anchors=0):
+        assert not torch.allclose(read(model, ids), expected, atol=1e-3)
+
+
+@pytest.mark.parametrize("chunks", [None, 1, 9, [40, 1, 1, 1, 37]], ids=str)
+@pytest.mark.parametrize("score", ["key_diff", "key_norm", "learned"])
+def test_a_state_without_anchors(chunks: Any, score: str) -> None:
+    """With what the anchors add, the state of the first layer is the one of a text that is read without anchors."""
+    model, ids = anchored("llama", "linearized_attention", anchor_score=score), text(2, 80)
+    states = []
+    for anchors in (0, ANCHORS):
+        with ahn.mode(model, "ahn", anchors=anchors):
+            cache = ahn.HippocampalCache(model)
+        read(model, ids, chunks or [80], cache=cache)
+        states.append(cache.layers[0].tensors()["state"])
+    held, memory = cache.layers[0].tensors(), model.model.layers[0].self_attn.memory
+    keys, values = (held[name].transpose(1, 2) for name in ("anchor_keys", "anchor_values"))
+    gates = memory.gates(torch.zeros(2, ANCHORS, 32)).detach()
+    _, added = memory.scan(torch.zeros(2, ANCHORS, 4, 8), keys, values, gates, states[1])
+    torch.testing.assert_close(added, states[0], rtol=1e-4, atol=1e-5)
+    assert bool(((states[0] - states[1])[:, :, -1, -1] > 0.5).all())
+
+
 @pytest.mark.parametrize("chunks", [None, 1, [40, 1, 1, 1, 37]], ids=str)
 def test_a_window_with_anchors_reads_no_memory(chunks: Any) -> None:
     """It reads what the same model with a silent memory reads with as many anchors."""
@@ -133,8 +165,10 @@ def test_a_window_with_anchors_reads_no_memory(chunks: Any) -> None:
     ("sink_positions", "score"),
     [*(("absolute", score) for score in SCORES), ("bounded", "learned"), ("bounded", "window_attention")],
 )
-def test_padded_rows_read_as_alone(sink_positions: Any, score: str) -> None:
-    model = anchored(model={"max_position_embeddings": 40}, sink_positions=sink_positions, anchor_score=score)
+@pytest.mark.parametrize("memory", ["gated_delta_net", "linearized_attention"])
+def test_padded_rows_read_as_alone(sink_positions: Any, score: str, memory: str) -> None:
+    settings = {"sink_positions": sink_positions, "anchor_score": score}
+    model = anchored(memory=memory, model={"max_position_embeddings": 40}, **settings)
     ids, mask = text(2, 80), torch.ones(2, 80, dtype=torch.long)
     mask[1, :23] = 0
     positions = (mask.cumsum(1) - 1).clamp(min=0)

@@ -40,6 +40,32 @@ class Selected(NamedTuple):
     visible_until: torch.Tensor
     source: torch.Tensor | None
 
+    @property
+    def held(self) -> int:
+        """Places for anchors of before, N."""
+        return self.visible_from.size(1) - self.entering.numel()
+
+    def written(self, first: int, leaving: int) -> torch.Tensor:
+        """Which token is written into a memory that leaves anchors out, at each query for which one leaves the window.
+
+        A token that becomes an anchor is not written. The anchor that has to go for it is.
+
+        Args:
+            first: Index of the query for which the first token leaves.
+            leaving: Number of tokens that leave, E.
+
+        Returns:
+            Places among the N anchors of before, the C new ones, then the E tokens that leave, `[B or 1, E]` int64; -1
+            where nothing is written.
+        """
+        rows, places = self.visible_from.shape
+        places_BE = places + torch.arange(leaving, device=self.entering.device).repeat(rows, 1)
+        came_BC = self.visible_from[:, self.held :] != NEVER
+        places_BE[:, self.entering] = places_BE[:, self.entering].masked_fill(came_BC, -1)
+        row, place = (self.visible_until != NEVER).nonzero().unbind(1)
+        places_BE[row, self.visible_until[row, place] - first] = place
+        return places_BE
+
 
 def score_of_layers(scores: Sequence[torch.Tensor]) -> torch.Tensor:
     """The mean of the layers, and if they scored by kind that of the best kind: `[B, T, R]`.

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from ahn import ops
+from ahn.anchors.selection import Selection
 from ahn.attention.host import OURS
 from ahn.cache import HippocampalCache
 from ahn.cache.groups import LayerGroup, group_layers
@@ -143,12 +144,13 @@ class DecodeStep(KernelProgress):
                 group.write_gates(self.hidden)
 
 
-def begin_step(cache: HippocampalCache, new: int) -> DecodeStep | None:
+def begin_step(cache: HippocampalCache, new: int, selection: Selection | None = None) -> DecodeStep | None:
     """Starts a call that all layers can read together; `None` if the layers must read it one by one.
 
     Args:
         cache: The cache of the call.
         new: Its number of new tokens.
+        selection: The choice of anchors in it; `None` where there are none.
     """
     settings = cache.settings
     if new != 1 or settings.mode not in ("ahn", "window") or torch.is_grad_enabled() or not ops.is_automatic():
@@ -167,5 +169,5 @@ def begin_step(cache: HippocampalCache, new: int) -> DecodeStep | None:
     if not all(group.has_states() for group in leaving):
         return None
     for group in leaving:
-        group.update(cache.padding)
+        group.update(cache.padding, None if selection is None else selection.selected.get(group.window))
     return DecodeStep(groups, cache)

@@ -26,7 +26,7 @@ from ahn.backbone import compat
 from ahn.cache.layer import HippocampalLayer
 from ahn.cache.record import TokenRecord
 from ahn.errors import CacheError, ModelError
-from ahn.tokens import Padding, Tokens, VisibleKV
+from ahn.tokens import ExtraKV, Padding, Tokens, VisibleKV
 
 IMPLEMENTATION = "ahn"
 """Name under which the attention and the mask function are registered with transformers."""
@@ -142,9 +142,27 @@ def recall(layer: LayerCall, store: HippocampalLayer, query: torch.Tensor, view:
     if call.padding is not None:
         first = view.seen - view.window - evicted.length
         gates = _without_padding(gates, first, call.settings.sinks, call.padding)
-    k_BEGK, v_BEGV = keys.transpose(1, 2), evicted.values.transpose(1, 2)
+    values, selected = evicted.values, call.selected(store)
+    if layer.memory.leaves_anchors_out and selected is not None and view.extra is not None and position is None:
+        places_BE = selected.written(view.seen - evicted.length, evicted.length)
+        keys, values = _written(view.extra, keys, values, places_BE)
+        gates = gates * (places_BE >= 0)[..., None, None].to(gates.device)
+    k_BEGK, v_BEGV = keys.transpose(1, 2), values.transpose(1, 2)
     read, store.state = layer.memory.scan(query.transpose(1, 2), k_BEGK, v_BEGV, gates, store.state)
     return read
+
+
+def _written(
+    anchors: ExtraKV, keys: torch.Tensor, values: torch.Tensor, places_BE: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys and values that are written where anchors are left out, `[B, G, E, K or V]`; see `Selected.written`."""
+    index = places_BE.clamp(min=0)[:, None, :, None].to(keys.device)
+    pairs = (anchors.keys, keys), (anchors.values, values)
+    keys, values = (
+        torch.cat((anchor.to(own.dtype), own), dim=2).gather(2, index.expand(*own.shape[:3], own.size(3)))
+        for anchor, own in pairs
+    )
+    return keys, values
 
 
 def _decode(

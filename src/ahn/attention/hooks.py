@@ -258,7 +258,7 @@ def _prepare(call: Call, cache: HippocampalCache, new: int) -> None:
         call.snapshots = cache.snapshots()
     if cache.scoreboard is not None:
         call.selection = Selection(cache.scoreboard, cache.get_seq_length(), new, call.padding)
-    call.step = begin_step(cache, new)
+    call.step = begin_step(cache, new, call.selection)
 
 
 def _read_first_chunks(backbone: Any, call: Call, kwargs: dict[str, Any]) -> dict[str, Any]:

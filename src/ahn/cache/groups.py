@@ -7,12 +7,13 @@ V value size, F numbers per record.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import torch
 
 from ahn import native
+from ahn.anchors.selection import Selected
 from ahn.attachment import AttentionLayer
 from ahn.cache.layer import HippocampalLayer
 from ahn.cache.record import TokenRecord
@@ -68,11 +69,17 @@ class LayerGroup:
         slots = [store.exact.next_slot() for store in self.stores]
         self.leaving = self._contents(slots[0]) if self.leaves(sinks) else None
 
-    def update(self, padding: Padding | None = None) -> None:
+    @property
+    def window(self) -> int:
+        """Tokens of their window."""
+        return self.stores[0].exact.window
+
+    def update(self, padding: Padding | None = None, selected: Selected | None = None) -> None:
         """Updates the states with the token that leaves. The former ones stay as they are, should the call fail.
 
         Args:
             padding: Padding at the left of the rows, which leaves the states as they are, or `None`.
+            selected: Whether the token becomes an anchor; `None` where there are none.
         """
         if self.leaving is None:
             return
@@ -84,12 +91,24 @@ class LayerGroup:
         if padding is not None and (token := exact.seen - exact.window) < padding.most + exact.sinks:
             real_B = token >= padding.counts.to(gates_LBNH.device) + exact.sinks
             gates_LBNH = gates_LBNH * real_B[:, None, None]
+        if selected is not None and memory.leaves_anchors_out and selected.entering.numel():
+            k_LBGK, v_LBGV, is_written_B = self._displaced(self.leaving, selected)
+            gates_LBNH = gates_LBNH * is_written_B[:, None, None]
         former = self._joined()
         states = torch.empty_like(former)
         type(memory).update(self.memories, k_LBGK, v_LBGV, gates_LBNH, states, former_LB=former)
         self.states = states
         for store, state in zip(self.stores, states):
             store.state = state
+
+    def _displaced(self, leaving: SlotContents, selected: Selected) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Keys and values that are written in place of a token that becomes an anchor, and in which rows any are."""
+        banks = [store.bank.stored for store in self.stores if store.bank is not None]
+
+        def find(name: str, rows: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+            return torch.stack([bank[name][rows, :, places] for bank in banks])
+
+        return displaced(selected, self.stores[0].exact.seen, leaving[:2], find)
 
     def write_gates(self, hidden: dict[int, torch.Tensor]) -> None:
         """Stores the gates of the new token, from what each attention layer read, `[B, 1, D]` by layer index."""
@@ -137,6 +156,33 @@ class LayerGroup:
         if self.states is None or not all(map(_is_same, self.states, states)):
             return torch.stack(states)
         return self.states
+
+
+def displaced(
+    selected: Selected,
+    index: int,
+    leaving_LBGK: tuple[torch.Tensor, torch.Tensor],
+    find: Callable[[str, torch.Tensor, torch.Tensor], torch.Tensor],
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """What a step of one token writes into the states of several layers that leave anchors out.
+
+    Args:
+        selected: Which rows make an anchor of the token that leaves.
+        index: Index of the token that is read.
+        leaving_LBGK: Keys and values of the one that leaves.
+        find: Gives "anchor_keys" or "anchor_values" in some rows at a place each, `[L, rows, G, K]`.
+
+    Returns:
+        Keys and values, `[L, B, G, K]` each, and in which rows they are written, `[B]`.
+    """
+    places_B = selected.written(index, 1)[:, 0].to(leaving_LBGK[0].device).expand(leaving_LBGK[0].size(1))
+    rows = ((places_B >= 0) & (places_B < selected.held)).nonzero().flatten()
+    keys, values = leaving_LBGK
+    if rows.numel():
+        keys, values = keys.clone(), values.clone()
+        keys[:, rows] = find("anchor_keys", rows, places_B[rows])
+        values[:, rows] = find("anchor_values", rows, places_B[rows])
+    return keys, values, places_B >= 0
 
 
 def group_layers(layers: Iterable[AttentionLayer], stores: Iterable[object]) -> list[LayerGroup]:

@@ -70,6 +70,8 @@ class Memory(nn.Module, abc.ABC):
         normalizes: Whether what is read passes a norm.
         norm_per_head: Whether the norm is taken over each head before the gate, or over all heads after it.
         reads_log_sum: Whether it asks how much weight the exact tokens have: the log-sum of their scores.
+        leaves_anchors_out: Whether a token that becomes an anchor is written once it is one no more, so that nothing is
+            read twice. For rules whose sums have no order, without `projections`: all tokens then have the same gates.
         gate_count: Gates per token and head, N: log decay, unless `activate` gives none, and write strength.
         g_proj: Output gate: a linear map from the querying token's hidden state to one number per head.
 
@@ -84,6 +86,7 @@ class Memory(nn.Module, abc.ABC):
     normalizes: ClassVar[bool] = True
     norm_per_head: ClassVar[bool] = True
     reads_log_sum: ClassVar[bool] = False
+    leaves_anchors_out: ClassVar[bool] = False
     g_proj: nn.Linear
 
     def __init__(self, shape: MemoryShape) -> None:

@@ -58,6 +58,9 @@ class LinearizedAttention(Memory):
     In a softmax itself the three weights are 1. The output projection takes `share (far - local)`, where local is the
     output of the exact tokens. It starts at zero.
 
+    Anchors are exact tokens, so they are left out of the state until they are given up. They are in it, too, with
+    `memory_positions="none"`, because what is kept of them has been rotated.
+
     Attributes:
         mean_query: The query u that each head expands around, `[H, K]`.
         share_key: A key that raises the share where a query matches it, `[H, K]`.
@@ -70,6 +73,7 @@ class LinearizedAttention(Memory):
     bias = True
     normalizes = False
     reads_log_sum = True
+    leaves_anchors_out = True
     gate_parameters: ClassVar = {"offset": torch.zeros}
 
     def __init__(self, shape: MemoryShape) -> None:

@@ -16,6 +16,7 @@ import torch
 from ahn.anchors.base import LayerTokens
 from ahn.anchors.selection import Scoreboard, Selection
 from ahn.attention.call import LayerCall
+from ahn.cache.groups import displaced
 from ahn.serving.vllm.layout import BOARD
 from ahn.serving.vllm.runtime import Runtime, ServedLayer
 from ahn.tokens import Padding
@@ -72,6 +73,21 @@ class DecodedAnchors:
             f"scores.{self.window}": scores,
             f"tokens.{self.window}": torch.where(tokens >= 0, tokens + self._padding[:, None], tokens),
         }
+
+    def displaced(
+        self, pages: Mapping[str, torch.Tensor], leaving_LBGK: tuple[torch.Tensor, torch.Tensor]
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """What is written into the states of layers that leave anchors out, before `keep`; see `groups.displaced`.
+
+        Args:
+            pages: The pages of the layers, `[L, blocks, ...]` each.
+            leaving_LBGK: Keys and values of the tokens that leave.
+        """
+
+        def find(name: str, rows: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+            return pages[name][:, self.blocks[rows], :, places].transpose(0, 1)
+
+        return displaced(self.selection.selected[self.window], self.selection.seen, leaving_LBGK, find)
 
     def keep(self, pages: Mapping[str, torch.Tensor], keys_LBGK: torch.Tensor, values_LBGV: torch.Tensor) -> None:
         """Stores those of the leaving tokens of some layers that become anchors.

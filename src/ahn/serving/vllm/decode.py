@@ -74,12 +74,16 @@ class DecodedTokens(KernelProgress):
         """Updates the states and the anchors of some layers with the tokens that leave."""
         pages, memories = group.pages, group.memories
         keys, values = (pages[name][:, self.blocks, :, self.slots].transpose(0, 1) for name in ("keys", "values"))
+        is_written_B = self.evicts
         if self.anchors is not None:
-            self.anchors.keep(pages, keys, values)
+            leaving = keys, values
+            if memories[0].leaves_anchors_out:
+                keys, values, is_written_B = self.anchors.displaced(pages, leaving)
+            self.anchors.keep(pages, *leaving)
         record_LBF = pages["record"][:, self.blocks, 0, self.slots]
         gates = TokenRecord.unpack(record_LBF, memories[0].gate_count, memories[0].shape.query_heads).gates
         # Gates of zero leave a state as it is: that of a request whose window is not full.
-        gates_LBNH = gates * self.evicts[:, None, None]
+        gates_LBNH = gates * (self.evicts & is_written_B)[:, None, None]
         type(memories[0]).update(memories, keys, values, gates_LBNH, pages["state"], self.blocks)
 
     def attend(self, asked: ServedCall) -> torch.Tensor:
