@@ -59,7 +59,7 @@ def decoded(model: Any, ids: torch.Tensor, start: int, **arguments: Any) -> tupl
 
 
 def alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hooks, "begin_step", lambda cache, new: None)
+    monkeypatch.setattr(hooks, "begin_step", lambda *call: None)
 
 
 @pytest.mark.parametrize("start", [1, 8, 16, 30])

@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -242,8 +243,8 @@ def test_a_token_of_any_layout_is_written(G: int) -> None:
         torch.testing.assert_close(state, expected, atol=1e-5, rtol=1e-5)
 
 
-def softmax(segments: list[Segment], allowed: list[Tensor], scaling: float) -> Tensor:
-    """The softmax spelled out in float64; `allowed` is `[B or 1, T, N]` for each segment."""
+def softmax(segments: list[Segment], allowed: list[Tensor], scaling: float) -> tuple[Tensor, Tensor]:
+    """The softmax spelled out in float64, and its log-sum; `allowed` is `[B or 1, T, N]` for each segment."""
     scores, values = [], []
     for segment, mask in zip(segments, allowed, strict=True):
         repeats = segment.queries.size(1) // segment.keys.size(1)
@@ -253,7 +254,17 @@ def softmax(segments: list[Segment], allowed: list[Tensor], scaling: float) -> T
             score = score + segment.mask.double()[:, None, None]
         scores.append(score.masked_fill(~mask[:, None], -math.inf))
         values.append(value)
-    return (torch.cat(scores, -1).softmax(-1) @ torch.cat(values, 2)).transpose(1, 2)
+    all_scores = torch.cat(scores, -1)
+    return (all_scores.softmax(-1) @ torch.cat(values, 2)).transpose(1, 2), all_scores.logsumexp(-1).transpose(1, 2)
+
+
+def check_attention(attend: Any, segments: list[Segment], seen: int, expected: tuple[Tensor, Tensor]) -> None:
+    """Output and log-sum of a kernel; the output is the same where no log-sum is asked for."""
+    log_sum = torch.empty(expected[1].shape)
+    got = attend(segments, seen, 0.3, log_sum)
+    torch.testing.assert_close(got, expected[0].float(), atol=2e-5, rtol=2e-5)
+    torch.testing.assert_close(log_sum, expected[1].float(), atol=2e-5, rtol=2e-5)
+    assert torch.equal(attend(segments, seen, 0.3), got)
 
 
 @pytest.mark.parametrize("heads", [(2, 2), (3, 1), (6, 2), (10, 2), (64, 1)], ids=str)
@@ -285,9 +296,7 @@ def test_many_queries(heads: tuple[int, int], T: int, seen: int, window: int) ->
         (visible_from[:, None] <= query) & (query < visible_until[:, None]),
         ((key <= query) & (key > query - window))[None],
     ]
-    torch.testing.assert_close(
-        native.attend(segments, seen, 0.3), softmax(segments, allowed, 0.3).float(), atol=2e-5, rtol=2e-5
-    )
+    check_attention(native.attend, segments, seen, softmax(segments, allowed, 0.3))
 
 
 @pytest.mark.parametrize("heads", [(1, 1), (6, 2), (3, 1), (8, 2), (10, 2)], ids=str)
@@ -307,9 +316,7 @@ def test_a_single_query(heads: tuple[int, int], slots: int) -> None:
     ]
     everything = torch.ones(1, 1, slots, dtype=torch.bool)
     allowed = [everything[..., :S], everything[..., S:], ((visible_from <= 60) & (visible_from + 30 > 60))[:, None]]
-    torch.testing.assert_close(
-        native.attend_one(segments, 60, 0.3), softmax(segments, allowed, 0.3).float(), atol=2e-5, rtol=2e-5
-    )
+    check_attention(native.attend_one, segments, 60, softmax(segments, allowed, 0.3))
 
 
 @pytest.mark.parametrize("heads", [(1, 1), (6, 2), (10, 2)], ids=str)
@@ -328,9 +335,7 @@ def test_a_single_query_of_rows_that_lie_anywhere(heads: tuple[int, int]) -> Non
     segments = [Segment(q, keys[:, :, p], values[:, :, p], rows=rows, counts=count) for q, p, count in parts]
     own = [Segment(q, keys[rows][:, :, p].nan_to_num(), values[rows][:, :, p].nan_to_num()) for q, p, _ in parts]
     allowed = [(torch.arange(part.keys.size(2)) < count[:, None])[:, None] for part, (*_, count) in zip(own, parts)]
-    torch.testing.assert_close(
-        native.attend_one(segments, 0, 0.3), softmax(own, allowed, 0.3).float(), atol=2e-5, rtol=2e-5
-    )
+    check_attention(native.attend_one, segments, 0, softmax(own, allowed, 0.3))
 
 
 @pytest.mark.parametrize("huge", [1e4, -1e4])
@@ -339,7 +344,7 @@ def test_scores_of_any_size(huge: float) -> None:
     everything = [torch.ones(1, 1, 300, dtype=torch.bool)]
     for attend in (native.attend, native.attend_one):
         segments = [Segment(queries, keys, values)]
-        expected = softmax(segments, everything, 1.0).float()
+        expected = softmax(segments, everything, 1.0)[0].float()
         torch.testing.assert_close(attend(segments, 500, 1.0), expected, atol=1e-4, rtol=1e-4)
 
 
