@@ -206,6 +206,17 @@ def test_an_unknown_rule_is_named() -> None:
         declared("hebb", True, True, True)(SHAPE)
 
 
+@pytest.mark.parametrize(
+    ("rule", "decays", "projected"), [("delta", False, False), ("additive", True, False), ("additive", False, True)]
+)
+def test_only_sums_without_order_leave_anchors_out(rule: str, decays: bool, projected: bool) -> None:
+    ordered, plain = declared(rule, decays, True, projected), declared("additive", False, True, False)
+    ordered.leaves_anchors_out = plain.leaves_anchors_out = True
+    plain(SHAPE)
+    with pytest.raises(ConfigError, match=r"^Declared cannot leave anchors out: its state depends on how tokens come$"):
+        ordered(SHAPE)
+
+
 def test_contributing_shows_a_whole_memory() -> None:
     page = CONTRIBUTING.read_text()
     kind = documented_memory()

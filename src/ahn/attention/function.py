@@ -143,8 +143,10 @@ def recall(layer: LayerCall, store: HippocampalLayer, query: torch.Tensor, view:
         first = view.seen - view.window - evicted.length
         gates = _without_padding(gates, first, call.settings.sinks, call.padding)
     values, selected = evicted.values, call.selected(store)
-    if layer.memory.leaves_anchors_out and selected is not None and view.extra is not None and position is None:
-        places_BE = selected.written(view.seen - evicted.length, evicted.length)
+    leaves_out = layer.memory.leaves_anchors_out and position is None
+    if leaves_out and selected is not None and view.extra is not None and selected.entering.numel():
+        first, count = view.seen - evicted.length, evicted.length
+        places_BE = call.shared("written tokens", selected, lambda: selected.written(first, count))
         keys, values = _written(view.extra, keys, values, places_BE)
         gates = gates * (places_BE >= 0)[..., None, None].to(gates.device)
     k_BEGK, v_BEGV = keys.transpose(1, 2), values.transpose(1, 2)

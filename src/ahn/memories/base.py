@@ -110,6 +110,8 @@ class Memory(nn.Module, abc.ABC):
             self.norm = nn.Parameter(torch.ones(heads * value_size))
         with torch.no_grad():
             self.gate_count = self.gates(self.g_proj.weight.new_zeros(1, 1, shape.hidden_size)).size(-2)
+        if self.leaves_anchors_out and (self.rule == "delta" or self.projections or self.gate_count > 1):
+            raise ConfigError(f"{type(self).__name__} cannot leave anchors out: its state depends on how tokens come")
 
     @staticmethod
     @abc.abstractmethod
