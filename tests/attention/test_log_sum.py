@@ -98,6 +98,13 @@ def test_of_a_single_query(
         torch.testing.assert_close(torch.cat(parts, 1), expected[index], rtol=1e-4, atol=1e-4)
 
 
+def test_in_float64_nothing_is_rounded_to_less() -> None:
+    for layer in recorded(model_of("gemma2").double()):
+        log_sum = layer.read_window().log_sum
+        assert log_sum is not None
+        torch.testing.assert_close(log_sum, spelled_out(layer), rtol=1e-12, atol=1e-12)
+
+
 def test_only_memories_that_read_it_pay_for_it() -> None:
     for layer in recorded(with_memory()):
         assert layer.read_window().log_sum is None

@@ -182,8 +182,8 @@ class Attended(NamedTuple):
 
     Attributes:
         output: `[B, T, H, V]` in the dtype of the values.
-        log_sum: Logarithm of the sum of exp(score) over all that each query reads, `[B, T, H]` float32; `None` where
-            it is not wanted.
+        log_sum: Logarithm of the sum of exp(score) over all that each query reads, `[B, T, H]`, at least in float32;
+            `None` where it is not wanted.
     """
 
     output: torch.Tensor

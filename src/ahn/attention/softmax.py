@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from ahn.attention.call import Attended, Call, LocalRead, Softmax
 from ahn.attention.masks import beside, block_mask, extra_mask, one_mask, read_by, slot_mask
 from ahn.backbone.compat import FUSED_GROUPS_HEADS
+from ahn.ops import at_least_float32
 from ahn.tokens import ExtraKV, Tokens, VisibleKV
 
 # torch 2.13 has no public function that returns the log-sum of a fused softmax beside its output.
@@ -215,13 +216,13 @@ def explicit_weights(reading: Reading, softmax: Softmax) -> torch.Tensor:
 
 
 def log_sums(local: LocalRead) -> torch.Tensor:
-    """Logarithm of the sum of exp(score) over all that each query reads, `[B, T, H]` float32, with gradients."""
+    """Logarithm of the sum of exp(score) over all that each query reads, `[B, T, H]`, with gradients."""
     sums = [explicit_log_sum(reading, local.softmax) for _, reading in readings(local)]
     return torch.cat(sums, dim=2).transpose(1, 2)
 
 
 def explicit_log_sum(reading: Reading, softmax: Softmax) -> torch.Tensor:
-    """Logarithm of the sum of exp(score) over what is read, `[B, H, T]` float32."""
+    """Logarithm of the sum of exp(score) over what is read, `[B, H, T]`, at least in float32."""
     return _explicit_scores(reading, softmax).logsumexp(-1).view(reading.query.shape[:3])
 
 
@@ -242,7 +243,7 @@ def readings(local: LocalRead) -> Iterator[tuple[int, Reading]]:
 
 
 def _explicit_scores(reading: Reading, softmax: Softmax) -> torch.Tensor:
-    """The scores that are compared, `[B, G, H / G * T, N]` float32, and one more where something takes weight alone."""
+    """The scores that are compared, `[B, G, H / G * T, N]`, and one more where something takes weight alone."""
     query, sink_query, keys, _, mask, sinks = reading
     batch, heads, new, size = query.shape
     groups = keys.size(1)
@@ -258,14 +259,15 @@ def _explicit_scores(reading: Reading, softmax: Softmax) -> torch.Tensor:
         one = mask[..., :new, :]
         scores = (per_head + (one if one.dim() == 2 else one[:, :, None])).view_as(scores)
     if softmax.s_aux is not None:
-        extra = softmax.s_aux.float().view(1, groups, -1, 1).expand(batch, -1, -1, new).reshape(*scores.shape[:3], 1)
+        extra = softmax.s_aux.to(scores.dtype).view(1, groups, -1, 1).expand(batch, -1, -1, new)
+        extra = extra.reshape(*scores.shape[:3], 1)
         scores = torch.cat((scores, extra), dim=-1)
     return scores
 
 
 def _scores(q: torch.Tensor, k: torch.Tensor, scaling: float) -> torch.Tensor:
-    """Scaled products, float32."""
-    return torch.matmul(q * scaling, k.transpose(2, 3)).float()
+    """Scaled products, at least in float32."""
+    return at_least_float32(torch.matmul(q * scaling, k.transpose(2, 3)))
 
 
 def _stacks_heads(q: torch.Tensor) -> bool:
