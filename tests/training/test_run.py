@@ -88,6 +88,23 @@ def test_a_base_in_few_bits_has_no_other_dtype(place: Path, tmp_path: Path) -> N
         settings(place, tmp_path / "out", quantize="int4", dtype="bfloat16")
 
 
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"report_tokens": 0}, []),
+        ({"held_out": 0.0}, ["no closing table: no text is held out"]),
+        ({"window": 70, "totals": [16]}, ["no closing table: no held-out text is longer than sinks and window"]),
+    ],
+)
+def test_why_there_is_no_closing_table(
+    changes: dict[str, Any], expected: list[str], place: Path, tmp_path: Path
+) -> None:
+    said: list[str] = []
+    few = {"stages": ["transfer"], "transfer_steps": 1}
+    assert train(settings(place, tmp_path / "out", **few, **changes), say=said.append).report is None
+    assert [line for line in said if "closing table" in line] == expected
+
+
 @pytest.mark.parametrize("name", ["output_dir", "max_steps", "seed", "save_steps", "remove_unused_columns"])
 def test_arguments_cannot_take_the_place_of_settings(name: str, place: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=f"arguments must not name {name}, which other settings decide"):

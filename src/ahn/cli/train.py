@@ -130,6 +130,4 @@ def _print_outcome(outcome: Outcome) -> None:
         output().print(table)
         if summary := report.summary():
             log(summary, console=output())
-    else:
-        log("no held-out text is long enough for the closing table", console=output())
     log(f"wrote {outcome.folder}: try it with `ahn generate --adapter {outcome.folder}`", console=output())

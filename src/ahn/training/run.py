@@ -370,14 +370,22 @@ def _close(
     except ImportError:
         say("no plot: matplotlib is not installed (pip install 'ahn[train]')")
     distiller = Distiller(model, stage="transfer")
-    if not settings.report_tokens or not len(held_out) or distiller.is_sharded():
+    if not settings.report_tokens:
+        return None
+    if distiller.is_sharded():
+        say("no closing table: the weights are spread over several processes")
+        return None
+    if not len(held_out):
+        say("no closing table: " + ("no held-out text is long enough" if settings.held_out else "no text is held out"))
         return None
     say("reading held-out text in the modes full, window and ahn" + (", with anchors" if any(settings.anchors) else ""))
     distiller.finish()
     chosen = held_out.spread(settings.report_tokens)
     sequences = [chosen[number]["input_ids"] for number in range(len(chosen))]
     report = evaluate(model, sequences, settings.span, settings.report_tokens, settings.reported_anchors)
-    if report is not None:
+    if report is None:
+        say("no closing table: no held-out text is longer than sinks and window")
+    else:
         seen = max((line.get("num_input_tokens_seen", 0) for lines in curves.values() for line in lines), default=0)
         write_report(report, folder / TABLE, {"base": settings.model, "memory": settings.memory, "tokens_seen": seen})
     return report
