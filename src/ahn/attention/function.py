@@ -145,8 +145,8 @@ def recall(layer: LayerCall, store: HippocampalLayer, query: torch.Tensor, view:
     values, selected = evicted.values, call.selected(store)
     leaves_out = layer.memory.leaves_anchors_out and position is None
     if leaves_out and selected is not None and view.extra is not None and selected.entering.numel():
-        first, count = view.seen - evicted.length, evicted.length
-        places_BE = call.shared("written tokens", selected, lambda: selected.written(first, count))
+        begin, count = view.seen - evicted.length, evicted.length
+        places_BE = call.shared("written tokens", selected, lambda: selected.written(begin, count))
         keys, values = _written(view.extra, keys, values, places_BE)
         gates = gates * (places_BE >= 0)[..., None, None].to(gates.device)
     k_BEGK, v_BEGV = keys.transpose(1, 2), values.transpose(1, 2)

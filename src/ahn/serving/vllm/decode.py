@@ -174,9 +174,10 @@ class DecodedTokens(KernelProgress):
             beyond, sinks = torch.cat((missing, beyond), dim=1), sinks + missing.size(1)
         mask_B11N = torch.zeros(beyond.shape, device=keys.device).masked_fill_(beyond, float("-inf"))[:, None, None]
         reading = Reading(q_BH1K, sink_q_BH1K, keys, values, mask_B11N, slice(0, sinks))
-        weights, log_sum_BH1 = explicit_weights(reading, softmax), explicit_log_sum(reading, softmax)
+        weights = explicit_weights(reading, softmax)
         output = torch.matmul(weights.to(values.dtype), values).view(self.count, 1, -1, values.size(3))
-        return Attended(output, log_sum_BH1.transpose(1, 2))
+        wants_log_sum = served.memory.reads_log_sum
+        return Attended(output, explicit_log_sum(reading, softmax).transpose(1, 2) if wants_log_sum else None)
 
     def close(self) -> None:
         """Stores the gates of the new tokens, which every layer has read."""
