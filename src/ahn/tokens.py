@@ -1,7 +1,7 @@
 """What travels between cache and attention: tokens of a layer, the padding of their rows, and what a query may read.
 
-Legend of shapes: B batch, T new tokens, G key/value heads, K key size, V value size, F numbers per record,
-S sinks, N keys beside sinks and window, W window.
+Legend of shapes: B batch, T new tokens, H query heads, G key/value heads, K key size, V value size, F numbers per
+record, S sinks, N keys beside sinks and window, W window.
 """
 
 from __future__ import annotations
@@ -130,3 +130,21 @@ class VisibleKV(NamedTuple):
         """The same with all that queries read in a dtype."""
         sinks, local = self.sinks.to(dtype), self.local.to(dtype)
         return self._replace(sinks=sinks, local=local, extra=None if self.extra is None else self.extra.to(dtype))
+
+
+class Attended(NamedTuple):
+    """What queries get from the exact tokens: sinks, extra keys and window.
+
+    Attributes:
+        output: `[B, T, H, V]` in the dtype of the values.
+        log_sum: Logarithm of the sum of exp(score) over all that each query reads, `[B, T, H]`, at least in float32;
+            `None` where it is not wanted.
+    """
+
+    output: torch.Tensor
+    log_sum: torch.Tensor | None = None
+
+    def of_last(self, tokens: int) -> Attended:
+        """The same of the last tokens alone."""
+        first = self.output.size(1) - tokens
+        return Attended(self.output[:, first:], None if self.log_sum is None else self.log_sum[:, first:])

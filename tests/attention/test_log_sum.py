@@ -12,8 +12,8 @@ import ahn
 from ahn import native
 from ahn.attachment import attachment_of
 from ahn.attention import function
-from ahn.attention.call import Attended
 from ahn.attention.recording import RecordedLayer, record_layers
+from ahn.tokens import Attended
 from tests.tiny import read, text, with_memory
 
 SINKS, WINDOW, LENGTH = 5, 16, 70

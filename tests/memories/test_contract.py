@@ -23,6 +23,7 @@ from ahn import native, ops
 from ahn.cost import cost_model
 from ahn.errors import ConfigError
 from ahn.memories import Memory, MemoryShape, build_memory
+from ahn.tokens import Attended
 from tests.cost.test_actual import config, token_flops
 from tests.tiny import CONTRIBUTING, DOCUMENTED, MEMORIES, documented_memory, tiny
 
@@ -94,7 +95,7 @@ def test_any_chunking_gives_the_same_with_gradients(build: Any, backend: str) ->
         read, parts = state, []
         for span in zip(*(tensor.split(sizes, 1) for tensor in (*evicted, hidden, local, log_sum)), strict=True):
             out, read = memory.scan(*span[:3], memory.gates(span[3]), read)
-            parts.append(memory.project_out(out, *span[3:]))
+            parts.append(memory.project_out(out, span[3], Attended(*span[4:])))
         out = torch.cat(parts, 1)
         needed = [*leaves, *memory.parameters()]
         return [out, read, *torch.autograd.grad(out.square().sum() + read.square().sum(), needed)]
@@ -113,7 +114,7 @@ def test_decoding_is_what_the_scan_does(build: Any) -> None:
     query, key, value, hidden, before = tokens(memory, 1, batch=3)
     gates, local, log_sum = memory.gates(hidden), torch.randn(3, 1, 4, 32), torch.randn(3, 1, 4)
     read, after = memory.scan(query, key, value, gates, before)
-    expected = local + memory.project_out(read, hidden, local, log_sum)
+    expected = local + memory.project_out(read, hidden, Attended(local, log_sum))
     assert gates.dtype == torch.float32
     for where in (nullcontext(), native.switched_off()):
         with where:
@@ -123,7 +124,7 @@ def test_decoding_is_what_the_scan_does(build: Any) -> None:
             type(memory).update([memory], key.transpose(0, 1), value.transpose(0, 1), together, state)
             torch.testing.assert_close(state[0], after, rtol=1e-5, atol=1e-5)
             torch.testing.assert_close(memory.read(query, state[0]), read, rtol=1e-5, atol=1e-5)
-            added = memory.decode_add(local.clone(), query, hidden, state[0], log_sum_B1H=log_sum)
+            added = memory.decode_add(Attended(local.clone(), log_sum), query, hidden, state[0])
             torch.testing.assert_close(added, expected, rtol=1e-5, atol=1e-5)
 
 
@@ -157,7 +158,7 @@ def test_it_is_silent_before_it_is_trained(memory: str) -> None:
     fresh = build_memory(memory, SHAPE)
     query, key, value, hidden, state = tokens(fresh, 3)
     read, _ = fresh.scan(query, key, value, fresh.gates(hidden), state)
-    added = fresh.project_out(read, hidden, torch.randn(2, 3, 4, 5), torch.randn(2, 3, 4))
+    added = fresh.project_out(read, hidden, Attended(torch.randn(2, 3, 4, 5), torch.randn(2, 3, 4)))
     assert torch.equal(added, torch.zeros(2, 3, 4, 5))
 
 
@@ -176,12 +177,12 @@ def decode_seconds(memories: list[Memory]) -> float:
     x = torch.randn(LAYERS, 1, 576)
     keys, values = torch.randn(2, LAYERS, 1, 3, 64).unbind()
     states = torch.randn(LAYERS, 1, *memories[0].state_shape())
-    query, local, log_sum = torch.randn(1, 1, 9, 64), torch.randn(1, 1, 9, 64), torch.randn(1, 1, 9)
+    query, local = torch.randn(1, 1, 9, 64), Attended(torch.randn(1, 1, 9, 64), torch.randn(1, 1, 9))
     begun = time.process_time()
     gates = type(memories[0]).gates_of_layers(memories, x)
     type(memories[0]).update(memories, keys, values, gates, states)
     for layer, memory in enumerate(memories):
-        memory.decode_add(local, query, x[layer, :, None], states[layer], log_sum_B1H=log_sum)
+        memory.decode_add(local, query, x[layer, :, None], states[layer])
     return time.process_time() - begun
 
 

@@ -13,6 +13,7 @@ from ahn import native, ops
 from ahn.errors import ShapeError
 from ahn.memories import MemoryShape, build_memory
 from ahn.native import Segment, recurrence
+from ahn.tokens import Attended
 
 pytestmark = pytest.mark.skipif(native.why_not() is not None, reason=f"no kernels here: {native.why_not()}")
 
@@ -156,7 +157,7 @@ def test_a_decoded_token(memory: str, B: int) -> None:
     def decode() -> tuple[Tensor, Tensor]:
         after = state.clone()
         type(memories[0]).update(memories, k, v, gates, after)
-        return after, memories[1].decode_add(local.clone(), q.transpose(1, 2), x, after[1], log_sum_B1H=log_sum)
+        return after, memories[1].decode_add(Attended(local.clone(), log_sum), q.transpose(1, 2), x, after[1])
 
     with torch.no_grad():
         got = decode()
@@ -183,13 +184,13 @@ def test_a_decoded_token_of_rows_that_lie_anywhere(memory: str) -> None:
     dense = pages[:, rows, :-7].unflatten(2, sizes).contiguous()
     with torch.no_grad():
         type(memories[0]).update(memories, k, v, gates, dense)
-        expected = memories[1].decode_add(local.clone(), q, x, dense[1], log_sum_B1H=log_sum)
+        expected = memories[1].decode_add(Attended(local.clone(), log_sum), q, x, dense[1])
         for off in (False, True):
             after = pages.clone()
             state = after[:, :, :-7].unflatten(2, sizes)
             with native.switched_off() if off else contextlib.nullcontext():
                 type(memories[0]).update(memories, k, v, gates, state, rows)
-                got = memories[1].decode_add(local.clone(), q, x, state[1], rows, log_sum)
+                got = memories[1].decode_add(Attended(local.clone(), log_sum), q, x, state[1], rows)
             torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
             torch.testing.assert_close(state[:, rows], dense, atol=1e-5, rtol=1e-5)
             others = [row for row in range(6) if row not in rows]

@@ -1,8 +1,8 @@
 """The kernels of linearised attention compute what its torch form does in float64."""
 
+import contextlib
 import math
 from collections.abc import Callable
-from functools import partial
 
 import pytest
 import torch
@@ -13,6 +13,7 @@ from ahn.errors import ShapeError
 from ahn.memories import MemoryShape, build_memory
 from ahn.memories.linearized_attention import LinearizedAttention
 from ahn.native import linearized
+from ahn.tokens import Attended
 
 pytestmark = pytest.mark.skipif(native.why_not() is not None, reason=f"no kernels here: {native.why_not()}")
 
@@ -143,9 +144,10 @@ def test_an_answer(calls: list[str], shape: MemoryShape, rows: list[int] | None)
     B = ROWS if rows is None else len(rows)
     local, q, x = torch.randn(B, 1, H, V), torch.randn(B, H, 1, K).transpose(1, 2), torch.randn(B, 1, D)
     log_sum = torch.randn(B, H, 1).transpose(1, 2)
-    got = memory.decode_add(local.clone(), q, x, state, rows_B, log_sum)
+    got = memory.decode_add(Attended(local.clone(), log_sum), q, x, state, rows_B)
     assert calls == ["ahn_decode_add_linearized"]
-    expected = memory.double().decode_add(*in_float64(local, q, x, state), rows_B, log_sum.double())
+    local_64, *rest = in_float64(local, q, x, state)
+    expected = memory.double().decode_add(Attended(local_64, log_sum.double()), *rest, rows_B)
     torch.testing.assert_close(got, expected.float(), atol=2e-5, rtol=2e-5)
     assert (got - local).abs().amax(-1).min() > 1e-3
 
@@ -158,12 +160,9 @@ def test_an_empty_state_adds_nothing(calls: list[str], kernels: bool) -> None:
     (memory, *_), state = memories(SHAPES[0]), some_state(SHAPES[0])[0]
     state[1] = 0
     local, q, x = torch.randn(ROWS, 1, H, V), torch.randn(ROWS, 1, H, K), torch.randn(ROWS, 1, D)
-    answer: Callable[..., Tensor] = partial(memory.decode_add, log_sum_B1H=torch.randn(ROWS, 1, H))
-    if kernels:
-        got = answer(local.clone(), q, x, state)
-    else:
-        with native.switched_off():
-            got = answer(local.clone(), q, x, state)
+    exact = Attended(local.clone(), torch.randn(ROWS, 1, H))
+    with contextlib.nullcontext() if kernels else native.switched_off():
+        got = memory.decode_add(exact, q, x, state)
     assert bool(calls) == kernels
     assert torch.equal(got[1], local[1])
     assert not torch.equal(got[0], local[0])
@@ -179,15 +178,15 @@ def test_torch_does_what_the_kernels_cannot(calls: list[str]) -> None:
         with torch.no_grad():
             LinearizedAttention.update(mine, *(x.to(dtype) for x in token(shape)), state)
             local, q, x = (torch.randn(ROWS, 1, *size, dtype=dtype) for size in ((H, V), (H, K), (D,)))
-            mine[0].decode_add(local, q, x, state[0], log_sum_B1H=local[..., 0])
+            mine[0].decode_add(Attended(local, local[..., 0]), q, x, state[0])
     D, H, _, K, V = SHAPES[0]
     state = some_state(SHAPES[0])
     local, q, x = (torch.randn(ROWS, 1, *size) for size in ((H, V), (H, K), (D,)))
-    assert memories(SHAPES[0])[0].decode_add(local, q, x, state[0], log_sum_B1H=local[..., 0]).requires_grad
+    assert memories(SHAPES[0])[0].decode_add(Attended(local, local[..., 0]), q, x, state[0]).requires_grad
     spread = torch.stack((state, state), -1)[..., 0]
     with torch.no_grad():
         LinearizedAttention.update(memories(SHAPES[0]), *token(SHAPES[0]), spread)
-        memories(SHAPES[0])[0].decode_add(local, q, x, spread[0], torch.tensor([0, 1]), local[:2, ..., 0])
+        memories(SHAPES[0])[0].decode_add(Attended(local, local[:2, ..., 0]), q, x, spread[0], torch.tensor([0, 1]))
     assert not calls
 
 

@@ -12,6 +12,7 @@ from ahn.attachment import attachment_of
 from ahn.attention.recording import RecordedLayer, record_layers
 from ahn.checkpoint.content import memory_tensors
 from ahn.memories.linearized_attention import LinearizedAttention
+from ahn.tokens import Attended
 from ahn.training.calibration import calibrate
 from ahn.training.sampling import Span, SpanDraw
 from ahn.training.transfer import transfer_loss
@@ -86,12 +87,15 @@ def unrotated(model: Any, layer: RecordedLayer, positions: str) -> torch.Tensor:
 @pytest.mark.parametrize("positions", ["rope", "none"])
 @torch.no_grad()
 def test_mean_queries(positions: str) -> None:
+    """The n-th token counts by 1 / sqrt(n)."""
     model, texts = fresh(positions=positions), batches()
+    weights = 1 / torch.arange(1, LENGTH + 1)[BEYOND].float().sqrt()
     calibrate(model, texts, SpanDraw(fixed=SPAN))
     layers = [recorded(model, batch["input_ids"]) for batch in texts]
     for index, memory in enumerate(memories(model)):
-        queries = torch.cat([unrotated(model, each[index], positions)[0, :, BEYOND] for each in layers], dim=1)
-        torch.testing.assert_close(memory.mean_query, queries.mean(1), rtol=1e-4, atol=1e-6)
+        queries = torch.cat([unrotated(model, each[index], positions)[:, :, BEYOND] for each in layers])
+        expected = (queries.mean(0) * weights[:, None]).sum(1) / weights.sum()
+        torch.testing.assert_close(memory.mean_query, expected, rtol=1e-4, atol=1e-6)
 
 
 @torch.no_grad()
@@ -104,7 +108,7 @@ def test_shares_are_foreseen_in_other_texts() -> None:
         read, zero = layer.recall(), torch.zeros(1, LENGTH, 4, 8)[:, BEYOND]
         read[..., :8], read[..., 8:16] = read[..., -2:-1], 0  # so that `far` is 1, and the share itself is mixed in
         log_sum = layer.read_window().of_last(read.size(1)).log_sum
-        foreseen = memory.gated(read, layer.hidden[:, BEYOND], zero, log_sum)[..., 0].transpose(1, 2)
+        foreseen = memory.gated(read, layer.hidden[:, BEYOND], Attended(zero, log_sum))[..., 0].transpose(1, 2)
         wrong = (foreseen - share).square().mean((0, 2))
         assert bool((wrong < 0.3 * share.var(2).mean(0)).all())
 

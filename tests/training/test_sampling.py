@@ -23,6 +23,14 @@ def test_the_published_rule() -> None:
     assert all(2 * span.sinks <= sum(span) for span in spans)
 
 
+def test_totals_of_long_sequences() -> None:
+    def drawn(**settings: float) -> set[int]:
+        return {sum(SpanDraw((160, 1056), (32,), **settings).draw(8192, step)) for step in range(9)}
+
+    assert drawn() == {1056}
+    assert drawn(least=0) == {160, 1056}
+
+
 def test_a_draw_hangs_on_its_place_alone() -> None:
     first = [SpanDraw(seed=3).draw(2048, step, 0) for step in range(20)]
     random.seed(1)

@@ -34,7 +34,10 @@ def test_a_silent_memory_explains_nothing() -> None:
 
 @pytest.mark.parametrize("positions", ["rope", "none"])
 def test_the_first_layer_by_hand(memory: str, positions: Any) -> None:
-    """In the first layer teacher and student have the same inputs, so the modes themselves give what is compared."""
+    """In the first layer teacher and student have the same inputs, so the modes themselves give what is compared.
+
+    The n-th token counts by 1 / n.
+    """
     model, ids = trainable(family="qwen3", memory=memory, memory_positions=positions, layers=(0,)), text(2)
     backbone = model.model
     full: dict[int, torch.Tensor] = {}
@@ -44,7 +47,8 @@ def test_the_first_layer_by_hand(memory: str, positions: Any) -> None:
         with ahn.mode(model, mode, **SPAN), recording(backbone, outputs):  # type: ignore[arg-type]
             backbone(input_ids=ids, use_cache=False)
     missing, rest = (full[0] - window[0])[:, 21:], (full[0] - both[0])[:, 21:]
-    expected = rest.square().sum() / missing.square().sum()
+    weights = 1 / torch.arange(22, 1 + ids.size(1)).float()[:, None, None]
+    expected = (weights * rest.square()).sum() / (weights * missing.square()).sum()
     output = transfer_loss(model, {"input_ids": ids}, **SPAN)
     torch.testing.assert_close(output.mean({"transfer": 1}), expected, rtol=1e-4, atol=1e-5)
     output.mean({"transfer": 1}).backward()

@@ -177,24 +177,6 @@ class LocalRead(NamedTuple):
         return self.view.seen - self.query.size(2)
 
 
-class Attended(NamedTuple):
-    """What new tokens get from sinks, extra keys and window.
-
-    Attributes:
-        output: `[B, T, H, V]` in the dtype of the values.
-        log_sum: Logarithm of the sum of exp(score) over all that each query reads, `[B, T, H]`, at least in float32;
-            `None` where it is not wanted.
-    """
-
-    output: torch.Tensor
-    log_sum: torch.Tensor | None
-
-    def of_last(self, tokens: int) -> Attended:
-        """The same of the last tokens alone."""
-        first = self.output.size(1) - tokens
-        return Attended(self.output[:, first:], None if self.log_sum is None else self.log_sum[:, first:])
-
-
 @dataclasses.dataclass(frozen=True, eq=False)
 class LayerCall:
     """One layer in one call: what its attention function must know beside queries, keys and values.

@@ -19,14 +19,14 @@ from ahn.attachment import find_attachment
 from ahn.attention import softmax as in_torch
 from ahn.attention import softmax_native as in_c
 from ahn.attention import softmax_training as with_gradients
-from ahn.attention.call import Attended, LayerCall, Softmax
+from ahn.attention.call import LayerCall, Softmax
 from ahn.attention.masks import CallMask
 from ahn.attention.weights import attention_blocks
 from ahn.backbone import compat
 from ahn.cache.layer import HippocampalLayer
 from ahn.cache.record import TokenRecord
 from ahn.errors import CacheError, ModelError
-from ahn.tokens import ExtraKV, Padding, Tokens, VisibleKV
+from ahn.tokens import Attended, ExtraKV, Padding, Tokens, VisibleKV
 
 IMPLEMENTATION = "ahn"
 """Name under which the attention and the mask function are registered with transformers."""
@@ -123,7 +123,7 @@ def read_memory(
     silent_tokens = query.size(2) - view.evicted.length
     read, last = recall(layer, store, query, view), local.of_last(view.evicted.length)
     with compat.loaded(layer.memory):
-        return layer.memory.project_out(read, layer.hidden[:, silent_tokens:], last.output, last.log_sum)
+        return layer.memory.project_out(read, layer.hidden[:, silent_tokens:], last)
 
 
 def recall(layer: LayerCall, store: HippocampalLayer, query: torch.Tensor, view: VisibleKV) -> torch.Tensor:
@@ -179,8 +179,7 @@ def _decode(
     local = attend_local(layer, query, view, softmax)
     if store.state is None:
         return local.output
-    query, log_sum = query.transpose(1, 2), local.log_sum
-    return layer.memory.decode_add(local.output, query, layer.hidden, store.state, log_sum_B1H=log_sum)
+    return layer.memory.decode_add(local, query.transpose(1, 2), layer.hidden, store.state)
 
 
 def score(

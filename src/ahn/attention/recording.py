@@ -17,7 +17,7 @@ from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import AttentionInterface
 
 from ahn.attachment import AttentionLayer, attachment_of
-from ahn.attention.call import Attended, Call, LayerCall, Softmax
+from ahn.attention.call import Call, LayerCall, Softmax
 from ahn.attention.function import attend_local, attention_function, recall, softmax_of
 from ahn.attention.hooks import layer_call
 from ahn.attention.masks import find_padding, mask_function
@@ -26,7 +26,7 @@ from ahn.backbone.survey import find_backbone, implementation
 from ahn.cache.layer import HippocampalLayer
 from ahn.config import RunSettings
 from ahn.memories import Gating, Memory
-from ahn.tokens import Tokens, VisibleKV
+from ahn.tokens import Attended, Tokens, VisibleKV
 
 RECORDING = "ahn_recorded"
 

@@ -14,11 +14,11 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from ahn.attention.call import Attended, Call, LocalRead, Softmax
+from ahn.attention.call import Call, LocalRead, Softmax
 from ahn.attention.masks import beside, block_mask, extra_mask, one_mask, read_by, slot_mask
 from ahn.backbone.compat import FUSED_GROUPS_HEADS
 from ahn.ops import at_least_float32
-from ahn.tokens import ExtraKV, Tokens, VisibleKV
+from ahn.tokens import Attended, ExtraKV, Tokens, VisibleKV
 
 # torch 2.13 has no public function that returns the log-sum of a fused softmax beside its output.
 _HAS_LOG_SUM = hasattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu")

@@ -8,10 +8,10 @@ from __future__ import annotations
 import torch
 
 from ahn import native
-from ahn.attention.call import Attended, LocalRead
+from ahn.attention.call import LocalRead
 from ahn.attention.masks import slot_mask
 from ahn.native import Segment
-from ahn.tokens import VisibleKV
+from ahn.tokens import Attended, VisibleKV
 
 
 def can_attend(local: LocalRead) -> bool:

@@ -13,10 +13,10 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ahn.attention.call import Attended, Call, LocalRead
+from ahn.attention.call import Call, LocalRead
 from ahn.attention.masks import beside, block_mask, extra_mask, read_by_any
 from ahn.attention.softmax import block_size, log_sums
-from ahn.tokens import VisibleKV
+from ahn.tokens import Attended, VisibleKV
 
 _FORWARD = "_scaled_dot_product_flash_attention_for_cpu"
 _BACKWARD = "_scaled_dot_product_flash_attention_for_cpu_backward"

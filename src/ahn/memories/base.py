@@ -18,6 +18,7 @@ from ahn import ops
 from ahn.errors import ConfigError
 from ahn.memories._parts import Gating, are_plain, stacked
 from ahn.ops import at_least_float32, rms_norm, unit
+from ahn.tokens import Attended
 
 _RULES = ("delta", "additive")
 
@@ -262,16 +263,14 @@ class Memory(nn.Module, abc.ABC):
         self,
         read_BTHV: torch.Tensor,
         x_BTD: torch.Tensor,
-        local_BTHV: torch.Tensor,
-        log_sum_BTH: torch.Tensor | None = None,
+        local: Attended,
     ) -> torch.Tensor:
         """What goes into the output projection, `[B, T, H, V]` float32: here norm and gate of what was read.
 
         Args:
             read_BTHV: What the queries read, as `scan` and `read` give it, float32.
             x_BTD: Input of the attention layer at the *querying* tokens, `[B, T, D]`.
-            local_BTHV: Output of the attention over exact tokens at them, `[B, T, H, V]`.
-            log_sum_BTH: Logarithm of the sum of exp(score) over these, `[B, T, H]`, where the memory `reads_log_sum`.
+            local: What the exact tokens give them; with the log-sum where the memory `reads_log_sum`.
         """
         gate_BTH1 = F.silu(at_least_float32(self.g_proj(x_BTD)))[..., None]
         if self.norm_per_head:
@@ -282,21 +281,19 @@ class Memory(nn.Module, abc.ABC):
         self,
         read_BTHV: torch.Tensor,
         x_BTD: torch.Tensor,
-        local_BTHV: torch.Tensor,
-        log_sum_BTH: torch.Tensor | None = None,
+        local: Attended,
     ) -> torch.Tensor:
         """What the memory adds to the attention output before the model's own output projection.
 
         Args:
             read_BTHV: As for `gated`.
             x_BTD: The same.
-            local_BTHV: The same.
-            log_sum_BTH: The same.
+            local: The same.
 
         Returns:
             `[B, T, H, V]` in the dtype of the model. Zero wherever the state was still empty.
         """
-        return self._projected(self.gated(read_BTHV, x_BTD, local_BTHV, log_sum_BTH))
+        return self._projected(self.gated(read_BTHV, x_BTD, local))
 
     def _projected(self, gated_BTHV: torch.Tensor) -> torch.Tensor:
         """Each head by its output projection, in the dtype of the model."""
@@ -306,38 +303,36 @@ class Memory(nn.Module, abc.ABC):
 
     def decode_add(
         self,
-        local_B1HV: torch.Tensor,
+        local: Attended,
         q_B1HK: torch.Tensor,
         x_B1D: torch.Tensor,
         state: torch.Tensor,
         rows_B: torch.Tensor | None = None,
-        log_sum_B1H: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """The attention output of one token with what the memory adds to it, `[B, 1, H, V]`; for decoding.
 
         Args:
-            local_B1HV: As for `gated`; it may be overwritten.
+            local: As for `gated`; its output may be overwritten.
             q_B1HK: The token's query, `[B, 1, H, K]`.
             x_B1D: Input of the attention layer, `[B, 1, D]`.
             state: The state, `[B, *state_shape()]` float32; with `rows_B` that of any rows.
             rows_B: Which of these rows is whose, int64; `None` where they are those of the batch.
-            log_sum_B1H: As for `gated`.
         """
-        weights = self.output_weights()
-        if weights is not None and ops.decode_add_(local_B1HV, q_B1HK, x_B1D, state, weights, rows_B, log_sum_B1H):
-            return local_B1HV
+        weights, output = self.output_weights(), local.output
+        if weights is not None and ops.decode_add_(output, q_B1HK, x_B1D, state, weights, rows_B, local.log_sum):
+            return output
         state = state if rows_B is None else state[rows_B]
-        return local_B1HV + self._answer(q_B1HK, x_B1D, (local_B1HV, log_sum_B1H), state).to(local_B1HV.dtype)
+        return output + self._answer(q_B1HK, x_B1D, local, state).to(output.dtype)
 
     def _answer(
         self,
         q_B1HK: torch.Tensor,
         x_B1D: torch.Tensor,
-        exact: tuple[torch.Tensor, torch.Tensor | None],
+        local: Attended,
         state: torch.Tensor,
     ) -> torch.Tensor:
-        """What `decode_add` adds, in torch; with output and log-sum of the exact tokens."""
-        return self.project_out(self.read(q_B1HK, state), x_B1D, *exact)
+        """What `decode_add` adds, in torch."""
+        return self.project_out(self.read(q_B1HK, state), x_B1D, local)
 
     def output_weights(self) -> ops.OutputWeights | ops.LinearizedWeights | None:
         """What its output is computed from, for kernels; `None` where none serves it."""

@@ -16,6 +16,7 @@ from ahn.errors import ShapeError
 from ahn.memories._parts import Gating
 from ahn.memories.base import Memory, MemoryShape
 from ahn.ops import at_least_float32
+from ahn.tokens import Attended
 
 _HIGHEST_TILT = 60.0  # of a token's score with the mean query; e^60 tokens fit into float32
 _NO_WEIGHT = -1e4  # a lower log-sum is that of padding, which reads nothing
@@ -175,8 +176,7 @@ class LinearizedAttention(Memory):
         self,
         read_BTHV: torch.Tensor,
         x_BTD: torch.Tensor,
-        local_BTHV: torch.Tensor,
-        log_sum_BTH: torch.Tensor | None = None,
+        local: Attended,
     ) -> torch.Tensor:
         """The share of the softmax that evicted tokens take, times what is different in them; see `Memory.gated`.
 
@@ -185,31 +185,29 @@ class LinearizedAttention(Memory):
         """
         size = self.shape.value_size
         both, values, numbers = read_BTHV.split((size, size, 3), dim=-1)
-        return self._mixed(Sums(both, values, *numbers.unbind(-1)), x_BTD, local_BTHV, log_sum_BTH)
+        return self._mixed(Sums(both, values, *numbers.unbind(-1)), x_BTD, local)
 
-    def _mixed(
-        self, sums: Sums, x_BTD: torch.Tensor, local_BTHV: torch.Tensor, log_sum_BTH: torch.Tensor | None
-    ) -> torch.Tensor:
+    def _mixed(self, sums: Sums, x_BTD: torch.Tensor, local: Attended) -> torch.Tensor:
         """What `gated` gives, from sums that broadcast; zero where nothing has been written."""
-        if log_sum_BTH is None:
+        if local.log_sum is None:
             raise ShapeError("linearised attention needs the log-sum of the exact tokens' scores beside their output")
         size_BTH = sums.weights.clamp(min=_EMPTY)
         mean_BTH = sums.scores / size_BTH
         gate_BTH = torch.addcmul(at_least_float32(self.g_proj(x_BTD)) + sums.own, self.match_weight, mean_BTH)
         gate_BTH = torch.addcmul(gate_BTH, self.size_weight, size_BTH.log())
-        gate_BTH = torch.addcmul(gate_BTH, self.exact_weight, log_sum_BTH.clamp(min=_NO_WEIGHT), value=-1)
+        gate_BTH = torch.addcmul(gate_BTH, self.exact_weight, local.log_sum.clamp(min=_NO_WEIGHT), value=-1)
         share_BTH = gate_BTH.sigmoid() * (size_BTH > _EMPTY)
         far_BTHV = torch.addcmul(sums.both, (1 - mean_BTH)[..., None], sums.values) / size_BTH[..., None]
-        return share_BTH[..., None] * (far_BTHV - local_BTHV)
+        return share_BTH[..., None] * (far_BTHV - local.output)
 
     def _answer(
         self,
         q_B1HK: torch.Tensor,
         x_B1D: torch.Tensor,
-        exact: tuple[torch.Tensor, torch.Tensor | None],
+        local: Attended,
         state: torch.Tensor,
     ) -> torch.Tensor:
-        return self._projected(self._mixed(self._sums(q_B1HK, state), x_B1D, *exact))
+        return self._projected(self._mixed(self._sums(q_B1HK, state), x_B1D, local))
 
     def output_weights(self) -> ops.LinearizedWeights:
         """As `Memory.output_weights`."""

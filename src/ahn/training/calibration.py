@@ -25,13 +25,18 @@ _LEAST_WEIGHT = 0.002  # of a share that is next to 0 or 1, where the largest is
 _LARGEST_LOGIT = 8.0
 
 
-class _Means(Adding):
-    """Mean queries `[H, K]` and mean keys `[G, K]` of a text."""
+class _Sums(Adding):
+    """Sums of queries `[H, K]` and of keys `[G, K]` by the roots of their positions' weights, and of these roots, `[]`.
+
+    By the weights themselves the mean query would be that of the first few hundred tokens; rotation turns later ones
+    away from it.
+    """
 
     def count(self, layer: RecordedLayer) -> tuple[torch.Tensor, ...]:
-        """The means of a layer."""
-        query, key, _ = layer.projected
-        return tuple(x[:, :, -layer.evicted_tokens :].double().mean((0, 2)) for x in (query, key))
+        """The sums of a layer."""
+        weights_BE = self.weights[:, -layer.evicted_tokens :].double().sqrt()
+        beyond = (x[:, :, -layer.evicted_tokens :].double() for x in layer.projected[:2])
+        return *(torch.einsum("be,bhek->hk", weights_BE, x) for x in beyond), weights_BE.sum()
 
 
 class _Shares(Adding):
@@ -43,7 +48,8 @@ class _Shares(Adding):
         picked = torch.arange(0, evicted, _EVERY, device=query.device)
         share_BHN = layer.evicted_share(picked + query.size(2) - evicted).double().clamp(max=1)
         logit_BHN = torch.logit(share_BHN).clamp(-_LARGEST_LOGIT, _LARGEST_LOGIT)
-        weight_BHN = share_BHN * (1 - share_BHN) + _LEAST_WEIGHT
+        of_position_B1N = self.weights[:, None, picked + query.size(2) - evicted].double()
+        weight_BHN = (share_BHN * (1 - share_BHN) + _LEAST_WEIGHT) * of_position_B1N
         memory = cast("LinearizedAttention", layer.memory)
         log_sum_BEH = cast("torch.Tensor", layer.read_window().of_last(evicted).log_sum)
         features_BHEF = _features(memory, query[:, :, -evicted:], layer.recall(), log_sum_BEH)
@@ -64,6 +70,11 @@ def _features(
     return torch.cat((scaled_BHEK, *numbers), dim=-1)
 
 
+def calibrated(memories: Iterable[Memory]) -> list[LinearizedAttention]:
+    """Those of some memories that `calibrate` sets."""
+    return [memory for memory in memories if isinstance(memory, LinearizedAttention)]
+
+
 @torch.no_grad()
 def calibrate(
     model: nn.Module,
@@ -74,7 +85,8 @@ def calibrate(
     """Sets the mean queries and the shares of linearised attention to what the teacher does on a few texts.
 
     Two passes of the teacher: the first takes the mean queries and keys beyond the window. The second fits the logit of
-    each head's share by weighted least squares. `g_proj` keeps a bias alone.
+    each head's share by weighted least squares. Positions count as in `ahn.training.transfer`. `g_proj` keeps a bias
+    alone.
 
     Args:
         model: A model with a memory attached. Other kinds of memory stay as they are.
@@ -82,16 +94,16 @@ def calibrate(
         draw: Window and sinks of each.
         only: The memories that are meant; all if left out.
     """
-    memories = {m for m in attachment_of(model).memories if isinstance(m, LinearizedAttention)}
-    memories = memories if only is None else {memory for memory in memories if memory in only}
+    meant = attachment_of(model).memories
+    memories = set(calibrated(meant if only is None else [memory for memory in meant if memory in only]))
     if not memories:
         return
     batches = list(batches)
-    means = add_up(model, batches, draw, _Means, memories)
-    for memory in memories & means.keys():
-        queries, keys = means[memory]
-        memory.mean_query.copy_(queries / len(batches))
-        heads = (memory.mean_query.unflatten(0, (keys.size(0), -1)) * (keys / len(batches))[:, None]).sum(-1)
+    sums = add_up(model, batches, draw, _Sums, memories)
+    for memory in memories & sums.keys():
+        queries, keys, weights = sums[memory]
+        memory.mean_query.copy_(queries / weights)
+        heads = (memory.mean_query.unflatten(0, (keys.size(0), -1)) * (keys / weights)[:, None]).sum(-1)
         memory.get_parameter("offset").copy_(heads.flatten() * memory.shape.key_size**-0.5)
     equations = add_up(model, batches, draw, _Shares, memories)
     for memory in memories & equations.keys():

@@ -25,11 +25,11 @@ class _Moments(Adding):
     def count(self, layer: RecordedLayer) -> tuple[torch.Tensor, ...]:
         """Moments of one layer."""
         missing = self.missing(layer)
-        gated_BEHV = layer.memory.gated(layer.recall(), layer.hidden[:, missing.before :], *missing.local)
-        read_BEHV = gated_BEHV * missing.counted_BE11
+        gated_BEHV = layer.memory.gated(layer.recall(), layer.hidden[:, missing.before :], missing.local)
+        weighted_BEHV = gated_BEHV * missing.weight_BE11
         return (
-            torch.einsum("behv,behw->hvw", read_BEHV, read_BEHV).double(),
-            torch.einsum("behv,behw->hvw", read_BEHV, missing.output_BEHV).double(),
+            torch.einsum("behv,behw->hvw", weighted_BEHV, gated_BEHV).double(),
+            torch.einsum("behv,behw->hvw", weighted_BEHV, missing.output_BEHV).double(),
         )
 
 
@@ -44,8 +44,9 @@ def solve_readout(
 ) -> None:
     """Sets the output projections of the attached memories to a ridge regression on what the window misses.
 
-    Each head gets `W = (R^T R + c I)^-1 R^T M`. R is what the head reads after its gated norm. M is the output of full
-    attention minus that of sinks and window. Both come from one pass of the teacher over a few texts. The regression
+    Each head gets `W = (R^T P R + c I)^-1 R^T P M`. R is what the head reads after its gated norm. M is the output of
+    full attention minus that of sinks and window. Both come from one pass of the teacher over a few texts. P has the
+    weights of positions, as in `ahn.training.transfer`. The regression
     explains each layer separately. All layers together would overshoot, so a share of it is the better start.
 
     Args:

@@ -25,7 +25,7 @@ from ahn.models.loading import is_gguf
 from ahn.models.text import evenly
 from ahn.training.anchors.joint import load_score_weights
 from ahn.training.batches import Pieces, PieceStream, collate
-from ahn.training.calibration import calibrate
+from ahn.training.calibration import calibrate, calibrated
 from ahn.training.data import load_pieces, stream_pieces
 from ahn.training.distiller import Distiller
 from ahn.training.initialization import copy_common, set_initial_decay, set_initial_gate
@@ -273,8 +273,10 @@ def _begin(model: Any, settings: TrainSettings, sequences: Pieces | PieceStream,
         copied = copy_common(model, settings.adapter)
         fresh = [memory for memory in fresh if memory not in copied.memories]
         say(f"from {settings.adapter}: {', '.join(copied.parameters)}")
-    if fresh and settings.initial_gate is not None:
-        set_initial_gate(model, settings.initial_gate, [item["input_ids"] for item in _first(sequences, 4)], fresh)
+    solved = [] if settings.initial_readout is None else calibrated(fresh)
+    gated = [memory for memory in fresh if memory not in solved]
+    if gated and settings.initial_gate is not None:
+        set_initial_gate(model, settings.initial_gate, [item["input_ids"] for item in _first(sequences, 4)], gated)
     if fresh and settings.initial_readout is not None:
         layers = "every layer" if settings.adapter is None else "the other layers"
         say(f"solving the read-out of {layers} on a few texts")

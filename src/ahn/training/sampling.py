@@ -63,14 +63,15 @@ def subsampled(labels: torch.Tensor, share: float, *key: int) -> torch.Tensor:
 class SpanDraw:
     """The rule that spans are drawn by.
 
-    A total is drawn among those shorter than the sequence and not under an eighth of it, then sinks among those of at
-    most half the total; the window is the rest.
+    A total is drawn among those shorter than the sequence and not under a share of it. Sinks are then drawn among those
+    of at most half the total; the window is the rest.
 
     Attributes:
         totals: Candidates for sinks and window together.
         sinks: Candidates for the sinks.
         fixed: The span of every sequence, instead of a draw.
         seed: What the draws depend on.
+        least: Least share of the sequence that a total may be.
 
     Raises:
         ConfigError: A candidate is out of range.
@@ -82,6 +83,7 @@ class SpanDraw:
     sinks: tuple[int, ...] = SINKS
     fixed: Span | None = None
     seed: int = 0
+    least: float = 1 / 8
 
     def __post_init__(self) -> None:
         for total in self.totals:
@@ -100,14 +102,14 @@ class SpanDraw:
         if self.fixed is not None:
             usable = {sum(self.fixed): [self.fixed.sinks]} if sum(self.fixed) < length else {}
         else:
-            totals = [total for total in self.totals if length / 8 <= total < length]
+            totals = [total for total in self.totals if length * self.least <= total < length]
             pairs = {total: [sinks for sinks in self.sinks if sinks <= total / 2] for total in totals}
             usable = {total: sinks for total, sinks in pairs.items() if sinks}
         if not usable:
             what = f"sinks + window = {sum(self.fixed)}" if self.fixed else f"the totals {list(self.totals)}"
             raise ConfigError(
                 f"a sequence of {length} tokens leaves nothing for the memory to learn with {what}; use longer "
-                "sequences or smaller windows (and, drawn at random, totals of at least an eighth of the length)"
+                f"sequences or smaller windows (and, drawn at random, totals of at least {self.least:g} of the length)"
             )
         return usable
 

@@ -112,9 +112,8 @@ class TrainSettings(Settings):
         "Train each sequence with another window and other sinks, or all with these.",
         choices=("random", "fixed"),
     )
-    totals: tuple[int, ...] = file_setting(
-        help="Candidates for sinks and window together.", factory=lambda: _published("TOTALS")
-    )
+    totals: tuple[int, ...] = file_setting(help="Candidates for sinks + window.", factory=lambda: _published("TOTALS"))
+    least_total: float = file_setting(0.125, "Least share of its sequence that a total may be.", least=0)
     sink_counts: tuple[int, ...] = file_setting(
         help="Candidates for the sinks. The published 0 is left out: without any sink a small model falls apart, and "
         "its memory learns to be one.",
@@ -282,7 +281,8 @@ class TrainSettings(Settings):
         """How window and sinks of each sequence are drawn."""
         from ahn.training.sampling import SpanDraw
 
-        return SpanDraw(self.totals, self.sink_counts, self.span if self.draw == "fixed" else None, self.seed)
+        fixed = self.span if self.draw == "fixed" else None
+        return SpanDraw(self.totals, self.sink_counts, fixed, self.seed, self.least_total)
 
     @property
     def anchor_draw(self) -> AnchorDraw:

@@ -3,6 +3,9 @@
 Nothing is propagated back through the base model. Each layer's loss and gradients are taken while the pass is in that
 layer. So neither time nor memory is much above those of reading the text once.
 
+A position counts by one over the tokens up to it, so that each doubling of a text counts alike. Otherwise the end of a
+long text would decide alone.
+
 Legend of shapes: B rows, T tokens, E evicted tokens, H query heads, V value size.
 """
 
@@ -18,11 +21,11 @@ from torch import nn
 
 import ahn
 from ahn.attachment import attachment_of
-from ahn.attention.call import Attended
 from ahn.attention.recording import RecordedLayer, record_layers
 from ahn.backbone.survey import find_backbone
 from ahn.distillation import find_targets
 from ahn.memories import Memory
+from ahn.tokens import Attended
 from ahn.training.losses import LossOutput
 from ahn.training.sampling import SpanDraw
 
@@ -34,19 +37,18 @@ class Lesson:
     """What one pass of the teacher is for, layer by layer.
 
     Attributes:
-        counted: Positions that count, `[B, T]`.
+        weights: How much each position counts, `[B, T]` float32; 0 where it does not.
     """
 
-    counted: torch.Tensor
+    weights: torch.Tensor
 
     def missing(self, layer: RecordedLayer) -> Missing:
         """What sinks and window of a layer miss, at the positions that the memory speaks at."""
-        before = self.counted.size(1) - layer.evicted_tokens
-        counted_BE11 = self.counted[:, before:, None, None]
+        before = self.weights.size(1) - layer.evicted_tokens
         with torch.no_grad():
             local = layer.read_window().of_last(layer.evicted_tokens)
-            output_BEHV = (layer.output[:, before:] - local.output).float() * counted_BE11
-        return Missing(before, local, output_BEHV, counted_BE11)
+            output_BEHV = (layer.output[:, before:] - local.output).float()
+        return Missing(before, local, output_BEHV, self.weights[:, before:, None, None])
 
     def learn(self, layer: RecordedLayer) -> None:
         """What a layer does with it."""
@@ -59,15 +61,18 @@ class Missing(NamedTuple):
     Attributes:
         before: Positions before the first at which the memory speaks.
         local: What sinks and window give from there on.
-        output_BEHV: Output of full attention minus that of sinks and window, `[B, E, H, V]` float32, zero at positions
-            that do not count.
-        counted_BE11: Whether a position counts.
+        output_BEHV: Output of full attention minus that of sinks and window, `[B, E, H, V]` float32.
+        weight_BE11: How much a position counts.
     """
 
     before: int
     local: Attended
     output_BEHV: torch.Tensor
-    counted_BE11: torch.Tensor
+    weight_BE11: torch.Tensor
+
+    def square(self, x_BEHV: torch.Tensor) -> torch.Tensor:
+        """Weighted sum of squares over all positions."""
+        return (x_BEHV.square() * self.weight_BE11).sum()
 
 
 @dataclasses.dataclass(eq=False)
@@ -92,10 +97,10 @@ class _Regression(Lesson):
             if not layer.evicted_tokens:
                 return
             read_BEHV = layer.memory.project_out(
-                layer.recall(), layer.hidden[:, missing.before :], *missing.local
+                layer.recall(), layer.hidden[:, missing.before :], missing.local
             ).float()
-            wrong = (read_BEHV * missing.counted_BE11 - missing.output_BEHV).square().sum()
-            share = wrong / missing.output_BEHV.square().sum().clamp(min=1e-12)
+            wrong = missing.square(read_BEHV - missing.output_BEHV)
+            share = wrong / missing.square(missing.output_BEHV).clamp(min=1e-12)
             slopes = torch.autograd.grad(share, parameters, allow_unused=True) if torch.is_tensor(share) else ()
         self.losses.append(share.detach())
         self.gradients.update((p, g) for p, g in zip(parameters, slopes) if g is not None)
@@ -153,8 +158,8 @@ def transfer_loss(model: nn.Module, batch: Mapping[str, torch.Tensor], window: i
     """How much of what the window misses the memories leave unexplained, with gradients already taken.
 
     The target of a layer is the output of full attention minus that of sinks and window, from the teacher's own hidden
-    states, queries, keys and values. The loss is the squared error over the target's squared length, averaged over
-    layers: 1 for a silent memory, 0 for one that replaces full attention.
+    states, queries, keys and values. The loss is the squared error over the target's squared length, both weighted by
+    position, averaged over layers: 1 for a silent memory, 0 for one that replaces full attention.
 
     Args:
         model: A model with a memory attached.
@@ -185,7 +190,7 @@ def teach(
         batch: As for `find_targets`; labels are not looked at.
         window: Tokens of the student's window.
         sinks: The student's sinks.
-        lesson: Makes what the layers do from the positions that count.
+        lesson: Makes what the layers do from the weights of positions.
 
     Returns:
         The lesson, and the number of positions that count.
@@ -193,11 +198,12 @@ def teach(
     attachment, backbone = attachment_of(model), find_backbone(model)
     inputs = {name: batch[name] for name in ("input_ids", "attention_mask") if batch.get(name) is not None}
     targets = find_targets(batch, window, sinks).attention
-    counted = torch.zeros(batch["input_ids"].numel(), dtype=torch.bool, device=targets.device)
-    counted[targets] = True
+    tokens_BT = inputs.get("attention_mask", torch.ones_like(batch["input_ids"])).cumsum(1)
+    weights = torch.zeros(tokens_BT.numel(), device=targets.device)
+    weights[targets] = 1 / tokens_BT.flatten()[targets].float()
     with ahn.mode(model, "ahn", window=window, sinks=sinks):
         student = attachment.settings
-    taken = lesson(counted.view_as(batch["input_ids"]))
+    taken = lesson(weights.view_as(tokens_BT))
     with torch.no_grad(), ahn.mode(model, "full"), record_layers(model, taken.learn, student):
         backbone(**inputs, use_cache=False)
     return taken, targets.numel()

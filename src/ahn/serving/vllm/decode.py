@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from ahn import native
-from ahn.attention.call import Attended, Call, LayerCall, Softmax
+from ahn.attention.call import Call, LayerCall, Softmax
 from ahn.attention.decoding import KernelProgress
 from ahn.attention.function import softmax_of
 from ahn.attention.softmax import Reading, explicit_log_sum, explicit_weights
@@ -26,6 +26,7 @@ from ahn.cache.record import TokenRecord
 from ahn.native import Segment
 from ahn.serving.vllm.anchors import DecodedAnchors
 from ahn.serving.vllm.runtime import Rows, Runtime, ServedCall, ServedGroup, ServedLayer
+from ahn.tokens import Attended
 
 
 class DecodedTokens(KernelProgress):
@@ -99,7 +100,7 @@ class DecodedTokens(KernelProgress):
         softmax = softmax_of(q_BH1K, options.get("scaling"), 0.0, dict(options))
         local = self._attend_local(served, q_BH1K.contiguous(), sink_q, softmax)
         rows, q_B1HK = (served.pages["state"], self.blocks), q_BH1K.transpose(1, 2)
-        return served.memory.decode_add(local.output, q_B1HK, hidden, *rows, local.log_sum)
+        return served.memory.decode_add(local, q_B1HK, hidden, *rows)
 
     def layer_call(self, served: ServedLayer, hidden: torch.Tensor, inputs: Mapping[str, Any]) -> LayerCall:
         """A layer in this step.
