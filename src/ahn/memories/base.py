@@ -259,12 +259,7 @@ class Memory(nn.Module, abc.ABC):
         with ops.full_precision(state):
             return torch.matmul(self._queries(q_BTHK).transpose(1, 2).to(state.dtype), state_BHKV).transpose(1, 2)
 
-    def gated(
-        self,
-        read_BTHV: torch.Tensor,
-        x_BTD: torch.Tensor,
-        local: Attended,
-    ) -> torch.Tensor:
+    def gated(self, read_BTHV: torch.Tensor, x_BTD: torch.Tensor, local: Attended) -> torch.Tensor:
         """What goes into the output projection, `[B, T, H, V]` float32: here norm and gate of what was read.
 
         Args:
@@ -277,12 +272,7 @@ class Memory(nn.Module, abc.ABC):
             return rms_norm(read_BTHV, self._norm) * gate_BTH1
         return rms_norm((read_BTHV * gate_BTH1).flatten(-2), self._norm).view_as(read_BTHV)
 
-    def project_out(
-        self,
-        read_BTHV: torch.Tensor,
-        x_BTD: torch.Tensor,
-        local: Attended,
-    ) -> torch.Tensor:
+    def project_out(self, read_BTHV: torch.Tensor, x_BTD: torch.Tensor, local: Attended) -> torch.Tensor:
         """What the memory adds to the attention output before the model's own output projection.
 
         Args:
@@ -324,13 +314,7 @@ class Memory(nn.Module, abc.ABC):
         state = state if rows_B is None else state[rows_B]
         return output + self._answer(q_B1HK, x_B1D, local, state).to(output.dtype)
 
-    def _answer(
-        self,
-        q_B1HK: torch.Tensor,
-        x_B1D: torch.Tensor,
-        local: Attended,
-        state: torch.Tensor,
-    ) -> torch.Tensor:
+    def _answer(self, q_B1HK: torch.Tensor, x_B1D: torch.Tensor, local: Attended, state: torch.Tensor) -> torch.Tensor:
         """What `decode_add` adds, in torch."""
         return self.project_out(self.read(q_B1HK, state), x_B1D, local)
 

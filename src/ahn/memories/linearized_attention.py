@@ -172,12 +172,7 @@ class LinearizedAttention(Memory):
         own_BTH, last_B1HX = (q_BTHK * self.share_key).sum(-1), state[:, None, :, :, -1]
         return Sums(both_BTHX[..., :-1], last_B1HX[..., :-1], both_BTHX[..., -1], last_B1HX[..., -1], own_BTH)
 
-    def gated(
-        self,
-        read_BTHV: torch.Tensor,
-        x_BTD: torch.Tensor,
-        local: Attended,
-    ) -> torch.Tensor:
+    def gated(self, read_BTHV: torch.Tensor, x_BTD: torch.Tensor, local: Attended) -> torch.Tensor:
         """The share of the softmax that evicted tokens take, times what is different in them; see `Memory.gated`.
 
         Raises:
@@ -200,13 +195,7 @@ class LinearizedAttention(Memory):
         far_BTHV = torch.addcmul(sums.both, (1 - mean_BTH)[..., None], sums.values) / size_BTH[..., None]
         return share_BTH[..., None] * (far_BTHV - local.output)
 
-    def _answer(
-        self,
-        q_B1HK: torch.Tensor,
-        x_B1D: torch.Tensor,
-        local: Attended,
-        state: torch.Tensor,
-    ) -> torch.Tensor:
+    def _answer(self, q_B1HK: torch.Tensor, x_B1D: torch.Tensor, local: Attended, state: torch.Tensor) -> torch.Tensor:
         return self._projected(self._mixed(self._sums(q_B1HK, state), x_B1D, local))
 
     def output_weights(self) -> ops.LinearizedWeights:

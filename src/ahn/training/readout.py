@@ -46,8 +46,8 @@ def solve_readout(
 
     Each head gets `W = (R^T P R + c I)^-1 R^T P M`. R is what the head reads after its gated norm. M is the output of
     full attention minus that of sinks and window. Both come from one pass of the teacher over a few texts. P has the
-    weights of positions, as in `ahn.training.transfer`. The regression
-    explains each layer separately. All layers together would overshoot, so a share of it is the better start.
+    weights of positions, as in `ahn.training.transfer`. The regression explains each layer separately. All layers
+    together would overshoot, so a share of it is the better start.
 
     Args:
         model: A model with a memory attached; its gates should be open (`set_initial_gate`).
