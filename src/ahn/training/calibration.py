@@ -46,10 +46,10 @@ class _Shares(Adding):
         """The equations of a layer."""
         evicted, query = layer.evicted_tokens, layer.projected[0]
         picked = torch.arange(0, evicted, _EVERY, device=query.device)
-        share_BHN = layer.evicted_share(picked + query.size(2) - evicted).double().clamp(max=1)
+        rows = picked + query.size(2) - evicted
+        share_BHN = layer.evicted_share(rows).double().clamp(max=1)
         logit_BHN = torch.logit(share_BHN).clamp(-_LARGEST_LOGIT, _LARGEST_LOGIT)
-        of_position_B1N = self.weights[:, None, picked + query.size(2) - evicted].double()
-        weight_BHN = (share_BHN * (1 - share_BHN) + _LEAST_WEIGHT) * of_position_B1N
+        weight_BHN = (share_BHN * (1 - share_BHN) + _LEAST_WEIGHT) * self.weights[:, None, rows].double()
         memory = cast("LinearizedAttention", layer.memory)
         log_sum_BEH = cast("torch.Tensor", layer.read_window().of_last(evicted).log_sum)
         features_BHEF = _features(memory, query[:, :, -evicted:], layer.recall(), log_sum_BEH)
@@ -85,8 +85,8 @@ def calibrate(
     """Sets the mean queries and the shares of linearised attention to what the teacher does on a few texts.
 
     Two passes of the teacher: the first takes the mean queries and keys beyond the window. The second fits the logit of
-    each head's share by weighted least squares. Positions count as in `ahn.training.transfer`. `g_proj` keeps a bias
-    alone.
+    each head's share by weighted least squares. Positions count as in `ahn.training.transfer`; in the first, by
+    the root of that. `g_proj` keeps a bias alone.
 
     Args:
         model: A model with a memory attached. Other kinds of memory stay as they are.
