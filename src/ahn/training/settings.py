@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import types
 import typing
 from collections.abc import Mapping
 from pathlib import Path
@@ -26,6 +25,7 @@ from ahn.config import (
 )
 from ahn.errors import ConfigError, one_line
 from ahn.memories import split_names
+from ahn.training.setting_values import typed_value
 
 if TYPE_CHECKING:  # what takes seconds to import, and help texts need not
     from ahn.training.data import Cut
@@ -95,6 +95,9 @@ class TrainSettings(Settings):
         choices=("auto", "float32", "bfloat16"),
     )
     length: int = setting(1024, "Tokens of a sequence, at most.", least=1)
+    lengths: tuple[int, ...] | None = file_setting(
+        None, "Lengths that each document is cut to by turns, instead of length for all; none above it."
+    )
     min_length: int | None = setting(None, "Leave shorter texts out.", unset="half of --length")
     pack: bool = setting(False, "Join short texts into full sequences.", names="--pack/--cut")
     per_document: int | None = file_setting(
@@ -208,7 +211,7 @@ class TrainSettings(Settings):
     def __post_init__(self) -> None:
         hints = typing.get_type_hints(type(self))
         for field in dataclasses.fields(self):
-            object.__setattr__(self, field.name, _typed(field.name, getattr(self, field.name), hints[field.name]))
+            object.__setattr__(self, field.name, typed_value(field.name, getattr(self, field.name), hints[field.name]))
             _check_range(field, getattr(self, field.name))
         for name in ("lr", "transfer_lr"):
             if not 0 < getattr(self, name) < math.inf:
@@ -258,8 +261,8 @@ class TrainSettings(Settings):
         """How documents become sequences."""
         from ahn.training.data import Cut
 
-        shortest = self.min_length or max(2, self.length // 2)
-        return Cut(self.length, shortest, self.pack, self.held_out, self.per_document)
+        shortest = self.min_length or max(2, min(self.lengths or (self.length,)) // 2)
+        return Cut(self.length, shortest, self.pack, self.held_out, self.per_document, self.lengths)
 
     @property
     def recomputed(self) -> str:
@@ -356,44 +359,3 @@ def _check_range(field: dataclasses.Field[Any], value: Any) -> None:
         raise ConfigError(f"{field.name} must be at least {least}, not {value}")
     if choices:
         check_choice(field.name, value, choices)
-
-
-def _typed(name: str, value: Any, hint: Any) -> Any:
-    """The value in the type that a setting has; numbers may come as text, for YAML reads 1e-3 as one."""
-    origin, parts = typing.get_origin(hint), typing.get_args(hint)
-    if origin in (typing.Union, types.UnionType):
-        if value is None:
-            return None
-        return _typed(name, value, next(part for part in parts if part is not type(None)))
-    if origin is typing.Literal or hint is str:
-        if isinstance(value, str):
-            return value
-    elif origin is tuple:
-        if isinstance(value, list | tuple) and (parts[-1] is ... or len(value) == len(parts)):
-            return tuple(_typed(name, _whole(each) if parts[0] is int else each, parts[0]) for each in value)
-    elif origin is dict or hint is dict:
-        if isinstance(value, Mapping):
-            return {
-                str(key): _typed(name, each, parts[1]) if parts[1] is float else each for key, each in value.items()
-            }
-    elif isinstance(value, bool) == (hint is bool) and (number := _number(value, hint)) is not None:
-        return number
-    kind = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}.get(hint, "a list")
-    kind = "names with numbers" if origin is dict else kind
-    raise ConfigError(f"{name} must be {kind}, not {value!r}")
-
-
-def _whole(value: Any) -> Any:
-    """A whole number that is joined to others in an option comes as text."""
-    return int(value) if isinstance(value, str) and value.isdecimal() else value
-
-
-def _number(value: Any, hint: type) -> Any:
-    if hint is float and isinstance(value, str):
-        try:
-            return float(value)
-        except ValueError:
-            return None
-    if isinstance(value, int) or (hint is float and isinstance(value, float)):
-        return hint(value)
-    return None
