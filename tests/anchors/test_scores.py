@@ -155,7 +155,12 @@ class TestContract:
             with pytest.raises(NotImplementedError):
                 score.build({}, hidden_size=8, kv_heads=2, key_size=4)
             return
-        stored = {"inner.weight": torch.zeros(3, 8), "inner.bias": torch.zeros(3), "kinds": torch.eye(3)}
+        stored = {
+            "inner.weight": torch.zeros(3, 8),
+            "inner.bias": torch.zeros(3),
+            "outer.bias": torch.zeros(2),
+            "kinds": torch.eye(3),
+        }
         weights = score.build(stored, hidden_size=8, kv_heads=2, key_size=4)
         assert tuple(weights.state_dict()) == score.weight_names
         assert score.disagreement([weights, weights]) is None
@@ -195,7 +200,7 @@ class TestPooling:
         window, tokens, begin = 16, 40, 7
         left, right = pooling.margins(window)
         line = torch.arange(-left, tokens + right)
-        scores = torch.randn(1, len(line), len(pooling.kernels), generator=torch.Generator().manual_seed(4))
+        scores = torch.randn(1, len(line), pooling.scores, generator=torch.Generator().manual_seed(4))
         scores[0, left + 20 : left + 26] += 2
         found = pooling.apply(scores, (line >= begin)[None].float(), window)[0]
         assert len(found) == tokens
@@ -209,14 +214,15 @@ class TestPooling:
                         mean = sum(own) / len(own)
                         if pooling.firm is None or mean >= pooling.firm:
                             best.append(mean + pooling.bonus * (number > 0) - pooling.slope * abs(k - j))
-            near = scores[0, left + max(begin, j - 1) : left + j + 2, 0]
+            near = scores[0, left + max(begin, j - 1) : left + j + 2, -1]
             best = best or [float(near.mean()) - 100]
             assert float(found[j]) == pytest.approx(max(best), abs=1e-5)
 
     def test_a_span_is_kept_whole_or_not_at_all(self) -> None:
         """Two spans that differ by little, and a token that scores almost as high and spreads to none."""
-        pooling, scores = Pooling((0,), spread=(4, 2), firm=1.0), torch.zeros(1, 80, 1)
+        pooling, scores = Pooling((0,), spread=(4, 2), firm=1.0), torch.zeros(1, 80, 2)
         scores[0, [24, 44, 60], 0] = torch.tensor([2.0, 1.9, 0.9])
+        scores[0, [25, 60], 1] = torch.tensor([5.0, 0.9])
         left, right = pooling.margins(64)
         pooled = torch.full((80,), float("-inf"))
         pooled[left : 80 - right] = pooling.apply(scores, torch.ones(1, 80), 64)[0]

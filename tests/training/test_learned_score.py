@@ -12,13 +12,14 @@ import torch
 from safetensors.torch import load_file
 
 import ahn
+from ahn.anchors.learned import AnchorGate
 from ahn.attachment import attachment_of
 from ahn.cli import main
 from ahn.errors import ConfigError
 from ahn.models import load_tokenizer
 from ahn.training.anchors import AnchorSettings, check_anchor_settings, documents, train_anchors
 from ahn.training.anchors.documents import FORMATS, FactText, UnfitText, _facts, make_document
-from ahn.training.anchors.fit import fit
+from ahn.training.anchors.fit import fit, joined
 from ahn.training.anchors.future_attention import observe
 from ahn.training.anchors.run import _check_model, _documents, _layers_of_learned
 from ahn.training.sources import DataError
@@ -177,7 +178,7 @@ def test_what_is_looked_at_later_against_a_loop() -> None:
     plain = tiny("llama", attn_implementation="eager")
     with torch.no_grad():
         output = plain(ids[None], output_attentions=True, output_hidden_states=True)
-    total = torch.zeros(40, dtype=torch.float64)
+    total, reread = torch.zeros(2, 40, dtype=torch.float64)
     for layer, (weights, hidden) in enumerate(zip(output.attentions, output.hidden_states)):
         attention = plain.model.layers[layer].self_attn
         value = attention.v_proj(plain.model.layers[layer].input_layernorm(hidden))[0].unflatten(-1, (-1, 8))
@@ -190,10 +191,15 @@ def test_what_is_looked_at_later_against_a_loop() -> None:
                 for j in range(max(asked, i + window), 40):
                     share = float(weights[0, head, j, i]) * moved / float(hidden[0, j].norm())
                     most[i] = max(float(most[i]), share)
+                taken = [float(weights[0, head, j, i]) * moved for j in range(i + window, asked)]
+                if layer >= len(output.attentions) // 2:
+                    reread[i] += sum(each**2 for each in taken) / max(1, len(taken))
         total += most / len(output.attentions)
     seen = observe(model, ids, asked, window, [1])
     assert seen.asked_T is None
     torch.testing.assert_close(seen.needed_T.double(), total.clamp(min=1e-6).log(), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(seen.reread_T.double(), reread.clamp(min=1e-12).log(), rtol=1e-4, atol=1e-4)
+    assert int((reread > 0).sum()) == asked - window
     assert list(seen.hidden) == [1]
     norm = plain.model.layers[1].input_layernorm(output.hidden_states[1])[0]
     torch.testing.assert_close(seen.hidden[1], norm, rtol=1e-4, atol=1e-4)
@@ -288,9 +294,20 @@ def test_the_fit_foresees_what_can_be_foreseen() -> None:
     assert 0.3 < found.ridge < 0.7
     assert found.explained > 0.85
     with torch.no_grad():
-        votes = found.gate(inputs)
-        assert torch.equal(votes, again.gate(inputs))
-    assert float(torch.corrcoef(torch.stack((votes, target)))[0, 1]) > 0.9
+        votes = found.gate(inputs[None])
+        assert torch.equal(votes, again.gate(inputs[None]))
+        assert torch.equal(votes[..., 0], votes[..., 1])
+    assert float(torch.corrcoef(torch.stack((votes[0, :, 0], target)))[0, 1]) > 0.9
+
+
+def test_joined_networks_say_what_each_said() -> None:
+    torch.manual_seed(3)
+    questions, reread, inputs = AnchorGate(6, 4, outputs=1), AnchorGate(6, 3, outputs=1), torch.randn(2, 5, 6)
+    with torch.no_grad():
+        found = joined(questions, reread)(inputs)
+        torch.testing.assert_close(found[..., 0], questions(inputs)[..., 0])
+        torch.testing.assert_close(found[..., 1], reread(inputs)[..., 0])
+        assert not torch.equal(found[..., 0], found[..., 1])
 
 
 def test_a_training_writes_votes_that_load(base: Path, tmp_path: Path) -> None:

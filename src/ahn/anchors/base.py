@@ -1,7 +1,7 @@
 """The contract of a score for anchors: one method that sees everything a layer knows of its new tokens.
 
 Legend of shapes: B batch, T new tokens, N scored tokens, D hidden size, H query heads, G key/value heads, K key size,
-V value size, Q queries of a block, J keys of a block, C kinds of facts, R pooling kernels.
+V value size, Q queries of a block, J keys of a block, C kinds of facts, R scores that the pooling joins.
 """
 
 from __future__ import annotations
@@ -136,7 +136,7 @@ class Score:
 
         Returns:
             Scores, or `[B, N, C, R]`: for each kind of fact, NaN where the layer does not score by it, and for each
-            kernel of the pooling. Layers are averaged, then the best kind counts.
+            score that the pooling joins. Layers are averaged, then the best kind counts.
         """
         raise NotImplementedError
 

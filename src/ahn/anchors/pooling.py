@@ -1,6 +1,7 @@
 """How the scores of neighbours are joined: averages, and the highest of them spreads to the tokens around it.
 
-Legend of shapes: B batch, N tokens in a row, E of them that are asked for, X means that may spread to one, R kernels.
+Legend of shapes: B batch, N tokens in a row, E of them that are asked for, X means that may spread to one, R scores
+of a token.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ class Pooling:
     """Average pooling with one or more kernels, then max pooling over what spreads to a token.
 
     Where `firm` is set, tokens come in two tiers. Those that a firm mean spreads to form spans, which are kept whole or
-    not at all. All others rank behind them, by a mean over their nearest neighbours.
+    not at all. All others rank behind them, by a mean over their nearest neighbours of another score.
 
     Attributes:
         kernels: Neighbours on each side that scores are averaged over, the smallest first; the highest mean counts.
@@ -39,6 +40,11 @@ class Pooling:
     slope: float = 0.0
     firm: float | None = None
 
+    @property
+    def scores(self) -> int:
+        """How many scores of a token it joins, R: one for each kernel, and one for what no firm mean spreads to."""
+        return len(self.kernels) + (self.firm is not None)
+
     def margins(self, window: int) -> tuple[int, int]:
         """Tokens before and after one that its pooled score depends on.
 
@@ -53,13 +59,13 @@ class Pooling:
         """Pooled scores of consecutive tokens, `[B, E]`: all but the margins at both ends.
 
         Args:
-            scores_BNR: Scores for each kernel, `[B, N, R]`.
+            scores_BNR: Scores for each kernel and, where `firm` is set, those of the others, `[B, N, R]`.
             real_BN: 1 for real tokens, 0 for padding and positions before a text begins, `[B or 1, N]`.
             window: As for `margins`.
         """
         (left, right), spread = self.margins(window), self._spread(window)
         pooled = []
-        for kernel, scores_BN in zip(self.kernels, scores_BNR.unbind(-1), strict=True):
+        for kernel, scores_BN in zip(self.kernels, scores_BNR.unbind(-1), strict=False):
             after = self._after(kernel)
             reach = slice(left - kernel - after, scores_BN.size(1) - right + kernel + spread)
             means_BEX, is_real_BEX = _means(scores_BN[:, reach], real_BN[:, reach], kernel, after + spread + 1)
@@ -71,7 +77,7 @@ class Pooling:
         if self.firm is None:
             return best_BE
         near = slice(left - _NEAREST, scores_BNR.size(1) - right + _NEAREST)
-        others_BE1, is_real_BE1 = _means(scores_BNR[:, near, 0], real_BN[:, near], _NEAREST, 1)
+        others_BE1, is_real_BE1 = _means(scores_BNR[:, near, -1], real_BN[:, near], _NEAREST, 1)
         others_BE = (others_BE1 - _BEHIND).masked_fill(~is_real_BE1, float("-inf")).squeeze(-1)
         return torch.where(best_BE.isinf(), others_BE, best_BE)
 

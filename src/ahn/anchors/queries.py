@@ -1,7 +1,7 @@
 """The score `asked`: queries that the model itself once answered questions with, kept and put to every key.
 
-Legend of shapes: B batch, C kinds of facts, R pooling kernels, G key/value heads, T tokens, K key size, N queries of a
-layer.
+Legend of shapes: B batch, C kinds of facts, R scores that the pooling joins, G key/value heads, T tokens, K key size,
+N queries of a layer.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ token leaves the window, its score is pooled with those of its neighbours, and t
 is final before its token can leave: the choice depends on the text alone, not on the chunks in which it was read.
 
 Legend of shapes: B batch, T new tokens, E tokens that leave the window in a call, C of them that enter the bank of some
-row, G key/value heads, K key size, N anchors, P tokens on the scoreboard, R pooling kernels.
+row, G key/value heads, K key size, N anchors, P tokens on the scoreboard, R scores of a token that its pooling joins.
 """
 
 from __future__ import annotations
@@ -122,8 +122,8 @@ class Scoreboard:
             seen: Tokens read before the call.
         """
         if "votes" not in self.stored:
-            rows, _, kernels = scores_BTR.shape
-            self.stored["votes"] = scores_BTR.new_zeros(rows, self.length, kernels, dtype=torch.float32)
+            rows, _, scores = scores_BTR.shape
+            self.stored["votes"] = scores_BTR.new_zeros(rows, self.length, scores, dtype=torch.float32)
         scores_BPR, scores_BTR = self.stored["votes"], scores_BTR.detach().float()
         first = max(0, seen - self.delay)
         slot = torch.arange(first, first + scores_BTR.size(1), device=scores_BPR.device) % self.length

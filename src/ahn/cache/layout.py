@@ -1,7 +1,7 @@
 """What a saved cache must hold: names, shapes and numbers that follow from the model, the settings and the tokens seen.
 
 Legend of shapes: B batch, G key/value heads, K key size, V value size, F numbers of a record, L places of a ring,
-N anchors, P places of a scoreboard, R pooling kernels.
+N anchors, P places of a scoreboard, R scores of a token that its pooling joins.
 """
 
 from __future__ import annotations
@@ -125,7 +125,7 @@ def layer_layout(
 
 def scoreboard_layout(scoreboard: Scoreboard, sinks: int, rows: int, seen: int) -> Layout:
     """What the scoreboard of a cache holds after `seen` tokens."""
-    shape = rows, scoreboard.length, len(scoreboard.score.pooling.kernels)
+    shape = rows, scoreboard.length, scoreboard.score.pooling.scores
     layout = {"votes": Part(shape, least=-float("inf"), most=float("inf"))} if seen else {}
     for window in scoreboard.windows:
         if seen > sinks + window:

@@ -50,10 +50,12 @@ def _print_report(report: AnchorReport, left_out: str) -> None:
         layers = ", ".join(f"{layer} ({count})" for layer, count in sorted(report.asked.items()))
         log(f"asked: layers that vote, and their queries: {layers}", console=output())
     if report.layers:
-        learned = Table("layer", "linear", "vote", title="learned: variance explained on held-out tokens")
+        learned = Table("layer", title="learned: variance explained on held-out tokens, linear / vote")
         learned.title_justify = "left"
-        for layer, (ridge, explained) in report.layers.items():
-            learned.add_row(str(layer), f"{ridge:.2f}", f"{explained:.2f}")
+        for of in ("what questions need", "what the text reads again"):
+            learned.add_column(of)
+        for layer, questions in report.layers.items():
+            learned.add_row(str(layer), *(f"{ridge:.2f} / {net:.2f}" for ridge, net in (questions, report.text[layer])))
         output().print(learned)
     among = " / ".join(map(str, KEPT))
     shares = Table("fact", "n", title=f"Share of a fact's tokens among {among} anchors, held-out texts")

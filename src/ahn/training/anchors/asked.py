@@ -283,7 +283,7 @@ def _read(model: nn.Module, document: FactText, window: int) -> list[_Asked]:
 def _look(captured: LayerAttention, asked: int, fact_F: torch.Tensor, window: int) -> _Asked:
     moved_HT, log_sums, shares = captured.moved(), [], []
     for head in range(moved_HT.size(0)):
-        scores_QT = captured.scores(head, asked)
+        scores_QT = captured.scores(slice(head, head + 1), asked)[0]
         weights_QF = scores_QT.softmax(-1)[:, fact_F]
         shares.append(weights_QF * moved_HT[head, fact_F] / captured.length_T[asked:, None])
         log_sums.append(scores_QT[:, :_SINKS].logsumexp(-1))

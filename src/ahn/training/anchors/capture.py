@@ -49,20 +49,23 @@ class LayerAttention:
     value_GTV: torch.Tensor
     scaling: float
 
-    def scores(self, head: int, first: int) -> torch.Tensor:
-        """Products of the queries from `first` on with all keys, `[T - first, T]`; -inf for later keys.
+    def scores(self, heads: slice, first: int, stop: int | None = None) -> torch.Tensor:
+        """Products of consecutive queries with the keys up to them, `[H, stop - first, stop]`; -inf for later keys.
 
         Args:
-            head: The query head.
+            heads: The query heads, H of them.
             first: Index of the first query.
+            stop: Index behind the last query; the length of the text if left out.
         """
         groups = self.query_HTK.size(0) // self.key_GTK.size(0)
-        tokens = torch.arange(self.query_HTK.size(1), device=self.query_HTK.device)
+        query_HQK = self.query_HTK[heads, first:stop]
+        key_HTK = self.key_GTK[:, :stop].repeat_interleave(groups, 0)[heads]
+        tokens = torch.arange(key_HTK.size(1), device=key_HTK.device)
         apart = tokens[first:, None] - tokens
         seen = apart >= 0
         if self.layer.sliding_window is not None:
             seen &= apart < self.layer.sliding_window
-        products = (self.query_HTK[head, first:] @ self.key_GTK[head // groups].T).float() * self.scaling
+        products = (query_HQK @ key_HTK.mT).float() * self.scaling
         return products.masked_fill(~seen, float("-inf"))
 
     def unrotated(self, x_HTK: torch.Tensor, places: torch.Tensor | slice = slice(None)) -> torch.Tensor:

@@ -20,7 +20,7 @@ class Fit(NamedTuple):
     """The fitted network of one layer.
 
     Attributes:
-        gate: The network, in float32 on the CPU.
+        gate: The network, with one output, in float32 on the CPU.
         ridge: Share of the variance on held-out tokens that a linear map explains.
         explained: The same for the network.
     """
@@ -48,7 +48,7 @@ def fit(hidden_ND: torch.Tensor, needed_N: torch.Tensor, held_N: torch.Tensor, w
     linear_D = _ridge(*learned)
     gate = _network(*learned, width, seed)
     with torch.no_grad():
-        predicted_N = gate(inputs_ND[held_N])
+        predicted_N = _foreseen(gate, inputs_ND[held_N])
     shares = (_explained(each, target_N[held_N]) for each in (inputs_ND[held_N] @ linear_D, predicted_N))
     return Fit(_on_raw_inputs(gate, mean_D, spread_D), *shares)
 
@@ -64,6 +64,25 @@ def standardized(values_N: torch.Tensor, learned_N: torch.Tensor) -> torch.Tenso
     return (values_N - own_N.mean()) / own_N.std().clamp(min=1e-6)
 
 
+@torch.no_grad()
+def joined(questions: AnchorGate, text: AnchorGate) -> AnchorGate:
+    """One network that says what two say.
+
+    Args:
+        questions: The network that foresees what questions need.
+        text: The network that foresees what the text reads again.
+    """
+    own = questions.inner.out_features
+    gate = AnchorGate(questions.inner.in_features, own + text.inner.out_features)
+    gate.inner.weight.copy_(torch.cat((questions.inner.weight, text.inner.weight)))
+    gate.inner.bias.copy_(torch.cat((questions.inner.bias, text.inner.bias)))
+    gate.outer.weight.zero_()
+    gate.outer.weight[0, :own] = questions.outer.weight[0]
+    gate.outer.weight[1, own:] = text.outer.weight[0]
+    gate.outer.bias.copy_(torch.cat((questions.outer.bias, text.outer.bias)))
+    return gate
+
+
 def _ridge(inputs_ND: torch.Tensor, target_N: torch.Tensor) -> torch.Tensor:
     count, size = inputs_ND.shape
     square_DD = inputs_ND.T @ inputs_ND + _RIDGE * count * torch.eye(size)
@@ -75,15 +94,21 @@ def _network(inputs_ND: torch.Tensor, target_N: torch.Tensor, width: int, seed: 
     generator = torch.Generator().manual_seed(seed)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        gate = AnchorGate(inputs_ND.size(1), width)
+        gate = AnchorGate(inputs_ND.size(1), width, outputs=1)
     optimizer = torch.optim.AdamW(gate.parameters(), lr=_LR, weight_decay=_WEIGHT_DECAY)
     for _ in range(_EPOCHS):
         for batch in torch.randperm(len(target_N), generator=generator).split(_BATCH):
-            loss = (gate(inputs_ND[batch]) - target_N[batch]).square().mean()
+            loss = (_foreseen(gate, inputs_ND[batch]) - target_N[batch]).square().mean()
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
     return gate
+
+
+def _foreseen(gate: AnchorGate, inputs_ND: torch.Tensor) -> torch.Tensor:
+    """What a network with one output says, `[N]`."""
+    scores_1NR: torch.Tensor = gate(inputs_ND[None])
+    return scores_1NR[0, :, 0]
 
 
 def _explained(found_N: torch.Tensor, target_N: torch.Tensor) -> float:

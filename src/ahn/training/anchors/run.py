@@ -28,15 +28,16 @@ from ahn.surgery import set_score_weights
 from ahn.training.anchor_settings import BEYOND_TOKENS, HELD_OUT, QUESTION_TOKENS, AnchorSettings, scores_with_weights
 from ahn.training.anchors.asked import collect, missing_for_queries
 from ahn.training.anchors.documents import FORMATS, FactText, UnfitText, make_document
-from ahn.training.anchors.fit import Fit, fit, standardized
-from ahn.training.anchors.future_attention import Observation, observe
+from ahn.training.anchors.examples import Examples
+from ahn.training.anchors.fit import Fit, joined
+from ahn.training.anchors.future_attention import observe
 from ahn.training.data import Cut, load_pieces
 from ahn.training.log import Say
 from ahn.training.sources import check_places
 
 _SINKS = 4
 _CONTROL = "key_diff"  # a score without weights, which others are compared with
-_TOP = 64  # tokens of a document that are learned from because they were needed most
+_TOP = 64  # tokens of a document that are learned from because questions needed them most
 _OTHERS = 320  # and others
 KEPT = (32, 64, 128)
 """Numbers of anchors that the closing table is about."""
@@ -48,13 +49,15 @@ class AnchorReport:
 
     Attributes:
         layers: For each layer that scores by "learned", the share of the variance that a linear map explains, and that
-            its network explains.
+            its network explains, of what questions need.
+        text: The same of what the text reads again.
         asked: For each layer that scores by "asked", its number of queries.
         shares_kept: By score and kind of fact, the share of the values' tokens among each number of anchors in `KEPT`.
         facts: Facts of each kind in held-out documents.
     """
 
     layers: dict[int, tuple[float, float]]
+    text: dict[int, tuple[float, float]]
     asked: dict[int, int]
     shares_kept: dict[str, dict[str, list[float]]]
     facts: dict[str, int]
@@ -104,15 +107,15 @@ def train_anchors(settings: AnchorSettings, say: Say | None = None, model: Any =
     _check_model(model, settings)
     texts = _documents(settings, load_tokenizer(settings.model))
     votes: dict[int, dict[str, nn.Module]] = {}
-    fits: dict[int, Fit] = {}
+    fits: tuple[dict[int, Fit], dict[int, Fit]] = {}, {}
     queries = _queries(model, texts, settings, say)
     if "asked" in settings.scores:
         for layer, weights in queries.items():
             votes.setdefault(layer, {})["asked"] = weights
     if "learned" in settings.scores:
         fits = _fits(model, texts, settings, queries, say)
-        for layer, each in fits.items():
-            votes.setdefault(layer, {})["learned"] = each.gate
+        for layer, each in fits[0].items():
+            votes.setdefault(layer, {})["learned"] = joined(each.gate, fits[1][layer].gate)
     for attention_layer in attachment_of(model).layers:
         set_score_weights(attention_layer, votes.get(attention_layer.index, {}))
     ahn.save_anchors(model, settings.out, dtype="float16")
@@ -120,9 +123,9 @@ def train_anchors(settings: AnchorSettings, say: Say | None = None, model: Any =
     shares_kept, facts = _shares_kept(
         model, texts[HELD_OUT - 1 :: HELD_OUT], _compared(model, settings), settings.window
     )
-    explained = {layer: (each.ridge, each.explained) for layer, each in fits.items()}
+    questions, text = ({layer: (each.ridge, each.explained) for layer, each in own.items()} for own in fits)
     asked = {layer: len(weights.queries) for layer, weights in queries.items() if "asked" in settings.scores}
-    return AnchorReport(explained, asked, shares_kept, facts)
+    return AnchorReport(questions, text, asked, shares_kept, facts)
 
 
 def _check_model(model: nn.Module, settings: AnchorSettings) -> None:
@@ -188,27 +191,21 @@ def _fits(
     settings: AnchorSettings,
     queries: Mapping[int, AnchorQueries],
     say: Say,
-) -> dict[int, Fit]:
-    """Fitted networks of some layers."""
+) -> tuple[dict[int, Fit], dict[int, Fit]]:
+    """Fitted networks of some layers: for what questions need, and for what the text reads again."""
     scoring = _layers_of_learned(model, settings.voters)
     generator = torch.Generator().manual_seed(settings.seed)
-    inputs: dict[int, list[torch.Tensor]] = {layer: [] for layer in scoring}
-    needed, asked, for_testing = [], [], []
+    questions, text = Examples(scoring), Examples(scoring)
     for number, document in enumerate(texts):
         seen = observe(model, document.ids, document.text, settings.window, scoring, queries)
-        chosen = _chosen(seen, document, settings.window, generator)
-        needed.append(seen.needed_T[chosen])
-        if seen.asked_T is not None:
-            asked.append(seen.asked_T[chosen])
-        for_testing.append(torch.full((len(chosen),), _is_held_out(number)))
-        for layer in scoring:
-            inputs[layer].append(seen.hidden[layer][chosen])
+        needed = [each_T for each_T in (seen.needed_T, seen.asked_T) if each_T is not None]
+        last = min(document.text, len(document.ids) - settings.window)
+        questions.add(seen, needed, _chosen(needed, last, generator), _is_held_out(number))
+        read_on = (document.text - settings.window) // 2  # tokens with half of the most queries behind them, or more
+        text.add(seen, [seen.reread_T], torch.arange(_SINKS, read_on), _is_held_out(number))
         if (number + 1) % 10 == 0:
             say(f"learned: read {number + 1} of {len(texts)} documents")
-    held_out = torch.cat(for_testing)
-    parts = [standardized(torch.cat(each), ~held_out) for each in (needed, asked) if each]
-    target = torch.stack(parts).sum(0)
-    return {layer: fit(torch.cat(inputs[layer]), target, held_out, settings.width, settings.seed) for layer in scoring}
+    return questions.fit(settings.width, settings.seed), text.fit(settings.width, settings.seed)
 
 
 def _documents(settings: AnchorSettings, tokenizer: Any) -> list[FactText]:
@@ -242,11 +239,9 @@ def _is_held_out(number: int) -> bool:
     return number % HELD_OUT == HELD_OUT - 1
 
 
-def _chosen(seen: Observation, document: FactText, window: int, generator: torch.Generator) -> torch.Tensor:
-    """Tokens to learn from: those that were needed most and those that score highest, and random others."""
-    last = min(document.text, len(document.ids) - window)
-    values = [each_T for each_T in (seen.needed_T, seen.asked_T) if each_T is not None]
-    most = [each_T[_SINKS:last].topk(min(_TOP, last - _SINKS)).indices + _SINKS for each_T in values]
+def _chosen(needed: list[torch.Tensor], last: int, generator: torch.Generator) -> torch.Tensor:
+    """Tokens to learn from: those that were needed most, by each measure, and random others."""
+    most = [each_T[_SINKS:last].topk(min(_TOP, last - _SINKS)).indices + _SINKS for each_T in needed]
     others = torch.randperm(last - _SINKS, generator=generator)[:_OTHERS] + _SINKS
     chosen: torch.Tensor = torch.cat((*most, others)).unique()
     return chosen
