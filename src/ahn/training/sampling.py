@@ -25,6 +25,9 @@ TOTALS = (32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
 SINKS = (0, 32, 64, 128, 512, 2048, 4096)
 """Published candidates for the sinks."""
 
+LEAST_SHARE = 1 / 8
+"""Published least share of its sequence that a total may be."""
+
 ANCHOR_SCORE = "learned"
 """The score that chooses the anchors of a training."""
 
@@ -83,7 +86,7 @@ class SpanDraw:
     sinks: tuple[int, ...] = SINKS
     fixed: Span | None = None
     seed: int = 0
-    least: float = 1 / 8
+    least: float = LEAST_SHARE
 
     def __post_init__(self) -> None:
         for total in self.totals:

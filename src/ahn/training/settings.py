@@ -116,7 +116,9 @@ class TrainSettings(Settings):
         choices=("random", "fixed"),
     )
     totals: tuple[int, ...] = file_setting(help="Candidates for sinks + window.", factory=lambda: _published("TOTALS"))
-    least_total: float = file_setting(0.125, "Least share of its sequence that a total may be.", least=0)
+    least_total: float = file_setting(
+        help="Least share of its sequence that a total may be.", factory=lambda: _published("LEAST_SHARE"), least=0
+    )
     sink_counts: tuple[int, ...] = file_setting(
         help="Candidates for the sinks. The published 0 is left out: without any sink a small model falls apart, and "
         "its memory learns to be one.",
