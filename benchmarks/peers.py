@@ -10,8 +10,8 @@ kvpress needs an older transformers, so it has an environment of its own. The st
     .venv-peers/bin/python benchmarks/peers.py kvpress            # and with kvpress
     .venv/bin/python benchmarks/peers.py page                     # writes docs/peers.md
 
-Every method keeps the bytes of a window of 256, 32 sinks, the memory and 128 anchors. A kvpress method takes as many
-tokens instead, all of them its own choice. It is used in two ways:
+Every method keeps at most the bytes of a window of 256, 32 sinks, a memory and 128 anchors. A kvpress method takes as
+many tokens instead, all of them its own choice. It is used in two ways:
 
 - once: the context is read in full attention and compressed at its end, as its pipeline does. The peak is that of full
   attention.
@@ -39,8 +39,10 @@ WORK, PAGE, KEPT = (
     HERE.parent / "docs" / "peers.md",
     HERE / "results" / "peers.json",
 )
-MODEL, MEMORY = "smollm2-135m", "gated_delta_net"
+MODEL, MEMORY = "smollm2-135m", "gated_delta_net+linearized_attention"
 WINDOW, SINKS, ANCHORS = 256, 32, 128
+BYTES = 24_215_040
+"""What each method may keep: a window of 256, 32 sinks, the state of Gated DeltaNet in all layers, and 128 anchors."""
 STEP = 128
 """Tokens between two compressions of a stepwise press: enough for SnapKV, which looks from the last 64."""
 TASKS, LENGTHS = ("number", "word", "uuid"), (2048, 4096)
@@ -86,11 +88,11 @@ def _model() -> Any:
     import ahn
 
     config = ahn.AHNConfig(MEMORY, WINDOW, SINKS)
-    return ahn.from_pretrained(MODEL, f"{MODEL}/{MEMORY}", config, "float32")
+    return ahn.from_pretrained(MODEL, f"{MODEL}/hybrid", config, "float32")
 
 
 def _sizes(model: Any, tokens: int) -> Item:
-    """The bytes of memory and anchors, and what else takes as many: settings of each arm, tokens of a press."""
+    """The arms and how much each may keep: its window and its name, its bytes, and the tokens of a press."""
     import ahn
     from ahn.evaluation.perplexity.cache_sizes import CacheSizes
 
@@ -98,20 +100,19 @@ def _sizes(model: Any, tokens: int) -> Item:
         with ahn.mode(model, "ahn", window=window):
             return CacheSizes(model, tokens).bytes_of(arm) or 0
 
-    budget = taken(WINDOW, f"ahn+{ANCHORS}")
     per_token = taken(WINDOW + 1, "window") - taken(WINDOW, "window")
-    spare = (budget - taken(WINDOW, "window")) // per_token
+    spare = (BYTES - taken(WINDOW, "window")) // per_token
     arms = {
         "window": (WINDOW + spare, "window"),
         "memory": (
-            WINDOW + (budget - taken(WINDOW, "ahn")) // (taken(WINDOW + 1, "ahn") - taken(WINDOW, "ahn")),
+            WINDOW + (BYTES - taken(WINDOW, "ahn")) // (taken(WINDOW + 1, "ahn") - taken(WINDOW, "ahn")),
             "ahn",
         ),
         "anchors": (WINDOW, f"anchors+{spare}"),
         OURS: (WINDOW, f"ahn+{ANCHORS}"),
     }
     sizes = {name: taken(*arm) for name, arm in arms.items()}
-    return {"bytes": budget, "tokens": budget // per_token, "arms": arms, "arm_bytes": sizes}
+    return {"bytes": BYTES, "tokens": BYTES // per_token, "arms": arms, "arm_bytes": sizes}
 
 
 def read_with_ahn(known: Item, done: dict[str, Result]) -> Iterator[tuple[str, Result]]:

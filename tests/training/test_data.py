@@ -90,27 +90,9 @@ class TestCutting:
         assert texts(kept, tokenizer) == ["0012", "0037", "0062", "abcd"]
         assert texts(held, tokenizer) == ["0087"]
 
-    def test_lengths_by_turns(self, tmp_path: Path, tokenizer: Any) -> None:
-        (tmp_path / "long.txt").write_text("0123456789abcdefghij")
-        (tmp_path / "short.txt").write_text("xyz")
-        kept, _ = load_pieces([str(tmp_path)], tokenizer, Cut(6, 2, lengths=(6, 2, 3)))
-        assert texts(kept, tokenizer) == ["012345", "67", "89a", "bcdefg", "hi", "xyz"]
-
-    @pytest.mark.parametrize(
-        "wrong",
-        [
-            {"min_length": 9},
-            {"min_length": 1},
-            {"held_out": 1.0},
-            {"held_out": -0.1},
-            {"lengths": ()},
-            {"lengths": (8, 3)},
-            {"lengths": (9,)},
-            {"lengths": (8,), "pack": True},
-        ],
-    )
+    @pytest.mark.parametrize("wrong", [{"min_length": 9}, {"min_length": 1}, {"held_out": 1.0}, {"held_out": -0.1}])
     def test_settings_are_checked(self, wrong: Any) -> None:
-        with pytest.raises(ConfigError, match=r"min_length|held_out|lengths"):
+        with pytest.raises(ConfigError, match=r"min_length|held_out"):
             Cut(**{"length": 8, "min_length": 4, **wrong})
 
     def test_streaming_gives_the_same(self, tmp_path: Path, tokenizer: Any) -> None:

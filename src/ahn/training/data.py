@@ -30,8 +30,6 @@ class Cut:
             documents at even distances.
         per_document: Most sequences of a document, spread evenly over it; all of them if left out. It keeps a few long
             documents from drowning many short ones. Not for documents that are joined.
-        lengths: Lengths that a document is cut to by turns, none above `length`; all to `length` if left out. Not for
-            documents that are joined.
 
     Raises:
         ConfigError: A value is out of range.
@@ -42,7 +40,6 @@ class Cut:
     pack: bool = False
     held_out: float = 0.0
     per_document: int | None = None
-    lengths: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         if not 2 <= self.min_length <= self.length:
@@ -51,11 +48,6 @@ class Cut:
             raise ConfigError(f"held_out must be a share from 0 to below 1, not {self.held_out}")
         if self.per_document is not None and (self.per_document < 1 or self.pack):
             raise ConfigError("per_document must be at least 1, and needs documents that are cut, not packed")
-        if self.lengths is not None and (self.pack or not self.lengths):
-            raise ConfigError("lengths must name at least one number, and needs documents that are cut, not packed")
-        for each in self.lengths or ():
-            if not self.min_length <= each <= self.length:
-                raise ConfigError(f"lengths must be from min_length {self.min_length} to length {self.length}: {each}")
 
 
 def load_pieces(
@@ -140,27 +132,18 @@ def cut_document(piece: Piece, rules: Cut, opening: list[int]) -> list[Piece]:
         rules: How to cut; what is left at the end is kept if it is long enough.
         opening: Tokens before each sequence, which do not count.
     """
+    size = rules.length - len(opening)
     sequences = []
-    for begin, end in _places(len(piece.ids), [length - len(opening) for length in rules.lengths or (rules.length,)]):
-        ids = [*opening, *piece.ids[begin:end]]
+    for begin in range(0, len(piece.ids), size):
+        ids = [*opening, *piece.ids[begin : begin + size]]
         if len(ids) < rules.min_length:
             continue
-        labels = None if piece.labels is None else piece.labels[begin:end]
+        labels = None if piece.labels is None else piece.labels[begin : begin + size]
         if labels is None and opening:
             labels = ids[len(opening) :]
         if labels is None or any(label != IGNORED for label in labels):
             sequences.append(Piece(ids, None if labels is None else [IGNORED] * len(opening) + [*labels]))
     return sequences
-
-
-def _places(tokens: int, sizes: list[int]) -> Iterator[tuple[int, int]]:
-    """Where consecutive sequences of these sizes, by turns, begin and end; the last may end behind the tokens."""
-    begin = 0
-    for size in itertools.cycle(sizes):
-        if begin >= tokens:
-            return
-        yield begin, begin + size
-        begin += size
 
 
 def _split(sources: list[str], tokenizer: Any, rules: Cut, query: DataQuery | None) -> Iterator[tuple[Piece, bool]]:

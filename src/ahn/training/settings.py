@@ -95,9 +95,6 @@ class TrainSettings(Settings):
         choices=("auto", "float32", "bfloat16"),
     )
     length: int = setting(1024, "Tokens of a sequence, at most.", least=1)
-    lengths: tuple[int, ...] | None = file_setting(
-        None, "Lengths that each document is cut to by turns, instead of length for all; none above it."
-    )
     min_length: int | None = setting(None, "Leave shorter texts out.", unset="half of --length")
     pack: bool = setting(False, "Join short texts into full sequences.", names="--pack/--cut")
     per_document: int | None = file_setting(
@@ -263,8 +260,8 @@ class TrainSettings(Settings):
         """How documents become sequences."""
         from ahn.training.data import Cut
 
-        shortest = self.min_length or max(2, min(self.lengths or (self.length,)) // 2)
-        return Cut(self.length, shortest, self.pack, self.held_out, self.per_document, self.lengths)
+        shortest = self.min_length or max(2, self.length // 2)
+        return Cut(self.length, shortest, self.pack, self.held_out, self.per_document)
 
     @property
     def recomputed(self) -> str:

@@ -58,8 +58,8 @@ class LayerAttention:
             stop: Index behind the last query; the length of the text if left out.
         """
         groups = self.query_HTK.size(0) // self.key_GTK.size(0)
-        query_HQK = self.query_HTK[heads, first:stop]
-        key_HTK = self.key_GTK[:, :stop].repeat_interleave(groups, 0)[heads]
+        index = torch.arange(self.query_HTK.size(0), device=self.query_HTK.device)[heads]
+        query_HQK, key_HTK = self.query_HTK[heads, first:stop], self.key_GTK[index // groups, :stop]
         tokens = torch.arange(key_HTK.size(1), device=key_HTK.device)
         apart = tokens[first:, None] - tokens
         seen = apart >= 0
