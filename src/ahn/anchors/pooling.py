@@ -65,7 +65,7 @@ class Pooling:
         """
         (left, right), spread = self.margins(window), self._spread(window)
         pooled = []
-        for kernel, scores_BN in zip(self.kernels, scores_BNR.unbind(-1), strict=False):
+        for kernel, scores_BN in zip(self.kernels, scores_BNR.unbind(-1)[: len(self.kernels)], strict=True):
             after = self._after(kernel)
             reach = slice(left - kernel - after, scores_BN.size(1) - right + kernel + spread)
             means_BEX, is_real_BEX = _means(scores_BN[:, reach], real_BN[:, reach], kernel, after + spread + 1)
