@@ -29,6 +29,7 @@ KEPT, PAGE = HERE / "results" / "recall_answers.json", HERE.parent / "docs" / "r
 IMAGES = HERE.parent / "docs" / "images"
 WORK = HERE.parent / ".recall"
 Record = dict[str, Any]
+ADAPTER = "smollm2-135m/hybrid"
 WINDOW, SINKS, DISTRACTORS = 256, 32, 4
 DEPTHS = 12  # with five texts each, fifty whose fact has left the window even where texts are short
 FACTS = (1, 2, 4, 8, 16, 32)
@@ -108,9 +109,10 @@ class Part(NamedTuple):
 
     @property
     def environment(self) -> dict[str, Any]:
-        """Date, device and versions; it is finished."""
+        """The memory, date, device and versions; it is finished."""
         report = json.loads((self.folder / "report.json").read_text(encoding="utf-8"))
-        return {name: report["environment"][name] for name in ("date", "device", "torch", "transformers")}
+        names = ("date", "device", "torch", "transformers")
+        return {"adapter": ADAPTER, **{name: report["environment"][name] for name in names}}
 
 
 def parts() -> Iterator[Part]:
@@ -143,7 +145,7 @@ def measure(part: Part, file: Path) -> None:
     if part.finished:
         return
     settings = {
-        "adapter": "smollm2-135m/gated_delta_net",
+        "adapter": ADAPTER,
         "tasks": part.task,
         "lengths": part.length,
         "arms": part.arm,

@@ -67,7 +67,7 @@ def test_the_layers_with_a_gate_vote(scale: float) -> None:
     read(model, ids, [13] * 5 + [10], cache=cache)
     with torch.no_grad():
         votes = [gate(torch.cat(parts, 1))[0] for gate, parts in zip(gates, seen.values())]
-    scores = spans_first(torch.stack(votes).mean(0), firm=1.1)
+    scores = spans_first(torch.stack(votes).mean(0), firm=0.95)
     assert {score > -50 for score in scores.values()} == ({False} if scale == 1 else {False, True})
     assert scale != 1 or cache.anchor_tokens == [best_tokens(scores)]
     (chosen,) = cache.anchor_tokens

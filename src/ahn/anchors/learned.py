@@ -48,7 +48,7 @@ class Learned(Score):
     """
 
     name = "learned"
-    pooling = Pooling(spread=(12, 4), firm=1.1)  # in standard deviations of what was trained for
+    pooling = Pooling(spread=(12, 4), firm=0.95)  # in standard deviations of what was trained for
     weight_names = ("inner.weight", "inner.bias", "outer.weight", "outer.bias")
 
     def score(self, tokens: LayerTokens) -> torch.Tensor:
