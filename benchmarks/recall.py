@@ -112,7 +112,7 @@ class Part(NamedTuple):
         """The memory, date, device and versions; it is finished."""
         report = json.loads((self.folder / "report.json").read_text(encoding="utf-8"))
         names = ("date", "device", "torch", "transformers")
-        return {"adapter": ADAPTER, **{name: report["environment"][name] for name in names}}
+        return {"adapter": report["settings"]["adapter"], **{name: report["environment"][name] for name in names}}
 
 
 def parts() -> Iterator[Part]:
